@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make contract` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONTRACT_FLAGS ?= --min-speedup 1.5
+
+.PHONY: help contract test test-all check format results clean
+
+help:
+	@echo "make contract   install into $(VENV) and contract TinyViT-21M to 5M on real digits (about 10 minutes)"
+	@echo "make test       the fast tests (under 10 minutes on 2 cores)"
+	@echo "make test-all   every test, the slow ones too"
+	@echo "make check      ruff, ruff format and mypy --strict"
+	@echo "make format     let ruff fix and format"
+	@echo "make results    remake results/: 3 random seeds on digits and on fractals (over an hour)"
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+contract: $(STAMP)
+	$(BIN)/python -m nas.contract --seed 21M --target-params 5M $(CONTRACT_FLAGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+results: $(STAMP)
+	$(BIN)/python -m benchmarks.results
+
+clean:
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -1,0 +1,1 @@
+"""What we report: `python -m benchmarks.NAME`; nothing imports it."""

@@ -1,0 +1,34 @@
+"""The one way in which this toolkit says no to a user."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Bad input from outside: one line that says name, got, want and remedy.
+
+    Entry points print the line and end with exit status 2; library code only raises it.
+    Anything else that is raised is a defect of the toolkit and keeps its traceback.
+    """
+
+
+def refuse(name: str, got: object, want: str, remedy: str = "") -> InputError:
+    """Make the `InputError` for one value, e.g. `raise refuse("--steps", 0, "an integer >= 1")`.
+
+    Returns "NAME: got GOT, want WANT; REMEDY" on one line (line breaks in `got` are folded).
+    """
+    shown = " ".join(str(got).split()) if str(got).strip() else repr(got)
+    if len(shown) > 200:
+        shown = shown[:197] + "..."
+    line = f"{name}: got {shown}, want {want}"
+    return InputError(f"{line}; {remedy}" if remedy else line)
+
+
+def refuse_multiple(name: str, got: int, unit: int, unit_name: str = "") -> InputError:
+    """Make the `InputError` for a positive integer that is not a multiple of `unit`.
+
+    Returns e.g. "embed_dims[2]=150 is not a multiple of head_dim=32; nearest: 128, 160".
+    """
+    below = got // unit * unit
+    nearest = ", ".join(str(v) for v in (below, below + unit) if v > 0)
+    of = f"{unit_name}={unit}" if unit_name else str(unit)
+    return InputError(f"{name}={got} is not a multiple of {of}; nearest: {nearest}")

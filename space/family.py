@@ -1,0 +1,321 @@
+"""What a model family offers to the search: the interface, contexts and the registry."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import json
+import math
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from space.checks import read_int
+from space.errors import InputError, refuse
+from space.ladder import Factor
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[Any]
+Table = Mapping[str, Array]
+"""Archs by column: field -> [..., slots] (scalars: [...]); the leading shapes broadcast."""
+
+ENTRY_POINTS = "vision_contraction.families"
+MAX_VALUES = 4_000_000
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a net works: images of `img_size`^2 pixels and `in_chans` channels, and the classes."""
+
+    img_size: int
+    num_classes: int
+    in_chans: int = 3
+
+    def __post_init__(self) -> None:
+        """Refuse what no net can be built for."""
+        read_int("img_size", self.img_size, 16, 4096)
+        read_int("num_classes", self.num_classes, 1, 10_000_000)
+        read_int("in_chans", self.in_chans, 1, 4096)
+
+
+class Arch:
+    """One immutable, hashable point of a family's space; each family has its own dataclass."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """An arch released by its authors, under its short name."""
+
+    name: str
+    arch: Arch
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where one tensor of a child comes from in its parent.
+
+    `source`: key in the parent's state_dict. `index`: one int64 array per dimension of the child's
+    tensor (none for a 0-d tensor): the parent's position to copy from, -1 to keep the child's own.
+    """
+
+    source: str
+    index: tuple[npt.NDArray[np.int64], ...]
+
+
+class Family(ABC):
+    """A kind of model. Everything that depends on the input or the classes takes a `Context`."""
+
+    name: ClassVar[str]
+    factors: ClassVar[tuple[Factor, ...]]
+    published: ClassVar[tuple[Published, ...]]
+    input_kind: ClassVar[str] = "image"
+    output_kind: ClassVar[str] = "logits"
+    training_kind: ClassVar[str] = "per-candidate"
+
+    # -- what each family writes ---------------------------------------------------------------
+    @abstractmethod
+    def arch(self, mapping: Mapping[str, Any]) -> Arch:
+        """Check a mapping from outside (JSON) and make an arch of it. Raises `InputError`."""
+
+    @abstractmethod
+    def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
+        """Give the fields as built in `ctx`. Works field by field, so a partial table will do."""
+
+    @abstractmethod
+    def key(self, arch: Arch, ctx: Context) -> str:
+        """Name the net as built in `ctx`, safe in file names; equal nets and only they share it."""
+
+    @abstractmethod
+    def count_params_many(self, table: Table, ctx: Context) -> npt.NDArray[np.int64]:
+        """Count parameters exactly; the result has the broadcast leading shape of the table."""
+
+    @abstractmethod
+    def count_macs_many(self, table: Table, ctx: Context) -> npt.NDArray[np.int64]:
+        """Count multiply-adds of one image, dense; shape as `count_params_many`."""
+
+    @abstractmethod
+    def valid_many(self, table: Table) -> npt.NDArray[np.bool_]:
+        """Tell which archs can be built; any shape that broadcasts to the table's."""
+
+    @abstractmethod
+    def scaled(self, arch: Arch, factor: float) -> Arch:
+        """Scale all widths by `factor`, rounded to the ladder; everything else stays."""
+
+    @abstractmethod
+    def floor(self, arch: Arch, ctx: Context) -> Arch:
+        """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
+
+    @abstractmethod
+    def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
+        """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net."""
+
+    @abstractmethod
+    def build(self, arch: Arch, ctx: Context) -> torch.nn.Module:
+        """Build the net, freshly initialised, on the default device (imports torch)."""
+
+    @abstractmethod
+    def slicing(
+        self,
+        parent: Arch,
+        child: Arch,
+        ctx_parent: Context,
+        ctx_child: Context,
+        order: Mapping[str, Array] | None = None,
+    ) -> dict[str, Slice]:
+        """Map the child's state_dict onto the parent's: pure indices, no weights, no torch.
+
+        Keys without any source are left out. `order`: preferred parent channels by channel group
+        (names per family), most wanted first; without it, the first ones.
+        """
+
+    # -- what every family gets from its factors -------------------------------------------------
+    def to_dict(self, arch: Arch) -> dict[str, Any]:
+        """Give the arch as plain JSON; `arch()` is the inverse."""
+        values = {f.field: getattr(arch, f.field) for f in self.factors}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def label(self, arch: Arch) -> str:
+        """Name the arch for people, e.g. "D64-128-160-320 N2-2-6-2 W7-14-7 R4 M4 E32"."""
+        values = ((f.symbol, _slots(getattr(arch, f.field))) for f in self.factors)
+        return " ".join(s + "-".join(f"{v:g}" for v in vs) for s, vs in values)
+
+    def describe_moves(self, parent: Arch, child: Arch) -> str:
+        """Say what differs, e.g. "embed_dims[2] 384->256, depths[3] 2->1"; "" if nothing does."""
+        parts = []
+        for f in self.factors:
+            both = (_slots(getattr(a, f.field)) for a in (parent, child))
+            pairs = zip(*both, strict=True)
+            for i, (old, new) in enumerate(pairs):
+                if old != new:
+                    slot = "" if f.scalar else f"[{i}]"
+                    parts.append(f"{f.field}{slot} {old:g}->{new:g}")
+        return ", ".join(parts)
+
+    def count_params(self, arch: Arch, ctx: Context) -> int:
+        """Count the parameters of the net as built in `ctx`, exactly."""
+        return int(self.count_params_many(self.table([arch]), ctx)[0])
+
+    def count_macs(self, arch: Arch, ctx: Context) -> int:
+        """Count multiply-adds of one image (FLOPs = 2 x MACs), dense, attention included."""
+        return int(self.count_macs_many(self.table([arch]), ctx)[0])
+
+    def table(self, archs: Sequence[Arch]) -> dict[str, Array]:
+        """Lay archs out column by column: [n, slots], scalar fields [n]; int64 or float64."""
+        table = {}
+        for f in self.factors:
+            real = isinstance(_slots(getattr(self.published[0].arch, f.field))[0], float)
+            column = np.array(
+                [getattr(a, f.field) for a in archs], dtype=np.float64 if real else np.int64
+            )
+            table[f.field] = column.reshape((len(archs),) if f.scalar else (-1, f.slots))
+        return table
+
+    def row(self, table: Table, i: int) -> Arch:
+        """Read arch `i` back from a table."""
+        return self.arch({f.field: table[f.field][i].tolist() for f in self.factors})
+
+    def coherent(self, field: str, values: Array) -> npt.NDArray[np.bool_]:
+        """Tell which joint values [v, slots] of a factor contraction may propose (default: all)."""
+        return np.ones(len(values), dtype=bool)
+
+    def moves(self, arch: Arch) -> dict[str, Array]:
+        """Give, per factor, the joint values contraction may propose, the present one included.
+
+        [v, slots] (scalar fields: [v]) in ascending order. Raises `InputError` when a factor has
+        more than `MAX_VALUES` of them.
+        """
+        moves = {}
+        for f, present in zip(self.factors, self.table([arch]).values(), strict=True):
+            now = np.atleast_1d(present[0])
+            options = [ld.options(v) for ld, v in zip(f.ladders, now.tolist(), strict=True)]
+            number = math.prod(len(o) for o in options)
+            if number > MAX_VALUES:
+                want = f"at most {MAX_VALUES:,} combinations on the ladder"
+                raise refuse(f.field, f"{number:,}", want, "start from a smaller arch")
+            grid = np.meshgrid(*(np.array(o, dtype=now.dtype) for o in options), indexing="ij")
+            values = np.stack(grid, axis=-1).reshape(number, f.slots)
+            keep = self.coherent(f.field, values) | (values == now).all(axis=1)
+            moves[f.field] = values[keep, 0] if f.scalar else values[keep]
+        return moves
+
+    def notches(self, arch: Arch, values: Table) -> dict[str, npt.NDArray[np.int64]]:
+        """Count, per field, the notches from `arch` to each joint value: [v]."""
+        notches = {}
+        for f in self.factors:
+            if f.field not in values:
+                continue
+            total = np.zeros(len(values[f.field]), dtype=np.int64)
+            columns = values[f.field].reshape(-1, f.slots).T
+            present = _slots(getattr(arch, f.field))
+            for ladder, now, column in zip(f.ladders, present, columns, strict=True):
+                distinct, inverse = np.unique(column, return_inverse=True)
+                steps = [ladder.notches(now, v) for v in distinct.tolist()]
+                total += np.array(steps, dtype=np.int64)[inverse]
+            notches[f.field] = total
+        return notches
+
+    def seed(self, name: str) -> Arch:
+        """Find an arch by published name or alias (any case), or read it from a JSON file.
+
+        The file holds an arch, or an object with `family` and `arch` such as `best.json`.
+        """
+        for p in self.published:
+            if name.lower() in (p.name.lower(), *(a.lower() for a in p.aliases)):
+                return p.arch
+        path = Path(name)
+        if path.suffix.lower() == ".json" or path.is_file():
+            return self._read(path)
+        names = ", ".join(p.name for p in self.published)
+        raise refuse("--seed", name, f"one of {names} or a JSON file")
+
+    def _read(self, path: Path) -> Arch:
+        """Read an arch from a JSON file."""
+        want = "a JSON file with an arch"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise refuse("--seed", path, want, e.strerror or "it cannot be read") from None
+        except (ValueError, RecursionError) as e:
+            raise refuse("--seed", path, want, f"it is not JSON: {e}") from None
+        if not isinstance(data, dict):
+            raise refuse("--seed", path, f"{want}: an object, not a {type(data).__name__}")
+        if "arch" in data:
+            if data.get("family", self.name) != self.name:
+                want = f"an arch of family {self.name}"
+                raise refuse("--seed", f"{path} of family {data['family']}", want)
+            data = data["arch"]
+        if not isinstance(data, dict):
+            raise refuse("--seed", path, f"{want}: `arch` holds no object")
+        try:
+            return self.arch(data)
+        except InputError as e:
+            raise InputError(f"--seed {path}: {e}") from None
+
+    def check_fields(self, mapping: Mapping[str, Any]) -> None:
+        """Refuse a mapping with unknown or missing fields."""
+        if not isinstance(mapping, Mapping):
+            raise refuse("arch", repr(mapping), "a mapping of factors to values")
+        fields = [f.field for f in self.factors]
+        for field in mapping:
+            if field not in fields:
+                close = difflib.get_close_matches(str(field), fields, 1)
+                remedy = f"did you mean {close[0]}?" if close else ""
+                raise refuse("arch", f"the field {field!r}", f"only {', '.join(fields)}", remedy)
+        missing = [f for f in fields if f not in mapping]
+        if missing:
+            got = f"no {', '.join(missing)}"
+            raise refuse("arch", got, f"all of {', '.join(fields)}")
+
+
+def _slots(value: Any) -> tuple[Any, ...]:
+    """See a field of an arch as a tuple, scalar or not."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _own_families() -> dict[str, Family]:
+    """Find the families of this package: the modules that hold a `FAMILY`."""
+    path = importlib.import_module("space").__path__
+    names = (m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
+    modules = (importlib.import_module(f"space.{name}") for name in names)
+    families = (getattr(m, "FAMILY", None) for m in modules)
+    return {f.name: f for f in families if isinstance(f, Family)}
+
+
+def _other_families() -> dict[str, importlib.metadata.EntryPoint]:
+    """Find the families that other packages register; none is loaded."""
+    return {e.name.lower(): e for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def family_names() -> tuple[str, ...]:
+    """Name the families at hand: ours first, then those that other packages register."""
+    own = _own_families()
+    return (*sorted(own), *sorted(set(_other_families()) - set(own)))
+
+
+def get_family(name: str) -> Family:
+    """Give the family called `name` (any case); an unknown one is refused.
+
+    Ours are one file each in `space/`, found by its `FAMILY`. Others register an object of type
+    `Family` as an entry point in the group `vision_contraction.families`; ours come first.
+    """
+    wanted = name.lower()
+    own, others = _own_families(), _other_families()
+    if wanted in own:
+        return own[wanted]
+    if wanted not in others:
+        raise refuse("--family", name, f"one of {', '.join(family_names())}")
+    family = others[wanted].load()
+    if not isinstance(family, Family):
+        want = "an entry point of type space.family.Family"
+        raise refuse("--family", others[wanted].value, want)
+    return family

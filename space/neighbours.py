@@ -1,0 +1,293 @@
+"""Contractions of an arch inside a parameter band: counted exactly, shortlisted by rule."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import numpy as np
+import numpy.typing as npt
+
+from space.family import Arch, Array, Context, Family
+from space.grid import Axis, Band, Ints, axes_of, checked, mesh, walk
+
+__all__ = ["Band", "Shortlisted", "contains", "count_contractions", "shortlist"]
+
+QUICK = 1 << 26  # archs that may be counted before a draw: a second
+KEPT = 1 << 18  # entries gathered before all but the best of each stratum are dropped
+
+
+@dataclass(frozen=True)
+class Shortlisted:
+    """One candidate: what it costs, how far from its nearest parent, and why it is on the list.
+
+    `moved`: fields that differ as built. `anchor`: "uniform", "published:NAME" or None (the rule).
+    """
+
+    arch: Arch
+    params: int
+    macs: int
+    notches: int
+    moved: tuple[str, ...]
+    anchor: str | None
+    parent: Arch
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """Archs of a grid in no particular order, as columns."""
+
+    place: Ints  # mixed-radix index in the whole product
+    notches: Ints
+    moved: Ints  # one bit per factor
+    priority: npt.NDArray[np.uint64]  # the seeded order
+
+    def take(self, index: Array) -> _Entries:
+        """Keep the entries at `index`, in its order."""
+        return _Entries(
+            self.place[index],
+            self.notches[index],
+            self.moved[index],
+            self.priority[index],
+        )
+
+    @staticmethod
+    def join(parts: Sequence[_Entries]) -> _Entries:
+        """Put several together."""
+        return _Entries(
+            np.concatenate([p.place for p in parts]),
+            np.concatenate([p.notches for p in parts]),
+            np.concatenate([p.moved for p in parts]),
+            np.concatenate([p.priority for p in parts]),
+        )
+
+    def best(self, number: int) -> _Entries:
+        """Sort by notches, factors moved and priority; keep `number` of each stratum."""
+        ordered = self.take(np.lexsort((self.priority, self.moved, self.notches)))
+        stratum = (ordered.notches << 32) | ordered.moved
+        starts = np.flatnonzero(np.diff(stratum, prepend=-1))
+        rank = np.arange(len(stratum)) - np.repeat(starts, np.diff([*starts, len(stratum)]))
+        return ordered.take(rank < number)
+
+
+def _below(family: Family, arch: Arch, ctx: Context, band: Band) -> Band:
+    """Cut the band to what is strictly smaller than `arch`."""
+    smaller = min(band.hi, family.count_params(arch, ctx) - 1)
+    return replace(band, hi=smaller)
+
+
+def count_contractions(family: Family, arch: Arch, ctx: Context, band: Band) -> int:
+    """Count the contractions of `arch` whose parameters lie in `band`, exactly.
+
+    Contractions: archs that can be built from `family.moves`, with strictly fewer parameters than
+    `arch`; those that are the same net as built in `ctx` count once. Raises `InputError` when the
+    product is too large to walk.
+    """
+    axes = checked(axes_of(family, arch, ctx))
+    return _count(family, axes, ctx, _below(family, arch, ctx, band))
+
+
+def _count(family: Family, axes: Sequence[Axis], ctx: Context, band: Band) -> int:
+    """Count what lies in the band."""
+    return sum(int(np.count_nonzero(inside)) for _, inside in walk(family, axes, ctx, band))
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Scramble 64-bit integers one to one (SplitMix64, Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _seeded(x: Array, random_seed: int) -> npt.NDArray[np.uint64]:
+    """Give each integer its place in a seeded order."""
+    salt = _mix(np.array([random_seed % 2**64], dtype=np.uint64))
+    return _mix(x.astype(np.uint64) ^ salt)
+
+
+def _gather(
+    family: Family,
+    axes: Sequence[Axis],
+    ctx: Context,
+    band: Band,
+    radius: int,
+    number: int,
+    random_seed: int,
+) -> tuple[int, _Entries]:
+    """Collect what lies within `radius` notches: (how many, the first `number` per stratum)."""
+    near = checked([a.within(radius) for a in axes])
+    strides = [math.prod(a.length for a in axes[k + 1 :]) for k in range(len(axes))]
+    empty = np.zeros(0, dtype=np.int64)
+    kept = [_Entries(empty, empty, empty, empty.astype(np.uint64))]
+    total = 0
+    for cut, inside in walk(family, near, ctx, band):
+        steps = mesh([a.notches for a in near], cut)
+        notches = steps[-1]
+        for more in steps[-2::-1]:  # the long axes last: until then the arrays are small
+            notches = notches + more
+        flat = np.flatnonzero(inside & (notches <= radius))
+        if not len(flat):
+            continue
+        total += len(flat)
+        found = np.unravel_index(flat, inside.shape)
+        rows = [i + part.start for i, part in zip(found, cut, strict=True)]
+        place, moved = np.zeros_like(rows[0]), np.zeros_like(rows[0])
+        for a, i, stride in zip(near, rows, strides, strict=True):
+            place += a.place[i] * stride
+            moved += (a.notches[i] > 0) * a.bit
+        priority = _seeded(place, random_seed)
+        kept.append(_Entries(place, notches.reshape(-1)[flat], moved, priority))
+        if sum(len(e.place) for e in kept) > KEPT:
+            kept = [_Entries.join(kept).best(number)]
+    return total, _Entries.join(kept).best(number)
+
+
+def _draw(entries: _Entries, number: int, random_seed: int) -> list[int]:
+    """Draw by rule: nearest ring first; inside it, whichever factors moved least often so far."""
+    drawn: list[int] = []
+    times: dict[int, int] = {}
+    for ring in np.unique(entries.notches).tolist():
+        members = np.flatnonzero(entries.notches == ring)
+        queues: dict[int, list[int]] = {}
+        for i, moved in zip(members.tolist(), entries.moved[members].tolist(), strict=True):
+            queues.setdefault(moved, []).append(i)
+        strata = np.array(list(queues), dtype=np.int64)
+        ties = dict(zip(strata.tolist(), _seeded(strata, random_seed).tolist(), strict=True))
+        heap = [(times.get(m, 0), ties[m], m, 0) for m in queues]
+        heapq.heapify(heap)
+        while heap:
+            count, tie, moved, i = heapq.heappop(heap)
+            drawn.append(queues[moved][i])
+            if len(drawn) == number:
+                return drawn
+            times[moved] = count + 1
+            if i + 1 < len(queues[moved]):
+                heapq.heappush(heap, (count + 1, tie, moved, i + 1))
+    return drawn
+
+
+def _by_rule(
+    family: Family, arch: Arch, ctx: Context, band: Band, number: int, random_seed: int
+) -> list[Arch]:
+    """List the first `number` contractions of one arch by the rule."""
+    axes = axes_of(family, arch, ctx)
+    below = _below(family, arch, ctx, band)
+    farthest = sum(int(a.notches.max()) for a in axes)
+    wanted = number
+    if math.prod(a.length for a in axes) <= QUICK:  # do not look far for what is not there
+        wanted = min(number, _count(family, axes, ctx, below))
+    radius = min(3, farthest)
+    while True:
+        total, entries = _gather(family, axes, ctx, below, radius, number, random_seed)
+        if total >= wanted or radius == farthest:
+            break
+        radius = min(farthest, radius + max(2, radius // 2))
+    shape = [a.length for a in axes]
+    archs = []
+    for i in _draw(entries, number, random_seed):
+        rows = np.unravel_index(int(entries.place[i]), shape)
+        values = {a.field: a.values[r].tolist() for a, r in zip(axes, rows, strict=True)}
+        archs.append(family.arch(values))
+    return archs
+
+
+def _anchors(
+    family: Family, parents: Sequence[Arch], ctx: Context, band: Band
+) -> list[tuple[str, Arch]]:
+    """Find the anchors: published archs in the band, then each parent's uniform scaling.
+
+    Of the uniform scalings (all widths by one factor) the one nearest to the band's middle.
+    """
+    largest = max(family.count_params(p, ctx) for p in parents)
+    anchors = []
+    for p in family.published:
+        params = family.count_params(p.arch, ctx)
+        light = band.max_macs is None or family.count_macs(p.arch, ctx) <= band.max_macs
+        if band.lo <= params <= band.hi and params < largest and light:
+            anchors.append((f"published:{p.name}", p.arch))
+    for parent in parents:
+        scaled = list(dict.fromkeys(family.scaled(parent, k / 512) for k in range(511, 0, -1)))
+        sizes = family.count_params_many(family.table(scaled), ctx)
+        below = _below(family, parent, ctx, band)
+        fits = (sizes >= below.lo) & (sizes <= below.hi)
+        if band.max_macs is not None:
+            fits &= family.count_macs_many(family.table(scaled), ctx) <= band.max_macs
+        inside = np.flatnonzero(fits)
+        if len(inside):
+            off = np.abs(2 * sizes[inside] - (band.lo + band.hi))
+            anchors.append(("uniform", scaled[int(inside[np.argmin(off)])]))
+    return anchors
+
+
+def _distance(family: Family, parent: Arch, arch: Arch, ctx: Context) -> dict[str, int]:
+    """Count notches per field between two nets as built in `ctx`; equal fields are left out."""
+    pair, child = family.table([parent, arch]), family.table([arch])
+    built = family.effective(pair, ctx)
+    notches = family.notches(parent, child)
+    return {f: int(notches[f][0]) for f, v in built.items() if not np.array_equal(v[0], v[1])}
+
+
+def shortlist(
+    family: Family,
+    parents: Sequence[Arch],
+    ctx: Context,
+    band: Band,
+    size: int,
+    *,
+    random_seed: int,
+    anchors: bool = True,
+    exclude: Collection[str] = (),
+) -> list[Shortlisted]:
+    """Draw at most `size` candidates inside `band`: the anchors, then by rule.
+
+    The rule: fewest notches first, the radius widened until the list is full; among equally near
+    ones, those factors take turns that moved least often so far; then a seeded order. Several
+    parents take turns. All candidates are different nets as built in `ctx` and smaller than their
+    parent. `exclude`: keys already tried; drawing again without what came before continues the
+    same sequence.
+    """
+    assert parents, "nothing to contract"
+    drawn: dict[str, tuple[str | None, Arch]] = {}
+    if anchors:
+        for name, arch in _anchors(family, parents, ctx, band):
+            drawn.setdefault(family.key(arch, ctx), (name, arch))
+    number = size + len(exclude) + len(drawn)  # enough even if all of those are drawn again
+    rules = [_by_rule(family, p, ctx, band, number, random_seed) for p in parents]
+    for turn in zip_longest(*rules):
+        for candidate in turn:
+            if candidate is not None:
+                drawn.setdefault(family.key(candidate, ctx), (None, candidate))
+    tried = set(exclude)
+    chosen = [v for key, v in drawn.items() if key not in tried][:size]
+    sizes = [family.count_params(p, ctx) for p in parents]
+    reach = [family.moves(p) for p in parents]
+    listed = []
+    for anchor, arch in chosen:
+        params = family.count_params(arch, ctx)
+        larger = [i for i, n in enumerate(sizes) if n > params]
+        inside = [i for i in larger if _holds(family, reach[i], arch, ctx)]
+        away = {i: _distance(family, parents[i], arch, ctx) for i in inside or larger}
+        nearest = min(away, key=lambda i: sum(away[i].values()))
+        moved, macs = away[nearest], family.count_macs(arch, ctx)
+        parent, notches = parents[nearest], sum(moved.values())
+        listed.append(Shortlisted(arch, params, macs, notches, tuple(moved), anchor, parent))
+    return listed
+
+
+def contains(family: Family, parent: Arch, arch: Arch, ctx: Context) -> bool:
+    """Tell whether `arch` is a contraction of `parent`, whatever the band."""
+    smaller = family.count_params(arch, ctx) < family.count_params(parent, ctx)
+    return smaller and _holds(family, family.moves(parent), arch, ctx)
+
+
+def _holds(family: Family, moves: dict[str, Array], arch: Arch, ctx: Context) -> bool:
+    """Tell whether every factor of `arch`, as built, is among the moves."""
+    wanted, built = family.effective(family.table([arch]), ctx), family.effective(moves, ctx)
+    return all(
+        bool((built[f].reshape(len(built[f]), -1) == wanted[f].reshape(1, -1)).all(axis=1).any())
+        for f in built
+    )

@@ -1,0 +1,383 @@
+"""TinyViT with all six contraction factors; the model code is timm's (timm.models.tiny_vit)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from space._tinyvit_slicing import Net, slices
+from space.checks import read_int, read_ints, read_ratio
+from space.errors import refuse, refuse_multiple
+from space.family import Arch, Array, Context, Family, Published, Slice, Table
+from space.ladder import Factor, Ladder
+
+if TYPE_CHECKING:
+    import torch
+
+WRITTEN_AT = 224  # pixels at which window sizes are written
+NOTCH = 32  # channels
+CHUNK = 8192  # archs at a time: the columns of a chunk stay in cache
+
+# Far beyond what fits in memory; they keep every count below 2**63.
+MAX_DIM, MAX_DEPTH, MAX_WINDOW, MAX_HIDDEN = 16_384, 512, 512, 262_144
+
+
+@dataclass(frozen=True)
+class TinyVitArch(Arch):
+    """One TinyViT. Stage 1 is convolutional: windows are those of stages 2 to 4, at 224 px."""
+
+    embed_dims: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    window_sizes: tuple[int, int, int]
+    mbconv_expand_ratio: float
+    mlp_ratio: float
+    head_dim: int
+
+
+def _published(name: str, *dims: int, larger: tuple[int, ...] = ()) -> Published:
+    assert len(dims) == 4
+    arch = TinyVitArch(dims, (2, 2, 6, 2), (7, 14, 7), 4.0, 4.0, 32)
+    stem = f"tiny_vit_{name.lower()}"
+    # The 384 and 512 px releases are the same arch: their windows are 7, 14, 7 scaled.
+    return Published(name, arch, (stem, *(f"{stem}_{px}" for px in (224, *larger))))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The widths of a net as built: arrays whose shapes broadcast, one column per stage."""
+
+    dims: tuple[Array, ...]  # stages 1-4
+    depths: tuple[Array, ...]  # stages 1-4
+    windows: tuple[Array, ...]  # stages 2-4, scaled
+    expand: Array  # hidden channels of an MBConv
+    hidden: tuple[Array, ...]  # hidden channels of an MLP, stages 2-4
+    heads: tuple[Array, ...]  # stages 2-4
+
+
+def map_sizes(img_size: int) -> tuple[int, int, int, int]:
+    """Side lengths of the feature maps of stages 1 to 4: every stride-2 convolution rounds up."""
+    half = -(-img_size // 2)
+    sizes = [-(-half // 2)]
+    for _ in range(3):
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes[0], sizes[1], sizes[2], sizes[3]
+
+
+def _built_windows(written: Array, ctx: Context) -> Array:
+    """Scale windows [..., 3] to the image: min(map, max(2, round(W * img_size / 224)))."""
+    maps = np.array(map_sizes(ctx.img_size)[1:], dtype=np.int64)
+    scaled = np.rint(written * ctx.img_size / WRITTEN_AT).astype(np.int64)
+    return np.minimum(maps, np.maximum(2, scaled))
+
+
+def _columns(t: Table, ctx: Context) -> _Columns:
+    # Copies: strided columns would halve the speed of everything after them.
+    dims, depths, windows = (
+        tuple(np.ascontiguousarray(a[..., i]) for i in range(a.shape[-1]))
+        for a in (t["embed_dims"], t["depths"], _built_windows(t["window_sizes"], ctx))
+    )
+    return _Columns(
+        dims=dims,
+        depths=depths,
+        windows=windows,
+        # Truncation of the float64 product is timm's int(width * ratio), bit for bit.
+        expand=(dims[0] * t["mbconv_expand_ratio"]).astype(np.int64),
+        hidden=tuple((d * t["mlp_ratio"]).astype(np.int64) for d in dims[1:]),
+        heads=tuple(d // t["head_dim"] for d in dims[1:]),
+    )
+
+
+def _params(c: _Columns, ctx: Context) -> Array:
+    """Count parameters. Terms of few factors come first: on an open grid they stay small."""
+    d1, d4 = c.dims[0], c.dims[3]
+    total = (9 * ctx.in_chans + 2) * (d1 // 2) + 9 * (d1 // 2) * d1 + 2 * d1
+    total = total + (2 + ctx.num_classes) * d4 + ctx.num_classes
+    for before, d in pairwise(c.dims):
+        total = total + (before + d + 15) * d
+    for i, d in enumerate(c.dims[1:]):
+        f, w = c.hidden[i], c.windows[i]
+        total = total + c.depths[i + 1] * ((4 * d + 2 * f + 20) * d + f + c.heads[i] * (w * w))
+    return np.asarray(total + c.depths[0] * ((2 * d1 + 13) * c.expand + 2 * d1))
+
+
+def _macs(c: _Columns, ctx: Context) -> Array:
+    """Count multiply-adds of convolutions and matrix products, padding of windows included."""
+    maps = map_sizes(ctx.img_size)
+    half, first = -(-ctx.img_size // 2), maps[0]
+    d1, d4 = c.dims[0], c.dims[3]
+    total = 9 * (d1 // 2) * (ctx.in_chans * half**2 + d1 * first**2) + d4 * ctx.num_classes
+    for i, d in enumerate(c.dims[1:]):
+        tokens = maps[i + 1] ** 2
+        total = total + c.dims[i] * d * maps[i] ** 2 + tokens * (9 + d) * d
+    for i, d in enumerate(c.dims[1:]):
+        side, w = maps[i + 1], c.windows[i]
+        padded = (-(-side // w) * w) ** 2
+        block = padded * (4 * d + 2 * (w * w)) * d + side**2 * (9 + 2 * c.hidden[i]) * d
+        total = total + c.depths[i + 1] * block
+    return np.asarray(total + c.depths[0] * (first**2 * (2 * d1 + 9) * c.expand))
+
+
+def _count(
+    formula: Callable[[_Columns, Context], Array], table: Table, ctx: Context
+) -> npt.NDArray[np.int64]:
+    """Apply a formula; long flat tables go in chunks that fit in cache."""
+    n = len(table["depths"])
+    if table["depths"].ndim != 2 or n <= CHUNK:
+        vectors = ("embed_dims", "depths", "window_sizes")  # the others have no slots
+        shapes = (v.shape[:-1] if field in vectors else v.shape for field, v in table.items())
+        # Some formulas need no head dim, say: the result has its axis all the same.
+        counts = formula(_columns(table, ctx), ctx)
+        return np.broadcast_to(counts, np.broadcast_shapes(*shapes))
+    out = np.empty(n, dtype=np.int64)
+    for i in range(0, n, CHUNK):
+        part = {field: column[i : i + CHUNK] for field, column in table.items()}
+        out[i : i + CHUNK] = formula(_columns(part, ctx), ctx)
+    return out
+
+
+def _shortest_ratio(ratio: float, widths: tuple[int, ...]) -> str:
+    """Write the shortest decimal that builds the same hidden widths int(width * ratio).
+
+    Ratios that build equal nets get equal text: it depends on the hidden widths alone.
+    """
+    hidden = [int(w * ratio) for w in widths]
+    low = max(Fraction(h, w) for h, w in zip(hidden, widths, strict=True))
+    for digits in range(18):
+        scaled = math.ceil(low * 10**digits)
+        for numerator in (scaled, scaled + 1):  # a float product may fall just short
+            value = numerator / 10**digits
+            if [int(w * value) for w in widths] == hidden:
+                return f"{value:.{digits}f}"
+    return "h" + "-".join(map(str, hidden))
+
+
+def _own(arch: Arch) -> TinyVitArch:
+    assert isinstance(arch, TinyVitArch), f"not a TinyViT: {arch!r}"
+    return arch
+
+
+def _windows(arch: TinyVitArch, ctx: Context) -> tuple[int, ...]:
+    return tuple(_built_windows(np.array(arch.window_sizes), ctx).tolist())
+
+
+def _net(arch: TinyVitArch, ctx: Context) -> Net:
+    """Describe an arch as built in `ctx`."""
+    return Net(
+        dims=arch.embed_dims,
+        depths=arch.depths,
+        windows=_windows(arch, ctx),
+        expand=int(arch.embed_dims[0] * arch.mbconv_expand_ratio),
+        hidden=tuple(int(d * arch.mlp_ratio) for d in arch.embed_dims[1:]),
+        head_dim=arch.head_dim,
+        img_size=ctx.img_size,
+        num_classes=ctx.num_classes,
+        in_chans=ctx.in_chans,
+    )
+
+
+class TinyVit(Family):
+    """TinyViT: a convolutional stage and three of windowed attention (arXiv 2207.10666).
+
+    Counts follow timm 1.0.31 to the parameter; MACs are those of torch's FlopCounterMode / 2.
+    """
+
+    name = "tinyvit"
+    factors = (
+        Factor("D", "embed_dims", (Ladder(step=NOTCH, up=1),) * 4),
+        Factor("N", "depths", (Ladder(step=1),) * 4),
+        # Stage 4 stays: 14 there pads its 7x7 map to 14x14, +11 % of all MACs for nothing.
+        Factor("W", "window_sizes", (*(Ladder((7, 14), up=None),) * 2, Ladder())),
+        Factor("R", "mbconv_expand_ratio", (Ladder((2.0, 3.0, 4.0)),), scalar=True),
+        Factor("M", "mlp_ratio", (Ladder((2.0, 3.0, 4.0)),), scalar=True),
+        Factor("E", "head_dim", (Ladder((16, 32), up=None),), scalar=True),
+    )
+    published = (
+        _published("5M", 64, 128, 160, 320),
+        _published("11M", 64, 128, 256, 448),
+        _published("21M", 96, 192, 384, 576, larger=(384, 512)),
+    )
+
+    def arch(self, mapping: Mapping[str, Any]) -> TinyVitArch:
+        """Check a mapping and make an arch of it: whatever timm builds, on the ladders or off.
+
+        `window_sizes` are those of stages 2 to 4; with four, as timm writes them, the first (which
+        timm does not use) is dropped. Raises `InputError`.
+        """
+        self.check_fields(mapping)
+        head_dim = read_int("head_dim", mapping["head_dim"], 1, MAX_DIM)
+        dims = read_ints("embed_dims", mapping["embed_dims"], 4, 1, MAX_DIM)
+        if dims[0] % 2:
+            raise refuse_multiple("embed_dims[0]", dims[0], 2)  # the stem has half as many
+        for i in (1, 2, 3):
+            if dims[i] % head_dim:
+                raise refuse_multiple(f"embed_dims[{i}]", dims[i], head_dim, "head_dim")
+        depths = read_ints("depths", mapping["depths"], 4, 1, MAX_DEPTH)
+        windows = mapping["window_sizes"]
+        if isinstance(windows, list | tuple) and len(windows) == 4:
+            read_int("window_sizes[0]", windows[0], 1, MAX_WINDOW)
+            windows = windows[1:]
+        windows = read_ints("window_sizes", windows, 3, 1, MAX_WINDOW)
+        expand = read_ratio("mbconv_expand_ratio", mapping["mbconv_expand_ratio"])
+        mlp = read_ratio("mlp_ratio", mapping["mlp_ratio"])
+        for field, ratio, widths in (
+            ("mbconv_expand_ratio", expand, dims[:1]),
+            ("mlp_ratio", mlp, dims[1:]),
+        ):
+            low, high = min(widths), max(widths)
+            if ratio * low < 1 or ratio * high >= MAX_HIDDEN + 1:
+                want = f"1 to {MAX_HIDDEN} hidden channels"
+                remedy = f"at widths {low} to {high} it makes {ratio * low:g} to {ratio * high:g}"
+                raise refuse(field, ratio, want, remedy)
+        return TinyVitArch(
+            (dims[0], dims[1], dims[2], dims[3]),
+            (depths[0], depths[1], depths[2], depths[3]),
+            (windows[0], windows[1], windows[2]),
+            expand,
+            mlp,
+            head_dim,
+        )
+
+    def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
+        """Give the fields as built in `ctx`: windows are scaled, the rest is as written."""
+        built = dict(table)
+        if "window_sizes" in built:
+            built["window_sizes"] = _built_windows(built["window_sizes"], ctx)
+        return built
+
+    def key(self, arch: Arch, ctx: Context) -> str:
+        """Name the net as built in `ctx`, e.g. "d64-128-160-320_n2-2-6-2_w2-3-2_r4_m4_e32"."""
+        a = _own(arch)
+        d, n, w = ("-".join(map(str, v)) for v in (a.embed_dims, a.depths, _windows(a, ctx)))
+        r = _shortest_ratio(a.mbconv_expand_ratio, a.embed_dims[:1])
+        m = _shortest_ratio(a.mlp_ratio, a.embed_dims[1:])
+        return f"d{d}_n{n}_w{w}_r{r}_m{m}_e{a.head_dim}"
+
+    def count_params_many(self, table: Table, ctx: Context) -> npt.NDArray[np.int64]:
+        """Count parameters exactly: tests hold it equal to timm on random archs and contexts."""
+        return _count(_params, table, ctx)
+
+    def count_macs_many(self, table: Table, ctx: Context) -> npt.NDArray[np.int64]:
+        """Count multiply-adds of one image, attention (QK and AV) and window padding included."""
+        return _count(_macs, table, ctx)
+
+    def valid_many(self, table: Table) -> npt.NDArray[np.bool_]:
+        """Tell which archs can be built: heads divide stages 2 to 4, D1 is even."""
+        dims, head_dim = table["embed_dims"], table["head_dim"]
+        ok = dims[..., 0] % 2 == 0
+        for i in (1, 2, 3):
+            ok = ok & (dims[..., i] % head_dim == 0)
+        return np.asarray(ok)
+
+    def coherent(self, field: str, values: Array) -> npt.NDArray[np.bool_]:
+        """Tell which joint values contraction may propose: dims do not fall from stage to stage."""
+        if field != "embed_dims":
+            return super().coherent(field, values)
+        return np.asarray((np.diff(values, axis=1) >= 0).all(axis=1))
+
+    def moves(self, arch: Arch) -> dict[str, Array]:
+        """Give the joint values per factor that contraction may propose (see `Family.moves`).
+
+        A rung so close below a ratio off the ladder that it could build the same hidden widths is
+        left out: all combinations stay different nets.
+        """
+        moves, a = super().moves(arch), _own(arch)
+        narrowest = min(NOTCH, *a.embed_dims)
+        for field in ("mbconv_expand_ratio", "mlp_ratio"):
+            gap = getattr(a, field) - moves[field]
+            moves[field] = moves[field][(gap == 0) | (gap * narrowest >= 1)]
+        return moves
+
+    def scaled(self, arch: Arch, factor: float) -> TinyVitArch:
+        """Scale all dims by `factor`, rounded to 32s (or to what the head dim needs)."""
+        a = _own(arch)
+        unit = math.lcm(NOTCH, a.head_dim)
+        d = [max(unit, math.floor(v * factor / unit + 0.5) * unit) for v in a.embed_dims]
+        dims = (d[0], d[1], d[2], d[3])
+        return TinyVitArch(
+            dims, a.depths, a.window_sizes, a.mbconv_expand_ratio, a.mlp_ratio, a.head_dim
+        )
+
+    def floor(self, arch: Arch, ctx: Context) -> TinyVitArch:
+        """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
+        a = _own(arch)
+        # A dim below the ladder may stay, but not under a wider stage before it.
+        d = np.maximum.accumulate(np.minimum(NOTCH, a.embed_dims)).tolist()
+        options = self.moves(a)
+        windows = min(options["window_sizes"].tolist(), key=sum)
+        ratios = [min(2.0, r) for r in (a.mbconv_expand_ratio, a.mlp_ratio)]
+        head_dims = [e for e in options["head_dim"].tolist() if not any(v % e for v in d[1:])]
+        if not head_dims:
+            return a
+        lowest = TinyVitArch(
+            (d[0], d[1], d[2], d[3]),
+            (1, 1, 1, 1),
+            (windows[0], windows[1], windows[2]),
+            ratios[0],
+            ratios[1],
+            max(head_dims),  # fewer heads, fewer bias rows
+        )
+        return min(a, lowest, key=lambda x: self.count_params(x, ctx))
+
+    def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
+        """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net.
+
+        The name is that of the nearest published size: it decides timm's defaults and its
+        preprocessing, nothing about the net. timm does not use the first head count and window.
+        """
+        a = _own(arch)
+        size = math.log(self.count_params(a, ctx))
+        near = min(
+            self.published, key=lambda p: abs(math.log(self.count_params(p.arch, ctx)) - size)
+        )
+        windows = _windows(a, ctx)
+        return f"tiny_vit_{near.name.lower()}_224", {
+            "embed_dims": list(a.embed_dims),
+            "depths": list(a.depths),
+            "num_heads": [max(1, d // a.head_dim) for d in a.embed_dims],
+            "window_sizes": [windows[0], *windows],
+            "mlp_ratio": a.mlp_ratio,
+            "mbconv_expand_ratio": a.mbconv_expand_ratio,
+            "drop_path_rate": 0.0,
+            "num_classes": ctx.num_classes,
+            "in_chans": ctx.in_chans,
+        }
+
+    def build(self, arch: Arch, ctx: Context) -> torch.nn.Module:
+        """Build timm's TinyVit, freshly initialised from torch's global generator."""
+        import timm
+        import torch
+
+        name, kwargs = self.timm_call(arch, ctx)
+        model = timm.create_model(name, pretrained=False, **kwargs)
+        assert isinstance(model, torch.nn.Module)
+        return model
+
+    def slicing(
+        self,
+        parent: Arch,
+        child: Arch,
+        ctx_parent: Context,
+        ctx_child: Context,
+        order: Mapping[str, Array] | None = None,
+    ) -> dict[str, Slice]:
+        """Map the child's state_dict onto the parent's.
+
+        Channels: the first ones, of residual streams, hidden layers and heads; with a new head dim
+        the channels keep their place and the heads are cut anew. Blocks: spread evenly over the
+        parent's, the first and last kept. Attention biases keep the meaning of their offset in the
+        image. Class rows and input channels are taken only when their number is the same.
+        Groups for `order`: "stem", "dim1".."dim4", and the hidden layers of each parent block,
+        "stages.0.blocks.1.expand", "stages.2.blocks.3.hidden". Head channels follow no order.
+        """
+        nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
+        return slices(*nets, order or {})
+
+
+FAMILY = TinyVit()

@@ -1,0 +1,1 @@
+"""Which model to keep: the contraction search and everything it calls."""

@@ -1,0 +1,455 @@
+"""The contraction itself: step by step from the seed to the target, as DESIGN tells it.
+
+Everything here is a function of the configuration, the measurements and the jobs' results, so a
+resumed run repeats itself: jobs and measurements that are done are taken over, rows that are
+written are not written twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.jobs import Result
+from nas.measure.measurement import Measurement
+from nas.run import MEASURE_COST, Incumbent, Run
+from nas.search.constraints import StepBounds, band_at, bounds_at
+from nas.search.ledger import Row
+from nas.search.selection import Scored, Timed, paired_error, rank, spread
+from nas.tables import StepRow, write_steps
+from space import Context
+from space.family import Arch
+from space.neighbours import Shortlisted, count_contractions, shortlist
+
+REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
+"""Where `params_1000` is counted."""
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A step that no candidate survived: which constraint binds, in words."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A shortlisted arch on its way through a step's gates."""
+
+    of: Shortlisted
+    key: str
+    parent: Incumbent
+    measured: Measurement | None = None
+    seconds: float = 0.0
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a seed for one decision, from the run's random seed and what is decided."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def contract_steps(
+    run: Run, seed: Incumbent, steps: list[StepRow]
+) -> tuple[list[Incumbent], Stuck | None, list[list[Incumbent]]]:
+    """Take every step; return the last incumbents, why it stopped early, and all incumbents.
+
+    `steps` collects one row a step as they finish, for `steps.csv`.
+    """
+    incumbents = [seed]
+    path = [incumbents]
+    for step in range(1, run.config.steps + 1):
+        outcome = _step(run, step, incumbents, steps)
+        if isinstance(outcome, Stuck):
+            return incumbents, outcome, path
+        kept = {i.key for i in outcome}
+        for old in incumbents:
+            # The seed's weights start the final training, and are shared through the cache.
+            if old.key not in kept and old is not seed:
+                run.folder.drop_weights(f"s{step - 1}-{old.key}")
+        incumbents = outcome
+        path.append(incumbents)
+    return incumbents, None, path
+
+
+def _step(
+    run: Run, step: int, incumbents: Sequence[Incumbent], steps: list[StepRow]
+) -> list[Incumbent] | Stuck:
+    config, family = run.config, run.family
+    seed_params = family.count_params(run.seed_arch, run.context)
+    band = band_at(seed_params, config, step)
+    counted = sum(
+        count_contractions(family, incumbent.arch, run.context, band) for incumbent in incumbents
+    )
+    bounds = {
+        incumbent.key: bounds_at(
+            step,
+            config,
+            seed_params=seed_params,
+            seed_images_per_s=_seed_images_per_s(run),
+            parent_ratio=incumbent.ratio,
+        )
+        for incumbent in incumbents
+    }
+    tried: set[str] = set()
+    timed: list[Candidate] = []
+    failed = 0
+    for draw in range(config.draws):
+        drawn = shortlist(
+            family,
+            [i.arch for i in incumbents],
+            run.context,
+            replace(band, max_macs=_lighter(run, bounds[incumbents[0].key], draw)),
+            config.shortlist,
+            random_seed=derived_seed(config.random_seed, "shortlist", step),
+            anchors=config.anchors and draw == 0,
+            exclude=tried,
+        )
+        passed = []
+        if draw:
+            run.console.extend(len(drawn) * MEASURE_COST)
+        for listed in drawn:
+            key = run.key(listed.arch)
+            tried.add(key)
+            parent = next(i for i in incumbents if i.arch == listed.parent)
+            candidate = _gate(run, step, Candidate(listed, key, parent), bounds[parent.key])
+            if candidate is not None:
+                passed.append(candidate)
+        timed.extend(passed)
+        scored = _proxy(run, step, passed) if passed else []
+        if scored:
+            ranked = _decide(run, step, scored)
+            _close_step(run, step, bounds[incumbents[0].key], counted, ranked, steps)
+            return ranked
+        failed += len(passed)
+    return _stuck(run, step, band_text(band.lo, band.hi), counted, tried, failed, bounds)
+
+
+def band_text(lo: int, hi: int) -> str:
+    """Return a parameter band in words."""
+    return f"[{lo / 1e6:.3f}M, {hi / 1e6:.3f}M]"
+
+
+def _lighter(run: Run, bounds: StepBounds, draw: int) -> int | None:
+    """Return the most MACs that a further draw looks at; the first draw has no such bound.
+
+    When no contraction of the first draw was fast enough, the fewest notches were the wrong
+    place to look: each further draw asks for fewer MACs than the throughput ratio suggests.
+    """
+    if draw == 0:
+        return None
+    ratio = bounds.ratio or 1.0
+    if bounds.images_per_s is not None:
+        ratio = max(ratio, bounds.images_per_s / _seed_images_per_s(run))
+    return int(run.seed_macs / ratio * 0.8 ** (draw - 1))
+
+
+def _seed_images_per_s(run: Run) -> float:
+    measured = run.measure(run.seed_arch, "seed", reference=None)
+    assert isinstance(measured, Measurement)
+    return measured.images_per_s
+
+
+def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
+    """Return a candidate's ledger row as far as it is known, with `more` filled in."""
+    arch, family = candidate.of.arch, run.family
+    measured = candidate.measured
+    row = Row(
+        step=step,
+        key=candidate.key,
+        label=family.label(arch),
+        parent=candidate.parent.key,
+        moves=family.describe_moves(candidate.parent.arch, arch),
+        notches=candidate.of.notches,
+        anchor=candidate.of.anchor or "",
+        params=candidate.of.params,
+        params_1000=family.count_params(arch, REFERENCE_CONTEXT),
+        macs=candidate.of.macs,
+        seconds=round(candidate.seconds, 3),
+    )
+    if measured is not None:
+        row = replace(
+            row,
+            images_per_s=measured.images_per_s,
+            images_per_s_lo=measured.images_per_s_lo,
+            images_per_s_hi=measured.images_per_s_hi,
+            ratio=measured.ratio,
+            ratio_lo=measured.ratio_lo,
+            ratio_hi=measured.ratio_hi,
+            reference=run.key(run.seed_arch),
+        )
+    return replace(row, **more)
+
+
+def add_row(run: Run, row: Row, arch: Arch, band_hi: int, violation: float = 0.0) -> None:
+    """Write one decided candidate to the study, with its violations (at most 0 where met)."""
+    run.ledger.add(
+        row,
+        run.family.to_dict(arch),
+        {"params": float(row.params - band_hi), "throughput": violation},
+    )
+
+
+def _gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candidate | None:
+    """Time a candidate against its bounds; one that stops here becomes a row at once."""
+    if run.ledger.failed(step, candidate.key):
+        return None
+    measured = run.measure(
+        candidate.of.arch,
+        "gate",
+        reference=run.seed_arch,
+        ratio_at_least=bounds.ratio,
+        images_per_s_at_least=bounds.images_per_s,
+    )
+    arch, high = candidate.of.arch, bounds.band.hi
+    if isinstance(measured, Result):
+        reason = measured.reason or "failed"
+        row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
+        add_row(run, replace(row, seconds=round(measured.seconds, 3)), arch, high)
+        return None
+    candidate = replace(candidate, measured=measured, seconds=measured.seconds)
+    verdict = _verdict(measured, bounds)
+    if verdict == "pass":
+        return candidate
+    reason, violation = _too_slow(measured, bounds, verdict)
+    row = row_of(run, step, candidate, stage="throughput", state="pruned", reason=reason)
+    add_row(run, row, arch, high, violation)
+    return None
+
+
+def _verdict(measured: Measurement, bounds: StepBounds) -> str:
+    """Judge a measurement: what a user asked for by the interval, the parent's pace by the median.
+
+    A requirement must be met by the whole interval. "Not slower than its parent" is a guard
+    without a promise: on a noisy machine no interval would ever clear a bound so near to 1.
+    """
+    if bounds.follows_parent:
+        assert bounds.ratio is not None
+        assert measured.ratio is not None
+        return "pass" if measured.ratio >= bounds.ratio else "fail"
+    return measured.meets(bounds.ratio, bounds.images_per_s)
+
+
+def _too_slow(measured: Measurement, bounds: StepBounds, verdict: str) -> tuple[str, float]:
+    """Say which bound was missed and by how much."""
+    word = "slower than" if verdict == "fail" else "not surely as fast as"
+    parts, violation = [], 0.0
+    if bounds.ratio is not None and (
+        bounds.follows_parent or measured.meets(bounds.ratio) != "pass"
+    ):
+        assert measured.ratio is not None
+        assert measured.ratio_lo is not None
+        what = "its parent less 2 %" if bounds.follows_parent else "required"
+        parts.append(
+            f"{word} {bounds.ratio:.3f}x the seed ({what}): "
+            f"{measured.ratio:.3f} [{measured.ratio_lo:.3f}, {measured.ratio_hi:.3f}]"
+        )
+        violation = max(violation, bounds.ratio - measured.ratio_lo)
+    if (
+        bounds.images_per_s is not None
+        and measured.meets(images_per_s_at_least=bounds.images_per_s) != "pass"
+    ):
+        parts.append(
+            f"{word} {bounds.images_per_s:.1f} images/s: {measured.images_per_s:.1f} "
+            f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}]"
+        )
+        violation = max(violation, 1 - measured.images_per_s_lo / bounds.images_per_s)
+    return "; ".join(parts), violation
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A candidate that was scored, with what its training job said."""
+
+    candidate: Candidate
+    values: Mapping[str, Any]
+
+
+def _features(run: Run, candidate: Candidate) -> tuple[float, ...]:
+    """Return the arch as numbers, for distances between candidates."""
+    numbers: list[float] = []
+    for value in run.family.to_dict(candidate.of.arch).values():
+        numbers.extend(float(v) for v in (value if isinstance(value, list) else [value]))
+    return tuple(numbers)
+
+
+def _proxy(run: Run, step: int, passed: Sequence[Candidate]) -> list[Trained]:
+    """Train those best spread; the others, and the failures, become rows."""
+    config = run.config
+    chosen = spread(
+        [Timed(c.key, _features(run, c), _ratio(c), c.of.anchor is not None) for c in passed],
+        config.proxied,
+        random_seed=derived_seed(config.random_seed, "spread", step),
+    )
+    for candidate in passed:
+        if candidate.key not in chosen:
+            row = row_of(
+                run,
+                step,
+                candidate,
+                stage="selection",
+                state="pruned",
+                reason=f"fast enough, but not among the {config.proxied} best spread",
+            )
+            add_row(run, row, candidate.of.arch, 2**62)
+    by_key = {c.key: c for c in passed}
+    trained = []
+    for key in chosen:
+        candidate = by_key[key]
+        if run.ledger.failed(step, key):
+            continue
+        result = run.train(
+            candidate.of.arch,
+            f"s{step}-{key}",
+            out=run.folder.job_folder(f"s{step}-{key}"),
+            epochs=config.proxy_epochs,
+            init=config.proxy_init,
+            parent=candidate.parent,
+            first_epoch=(step - 1) * config.proxy_epochs,
+        )
+        seconds = candidate.seconds + result.seconds
+        candidate = replace(candidate, seconds=seconds)
+        if result.ok:
+            trained.append(Trained(candidate, result.values))
+            continue
+        reason = result.reason or "failed"
+        row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason)
+        add_row(run, row, candidate.of.arch, 2**62)
+    return trained
+
+
+def _ratio(candidate: Candidate) -> float:
+    assert candidate.measured is not None
+    assert candidate.measured.ratio is not None
+    return candidate.measured.ratio
+
+
+def _losses(run: Run, step: int, key: str) -> npt.NDArray[np.float64]:
+    """Return the per-image soft losses of a scored candidate, in holdout order."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(run.folder.job_folder(f"s{step}-{key}") / "holdout.safetensors")
+    return np.asarray(arrays["soft_loss"], dtype=np.float64)
+
+
+def _decide(run: Run, step: int, trained: Sequence[Trained]) -> list[Incumbent]:
+    """Rank the scored candidates and write their rows; the best `beam` go on."""
+    scored = [
+        Scored(
+            t.candidate.key, t.values["soft_loss"], t.values["soft_loss_se"], _ratio(t.candidate)
+        )
+        for t in trained
+    ]
+
+    @cache
+    def losses(key: str) -> npt.NDArray[np.float64]:
+        return _losses(run, step, key)
+
+    order = rank(scored, paired_error(losses))
+    by_key = {t.candidate.key: t for t in trained}
+    kept = order[: run.config.beam]
+    best = by_key[order[0]].values["soft_loss"]
+    for key in order:
+        item = by_key[key]
+        place = order.index(key) + 1
+        behind = item.values["soft_loss"] - best
+        reason = f"kept, rank {place} of {len(order)}"
+        if key not in kept:
+            reason = f"rank {place} of {len(order)}: {behind:+.4f} nats against rank 1"
+        row = row_of(
+            run,
+            step,
+            item.candidate,
+            soft_loss=item.values["soft_loss"],
+            soft_loss_se=item.values["soft_loss_se"],
+            top1=item.values["top1"],
+            top1_se=item.values["top1_se"],
+            stage="kept" if key in kept else "proxy",
+            state="complete",
+            reason=reason,
+        )
+        add_row(run, row, item.candidate.of.arch, 2**62)
+        if key not in kept:
+            run.folder.drop_weights(f"s{step}-{key}")
+    return [
+        Incumbent(
+            arch=by_key[key].candidate.of.arch,
+            key=key,
+            weights=run.folder.job_folder(f"s{step}-{key}") / "weights.safetensors",
+            ratio=_ratio(by_key[key].candidate),
+            images_per_s=_measured(by_key[key].candidate).images_per_s,
+            soft_loss=by_key[key].values["soft_loss"],
+        )
+        for key in kept
+    ]
+
+
+def _measured(candidate: Candidate) -> Measurement:
+    assert candidate.measured is not None
+    return candidate.measured
+
+
+def _close_step(
+    run: Run,
+    step: int,
+    bounds: StepBounds,
+    counted: int,
+    kept: Sequence[Incumbent],
+    steps: list[StepRow],
+) -> None:
+    """Add the step to `steps.csv`, redraw `ledger.csv`, and say it in one line."""
+    rows = [r for r in run.ledger.rows if r.step == step]
+    best = next(r for r in rows if r.key == kept[0].key)
+    summary = StepRow.of(step, bounds, counted, rows, best)
+    steps.append(summary)
+    write_steps(run.folder.path / "steps.csv", steps)
+    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    run.console.line(
+        f"step {step}/{run.config.steps}  band {band_text(bounds.band.lo, bounds.band.hi)}  "
+        f"{counted:,} contractions, {summary.shortlisted} timed, {summary.too_slow} too slow, "
+        f"{summary.scored} scored  ->  {best.label}  {best.params / 1e6:.2f}M  "
+        f"{best.ratio:.2f}x  soft loss {best.soft_loss:.4f} +- {best.soft_loss_se:.4f}  "
+        f"top-1 {best.top1:.1%}"
+    )
+
+
+def _stuck(
+    run: Run,
+    step: int,
+    band: str,
+    counted: int,
+    tried: set[str],
+    failed: int,
+    bounds: Mapping[str, StepBounds],
+) -> Stuck:
+    """Name the constraint that binds and how far off the nearest candidate was."""
+    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    rows = [r for r in run.ledger.rows if r.step == step]
+    where = f"stuck at step {step} of {run.config.steps}: "
+    if not tried:
+        return Stuck(
+            f"{where}the parameter budget binds: {counted} contractions of the incumbent fall in "
+            f"{band}; widen --params-tolerance or raise --steps"
+        )
+    slow = [r for r in rows if r.stage == "throughput" and r.state == "pruned"]
+    if slow:
+        bound = next(iter(bounds.values()))
+        nearest = max(slow, key=lambda r: r.ratio or 0.0)
+        need = []
+        if bound.ratio is not None:
+            need.append(f"{bound.ratio:.3f}x the seed")
+        if bound.images_per_s is not None:
+            need.append(f"{bound.images_per_s:.1f} images/s")
+        return Stuck(
+            f"{where}throughput binds: {len(slow)} of {len(rows)} candidates in {band} miss "
+            f"{' and '.join(need)}; the nearest, {nearest.label}, reached {nearest.ratio:.3f}x "
+            f"({nearest.images_per_s:.1f} images/s)"
+        )
+    last = rows[-1].reason if rows else "no reason recorded"
+    return Stuck(f"{where}all {failed or len(rows)} candidates in {band} failed, the last: {last}")

@@ -1,0 +1,237 @@
+"""The frozen configuration of a run: what decides its answer, and the dial that sets the sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from space.errors import refuse
+
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    # The whole job on digits in about a minute and a half on two quiet cores.
+    "smoke": {
+        "steps": 2,
+        "shortlist": 6,
+        "proxied": 2,
+        "beam": 1,
+        "draws": 4,
+        "proxy_images": 800,
+        "teacher_epochs": 8,
+        "seed_epochs": 3,
+        "proxy_epochs": 1,
+        "final_epochs": 3,
+        "bench_batch": 16,
+        "bench_blocks": 6,
+        "bench_max_blocks": 12,
+    },
+    # The README's run: about ten minutes on two quiet cores with the digits.
+    "normal": {
+        "steps": 4,
+        "shortlist": 12,
+        "proxied": 4,
+        "beam": 2,
+        "draws": 3,
+        "proxy_images": None,
+        "teacher_epochs": 15,
+        "seed_epochs": 8,
+        "proxy_epochs": 2,
+        "final_epochs": 10,
+        "bench_batch": 32,
+        "bench_blocks": 10,
+        "bench_max_blocks": 40,
+    },
+    # A night on two cores, or an hour on a GPU.
+    "high": {
+        "steps": 6,
+        "shortlist": 24,
+        "proxied": 8,
+        "beam": 3,
+        "draws": 3,
+        "proxy_images": None,
+        "teacher_epochs": 30,
+        "seed_epochs": 20,
+        "proxy_epochs": 5,
+        "final_epochs": 30,
+        "bench_batch": 32,
+        "bench_blocks": 20,
+        "bench_max_blocks": 160,
+    },
+}
+"""Documented constants behind `--effort`; each has a flag of its own."""
+
+NO_SLOWER_SLACK = 0.02
+"""Without a throughput constraint, a contraction may measure this much slower than its parent."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the answer of a run. Two runs of equal configuration, measurements
+    and threads end with the same arch, score and weights.
+
+    Sizes are counts; `max_broken` and `params_tolerance` are shares; `min_throughput` is images/s
+    at `bench_batch` and `bench_dtype`; `min_speedup` is a ratio to the seed's throughput.
+    """
+
+    seed: str
+    target_params: int
+    seed_arch: Mapping[str, Any] = field(default_factory=dict)
+    family: str = "tinyvit"
+    params_tolerance: float = 0.10
+    min_throughput: float | None = None
+    min_speedup: float | None = None
+    data: str = "digits"
+    img_size: int | None = None
+    proxy_images: int | None = None
+    max_broken: float = 0.01
+    teacher: str = "auto"
+    labels: str | None = None
+    topk: int | None = None
+    seed_weights: str | None = None
+    proxy_init: str = "inherit"
+    anchors: bool = True
+    effort: str = "normal"
+    steps: int = 4
+    shortlist: int = 12
+    proxied: int = 4
+    beam: int = 2
+    draws: int = 3
+    teacher_epochs: int = 15
+    seed_epochs: int = 8
+    proxy_epochs: int = 2
+    final_epochs: int = 10
+    batch_size: int = 32
+    bench_batch: int = 32
+    bench_blocks: int = 10
+    bench_max_blocks: int = 40
+    bench_dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    random_seed: int = 0
+    measurements: str | None = None
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, the inverse of `config_from_dict`."""
+        return dataclasses.asdict(self)
+
+
+def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """Rebuild a configuration from `run.json`; unknown or missing keys are refused."""
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    unknown = sorted(set(data) - names)
+    missing = sorted({"seed", "target_params"} - set(data))
+    if unknown or missing:
+        raise refuse(
+            "run.json: config",
+            f"unknown {unknown} and missing {missing} settings",
+            "the settings of this version",
+            "start a new run in another folder",
+        )
+    return RunConfig(**data)
+
+
+def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one effort, overridden by those that the user gave."""
+    if effort not in EFFORTS:
+        raise refuse("--effort", effort, f"one of {', '.join(EFFORTS)}")
+    return {**EFFORTS[effort], **given, "effort": effort}
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
+    return "--no-anchors" if name == "anchors" else "--" + name.replace("_", "-")
+
+
+def _whole(config: RunConfig, name: str, least: int, most: int | None = None) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise refuse(flag(name), value, f"an integer >= {least}")
+    if most is not None and value > most:
+        raise refuse(flag(name), value, f"an integer <= {most}")
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse a configuration that could not run, naming the flag (house rule 2)."""
+    _whole(config, "target_params", 1)
+    for name in ("shortlist", "proxied", "beam", "draws", "bench_batch"):
+        _whole(config, name, 1, 100_000)
+    _whole(config, "steps", 1, 64)
+    for name in ("teacher_epochs", "seed_epochs", "proxy_epochs", "final_epochs"):
+        _whole(config, name, 1, 100_000)
+    _whole(config, "bench_blocks", 6, 10_000)
+    _whole(config, "bench_max_blocks", config.bench_blocks, 100_000)
+    _whole(config, "batch_size", 2, 65_536)
+    _whole(config, "threads", 1, 1024)
+    _whole(config, "random_seed", 0, 2**31 - 1)
+    for name in ("img_size", "proxy_images", "topk"):
+        if getattr(config, name) is not None:
+            _whole(config, name, {"img_size": 16, "proxy_images": 20, "topk": 1}[name])
+    for name in ("min_throughput", "min_speedup"):
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            unit = "images/s" if name == "min_throughput" else "a ratio to the seed, such as 1.9"
+            raise refuse(flag(name), value, f"a number above 0 ({unit})")
+    if not 0.0 <= config.params_tolerance < 1.0:
+        raise refuse("--params-tolerance", config.params_tolerance, "a share in [0, 1)")
+    if not 0.0 <= config.max_broken < 1.0:
+        raise refuse("--max-broken", config.max_broken, "a share in [0, 1), such as 0.01 or 1%")
+    if config.proxied > config.shortlist:
+        raise refuse(
+            "--proxied",
+            config.proxied,
+            f"at most --shortlist={config.shortlist}",
+            "lower one or raise the other",
+        )
+    if config.beam > config.proxied:
+        raise refuse("--beam", config.beam, f"at most --proxied={config.proxied}")
+    if config.proxy_init not in ("inherit", "scratch"):
+        raise refuse("--proxy-init", config.proxy_init, "inherit or scratch")
+    if config.bench_dtype not in ("float32", "bfloat16", "float16"):
+        raise refuse("--bench-dtype", config.bench_dtype, "float32, bfloat16 or float16")
+    kind, _, index = config.device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or config.device == "cpu:":
+        raise refuse("--device", config.device, "cpu, cuda or cuda:N")
+    if config.labels is not None and config.teacher != "auto":
+        raise refuse(
+            "--labels with --teacher",
+            f"{config.labels} and {config.teacher}",
+            "one of the two, as a store already holds its teacher's labels",
+            "drop --teacher",
+        )
+
+
+_SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000, "g": 1_000_000_000}
+
+
+def parse_count(name: str, text: str | int) -> int:
+    """Parse a parameter count: `5M`, `5.4m`, `350K`, `5_000_000` or `5e6`; refuse the rest."""
+    shown = str(text).strip()
+    body, scale = shown, 1
+    if body and body[-1].lower() in _SUFFIXES:
+        scale = _SUFFIXES[body[-1].lower()]
+        body = body[:-1]
+    try:
+        value = Decimal(body.replace("_", "")) * scale
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not (value.is_finite() and 1 <= value <= 10**15):
+        raise refuse(name, shown, "a count above 0 such as 5M, 350K or 5400000")
+    return round(value)
+
+
+def parse_share(name: str, text: str | float) -> float:
+    """Parse a share: `0.01` or `1%`."""
+    shown = str(text).strip()
+    try:
+        value = float(shown[:-1]) / 100 if shown.endswith("%") else float(shown)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < 1.0:
+        raise refuse(name, shown, "a share in [0, 1) such as 0.01 or 1%")
+    return value

@@ -1,0 +1,319 @@
+"""Contract a seed model to a budget: `python -m nas.contract --seed 21M --target-params 5M`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from nas.config import EFFORTS, parse_count, parse_share
+from nas.session import Outcome, run
+from space.errors import InputError, refuse
+
+EXIT_REACHED, EXIT_BAD_INPUT, EXIT_STUCK, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 2, 3, 130, 143
+
+
+def contract(
+    seed: str | None = None,
+    target_params: str | int | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    max_hours: float | None = None,
+    cache_dir: str | Path | None = None,
+    quiet: bool = True,
+    console: Any = None,
+    executor: Any = None,
+    **settings: Any,
+) -> Outcome:
+    """Contract `seed` to `target_params` and leave everything in the run folder `out`.
+
+    `settings` are the fields of `nas.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`,
+    ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
+    only settings that equal its own may be given. Raises `InputError` (a `ValueError` of one
+    line) on bad input. A run that ends stuck or out of time is an `Outcome`, not an error.
+    """
+    given = dict(settings)
+    if seed is not None:
+        given["seed"] = seed
+    if target_params is not None:
+        given["target_params"] = parse_count("--target-params", target_params)
+    if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
+        raise refuse("--max-hours", max_hours, "a number of hours above 0")
+    return run(
+        given,
+        out=None if out is None else Path(out),
+        resume=resume,
+        max_hours=max_hours,
+        cache=Path(cache_dir) if cache_dir is not None else default_cache(),
+        quiet=quiet,
+        console=console,
+        executor=executor,
+    )
+
+
+def default_cache() -> Path:
+    """Return where datasets, teachers, labels and trained seeds are kept between runs."""
+    named = os.environ.get("VISION_CONTRACTION_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "vision-contraction"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose refusals are one line (house rule 2)."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with one line and exit status 2."""
+        self.exit(EXIT_BAD_INPUT, f"error: {message} (see --help)\n")
+
+
+def _defaults(name: str) -> str:
+    return ", ".join(f"{effort} {values[name]}" for effort, values in EFFORTS.items())
+
+
+def build_parser() -> Parser:
+    """Return the parser. Flags that are not given are absent, so that an effort can set them."""
+    parser = Parser(
+        prog="python -m nas.contract",
+        description="Contract a seed model step by step to a parameter budget and a measured "
+        "throughput; leaves a plain timm model in the run folder.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    goal = parser.add_argument_group("what to reach")
+    goal.add_argument(
+        "--seed", metavar="ARCH", help="where contraction starts: 5M, 11M, 21M, or a JSON file"
+    )
+    goal.add_argument("--target-params", metavar="N", help="parameters to reach: 5M, 350K, ...")
+    goal.add_argument(
+        "--params-tolerance",
+        metavar="SHARE",
+        help="the target is a band of this share either way (default: 0.10)",
+    )
+    goal.add_argument(
+        "--min-throughput",
+        type=float,
+        metavar="IMAGES_PER_S",
+        help="least throughput on the device (default: no such bound)",
+    )
+    goal.add_argument(
+        "--min-speedup",
+        type=float,
+        metavar="RATIO",
+        help="least throughput relative to the seed, timed interleaved (default: no such bound; "
+        "with neither, a contraction must not be slower than what it came from, less 2 %%)",
+    )
+    goal.add_argument("--family", help="kind of model (default: tinyvit)")
+    data = parser.add_argument_group("data and teacher")
+    data.add_argument(
+        "--data",
+        metavar="SOURCE",
+        help="digits, fractals, an image folder, or torch/..., hfds/..., wds/... (default: digits)",
+    )
+    data.add_argument("--img-size", type=int, metavar="PX", help="resolution (default: from data)")
+    data.add_argument(
+        "--proxy-images",
+        type=int,
+        metavar="N",
+        help="train and score on a stratified subset of N images (default: smoke 800, else 10000)",
+    )
+    data.add_argument(
+        "--max-broken", metavar="SHARE", help="broken images tolerated (default: 1%%)"
+    )
+    data.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        help="auto, a timm name with pretrained weights, or MODEL:FILE (default: auto)",
+    )
+    data.add_argument("--labels", metavar="STORE", help="use this soft-label store")
+    data.add_argument(
+        "--topk", type=int, metavar="K", help="classes kept a label (default: min(10, classes-1))"
+    )
+    data.add_argument(
+        "--seed-weights",
+        metavar="FILE|TAG",
+        help="start the seed from a checkpoint or a timm tag (default: from scratch)",
+    )
+    size = parser.add_argument_group("how hard to look")
+    size.add_argument("--effort", help="smoke, normal or high: sets all below (default: normal)")
+    for name, text in (
+        ("steps", "steps from seed to target"),
+        ("shortlist", "candidates timed a step"),
+        ("proxied", "candidates trained a step"),
+        ("beam", "incumbents kept a step"),
+        ("draws", "shortlists drawn before a step is stuck"),
+        ("teacher_epochs", "epochs of the auto teacher"),
+        ("seed_epochs", "epochs of the seed"),
+        ("proxy_epochs", "epochs of a candidate"),
+        ("final_epochs", "epochs of the final comparison"),
+    ):
+        size.add_argument(
+            "--" + name.replace("_", "-"),
+            type=int,
+            metavar="N",
+            help=f"{text} (default: {_defaults(name)})",
+        )
+    size.add_argument("--batch-size", type=int, metavar="N", help="training batch (default: 32)")
+    size.add_argument(
+        "--proxy-init", help="inherit the parent's sliced weights, or scratch (default: inherit)"
+    )
+    size.add_argument(
+        "--no-anchors",
+        dest="anchors",
+        action="store_false",
+        help="do not add uniform scaling and published archs to the shortlists",
+    )
+    device = parser.add_argument_group("device and measuring")
+    device.add_argument("--device", help="cpu, cuda or cuda:N (default: cpu)")
+    device.add_argument(
+        "--threads", type=int, metavar="N", help="torch threads (default: the usable CPUs)"
+    )
+    device.add_argument(
+        "--bench-batch", type=int, metavar="N", help=f"images a pass ({_defaults('bench_batch')})"
+    )
+    device.add_argument("--bench-dtype", help="float32, bfloat16 or float16 (default: float32)")
+    device.add_argument(
+        "--bench-blocks",
+        type=int,
+        metavar="N",
+        help=f"timed blocks at least ({_defaults('bench_blocks')})",
+    )
+    device.add_argument(
+        "--bench-max-blocks",
+        type=int,
+        metavar="N",
+        help=f"timed blocks at most ({_defaults('bench_max_blocks')})",
+    )
+    device.add_argument(
+        "--measurements",
+        metavar="FILE",
+        help="reuse the measurements of equal fingerprint from another run's measurements.csv",
+    )
+    device.add_argument("--random-seed", type=int, metavar="N", help="of every draw (default: 0)")
+    process = parser.add_argument_group("the run")
+    process.add_argument(
+        "--out", metavar="DIR", help="run folder (default: results/runs/DATE-TIME-SEED-TARGET)"
+    )
+    process.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="DIR",
+        help="continue a run that was interrupted (DIR, or the --out folder)",
+    )
+    process.add_argument("--status", metavar="DIR", help="tell where a run stands, and exit")
+    process.add_argument("--max-hours", type=float, metavar="H", help="stop in time, exit status 3")
+    process.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="datasets, teachers, labels, seeds (default: $VISION_CONTRACTION_CACHE, or the "
+        "user's cache folder)",
+    )
+    process.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    process.add_argument("--json", action="store_true", help="print the result as a last JSON line")
+    return parser
+
+
+_SESSION = ("out", "resume", "status", "max_hours", "cache_dir", "quiet", "json")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, contract, report. Returns the exit status: 0 reached, 2 bad input, 3 stuck."""
+    arguments = vars(build_parser().parse_args(argv))
+    session_given = {k: arguments.pop(k) for k in _SESSION if k in arguments}
+    out = session_given.get("out")
+    try:
+        if "status" in session_given:
+            from nas.report import status
+
+            print(status(Path(session_given["status"])))
+            return EXIT_REACHED
+        resume = session_given.get("resume")
+        if resume:
+            if out is not None and Path(out) != Path(resume):
+                raise refuse("--resume", resume, f"the --out folder {out}", "name one folder")
+            out = resume
+        if resume == "" and out is None:
+            raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
+        if resume is None:
+            _need(arguments)
+        for name, parse in (
+            ("target_params", parse_count),
+            ("params_tolerance", parse_share),
+            ("max_broken", parse_share),
+        ):
+            if name in arguments:
+                arguments[name] = parse("--" + name.replace("_", "-"), arguments[name])
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    started = time.monotonic()
+    quiet = bool(session_given.get("quiet", False))
+    try:
+        outcome = contract(
+            out=out,
+            resume=resume is not None,
+            max_hours=session_given.get("max_hours"),
+            cache_dir=session_given.get("cache_dir"),
+            quiet=quiet,
+            **arguments,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if not quiet:
+        _farewell(outcome, time.monotonic() - started)
+    if session_given.get("json"):
+        print(json.dumps({**outcome.result, "out": str(outcome.folder)}))
+    return outcome.exit_code
+
+
+def _need(arguments: Mapping[str, Any]) -> None:
+    """Refuse a new run without a seed or a target."""
+    for name, example in (("seed", "--seed 21M"), ("target_params", "--target-params 5M")):
+        if name not in arguments:
+            flag = "--" + name.replace("_", "-")
+            raise refuse(flag, "nothing", "a value", f"add, for example, {example}")
+
+
+def _farewell(outcome: Outcome, seconds: float) -> None:
+    """Print the final table, the paths and the next two commands."""
+    from nas.report import final_table
+
+    print(final_table(outcome.folder))
+    print(f"finished in {seconds / 60:.1f} minutes")
+    print(f"run folder: {outcome.folder}")
+    print(f"report:     {outcome.folder / 'report.md'}")
+    if outcome.exit_code == EXIT_REACHED:
+        print("next:")
+        print(f"  python -m benchmarks.pareto {outcome.folder} --out pareto.png")
+        print(f"  python -m nas.contract --status {outcome.folder}")
+    elif outcome.status == "stopped":
+        print(f"next:  python -m nas.contract --resume {outcome.folder}")
+
+
+def entry() -> NoReturn:
+    """Console-script entry: exit with the status of `main`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

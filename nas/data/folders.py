@@ -1,0 +1,243 @@
+"""Image folders: `train/CLASS/*.jpg` with `val/`, or one tree `CLASS/*.jpg` to be cut."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.data.cuts import TEST_IMAGES, choose
+from nas.data.decode import chosen_img_size, header_size, read_image, store_size_of
+from nas.data.files import digest_of
+from nas.data.pixels import Pool, Source
+from nas.data.values import DEFAULT_PROXY_IMAGES, DataSpec
+from nas.jobs import Tick
+from space.errors import refuse
+
+VERSION = 1
+"""Of the decoding and the choice of images: another one is another data set."""
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"))
+TEST_NAMES = ("val", "valid", "validation", "test", "eval")
+_LOOKED_AT = 101
+_CHUNK = 64
+_LAYOUT = "train/CLASS/IMAGE with val/CLASS/IMAGE, or CLASS/IMAGE"
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    name: str  # relative to the root, with forward slashes
+    label: int
+    role: str
+
+
+def folder(spec: DataSpec) -> Source:
+    """List an image folder and choose which images are used. Raises InputError."""
+    root = _existing(spec.name)
+    train, test = root / "train", next((root / n for n in TEST_NAMES if _is_dir(root / n)), None)
+    split = _is_dir(train) and test is not None
+    tree = train if split or (_is_dir(train) and _class_folders(train)) else root
+    classes = _classes(tree, spec.name)
+    notes = []
+    files = list(_files(root, tree, classes, "train" if split else "any"))
+    used, note = _proxy(files, len(classes), spec.proxy_images, split)
+    notes += note
+    if split:
+        assert test is not None
+        tested = _test_side(root, test, classes)
+        kept = _chosen(tested, max(TEST_IMAGES, len(classes)), "test", 1)
+        if len(kept) < len(tested):
+            notes.append(f"{len(kept):,} of {len(tested):,} test images used")
+        used += kept
+    img_size = spec.img_size
+    if img_size is None:
+        looked = [used[r] for r in choose([f.name for f in used], _labels(used), _LOOKED_AT, "")]
+        sizes = (header_size(file.path) for file in looked)
+        img_size, line = chosen_img_size(size for size in sizes if size is not None)
+        notes.append(line)
+    return _source(root, spec.name, classes, used, img_size, tuple(notes))
+
+
+def _source(
+    root: Path,
+    name: str,
+    classes: tuple[str, ...],
+    used: Sequence[_File],
+    img_size: int,
+    notes: tuple[str, ...],
+) -> Source:
+    store_size = store_size_of(img_size)
+
+    def fill(pool: Pool, tick: Tick) -> None:
+        for file, found in _decoded(used, img_size, store_size):
+            if found is None:
+                pool.broken.append(file.name)
+            else:
+                pool.add(found[0], file.label, file.role, found[1])
+            tick(1.0)
+
+    return Source(
+        name=name,
+        classes=classes,
+        img_size=img_size,
+        store_size=store_size,
+        hflip=True,
+        identity={"folder": VERSION, "root": os.fspath(root), "files": _listing(used)},
+        count=len(used),
+        fill=fill,
+        notes=notes,
+    )
+
+
+def _existing(name: str) -> Path:
+    remedy = "see --help for the data sets that need no folder"
+    try:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise refuse("--data", name, "digits, fractals or an existing folder", remedy)
+        if not path.is_dir():
+            raise refuse("--data", name, "a folder, not a file", remedy)
+        os.listdir(path)
+    except OSError as error:
+        raise refuse("--data", f"{name} ({error.strerror})", "a folder that can be read") from error
+    except RuntimeError as error:  # no such user after "~"
+        raise refuse("--data", f"{name} ({error})", "an existing folder", remedy) from error
+    return path.resolve()
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _class_folders(tree: Path) -> list[str]:
+    """List the class folders of a tree, sorted by name; links that lead back up are left out."""
+    above = {tree.resolve(), *tree.resolve().parents}
+    try:
+        with os.scandir(tree) as entries:
+            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+    except OSError as error:
+        raise _unreadable(tree, error) from error
+    return sorted(n for n in names if (tree / n).resolve() not in above)
+
+
+def _unreadable(path: Path, error: OSError) -> Exception:
+    return refuse("--data", f"{path} ({error.strerror})", "a folder that can be read")
+
+
+def _classes(tree: Path, shown: str) -> tuple[str, ...]:
+    names = _class_folders(tree)
+    if not names:
+        raise refuse("--data", f"{shown}, which has no class folders", _LAYOUT)
+    if len(names) == 1:
+        got = f"{shown}, which has one class only ({names[0]})"
+        raise refuse("--data", got, "at least two classes", _LAYOUT)
+    return tuple(names)
+
+
+def _files(root: Path, tree: Path, classes: Sequence[str], role: str) -> Iterator[_File]:
+    """Walk the class folders in a fixed order. Raises InputError for an empty class."""
+
+    def failed(error: OSError) -> None:
+        raise _unreadable(Path(error.filename or tree), error) from error
+
+    for label, name in enumerate(classes):
+        found = False
+        # Links to folders inside a class are not followed: they may lead back up.
+        for at, inner, files in os.walk(tree / name, onerror=failed, followlinks=False):
+            inner.sort()
+            for file in sorted(files):
+                if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+                    path = Path(at) / file
+                    relative = path.relative_to(root).as_posix()
+                    found = True
+                    yield _File(path, relative, label, role)
+        if not found:
+            kinds = " ".join(sorted(EXTENSIONS))
+            raise refuse("--data", f"no image in {tree / name}", f"images ({kinds})", _LAYOUT)
+
+
+def _test_side(root: Path, test: Path, classes: tuple[str, ...]) -> list[_File]:
+    names = _class_folders(test)
+    odd = sorted(set(names) ^ set(classes))
+    if odd:
+        where = ["train" if name in classes else test.name for name in odd[:3]]
+        shown = ", ".join(f"{n!r} only in {w}/" for n, w in zip(odd, where, strict=False))
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        want = f"the same classes in train/ and {test.name}/"
+        raise refuse("--data", f"{root}: {shown}{more}", want)
+    return list(_files(root, test, classes, "test"))
+
+
+def _labels(files: Sequence[_File]) -> NDArray[np.int64]:
+    return np.array([file.label for file in files], dtype=np.int64)
+
+
+def _chosen(files: Sequence[_File], count: int, salt: str, at_least: int) -> list[_File]:
+    rows = choose([file.name for file in files], _labels(files), count, salt, at_least)
+    return [files[row] for row in rows]
+
+
+def proxy_limit(classes: int, asked: int | None, split: bool) -> int:
+    """Say how many images train and holdout (and test, if it is cut from the same) may use.
+
+    Raises InputError if the images asked for cannot hold every class.
+    """
+    if asked is not None and asked < 2 * classes:
+        want = f"at least {2 * classes}, two for each of {classes} classes"
+        raise refuse("--proxy-images", asked, want)
+    limit = max(DEFAULT_PROXY_IMAGES, 4 * classes) if asked is None else asked
+    return limit if split else max(round(limit / 0.8), 3 * classes)
+
+
+def _proxy(
+    files: list[_File], classes: int, asked: int | None, split: bool
+) -> tuple[list[_File], list[str]]:
+    limit = proxy_limit(classes, asked, split)
+    used = _chosen(files, limit, "proxy", 2 if split else 3)
+    if len(used) == len(files):
+        return used, []
+    what = "training images" if split else "images"
+    return used, [f"{len(used):,} of {len(files):,} {what} used (--proxy-images)"]
+
+
+def _listing(files: Sequence[_File]) -> str:
+    """Hash what the file system knows of the images, without reading them."""
+    rows: list[Any] = []
+    for file in files:
+        try:
+            about = file.path.stat()
+            rows.append([file.name, file.label, file.role, about.st_size, about.st_mtime_ns])
+        except OSError:  # a dangling link; named as broken when it is decoded
+            rows.append([file.name, file.label, file.role])
+    return digest_of(rows)
+
+
+def _decoded(
+    files: Sequence[_File], img_size: int, store_size: int
+) -> Iterator[tuple[_File, tuple[str, NDArray[np.uint8]] | None]]:
+    """Decode in threads (Pillow releases the interpreter), in order; None for a broken file."""
+
+    def one(file: _File) -> tuple[str, NDArray[np.uint8]] | None:
+        try:
+            return read_image(file.path, img_size, store_size)
+        except Exception:  # a damaged file raises almost anything in Pillow
+            return None
+
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
+    ):
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd files, one each
+        for start in range(0, len(files), _CHUNK):
+            chunk = files[start : start + _CHUNK]
+            yield from zip(chunk, threads.map(one, chunk), strict=True)

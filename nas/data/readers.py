@@ -1,0 +1,246 @@
+"""Whatever `timm.data.create_dataset` reads: `torch/NAME`, `hfds/OWNER/NAME`, `wds/FOLDER`.
+
+torch is imported here, and only when such a set is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.data.cuts import TEST_IMAGES, choose
+from nas.data.decode import as_rgb_key, chosen_img_size, fitted, store_size_of
+from nas.data.folders import proxy_limit
+from nas.data.pixels import Pool, Source
+from nas.data.values import DataSpec
+from nas.jobs import Tick
+from space.errors import refuse
+
+VERSION = 1
+PREFIXES = ("torch", "hfds", "wds")
+_NEEDS = {
+    "torch": ("torchvision", "pip install torchvision"),
+    "hfds": ("datasets", "pip install 'vision-contraction[hub]'"),
+    "wds": ("webdataset", "pip install 'vision-contraction[webdataset]'"),
+}
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("validation", "val", "test", "valid")
+_LOOKED_AT = 25
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One split: images by number, or in a stream; `labels` where they are known beforehand."""
+
+    items: Any
+    count: int
+    labels: NDArray[np.int64] | None
+    streamed: bool
+
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[Any, Any] | None]:
+        """Give (image, label) of the wanted numbers, rising; None for a broken one."""
+        if self.streamed:
+            chosen = set(wanted)
+            try:
+                yield from (item for at, item in enumerate(self.items) if at in chosen)
+            except Exception as error:  # a broken link or shard; streams cannot skip
+                got = f"a stream that broke off ({_line(error)})"
+                raise refuse("--data", got, "readable shards") from error
+            return
+        for at in wanted:
+            try:
+                image, label = self.items[at]
+                image.load()
+            except (AttributeError, IndexError, TypeError):
+                raise  # not a damaged image but a data set of another kind
+            except Exception:  # a damaged image raises almost anything
+                yield None
+            else:
+                yield image, label
+
+
+def reader(spec: DataSpec, cache_dir: Path) -> Source:
+    """Open a data set through timm, downloading it if its reader can. Raises InputError."""
+    prefix, _, rest = spec.name.partition("/")
+    package, install = _NEEDS[prefix]
+    if importlib.util.find_spec(package) is None:
+        raise refuse("--data", spec.name, f"the package {package}", install)
+    if not rest:
+        raise refuse("--data", spec.name, f"a name after {prefix}/", "e.g. torch/cifar100")
+    train = _opened(spec.name, TRAIN_SPLITS, cache_dir)
+    if isinstance(train, Exception):
+        want = "a data set that timm can open"
+        raise refuse("--data", f"{spec.name} ({_line(train)})", want, "check name and network")
+    test = _opened(spec.name, TEST_SPLITS, cache_dir)
+    notes: list[str] = []
+    sides = {"train": _side(train)}
+    if isinstance(test, Exception):
+        notes.append(f"no split for testing ({_line(test)}): it is cut from the training images")
+        sides = {"any": sides["train"]}
+    else:
+        sides["test"] = _side(test)
+    classes = _classes(train, next(iter(sides.values())), spec.name)
+    wanted = _wanted(sides, len(classes), spec.proxy_images, notes)
+    img_size = spec.img_size
+    if img_size is None:
+        role = next(iter(sides))
+        found = sides[role].read(wanted[role][:_LOOKED_AT])
+        img_size, line = chosen_img_size(item[0].size for item in found if item is not None)
+        notes.append(line)
+    return _source(spec.name, classes, sides, wanted, img_size, tuple(notes))
+
+
+def _source(
+    name: str,
+    classes: tuple[str, ...],
+    sides: dict[str, _Side],
+    wanted: dict[str, list[int]],
+    img_size: int,
+    notes: tuple[str, ...],
+) -> Source:
+    store_size = store_size_of(img_size)
+
+    def fill(pool: Pool, tick: Tick) -> None:
+        for role, side in sides.items():
+            for at, item in zip(wanted[role], side.read(wanted[role]), strict=False):
+                if item is None:
+                    pool.broken.append(f"{role}[{at}]")
+                else:
+                    label = _checked_label(item[1], len(classes), name)
+                    pixels = fitted(item[0], img_size, store_size)
+                    pool.add(as_rgb_key(item[0]), label, role, pixels)
+                tick(1.0)
+
+    return Source(
+        name=name,
+        classes=classes,
+        img_size=img_size,
+        store_size=store_size,
+        hflip="mnist" not in name.lower(),
+        identity={
+            "reader": VERSION,
+            "counts": {role: [side.count, len(wanted[role])] for role, side in sides.items()},
+            "shards": _shards(name),
+        },
+        count=sum(len(rows) for rows in wanted.values()),
+        fill=fill,
+        notes=notes,
+    )
+
+
+def _create(name: str, split: str, cache_dir: Path) -> Any:
+    """Call timm; a seam for tests, which have no network."""
+    from timm.data.dataset_factory import create_dataset
+
+    prefix, _, rest = name.partition("/")
+    if prefix == "torch":
+        root = cache_dir / "downloads" / "torch"
+        root.mkdir(parents=True, exist_ok=True)
+        return create_dataset(name, root=str(root), split=split, download=True)
+    if prefix == "wds":
+        return create_dataset("wds/", root=rest, split=split)
+    return create_dataset(name, split=split)
+
+
+def _opened(name: str, splits: Iterable[str], cache_dir: Path) -> Any:
+    """Open the first split that exists; give the first failure if none does."""
+    first: Exception | None = None
+    for split in splits:
+        try:
+            return _create(name, split, cache_dir)
+        except Exception as error:  # network, disk, unknown name or split: each reader has its own
+            first = first or error
+    return first
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _side(items: Any) -> _Side:
+    if not hasattr(items, "__getitem__") or _is_stream(items):
+        return _Side(items, len(items), None, True)
+    labels = getattr(items, "targets", None)
+    reader_of = getattr(items, "reader", None)
+    iter_targets = getattr(reader_of, "iter_targets", None)
+    if labels is None and iter_targets is not None:
+        labels = list(iter_targets())
+    known = None if labels is None else np.asarray(labels)
+    if known is not None and (known.ndim != 1 or known.dtype.kind not in "iu"):
+        known = None
+    return _Side(items, len(items), None if known is None else known.astype(np.int64), False)
+
+
+def _is_stream(items: Any) -> bool:
+    from torch.utils.data import IterableDataset
+
+    return isinstance(items, IterableDataset)
+
+
+def _classes(items: Any, side: _Side, name: str) -> tuple[str, ...]:
+    """Name the classes, by number where the set has no names. Raises InputError."""
+    table = getattr(items, "class_to_idx", None) or getattr(
+        getattr(items, "reader", None), "class_to_idx", None
+    )
+    listed = getattr(items, "classes", None)
+    if listed:
+        names = [str(entry) for entry in listed]
+    elif table:
+        names = [str(key) for key, _ in sorted(table.items(), key=lambda pair: int(pair[1]))]
+    elif side.labels is not None and len(side.labels):
+        names = [str(number) for number in range(int(side.labels.max()) + 1)]
+    else:
+        read = side.read(range(side.count))
+        last = max((int(item[1]) for item in read if item is not None), default=0)
+        names = [str(number) for number in range(last + 1)]
+    if len(names) < 2:
+        raise refuse("--data", f"{name}, which has one class only", "at least two classes")
+    return tuple(names)
+
+
+def _checked_label(label: Any, classes: int, name: str) -> int:
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        number = -1
+    if not 0 <= number < classes:
+        got = f"{name}, an image with label {label!r}"
+        raise refuse("--data", got, f"one class number from 0 to {classes - 1}")
+    return number
+
+
+def _wanted(
+    sides: dict[str, _Side], classes: int, asked: int | None, notes: list[str]
+) -> dict[str, list[int]]:
+    """Choose which numbers are read, stratified where labels are known beforehand."""
+    split = "test" in sides
+    limits = {role: proxy_limit(classes, asked, split) for role in sides}
+    if split:
+        limits["test"] = max(TEST_IMAGES, classes)
+    wanted: dict[str, list[int]] = {}
+    for role, side in sides.items():
+        labels = np.zeros(side.count, dtype=np.int64) if side.labels is None else side.labels
+        ids = [str(at) for at in range(side.count)]
+        rows = choose(ids, labels, limits[role], role, 1 if role == "test" else 3)
+        wanted[role] = rows.tolist()
+        if len(rows) < side.count:
+            what = "test" if role == "test" else "training"
+            flag = "" if role == "test" else " (--proxy-images)"
+            notes.append(f"{len(rows):,} of {side.count:,} {what} images used{flag}")
+    return wanted
+
+
+def _shards(name: str) -> list[list[Any]]:
+    """List the local files of a WebDataset with size and time; nothing for other readers."""
+    prefix, _, rest = name.partition("/")
+    if prefix != "wds" or not os.path.isdir(rest):
+        return []
+    about = [(e.name, e.stat()) for e in os.scandir(rest) if e.is_file()]
+    return sorted([n, s.st_size, s.st_mtime_ns] for n, s in about)

@@ -1,0 +1,33 @@
+"""From the name of a data set to a prepared one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nas.data.digits import digits
+from nas.data.folders import folder
+from nas.data.fractals import fractals
+from nas.data.pixels import Source, cached
+from nas.data.readers import PREFIXES, reader
+from nas.data.values import Dataset, DataSpec
+from nas.jobs import Tick, no_tick
+
+
+def find_source(spec: DataSpec, cache_dir: Path) -> Source:
+    """Look at a data set without decoding it. Raises InputError."""
+    if spec.name == "digits":
+        return digits(spec)
+    if spec.name == "fractals":
+        return fractals(spec)
+    if spec.name.partition("/")[0] in PREFIXES and not Path(spec.name).exists():
+        return reader(spec, cache_dir)
+    return folder(spec)
+
+
+def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
+    """Decode a data set into the cache, or open it if that was done before.
+
+    `tick` counts images. Raises InputError for data that cannot be used.
+    """
+    source = find_source(spec, Path(cache_dir))
+    return cached(source, spec.random_seed, spec.max_broken, Path(cache_dir), tick)

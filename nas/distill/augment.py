@@ -1,0 +1,201 @@
+"""One 64-bit code per image and epoch, from which timm's transforms give the same input again.
+
+timm and torchvision draw from three module-global generators (random, numpy, torch); all three are
+seeded with the code for one image and put back afterwards. Calls inside a process are serialised.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from timm.data.transforms_factory import create_transform
+
+from nas.data import Dataset
+from nas.data.files import digest_of
+from space.errors import refuse
+
+_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """Everything that decides an input, given the stored pixels and a code.
+
+    `scale` and `ratio` bound the random resized crop; `hflip` and `erase_prob` are probabilities;
+    `policy` is a timm auto-augment string or None; `color_jitter` a strength or None (timm leaves
+    it out under a policy). `posterize_zero` names what posterizing to 0 bits gives: "black", as
+    in Pillow before 13, which raises instead.
+    """
+
+    img_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    policy: str | None = None
+    color_jitter: float | None = None
+    erase_prob: float = 0.0
+    posterize_zero: str = "black"
+    version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON, the inverse of `from_dict`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> AugmentSpec:
+        """Read plain JSON; raises InputError for unknown or missing fields."""
+        known = {f.name for f in fields(AugmentSpec)}
+        if set(value) != known:
+            odd = ", ".join(sorted(set(value) ^ known))
+            raise refuse("augmentation", f"unknown or missing {odd}", "this version's fields")
+        read: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in value.items()
+        }
+        return AugmentSpec(**read)
+
+    def digest(self) -> str:
+        """Hash all fields: 32 hex characters."""
+        return digest_of(self.to_dict())
+
+
+def default_spec(dataset: Dataset) -> AugmentSpec:
+    """Choose the augmentation of a data set.
+
+    Digits keep most of the stroke (crops of 60 % and more) and are never mirrored; fractals are
+    cropped harder; photographs also get TinyViT's RandAugment. Random erasing is left to long
+    schedules.
+    """
+    mean, std = dataset.mean, dataset.std
+    spec = AugmentSpec(dataset.img_size, mean, std, dataset.interpolation)
+    changes: dict[str, Any] = {"hflip": 0.5 if dataset.hflip else 0.0}
+    if dataset.name == "digits":
+        changes["scale"] = (0.6, 1.0)
+    elif dataset.name != "fractals":
+        changes["policy"] = "rand-m9-mstd0.5-inc1"
+    return replace(spec, **changes)
+
+
+def augmentation_code(key: str, epoch: int, salt: int) -> int:
+    """Derive the code of one image in one epoch: 64 bits, from nothing but the arguments."""
+    text = f"{key}/{epoch}/{salt}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+@contextmanager
+def _borrowed_generators() -> Iterator[None]:
+    """Lend the three global generators and put their states back."""
+    python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+        torch.set_rng_state(tensors)
+
+
+@contextmanager
+def _old_posterize() -> Iterator[None]:
+    """Give 0 bits their old meaning while timm's policy runs; timm calls through the module."""
+    original = ImageOps.posterize
+
+    def posterize(image: Image.Image, bits: int) -> Image.Image:
+        return original(image, bits) if bits > 0 else image.point([0] * 256 * len(image.getbands()))
+
+    ImageOps.posterize = posterize
+    try:
+        yield
+    finally:
+        ImageOps.posterize = original
+
+
+class Augmenter:
+    """Applies a specification to stored pixels; the code decides every random choice."""
+
+    def __init__(self, spec: AugmentSpec) -> None:
+        if spec.posterize_zero != "black":
+            raise refuse("augmentation posterize_zero", spec.posterize_zero, "black")
+        self.spec = spec
+        # timm takes None for "no jitter" but does not say so in its types.
+        jitter: Any = spec.color_jitter
+        geometry, policy, final = create_transform(
+            spec.img_size,
+            is_training=True,
+            scale=spec.scale,
+            ratio=spec.ratio,
+            hflip=spec.hflip,
+            auto_augment=spec.policy,
+            color_jitter=jitter,
+            interpolation=spec.interpolation,
+            mean=spec.mean,
+            std=spec.std,
+            re_prob=spec.erase_prob,
+            re_mode="pixel",
+            separate=True,
+        )
+        self._on_image: Sequence[Callable[[Any], Any]] = (
+            *geometry.transforms,
+            *policy.transforms,
+        )
+        # The last one erases; turning into a tensor and normalising is done batch by batch here.
+        self._erase: Callable[[Any], Any] | None = (
+            final.transforms[-1] if spec.erase_prob > 0 else None
+        )
+
+    def __call__(self, pixels: NDArray[np.uint8], code: int) -> torch.Tensor:
+        """Augment one image, uint8 [S, S, 3] -> normalised float32 [3, img_size, img_size]."""
+        return self.batch(pixels[None], [code])[0]
+
+    def batch(self, pixels: NDArray[np.uint8], codes: Sequence[int]) -> torch.Tensor:
+        """Augment images one by one, uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size]."""
+        views = np.empty((len(pixels), self.spec.img_size, self.spec.img_size, 3), dtype=np.uint8)
+        erased: list[torch.Tensor] = []
+        with _LOCK, _borrowed_generators(), _old_posterize():
+            for row, code in enumerate(codes):
+                _seed(int(code))
+                image: Any = Image.fromarray(pixels[row])
+                for transform in self._on_image:
+                    image = transform(image)
+                views[row] = image
+                if self._erase is not None:  # draws from where this image's transforms stopped
+                    erased.append(self._erase(_normalised(views[row : row + 1], self.spec)[0]))
+        return torch.stack(erased) if erased else _normalised(views, self.spec)
+
+
+def _seed(code: int) -> None:
+    """Set the three generators that timm and torchvision draw from."""
+    random.seed(code)
+    np.random.seed((code & 0xFFFFFFFF, code >> 32))
+    # Not torch.manual_seed: that also seeds every accelerator, which is slow.
+    torch.default_generator.manual_seed(code & 0x7FFFFFFFFFFFFFFF)
+
+
+def _normalised(pixels: NDArray[np.uint8], spec: AugmentSpec) -> torch.Tensor:
+    """Scale and normalise like torchvision, uint8 [n, H, W, 3] -> float32 [n, 3, H, W]."""
+    inputs = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    mean = torch.tensor(spec.mean).view(1, 3, 1, 1)
+    std = torch.tensor(spec.std).view(1, 3, 1, 1)
+    return inputs.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def eval_batch(pixels: NDArray[np.uint8], spec: AugmentSpec) -> torch.Tensor:
+    """Take the centre and normalise, as timm evaluates.
+
+    uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size].
+    """
+    side = pixels.shape[1]
+    start = round((side - spec.img_size) / 2.0)
+    end = start + spec.img_size
+    return _normalised(pixels[:, start:end, start:end], spec)

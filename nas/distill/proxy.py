@@ -1,0 +1,287 @@
+"""The proxy: a short training on stored labels, and the score it earns on the holdout."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from nas.data import Dataset, Split
+from nas.distill.augment import AugmentSpec, eval_batch
+from nas.distill.inherit import inherit
+from nas.distill.losses import sparse_soft_cross_entropy
+from nas.distill.replay import Batch, Replay, holdout_batches
+from nas.distill.store import LabelStore
+from nas.jobs import Tick, no_tick
+from nas.training.loop import TrainSettings, place, train
+from nas.training.weights import load_into, load_weights, save_weights
+from space import Context
+from space.errors import refuse
+from space.family import Arch, Family
+
+SCRATCH_LR = 1e-3
+"""Peak learning rate from fresh weights."""
+INHERIT_LR = 5e-4
+"""Peak learning rate from a parent's sliced weights."""
+EVAL_BATCH = 64
+INITS = ("scratch", "inherit")
+
+
+def proxy_settings(epochs: int, init: str, *, batch_size: int = 32) -> TrainSettings:
+    """Give the proxy's recipe for `epochs` epochs from "scratch" or "inherit"."""
+    if init not in INITS:
+        raise refuse("--proxy-init", init, f"one of {', '.join(INITS)}")
+    lr = SCRATCH_LR if init == "scratch" else INHERIT_LR
+    warmup = min(1.0, 0.2 * epochs)
+    return TrainSettings(epochs=epochs, lr=lr, warmup_epochs=warmup, batch_size=batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Per image of a split, in its order: soft loss float32 [n] in nats (NaN without labels), and
+    whether the true class came first, bool [n]."""
+
+    soft_loss: npt.NDArray[np.float32]
+    correct: npt.NDArray[np.bool_]
+
+    def save(self, path: Path) -> None:
+        """Keep the arrays for paired tests, as safetensors `soft_loss` and `correct` (uint8)."""
+        loss, correct = torch.from_numpy(self.soft_loss), torch.from_numpy(self.correct)
+        save_weights(path, {"soft_loss": loss, "correct": correct.to(torch.uint8)})
+
+    @staticmethod
+    def load(path: Path) -> Evaluation:
+        """Read what `save` wrote; damaged: refused."""
+        kept = load_weights(path, name="per-image scores")
+        return Evaluation(kept["soft_loss"].numpy(), kept["correct"].numpy().astype(bool))
+
+
+@dataclass(frozen=True)
+class ProxyScore:
+    """What a proxy training yields: plain values.
+
+    `soft_loss`: mean cross-entropy in nats against the teacher's labels of the holdout, `top1`: the
+    share of true labels hit there, each with its standard error over images. `weights_digest`
+    and the paths are set if weights were asked for. `copied` counts inherited numbers.
+    """
+
+    soft_loss: float
+    soft_loss_se: float
+    top1: float
+    top1_se: float
+    holdout_images: int
+    train_loss: float
+    epochs: int
+    images: int
+    images_per_s: float
+    seconds: float
+    copied: int
+    weights_digest: str | None
+    weights: str | None
+    per_image: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON."""
+        return asdict(self)
+
+
+def train_and_score(
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    *,
+    store: LabelStore,
+    dataset: Dataset,
+    settings: TrainSettings,
+    init: str,
+    random_seed: int,
+    device: str,
+    parent_arch: Arch | None = None,
+    parent_ctx: Context | None = None,
+    parent_weights: Path | None = None,
+    first_epoch: int = 0,
+    images_per_epoch: int | None = None,
+    out_weights: Path | None = None,
+    checkpoint: Path | None = None,
+    stop_after: int | None = None,
+    workers: int = 0,
+    tick: Tick = no_tick,
+) -> ProxyScore:
+    """Train an arch on stored labels and score it on the holdout; no teacher in memory.
+
+    Fresh weights come from `random_seed` alone. With `init` "inherit" those of `parent_weights`
+    (of `parent_arch` built in `parent_ctx`, default `ctx`) are sliced in. Epoch e trains on the
+    store's epoch `first_epoch` + e, so that all candidates see the same batches.
+    `images_per_epoch` takes a seeded subset of the training images. Weights go to `out_weights`
+    with per-image scores beside them (`<stem>.holdout.safetensors`). `checkpoint` and `stop_after`
+    as in `nas.training.loop.train`. Raises `Diverged`, `InputError`.
+    """
+    started = time.perf_counter()
+    model, copied = start_model(
+        family, arch, ctx, init=init, random_seed=random_seed,
+        parent_arch=parent_arch, parent_ctx=parent_ctx, parent_weights=parent_weights,
+    )  # fmt: skip
+    replay = Replay(
+        dataset.train, store, store.spec.augment, settings.batch_size, random_seed,
+        workers=workers, subset=_subset(dataset.train, images_per_epoch),
+    )  # fmt: skip
+
+    def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs, index, prob, tail = _placed(batch, device)
+        return sparse_soft_cross_entropy(net(inputs), index, prob, tail)
+
+    with torch.random.fork_rng(devices=[]):  # what a net may draw (dropout) is the job's own, too
+        torch.manual_seed(random_seed)
+        history = train(
+            model, lambda epoch: replay.epoch(first_epoch + epoch), step_loss, settings,
+            steps_per_epoch=replay.steps_per_epoch, device=device, tick=tick,
+            checkpoint=checkpoint, stop_after=stop_after,
+        )  # fmt: skip
+    scored = evaluate(
+        model, holdout_batches(dataset, store, EVAL_BATCH), dataset.holdout.labels, device, tick
+    )
+    digest = per_image = None
+    if out_weights is not None:
+        digest = save_weights(out_weights, model.state_dict())
+        per_image = out_weights.with_name(f"{out_weights.stem}.holdout.safetensors")
+        scored.save(per_image)
+    loss, loss_se = mean_se(scored.soft_loss)
+    top1, top1_se = mean_se(scored.correct)
+    return ProxyScore(
+        soft_loss=loss,
+        soft_loss_se=loss_se,
+        top1=top1,
+        top1_se=top1_se,
+        holdout_images=len(scored.correct),
+        train_loss=history.final_loss,
+        epochs=len(history.epochs),
+        images=sum(e.images for e in history.epochs),
+        images_per_s=history.images_per_s,
+        seconds=time.perf_counter() - started,
+        copied=copied,
+        weights_digest=digest,
+        weights=str(out_weights) if out_weights is not None else None,
+        per_image=str(per_image) if per_image is not None else None,
+    )
+
+
+def start_model(
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    *,
+    init: str,
+    random_seed: int,
+    parent_arch: Arch | None = None,
+    parent_ctx: Context | None = None,
+    parent_weights: Path | None = None,
+) -> tuple[nn.Module, int]:
+    """Build an arch with its first weights; returns it and how many numbers were inherited.
+
+    The global generator is left as it was. Raises InputError.
+    """
+    if init not in INITS:
+        raise refuse("--proxy-init", init, f"one of {', '.join(INITS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        model = family.build(arch, ctx)
+    if init == "scratch":
+        return model, 0
+    assert parent_arch is not None, "inheriting takes a parent"
+    assert parent_weights is not None, "inheriting takes a parent's weights"
+    slicing = family.slicing(parent_arch, arch, parent_ctx or ctx, ctx)
+    found = inherit(model, load_weights(parent_weights, name="parent weights"), slicing)
+    return model, found.copied
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    labels: npt.NDArray[np.int64],
+    device: str,
+    tick: Tick = no_tick,
+) -> Evaluation:
+    """Score a model on labelled batches that cover a split; `labels` are its true ones [n].
+
+    Float32 and eval mode; leaves the model there. Loss as in training.
+    """
+    loss = np.full(len(labels), np.nan, dtype=np.float32)
+    correct = np.zeros(len(labels), dtype=bool)
+    model.train()  # drops what eval mode may have cached of older weights
+    model.eval()
+    for batch in batches:
+        inputs, index, prob, tail = _placed(batch, device)
+        rows = batch.rows.numpy()
+        with torch.no_grad():
+            logits = model(inputs).float()
+            found = sparse_soft_cross_entropy(logits, index, prob, tail)
+        loss[rows] = found.cpu().numpy()
+        correct[rows] = logits.argmax(1).cpu().numpy() == labels[rows]
+        tick(float(len(rows)))
+    return Evaluation(loss, correct)
+
+
+def evaluate_test(
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    weights: Path,
+    dataset: Dataset,
+    augment: AugmentSpec,
+    *,
+    device: str,
+    tick: Tick = no_tick,
+) -> Evaluation:
+    """Test weights once on the test split against true labels: per image, for paired comparison.
+
+    `soft_loss` is the plain cross-entropy there, since the test split has no stored labels.
+    """
+    model = family.build(arch, ctx)
+    load_into(model, load_weights(weights), name=str(weights))
+    place(model, device).train()
+    model.eval()
+    split = dataset.test
+    loss = np.empty(len(split), dtype=np.float32)
+    correct = np.zeros(len(split), dtype=bool)
+    for start in range(0, len(split), EVAL_BATCH):
+        rows = slice(start, start + EVAL_BATCH)
+        inputs = eval_batch(split.pixels[rows], augment)
+        labels = torch.from_numpy(np.array(split.labels[rows]))
+        with torch.no_grad():
+            logits = model(inputs.to(device, memory_format=torch.channels_last)).float().cpu()
+        loss[rows] = nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
+        correct[rows] = (logits.argmax(1) == labels).numpy()
+        tick(float(len(labels)))
+    return Evaluation(loss, correct)
+
+
+def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:
+    """Mean over images and its standard error (0 for a single image)."""
+    n = len(values)
+    wide = values.astype(np.float64)
+    spread = float(wide.std(ddof=1)) if n > 1 else 0.0
+    return float(wide.mean()), spread / math.sqrt(n)
+
+
+def _placed(
+    batch: Batch, device: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    inputs = batch.inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
+    index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
+    return inputs, index, prob, tail
+
+
+def _subset(split: Split, images: int | None) -> list[int] | None:
+    """Take the first images by key, which is a hash of content: a fixed random subset."""
+    if images is None or images >= len(split):
+        return None
+    order = sorted(range(len(split)), key=lambda row: split.keys[row])
+    return order[:images]

@@ -1,0 +1,200 @@
+"""How a run ends: the winner timed afresh, trained longer and tested once; or the best so far."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.campaign import REFERENCE_CONTEXT
+from nas.files import read_json, write_json
+from nas.jobs import Result
+from nas.measure.measurement import Measurement
+from nas.run import Incumbent, Run
+from space.errors import InputError
+from space.family import Arch
+
+Z95 = 1.959963984540054
+
+
+def pick_winner(run: Run, ranked: Sequence[Incumbent]) -> tuple[Incumbent, Measurement] | str:
+    """Time the finalists afresh, best first; return the first that the bounds do not reject.
+
+    Otherwise a sentence that says by how much the last one missed.
+    """
+    config = run.config
+    said = ""
+    for finalist in ranked:
+        measured = run.measure(
+            finalist.arch,
+            "final",
+            reference=run.seed_arch,
+            ratio_at_least=config.min_speedup,
+            images_per_s_at_least=config.min_throughput,
+        )
+        if isinstance(measured, Result):
+            said = f"{run.family.label(finalist.arch)} failed when timed afresh: {measured.reason}"
+            continue
+        if measured.meets(config.min_speedup, config.min_throughput) != "fail":
+            return finalist, measured
+        said = (
+            f"throughput binds: timed afresh, {run.family.label(finalist.arch)} reached "
+            f"{measured.ratio:.3f}x the seed, {measured.images_per_s:.1f} images/s"
+        )
+    return said
+
+
+def final_training(run: Run, arch: Arch, seed: Incumbent) -> Result:
+    """Train an arch for the final comparison: from the seed's weights (or from scratch), longer."""
+    key = run.key(arch)
+    return run.train(
+        arch,
+        f"final-{key}",
+        out=run.folder.job_folder(f"final-{key}"),
+        epochs=run.config.final_epochs,
+        init=run.config.proxy_init,
+        parent=seed,
+        test=True,
+    )
+
+
+def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
+    """Return the published arch nearest in size to `params`, as built in this run's context."""
+    published = min(
+        run.family.published,
+        key=lambda p: abs(math.log(run.family.count_params(p.arch, run.context) / params)),
+    )
+    return published.name, published.arch
+
+
+def _side(
+    run: Run, name: str, arch: Arch, measured: Measurement, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return one side of the final comparison as plain JSON."""
+    return {
+        "name": name,
+        "key": run.key(arch),
+        "params": run.family.count_params(arch, run.context),
+        "macs": run.family.count_macs(arch, run.context),
+        "params_1000": run.family.count_params(arch, REFERENCE_CONTEXT),
+        "images_per_s": measured.images_per_s,
+        "images_per_s_lo": measured.images_per_s_lo,
+        "images_per_s_hi": measured.images_per_s_hi,
+        "ratio": measured.ratio,
+        "ratio_lo": measured.ratio_lo,
+        "ratio_hi": measured.ratio_hi,
+        "top1": values["test_top1"],
+        "top1_se": values["test_top1_se"],
+        "test_n": values["test_n"],
+        "soft_loss": values["soft_loss"],
+        "soft_loss_se": values["soft_loss_se"],
+        "holdout_top1": values["top1"],
+    }
+
+
+def paired_difference(a: Path, b: Path) -> dict[str, float]:
+    """Compare two `test.safetensors` image by image: difference in top-1, 95 % interval.
+
+    The interval is the normal one on per-image differences of correctness (paired, n images).
+    """
+    from safetensors.numpy import load_file
+
+    correct_a = np.asarray(load_file(a)["correct"], dtype=np.float64)
+    correct_b = np.asarray(load_file(b)["correct"], dtype=np.float64)
+    difference = correct_a - correct_b
+    n = len(difference)
+    mean = float(difference.mean())
+    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+    return {"difference": mean, "lo": mean - half, "hi": mean + half, "n": float(n)}
+
+
+def compare(
+    run: Run, seed: Incumbent, winner: Incumbent, measured: Measurement
+) -> dict[str, Any] | str:
+    """Train and test the winner beside the published seed nearest in size, treated alike.
+
+    Returns the `final` part of `result.json`, or a sentence when the winner's training failed.
+    """
+    trained = final_training(run, winner.arch, seed)
+    if not trained.ok:
+        return f"the winner's final training failed: {trained.reason}"
+    final: dict[str, Any] = {
+        "init": run.config.proxy_init,
+        "epochs": run.config.final_epochs,
+        "winner": _side(run, "winner", winner.arch, measured, trained.values),
+        "fvcore_macs": trained.values.get("fvcore_macs"),
+    }
+    name, arch = nearest_published(run, final["winner"]["params"])
+    if run.key(arch) == winner.key:
+        final["published"] = {**final["winner"], "name": name}
+        final["note"] = f"the winner is the published {name} itself: a tie"
+        return final
+    timed = run.measure(arch, "final", reference=run.seed_arch)
+    beside = final_training(run, arch, seed)
+    if isinstance(timed, Result) or not beside.ok:
+        failure = timed.reason if isinstance(timed, Result) else beside.reason
+        final["note"] = f"the published {name} could not be compared: {failure}"
+        return final
+    final["published"] = _side(run, name, arch, timed, beside.values)
+    final["paired"] = paired_difference(
+        run.folder.job_folder(f"final-{winner.key}") / "test.safetensors",
+        run.folder.job_folder(f"final-{run.key(arch)}") / "test.safetensors",
+    )
+    return final
+
+
+def write_best(
+    run: Run, best: Incumbent, weights: Path, score: Mapping[str, Any], role: str
+) -> None:
+    """Write `best.json` and `best.safetensors`: a plain timm model and what is known of it."""
+    model, kwargs = run.family.timm_call(best.arch, run.context)
+    measured = run.measure(best.arch, role, reference=run.seed_arch)
+    assert isinstance(measured, Measurement)
+    dataset = run.dataset
+    overlay = {
+        "input_size": [run.context.in_chans, dataset.img_size, dataset.img_size],
+        "crop_pct": dataset.img_size / dataset.store_size,
+        "interpolation": dataset.interpolation,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "num_classes": run.context.num_classes,
+    }
+    target = run.folder.path / "best.safetensors"
+    aside = target.with_name(".best.safetensors.tmp")
+    shutil.copyfile(weights, aside)
+    aside.replace(target)
+    conditions = measured.to_dict()
+    write_json(
+        run.folder.path / "best.json",
+        {
+            "family": run.family.name,
+            "arch": run.family.to_dict(best.arch),
+            "key": best.key,
+            "params": run.family.count_params(best.arch, run.context),
+            "params_1000": run.family.count_params(best.arch, REFERENCE_CONTEXT),
+            "macs": run.family.count_macs(best.arch, run.context),
+            "img_size": run.context.img_size,
+            "num_classes": run.context.num_classes,
+            "throughput": {
+                **{k: v for k, v in conditions.items() if k not in ("load", "when", "seconds")},
+                "reference": run.key(run.seed_arch),
+            },
+            "score": dict(score),
+            "classes": list(dataset.classes),
+            "timm": {"model": model, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
+            "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a finished run's `result.json`; a damaged one is refused."""
+    data = read_json(path, "the result of a run")
+    if not isinstance(data, dict) or not {"status", "exit_code", "message"} <= set(data):
+        raise InputError(f"{path}: got another format, want the result of a run")
+    return data

@@ -1,0 +1,42 @@
+"""Values that pass between the driver and the machines that work for it: plain JSON, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Tick = Callable[[float], None]
+"""Called by long work with the units (images, mostly) finished since the last call."""
+
+
+def no_tick(units: float) -> None:
+    """Ignore progress."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work that a worker can do alone.
+
+    `kind` names a function in `nas.runner`; `key` is unique within a run and safe as a file name;
+    `spec` is plain JSON (paths as strings); `units` is the expected work, for progress and plans.
+    """
+
+    kind: str
+    key: str
+    spec: Mapping[str, Any]
+    units: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job. A failure is an outcome, not an exception.
+
+    `values` is plain JSON; `reason` is one line and set if and only if `ok` is false.
+    """
+
+    key: str
+    ok: bool
+    values: Mapping[str, Any] = field(default_factory=dict)
+    reason: str | None = None
+    seconds: float = 0.0

@@ -1,0 +1,1 @@
+"""Counting and timing a network on the device where it will run."""

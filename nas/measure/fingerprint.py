@@ -1,0 +1,246 @@
+"""Which device and software a number was measured on; importable without torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from space.errors import refuse
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The identity of a device with its software: numbers compare only where the `id` is equal.
+
+    Momentary conditions (load, clock, time of day) are not identity; see `Conditions`.
+    `usable_cpus` is what this process may use (affinity and container quota), a float because a
+    quota may be a fraction. `driver`, `cuda` and `cudnn` are None on a CPU. `threads` are torch's.
+    """
+
+    device: str
+    device_name: str
+    physical_cores: int | None
+    logical_cores: int
+    usable_cpus: float
+    driver: str | None
+    cuda: str | None
+    cudnn: str | None
+    torch: str
+    timm: str
+    python: str
+    os: str
+    arch: str
+    threads: int
+
+    @property
+    def id(self) -> str:
+        """Short hash over every field, 12 hex characters."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, with the `id` for readers."""
+        return {**asdict(self), "id": self.id}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Fingerprint:
+        """Inverse of `to_dict`; refuses missing fields and an `id` that the fields do not give."""
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise refuse("fingerprint", ", ".join(missing), "all fields present", "measure again")
+        made = cls(**{name: values[name] for name in names})
+        if values.get("id", made.id) != made.id:
+            raise refuse("fingerprint.id", values["id"], made.id, "measure again")
+        return made
+
+    def describe(self) -> str:
+        """One line for people."""
+        cores = f"{self.usable_cpus:g} of {self.logical_cores} CPUs"
+        gpu = f"driver {self.driver}, CUDA {self.cuda}, " if self.driver or self.cuda else ""
+        return (
+            f"{self.device_name} ({self.device}; {gpu}{cores}, {self.threads} threads), "
+            f"torch {self.torch}, timm {self.timm}, Python {self.python}, {self.os} {self.arch}"
+        )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What holds for a moment only: the one-minute load average and the time (UTC, ISO 8601)."""
+
+    load: float | None
+    when: str
+
+
+def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerprint:
+    """Describe `device` ("cpu", "cuda", "cuda:1") with its software.
+
+    `threads` defaults to torch's present number; torch is imported only to ask for that or for a
+    GPU. Refuses a device that is not there.
+    """
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise refuse("--device", device, "cpu, cuda or cuda:N")
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    name, driver, cuda, cudnn = _cpu_name(), None, None, None
+    if kind == "cuda":
+        name, driver, cuda, cudnn = _gpu(device)
+    return Fingerprint(
+        device=kind,
+        device_name=name,
+        physical_cores=_physical_cores(),
+        logical_cores=os.cpu_count() or 1,
+        usable_cpus=_usable_cpus(),
+        driver=driver,
+        cuda=cuda,
+        cudnn=cudnn,
+        torch=_version("torch"),
+        timm=_version("timm"),
+        python=platform.python_version(),
+        os=f"{platform.system()} {platform.release()}",
+        arch=platform.machine(),
+        threads=threads,
+    )
+
+
+def conditions() -> Conditions:
+    """Read the clock and the load average (None where the system has none)."""
+    try:
+        load: float | None = os.getloadavg()[0]
+    except (OSError, AttributeError):
+        load = None
+    return Conditions(load, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+
+
+def _version(package: str) -> str:
+    # The distribution's version drops torch's local part (+cu132, +cpu), which decides speed.
+    if package == "torch":
+        import sys
+
+        loaded = sys.modules.get("torch")
+        if loaded is not None:
+            return str(loaded.__version__)
+        found = metadata.distribution("torch").locate_file("torch/version.py")
+        for line in Path(str(found)).read_text(encoding="utf-8").splitlines():
+            if line.startswith("__version__ ="):
+                return line.split("=", 1)[1].strip().strip("'\"")
+    return metadata.version(package)
+
+
+def _cpu_name() -> str:
+    # Cloud machines all say "AMD EPYC": family, model and stepping tell the generations apart.
+    fields_of_cpu = _cpuinfo()
+    if "model name" in fields_of_cpu:
+        name = fields_of_cpu["model name"]
+        parts = [fields_of_cpu.get(k, "?") for k in ("cpu family", "model", "stepping")]
+        return f"{name} family {'/'.join(parts)}"
+    if "CPU part" in fields_of_cpu:
+        parts = [fields_of_cpu.get(k, "?") for k in ("CPU implementer", "CPU part")]
+        return f"{platform.machine()} part {'/'.join(parts)}"
+    if platform.system() == "Darwin":
+        try:
+            asked = subprocess.run(
+                ["sysctl", "-n", "machdep.cpu.brand_string"],
+                capture_output=True,
+                text=True,
+                timeout=5,
+                check=True,
+            )
+            return asked.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _cpuinfo() -> dict[str, str]:
+    # The first processor's entries of /proc/cpuinfo; empty where there is no such file.
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
+    return {key.strip(): value.strip() for key, colon, value in pairs if colon}
+
+
+def _physical_cores() -> int | None:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    cores = set()
+    for block in text.split("\n\n"):
+        pairs = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in block.splitlines())}
+        if "core id" in pairs:
+            cores.add((pairs.get("physical id"), pairs["core id"]))
+    return len(cores) or None
+
+
+def _usable_cpus() -> float:
+    # A container often sees 64 CPUs and may use two: by affinity, or by quota (cgroup 2 and 1).
+    count = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        folder = Path("/sys/fs/cgroup/cpu")
+        try:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return float(count)
+    try:
+        share = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max": no quota
+        return float(count)
+    return (
+        min(float(count), round(share, 2)) if share > 0 and math.isfinite(share) else float(count)
+    )
+
+
+def _gpu(device: str) -> tuple[str, str | None, str | None, str | None]:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise refuse("--device", device, "a device that torch sees", "use --device cpu")
+    index = device.partition(":")[2]
+    count = torch.cuda.device_count()
+    if index and not (index.isdigit() and int(index) < count):
+        raise refuse("--device", device, f"cuda:N with N < {count}")
+    number = int(index) if index else torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(number)
+    gib = properties.total_memory / 2**30
+    name = f"{properties.name} {gib:.0f} GiB sm_{properties.major}{properties.minor}"
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return name, _driver(), torch.version.cuda, None if cudnn is None else str(cudnn)
+
+
+@lru_cache(maxsize=1)
+def _driver() -> str | None:
+    # torch does not tell the driver's version; every GPU of a machine has the same.
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = asked.stdout.split()
+    return lines[0] if lines else None

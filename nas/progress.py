@@ -1,0 +1,73 @@
+"""What a person sees while a run works: one bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class Console:
+    """Lines and one progress bar with the time left.
+
+    On a terminal the bar stays at the bottom and lines scroll above it; piped, there are lines
+    only; `quiet` silences both. `total` and `advance` are in any unit that is proportional to
+    time; the bar's estimate follows the measured pace.
+    """
+
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = stream if stream is not None else sys.stdout
+        self._quiet = quiet
+        self._bar: tqdm[Any] | None = None
+        self._done = 0.0
+
+    def line(self, text: str = "") -> None:
+        """Print one line (above the bar, where there is one)."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def start(self, total: float) -> None:
+        """Show the bar, on a terminal."""
+        if self._quiet or not self._stream.isatty():
+            return
+        self._bar = tqdm(
+            total=max(total, 1.0),
+            file=self._stream,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left",
+            dynamic_ncols=True,
+            leave=False,
+            smoothing=0.02,
+        )
+
+    def describe(self, text: str) -> None:
+        """Say beside the bar what runs now."""
+        if self._bar is not None:
+            self._bar.set_description_str(text[:40])
+
+    def advance(self, units: float) -> None:
+        """Move the bar on; never past its end."""
+        self._done += units
+        if self._bar is not None:
+            self._bar.update(max(0.0, min(self._done, self._bar.total or 0.0) - self._bar.n))
+
+    def extend(self, units: float) -> None:
+        """Add work that the first estimate did not hold."""
+        if self._bar is not None:
+            self._bar.total = (self._bar.total or 0.0) + units
+
+    def refresh(self) -> None:
+        """Let the clock of the bar move while nothing finishes."""
+        if self._bar is not None:
+            self._bar.refresh()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,168 @@
+"""From runs to a Pareto chart: which archs, on which axes, with which caveats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from nas.report.figure import Chart, Kind, Point, Series
+from nas.report.files import Candidate, RunFiles, number, section
+from nas.report.tables import short_count, significant
+
+SCORE_LABEL = "proxy soft loss, nats (axis turned: up is better)"
+
+
+def run_chart(runs: Sequence[RunFiles]) -> Chart:
+    """Chart the scored candidates of one or several runs together.
+
+    Throughput is drawn relative to the seed, which was timed in the same breath; as images/s
+    only where a scored candidate has no such ratio.
+    """
+    relative = all(uses_ratio(run) for run in runs)
+    series = tuple(run_series(run, relative) for run in runs)
+    seeds = {run.seed_name for run in runs}
+    seed = f"the seed {seeds.pop()}" if len(seeds) == 1 else "each run's own seed"
+    return Chart(
+        series=series,
+        title=_title(runs),
+        speed_label=f"throughput relative to {seed}" if relative else "throughput, images/s",
+        score_label=SCORE_LABEL,
+        lower_is_better=True,
+        notes=_notes(runs, relative),
+    )
+
+
+def uses_ratio(run: RunFiles) -> bool:
+    """Tell whether every scored candidate after the seed has a ratio to it."""
+    scored = [row for row in run.ledger if row.soft_loss is not None and row.step > 0]
+    return all(row.ratio is not None for row in scored)
+
+
+def run_series(run: RunFiles, relative: bool) -> Series:
+    """Collect the scored candidates of one run, each arch once, where it was kept if it was."""
+    keys = dict.fromkeys(row.key for row in run.ledger if row.soft_loss is not None)
+    points = []
+    for key in keys:
+        row = run.candidate(key)
+        if row is not None and row.soft_loss is not None and row.params is not None:
+            points.append(_point(run, row, relative))
+    return Series(run.folder.name, tuple(points), tuple(row.key for row in run.path))
+
+
+def conditions_line(run: RunFiles) -> str:
+    """Say in one line what throughput was measured on and at."""
+    config = run.config
+    device = section(run.run, "fingerprint").get("device_name") or config.get("device") or "?"
+    parts = [str(device)]
+    if config.get("threads"):
+        parts.append(counted(config["threads"], "thread"))
+    for name, form in (("bench_batch", "batch {}"), ("bench_dtype", "{}")):
+        if config.get(name):
+            parts.append(form.format(config[name]))
+    size = image_size(run)
+    if size:
+        parts.append(f"{size} px")
+    return ", ".join([*parts, "eager"])
+
+
+def counted(number_of: Any, what: str) -> str:
+    """Write `1 thread`, `2 threads`."""
+    return f"{number_of} {what}" + ("" if number_of == 1 else "s")
+
+
+def image_size(run: RunFiles) -> Any:
+    """The side of the images in pixels, None where the run does not say."""
+    found = run.best.get("img_size") or section(run.run, "dataset").get("img_size")
+    return found or run.config.get("img_size")
+
+
+def holdout_images(run: RunFiles) -> int | None:
+    """The number of images behind a proxy score, None where the run does not say."""
+    dataset = section(run.run, "dataset")
+    for name in ("holdout", "holdout_images", "n_holdout"):
+        found = number(dataset, name)
+        if found is not None:
+            return int(found)
+    return None
+
+
+def _point(run: RunFiles, row: Candidate, relative: bool) -> Point:
+    assert row.soft_loss is not None
+    assert row.params is not None
+    error = row.soft_loss_se
+    speed = (row.ratio, row.ratio_lo, row.ratio_hi)
+    if not relative:
+        speed = (row.images_per_s, row.images_per_s_lo, row.images_per_s_hi)
+    elif row.step == 0 and row.ratio is None:
+        speed = (1.0, None, None)
+    return Point(
+        key=row.key,
+        label=_label(run, row),
+        params=row.params,
+        score=row.soft_loss,
+        score_lo=None if error is None else row.soft_loss - error,
+        score_hi=None if error is None else row.soft_loss + error,
+        speed=speed[0],
+        speed_lo=speed[1],
+        speed_hi=speed[2],
+        kind=_kind(run, row),
+    )
+
+
+def _kind(run: RunFiles, row: Candidate) -> Kind:
+    if row.step == 0:
+        return "seed"
+    if run.result.get("status") == "reached" and row.key == run.result.get("winner"):
+        return "winner"
+    if row.anchor and row.anchor.startswith("published"):
+        return "published"
+    return "uniform" if row.anchor == "uniform" else "candidate"
+
+
+def _label(run: RunFiles, row: Candidate) -> str:
+    kind = _kind(run, row)
+    if kind == "seed":
+        return f"seed {run.seed_name}"
+    if kind == "published" and row.anchor:
+        return "published " + row.anchor.partition(":")[2]
+    return kind if kind == "winner" else row.name
+
+
+def _title(runs: Sequence[RunFiles]) -> str:
+    if len(runs) > 1:
+        return f"Contraction: {len(runs)} runs"
+    config = runs[0].config
+    target = number(config, "target_params")
+    aim = "" if target is None else f" to {short_count(target)} parameters"
+    return f"Contraction of {runs[0].seed_name}{aim}, on {config.get('data', '?')}"
+
+
+def _notes(runs: Sequence[RunFiles], relative: bool) -> tuple[str, ...]:
+    images = {holdout_images(run) for run in runs}
+    count = images.pop() if len(images) == 1 else None
+    holdout = "the holdout" if count is None else f"{count} holdout images"
+    first = (
+        f"Score: soft loss against the teacher on {holdout} after a short distillation (the seed: "
+        "its full one); bars \u00b11 s.e."
+    )
+    what = "Median ratio of alternating blocks" if relative else "Median of blocks"
+    lines = [first, f"Throughput: {what.lower()} with its ~95 % interval. "]
+    if len(runs) == 1:
+        lines[1] += conditions_line(runs[0]) + "."
+        seed = runs[0].seed
+        if relative and seed is not None and seed.images_per_s is not None:
+            lines[1] += f" Seed: {significant(seed.images_per_s)} images/s."
+        return tuple(lines)
+    if len({_text(run, "fingerprint", "id") for run in runs}) > 1:
+        lines[1] += "Runs of different devices or software: compare ratios with care."
+    # The random seed cuts the holdout, so the same data may still be other images.
+    if (
+        len({(_text(run, "dataset", "fingerprint"), run.config.get("random_seed")) for run in runs})
+        > 1
+    ):
+        lines.append("Runs of different images or cuts: losses compare within a colour only.")
+    return tuple(lines)
+
+
+def _text(run: RunFiles, part: str, name: str) -> str:
+    return str(section(run.run, part).get(name))

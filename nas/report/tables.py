@@ -1,0 +1,185 @@
+"""Numbers as people read them, and tables of them in Markdown and plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nas.report.files import Candidate, RunFiles, number, section
+
+NONE = "-"
+"""Shown where nothing was measured."""
+
+
+def short_count(value: float | None) -> str:
+    """Write 5392764 as 5.39M."""
+    if value is None:
+        return NONE
+    for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:g}"
+
+
+def whole(value: float | None) -> str:
+    """Write 5392764 as 5,392,764."""
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def decimal(value: float | None, digits: int = 3) -> str:
+    """Write a number with so many decimals."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def significant(value: float) -> str:
+    """Write a number with three significant digits and no exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def with_interval(value: float | None, lo: float | None, hi: float | None, unit: str = "") -> str:
+    """Write `1.93x [1.88, 1.97]`, the interval where there is one."""
+    if value is None:
+        return NONE
+    interval = "" if lo is None or hi is None else f" [{significant(lo)}, {significant(hi)}]"
+    return f"{significant(value)}{unit}{interval}"
+
+
+def with_error(value: float | None, se: float | None, digits: int = 3) -> str:
+    """Write `0.512 +- 0.013`, a value with its standard error."""
+    if value is None:
+        return NONE
+    return f"{value:.{digits}f}" + ("" if se is None else f" +- {se:.{digits}f}")
+
+
+def percent(value: float | None, se: float | None = None) -> str:
+    """Write a share of one as `93.2 +- 1.3 %`."""
+    if value is None:
+        return NONE
+    return with_error(100 * value, None if se is None else 100 * se, 1) + " %"
+
+
+def duration(seconds: float | None) -> str:
+    """Write seconds as `42 s`, `3 min 10 s` or `2 h 5 min`."""
+    if seconds is None:
+        return NONE
+    rest = round(seconds)
+    if rest < 60:
+        return f"{rest} s"
+    if rest < 3600:
+        return f"{rest // 60} min {rest % 60} s"
+    return f"{rest // 3600} h {rest % 3600 // 60} min"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a Markdown table; the first column is text, the others are numbers."""
+    marks = ["---"] + ["---:"] * (len(header) - 1)
+    lines = [header, marks, *rows]
+    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
+
+
+def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out a table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    made = []
+    for line in [header, *rows]:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        made.append("  ".join(cells).rstrip())
+    return "\n".join(made)
+
+
+FINAL_HEADER = ("model", "params", "MACs", "images/s", "x seed", "test top-1", "holdout loss")
+
+
+def final_rows(run: RunFiles) -> list[list[str]]:
+    """Rows under `FINAL_HEADER`: the seed, the winner and the published arch nearest in size."""
+    rows = []
+    if run.seed:
+        rows.append([f"seed {run.seed_name}", *_of_candidate(run.seed)])
+    final = section(run.result, "final")
+    for role in ("winner", "published"):
+        values = section(final, role)
+        if values:
+            name = values.get("name") or values.get("key") or NONE
+            rows.append([f"{role} {name}" if role != name else role, *_of_final(values)])
+    if not final and run.path and run.path[-1].step > 0:
+        rows.append([f"best so far {run.path[-1].name}", *_of_candidate(run.path[-1])])
+    return rows
+
+
+STEPS_HEADER = (
+    "step", "band", "required", "contractions", "shortlisted", "too slow", "not selected",
+    "failed", "scored", "kept", "params", "x seed", "soft loss", "time",
+)  # fmt: skip
+
+
+def step_rows(run: RunFiles) -> list[list[str]]:
+    """Rows under `STEPS_HEADER`."""
+    return [
+        [
+            str(step.step),
+            f"{short_count(step.band_lo)} to {short_count(step.band_hi)}",
+            step.required or NONE,
+            whole(step.contractions),
+            whole(step.shortlisted),
+            whole(step.too_slow),
+            whole(step.not_selected),
+            whole(step.failed),
+            whole(step.scored),
+            whole(step.kept),
+            whole(step.params),
+            decimal(step.ratio, 2),
+            decimal(step.soft_loss),
+            duration(step.seconds),
+        ]
+        for step in run.steps
+    ]
+
+
+LINEAGE_HEADER = ("step", "params", "x seed", "soft loss", "holdout top-1", "arch", "moves")
+
+
+def lineage_rows(run: RunFiles) -> list[list[str]]:
+    """Rows under `LINEAGE_HEADER`: the incumbents, from the seed to the last."""
+    return [
+        [
+            str(row.step),
+            whole(row.params),
+            with_interval(row.ratio, row.ratio_lo, row.ratio_hi),
+            with_error(row.soft_loss, row.soft_loss_se),
+            percent(row.top1, row.top1_se),
+            row.name,
+            row.moves or ("seed" if row.step == 0 else NONE),
+        ]
+        for row in run.path
+    ]
+
+
+def _of_candidate(row: Candidate) -> list[str]:
+    # No test top-1: the test set is used once, for the final two.
+    return [
+        whole(row.params),
+        short_count(row.macs),
+        with_interval(row.images_per_s, row.images_per_s_lo, row.images_per_s_hi),
+        "1" if row.step == 0 else with_interval(row.ratio, row.ratio_lo, row.ratio_hi),
+        NONE,
+        NONE,
+    ]
+
+
+def _of_final(values: Mapping[str, Any]) -> list[str]:
+    def get(name: str) -> float | None:
+        return number(values, name)
+
+    return [
+        whole(get("params")),
+        short_count(get("macs")),
+        with_interval(get("images_per_s"), get("images_per_s_lo"), get("images_per_s_hi")),
+        with_interval(get("ratio"), get("ratio_lo"), get("ratio_hi")),
+        percent(get("top1"), get("top1_se")),
+        decimal(get("soft_loss")),
+    ]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,312 @@
+"""The words of a report: what was asked, what came out, how sure that is, what to do next."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from nas.report.charts import conditions_line, counted, holdout_images, image_size
+from nas.report.files import RunFiles, number, section
+from nas.report.tables import (
+    FINAL_HEADER,
+    LINEAGE_HEADER,
+    NONE,
+    STEPS_HEADER,
+    decimal,
+    duration,
+    final_rows,
+    lineage_rows,
+    markdown,
+    percent,
+    plain,
+    short_count,
+    step_rows,
+    whole,
+    with_interval,
+)
+
+LOAD = """\
+```python
+import json
+import timm
+from safetensors.torch import load_file
+
+b = json.load(open("best.json"))
+model = timm.create_model(b["timm"]["model"], **b["timm"]["kwargs"])
+model.load_state_dict(load_file("best.safetensors"), strict=True)
+model.eval()
+```"""
+"""Loads `best.safetensors` in a process that has timm and not this toolkit."""
+
+POWER_80 = (1.960 + 0.842) / 1.960
+"""Half widths of a 95 % interval that a difference must have to be found with 80 % power."""
+
+
+def asked(run: RunFiles) -> str:
+    """Say in one sentence what the run was asked for."""
+    config = run.config
+    target, share = number(config, "target_params"), number(config, "params_tolerance")
+    aim = "a smaller model"
+    if target is not None:
+        aim = f"a model of {short_count(target)} parameters"
+        if share is not None:
+            lo, hi = short_count(target * (1 - share)), short_count(target * (1 + share))
+            aim += f" (between {lo} and {hi})"
+    speedup, least = number(config, "min_speedup"), number(config, "min_throughput")
+    bounds = []
+    if speedup is not None:
+        bounds.append(f"at least {speedup:g}x the seed's throughput")
+    if least is not None:
+        bounds.append(f"at least {least:g} images/s")
+    if not bounds:
+        bounds.append("no step slower than the one before")
+    size = image_size(run)
+    where = f"{config.get('data', '?')}" + (f" at {size} px" if size else "")
+    return f"From the seed {run.seed_name} to {aim}, {' and '.join(bounds)}, on {where}."
+
+
+def came_out(run: RunFiles) -> str:
+    """Say in a few sentences what the run found so far."""
+    if not run.result:
+        return f"The run has not ended: {_position(run)}."
+    final = section(run.result, "final")
+    winner = section(final, "winner")
+    if not winner:
+        return _sentence(str(run.result.get("message") or run.result.get("status")))
+    lines = [_sentence(f"the target is {run.result.get('status')}"), _winner_words(run, winner)]
+    bound, low = number(run.config, "min_speedup"), number(winner, "ratio_lo")
+    if bound is not None and low is not None and low < bound:
+        lines.append(f"Timed afresh, its interval reaches below the bound of {bound:g}x.")
+    return " ".join(lines + _comparison_words(final))
+
+
+def report(run: RunFiles, *, figure: bool = True) -> str:
+    """Write the whole report in Markdown."""
+    config = run.config
+    status = run.result.get("status", "unfinished")
+    target = number(config, "target_params")
+    parts = [f"# {run.seed_name} to {short_count(target)} parameters: {status}"]
+    parts.append(f"**Asked.** {asked(run)}\n\n**Came out.** {came_out(run)}")
+    parts.append(f"Throughput was measured on: {_device(run)}.")
+    parts.append("## Result\n\n" + markdown(FINAL_HEADER, final_rows(run)))
+    parts.append(_treatment(run))
+    if figure:
+        parts.append("![Score against parameters and throughput](pareto.png)")
+    parts.append("## Steps\n\n" + _or_none(markdown(STEPS_HEADER, step_rows(run)), run.steps))
+    rows = lineage_rows(run)
+    parts.append("## Lineage\n\n" + _or_none(markdown(LINEAGE_HEADER, rows), rows))
+    stops = stop_counts(run)
+    table = markdown(("where and why", "candidates"), [[k, str(n)] for k, n in stops])
+    parts.append("## Where candidates stopped\n\n" + _or_none(table, stops))
+    if run.best:
+        parts.append(
+            "## Loading the model\n\nInside this folder; it needs timm and safetensors only.\n\n"
+            + LOAD
+        )
+    parts.append("## How far to trust this\n\n" + "\n".join(f"- {c}" for c in caveats(run)))
+    parts.append("## Next\n\n```sh\n" + "\n".join(next_commands(run)) + "\n```")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def final_table(run: RunFiles) -> str:
+    """Lay out the comparison for a terminal, with the outcome under it."""
+    return plain(FINAL_HEADER, final_rows(run)) + "\n" + came_out(run)
+
+
+def status_lines(run: RunFiles) -> str:
+    """Tell where a run stands: asked, position, last candidate, best so far, what remains."""
+    lines = [f"{run.folder}: {run.result.get('status', 'unfinished')}", f"asked: {asked(run)}"]
+    lines.append(f"where: {_position(run)}")
+    if run.ledger:
+        last = run.ledger[-1]
+        end = "kept" if last.stage == "kept" else f"stopped at {last.stage}"
+        why = f": {last.reason}" if last.reason and last.stage != "kept" else ""
+        lines.append(f"last:  step {last.step}, {last.name} ({last.state}), {end}{why}")
+    if run.path:
+        best = run.path[-1]
+        lines.append(
+            f"best:  {best.name}, {whole(best.params)} parameters, "
+            f"{with_interval(best.ratio, best.ratio_lo, best.ratio_hi, 'x')} the seed's "
+            f"throughput, proxy soft loss {decimal(best.soft_loss)}"
+        )
+    if run.result:
+        lines.append(f"ended: {came_out(run)}")
+    else:
+        lines.append(f"left:  {_remains(run)}")
+    lines.append("next:  " + next_commands(run)[0])
+    return "\n".join(lines)
+
+
+def next_commands(run: RunFiles) -> tuple[str, str]:
+    """Return the two commands that make most sense after this run."""
+    folder = shlex.quote(str(run.folder))
+    resume = f"python -m nas.contract --resume {folder}"
+    status = run.result.get("status")
+    config = run.config
+    if status == "reached":
+        target = number(config, "target_params") or 0
+        seed = shlex.quote(str(run.folder / "best.json"))
+        further = (
+            f"python -m nas.contract --seed {seed} --target-params {short_count(target * 0.8)} "
+            f"--data {shlex.quote(str(config.get('data', 'digits')))}"
+        )
+        if config.get("img_size"):
+            further += f" --img-size {config['img_size']}"
+        return f"python -m benchmarks.pareto {folder}", further
+    if status == "stuck":
+        again = (
+            f"python -m nas.contract --seed {shlex.quote(str(config.get('seed', '21M')))} "
+            f"--target-params {short_count(number(config, 'target_params'))} --effort high"
+        )
+        bound = number(config, "min_speedup")
+        if bound is not None:
+            again += f" --min-speedup {1 + (bound - 1) / 2:.3g}"
+        return again, f"python -m benchmarks.pareto {folder}"
+    return resume, f"python -m nas.contract --status {folder}"
+
+
+def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
+    """Count candidates by stage, state and reason, the numbers in reasons left out."""
+    found: Counter[str] = Counter()
+    for row in run.ledger:
+        if row.step == 0:
+            continue
+        reason = re.sub(r"\d[\d.,]*", "#", row.reason or "")
+        what = f"{row.stage or '?'} ({row.state or '?'})"
+        found[f"{what}: {reason}" if reason else what] += 1
+    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    rest = sum(count for _, count in ranked[most:])
+    return ranked[:most] + ([("other reasons", rest)] if rest else [])
+
+
+def caveats(run: RunFiles) -> list[str]:
+    """List what a reader could take for more than it is."""
+    config = run.config
+    images = holdout_images(run)
+    epochs, init = config.get("proxy_epochs"), config.get("proxy_init")
+    short = counted(epochs, "epoch") if epochs else "a short distillation"
+    start = {"inherit": ", from the parent's sliced weights", "scratch": ", from scratch"}
+    said = [
+        f"A proxy score is the soft loss after {short}{start.get(str(init), '')}, on "
+        f"{images if images is not None else 'the'} holdout images that the search chose by. It "
+        "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen.",
+    ]
+    final = section(run.result, "final")
+    tested = number(section(final, "winner"), "test_n")
+    if tested:
+        half = 196 * (0.25 / tested) ** 0.5
+        said.append(
+            f"Test top-1 rests on {tested:.0f} images: counting alone leaves +-{half:.1f} points "
+            "at worst (95 %), and one random seed of training stands behind each model."
+        )
+    said += [
+        "A throughput holds for the stated device, batch, dtype and resolution only. Its interval "
+        "is distribution-free with about 95 % and takes blocks as independent; slow drifts of a "
+        "shared machine cancel in the ratio, not in images/s. Of many candidates timed, those "
+        "that just passed did so with some luck: the final timing is afresh.",
+        f"One random seed ({config.get('random_seed', '?')}) decided shortlists and training. "
+        "Another may end elsewhere.",
+    ]
+    return said
+
+
+def _winner_words(run: RunFiles, winner: Mapping[str, Any]) -> str:
+    params = number(winner, "params")
+    words = f"The winner has {whole(params)} parameters"
+    if run.seed and run.seed.params and params:
+        words += f", {run.seed.params / params:.2f}x fewer than the seed"
+    speed, ratio = _interval(winner, "images_per_s"), _interval(winner, "ratio", "x")
+    words += f", and runs at {speed} images/s, {ratio} the seed"
+    words += f"; its test top-1 is {percent(number(winner, 'top1'), number(winner, 'top1_se'))}"
+    tested = number(winner, "test_n")
+    words += f" on {tested:.0f} images" if tested else ""
+    full = number(winner, "params_1000")
+    return words + (f" (at 1000 classes and 224 px it counts {whole(full)})." if full else ".")
+
+
+def _interval(values: Mapping[str, Any], name: str, unit: str = "") -> str:
+    middle, lo, hi = (number(values, name + end) for end in ("", "_lo", "_hi"))
+    return with_interval(middle, lo, hi, unit)
+
+
+def _comparison_words(final: Mapping[str, Any]) -> list[str]:
+    words = [_sentence(str(final["note"]))] if final.get("note") else []
+    published, paired = section(final, "published"), section(final, "paired")
+    difference, lo, hi = (number(paired, name) for name in ("difference", "lo", "hi"))
+    if not published or difference is None or lo is None or hi is None:
+        return words
+    name = published.get("name", "arch")
+    span = f"{100 * difference:+.1f} points [{100 * lo:+.1f}, {100 * hi:+.1f}]"
+    if lo > 0:
+        verdict = f"the winner is better than the published {name}"
+    elif hi < 0:
+        verdict = f"the winner is worse than the published {name}"
+    elif lo == hi:
+        verdict = (
+            f"the winner and the published {name} were right on the very same images, which says "
+            "little about others"
+        )
+    else:
+        visible = 50 * (hi - lo) * POWER_80
+        verdict = (
+            f"no difference from the published {name} that this test could see (it would find one "
+            f"of {visible:.1f} points four times in five)"
+        )
+    return [*words, f"Paired over the test images, winner less published: {span}: {verdict}."]
+
+
+def _treatment(run: RunFiles) -> str:
+    final = section(run.result, "final")
+    if not final:
+        return ""
+    epochs = final.get("epochs") or run.config.get("final_epochs")
+    start = final.get("init") or run.config.get("proxy_init")
+    how = {"inherit": "from the seed's sliced weights", "scratch": "from scratch"}
+    return (
+        f"Winner and published arch had the same treatment ({counted(epochs, 'epoch')}, "
+        f"{how.get(str(start), start)}), and the test set was used once for each. `x seed` is the "
+        "throughput ratio to the seed, timed in alternating blocks."
+    )
+
+
+def _device(run: RunFiles) -> str:
+    mark = section(run.run, "fingerprint")
+    versions = [f"{name} {mark[name]}" for name in ("torch", "timm", "python") if mark.get(name)]
+    identity = f"fingerprint {mark['id']}" if mark.get("id") else ""
+    return ", ".join([conditions_line(run), *versions] + ([identity] if identity else []))
+
+
+def _position(run: RunFiles) -> str:
+    done = len([step for step in run.steps if step.step > 0])
+    steps = run.config.get("steps")
+    decided = [row for row in run.ledger if row.step > 0]
+    states = Counter(row.state for row in decided)
+    counts = ", ".join(f"{states[name]} {name}" for name in ("complete", "pruned", "failed"))
+    if not run.seed:
+        return "the seed is not trained yet"
+    spent = duration(sum(row.seconds or 0.0 for row in run.ledger))
+    of = f" of {steps}" if steps else ""
+    return f"{done}{of} steps done, {len(decided)} candidates decided ({counts}) in {spent}"
+
+
+def _remains(run: RunFiles) -> str:
+    done = len([step for step in run.steps if step.step > 0])
+    steps = run.config.get("steps")
+    parts = []
+    if not run.seed:
+        parts.append("teacher, labels and the seed's training")
+    if isinstance(steps, int) and steps > done:
+        parts.append(f"steps {done + 1} to {steps}" if steps > done + 1 else f"step {steps}")
+    return ", ".join([*parts, "the final training and test"])
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!")) else ".")
+
+
+def _or_none(table: str, rows: object) -> str:
+    return table if rows else f"None yet ({NONE})."

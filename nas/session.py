@@ -1,0 +1,460 @@
+"""One process's part in a run: opens or resumes the folder, sets the stage, lets the steps run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from nas import finish, stage
+from nas.campaign import band_text, contract_steps
+from nas.config import RunConfig, flag, with_effort
+from nas.data import Dataset, DataSpec, prepare
+from nas.executor import InlineExecutor, LocalExecutor, OutOfTime
+from nas.files import write_json
+from nas.jobs import Job
+from nas.measure.table import MeasurementTable, read_measurements
+from nas.progress import Console
+from nas.run import Run
+from nas.rundir import RunDir, resumed_config
+from nas.search.constraints import band_at
+from nas.search.ledger import Ledger
+from nas.tables import StepRow
+from space import Context, get_family
+from space.errors import InputError, refuse
+from space.family import Arch, Family
+
+Executor = LocalExecutor | InlineExecutor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    `status` is `reached`, `stuck` or `stopped` (out of time); `exit_code` 0 or 3; `message` one
+    sentence; `folder` the run's; `result` the content of `result.json`.
+    """
+
+    status: str
+    exit_code: int
+    message: str
+    folder: Path
+    result: Mapping[str, Any]
+
+
+def make_config(given: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of a new run from what the user gave, checked."""
+    effort = given.get("effort", "normal")
+    settings = with_effort(effort, given)
+    settings.setdefault("threads", usable_cpus())
+    return RunConfig(**settings)
+
+
+def usable_cpus() -> int:
+    """Return the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(
+    given: Mapping[str, Any],
+    *,
+    out: Path | None,
+    resume: bool,
+    max_hours: float | None,
+    cache: Path,
+    quiet: bool,
+    console: Console | None,
+    executor: Executor | None,
+) -> Outcome:
+    """Start or continue a run; see `nas.contract.contract`."""
+    # Results and records must be on disk before the deadline: a few seconds are theirs.
+    deadline = None if max_hours is None else time.monotonic() + max(max_hours * 3600 - 5, 0.0)
+    console = console if console is not None else Console(quiet=quiet)
+    given = _resolved(given)
+    if resume:
+        if out is None:
+            raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
+        return _resume(given, RunDir(out), deadline, cache, console, executor)
+    return _start(given, out, deadline, cache, console, executor)
+
+
+def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the paths among the settings absolute, so that a resume may start elsewhere."""
+    resolved = dict(given)
+    for name in ("data", "labels", "measurements", "seed_weights"):
+        value = resolved.get(name)
+        if isinstance(value, str) and ("/" in value or Path(value).exists()):
+            path = Path(value).expanduser()
+            if path.exists():
+                resolved[name] = str(path.resolve())
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    unknown = sorted(set(resolved) - names)
+    if unknown:
+        raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
+    return resolved
+
+
+def _start(
+    given: dict[str, Any],
+    out: Path | None,
+    deadline: float | None,
+    cache: Path,
+    console: Console,
+    executor: Executor | None,
+) -> Outcome:
+    config = make_config(given)
+    family = get_family(config.family)
+    seed_arch = family.seed(config.seed)
+    config = dataclasses.replace(config, seed_arch=family.to_dict(seed_arch))
+    rows = () if config.measurements is None else read_measurements(Path(config.measurements))
+    if out is None:
+        moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+        target = f"{config.target_params / 1e6:g}M"
+        seed_name = Path(config.seed).stem
+        out = Path("results/runs") / f"{moment}-{seed_name}-{target}"
+    folder = RunDir(out)
+    if folder.run_json.exists():
+        folder.create()  # refuses, before the data is read
+    dataset = _data(config, cache, console)
+    _possible(config, family, seed_arch, dataset)
+    folder.create()
+    own = executor is None
+    worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
+    bench: Run | None = None
+    try:
+        fingerprint = _fingerprint(config, worker)
+        table = MeasurementTable(folder.path / "measurements.csv")
+        for row in rows:
+            if row.measurement.fingerprint == fingerprint["id"]:
+                table.append_row(row)
+        if rows and not table.rows:
+            raise refuse(
+                "--measurements",
+                f"{config.measurements} without this fingerprint",
+                f"measurements of {fingerprint['id']}",
+                "measure on this device and software",
+            )
+        folder.write_run(
+            {
+                "config": config.to_dict(),
+                "command": " ".join(sys.argv),
+                "git": _git(),
+                "versions": _versions(),
+                "fingerprint": dict(fingerprint),
+                "dataset": _dataset_card(dataset),
+            }
+        )
+        bench = Run(
+            config=config,
+            family=family,
+            seed_arch=seed_arch,
+            dataset=dataset,
+            folder=folder,
+            executor=worker,
+            console=console,
+            cache=cache,
+            deadline=deadline,
+        )
+        bench.fingerprint = fingerprint
+        bench.measurements = table
+        bench.ledger = Ledger(folder.path / "study.db", create=True)
+        return _work(bench, fresh=True)
+    except InputError:
+        worker.close()
+        if bench is None or not bench.ledger.rows:
+            folder.discard()  # refused before there was anything to keep
+        raise
+    finally:
+        if own:
+            worker.close()
+        folder.release()
+
+
+def _resume(
+    given: dict[str, Any],
+    folder: RunDir,
+    deadline: float | None,
+    cache: Path,
+    console: Console,
+    executor: Executor | None,
+) -> Outcome:
+
+    data = folder.open()
+    own = executor is None
+    worker = executor
+    try:
+        config = resumed_config(data, given)
+        family = get_family(config.family)
+        seed_arch = family.arch(config.seed_arch)
+        if folder.result_json.exists():
+            result = finish.read_result(folder.result_json)
+            if result["status"] != "stopped":
+                return Outcome(
+                    result["status"], result["exit_code"], result["message"], folder.path, result
+                )
+        dataset = _data(config, cache, console)
+        known = data["dataset"]["fingerprint"]
+        if dataset.fingerprint != known:
+            raise refuse(
+                "--data",
+                f"{config.data} with fingerprint {dataset.fingerprint}",
+                f"the run's own data, {known}",
+                "restore the data or start a new run",
+            )
+        worker = worker or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
+        fingerprint = _fingerprint(config, worker)
+        if fingerprint["id"] != data["fingerprint"]["id"]:
+            changed = [
+                f"{name} {data['fingerprint'].get(name)} -> {value}"
+                for name, value in fingerprint.items()
+                if name != "id" and data["fingerprint"].get(name) != value
+            ]
+            raise refuse(
+                "--resume",
+                f"another device or software ({'; '.join(changed)})",
+                "that of the run's measurements",
+                "resume there, or start a new run here",
+            )
+        bench = Run(
+            config=config,
+            family=family,
+            seed_arch=seed_arch,
+            dataset=dataset,
+            folder=folder,
+            executor=worker,
+            console=console,
+            cache=cache,
+            deadline=deadline,
+        )
+        bench.fingerprint = fingerprint
+        bench.measurements = MeasurementTable(folder.path / "measurements.csv")
+        # Between run.json and the first row there may be no study yet.
+        study = folder.path / "study.db"
+        bench.ledger = Ledger(study, create=not study.exists())
+        return _work(bench, fresh=False)
+    finally:
+        if own and worker is not None:
+            worker.close()
+        folder.release()
+
+
+def _data(config: RunConfig, cache: Path, console: Console) -> Dataset:
+    """Read and cache the data, and say what it is."""
+    spec = DataSpec(
+        name=config.data,
+        img_size=config.img_size,
+        proxy_images=config.proxy_images,
+        max_broken=config.max_broken,
+        random_seed=config.random_seed,
+    )
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refuse("--cache-dir", cache, "a folder to write in", str(error)) from None
+    console.start(1.0)
+    try:
+        dataset = prepare(spec, cache)
+    finally:
+        console.stop()
+    for note in dataset.notes:
+        console.line(f"data: {note}")
+    console.line(
+        f"data: {dataset.name}, {len(dataset.classes)} classes at {dataset.img_size} px: "
+        f"{len(dataset.train.labels)} to train, {len(dataset.holdout.labels)} holdout, "
+        f"{len(dataset.test.labels)} test"
+    )
+    return dataset
+
+
+def _possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
+    """Refuse a budget that no contraction of the seed can meet, with the reachable range."""
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    seed_params = family.count_params(seed, context)
+    floor = family.count_params(family.floor(seed, context), context)
+    band = band_at(seed_params, config, config.steps)
+    reach = f"{floor:,} to {seed_params - 1:,} parameters at {context.num_classes} classes"
+    if band.lo >= seed_params:
+        raise refuse(
+            flag("target_params"),
+            f"{config.target_params:,}, not below the seed's {seed_params:,}",
+            reach,
+            "ask for fewer, or start from a larger --seed",
+        )
+    if band.hi < floor:
+        raise refuse(
+            flag("target_params"),
+            f"{config.target_params:,}",
+            reach,
+            f"the smallest contraction of {config.seed} has {floor:,}",
+        )
+
+
+def _fingerprint(config: RunConfig, worker: Executor) -> Mapping[str, Any]:
+    result = worker.run(Job("hello", "hello", {"device": config.device}))
+    if not result.ok:
+        if result.values.get("input_error"):
+            raise InputError(result.reason)
+        raise refuse(flag("device"), config.device, "a device that works", result.reason or "")
+    fingerprint: Mapping[str, Any] = result.values["fingerprint"]
+    return fingerprint
+
+
+def _work(bench: Run, *, fresh: bool) -> Outcome:
+    """Do the run's work from the seed to the report, as far as time allows."""
+    from nas.report import write_report
+
+    console, config = bench.console, bench.config
+    steps: list[StepRow] = []
+    best = None
+    message, status, final, path = "", "stopped", None, None
+    started = time.monotonic()
+    stage.announce(bench, fresh=fresh)
+    console.start(stage.expected_cost(bench))
+    try:
+        seed = stage.prepare_seed(bench)
+        incumbents, stuck, path = contract_steps(bench, seed, steps)
+        best = incumbents[0]
+        if stuck is not None:
+            status, message = "stuck", stuck.message
+        else:
+            picked = finish.pick_winner(bench, incumbents)
+            if isinstance(picked, str):
+                status, message = "stuck", picked
+            else:
+                winner, measured = picked
+                compared = finish.compare(bench, seed, winner, measured)
+                if isinstance(compared, str):
+                    status, message = "stuck", compared
+                else:
+                    status, final, best = "reached", compared, winner
+    except OutOfTime:
+        message = (
+            f"out of time (--max-hours): stopped at step {len(steps) + 1} of {config.steps}; "
+            f"--resume {bench.folder.path} goes on"
+        )
+        reached = [r for r in bench.ledger.rows if r.stage == "kept" and r.step == len(steps)]
+        best = stage.incumbent_of(bench, reached[0]) if reached and steps else None
+    except (KeyboardInterrupt, SystemExit):
+        console.stop()
+        bench.executor.close()
+        command = f"python -m nas.contract --resume {bench.folder.path}"
+        console.line(f"interrupted; continue with: {command}")
+        raise
+    finally:
+        console.stop()
+        with contextlib.suppress(Exception):
+            bench.executor.close()
+    if final is not None:
+        message = _reached(bench, final)
+    exit_code = 0 if status == "reached" else 3
+    result = {
+        "status": status,
+        "exit_code": exit_code,
+        "message": message,
+        "winner": None if final is None or best is None else best.key,
+        "path": [] if path is None else [i[0].key for i in path],
+        "final": final,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if best is not None and best.key != bench.key(bench.seed_arch):
+        if final is not None:
+            weights = bench.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
+            score = _score(final)
+            finish.write_best(bench, best, weights, score, "final")
+        else:
+            images = len(bench.dataset.holdout.labels)
+            score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
+            finish.write_best(bench, best, best.weights, score, "gate")
+    bench.ledger.write_csv(bench.folder.path / "ledger.csv")
+    write_json(bench.folder.result_json, result)
+    write_report(bench.folder.path)
+    if status != "stopped":
+        stage.tidy(bench)
+    return Outcome(status, exit_code, message, bench.folder.path, result)
+
+
+def _reached(bench: Run, final: Mapping[str, Any]) -> str:
+    winner = final["winner"]
+    band = band_at(
+        bench.family.count_params(bench.seed_arch, bench.context), bench.config, bench.config.steps
+    )
+    said = (
+        f"reached: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
+        f"{winner['ratio']:.2f}x the seed's throughput "
+        f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
+        f"test top-1 {winner['top1']:.1%} +- {winner['top1_se']:.1%}"
+    )
+    bound = bench.config.min_speedup
+    if bound is not None and winner["ratio_lo"] < bound:
+        said += f"; the fresh interval straddles the bound {bound}"
+    return said
+
+
+def _score(final: Mapping[str, Any]) -> dict[str, Any]:
+    winner = final["winner"]
+    return {
+        "kind": "final",
+        "soft_loss": winner["soft_loss"],
+        "soft_loss_se": winner["soft_loss_se"],
+        "holdout_top1": winner["holdout_top1"],
+        "test_top1": winner["top1"],
+        "test_top1_se": winner["top1_se"],
+        "test_n": winner["test_n"],
+    }
+
+
+def _dataset_card(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "classes": len(dataset.classes),
+        "img_size": dataset.img_size,
+        "train": len(dataset.train.labels),
+        "holdout": len(dataset.holdout.labels),
+        "test": len(dataset.test.labels),
+        "broken": list(dataset.broken[:100]),
+        "notes": list(dataset.notes),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "timm", "optuna", "numpy", "pillow", "safetensors", "fvcore")
+    found = {"python": sys.version.split()[0]}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _git() -> str | None:
+    """Return the commit of this checkout, with `+` when the work tree differs; None elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+" if changed else "")

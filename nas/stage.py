@@ -1,0 +1,244 @@
+"""What comes before the first step: the seed measured and trained, the teacher and its labels."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from typing import Any
+
+from nas.campaign import REFERENCE_CONTEXT
+from nas.config import flag
+from nas.jobs import Job, Result
+from nas.measure.measurement import Measurement
+from nas.run import MEASURE_COST, Incumbent, Run
+from nas.search.ledger import Row
+from space.errors import InputError, refuse
+from space.family import Arch
+
+TEACHER_COST = 0.35
+"""GMACs of training the auto teacher on one image at 48 px, forward and backward (roughly)."""
+
+
+def label_epochs(run: Run) -> int:
+    """Return how many epochs of labels the longest training replays."""
+    config = run.config
+    return max(config.seed_epochs, config.proxy_epochs * config.steps, config.final_epochs)
+
+
+def expected_cost(run: Run) -> float:
+    """Return the run's work in GMACs of training, for the progress bar. An estimate."""
+    config = run.config
+    images = len(run.dataset.train.labels)
+    seed = run.image_cost(run.seed_arch)
+    params = run.family.count_params(run.seed_arch, run.context)
+    cost = images * (config.teacher_epochs + label_epochs(run) / 3) * TEACHER_COST
+    cost += images * config.seed_epochs * seed
+    for step in range(1, config.steps + 1):
+        # MACs fall about as fast as parameters along a contraction.
+        share = (config.target_params / params) ** (step / config.steps)
+        cost += config.shortlist * MEASURE_COST
+        cost += config.proxied * images * config.proxy_epochs * seed * share
+    share = config.target_params / params
+    return cost + 2 * (images * config.final_epochs * seed * share + MEASURE_COST)
+
+
+def announce(run: Run, *, fresh: bool) -> None:
+    """Print the configuration, once, before any work."""
+    config, family, context = run.config, run.family, run.context
+    bounds = []
+    if config.min_speedup is not None:
+        bounds.append(f"at least {config.min_speedup:g}x the seed's throughput")
+    if config.min_throughput is not None:
+        bounds.append(f"at least {config.min_throughput:g} images/s")
+    if not bounds:
+        bounds.append("no step slower than its parent (2 % slack)")
+    run.console.line(
+        f"{'contract' if fresh else 'resume'} {config.seed} "
+        f"({family.count_params(run.seed_arch, context):,} parameters here) to "
+        f"{config.target_params:,} +- {config.params_tolerance:.0%}, {' and '.join(bounds)}"
+    )
+    run.console.line(
+        f"effort {config.effort}: {config.steps} steps, {config.shortlist} timed and "
+        f"{config.proxied} trained a step, beam {config.beam}; epochs: seed {config.seed_epochs}, "
+        f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}"
+    )
+    run.console.line(
+        f"device {config.device}, {config.threads} threads, timing batch {config.bench_batch} "
+        f"{config.bench_dtype}; random seed {config.random_seed}; folder {run.folder.path}"
+    )
+
+
+def prepare_seed(run: Run) -> Incumbent:
+    """Measure, teach and train the seed; return it as the first incumbent, and write its row."""
+    measured = _measured_seed(run)
+    run.console.line(
+        f"seed: {measured.images_per_s:.1f} images/s "
+        f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
+        f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
+    )
+    _fast_enough(run, measured)
+    _labels(run)
+    init = "scratch"
+    if run.config.seed_weights is not None:
+        init = f"file:{run.config.seed_weights}"
+    spec = run.train_spec(
+        run.seed_arch,
+        epochs=run.config.seed_epochs,
+        init=init,
+        parent=None,
+        first_epoch=0,
+        test=False,
+    )
+    out = run.cache / "seeds" / run.spec_digest(spec)
+    trained = run.train(run.seed_arch, "seed", out=out, epochs=run.config.seed_epochs, init=init)
+    if not trained.ok:
+        raise InputError(f"the seed's training failed: {trained.reason}")
+    for note in trained.values.get("notes", ()):
+        run.console.line(f"seed: {note}")
+    _write_row(run, measured, trained)
+    run.console.line(
+        f"seed: soft loss {trained.values['soft_loss']:.4f} +- "
+        f"{trained.values['soft_loss_se']:.4f}, top-1 {trained.values['top1']:.1%} on "
+        f"{len(run.dataset.holdout.labels)} holdout images after {run.config.seed_epochs} epochs"
+    )
+    return Incumbent(
+        arch=run.seed_arch,
+        key=run.key(run.seed_arch),
+        weights=out / "weights.safetensors",
+        ratio=1.0,
+        images_per_s=measured.images_per_s,
+        soft_loss=trained.values["soft_loss"],
+    )
+
+
+def _measured_seed(run: Run) -> Measurement:
+    measured = run.measure(run.seed_arch, "seed", reference=None)
+    if isinstance(measured, Result):
+        raise InputError(
+            f"--seed: {run.config.seed} cannot be timed at batch {run.config.bench_batch} on "
+            f"{run.config.device}: {measured.reason}; lower --bench-batch"
+        )
+    return measured
+
+
+def _fast_enough(run: Run, seed: Measurement) -> None:
+    """Refuse a throughput that even the smallest contraction does not reach, before training."""
+    config = run.config
+    if config.min_speedup is None and config.min_throughput is None:
+        return
+    floor = run.family.floor(run.seed_arch, run.context)
+    measured = run.measure(
+        floor,
+        "floor",
+        reference=run.seed_arch,
+        ratio_at_least=config.min_speedup,
+        images_per_s_at_least=config.min_throughput,
+    )
+    if isinstance(measured, Result):
+        return  # nothing is known then, so nothing is refused
+    reach = f"at most about {measured.ratio:.2f}x the seed, {measured.images_per_s:.0f} images/s"
+    remedy = f"the smallest contraction of {config.seed} reaches {reach}"
+    if config.min_speedup is not None and measured.meets(config.min_speedup) == "fail":
+        raise refuse(flag("min_speedup"), config.min_speedup, reach, remedy)
+    least = config.min_throughput
+    if least is not None and measured.meets(images_per_s_at_least=least) == "fail":
+        raise refuse(flag("min_throughput"), least, reach, remedy)
+
+
+def _labels(run: Run) -> None:
+    """Have the labels: the named store, or the teacher's own, made now where they are missing."""
+    config = run.config
+    epochs = label_epochs(run)
+    images = len(run.dataset.train.labels)
+    common: dict[str, Any] = {
+        "dataset": str(run.dataset.folder),
+        "cache": str(run.cache),
+        "epochs": epochs,
+        "topk": config.topk,
+        "random_seed": config.random_seed,
+        "device": config.device,
+        "threads": config.threads,
+        "batch_size": 64,
+    }
+    if config.labels is not None:
+        result = run.do(Job("labels", "open-labels", {**common, "store": config.labels}))
+    else:
+        spec = {**common, "teacher": config.teacher, "teacher_epochs": config.teacher_epochs}
+        units = float(images * config.teacher_epochs)
+        taught = run.do(Job("teacher", "teacher", spec, units=units), cost=units * TEACHER_COST)
+        if not taught.ok:
+            raise InputError(f"--teacher {config.teacher}: {taught.reason}")
+        units = float(images * epochs + len(run.dataset.holdout.labels))
+        result = run.do(
+            Job("labels", "labels", {**common, "info": taught.values["info"]}, units=units),
+            cost=units / 3 * TEACHER_COST,
+        )
+        run.console.line(f"teacher: {taught.values['says']}")
+    if not result.ok:
+        raise InputError(f"soft labels: {result.reason}")
+    run.store = result.values
+    run.console.line(f"labels: {result.values['says']}")
+
+
+def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
+    """Write the seed's own ledger row, step 0."""
+    family, arch = run.family, run.seed_arch
+    row = Row(
+        step=0,
+        key=run.key(arch),
+        label=family.label(arch),
+        parent="",
+        moves="",
+        notches=0,
+        anchor="seed",
+        params=family.count_params(arch, run.context),
+        params_1000=family.count_params(arch, REFERENCE_CONTEXT),
+        macs=family.count_macs(arch, run.context),
+        images_per_s=measured.images_per_s,
+        images_per_s_lo=measured.images_per_s_lo,
+        images_per_s_hi=measured.images_per_s_hi,
+        ratio=1.0,
+        ratio_lo=1.0,
+        ratio_hi=1.0,
+        reference=run.key(arch),
+        soft_loss=trained.values["soft_loss"],
+        soft_loss_se=trained.values["soft_loss_se"],
+        top1=trained.values["top1"],
+        top1_se=trained.values["top1_se"],
+        seconds=round(measured.seconds + trained.seconds, 3),
+        stage="kept",
+        state="complete",
+        reason="the seed",
+    )
+    run.ledger.add(row, family.to_dict(arch), {"params": 0.0, "throughput": 0.0})
+
+
+def incumbent_of(run: Run, row: Row) -> Incumbent:
+    """Return the incumbent that a kept row tells of."""
+    arch = _arch_of(run, row)
+    assert row.ratio is not None
+    assert row.images_per_s is not None
+    assert row.soft_loss is not None
+    return Incumbent(
+        arch=arch,
+        key=row.key,
+        weights=run.folder.job_folder(f"s{row.step}-{row.key}") / "weights.safetensors",
+        ratio=row.ratio,
+        images_per_s=row.images_per_s,
+        soft_loss=row.soft_loss,
+    )
+
+
+def _arch_of(run: Run, row: Row) -> Arch:
+    return run.family.arch(run.ledger.arch(row.step, row.key))
+
+
+def tidy(run: Run) -> None:
+    """Remove the weights that only a resume would have needed; results and logs stay."""
+    keep = {run.folder.path / "best.safetensors"}
+    for path in run.folder.work.glob("*/weights.safetensors"):
+        if path not in keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    for part in run.folder.work.glob("*.part"):
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,45 @@
+"""Shared by the tests that need a whole run: one small arch, one cache, one finished run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SMALL_ARCH = {
+    "embed_dims": [64, 64, 96, 128],
+    "depths": [1, 1, 2, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0,
+    "mlp_ratio": 4.0,
+    "head_dim": 32,
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run of a few seconds: its folder, and the flags and cache that repeat it."""
+
+    folder: Path
+    flags: list[str]
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Contract a 590K-parameter arch to 400K on 200 digits, once for all tests."""
+    from nas.contract import main
+
+    base = tmp_path_factory.mktemp("run")
+    (base / "small.json").write_text(json.dumps(SMALL_ARCH))
+    cache = base / "cache"
+    flags = [
+        *("--seed", str(base / "small.json"), "--target-params", "400K", "--effort", "smoke"),
+        *("--threads", "1", "--img-size", "32", "--proxy-images", "200"),
+        *("--teacher-epochs", "2", "--cache-dir", str(cache)),
+    ]
+    folder = base / "finished"
+    assert main([*flags, "--out", str(folder), "--quiet"]) == 0
+    return Finished(folder, flags, cache)

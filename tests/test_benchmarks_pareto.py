@@ -1,0 +1,85 @@
+"""`python -m benchmarks.pareto` draws runs and tables, and answers bad input in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from synthetic_run import make_run
+
+from benchmarks.pareto import main, read_series
+
+TABLE = (
+    "name,params,images_per_s,images_per_s_lo,images_per_s_hi,score\n"
+    "21M,21198568,183,170,190,83.1\n11M,10996972,287,,,81.5\n5M,5392764,357,340,370,79.1\n"
+)
+
+
+def test_runs_together_and_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", steps=2)]
+    out = tmp_path / "out.png"
+    assert main([*map(str, runs), "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run: 17 archs"
+    assert lines[1] == "run (2): 9 archs"
+    assert json.loads(lines[-1]) == {"out": str(out), "series": 2, "points": 26}
+    assert Image.open(out).width >= 800
+    svg = tmp_path / "out.svg"
+    assert main([str(runs[0]), "--out", str(svg)]) == 0
+    first = svg.read_bytes()
+    assert main([str(runs[0]), "--out", str(svg)]) == 0
+    assert svg.read_bytes() == first
+
+
+def test_a_table_alone_and_beside_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(TABLE)
+    series, lower = read_series(table)
+    assert not lower
+    assert [p.label for p in series.points] == ["21M", "11M", "5M"]
+    assert series.points[0].speed_hi == 190
+    assert series.points[1].speed_hi is None
+    out = tmp_path / "out.png"
+    assert main(["--csv", str(table), "--out", str(out)]) == 0
+    table.write_text(TABLE.replace("score", "soft_loss"))
+    assert read_series(table)[1]
+    run = make_run(tmp_path / "run", steps=1)
+    assert main([str(run), "--csv", str(table), "--out", str(out)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["series"] == 2
+
+
+def test_bad_input_is_one_line_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    unscored = make_run(tmp_path / "unscored", steps=0, status=None)
+    (unscored / "ledger.csv").unlink()
+    table = tmp_path / "t.csv"
+    table.write_text(TABLE)
+
+    def csv(text: str) -> list[str]:
+        path = tmp_path / f"{abs(hash(text))}.csv"
+        path.write_text(text)
+        return ["--csv", str(path)]
+
+    out = tmp_path / "out.png"
+    cases = [
+        [], ["no-such-folder"], [str(tmp_path)], [str(unscored)], [str(run), "--csv", str(table)],
+        ["--csv", str(tmp_path / "none.csv")], ["--csv", str(tmp_path)],
+        csv(""), csv("name,params\nx,1\n"), csv(TABLE.splitlines()[0] + "\n"),
+        csv(TABLE.replace("183", "fast")), csv(TABLE.replace("21198568", "-1")),
+        csv(TABLE.replace("183", "nan")), csv(TABLE.replace("83.1", "")),
+        csv(TABLE.replace(",83.1", "")), csv(TABLE.replace("21198568", "inf")),
+        ["--csv", str(run / "run.json")],
+    ]  # fmt: skip
+    for case in cases:
+        assert main([*case, "--out", str(out)]) == 2, case
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert len(said.err.splitlines()) == 1, said.err
+        assert not out.exists()
+    for bad in (tmp_path / "x.pdf", tmp_path / "none" / "x.png", tmp_path):
+        assert main([str(run), "--out", str(bad)]) == 2
+        assert "--out" in capsys.readouterr().err

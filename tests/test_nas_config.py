@@ -1,0 +1,124 @@
+"""Settings: the dial sets all sizes, every bad value is one line, and JSON round-trips."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.config import (
+    EFFORTS,
+    RunConfig,
+    config_from_dict,
+    parse_count,
+    parse_share,
+    with_effort,
+)
+from space.errors import InputError
+
+
+def make(**changes: object) -> RunConfig:
+    return RunConfig(**{"seed": "21M", "target_params": 5_000_000, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_every_effort_is_a_legal_configuration_and_survives_json(effort: str) -> None:
+    config = make(**with_effort(effort, {}))
+    assert config.effort == effort
+    assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_effort_sets_only_settings_that_exist_and_the_same_ones() -> None:
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    keys = {frozenset(values) for values in EFFORTS.values()}
+    assert len(keys) == 1
+    assert next(iter(keys)) <= names
+
+
+def test_effort_high_times_24_and_trains_eight_a_step() -> None:
+    assert (EFFORTS["high"]["shortlist"], EFFORTS["high"]["proxied"]) == (24, 8)
+
+
+def test_given_settings_override_the_effort() -> None:
+    assert with_effort("smoke", {"steps": 7})["steps"] == 7
+    with pytest.raises(InputError, match="--effort"):
+        with_effort("extreme", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("target_params", 0),
+        ("steps", 0),
+        ("steps", True),
+        ("shortlist", -1),
+        ("seed_epochs", 0),
+        ("bench_blocks", 1),
+        ("batch_size", 1),
+        ("random_seed", -1),
+        ("img_size", 3),
+        ("min_speedup", -1.0),
+        ("min_speedup", float("nan")),
+        ("min_throughput", float("inf")),
+        ("params_tolerance", 1.0),
+        ("max_broken", -0.1),
+        ("proxied", 1000),
+        ("beam", 1000),
+        ("proxy_init", "magic"),
+        ("bench_dtype", "int8"),
+        ("device", "tpu"),
+        ("device", "cuda:x"),
+        ("device", "cpu:"),
+    ],
+)
+def test_a_bad_setting_is_refused_in_one_line_naming_its_flag(name: str, value: object) -> None:
+    with pytest.raises(InputError) as refusal:
+        make(**{name: value})
+    said = str(refusal.value)
+    assert "\n" not in said
+    assert said.startswith("--" + name.replace("_", "-"))
+    assert "got" in said
+    assert "want" in said or "at most" in said
+
+
+def test_labels_and_teacher_exclude_each_other() -> None:
+    with pytest.raises(InputError, match="--labels with --teacher"):
+        make(labels="store", teacher="resnet18")
+
+
+@settings(max_examples=200, derandomize=True)
+@given(st.integers(1, 10**9))
+def test_counts_parse_in_every_spelling(n: int) -> None:
+    assert parse_count("--target-params", n) == n
+    assert parse_count("--target-params", f"{n:_}") == n
+    assert parse_count("--target-params", f"{n}K") == n * 1000
+    assert parse_count("--target-params", f" {n}m ") == n * 1_000_000
+
+
+@pytest.mark.parametrize("text", ["0", "abc", "", "-5M", "5MM", "nan", "inf", "M", "0.2", "5 M x"])
+def test_bad_counts_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--target-params"):
+        parse_count("--target-params", text)
+
+
+@settings(max_examples=100, derandomize=True)
+@given(st.floats(0, 0.99))
+def test_shares_parse_as_numbers_and_percentages(share: float) -> None:
+    assert parse_share("--x", repr(share)) == share
+    assert parse_share("--x", f"{share * 100!r}%") == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize("text", ["1", "100%", "-1%", "x", "nan", "%"])
+def test_bad_shares_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_share("--max-broken", text)
+
+
+def test_unknown_settings_in_run_json_are_refused() -> None:
+    with pytest.raises(InputError, match="unknown"):
+        config_from_dict({**make().to_dict(), "surprise": 1})
+    with pytest.raises(InputError, match="missing"):
+        config_from_dict({"seed": "21M"})

@@ -1,0 +1,311 @@
+"""A whole run: what it leaves, what it refuses, and that a killed one ends like an undisturbed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from conftest import SMALL_ARCH, Finished
+
+from nas.contract import contract, main
+from nas.measure.table import read_measurements
+from nas.search.ledger import COLUMNS
+from space import Context, get_family
+
+FAMILY = get_family("tinyvit")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_run_leaves_every_file_it_promises(finished: Finished) -> None:
+    names = {p.name for p in finished.folder.iterdir()}
+    promised = {
+        *("run.json", "study.db", "measurements.csv", "ledger.csv", "steps.csv", "best.json"),
+        *("best.safetensors", "pareto.png", "pareto.svg", "report.md", "result.json"),
+    }
+    assert promised <= names
+    assert not [p for p in finished.folder.rglob("*") if ".tmp" in p.name or ".part" in p.name]
+
+
+def test_the_winner_meets_the_budget_and_counts_are_timms(finished: Finished) -> None:
+    best = json.loads((finished.folder / "best.json").read_text())
+    context = Context(best["img_size"], best["num_classes"])
+    arch = FAMILY.arch(best["arch"])
+    built = sum(p.numel() for p in FAMILY.build(arch, context).parameters())
+    assert best["params"] == built == FAMILY.count_params(arch, context)
+    assert 360_000 <= best["params"] <= 440_000
+    assert best["macs"] == FAMILY.count_macs(arch, context)
+    assert {"family", "throughput", "score", "classes", "timm"} <= set(best)
+    assert best["classes"] == [str(d) for d in range(10)]
+
+
+LOAD = """
+import json, sys, numpy as np, timm, torch
+from PIL import Image
+from safetensors.torch import load_file
+b = json.load(open(sys.argv[1] + "/best.json"))
+model = timm.create_model(b["timm"]["model"], **b["timm"]["kwargs"])
+model.load_state_dict(load_file(sys.argv[1] + "/best.safetensors"), strict=True)
+model.eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+x = torch.stack([transform(Image.open(f).convert("RGB")) for f in sys.argv[3:]])
+with torch.no_grad():
+    np.save(sys.argv[2], model(x).numpy())
+assert not [m for m in sys.modules if m.split(".")[0] in ("nas", "space", "benchmarks")]
+"""
+
+
+def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
+    finished: Finished, tmp_path: Path
+) -> None:
+    import torch
+    from PIL import Image
+
+    from nas.data import open_dataset
+    from nas.distill.augment import default_spec, eval_batch
+    from nas.training.weights import load_into, load_weights
+
+    folders = [p for p in (finished.cache / "data").iterdir() if (p / "meta.json").exists()]
+    dataset = open_dataset(folders[0])
+    files = []
+    for i in range(5):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(np.asarray(dataset.test.pixels[i])).save(files[-1])
+    command = [sys.executable, "-c", LOAD, str(finished.folder), str(tmp_path / "y.npy"), *files]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    best = json.loads((finished.folder / "best.json").read_text())
+    model = FAMILY.build(FAMILY.arch(best["arch"]), Context(32, 10))
+    load_into(model, load_weights(finished.folder / "best.safetensors"))
+    model.eval()
+    with torch.no_grad():
+        ours = model(eval_batch(dataset.test.pixels[:5], default_spec(dataset))).numpy()
+    np.testing.assert_allclose(ours, np.load(tmp_path / "y.npy"), atol=1e-5)
+
+
+def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished) -> None:
+    rows = read_csv(finished.folder / "ledger.csv")
+    assert tuple(rows[0]) == COLUMNS
+    storage = f"sqlite:///{finished.folder}/study.db"
+    trials = optuna.load_study(study_name="contraction", storage=storage).trials
+    assert [t.user_attrs["row"]["key"] for t in trials] == [r["key"] for r in rows]
+    assert all(t.state.is_finished() for t in trials)
+    steps = read_csv(finished.folder / "steps.csv")
+    for step in steps:
+        of = [r for r in rows if r["step"] == step["step"]]
+        counted = sum(int(step[k]) for k in ("too_slow", "not_selected", "failed", "scored"))
+        assert int(step["shortlisted"]) == len(of) == counted
+        assert int(step["contractions"]) >= len(of)
+    assert all(r["reason"] for r in rows)
+
+
+def test_every_candidate_is_smaller_than_its_parent_and_in_its_band(finished: Finished) -> None:
+    rows = read_csv(finished.folder / "ledger.csv")
+    params = {r["key"]: int(r["params"]) for r in rows}
+    steps = {s["step"]: s for s in read_csv(finished.folder / "steps.csv")}
+    for r in rows[1:]:
+        assert int(r["params"]) < params[r["parent"]]
+        step = steps[r["step"]]
+        assert int(step["band_lo"]) <= int(r["params"]) <= int(step["band_hi"])
+
+
+def test_measurements_are_stored_with_their_role(finished: Finished) -> None:
+    rows = read_measurements(finished.folder / "measurements.csv")
+    roles = [r.role for r in rows]
+    assert roles[0] == "seed"
+    assert roles.count("final") == 2
+    gates = {r.arch_key for r in rows if r.role == "gate"}
+    assert gates == {r["key"] for r in read_csv(finished.folder / "ledger.csv")[1:]}
+
+
+def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+
+def run_process(arguments: list[str], **more: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nas.contract", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **more,  # type: ignore[call-overload]
+    )
+
+
+def assert_same_answer(run: Path, truth: Path) -> None:
+    assert without_times(read_csv(run / "ledger.csv")) == without_times(
+        read_csv(truth / "ledger.csv")
+    )
+    assert (run / "best.safetensors").read_bytes() == (truth / "best.safetensors").read_bytes()
+    a, b = (json.loads((f / "best.json").read_text()) for f in (run, truth))
+    assert (a["arch"], a["score"]) == (b["arch"], b["score"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The same run again from the same measurements must end the same; and how long it takes."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+    started = time.monotonic()
+    assert run_process([*flags, "--out", str(folder), "--quiet"]).wait() == 0
+    assert_same_answer(folder, finished.folder)
+    return folder, time.monotonic() - started
+
+
+@pytest.mark.parametrize("instant", [0.25, 0.5, 0.7, 0.85])
+def test_a_killed_run_resumes_to_the_same_answer(
+    finished: Finished, undisturbed: tuple[Path, float], tmp_path: Path, instant: float
+) -> None:
+    truth, seconds = undisturbed
+    folder = tmp_path / "run"
+    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+    # Without the trained seed of the cache, kills fall into its training too.
+    shutil.rmtree(finished.cache / "seeds", ignore_errors=True)
+    process = run_process([*flags, "--out", str(folder), "--quiet"])
+    time.sleep(seconds * instant)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resume = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+    if not (folder / "run.json").exists():
+        resume = [*flags, "--out", str(folder), "--quiet"]  # killed before the run began
+        shutil.rmtree(folder, ignore_errors=True)
+    second = run_process(resume)
+    assert second.wait(timeout=300) == 0
+    assert_same_answer(folder, truth)
+
+
+@pytest.mark.slow
+def test_many_kills_at_random_instants_lose_nothing(
+    finished: Finished, undisturbed: tuple[Path, float], tmp_path: Path
+) -> None:
+    truth, seconds = undisturbed
+    rng = random.Random(0)
+    folder = tmp_path / "run"
+    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+    arguments = [*flags, "--out", str(folder), "--quiet"]
+    for _ in range(12):
+        process = run_process(arguments)
+        time.sleep(rng.uniform(1.0, seconds * 0.6))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if (folder / "run.json").exists():
+            arguments = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    assert run_process(arguments).wait(timeout=600) == 0
+    assert_same_answer(folder, truth)
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+    process = run_process([*flags, "--out", str(folder), "--final-epochs", "400"])
+    until = time.monotonic() + 120
+    while not (folder / "steps.csv").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"python -m nas.contract --resume {folder}" in said
+    assert "Traceback" not in said
+    assert (folder / "study.db").exists()
+
+
+def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+    arguments = [*flags, "--out", str(folder), "--final-epochs", "400", "--json"]
+    started = time.monotonic()
+    process = run_process([*arguments, "--max-hours", str(25 / 3600)])
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 3, said
+    assert time.monotonic() - started < 60
+    last = json.loads(said.splitlines()[-1])
+    assert last["status"] == "stopped"
+    assert "--max-hours" in last["message"]
+    assert "Traceback" not in said
+
+
+def test_resume_of_a_finished_run_prints_its_result(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished.folder / "best.safetensors").stat().st_mtime_ns
+    assert main(["--resume", str(finished.folder), "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["status"] == "reached"
+    assert main(["--out", str(finished.folder), "--resume", "--quiet"]) == 0
+    assert (finished.folder / "best.safetensors").stat().st_mtime_ns == before
+
+
+def test_status_tells_where_a_run_stands(
+    finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--status", str(finished.folder)]) == 0
+    assert "reached" in capsys.readouterr().out.lower()
+
+
+def test_the_same_from_python(finished: Finished) -> None:
+    outcome = contract(out=finished.folder, resume=True)
+    assert (outcome.status, outcome.exit_code) == ("reached", 0)
+    assert outcome.folder == finished.folder
+
+
+def test_an_impossible_speedup_is_refused_before_training_with_the_reach(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main([*finished.flags, "--min-speedup", "1000", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --min-speedup: got 1000")
+    assert "x the seed" in error
+    assert not out.exists()
+
+
+def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Bounds between the floor's pace and that of the band: possible for the space, not here."""
+    outcome = contract(
+        str(finished.folder.parent / "small.json"),
+        "530K",
+        out=tmp_path / "run",
+        cache_dir=finished.cache,
+        effort="smoke",
+        threads=1,
+        img_size=32,
+        proxy_images=200,
+        teacher_epochs=2,
+        steps=1,
+        draws=1,
+        shortlist=2,
+        min_speedup=2.2,
+        bench_blocks=6,
+        bench_max_blocks=6,
+    )
+    assert (outcome.status, outcome.exit_code) == ("stuck", 3)
+    assert "throughput binds" in outcome.message
+    assert "nearest" in outcome.message
+    rows = read_csv(tmp_path / "run" / "ledger.csv")
+    assert {r["stage"] for r in rows[1:]} == {"throughput"}
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_the_small_arch_is_what_the_tests_think(finished: Finished) -> None:
+    arch = FAMILY.arch(SMALL_ARCH)
+    assert FAMILY.count_params(arch, Context(32, 10)) == 589_998

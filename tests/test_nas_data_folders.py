@@ -1,0 +1,291 @@
+"""Image folders: what is accepted, what is chosen, what is refused and how."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+from timm.data.transforms_factory import create_transform
+
+from nas.data import Dataset, DataSpec, prepare
+from nas.data.cuts import content_key
+from nas.data.decode import fitted, store_size_of
+from nas.data.folders import _proxy, folder
+from nas.distill.augment import AugmentSpec, eval_batch
+from space.errors import InputError
+
+
+def tree(
+    root: Path, classes: Sequence[str] = ("b", "a", "c"), each: int = 6, seed: int = 0
+) -> Path:
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for at in range(each):
+            pixels = rng.integers(0, 256, (52 + at, 60, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{at}.png")
+    return root
+
+
+def ready(root: Path, tmp_path: Path, **changes: object) -> Dataset:
+    return prepare(DataSpec(str(root), **changes), tmp_path / "cache")  # type: ignore[arg-type]
+
+
+def test_one_tree_is_cut_and_two_folders_are_kept_apart(tmp_path: Path) -> None:
+    one = ready(tree(tmp_path / "one", each=10), tmp_path)
+    assert one.classes == ("a", "b", "c")
+    assert (len(one.train), len(one.holdout), len(one.test)) == (19, 5, 6)
+    tree(tmp_path / "two" / "train", seed=1)
+    tree(tmp_path / "two" / "val", each=2, seed=2)
+    two = ready(tmp_path / "two", tmp_path)
+    assert (len(two.train), len(two.holdout), len(two.test)) == (14, 4, 6)
+    files = {content_key(p.read_bytes()): p for p in (tmp_path / "two").rglob("*.png")}
+    for side, split in (("val", two.test), ("train", two.train), ("train", two.holdout)):
+        for key, label in zip(split.keys, split.labels, strict=True):
+            assert files[key].parent.name == two.classes[label]
+            assert files[key].parent.parent.name == side
+    assert two.img_size == 48
+    assert two.store_size == 55
+    assert "48" in two.notes[-1]
+
+
+def test_renaming_and_moving_files_changes_nothing_but_the_cache_folder(tmp_path: Path) -> None:
+    first = ready(tree(tmp_path / "first", each=8), tmp_path, img_size=48)
+    root = tmp_path / "second"
+    shutil.copytree(tmp_path / "first", root)
+    for at, path in enumerate(sorted(root.rglob("*.png"), reverse=True)):
+        path.rename(path.with_name(f"{at}x.png"))
+    second = ready(root, tmp_path, img_size=48)
+    for side in ("train", "holdout", "test"):
+        assert getattr(first, side).keys == getattr(second, side).keys
+    assert first.folder != second.folder
+    time = os.stat(root / "a").st_mtime_ns
+    path = next((root / "a").iterdir())
+    Image.new("RGB", (50, 50)).save(path, "PNG")
+    os.utime(path, ns=(time + 10, time + 10))
+    third = ready(root, tmp_path, img_size=48)
+    assert third.folder != second.folder
+    assert third.fingerprint != second.fingerprint
+
+
+def test_stored_pixels_evaluate_as_timm_evaluates_the_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    for img_size in (48, 61, 96):
+        size = store_size_of(img_size)
+        for _ in range(12):
+            wide, high = rng.integers(30, 150, 2)
+            small = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+            image = Image.fromarray(small).resize((int(wide), int(high)), Image.Resampling.BICUBIC)
+            ours = fitted(image, img_size, size)
+            spec = AugmentSpec(img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+            timms = create_transform(
+                img_size,
+                crop_pct=img_size / (size + 0.25),
+                interpolation="bicubic",
+                mean=spec.mean,
+                std=spec.std,
+            )
+            assert torch.equal(eval_batch(ours[None], spec)[0], timms(image)), (wide, high)
+
+
+def test_kinds_of_image_are_read_as_pillow_converts_them(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d", each=6)
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    Image.fromarray(grey).save(root / "a" / "deep.png")
+    Image.new("CMYK", (60, 60), (10, 20, 30, 40)).save(root / "a" / "cmyk.jpg")
+    Image.new("P", (60, 60), 3).save(root / "b" / "palette.png")
+    Image.new("RGBA", (60, 60), (9, 8, 7, 6)).save(root / "b" / "clear.PNG")
+    Image.new("L", (60, 60), 99).save(root / "c" / "grey.jpeg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8)[:, None], (1, 60)))
+    turned.save(root / "c" / "turned.tiff", exif=exif)
+    (root / "c" / "notes.txt").write_text("not an image")
+    (root / "c" / ".hidden.png").write_text("not an image either")
+    dataset = ready(root, tmp_path, img_size=48)
+    assert dataset.broken == ()
+    assert sum(map(len, (dataset.train, dataset.holdout, dataset.test))) == 24
+
+
+def test_broken_images_are_named_counted_and_refused_above_the_share(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d", each=10)
+    good = (root / "a" / "0.png").read_bytes()
+    (root / "a" / "cut.png").write_bytes(good[: len(good) // 2])
+    (root / "b" / "empty.jpg").write_bytes(b"")
+    (root / "c" / "text.jpg").write_text("hello")
+    (root / "c" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    Image.new("1", (20000, 10000)).save(root / "c" / "bomb.png")
+    Image.new("L", (4, 900)).save(root / "c" / "sliver.png")
+    names = (
+        "a/cut.png",
+        "b/empty.jpg",
+        "c/bomb.png",
+        "c/dangling.jpg",
+        "c/sliver.png",
+        "c/text.jpg",
+    )
+    with pytest.raises(InputError, match=r"6 broken images of 36, e\.g\. .*a/cut\.png"):
+        ready(root, tmp_path, img_size=48)
+    dataset = ready(root, tmp_path, img_size=48, max_broken=0.2)
+    assert tuple(sorted(dataset.broken)) == names
+    assert any("6 broken" in note for note in dataset.notes)
+    assert sum(map(len, (dataset.train, dataset.holdout, dataset.test))) == 30
+
+
+def test_copies_do_not_straddle_the_cut(tmp_path: Path) -> None:
+    tree(tmp_path / "d" / "train")
+    tree(tmp_path / "d" / "val", each=2, seed=5)
+    shutil.copy(tmp_path / "d/val/a/0.png", tmp_path / "d/train/a/leak.png")
+    shutil.copy(tmp_path / "d/train/a/1.png", tmp_path / "d/train/b/twin.png")
+    dataset = ready(tmp_path / "d", tmp_path)
+    assert len(dataset.train) + len(dataset.holdout) == 18
+    assert len(dataset.test) == 6
+    assert any("2 images are copies" in note for note in dataset.notes)
+
+
+def test_images_that_are_not_chosen_are_never_read(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d" / "train", each=20).parent
+    tree(root / "val", each=2, seed=9)
+    spec = DataSpec(str(root), img_size=48, proxy_images=12)
+    files = sorted((root / "train").rglob("*.png"))
+    before = prepare(spec, tmp_path / "cache")
+    assert len(before.train) + len(before.holdout) == 12
+    assert any("12 of 60 training images" in note for note in before.notes)
+    used = set(before.train.keys) | set(before.holdout.keys)
+    for path in files:
+        if content_key(path.read_bytes()) not in used:
+            path.write_bytes(b"never read")
+    after = prepare(spec, tmp_path / "other")
+    assert after.fingerprint == before.fingerprint
+    assert after.broken == ()
+
+
+def test_the_default_bites_at_ten_thousand_images() -> None:
+    from nas.data.folders import _File
+
+    files = [_File(Path(f"{at}"), f"{at}.jpg", at % 10, "train") for at in range(20_000)]
+    used, notes = _proxy(files, 10, None, True)
+    assert len(used) == 10_000
+    assert np.bincount([f.label for f in used]).tolist() == [1000] * 10
+    assert notes == ["10,000 of 20,000 training images used (--proxy-images)"]
+
+
+def test_links_that_lead_back_are_not_followed_and_names_may_be_foreign(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d", classes=("chien", "猫"), each=6)
+    (root / "up").symlink_to(root)
+    (root / "chien" / "loop").symlink_to(root)
+    (tmp_path / "link").symlink_to(root)
+    dataset = ready(tmp_path / "link", tmp_path)
+    assert dataset.classes == ("chien", "猫")
+    assert sum(map(len, (dataset.train, dataset.holdout, dataset.test))) == 12
+
+
+def test_image_size_follows_the_median_image(tmp_path: Path) -> None:
+    for side, want in ((40, 48), (95, 48), (97, 96), (223, 96), (230, 224)):
+        root = tmp_path / f"s{side}"
+        for name in "ab":
+            (root / name).mkdir(parents=True)
+            for at in range(3):
+                colour = (side, at, ord(name))
+                Image.new("RGB", (side + 9 * at, side), colour).save(root / name / f"{at}.png")
+        source = folder(DataSpec(str(root)))
+        assert source.img_size == want
+        assert f"{want} px" in source.notes[-1]
+
+
+def one_class(root: Path) -> None:
+    tree(root, classes=("only",))
+
+
+def no_class(root: Path) -> None:
+    root.mkdir()
+
+
+def flat(root: Path) -> None:
+    root.mkdir()
+    Image.new("RGB", (50, 50)).save(root / "a.png")
+
+
+def empty_class(root: Path) -> None:
+    tree(root)
+    (root / "void").mkdir()
+
+
+def other_classes(root: Path) -> None:
+    tree(root / "train")
+    tree(root / "val", classes=("a", "b", "d"))
+
+
+def too_few(root: Path) -> None:
+    tree(root, each=2)
+
+
+def a_file(root: Path) -> None:
+    root.write_text("x")
+
+
+def all_broken(root: Path) -> None:
+    tree(root)
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (one_class, "one class only"),
+        (no_class, "no class folders"),
+        (flat, "no class folders"),
+        (empty_class, "no image in .*void"),
+        (other_classes, "'c' only in train/, 'd' only in val/"),
+        (too_few, "too few images"),
+        (a_file, "not a file"),
+        (all_broken, "18 broken images of 18"),
+        (lambda root: None, "existing folder"),
+    ],
+)
+def test_unusable_folders_are_refused_in_one_line(make, words: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    make(tmp_path / "d")
+    with pytest.raises(InputError, match=words) as caught:
+        ready(tmp_path / "d", tmp_path)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("--data: got ")
+
+
+def test_too_few_proxy_images_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--proxy-images: got 5, want at least 6"):
+        ready(tree(tmp_path / "d"), tmp_path, proxy_images=5)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "./digits"])
+def test_names_of_nothing_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--data"):
+        prepare(DataSpec(name), tmp_path)
+
+
+def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree(tmp_path / "d")
+
+    def denied(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(InputError, match="Permission denied"):
+        ready(root, tmp_path)
+
+
+def test_a_png_with_a_huge_text_chunk_is_broken_not_fatal(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d", each=40)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("k", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 10), zip=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 50)).save(buffer, "PNG", pnginfo=info)
+    (root / "a" / "text.png").write_bytes(buffer.getvalue())
+    assert ready(root, tmp_path, img_size=48).broken == ("a/text.png",)

@@ -1,0 +1,224 @@
+"""The proxy: the same training for all, scored image by image, with no teacher in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nas.data import Dataset, DataSpec, prepare
+from nas.distill import proxy
+from nas.distill.augment import default_spec, eval_batch
+from nas.distill.losses import dense_target
+from nas.distill.proxy import (
+    Evaluation,
+    evaluate_test,
+    mean_se,
+    proxy_settings,
+    start_model,
+    train_and_score,
+)
+from nas.distill.replay import holdout_batches
+from nas.distill.store import LabelStore, StoreSpec, build_store, open_store
+from nas.training.loop import Diverged
+from nas.training.weights import load_weights, weights_digest
+from space import Context, get_family
+from space.errors import InputError
+
+FAMILY = get_family("tinyvit")
+ARCH = FAMILY.arch(
+    {
+        "embed_dims": [32, 32, 64, 64],
+        "depths": [1, 1, 2, 1],
+        "window_sizes": [7, 14, 7],
+        "mbconv_expand_ratio": 2.0,
+        "mlp_ratio": 2.0,
+        "head_dim": 32,
+    }
+)
+CHILD = replace(ARCH, depths=(1, 1, 1, 1))
+CTX = Context(32, 10)
+SETTINGS = proxy_settings(2, "scratch", batch_size=16)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepare(DataSpec("digits", img_size=32, proxy_images=80), tmp_path_factory.mktemp("d"))
+
+
+@pytest.fixture(scope="module")
+def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
+    weights = torch.randn(3 * 32 * 32, 10, generator=torch.Generator().manual_seed(1)) * 0.1
+    augment = default_spec(dataset)
+    spec = StoreSpec(3, 4, augment, 0, dataset.fingerprint, "toy", "abc", 10, 1)
+    root = tmp_path_factory.mktemp("stores")
+    return open_store(build_store(root, spec, dataset, lambda x: x.flatten(1) @ weights, 32), spec)
+
+
+def run(dataset: Dataset, store: LabelStore, arch: Any = ARCH, **changes: Any) -> Any:
+    options = {
+        "settings": SETTINGS, "init": "scratch", "random_seed": 0, "device": "cpu", **changes,
+    }  # fmt: skip
+    return train_and_score(FAMILY, arch, CTX, store=store, dataset=dataset, **options)
+
+
+def answer(score: proxy.ProxyScore) -> dict[str, Any]:
+    """Leave out what no two runs share: times and places."""
+    timed = ("images_per_s", "seconds", "weights", "per_image")
+    return {k: v for k, v in score.to_dict().items() if k not in timed}
+
+
+@pytest.fixture(scope="module")
+def parent(dataset: Dataset, store: LabelStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("p") / "weights.safetensors"
+    run(dataset, store, out_weights=path)
+    return path
+
+
+def test_scores_are_those_of_the_weights_left(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "weights.safetensors"
+    ticks: list[float] = []
+    score = run(dataset, store, out_weights=out, tick=ticks.append)
+    assert sum(ticks) == 2 * len(dataset.train) + len(dataset.holdout)
+    assert score.images == 2 * len(dataset.train)
+    assert json.loads(json.dumps(score.to_dict())) == score.to_dict()
+    state = load_weights(out)
+    assert score.weights_digest == weights_digest(state)
+    # The oracle: the dense loss in float64 on a net that never trained here.
+    net = FAMILY.build(ARCH, CTX)
+    net.load_state_dict(state)
+    losses = np.zeros(len(dataset.holdout))
+    right = np.zeros(len(dataset.holdout), dtype=bool)
+    for batch in holdout_batches(dataset, store, 7):
+        with torch.no_grad():
+            logits = net.eval()(batch.inputs).double()
+        target = dense_target(batch.index, batch.prob, batch.tail, 10).double()
+        rows = batch.rows.numpy()
+        losses[rows] = -(target * logits.log_softmax(1)).sum(1).numpy()
+        right[rows] = logits.argmax(1).numpy() == dataset.holdout.labels[rows]
+    kept = Evaluation.load(Path(score.per_image))
+    np.testing.assert_allclose(kept.soft_loss, losses, rtol=1e-4, atol=1e-5)
+    assert (kept.correct == right).all()
+    n = len(right)
+    assert score.holdout_images == n
+    assert score.soft_loss == pytest.approx(losses.mean(), rel=1e-4)
+    assert score.soft_loss_se == pytest.approx(losses.std(ddof=1) / math.sqrt(n), rel=1e-3)
+    assert score.top1 == right.mean()
+    assert score.top1_se == pytest.approx(right.std(ddof=1) / math.sqrt(n))
+
+
+def test_the_same_job_gives_the_same_bytes_and_leaves_the_generator_alone(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    one = run(dataset, store, out_weights=tmp_path / "1.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(12345)  # nobody's business
+    two = run(dataset, store, out_weights=tmp_path / "2.safetensors")
+    torch.set_rng_state(before)
+    assert answer(one) == answer(two)
+    for kind in (".safetensors", ".holdout.safetensors"):
+        assert (tmp_path / f"1{kind}").read_bytes() == (tmp_path / f"2{kind}").read_bytes()
+    assert answer(run(dataset, store, random_seed=1))["soft_loss"] != one.soft_loss
+
+
+def test_a_race_in_rungs_ends_like_one_run(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    whole = run(dataset, store, out_weights=tmp_path / "w.safetensors")
+    position = tmp_path / "position.safetensors"
+    rung = run(dataset, store, checkpoint=position, stop_after=1)
+    assert rung.epochs == 1
+    last = run(dataset, store, checkpoint=position, out_weights=tmp_path / "r.safetensors")
+    assert answer(last) == answer(whole)
+
+
+def test_scoring_learns(dataset: Dataset, store: LabelStore) -> None:
+    longer = run(dataset, store, settings=proxy_settings(8, "scratch", batch_size=16))
+    assert longer.soft_loss < run(dataset, store).soft_loss
+
+
+def test_an_untouched_child_is_its_parent(
+    dataset: Dataset, store: LabelStore, parent: Path
+) -> None:
+    same, copied = start_model(
+        FAMILY, ARCH, CTX, init="inherit", random_seed=5, parent_arch=ARCH, parent_weights=parent
+    )
+    state = load_weights(parent)
+    assert weights_digest(same.state_dict()) == weights_digest(state)
+    assert copied == sum(t.numel() for t in state.values())
+
+
+def test_a_child_starts_from_its_parent(dataset: Dataset, store: LabelStore, parent: Path) -> None:
+    given = {"parent_arch": ARCH, "parent_weights": parent}
+    frozen = replace(SETTINGS, lr=0.0, weight_decay=0.0, min_lr=0.0)
+    inherited = run(dataset, store, CHILD, init="inherit", settings=frozen, **given)
+    fresh = run(dataset, store, CHILD, settings=frozen)
+    assert (
+        0
+        < inherited.copied
+        <= sum(t.numel() for t in FAMILY.build(CHILD, CTX).state_dict().values())
+    )
+    assert fresh.copied == 0
+    assert inherited.soft_loss != fresh.soft_loss
+
+
+def test_later_epochs_of_the_store_are_other_epochs(dataset: Dataset, store: LabelStore) -> None:
+    assert run(dataset, store).soft_loss != run(dataset, store, first_epoch=1).soft_loss
+
+
+def test_a_subset_is_fixed_by_content(dataset: Dataset, store: LabelStore) -> None:
+    some = run(dataset, store, images_per_epoch=24)
+    assert some.images == 48
+    assert answer(some) == answer(run(dataset, store, images_per_epoch=24))
+    assert answer(run(dataset, store, images_per_epoch=10**6)) == answer(run(dataset, store))
+
+
+def test_a_diverging_candidate_is_an_outcome(dataset: Dataset, store: LabelStore) -> None:
+    wild = replace(SETTINGS, lr=1e30, clip_norm=None, warmup_epochs=0.0)
+    with pytest.raises(Diverged, match="loss became"):
+        run(dataset, store, settings=wild)
+
+
+def test_the_test_split_is_scored_image_by_image(
+    dataset: Dataset, store: LabelStore, parent: Path
+) -> None:
+    augment = default_spec(dataset)
+    ticks: list[float] = []
+    got = evaluate_test(
+        FAMILY, ARCH, CTX, parent, dataset, augment, device="cpu", tick=ticks.append
+    )
+    assert sum(ticks) == len(dataset.test) == len(got.correct)
+    net = FAMILY.build(ARCH, CTX)
+    net.load_state_dict(load_weights(parent))
+    with torch.no_grad():
+        logits = net.eval()(eval_batch(dataset.test.pixels[:], augment))
+    labels = torch.from_numpy(dataset.test.labels.copy())
+    assert (got.correct == (logits.argmax(1) == labels).numpy()).all()
+    want = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    np.testing.assert_allclose(got.soft_loss, want.numpy(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="exactly this architecture"):
+        evaluate_test(FAMILY, CHILD, CTX, parent, dataset, augment, device="cpu")
+
+
+@pytest.mark.parametrize("n", [1, 2, 17])
+def test_means_and_standard_errors(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=n)
+    mean, se = mean_se(values)
+    assert mean == pytest.approx(values.mean())
+    assert se == pytest.approx(values.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0)
+
+
+def test_unknown_ways_to_start_are_refused(dataset: Dataset, store: LabelStore) -> None:
+    with pytest.raises(InputError, match="scratch, inherit"):
+        run(dataset, store, init="magic")
+    with pytest.raises(InputError, match="scratch, inherit"):
+        proxy_settings(1, "magic")

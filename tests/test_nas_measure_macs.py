@@ -1,0 +1,107 @@
+"""Three ways of counting multiply-adds agree, and what cannot be counted is named."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from nas.measure.macs import (
+    UnsupportedOperator,
+    flop_counter_macs,
+    fvcore_by_operator,
+    fvcore_macs,
+)
+from space import Context, get_family
+from space.family import Arch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on a busy machine wait for each other far longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def random_arch(rng: random.Random) -> Arch:
+    head = rng.choice([16, 32])
+    return get_family("tinyvit").arch(
+        {
+            "embed_dims": [head * rng.randint(1, 3) for _ in range(4)],
+            "depths": [rng.randint(1, 2) for _ in range(4)],
+            "window_sizes": [rng.choice([3, 7, 14]) for _ in range(3)],
+            "mbconv_expand_ratio": rng.choice([1.5, 2.0, 4.0]),
+            "mlp_ratio": rng.choice([2.0, 3.5]),
+            "head_dim": head,
+        }
+    )
+
+
+def test_closed_form_fvcore_and_torch_agree() -> None:
+    """On random archs and contexts, and the caller's network stays as it was."""
+    family, rng = get_family("tinyvit"), random.Random(3)
+    for _ in range(4):
+        arch = random_arch(rng)
+        ctx = Context(rng.choice([32, 48, 80]), rng.choice([1, 10, 77]), rng.choice([1, 3]))
+        model = family.build(arch, ctx)
+        model.eval()
+        model(torch.zeros(2, ctx.in_chans, ctx.img_size, ctx.img_size))
+        counted = family.count_macs(arch, ctx)
+        assert fvcore_macs(model, ctx) == counted
+        assert flop_counter_macs(model, ctx) == counted
+        assert not model.training
+        assert next(model.parameters()).device.type == "cpu"
+
+
+def test_published_5m() -> None:
+    """1.255 GMACs at 224 px (the paper's 1.3 G), 0.097 of them in fused attention."""
+    family, ctx = get_family("tinyvit"), Context(224, 1000)
+    arch = family.seed("5M")
+    found = fvcore_by_operator(family.build(arch, ctx), ctx)
+    assert found == {
+        "conv": 368_382_784, "linear": 790_290_944, "scaled_dot_product_attention": 96_500_992,
+    }  # fmt: skip
+    assert sum(found.values()) == family.count_macs(arch, ctx)
+
+
+def test_plain_attention_counts_as_much_as_fused() -> None:
+    class Attention(nn.Module):
+        def __init__(self, fused: bool) -> None:
+            super().__init__()
+            self.fused = fused
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = x.reshape(1, 2, 12, -1)
+            if self.fused:
+                return nn.functional.scaled_dot_product_attention(q, q, q)
+            return (q @ q.transpose(-2, -1)).softmax(-1) @ q
+
+    ctx = Context(24, 1)
+    wanted = 2 * 2 * 12 * 12 * (3 * 24 * 24 // 24)
+    for fused in (True, False):
+        assert fvcore_macs(Attention(fused), ctx) == wanted
+        assert flop_counter_macs(Attention(fused), ctx) == wanted
+
+
+@pytest.mark.parametrize("name", ["cumsum", "erf", "sort", "logsumexp", "grid_sample"])
+def test_an_unknown_operator_is_named(name: str) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if name == "cumsum":
+                return x.cumsum(-1)
+            if name == "erf":
+                return x.erf()
+            if name == "sort":
+                return x.sort(-1).values
+            if name == "logsumexp":
+                return x.logsumexp(-1)
+            grid = x.new_zeros(1, 4, 4, 2)
+            return nn.functional.grid_sample(x, grid, align_corners=False)
+
+    with pytest.raises(UnsupportedOperator, match=name.removesuffix("e")):
+        fvcore_macs(Odd(), Context(16, 1))

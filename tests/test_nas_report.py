@@ -1,0 +1,266 @@
+"""Reports tell what the run's files hold, for finished and unfinished runs alike."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from synthetic_run import SEED_KEY, make_run
+
+from nas.report import final_table, status, write_report
+from nas.report.charts import run_chart
+from nas.report.figure import Point, Series, draw, front, png_bytes, svg_bytes
+from nas.report.files import Candidate, Step, read_run
+from nas.report.tables import duration, markdown, percent, plain, short_count, with_interval
+from nas.report.text import stop_counts
+from space import InputError
+
+FILES = ("report.md", "pareto.png", "pareto.svg")
+
+
+def test_columns_are_those_that_the_driver_writes() -> None:
+    from dataclasses import fields
+
+    from nas.search.ledger import COLUMNS
+    from nas.tables import StepRow
+
+    assert ("trial", *(f.name for f in fields(Candidate))) == COLUMNS
+    assert [f.name for f in fields(Step)] == [f.name for f in fields(StepRow)]
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_report(run)
+    text = (run / "report.md").read_text()
+    result = json.loads((run / "result.json").read_text())
+    winner = result["final"]["winner"]
+    for needed in (
+        f"{winner['params']:,}", "4.10x fewer than the seed", "93.1 +- 1.3 %", "on 359 images",
+        "+2.0 points [-0.4, +4.4]", "no difference from the published 5M", "287 holdout images",
+        "AMD EPYC family 25/1/1", "batch 32, float32, 48 px", "it is not accuracy",
+        "at least 1.5x the seed's throughput", "![", "out of memory | 4 |", "1,234,567",
+        "python -m benchmarks.pareto", "strict=True", "embed_dims[2] 384->256",
+    ):  # fmt: skip
+        assert needed in text, needed
+    table = final_table(run)
+    assert [line.split()[0] for line in table.splitlines()[:4]] == [
+        "model", "seed", "winner", "published",
+    ]  # fmt: skip
+    assert all(len(line) <= 100 for line in table.splitlines()[:4])
+    lines = status(run)
+    assert lines.splitlines()[0].endswith(": reached")
+    assert "4 of 4 steps done, 32 candidates decided (16 complete, 12 pruned, 4 failed)" in lines
+
+
+@pytest.mark.parametrize(
+    ("lo", "hi", "words"),
+    [
+        (0.01, 0.03, "the winner is better than the published 5M"),
+        (-0.03, -0.01, "the winner is worse than the published 5M"),
+        (0.0, 0.0, "right on the very same images"),
+        (-0.01, 0.03, "no difference from the published 5M that this test could see"),
+    ],
+)
+def test_the_comparison_claims_what_its_interval_allows(
+    tmp_path: Path, lo: float, hi: float, words: str
+) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    result = json.loads((run / "result.json").read_text())
+    result["final"]["paired"] = {"difference": (lo + hi) / 2, "lo": lo, "hi": hi}
+    (run / "result.json").write_text(json.dumps(result))
+    assert words in final_table(run)
+
+
+@pytest.mark.parametrize("status_word", [None, "stuck", "stopped"])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_unfinished_run(tmp_path: Path, status_word: str | None, steps: int) -> None:
+    run = make_run(tmp_path / "run", steps=steps, status=status_word)
+    write_report(run)
+    text = (run / "report.md").read_text()
+    assert all((run / name).stat().st_size > 1000 for name in FILES[1:])
+    assert f"# 21M to 5M parameters: {status_word or 'unfinished'}" in text
+    assert "strict=True" not in text
+    lines = status(run)
+    if status_word is None:
+        assert f"steps {steps + 1} to 4, the final training and test" in lines
+        assert f"--resume {run}" in lines
+    assert "model" in final_table(run)
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    """Nothing but run.json, and that almost empty."""
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "config": {}}))
+    write_report(tmp_path)
+    assert "the seed is not trained yet" in status(tmp_path)
+    assert final_table(tmp_path)
+
+
+def test_reporting_changes_no_file_of_the_run_and_repeats_to_the_byte(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    write_report(run)
+    first = {name: (run / name).read_bytes() for name in FILES}
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before | first
+    # In another process: no identifier may hang on hash seeds or on the clock.
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for name in FILES:
+        (again / name).unlink()
+    code = "import sys; from pathlib import Path; from nas.report import write_report as w; "
+    subprocess.run([sys.executable, "-c", code + "w(Path(sys.argv[1]))", str(again)], check=True)
+    for name in FILES[1:]:
+        assert (again / name).read_bytes() == first[name]
+    assert b"<dc:date>" not in first["pareto.svg"]
+
+
+def test_damaged_runs_are_refused_in_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    for path in (tmp_path / "none", tmp_path, run / "run.json"):
+        with pytest.raises(InputError, match="RUN"):
+            status(path)
+    ledger = (run / "ledger.csv").read_text()
+    for name, data in (
+        ("run.json", "[]"),
+        ("run.json", "{"),
+        ("result.json", "nonsense"),
+        ("ledger.csv", "a,b\n1,2\n"),
+        ("ledger.csv", ledger.replace("20700000", "many")),
+        ("ledger.csv", ledger.rstrip("\n") + ",surplus\n"),
+        ("ledger.csv", ""),
+        ("steps.csv", "step\nx\n"),
+        ("steps.csv", "\udcff"),
+    ):
+        kept = (run / name).read_bytes()
+        (run / name).write_bytes(data.encode("utf-8", "surrogateescape"))
+        with pytest.raises(InputError) as caught:
+            status(run)
+        assert "\n" not in str(caught.value)
+        assert name in str(caught.value)
+        (run / name).write_bytes(kept)
+    assert status(run)
+
+
+def test_chart_holds_every_scored_arch_once_with_its_interval(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    chart = run_chart([run])
+    (series,) = chart.series
+    scored = {row.key for row in run.ledger if row.soft_loss is not None}
+    assert {point.key for point in series.points} == scored
+    assert len(series.points) == len(scored)
+    kinds = [point.kind for point in series.points]
+    assert kinds.count("seed") == kinds.count("winner") == kinds.count("published") == 1
+    assert kinds.count("uniform") == 4
+    seed = next(point for point in series.points if point.key == SEED_KEY)
+    assert (seed.speed, seed.speed_lo) == (1.0, None)
+    for point in series.points:
+        row = run.candidate(point.key)
+        assert row is not None
+        assert row.soft_loss is not None
+        assert row.soft_loss_se is not None
+        assert point.score_hi == row.soft_loss + row.soft_loss_se
+        assert point is seed or (point.speed, point.speed_hi) == (row.ratio, row.ratio_hi)
+    assert series.path == tuple(run.result["path"])
+    assert any("287 holdout images" in note for note in chart.notes)
+
+
+def test_the_figure_is_legible_at_800_px(tmp_path: Path) -> None:
+    """Up is better, both panels share the score, names cover no point, text is >= 9 px high."""
+    chart = run_chart([read_run(make_run(tmp_path / "run"))])
+    figure = draw(chart)
+    left, right = figure.axes
+    assert left.yaxis_inverted()
+    assert right.yaxis_inverted()
+    assert left.get_xscale() == "log"
+    assert len(left.get_xticks()) >= 3
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    for axes in (left, right):
+        names = {text.get_text() for text in axes.texts}
+        assert {"seed 21M", "winner"} <= names <= {"seed 21M", "winner", "published 11M"}
+        boxes = [text.get_window_extent(renderer) for text in axes.texts]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+            for point in chart.series[0].points:
+                x = point.params if axes is left else point.speed
+                assert x is not None
+                assert not box.contains(*axes.transData.transform((x, point.score)))
+    image = Image.open(io.BytesIO(png_bytes(figure)))
+    shrink = 800 / image.width
+    for text in (*left.texts, *right.texts, *left.get_xticklabels(), *figure.texts):
+        assert text.get_fontsize() / 72 * figure.dpi * shrink >= 9
+    frame = figure.bbox
+    for text in (*figure.texts, left.xaxis.label, right.xaxis.label, left.yaxis.label):
+        box = text.get_window_extent(renderer)
+        assert frame.x0 <= box.x0
+        assert box.x1 <= frame.x1
+        assert frame.y0 <= box.y0
+        assert box.y1 <= frame.y1
+    pixels = np.asarray(image.convert("L"))
+    assert 0.005 < (pixels < 200).mean() < 0.3
+
+
+def test_figures_of_odd_contents_draw() -> None:
+    """No throughput, one point, equal points, five decades of parameters."""
+    from nas.report.figure import Chart
+
+    def chart(points: list[Point]) -> Chart:
+        return Chart((Series("s", tuple(points)),), "t", "speed", "score", False)
+
+    same = [Point("a", "a", 5e6, 0.5), Point("b", "b", 5e6, 0.5)]
+    wide = [Point(str(i), str(i), 10.0**i, i, speed=i, kind="named") for i in range(3, 9)]
+    for points in ([], same[:1], same, wide, wide[:1]):
+        figure = draw(chart(points))
+        assert svg_bytes(figure).startswith(b"<?xml")
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30),
+    st.booleans(),
+    st.booleans(),
+)
+@settings(derandomize=True, deadline=None)
+def test_front_is_the_set_that_nothing_beats(
+    points: list[tuple[float, float]], x_lower: bool, y_lower: bool
+) -> None:
+    """Against the naive definition."""
+
+    def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+        x = (b[0] - a[0]) * (1 if x_lower else -1)
+        y = (b[1] - a[1]) * (1 if y_lower else -1)
+        return x >= 0 and y >= 0 and (x > 0 or y > 0)
+
+    wanted = {p for p in points if not any(beats(q, p) for q in points)}
+    found = front(points, x_lower=x_lower, y_lower=y_lower)
+    assert set(found) == wanted
+    assert len(found) == len(wanted)
+
+
+def test_stop_counts_cover_every_candidate_once(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    counts = stop_counts(run, most=3)
+    assert sum(count for _, count in counts) == len(run.ledger) - 1
+    assert counts[-1][0] == "other reasons"
+    assert counts[1] == (
+        "throughput (pruned): not surely as fast as #x the seed (required): # [# #]", 12,
+    )  # fmt: skip
+
+
+def test_numbers_as_people_read_them() -> None:
+    assert short_count(5_392_764) == "5.39M"
+    assert short_count(None) == with_interval(None, 1, 2) == percent(None) == duration(None) == "-"
+    assert with_interval(1.934, 1.88, 1.971, "x") == "1.93x [1.88, 1.97]"
+    assert with_interval(1234.5, None, 3) == "1,234"
+    assert percent(0.9317, 0.0134) == "93.2 +- 1.3 %"
+    assert [duration(s) for s in (42, 190, 7500)] == ["42 s", "3 min 10 s", "2 h 5 min"]
+    assert markdown(("a", "b"), [["x|y", "1"]]).splitlines()[2] == "| x\\|y | 1 |"
+    assert plain(("a", "b"), [["xyz", "1"], ["", "10"]]).splitlines() == [
+        "a     b", "xyz   1", "     10",
+    ]  # fmt: skip

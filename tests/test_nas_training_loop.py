@@ -1,0 +1,256 @@
+"""Laws of the training loop: schedule, decay groups, divergence, and resuming to the same bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nas.training import loop
+from nas.training.loop import Diverged, TrainSettings, make_optimizer, train
+from nas.training.schedule import lr_at
+from nas.training.weights import weights_digest
+from space import Context, get_family
+from space.errors import InputError
+
+TINY = {
+    "embed_dims": [32, 32, 64, 64],
+    "depths": [1, 1, 1, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 2.0,
+    "mlp_ratio": 2.0,
+    "head_dim": 32,
+}
+SETTINGS = TrainSettings(epochs=3, lr=1e-2, batch_size=8, warmup_epochs=1.0)
+IMAGES, CLASSES, PX = 24, 3, 32
+
+
+def make_model(random_seed: int = 0, small: bool = False) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        if small:
+            return nn.Sequential(nn.Flatten(), nn.Linear(3 * PX * PX, CLASSES))
+        family = get_family("tinyvit")
+        return family.build(family.arch(TINY), Context(PX, CLASSES))
+
+
+def batches(epoch: int):
+    """Give three batches of eight that depend on the epoch alone."""
+    generator = torch.Generator().manual_seed(epoch)
+    for _ in range(IMAGES // 8):
+        labels = torch.randint(0, CLASSES, (8,), generator=generator)
+        noise = torch.randn(8, 3, PX, PX, generator=generator)
+        yield noise * 0.1 + labels.view(-1, 1, 1, 1), labels
+
+
+def step_loss(model, batch):
+    inputs, labels = batch
+    return nn.functional.cross_entropy(model(inputs), labels, reduction="none")
+
+
+def run(model, plan=SETTINGS, **kwargs):
+    return train(model, batches, step_loss, plan, steps_per_epoch=3, device="cpu", **kwargs)
+
+
+@given(
+    total=st.integers(1, 60),
+    share=st.floats(0, 1),
+    lr=st.floats(1e-6, 1.0),
+    low=st.floats(0, 1),
+)
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_schedule_is_its_formula(total, share, lr, low):
+    warm = min(int(share * total), total - 1)
+    floor = low * lr
+    rates = [
+        lr_at(s, total_steps=total, warmup_steps=warm, lr=lr, min_lr=floor) for s in range(total)
+    ]
+    for s in range(warm):
+        assert math.isclose(rates[s], lr * (s + 1) / (warm + 1))
+    for s in range(warm, total):
+        angle = math.pi * (s - warm) / (total - warm)
+        assert math.isclose(rates[s], floor + (lr - floor) * (1 + math.cos(angle)) / 2)
+    assert max(rates) == rates[warm]
+    assert math.isclose(rates[warm], lr)
+    assert rates[:warm] == sorted(rates[:warm])
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+    assert lr_at(total, total_steps=total, warmup_steps=warm, lr=lr, min_lr=floor) == floor
+
+
+def test_steps_use_the_schedule_and_settings(monkeypatch):
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(
+        loop, "make_optimizer", lambda model, plan: Recorder(model.parameters(), lr=0.0)
+    )
+    run(make_model(small=True))
+    want = [lr_at(s, total_steps=9, warmup_steps=3, lr=1e-2, min_lr=1e-5) for s in range(9)]
+    assert seen == want
+
+
+def test_no_decay_on_one_dimension_biases_and_attention_biases():
+    model = make_model()
+    optimizer = make_optimizer(model, SETTINGS)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decay = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert set(decay) == set(names.values())
+    for name, parameter in model.named_parameters():
+        spared = parameter.ndim <= 1 or name.endswith("bias") or "attention_biases" in name
+        assert decay[name] == (0.0 if spared else SETTINGS.weight_decay), name
+    assert any("attention_biases" in n for n in decay)
+
+
+def test_training_learns_and_reports():
+    ticks = []
+    model = make_model()
+    history = run(model, replace(SETTINGS, epochs=4), tick=ticks.append)
+    assert sum(ticks) == sum(e.images for e in history.epochs) == 4 * IMAGES
+    assert history.epochs[-1].loss < history.epochs[0].loss
+    assert history.final_loss == history.epochs[-1].loss
+    assert history.images_per_s > 0
+    assert model.training
+
+
+def test_gradients_are_clipped_to_the_norm(monkeypatch):
+    norms = []
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or torch.ones(())
+    )
+    run(make_model(small=True))
+    assert norms == [5.0] * 9
+    norms.clear()
+    run(make_model(small=True), replace(SETTINGS, clip_norm=None))
+    assert norms == []
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_stopped_and_resumed_equals_undisturbed_to_the_bit(tmp_path, stop):
+    whole = make_model()
+    history = run(whole)
+    path = tmp_path / "position.safetensors"
+    run(make_model(), checkpoint=path, stop_after=stop)
+    # Another random start: everything that matters must come from the file.
+    resumed, ticks = make_model(random_seed=7), []
+    again = run(resumed, checkpoint=path, tick=ticks.append)
+    assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
+    assert [e.loss for e in again.epochs] == [e.loss for e in history.epochs]
+    assert sum(ticks) == 3 * IMAGES
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_killed_inside_an_epoch_resumes_at_its_start(tmp_path):
+    path = tmp_path / "position.safetensors"
+
+    def breaking(epoch):
+        for at, batch in enumerate(batches(epoch)):
+            if epoch == 1 and at == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            make_model(), breaking, step_loss, SETTINGS, steps_per_epoch=3, device="cpu",
+            checkpoint=path,
+        )  # fmt: skip
+    resumed, whole = make_model(random_seed=7), make_model()
+    run(resumed, checkpoint=path)
+    run(whole)
+    assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
+
+
+def test_dropout_draws_go_on_after_a_resume(tmp_path):
+    def dropping():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * PX * PX, CLASSES))
+
+    with torch.random.fork_rng(devices=[]):
+        whole = dropping()
+        run(whole)
+        path = tmp_path / "p.safetensors"
+        run(dropping(), checkpoint=path, stop_after=1)
+        torch.manual_seed(99)
+        resumed = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * PX * PX, CLASSES))
+        run(resumed, checkpoint=path)
+    assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "position.safetensors"
+    run(make_model(small=True), checkpoint=path, stop_after=1)
+    with pytest.raises(InputError, match=r"other settings \(lr\)"):
+        run(make_model(small=True), replace(SETTINGS, lr=1e-3), checkpoint=path)
+    with pytest.raises(InputError, match="architecture"):
+        run(make_model(), checkpoint=path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) // 2])
+    with pytest.raises(InputError, match="whole, readable"):
+        run(make_model(small=True), checkpoint=path)
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 8])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_divergence_is_seen_at_its_step(at, value):
+    calls = []
+
+    def poisoned(model, batch):
+        calls.append(None)
+        losses = step_loss(model, batch)
+        return losses * value if len(calls) == at + 1 else losses
+
+    with pytest.raises(Diverged) as caught:
+        train(make_model(small=True), batches, poisoned, SETTINGS, steps_per_epoch=3, device="cpu")
+    assert caught.value.step == at
+    assert not math.isfinite(caught.value.loss)
+
+
+def test_late_checks_still_see_divergence(monkeypatch):
+    """On a GPU the loss is looked at now and then; its sum keeps a NaN until the epoch's end."""
+    monkeypatch.setattr(loop, "check_every", lambda device: 10**9)
+
+    def poisoned(model, batch):
+        return step_loss(model, batch) * math.nan
+
+    with pytest.raises(Diverged):
+        train(make_model(small=True), batches, poisoned, SETTINGS, steps_per_epoch=3, device="cpu")
+
+
+def test_mixed_precision_is_off_on_the_cpu():
+    assert loop.amp_dtype(SETTINGS, "cpu") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_mixed_precision_trains_on_a_gpu(tmp_path):
+    def moved(model, batch):
+        return step_loss(model, (batch[0].cuda(), batch[1].cuda())).float()
+
+    model = make_model()
+    history = train(
+        model, batches, moved, SETTINGS, steps_per_epoch=3, device="cuda",
+        checkpoint=tmp_path / "p.safetensors",
+    )  # fmt: skip
+    assert math.isfinite(history.final_loss)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 0}, {"batch_size": 1}, {"lr": math.nan}, {"lr": -1.0}, {"min_lr": -1e-9},
+        {"weight_decay": math.inf}, {"warmup_epochs": -1.0}, {"clip_norm": 0.0},
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_in_one_line(change):
+    with pytest.raises(InputError) as caught:
+        replace(SETTINGS, **change)
+    assert next(iter(change)) in str(caught.value)
+    assert "\n" not in str(caught.value)

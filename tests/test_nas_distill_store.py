@@ -15,15 +15,8 @@ import torch
 import nas.distill.store as module
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill.augment import AugmentSpec, augmentation_code, default_spec, eval_batch
-from nas.distill.store import (
-    StoreSpec,
-    build_store,
-    default_topk,
-    open_store,
-    packed_keys,
-    store_id,
-    top_labels,
-)
+from nas.distill.labels import Labels, index_type, packed_keys, top_labels
+from nas.distill.store import StoreSpec, build_store, default_topk, open_store, store_id
 from space.errors import InputError
 
 Teacher = Callable[[torch.Tensor], torch.Tensor]
@@ -94,7 +87,7 @@ def test_a_store_says_what_the_teacher_said_of_the_very_inputs(
           dataset.holdout.keys)  # fmt: skip
 
 
-def check(labels: module.Labels, logits: torch.Tensor, keys: tuple[str, ...]) -> None:
+def check(labels: Labels, logits: torch.Tensor, keys: tuple[str, ...]) -> None:
     want = torch.softmax(logits.double(), 1)
     prob, index = want.topk(4, dim=1)
     rows = labels.rows(keys)
@@ -226,7 +219,7 @@ def test_every_flipped_bit_and_every_cut_is_found(
                           (65537, np.int32), (100_000, np.int32)]
 )  # fmt: skip
 def test_index_width_follows_the_class_count(classes: int, kind: type) -> None:
-    assert module._index_type(classes) is kind
+    assert index_type(classes) is kind
     assert np.iinfo(kind).max >= classes - 1
     assert default_topk(classes) == min(10, classes - 1)
 

@@ -46,11 +46,11 @@ class Difficulty:
     other attractor in the way, `noise` the pixel noise's amplitude (1 = full range).
     """
 
-    jitter: float = 0.2
-    turn: float = 0.2
-    smallest: float = 0.7
-    clutter: float = 0.25
-    noise: float = 0.05
+    jitter: float = 0.23
+    turn: float = 0.23
+    smallest: float = 0.67
+    clutter: float = 0.28
+    noise: float = 0.06
 
 
 @dataclass(frozen=True)

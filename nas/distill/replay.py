@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 import nas.data
 from nas.data import Split
 from nas.distill.augment import Augmenter, AugmentSpec, eval_batch
-from nas.distill.store import Labels, LabelStore
+from nas.distill.labels import Labels
+from nas.distill.store import LabelStore
 from space.errors import refuse
 
 Rows = NDArray[np.int64]

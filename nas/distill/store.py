@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from numpy.typing import NDArray
 from safetensors.numpy import load as load_tables
 from safetensors.numpy import save as save_tables
 
 from nas.data import Dataset, Split
 from nas.data.files import digest_of, file_sha256, read_sealed, write_sealed
 from nas.distill.augment import Augmenter, AugmentSpec, augmentation_code, eval_batch
+from nas.distill.labels import Labels, comparable, index_type, raw_keys, top_labels
 from nas.files import remove_leftovers, write_atomic
 from nas.jobs import Tick, no_tick
 from space.errors import refuse
@@ -97,45 +97,6 @@ def store_id(spec: StoreSpec) -> str:
     return digest_of(_identity(spec, library_versions()))
 
 
-@dataclass(frozen=True, eq=False)
-class Labels:
-    """One piece: rows sorted by key. Shapes and types as in this module's first lines."""
-
-    keys: NDArray[np.void]
-    codes: NDArray[np.uint64]
-    index: NDArray[Any]
-    prob: NDArray[np.float32]
-    tail: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def rows(self, keys: tuple[str, ...]) -> NDArray[np.int64]:
-        """Find the rows of keys: int64 [n], -1 for a key that is not here."""
-        wanted = packed_keys(keys)
-        at = np.searchsorted(self.keys, wanted)
-        at = np.minimum(at, len(self.keys) - 1)
-        return np.where(self.keys[at] == wanted, at, -1).astype(np.int64)
-
-
-def packed_keys(keys: tuple[str, ...]) -> NDArray[Any]:
-    """Turn hex keys into 16 fixed bytes each, comparable and sortable: S16-like [n]."""
-    raw = np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(-1, 16)
-    return _comparable(raw)
-
-
-def _comparable(raw: NDArray[np.uint8]) -> NDArray[Any]:
-    # Two big-endian words sort like the hex strings; plain bytes would lose trailing zeros.
-    words = np.ascontiguousarray(raw).view(">u8").astype("=u8")
-    return words.view([("hi", "=u8"), ("lo", "=u8")]).reshape(-1)
-
-
-def _index_type(num_classes: int) -> type[np.integer[Any]]:
-    if num_classes <= 1 << 8:
-        return np.uint8
-    return np.uint16 if num_classes <= 1 << 16 else np.int32
-
-
 def _piece_name(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
 
@@ -185,7 +146,7 @@ def _read_piece(folder: Path, name: str, want: Mapping[str, Any]) -> Labels:
         table = load_tables(data)
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from error
-    keys = _comparable(table.pop("keys"))
+    keys = comparable(table.pop("keys"))
     return Labels(keys=keys, **table)
 
 
@@ -320,7 +281,7 @@ def _make_piece(
     tick: Tick,
 ) -> bytes:
     """Label one epoch of a split, or its evaluation inputs (epoch None)."""
-    n, kind = len(split), _index_type(spec.num_classes)
+    n, kind = len(split), index_type(spec.num_classes)
     codes = np.zeros(n, dtype=np.uint64)
     if epoch is not None:
         codes[:] = [augmentation_code(key, epoch, spec.salt) for key in split.keys]
@@ -340,28 +301,19 @@ def _make_piece(
             )
         index[rows], prob[rows], tail[rows] = top_labels(logits, spec.topk)
         tick(float(len(pixels)))
-    raw = np.frombuffer(bytes.fromhex("".join(split.keys)), dtype=np.uint8).reshape(-1, 16)
     return bytes(
-        save_tables({"keys": raw, "codes": codes, "index": index, "prob": prob, "tail": tail})
+        save_tables(
+            {
+                "keys": raw_keys(split.keys),
+                "codes": codes,
+                "index": index,
+                "prob": prob,
+                "tail": tail,
+            }
+        )
     )
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
     for piece in range(math.ceil(n / size)):
         yield slice(piece * size, min(n, (piece + 1) * size))
-
-
-def top_labels(
-    logits: torch.Tensor, topk: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
-    """Turn logits [B, C] into index [B, K], prob [B, K] and tail [B] >= 0.
-
-    The softmax and its tail are taken in float64, so that rounding to float32 is the only error
-    and the parts sum to 1. Raises InputError for a teacher that gives no finite number.
-    """
-    q = torch.softmax(logits.detach().double().cpu(), dim=1)
-    if not bool(torch.isfinite(q).all()):
-        raise refuse("teacher", "outputs that are not finite", "finite logits")
-    prob, index = q.topk(topk, dim=1)
-    tail = q.scatter(1, index, 0.0).sum(1)
-    return index.numpy(), prob.float().numpy(), tail.float().numpy()

@@ -25,10 +25,10 @@ contract: $(STAMP)
 	$(BIN)/python -m nas.contract --seed 21M --target-params 5M $(CONTRACT_FLAGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/python -m ruff check .

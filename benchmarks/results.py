@@ -72,6 +72,7 @@ def _run(data: str, random_seed: int, arguments: argparse.Namespace) -> Outcome:
     folder = Path(arguments.runs) / f"{data}-{arguments.effort}-{random_seed}"
     if (folder / "run.json").exists():
         return contract(out=folder, resume=True, cache_dir=arguments.cache_dir, console=Console())
+    settings = {} if arguments.proxy_images is None else {"proxy_images": arguments.proxy_images}
     return contract(
         "21M",
         "5M",
@@ -82,6 +83,7 @@ def _run(data: str, random_seed: int, arguments: argparse.Namespace) -> Outcome:
         min_speedup=arguments.min_speedup,
         cache_dir=arguments.cache_dir,
         console=Console(),
+        **settings,
     )
 
 
@@ -101,7 +103,8 @@ def _line(
         minutes=round(outcome.result.get("seconds", 0.0) / 60, 1),
         fingerprint=run["fingerprint"]["id"],
         command=f"python -m nas.contract --seed 21M --target-params 5M --min-speedup {speedup} "
-        f"--data {data} --effort {effort} --random-seed {random_seed}",
+        f"--data {data} --effort {effort} --random-seed {random_seed}"
+        + (f" --proxy-images {images}" if (images := run["config"]["proxy_images"]) else ""),
     )
     final = outcome.result.get("final")
     if final:
@@ -156,6 +159,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", default=["digits", "fractals"], help="data sets")
     parser.add_argument("--random-seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--effort", default="normal", help="default: normal")
+    parser.add_argument(
+        "--proxy-images", type=int, default=None, metavar="N", help="default: that of the effort"
+    )
     parser.add_argument("--min-speedup", type=float, default=1.5, metavar="RATIO")
     parser.add_argument("--runs", default="results/runs", metavar="DIR", help="where runs are kept")
     parser.add_argument("--out", default="results", metavar="DIR", help="where the table goes")

@@ -20,7 +20,8 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "beam": 1,
         "draws": 4,
         "proxy_images": 800,
-        "teacher_epochs": 8,
+        "img_size": 48,
+        "teacher_epochs": 6,
         "seed_epochs": 3,
         "proxy_epochs": 1,
         "final_epochs": 3,
@@ -36,10 +37,11 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "beam": 2,
         "draws": 3,
         "proxy_images": None,
-        "teacher_epochs": 15,
-        "seed_epochs": 8,
+        "img_size": None,
+        "teacher_epochs": 10,
+        "seed_epochs": 4,
         "proxy_epochs": 2,
-        "final_epochs": 10,
+        "final_epochs": 8,
         "bench_batch": 32,
         "bench_blocks": 10,
         "bench_max_blocks": 40,
@@ -52,6 +54,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "beam": 3,
         "draws": 3,
         "proxy_images": None,
+        "img_size": None,
         "teacher_epochs": 30,
         "seed_epochs": 20,
         "proxy_epochs": 5,
@@ -99,10 +102,10 @@ class RunConfig:
     proxied: int = 4
     beam: int = 2
     draws: int = 3
-    teacher_epochs: int = 15
-    seed_epochs: int = 8
+    teacher_epochs: int = 10
+    seed_epochs: int = 4
     proxy_epochs: int = 2
-    final_epochs: int = 10
+    final_epochs: int = 8
     batch_size: int = 32
     bench_batch: int = 32
     bench_blocks: int = 10

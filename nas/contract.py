@@ -296,18 +296,15 @@ def _need(arguments: Mapping[str, Any]) -> None:
 
 def _farewell(outcome: Outcome, seconds: float) -> None:
     """Print the final table, the paths and the next two commands."""
-    from nas.report import final_table
+    from nas.report import final_table, next_commands
 
     print(final_table(outcome.folder))
     print(f"finished in {seconds / 60:.1f} minutes")
     print(f"run folder: {outcome.folder}")
     print(f"report:     {outcome.folder / 'report.md'}")
-    if outcome.exit_code == EXIT_REACHED:
-        print("next:")
-        print(f"  python -m benchmarks.pareto {outcome.folder} --out pareto.png")
-        print(f"  python -m nas.contract --status {outcome.folder}")
-    elif outcome.status == "stopped":
-        print(f"next:  python -m nas.contract --resume {outcome.folder}")
+    print("next:")
+    for command in next_commands(outcome.folder):
+        print(f"  {command}")
 
 
 def entry() -> NoReturn:

@@ -34,6 +34,7 @@ class Console:
 
     def start(self, total: float) -> None:
         """Show the bar, on a terminal."""
+        self._done = 0.0
         if self._quiet or not self._stream.isatty():
             return
         self._bar = tqdm(
@@ -45,6 +46,18 @@ class Console:
             smoothing=0.02,
         )
 
+    def count(self, what: str) -> None:
+        """Show a bar for work of unknown length, on a terminal: how many, how fast."""
+        if self._quiet or not self._stream.isatty():
+            return
+        self._bar = tqdm(
+            desc=what,
+            file=self._stream,
+            bar_format="{desc}: {n:.0f}, {rate_fmt}, {elapsed}",
+            unit=" images",
+            leave=False,
+        )
+
     def describe(self, text: str) -> None:
         """Say beside the bar what runs now."""
         if self._bar is not None:
@@ -53,8 +66,11 @@ class Console:
     def advance(self, units: float) -> None:
         """Move the bar on; never past its end."""
         self._done += units
-        if self._bar is not None:
-            self._bar.update(max(0.0, min(self._done, self._bar.total or 0.0) - self._bar.n))
+        if self._bar is None:
+            return
+        total = self._bar.total
+        done = self._done if total is None else min(self._done, total)
+        self._bar.update(max(0.0, done - self._bar.n))
 
     def extend(self, units: float) -> None:
         """Add work that the first estimate did not hold."""

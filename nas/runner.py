@@ -183,6 +183,11 @@ def _train(spec: Mapping[str, Any], tick: Tick) -> Values:
         return _train_into(spec, out, part, tick)
 
 
+def _loader_workers(device: str) -> int:
+    """Return how many processes augment: on a CPU training itself needs every core."""
+    return 0 if device == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
+
+
 def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.distill.adopt import adopt
@@ -226,6 +231,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
         first_epoch=spec["first_epoch"],
         out_weights=weights,
         checkpoint=checkpoint,
+        workers=_loader_workers(spec["device"]),
         tick=tick,
     )
     if not math.isfinite(score.soft_loss):

@@ -262,11 +262,14 @@ def _data(config: RunConfig, cache: Path, console: Console) -> Dataset:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise refuse("--cache-dir", cache, "a folder to write in", str(error)) from None
-    console.start(1.0)
+    console.count("reading images")
     try:
-        dataset = prepare(spec, cache)
+        dataset = prepare(spec, cache, console.advance)
     finally:
         console.stop()
+    if dataset.broken:
+        named = ", ".join(dataset.broken[:5])
+        console.line(f"data: {len(dataset.broken)} broken images left out: {named}")
     for note in dataset.notes:
         console.line(f"data: {note}")
     console.line(

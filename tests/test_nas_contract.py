@@ -215,9 +215,9 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
 ) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    process = run_process([*flags, "--out", str(folder), "--final-epochs", "400"])
+    process = run_process([*flags, "--out", str(folder), "--final-epochs", "40"])
     until = time.monotonic() + 120
-    while not (folder / "steps.csv").exists() and time.monotonic() < until:
+    while not (folder / "study.db").exists() and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
@@ -230,9 +230,9 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--final-epochs", "400", "--json"]
+    arguments = [*flags, "--out", str(folder), "--final-epochs", "60", "--json"]
     started = time.monotonic()
-    process = run_process([*arguments, "--max-hours", str(25 / 3600)])
+    process = run_process([*arguments, "--max-hours", str(15 / 3600)])
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 3, said
     assert time.monotonic() - started < 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def test_bands_shrink_to_the_targets_own_band(target: int, steps: int, tolerance
     c = config(target_params=target, steps=steps, params_tolerance=tolerance)
     bands = [band_at(20_000_000, c, k) for k in range(1, steps + 1)]
     assert all(b.lo <= b.hi for b in bands if tolerance > 0.001)
-    assert all(a.hi >= b.hi for a, b in zip(bands, bands[1:], strict=False))
+    assert all(a.hi >= b.hi for a, b in pairwise(bands))
     # The last band holds exactly the integers within the tolerance.
     last = bands[-1]
     assert last.hi <= target * (1 + tolerance) + 1e-6
@@ -92,7 +93,8 @@ def test_spread_chooses_distinct_keys_anchors_first_in_any_input_order(
     assert len(chosen) == len(set(chosen)) == min(count, len(timed))
     assert spread(timed[::-1], count, random_seed=random_seed) == chosen
     anchors = {t.key for t in timed if t.anchor}
-    assert len(anchors & set(chosen)) == min(len(anchors), count)
+    first = min(len(anchors), (count + 1) // 2)
+    assert set(chosen[:first]) <= anchors
 
 
 @settings(max_examples=100, derandomize=True)

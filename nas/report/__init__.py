@@ -7,9 +7,10 @@ from pathlib import Path
 from nas.files import write_atomic
 from nas.report.files import read_run
 from nas.report.text import final_table as _final_table
+from nas.report.text import next_commands as _next_commands
 from nas.report.text import report, status_lines
 
-__all__ = ["final_table", "status", "write_report"]
+__all__ = ["final_table", "next_commands", "status", "write_report"]
 
 
 def write_report(run: Path) -> None:
@@ -35,3 +36,8 @@ def final_table(run: Path) -> str:
 def status(run: Path) -> str:
     """Return lines that tell where a run stands."""
     return status_lines(read_run(run))
+
+
+def next_commands(run: Path) -> tuple[str, str]:
+    """Return the two commands that make most sense after this run."""
+    return _next_commands(read_run(run))

@@ -24,8 +24,9 @@ def spread(timed: Sequence[Timed], count: int, *, random_seed: int) -> list[str]
     """Choose `count` candidates that lie far apart, by farthest-point sampling.
 
     Distance is Euclidean over the moved factors (each scaled to its range among the candidates)
-    and the logarithm of the throughput ratio. Anchors come first, then the fastest; ties are
-    broken by a seeded order. Returns keys in the order of choice.
+    and the logarithm of the throughput ratio. Anchors come first, up to half of the places, then
+    what is farthest from all chosen (without anchors, from the fastest); ties are broken by a
+    seeded order. Returns keys in the order of choice.
     Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
     """
     if not timed or count < 1:
@@ -38,7 +39,7 @@ def spread(timed: Sequence[Timed], count: int, *, random_seed: int) -> list[str]
     points = (points - points.min(axis=0)) / np.where(extent > 0, extent, 1.0)
     anchors = [i for i, t in enumerate(order) if t.anchor]
     fastest = max(range(len(order)), key=lambda i: order[i].ratio)
-    chosen = anchors[:count] if anchors else [fastest]
+    chosen = anchors[: (count + 1) // 2] if anchors else [fastest]
     while len(chosen) < min(count, len(order)):
         away = np.min(np.linalg.norm(points[:, None, :] - points[None, chosen, :], axis=-1), axis=1)
         away[chosen] = -1.0

@@ -16,19 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.jobs import Result
+from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
 from nas.measure.measurement import Measurement
 from nas.run import MEASURE_COST, Incumbent, Run
 from nas.search.constraints import StepBounds, band_at, bounds_at
-from nas.search.ledger import Row
 from nas.search.selection import Scored, Timed, paired_error, rank, spread
 from nas.tables import StepRow, write_steps
-from space import Context
-from space.family import Arch
-from space.neighbours import Shortlisted, count_contractions, shortlist
-
-REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
-"""Where `params_1000` is counted."""
+from space.neighbours import count_contractions, shortlist
 
 
 @dataclass(frozen=True)
@@ -36,17 +30,6 @@ class Stuck:
     """A step that no candidate survived: which constraint binds, in words."""
 
     message: str
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A shortlisted arch on its way through a step's gates."""
-
-    of: Shortlisted
-    key: str
-    parent: Incumbent
-    measured: Measurement | None = None
-    seconds: float = 0.0
 
 
 def derived_seed(*parts: object) -> int:
@@ -118,7 +101,7 @@ def _step(
             key = run.key(listed.arch)
             tried.add(key)
             parent = next(i for i in incumbents if i.arch == listed.parent)
-            candidate = _gate(run, step, Candidate(listed, key, parent), bounds[parent.key])
+            candidate = gate(run, step, Candidate(listed, key, parent), bounds[parent.key])
             if candidate is not None:
                 passed.append(candidate)
         timed.extend(passed)
@@ -156,113 +139,6 @@ def _seed_images_per_s(run: Run) -> float:
     return measured.images_per_s
 
 
-def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
-    """Return a candidate's ledger row as far as it is known, with `more` filled in."""
-    arch, family = candidate.of.arch, run.family
-    measured = candidate.measured
-    row = Row(
-        step=step,
-        key=candidate.key,
-        label=family.label(arch),
-        parent=candidate.parent.key,
-        moves=family.describe_moves(candidate.parent.arch, arch),
-        notches=candidate.of.notches,
-        anchor=candidate.of.anchor or "",
-        params=candidate.of.params,
-        params_1000=family.count_params(arch, REFERENCE_CONTEXT),
-        macs=candidate.of.macs,
-        seconds=round(candidate.seconds, 3),
-    )
-    if measured is not None:
-        row = replace(
-            row,
-            images_per_s=measured.images_per_s,
-            images_per_s_lo=measured.images_per_s_lo,
-            images_per_s_hi=measured.images_per_s_hi,
-            ratio=measured.ratio,
-            ratio_lo=measured.ratio_lo,
-            ratio_hi=measured.ratio_hi,
-            reference=run.key(run.seed_arch),
-        )
-    return replace(row, **more)
-
-
-def add_row(run: Run, row: Row, arch: Arch, band_hi: int, violation: float = 0.0) -> None:
-    """Write one decided candidate to the study, with its violations (at most 0 where met)."""
-    run.ledger.add(
-        row,
-        run.family.to_dict(arch),
-        {"params": float(row.params - band_hi), "throughput": violation},
-    )
-
-
-def _gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candidate | None:
-    """Time a candidate against its bounds; one that stops here becomes a row at once."""
-    if run.ledger.failed(step, candidate.key):
-        return None
-    measured = run.measure(
-        candidate.of.arch,
-        "gate",
-        reference=run.seed_arch,
-        ratio_at_least=bounds.ratio,
-        images_per_s_at_least=bounds.images_per_s,
-    )
-    arch, high = candidate.of.arch, bounds.band.hi
-    if isinstance(measured, Result):
-        reason = measured.reason or "failed"
-        row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
-        add_row(run, replace(row, seconds=round(measured.seconds, 3)), arch, high)
-        return None
-    candidate = replace(candidate, measured=measured, seconds=measured.seconds)
-    verdict = _verdict(measured, bounds)
-    if verdict == "pass":
-        return candidate
-    reason, violation = _too_slow(measured, bounds, verdict)
-    row = row_of(run, step, candidate, stage="throughput", state="pruned", reason=reason)
-    add_row(run, row, arch, high, violation)
-    return None
-
-
-def _verdict(measured: Measurement, bounds: StepBounds) -> str:
-    """Judge a measurement: what a user asked for by the interval, the parent's pace by the median.
-
-    A requirement must be met by the whole interval. "Not slower than its parent" is a guard
-    without a promise: on a noisy machine no interval would ever clear a bound so near to 1.
-    """
-    if bounds.follows_parent:
-        assert bounds.ratio is not None
-        assert measured.ratio is not None
-        return "pass" if measured.ratio >= bounds.ratio else "fail"
-    return measured.meets(bounds.ratio, bounds.images_per_s)
-
-
-def _too_slow(measured: Measurement, bounds: StepBounds, verdict: str) -> tuple[str, float]:
-    """Say which bound was missed and by how much."""
-    word = "slower than" if verdict == "fail" else "not surely as fast as"
-    parts, violation = [], 0.0
-    if bounds.ratio is not None and (
-        bounds.follows_parent or measured.meets(bounds.ratio) != "pass"
-    ):
-        assert measured.ratio is not None
-        assert measured.ratio_lo is not None
-        what = "its parent less 2 %" if bounds.follows_parent else "required"
-        parts.append(
-            f"{word} {bounds.ratio:.3f}x the seed ({what}): "
-            f"{measured.ratio:.3f} [{measured.ratio_lo:.3f}, {measured.ratio_hi:.3f}]"
-        )
-        violation = max(violation, bounds.ratio - measured.ratio_lo)
-    if (
-        bounds.images_per_s is not None
-        and measured.meets(images_per_s_at_least=bounds.images_per_s) != "pass"
-    ):
-        parts.append(
-            f"{word} {bounds.images_per_s:.1f} images/s: {measured.images_per_s:.1f} "
-            f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}]"
-        )
-        violation = max(violation, 1 - measured.images_per_s_lo / bounds.images_per_s)
-    return "; ".join(parts), violation
-
-
 @dataclass(frozen=True)
 class Trained:
     """A candidate that was scored, with what its training job said."""
@@ -283,7 +159,7 @@ def _proxy(run: Run, step: int, passed: Sequence[Candidate]) -> list[Trained]:
     """Train those best spread; the others, and the failures, become rows."""
     config = run.config
     chosen = spread(
-        [Timed(c.key, _features(run, c), _ratio(c), c.of.anchor is not None) for c in passed],
+        [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
         config.proxied,
         random_seed=derived_seed(config.random_seed, "spread", step),
     )
@@ -324,12 +200,6 @@ def _proxy(run: Run, step: int, passed: Sequence[Candidate]) -> list[Trained]:
     return trained
 
 
-def _ratio(candidate: Candidate) -> float:
-    assert candidate.measured is not None
-    assert candidate.measured.ratio is not None
-    return candidate.measured.ratio
-
-
 def _losses(run: Run, step: int, key: str) -> npt.NDArray[np.float64]:
     """Return the per-image soft losses of a scored candidate, in holdout order."""
     from safetensors.numpy import load_file
@@ -342,7 +212,7 @@ def _decide(run: Run, step: int, trained: Sequence[Trained]) -> list[Incumbent]:
     """Rank the scored candidates and write their rows; the best `beam` go on."""
     scored = [
         Scored(
-            t.candidate.key, t.values["soft_loss"], t.values["soft_loss_se"], _ratio(t.candidate)
+            t.candidate.key, t.values["soft_loss"], t.values["soft_loss_se"], ratio_of(t.candidate)
         )
         for t in trained
     ]
@@ -382,17 +252,12 @@ def _decide(run: Run, step: int, trained: Sequence[Trained]) -> list[Incumbent]:
             arch=by_key[key].candidate.of.arch,
             key=key,
             weights=run.folder.job_folder(f"s{step}-{key}") / "weights.safetensors",
-            ratio=_ratio(by_key[key].candidate),
-            images_per_s=_measured(by_key[key].candidate).images_per_s,
+            ratio=ratio_of(by_key[key].candidate),
+            images_per_s=measured_of(by_key[key].candidate).images_per_s,
             soft_loss=by_key[key].values["soft_loss"],
         )
         for key in kept
     ]
-
-
-def _measured(candidate: Candidate) -> Measurement:
-    assert candidate.measured is not None
-    return candidate.measured
 
 
 def _close_step(

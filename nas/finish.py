@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nas.campaign import REFERENCE_CONTEXT
 from nas.files import read_json, write_json
+from nas.gates import REFERENCE_CONTEXT
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.run import Incumbent, Run

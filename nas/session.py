@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from nas import finish, stage
 from nas.campaign import band_text, contract_steps
-from nas.config import RunConfig, flag, with_effort
-from nas.data import Dataset, DataSpec, prepare
+from nas.door import ask_fingerprint, check_possible, make_config, read_data, resolved
 from nas.executor import InlineExecutor, LocalExecutor, OutOfTime
 from nas.files import write_json
-from nas.jobs import Job
 from nas.measure.table import MeasurementTable, read_measurements
 from nas.progress import Console
+from nas.provenance import dataset_card, git_commit, versions
 from nas.run import Run
 from nas.rundir import RunDir, resumed_config
 from nas.search.constraints import band_at
 from nas.search.ledger import Ledger
 from nas.tables import StepRow
-from space import Context, get_family
+from space import get_family
 from space.errors import InputError, refuse
-from space.family import Arch, Family
 
 Executor = LocalExecutor | InlineExecutor
 
@@ -51,21 +46,6 @@ class Outcome:
     result: Mapping[str, Any]
 
 
-def make_config(given: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a new run from what the user gave, checked."""
-    effort = given.get("effort", "normal")
-    settings = with_effort(effort, given)
-    settings.setdefault("threads", usable_cpus())
-    return RunConfig(**settings)
-
-
-def usable_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run(
     given: Mapping[str, Any],
     *,
@@ -81,28 +61,12 @@ def run(
     # Results and records must be on disk before the deadline: a few seconds are theirs.
     deadline = None if max_hours is None else time.monotonic() + max(max_hours * 3600 - 5, 0.0)
     console = console if console is not None else Console(quiet=quiet)
-    given = _resolved(given)
+    given = resolved(given)
     if resume:
         if out is None:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
         return _resume(given, RunDir(out), deadline, cache, console, executor)
     return _start(given, out, deadline, cache, console, executor)
-
-
-def _resolved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the paths among the settings absolute, so that a resume may start elsewhere."""
-    resolved = dict(given)
-    for name in ("data", "labels", "measurements", "seed_weights"):
-        value = resolved.get(name)
-        if isinstance(value, str) and ("/" in value or Path(value).exists()):
-            path = Path(value).expanduser()
-            if path.exists():
-                resolved[name] = str(path.resolve())
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    unknown = sorted(set(resolved) - names)
-    if unknown:
-        raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
-    return resolved
 
 
 def _start(
@@ -126,14 +90,14 @@ def _start(
     folder = RunDir(out)
     if folder.run_json.exists():
         folder.create()  # refuses, before the data is read
-    dataset = _data(config, cache, console)
-    _possible(config, family, seed_arch, dataset)
+    dataset = read_data(config, cache, console)
+    check_possible(config, family, seed_arch, dataset)
     folder.create()
     own = executor is None
     worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
     bench: Run | None = None
     try:
-        fingerprint = _fingerprint(config, worker)
+        fingerprint = ask_fingerprint(config, worker)
         table = MeasurementTable(folder.path / "measurements.csv")
         for row in rows:
             if row.measurement.fingerprint == fingerprint["id"]:
@@ -149,10 +113,10 @@ def _start(
             {
                 "config": config.to_dict(),
                 "command": " ".join(sys.argv),
-                "git": _git(),
-                "versions": _versions(),
+                "git": git_commit(),
+                "versions": versions(),
                 "fingerprint": dict(fingerprint),
-                "dataset": _dataset_card(dataset),
+                "dataset": dataset_card(dataset),
             }
         )
         bench = Run(
@@ -203,7 +167,7 @@ def _resume(
                 return Outcome(
                     result["status"], result["exit_code"], result["message"], folder.path, result
                 )
-        dataset = _data(config, cache, console)
+        dataset = read_data(config, cache, console)
         known = data["dataset"]["fingerprint"]
         if dataset.fingerprint != known:
             raise refuse(
@@ -213,7 +177,7 @@ def _resume(
                 "restore the data or start a new run",
             )
         worker = worker or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
-        fingerprint = _fingerprint(config, worker)
+        fingerprint = ask_fingerprint(config, worker)
         if fingerprint["id"] != data["fingerprint"]["id"]:
             changed = [
                 f"{name} {data['fingerprint'].get(name)} -> {value}"
@@ -242,75 +206,13 @@ def _resume(
         # Between run.json and the first row there may be no study yet.
         study = folder.path / "study.db"
         bench.ledger = Ledger(study, create=not study.exists())
+        # It goes on, so the record of an earlier stop is no longer true.
+        folder.result_json.unlink(missing_ok=True)
         return _work(bench, fresh=False)
     finally:
         if own and worker is not None:
             worker.close()
         folder.release()
-
-
-def _data(config: RunConfig, cache: Path, console: Console) -> Dataset:
-    """Read and cache the data, and say what it is."""
-    spec = DataSpec(
-        name=config.data,
-        img_size=config.img_size,
-        proxy_images=config.proxy_images,
-        max_broken=config.max_broken,
-        random_seed=config.random_seed,
-    )
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refuse("--cache-dir", cache, "a folder to write in", str(error)) from None
-    console.count("reading images")
-    try:
-        dataset = prepare(spec, cache, console.advance)
-    finally:
-        console.stop()
-    if dataset.broken:
-        named = ", ".join(dataset.broken[:5])
-        console.line(f"data: {len(dataset.broken)} broken images left out: {named}")
-    for note in dataset.notes:
-        console.line(f"data: {note}")
-    console.line(
-        f"data: {dataset.name}, {len(dataset.classes)} classes at {dataset.img_size} px: "
-        f"{len(dataset.train.labels)} to train, {len(dataset.holdout.labels)} holdout, "
-        f"{len(dataset.test.labels)} test"
-    )
-    return dataset
-
-
-def _possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
-    """Refuse a budget that no contraction of the seed can meet, with the reachable range."""
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    seed_params = family.count_params(seed, context)
-    floor = family.count_params(family.floor(seed, context), context)
-    band = band_at(seed_params, config, config.steps)
-    reach = f"{floor:,} to {seed_params - 1:,} parameters at {context.num_classes} classes"
-    if band.lo >= seed_params:
-        raise refuse(
-            flag("target_params"),
-            f"{config.target_params:,}, not below the seed's {seed_params:,}",
-            reach,
-            "ask for fewer, or start from a larger --seed",
-        )
-    if band.hi < floor:
-        raise refuse(
-            flag("target_params"),
-            f"{config.target_params:,}",
-            reach,
-            f"the smallest contraction of {config.seed} has {floor:,}",
-        )
-
-
-def _fingerprint(config: RunConfig, worker: Executor) -> Mapping[str, Any]:
-    result = worker.run(Job("hello", "hello", {"device": config.device}))
-    if not result.ok:
-        if result.values.get("input_error"):
-            raise InputError(result.reason)
-        raise refuse(flag("device"), config.device, "a device that works", result.reason or "")
-    fingerprint: Mapping[str, Any] = result.values["fingerprint"]
-    return fingerprint
 
 
 def _work(bench: Run, *, fresh: bool) -> Outcome:
@@ -415,49 +317,3 @@ def _score(final: Mapping[str, Any]) -> dict[str, Any]:
         "test_top1_se": winner["top1_se"],
         "test_n": winner["test_n"],
     }
-
-
-def _dataset_card(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "classes": len(dataset.classes),
-        "img_size": dataset.img_size,
-        "train": len(dataset.train.labels),
-        "holdout": len(dataset.holdout.labels),
-        "test": len(dataset.test.labels),
-        "broken": list(dataset.broken[:100]),
-        "notes": list(dataset.notes),
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "timm", "optuna", "numpy", "pillow", "safetensors", "fvcore")
-    found = {"python": sys.version.split()[0]}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
-
-
-def _git() -> str | None:
-    """Return the commit of this checkout, with `+` when the work tree differs; None elsewhere."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+" if changed else "")

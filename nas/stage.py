@@ -6,8 +6,8 @@ import contextlib
 import shutil
 from typing import Any
 
-from nas.campaign import REFERENCE_CONTEXT
 from nas.config import flag
+from nas.gates import REFERENCE_CONTEXT
 from nas.jobs import Job, Result
 from nas.measure.measurement import Measurement
 from nas.run import MEASURE_COST, Incumbent, Run

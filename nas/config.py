@@ -33,7 +33,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "normal": {
         "steps": 4,
         "shortlist": 12,
-        "proxied": 4,
+        "proxied": 3,
         "beam": 2,
         "draws": 3,
         "proxy_images": None,
@@ -42,11 +42,11 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "seed_epochs": 4,
         "proxy_epochs": 2,
         "final_epochs": 8,
-        "bench_batch": 32,
+        "bench_batch": 16,
         "bench_blocks": 10,
-        "bench_max_blocks": 40,
+        "bench_max_blocks": 30,
     },
-    # A night on two cores, or an hour on a GPU.
+    # A long run, for a night or a GPU: times 24 and trains eight a step.
     "high": {
         "steps": 6,
         "shortlist": 24,
@@ -99,7 +99,7 @@ class RunConfig:
     effort: str = "normal"
     steps: int = 4
     shortlist: int = 12
-    proxied: int = 4
+    proxied: int = 3
     beam: int = 2
     draws: int = 3
     teacher_epochs: int = 10
@@ -107,9 +107,9 @@ class RunConfig:
     proxy_epochs: int = 2
     final_epochs: int = 8
     batch_size: int = 32
-    bench_batch: int = 32
+    bench_batch: int = 16
     bench_blocks: int = 10
-    bench_max_blocks: int = 40
+    bench_max_blocks: int = 30
     bench_dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1

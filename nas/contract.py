@@ -299,7 +299,9 @@ def _farewell(outcome: Outcome, seconds: float) -> None:
     from nas.report import final_table, next_commands
 
     print(final_table(outcome.folder))
-    print(f"finished in {seconds / 60:.1f} minutes")
+    pace = outcome.result.get("seed_images_per_s")
+    said = "" if pace is None else f" (the seed measured {pace:.0f} images/s here)"
+    print(f"finished in {seconds / 60:.1f} minutes{said}")
     print(f"run folder: {outcome.folder}")
     print(f"report:     {outcome.folder / 'report.md'}")
     print("next:")

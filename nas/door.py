@@ -68,9 +68,6 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
         dataset = prepare(spec, cache, console.advance)
     finally:
         console.stop()
-    if dataset.broken:
-        named = ", ".join(dataset.broken[:5])
-        console.line(f"data: {len(dataset.broken)} broken images left out: {named}")
     for note in dataset.notes:
         console.line(f"data: {note}")
     console.line(

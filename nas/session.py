@@ -271,6 +271,7 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
         "path": [] if path is None else [i[0].key for i in path],
         "final": final,
         "seconds": round(time.monotonic() - started, 1),
+        "seed_images_per_s": _seed_pace(bench),
     }
     if best is not None and best.key != bench.key(bench.seed_arch):
         if final is not None:
@@ -287,6 +288,12 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
     if status != "stopped":
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
+
+
+def _seed_pace(bench: Run) -> float | None:
+    """Return the seed's measured images/s: what kind of moment the machine had."""
+    found = (r.images_per_s for r in bench.ledger.rows if r.step == 0)
+    return next(found, None)
 
 
 def _reached(bench: Run, final: Mapping[str, Any]) -> str:

@@ -53,7 +53,8 @@ class RunDir:
         fresh = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            held = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+            ours = {".lock", "worker.log"}  # what a start that was killed leaves behind
+            held = [p.name for p in self.path.iterdir() if p.name not in ours]
         except OSError as error:
             raise refuse("--out", self.path, "a folder to write in", _why(error)) from None
         if held:

@@ -95,7 +95,7 @@ def _start(
     folder.create()
     own = executor is None
     worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
-    bench: Run | None = None
+    ledger: Ledger | None = None
     try:
         fingerprint = ask_fingerprint(config, worker)
         table = MeasurementTable(folder.path / "measurements.csv")
@@ -132,12 +132,15 @@ def _start(
         )
         bench.fingerprint = fingerprint
         bench.measurements = table
-        bench.ledger = Ledger(folder.path / "study.db", create=True)
+        bench.ledger = ledger = Ledger(folder.path / "study.db", create=True)
         return _work(bench, fresh=True)
     except InputError:
         worker.close()
-        if bench is None or not bench.ledger.rows:
+        if ledger is None or not ledger.rows:
             folder.discard()  # refused before there was anything to keep
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        _say_interrupted(folder, console)
         raise
     finally:
         if own:
@@ -209,10 +212,23 @@ def _resume(
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
         return _work(bench, fresh=False)
+    except (KeyboardInterrupt, SystemExit):
+        _say_interrupted(folder, console)
+        raise
     finally:
         if own and worker is not None:
             worker.close()
         folder.release()
+
+
+def _say_interrupted(folder: RunDir, console: Console) -> None:
+    """Say how to go on; a run that had not begun leaves nothing."""
+    console.stop()
+    if folder.run_json.exists():
+        console.line(f"interrupted; continue with: python -m nas.contract --resume {folder.path}")
+    else:
+        folder.discard()
+        console.line("interrupted before the run began; nothing was kept")
 
 
 def _work(bench: Run, *, fresh: bool) -> Outcome:
@@ -250,12 +266,6 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
         )
         reached = [r for r in bench.ledger.rows if r.stage == "kept" and r.step == len(steps)]
         best = stage.incumbent_of(bench, reached[0]) if reached and steps else None
-    except (KeyboardInterrupt, SystemExit):
-        console.stop()
-        bench.executor.close()
-        command = f"python -m nas.contract --resume {bench.folder.path}"
-        console.line(f"interrupted; continue with: {command}")
-        raise
     finally:
         console.stop()
         with contextlib.suppress(Exception):

@@ -87,17 +87,11 @@ class Ledger:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         self.path = path
         if not create:
-            _check_database(path)
+            check_database(path)
         try:
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
-            )
             if create:
-                self._study = optuna.create_study(
-                    study_name=name, storage=storage, direction="minimize", load_if_exists=True
-                )
-            else:
-                self._study = optuna.load_study(study_name=name, storage=storage)
+                _create(path, name)
+            self._study = optuna.load_study(study_name=name, storage=_storage(path))
             self._trials = [t.user_attrs for t in self._study.get_trials(deepcopy=False)]
         except InputError:
             raise
@@ -201,7 +195,29 @@ class Ledger:
         self._study._storage.remove_session()
 
 
-def _check_database(path: Path) -> None:
+def _storage(path: Path) -> Any:
+    import optuna
+
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 30}}
+    )
+
+
+def _create(path: Path, name: str) -> None:
+    """Make an empty study aside and put it in place: a kill leaves none, or a whole one."""
+    import optuna
+
+    aside = path.with_name(f".{path.name}.tmp")
+    for leftover in (aside, aside.with_name(f"{aside.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    storage = _storage(aside)
+    optuna.create_study(study_name=name, storage=storage, direction="minimize")
+    storage.remove_session()
+    storage.engine.dispose()
+    aside.replace(path)
+
+
+def check_database(path: Path) -> None:
     """Refuse what is not a whole SQLite database, before Optuna could try to repair it."""
     remedy = "restore the file or start a new run in another folder"
     if not path.is_file():

@@ -158,7 +158,7 @@ def write_best(
     dataset = run.dataset
     overlay = {
         "input_size": [run.context.in_chans, dataset.img_size, dataset.img_size],
-        "crop_pct": dataset.img_size / dataset.store_size,
+        "crop_pct": dataset.crop_pct,
         "interpolation": dataset.interpolation,
         "mean": list(dataset.mean),
         "std": list(dataset.std),

@@ -111,8 +111,9 @@ class LocalExecutor:
             "OMP_NUM_THREADS": str(self._threads),
             "MKL_NUM_THREADS": str(self._threads),
             # Threads that spin while they wait starve each other as soon as another process
-            # takes a core: 3 images/s instead of 35 were seen. Waiting asleep costs little.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            # takes a core; asleep at once, they are slow on a quiet machine. A short spin is
+            # near the better of the two on both: see `python -m benchmarks.waiting`.
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         log: IO[bytes] | int = subprocess.DEVNULL
         if self._log is not None:

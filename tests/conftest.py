@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # As the executor does for its workers; it must be set before anything imports torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 SMALL_ARCH = {
     "embed_dims": [64, 64, 96, 128],

@@ -81,7 +81,6 @@ def _step(
         for incumbent in incumbents
     }
     tried: set[str] = set()
-    timed: list[Candidate] = []
     failed = 0
     for draw in range(config.draws):
         drawn = shortlist(
@@ -104,7 +103,6 @@ def _step(
             candidate = gate(run, step, Candidate(listed, key, parent), bounds[parent.key])
             if candidate is not None:
                 passed.append(candidate)
-        timed.extend(passed)
         scored = _proxy(run, step, passed) if passed else []
         if scored:
             ranked = _decide(run, step, scored)
@@ -173,7 +171,7 @@ def _proxy(run: Run, step: int, passed: Sequence[Candidate]) -> list[Trained]:
                 state="pruned",
                 reason=f"fast enough, but not among the {config.proxied} best spread",
             )
-            add_row(run, row, candidate.of.arch, 2**62)
+            add_row(run, row, candidate.of.arch)
     by_key = {c.key: c for c in passed}
     trained = []
     for key in chosen:
@@ -196,7 +194,7 @@ def _proxy(run: Run, step: int, passed: Sequence[Candidate]) -> list[Trained]:
             continue
         reason = result.reason or "failed"
         row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason)
-        add_row(run, row, candidate.of.arch, 2**62)
+        add_row(run, row, candidate.of.arch)
     return trained
 
 
@@ -244,7 +242,7 @@ def _decide(run: Run, step: int, trained: Sequence[Trained]) -> list[Incumbent]:
             state="complete",
             reason=reason,
         )
-        add_row(run, row, item.candidate.of.arch, 2**62)
+        add_row(run, row, item.candidate.of.arch)
         if key not in kept:
             run.folder.drop_weights(f"s{step}-{key}")
     return [

@@ -10,6 +10,7 @@ from typing import Any
 
 from nas.config import RunConfig, flag, with_effort
 from nas.data import Dataset, DataSpec, prepare
+from nas.data.values import EMBEDDED
 from nas.executor import InlineExecutor, LocalExecutor
 from nas.jobs import Job
 from nas.progress import Console
@@ -39,7 +40,8 @@ def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     resolved = dict(given)
     for name in ("data", "labels", "measurements", "seed_weights"):
         value = resolved.get(name)
-        if isinstance(value, str) and ("/" in value or Path(value).exists()):
+        # An embedded data set keeps its name even where a folder is called like it.
+        if isinstance(value, str) and not (name == "data" and value in EMBEDDED):
             path = Path(value).expanduser()
             if path.exists():
                 resolved[name] = str(path.resolve())

@@ -8,7 +8,7 @@ from typing import Any
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.run import Incumbent, Run
-from nas.search.constraints import StepBounds
+from nas.search.constraints import StepBounds, band_at
 from nas.search.ledger import Row
 from space import Context
 from space.family import Arch
@@ -71,13 +71,14 @@ def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
     return replace(row, **more)
 
 
-def add_row(run: Run, row: Row, arch: Arch, band_hi: int, violation: float = 0.0) -> None:
-    """Write one decided candidate to the study, with its violations (at most 0 where met)."""
-    run.ledger.add(
-        row,
-        run.family.to_dict(arch),
-        {"params": float(row.params - band_hi), "throughput": violation},
-    )
+def add_row(run: Run, row: Row, arch: Arch, violation: float = 0.0) -> None:
+    """Write one decided candidate to the study, with its violations (at most 0 where met).
+
+    `violation` is by how much it missed its throughput.
+    """
+    seed_params = run.family.count_params(run.seed_arch, run.context)
+    over = row.params - band_at(seed_params, run.config, row.step).hi
+    run.ledger.add(row, run.family.to_dict(arch), {"params": float(over), "throughput": violation})
 
 
 def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candidate | None:
@@ -91,11 +92,11 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
         ratio_at_least=bounds.ratio,
         images_per_s_at_least=bounds.images_per_s,
     )
-    arch, high = candidate.of.arch, bounds.band.hi
+    arch = candidate.of.arch
     if isinstance(measured, Result):
         reason = measured.reason or "failed"
         row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
-        add_row(run, replace(row, seconds=round(measured.seconds, 3)), arch, high)
+        add_row(run, replace(row, seconds=round(measured.seconds, 3)), arch)
         return None
     candidate = replace(candidate, measured=measured, seconds=measured.seconds)
     verdict = _verdict(measured, bounds)
@@ -103,7 +104,7 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
         return candidate
     reason, violation = _too_slow(measured, bounds, verdict)
     row = row_of(run, step, candidate, stage="throughput", state="pruned", reason=reason)
-    add_row(run, row, arch, high, violation)
+    add_row(run, row, arch, violation)
     return None
 
 

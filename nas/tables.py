@@ -19,8 +19,9 @@ class StepRow:
     """One step in numbers.
 
     `band_lo`, `band_hi` in parameters; `required` is the least throughput (ratio to the seed, or
-    images/s where the run has that bound); `contractions` counts the band exactly; `shortlisted`
-    = `too_slow` + `not_selected` + `failed` + `scored`. The rest describes the incumbent chosen.
+    images/s where the run has that bound); `contractions` counts the band exactly, summed over
+    the incumbents it starts from; `shortlisted` = `too_slow` + `not_selected` + `failed` +
+    `scored`. The rest describes the incumbent chosen.
     """
 
     step: int

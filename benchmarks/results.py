@@ -171,9 +171,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     table = out / "contract.csv"
     lines: list[dict[str, Any]] = []
-    if table.exists():  # data sets not asked for now keep their lines
+    if table.exists():  # what is not asked for now keeps its lines
         with open(table, newline="") as old:
-            lines = [r for r in csv.DictReader(old) if r["data"] not in arguments.data]
+            lines = [
+                r
+                for r in csv.DictReader(old)
+                if r["data"] not in arguments.data or r["effort"] != arguments.effort
+            ]
     try:
         for data in arguments.data:
             outcomes = []
@@ -190,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             pooled = _pooled(data, arguments.effort, outcomes)
             if pooled is not None:
                 lines.append(pooled)
-            pareto([o.folder for o in outcomes], None, out / f"pareto-{data}.png")
+            pareto(
+                [o.folder for o in outcomes], None, out / f"pareto-{data}-{arguments.effort}.png"
+            )
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

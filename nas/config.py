@@ -21,7 +21,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
         "draws": 4,
         "proxy_images": 800,
         "img_size": 48,
-        "teacher_epochs": 6,
+        "teacher_epochs": 10,
         "seed_epochs": 3,
         "proxy_epochs": 1,
         "final_epochs": 3,

@@ -230,7 +230,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--final-epochs", "60", "--json"]
+    arguments = [*flags, "--out", str(folder), "--final-epochs", "40", "--json"]
     started = time.monotonic()
     process = run_process([*arguments, "--max-hours", str(15 / 3600)])
     said, _ = process.communicate(timeout=120)
@@ -240,6 +240,8 @@ def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_p
     assert last["status"] == "stopped"
     assert "--max-hours" in last["message"]
     assert "Traceback" not in said
+    outcome = contract(out=folder, resume=True, cache_dir=finished.cache)
+    assert outcome.status == "reached"
 
 
 def test_resume_of_a_finished_run_prints_its_result(

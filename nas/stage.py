@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from typing import Any
 
 from nas.config import flag
@@ -77,7 +78,7 @@ def prepare_seed(run: Run) -> Incumbent:
         f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
     )
     _fast_enough(run, measured)
-    _labels(run)
+    teacher = _labels(run)
     init = "scratch"
     if run.config.seed_weights is not None:
         init = f"file:{run.config.seed_weights}"
@@ -101,6 +102,9 @@ def prepare_seed(run: Run) -> Incumbent:
         f"{trained.values['soft_loss_se']:.4f}, top-1 {trained.values['top1']:.1%} on "
         f"{len(run.dataset.holdout.labels)} holdout images after {run.config.seed_epochs} epochs"
     )
+    if teacher is not None:
+        for line in weak_teacher(teacher, trained.values):
+            run.console.line(line)
     return Incumbent(
         arch=run.seed_arch,
         key=run.key(run.seed_arch),
@@ -145,9 +149,27 @@ def _fast_enough(run: Run, seed: Measurement) -> None:
         raise refuse(flag("min_throughput"), least, reach, remedy)
 
 
-def _labels(run: Run) -> None:
-    """Have the labels: the named store, or the teacher's own, made now where they are missing."""
+def weak_teacher(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> list[str]:
+    """Say so when the teacher does not stand above its student; nothing otherwise.
+
+    Above means by more than its standard error in holdout top-1, or both at 97 % or more.
+    """
+    best, error, student = teacher["holdout_top1"], teacher["holdout_top1_se"], seed["top1"]
+    if best - student > error or min(best, student) >= 0.97:
+        return []
+    return [
+        f"note: the teacher ({best:.1%} +- {error:.1%}) does not stand above the seed "
+        f"({student:.1%}); its labels may teach little: try --teacher-epochs or --teacher"
+    ]
+
+
+def _labels(run: Run) -> Mapping[str, Any] | None:
+    """Have the labels: the named store, or the teacher's own, made now where they are missing.
+
+    Returns the teacher, or None for a named store, which does not say how good its teacher was.
+    """
     config = run.config
+    teacher: Mapping[str, Any] | None = None
     epochs = label_epochs(run)
     images = len(run.dataset.train.labels)
     common: dict[str, Any] = {
@@ -168,9 +190,10 @@ def _labels(run: Run) -> None:
         taught = run.do(Job("teacher", "teacher", spec, units=units), cost=units * TEACHER_COST)
         if not taught.ok:
             raise InputError(f"--teacher {config.teacher}: {taught.reason}")
+        teacher = taught.values["info"]
         units = float(images * epochs + len(run.dataset.holdout.labels))
         result = run.do(
-            Job("labels", "labels", {**common, "info": taught.values["info"]}, units=units),
+            Job("labels", "labels", {**common, "info": teacher}, units=units),
             cost=units / 3 * TEACHER_COST,
         )
         run.console.line(f"teacher: {taught.values['says']}")
@@ -178,6 +201,7 @@ def _labels(run: Run) -> None:
         raise InputError(f"soft labels: {result.reason}")
     run.store = result.values
     run.console.line(f"labels: {result.values['says']}")
+    return teacher
 
 
 def _write_row(run: Run, measured: Measurement, trained: Result) -> None:

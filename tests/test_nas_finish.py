@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from nas.finish import paired_difference
 from nas.progress import Console
+from nas.stage import weak_teacher
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -63,3 +64,22 @@ def test_a_bar_on_a_terminal_lines_in_a_pipe_and_nothing_when_quiet() -> None:
     assert "last" in shown
     assert "left" in shown
     assert "100%" in shown
+
+
+@pytest.mark.parametrize(
+    ("teacher", "error", "seed", "weak"),
+    [
+        (0.99, 0.01, 0.975, False),  # both at 97 % or more
+        (0.97, 0.01, 0.99, False),
+        (0.90, 0.01, 0.88, False),  # above by two standard errors
+        (0.90, 0.01, 0.895, True),
+        (0.96, 0.01, 0.99, True),
+        (0.50, 0.02, 0.60, True),
+    ],
+)
+def test_a_teacher_no_better_than_its_student_is_told(
+    teacher: float, error: float, seed: float, weak: bool
+) -> None:
+    said = weak_teacher({"holdout_top1": teacher, "holdout_top1_se": error}, {"top1": seed})
+    assert bool(said) == weak
+    assert all("does not stand above the seed" in line for line in said)

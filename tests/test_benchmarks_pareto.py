@@ -83,3 +83,18 @@ def test_bad_input_is_one_line_and_status_2(
     for bad in (tmp_path / "x.pdf", tmp_path / "none" / "x.png", tmp_path):
         assert main([str(run), "--out", str(bad)]) == 2
         assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3, 5])
+def test_the_legend_stays_inside_the_figure(runs: int, tmp_path: Path) -> None:
+    from nas.report.charts import run_chart
+    from nas.report.figure import draw
+    from nas.report.files import read_run
+
+    folders = [make_run(tmp_path / f"a-long-name-of-a-run-{n}") for n in range(runs)]
+    figure = draw(run_chart([read_run(folder) for folder in folders]))
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.legends) == 1
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width

@@ -239,12 +239,17 @@ def _legend(figure: Figure, chart: Chart) -> int:
         handles.append(Line2D([], [], color=colour, lw=1.6, label="path of incumbents"))
     handles.append(Line2D([], [], color=_GREY, lw=1.1, ls=":", label="front of the panel"))
     columns = min(6, len(handles))
+    while True:
+        legend = figure.legend(
+            handles=handles, loc="lower left", ncols=columns, fontsize=8.5, frameon=False,
+            bbox_to_anchor=(0.08, 0.015 + 0.034 * len(_wrapped(chart.notes))), columnspacing=1.4,
+            handletextpad=0.5, borderaxespad=0.2,
+        )  # fmt: skip
+        if columns == 1 or legend.get_window_extent().x1 <= 0.99 * figure.bbox.width:
+            break
+        legend.remove()
+        columns -= 1
     rows = math.ceil(len(handles) / columns)
-    figure.legend(
-        handles=handles, loc="lower left", ncols=columns, fontsize=8.5, frameon=False,
-        bbox_to_anchor=(0.08, 0.015 + 0.034 * len(_wrapped(chart.notes))), columnspacing=1.4,
-        handletextpad=0.5, borderaxespad=0.2,
-    )  # fmt: skip
     return rows
 
 

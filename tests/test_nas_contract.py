@@ -216,11 +216,11 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
     process = run_process([*flags, "--out", str(folder), "--final-epochs", "40"])
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not (folder / "study.db").exists() and time.monotonic() < until:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     assert f"python -m nas.contract --resume {folder}" in said
     assert "Traceback" not in said
@@ -233,9 +233,9 @@ def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_p
     arguments = [*flags, "--out", str(folder), "--final-epochs", "40", "--json"]
     started = time.monotonic()
     process = run_process([*arguments, "--max-hours", str(15 / 3600)])
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 3, said
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120  # "in time", on a busy machine too
     last = json.loads(said.splitlines()[-1])
     assert last["status"] == "stopped"
     assert "--max-hours" in last["message"]

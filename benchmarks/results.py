@@ -132,7 +132,7 @@ def _line(
 
 def _pooled(data: str, effort: str, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
     finals = [(o.folder, o.result["final"]) for o in outcomes if o.result.get("final")]
-    if not finals:
+    if len(finals) < 2:
         return None
     differences = np.stack([correct_pair(folder, final) for folder, final in finals])
     mean, lo, hi = pooled_interval(differences)

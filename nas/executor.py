@@ -110,9 +110,9 @@ class LocalExecutor:
             # One pool of the asked size; nested pools would change the bits and the timings.
             "OMP_NUM_THREADS": str(self._threads),
             "MKL_NUM_THREADS": str(self._threads),
-            # Threads that spin while they wait starve each other as soon as another process
-            # takes a core; asleep at once, they are slow on a quiet machine. A short spin is
-            # near the better of the two on both: see `python -m benchmarks.waiting`.
+            # Threads that spin while they wait can starve each other when other processes take
+            # the cores; asleep at once, they are slow on a quiet machine. A short spin lies
+            # between: see `python -m benchmarks.waiting`.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         log: IO[bytes] | int = subprocess.DEVNULL

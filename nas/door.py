@@ -104,6 +104,7 @@ def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Datas
 
 
 def ask_fingerprint(config: RunConfig, worker: LocalExecutor | InlineExecutor) -> Mapping[str, Any]:
+    """Have the worker look at the device; one that is not there, or not working, is refused."""
     result = worker.run(Job("hello", "hello", {"device": config.device}))
     if not result.ok:
         if result.values.get("input_error"):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,12 +246,21 @@ class Run:
             "dataset": self.dataset.fingerprint,
             "threads": self.config.threads,
             "fingerprint": self.fingerprint["id"],
+            "started_from": _file_digest(str(spec["init"])),
         }
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
 
-    def out_of_time(self) -> bool:
-        """Tell whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
+
+def _file_digest(init: str) -> str | None:
+    """Return the content hash of the checkpoint that `file:PATH` names; a path alone may lie."""
+    kind, _, path = init.partition(":")
+    if kind != "file" or not Path(path).is_file():
+        return None
+    with open(path, "rb") as content:
+        digest = hashlib.sha256()
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _context_dict(context: Context) -> dict[str, int]:

@@ -20,6 +20,7 @@ from nas.files import write_json
 from nas.measure.table import MeasurementTable, read_measurements
 from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
+from nas.report import write_report
 from nas.run import Run
 from nas.rundir import RunDir, resumed_config
 from nas.search.constraints import band_at
@@ -167,6 +168,8 @@ def _resume(
         if folder.result_json.exists():
             result = finish.read_result(folder.result_json)
             if result["status"] != "stopped":
+                if not (folder.path / "report.md").exists():  # killed after the result
+                    write_report(folder.path)
                 return Outcome(
                     result["status"], result["exit_code"], result["message"], folder.path, result
                 )
@@ -233,8 +236,6 @@ def _say_interrupted(folder: RunDir, console: Console) -> None:
 
 def _work(bench: Run, *, fresh: bool) -> Outcome:
     """Do the run's work from the seed to the report, as far as time allows."""
-    from nas.report import write_report
-
     console, config = bench.console, bench.config
     steps: list[StepRow] = []
     best = None

@@ -255,6 +255,28 @@ def test_resume_of_a_finished_run_prints_its_result(
     assert (finished.folder / "best.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_killed_between_result_and_report_gets_its_report(
+    finished: Finished, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    (tmp_path / "run" / "report.md").unlink()
+    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
+    assert (tmp_path / "run" / "report.md").exists()
+
+
+def test_a_replaced_checkpoint_is_another_seed(tmp_path: Path) -> None:
+    """The cache of trained seeds goes by what a checkpoint holds, not by its path."""
+    from nas.run import _file_digest
+
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"one")
+    first = _file_digest(f"file:{path}")
+    assert first == _file_digest(f"file:{path}")
+    path.write_bytes(b"two")
+    assert first != _file_digest(f"file:{path}")
+    assert _file_digest("scratch") is None
+
+
 def test_status_tells_where_a_run_stands(
     finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:

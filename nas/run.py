@@ -44,7 +44,10 @@ class Incumbent:
 
 
 class Run:
-    """What the steps of a run share. The driver's process holds exactly one."""
+    """What the steps of a run share. The driver's process holds exactly one.
+
+    Opens the folder's books, `measurements.csv` and `study.db`; damaged ones are refused.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Run:
         console: Console,
         cache: Path,
         deadline: float | None,
+        fingerprint: Mapping[str, Any],
     ) -> None:
         self.config = config
         self.family = family
@@ -69,10 +73,12 @@ class Run:
         self.console = console
         self.cache = cache
         self.deadline = deadline
-        self.fingerprint: Mapping[str, Any] = {}
+        self.fingerprint = fingerprint
         self.store: Mapping[str, Any] = {}
-        self.ledger: Ledger
-        self.measurements: MeasurementTable
+        self.measurements = MeasurementTable(folder.path / "measurements.csv")
+        # A run that was killed early may have its run.json and no study yet.
+        study = folder.path / "study.db"
+        self.ledger = Ledger(study, create=not study.exists())
         self.seed_macs = family.count_macs(seed_arch, self.context)
 
     def key(self, arch: Arch) -> str:

@@ -24,7 +24,6 @@ from nas.report import write_report
 from nas.run import Run
 from nas.rundir import RunDir, resumed_config
 from nas.search.constraints import band_at
-from nas.search.ledger import Ledger
 from nas.tables import StepRow
 from space import get_family
 from space.errors import InputError, refuse
@@ -96,7 +95,7 @@ def _start(
     folder.create()
     own = executor is None
     worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
-    ledger: Ledger | None = None
+    bench: Run | None = None
     try:
         fingerprint = ask_fingerprint(config, worker)
         table = MeasurementTable(folder.path / "measurements.csv")
@@ -130,14 +129,12 @@ def _start(
             console=console,
             cache=cache,
             deadline=deadline,
+            fingerprint=fingerprint,
         )
-        bench.fingerprint = fingerprint
-        bench.measurements = table
-        bench.ledger = ledger = Ledger(folder.path / "study.db", create=True)
         return _work(bench, fresh=True)
     except InputError:
         worker.close()
-        if ledger is None or not ledger.rows:
+        if bench is None or not bench.ledger.rows:
             folder.discard()  # refused before there was anything to keep
         raise
     except (KeyboardInterrupt, SystemExit):
@@ -206,12 +203,8 @@ def _resume(
             console=console,
             cache=cache,
             deadline=deadline,
+            fingerprint=fingerprint,
         )
-        bench.fingerprint = fingerprint
-        bench.measurements = MeasurementTable(folder.path / "measurements.csv")
-        # Between run.json and the first row there may be no study yet.
-        study = folder.path / "study.db"
-        bench.ledger = Ledger(study, create=not study.exists())
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
         return _work(bench, fresh=False)

@@ -57,6 +57,7 @@ def rendered(how: Difficulty, img_size: int) -> Dataset:
         interpolation="bicubic",
         hflip=True,
         notes=(),
+        preparation="",
     )
 
 

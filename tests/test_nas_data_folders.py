@@ -242,7 +242,7 @@ def all_broken(root: Path) -> None:
     [
         (one_class, "one class only"),
         (no_class, "no class folders"),
-        (flat, "no class folders"),
+        (flat, "1 images, want at least 3"),
         (empty_class, "no image in .*void"),
         (other_classes, "'c' only in train/, 'd' only in val/"),
         (too_few, "too few images"),

@@ -82,7 +82,8 @@ def cut(
     """Cut unique images into {"train", "holdout", "test"}: rows in the order of their keys.
 
     The test side of "any" is fixed by content; the holdout side is drawn with `random_seed`. Both
-    are stratified. Raises InputError if a class is too small to be on every side.
+    are stratified by class, where there are `classes`. Raises InputError if a class, or an
+    unlabelled set, is too small to be on every side.
     """
     assert len(set(keys)) == len(keys), "equal contents must be dropped before a cut"
     role = np.array(roles, dtype=object)
@@ -96,15 +97,21 @@ def cut(
 
     pool = part("any")
     count = min(round(TEST_SHARE * len(pool)), TEST_IMAGES)
-    test = drawn(pool, max(count, min(len(classes), len(pool))), "test")
+    least = max(1, len(classes))
+    test = drawn(pool, max(count, min(least, len(pool))), "test")
     to_cut = np.concatenate([part("train"), np.setdiff1d(pool, test)])
     count = min(round(HOLDOUT_SHARE * len(to_cut)), HOLDOUT_IMAGES)
-    holdout = drawn(to_cut, max(count, min(len(classes), len(to_cut))), f"holdout-{random_seed}")
+    holdout = drawn(to_cut, max(count, min(least, len(to_cut))), f"holdout-{random_seed}")
     sides = {
         "train": np.concatenate([part("fit"), np.setdiff1d(to_cut, holdout)]),
         "holdout": np.concatenate([part("holdout"), holdout]),
         "test": np.concatenate([part("test"), test]),
     }
+    if not classes and any(not len(members) for members in sides.values()):
+        raise refuse(
+            "--data", f"{len(keys)} images without copies", "images for train, holdout and test",
+            "at least 3",
+        )  # fmt: skip
     for side, members in sides.items():
         missing = np.flatnonzero(np.bincount(labels[members], minlength=len(classes)) == 0)
         if len(missing):

@@ -33,7 +33,7 @@ def digits(spec: DataSpec) -> Source:
         for row in _wanted(keys, labels, spec.proxy_images):
             image = Image.fromarray(grey[row]).resize((size, size), Image.Resampling.BICUBIC)
             pixels = np.repeat(np.asarray(image)[:, :, None], 3, axis=2)
-            pool.add(keys[row], int(labels[row]), "any", pixels)
+            pool.add(keys[row], int(labels[row]), "any", pixels, f"digit {row}")
             tick(1.0)
 
     return Source(
@@ -43,6 +43,7 @@ def digits(spec: DataSpec) -> Source:
         store_size=size,
         hflip=False,
         identity={"digits": VERSION, "proxy_images": spec.proxy_images},
+        decoding=f"digits {VERSION}",
         count=IMAGES,
         fill=fill,
     )

@@ -43,11 +43,23 @@ def folder(spec: DataSpec) -> Source:
     root = _existing(spec.name)
     train, test = root / "train", next((root / n for n in TEST_NAMES if _is_dir(root / n)), None)
     split = _is_dir(train) and test is not None
-    tree = train if split or (_is_dir(train) and _class_folders(train)) else root
-    classes = _classes(tree, spec.name)
+    inner = _is_dir(train) and (_class_folders(train) or _loose(train))
+    tree = train if split or inner else root
+    loose = _loose(tree)
+    # Images that lie about beside class folders are no part of a labelled set.
+    classes = () if loose and not _class_folders(tree) else _classes(tree, spec.name)
     notes = []
-    files = list(_files(root, tree, classes, "train" if split else "any"))
-    used, note = _proxy(files, len(classes), spec.proxy_images, split)
+    role = "train" if split else "any"
+    if classes:
+        files = list(_files(root, tree, classes, role))
+        if loose:
+            notes.append(f"{len(loose):,} images outside the class folders are left out")
+    else:
+        files = [_File(path, path.relative_to(root).as_posix(), 0, role) for path in loose]
+        notes.append("no class folders: images without ground truth, labelled by the teacher")
+        if len(files) < 3:
+            raise refuse("--data", f"{spec.name}, {len(files)} images", "at least 3", _LAYOUT)
+    used, note = _proxy(files, max(1, len(classes)), spec.proxy_images, split)
     notes += note
     if split:
         assert test is not None
@@ -62,7 +74,7 @@ def folder(spec: DataSpec) -> Source:
         sizes = (header_size(file.path) for file in looked)
         img_size, line = chosen_img_size(size for size in sizes if size is not None)
         notes.append(line)
-    return _source(root, spec.name, classes, used, img_size, tuple(notes))
+    return _source(root, spec.name, classes, used, img_size, tuple(notes), spec.pixel_cache)
 
 
 def _source(
@@ -72,6 +84,7 @@ def _source(
     used: Sequence[_File],
     img_size: int,
     notes: tuple[str, ...],
+    pixel_cache: bool,
 ) -> Source:
     store_size = store_size_of(img_size)
 
@@ -80,7 +93,7 @@ def _source(
             if found is None:
                 pool.broken.append(file.name)
             else:
-                pool.add(found[0], file.label, file.role, found[1])
+                pool.add(found[0], file.label, file.role, found[1], file.name)
             tick(1.0)
 
     return Source(
@@ -90,9 +103,11 @@ def _source(
         store_size=store_size,
         hflip=True,
         identity={"folder": VERSION, "root": os.fspath(root), "files": _listing(used)},
+        decoding=f"file {VERSION}",
         count=len(used),
         fill=fill,
         notes=notes,
+        root=None if pixel_cache else root,
     )
 
 
@@ -128,6 +143,16 @@ def _class_folders(tree: Path) -> list[str]:
     except OSError as error:
         raise _unreadable(tree, error) from error
     return sorted(n for n in names if (tree / n).resolve() not in above)
+
+
+def _loose(tree: Path) -> list[Path]:
+    """List the images that lie directly in a folder, sorted by name."""
+    try:
+        with os.scandir(tree) as entries:
+            names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+    except OSError as error:
+        raise _unreadable(tree, error) from error
+    return [tree / n for n in sorted(names) if os.path.splitext(n)[1].lower() in EXTENSIONS]
 
 
 def _unreadable(path: Path, error: OSError) -> Exception:
@@ -167,6 +192,11 @@ def _files(root: Path, tree: Path, classes: Sequence[str], role: str) -> Iterato
 
 
 def _test_side(root: Path, test: Path, classes: tuple[str, ...]) -> list[_File]:
+    if not classes:
+        found = _loose(test)
+        if not found:
+            raise refuse("--data", f"no image in {test}", "images, as in train/", _LAYOUT)
+        return [_File(path, path.relative_to(root).as_posix(), 0, "test") for path in found]
     names = _class_folders(test)
     odd = sorted(set(names) ^ set(classes))
     if odd:

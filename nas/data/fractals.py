@@ -274,8 +274,9 @@ def fractals(spec: DataSpec) -> Source:
         wanted = _kept(wanted, spec.proxy_images)
 
     def fill(pool: Pool, tick: Tick) -> None:
-        for one, pixels in zip(wanted, render(wanted, size), strict=True):
-            pool.add(content_key(pixels.tobytes()), one.label, one.role, pixels)
+        for at, (one, pixels) in enumerate(zip(wanted, render(wanted, size), strict=True)):
+            name = f"{one.role} {at} of class {one.label}"
+            pool.add(content_key(pixels.tobytes()), one.label, one.role, pixels, name)
             tick(1.0)
 
     identity: dict[str, Any] = {
@@ -290,6 +291,7 @@ def fractals(spec: DataSpec) -> Source:
         store_size=size,
         hflip=True,
         identity=identity,
+        decoding=f"fractals {VERSION}",
         count=len(wanted),
         fill=fill,
         seeded=False,

@@ -115,7 +115,7 @@ def _source(
                 else:
                     label = _checked_label(item[1], len(classes), name)
                     pixels = fitted(item[0], img_size, store_size)
-                    pool.add(as_rgb_key(item[0]), label, role, pixels)
+                    pool.add(as_rgb_key(item[0]), label, role, pixels, f"{role}[{at}]")
                 tick(1.0)
 
     return Source(
@@ -129,6 +129,7 @@ def _source(
             "counts": {role: [side.count, len(wanted[role])] for role, side in sides.items()},
             "shards": _shards(name),
         },
+        decoding=f"reader {VERSION}",
         count=sum(len(rows) for rows in wanted.values()),
         fill=fill,
         notes=notes,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.data.tables import KeyTable
 from space.errors import refuse
 
 MEAN = (0.485, 0.456, 0.406)
@@ -27,7 +30,8 @@ class DataSpec:
     `name` is "digits", "fractals", a folder, or "torch/...", "hfds/...", "wds/...";
     `img_size` in pixels (None: chosen from the data); `proxy_images` counts train and holdout
     together (None: 10,000 at most, all of an embedded set); `max_broken` is the share of
-    unreadable images that is tolerated. Raises InputError.
+    unreadable images that is tolerated; without `pixel_cache` a folder's images are decoded
+    whenever they are needed. Raises InputError.
     """
 
     name: str
@@ -35,6 +39,7 @@ class DataSpec:
     proxy_images: int | None = None
     max_broken: float = 0.01
     random_seed: int = 0
+    pixel_cache: bool = True
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -54,12 +59,19 @@ class Split:
     """Images of one side of a cut, sorted by key.
 
     `keys` are 32 hex characters each, a hash of the image's content and unique in the whole
-    data set; `labels` int64 [n]; `pixels` uint8 [n, S, S, 3], usually memory-mapped.
+    data set; `labels` int64 [n], -1 without ground truth; `pixels` uint8 [n, S, S, 3], usually
+    memory-mapped, or what decodes them on access; `names` are what a user knows the images by, if
+    that is known.
     """
 
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     labels: NDArray[np.int64]
-    pixels: NDArray[np.uint8]
+    pixels: Any
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keys, KeyTable):
+            object.__setattr__(self, "keys", KeyTable.of(self.keys))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -70,8 +82,10 @@ class Dataset:
     """Decoded images, cut into train, holdout and test.
 
     `img_size` is what a model sees, `store_size` (S) what is stored: evaluation takes the centre.
-    `fingerprint` hashes all that decides the content; `broken` names images that were left out;
-    `notes` are lines for the user.
+    `fingerprint` hashes all that decides the content, `preparation` only what decides the pixels of
+    an image of given content: it stays when images come and go. `broken` names images that were
+    left out; `notes` are lines for the user; `labelled_by` is the teacher whose classes stand for
+    the truth, None for ground truth.
     """
 
     folder: Path
@@ -89,6 +103,13 @@ class Dataset:
     interpolation: str
     hflip: bool
     notes: tuple[str, ...]
+    preparation: str
+    labelled_by: str | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Tell whether images have classes at all."""
+        return len(self.classes) > 0
 
     @property
     def num_classes(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,10 @@ from nas.distill.augment import (
     AugmentSpec,
     _old_posterize,
     augmentation_code,
+    augmentation_codes,
     eval_batch,
 )
+from nas.distill.views import make_augmenter
 from space.errors import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -129,19 +134,116 @@ def test_codes_depend_on_key_epoch_and_salt_and_rarely_meet() -> None:
 
 
 def test_every_field_of_the_specification_is_in_its_digest() -> None:
-    spec = SPECS["all"]
-    other = AugmentSpec(
-        64, STD, MEAN, "bilinear", (0.2, 0.9), (0.5, 2.0), 0.1, None, 0.3, 0.1, "other", 2
-    )
-    digests = {spec.digest()}
-    for field in fields(AugmentSpec):
-        digests.add(replace(spec, **{field.name: getattr(other, field.name)}).digest())
-    assert len(digests) == 1 + len(fields(AugmentSpec))
+    spec = replace(PLAIN, erase_prob=0.2)
+    others: dict[str, Any] = {
+        "img_size": 64, "mean": STD, "std": MEAN, "interpolation": "bilinear", "scale": (0.2, 0.9),
+        "ratio": (0.5, 2.0), "hflip": 0.1, "policy": "rand-m9", "color_jitter": 0.3,
+        "erase_prob": 0.1, "engine": "batched", "erase_mode": "rand", "erase_count": 2,
+        "mixup_alpha": 0.1, "cutmix_alpha": 0.1, "mix_prob": 0.5, "mix_switch_prob": 0.1,
+        "version": 3,
+    }  # fmt: skip
+    assert set(others) | {"posterize_zero"} == {field.name for field in fields(AugmentSpec)}
+    digests = {replace(spec, **{name: value}).digest() for name, value in others.items()}
+    assert len(digests | {spec.digest()}) == 1 + len(others)
     assert AugmentSpec.from_dict(spec.to_dict()) == spec
 
 
-def test_a_specification_of_another_version_is_refused() -> None:
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"posterize_zero": "error"}, "posterize_zero"),
+    ({"engine": "magic"}, "engine"),
+    ({"erase_mode": "stripes"}, "erase_mode"),
+    ({"interpolation": "sinc"}, "interpolation"),
+    ({"policy": "no-such-policy"}, "no-such-policy"),
+    ({"scale": (0.0, 1.0)}, "scale"),
+    ({"scale": (0.9, 0.5)}, "scale"),
+    ({"ratio": (2.0, 1.0)}, "ratio"),
+    ({"hflip": 1.5}, "hflip"),
+    ({"mixup_alpha": -1.0}, "mixup_alpha"),
+    ({"cutmix_alpha": float("nan")}, "cutmix_alpha"),
+    ({"mix_prob": 2.0}, "mix_prob"),
+    ({"color_jitter": 7.0}, "color_jitter"),
+    ({"erase_count": 0}, "erase_count"),
+    ({"engine": "batched", "policy": "rand-m9"}, "rand-m9 in the batched engine"),
+    ({"engine": "batched", "interpolation": "bilinear"}, "bilinear in the batched engine"),
+    ({"engine": "batched", "erase_prob": 0.5, "erase_mode": "rand"}, "erasing"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD)
+def test_what_cannot_be_replayed_is_refused_by_name(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        replace(PLAIN, **change)
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="mixup"):
         AugmentSpec.from_dict({**PLAIN.to_dict(), "mixup": 0.8})
-    with pytest.raises(InputError, match="posterize_zero"):
-        Augmenter(replace(PLAIN, posterize_zero="error"))
+
+
+POLICIES = {
+    "randaugment": {"policy": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5},
+    "often": {"policy": "rand-m7-n3-mstd0.9-p0.7"},
+    "auto": {"policy": "v0", "erase_mode": "rand", "erase_prob": 0.9, "erase_count": 3},
+    "original": {"policy": "original-mstd0.5"},
+    "three": {"policy": "3a", "color_jitter": 0.3},
+    "augmix": {"policy": "augmix-m5-w4-d2"},
+    "jitter": {"color_jitter": 0.4, "interpolation": "random", "erase_mode": "const",
+               "erase_prob": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_that_timm_has_replays(name: str) -> None:
+    spec = replace(PLAIN, img_size=32, **POLICIES[name])  # type: ignore[arg-type]
+    pixels, drawn = images(16, 36), codes(16)
+    first = Augmenter(spec).batch(pixels, drawn)
+    again, other = Augmenter(spec), Augmenter(SPECS["all"])
+    for row in np.random.default_rng(3).permutation(16):
+        other.batch(pixels[:1], drawn[:1])  # another's draws in between
+        assert torch.equal(again(pixels[row], drawn[row]), first[row])
+    assert not torch.equal(Augmenter(spec).batch(pixels, codes(16, 1)), first)
+
+
+def replayed(spec: AugmentSpec, side: int, count: int) -> torch.Tensor:
+    """What a process of its own makes; at module level, so that it can be sent to one."""
+    torch.rand(7)
+    random.random()
+    return make_augmenter(spec).batch(images(count, side), codes(count))
+
+
+@pytest.mark.parametrize(("size", "side"), [(48, 55), (224, 256)])
+@pytest.mark.parametrize("engine", ["timm", "batched"])
+def test_processes_of_any_start_method_replay_to_the_bit(size: int, side: int, engine: str) -> None:
+    spec = replace(PLAIN, img_size=size, erase_prob=0.5, engine=engine)
+    if engine == "timm":
+        spec = replace(spec, policy="rand-m9-mstd0.5-inc1")
+    else:
+        spec = replace(spec, color_jitter=0.4)
+    want = replayed(spec, side, 4)
+    for method in ("spawn", "fork") if size == 48 else ("spawn",):
+        context = multiprocessing.get_context(method)
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            found = pool.submit(_numbers, spec, side, 4).result(timeout=120)
+        assert np.array_equal(found, want.numpy())
+
+
+def _numbers(spec: AugmentSpec, side: int, count: int) -> NDArray[np.float32]:
+    torch.set_num_threads(1)
+    numbers: NDArray[np.float32] = replayed(spec, side, count).numpy()
+    return numbers
+
+
+def test_threads_of_one_process_take_turns() -> None:
+    spec, pixels, drawn = SPECS["all"], images(12), codes(12)
+    want = Augmenter(spec).batch(pixels, drawn)
+    augmenter = Augmenter(spec)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda row: augmenter(pixels[row], drawn[row]), range(12)))
+    assert torch.equal(torch.stack(made), want)
+
+
+def test_codes_of_many_keys_are_those_of_each() -> None:
+    raw = np.random.default_rng(0).integers(0, 256, (300, 16), dtype=np.uint8)
+    keys = [bytes(row).hex() for row in raw]
+    for epoch, salt in itertools.product((0, 7, 299), (0, 12345)):
+        want = [augmentation_code(key, epoch, salt) for key in keys]
+        assert augmentation_codes(raw, epoch, salt).tolist() == want
+    assert augmentation_codes(raw[:0], 0, 0).shape == (0,)

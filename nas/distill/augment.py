@@ -1,7 +1,8 @@
-"""One 64-bit code per image and epoch, from which timm's transforms give the same input again.
+"""One 64-bit code per image and epoch, from which the same input follows again.
 
-timm and torchvision draw from three module-global generators (random, numpy, torch); all three are
-seeded with the code for one image and put back afterwards. Calls inside a process are serialised.
+Engine "timm": timm and torchvision draw from three module-global generators (random, numpy, torch);
+all three are seeded with the code for one image and put back afterwards. Calls inside a process are
+serialised. Engine "batched": see `nas.distill.batched`. Mixing: see `nas.distill.mixing`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ from nas.data import Dataset
 from nas.data.files import digest_of
 from space.errors import refuse
 
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
+_CHOICES: Mapping[str, frozenset[str]] = {
+    "engine": frozenset(("timm", "batched")),
+    "interpolation": frozenset(("nearest", "bilinear", "bicubic", "lanczos", "random")),
+    "erase_mode": frozenset(("const", "rand", "pixel")),
+    "posterize_zero": frozenset(("black",)),
+}
 
 
 @dataclass(frozen=True)
 class AugmentSpec:
     """Everything that decides an input, given the stored pixels and a code.
 
-    `scale` and `ratio` bound the random resized crop; `hflip` and `erase_prob` are probabilities;
-    `policy` is a timm auto-augment string or None; `color_jitter` a strength or None (timm leaves
-    it out under a policy). `posterize_zero` names what posterizing to 0 bits gives: "black", as
-    in Pillow before 13, which raises instead.
+    `scale` and `ratio` bound the random resized crop; `hflip`, `erase_prob`, `mix_prob` and
+    `mix_switch_prob` (CutMix where both are on) are probabilities; `policy` is a timm auto-augment
+    string or None; `color_jitter` a strength or None (timm leaves it out under a policy);
+    `erase_mode` and `erase_count` are as timm's RandomErasing takes them; the alphas are of the
+    beta distributions of mixup and CutMix, 0 for off. `engine` "timm" works image by image with
+    timm's own transforms, "batched" on whole batches with torch. `posterize_zero` names what
+    posterizing to 0 bits gives: "black", as in Pillow before 13, which raises instead. Raises
+    InputError for what does not exist or cannot be replayed.
     """
 
     img_size: int
@@ -48,7 +59,22 @@ class AugmentSpec:
     color_jitter: float | None = None
     erase_prob: float = 0.0
     posterize_zero: str = "black"
-    version: int = 1
+    engine: str = "timm"
+    erase_mode: str = "pixel"
+    erase_count: int = 1
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    version: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def mixes(self) -> bool:
+        """Tell whether images are mixed with partners."""
+        return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON, the inverse of `from_dict`."""
@@ -69,6 +95,46 @@ class AugmentSpec:
     def digest(self) -> str:
         """Hash all fields: 32 hex characters."""
         return digest_of(self.to_dict())
+
+
+def _check(spec: AugmentSpec) -> None:
+    """Refuse what does not exist or cannot be replayed, before any image is touched."""
+    for name, choices in _CHOICES.items():
+        if getattr(spec, name) not in choices:
+            raise refuse(f"augmentation {name}", getattr(spec, name), f"one of {sorted(choices)}")
+    for name in ("hflip", "erase_prob", "mix_prob", "mix_switch_prob"):
+        if not 0 <= getattr(spec, name) <= 1:
+            raise refuse(f"augmentation {name}", getattr(spec, name), "a share from 0 to 1")
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if not 0 <= getattr(spec, name) < float("inf"):
+            raise refuse(f"augmentation {name}", getattr(spec, name), "a number >= 0")
+    for name, least in (("img_size", 1), ("erase_count", 1)):
+        if getattr(spec, name) < least:
+            raise refuse(f"augmentation {name}", getattr(spec, name), f"an integer >= {least}")
+    if not 0 < spec.scale[0] <= spec.scale[1] <= 1:
+        raise refuse("augmentation scale", spec.scale, "shares of the area, 0 < low <= high <= 1")
+    if not 0 < spec.ratio[0] <= spec.ratio[1] < float("inf"):
+        raise refuse("augmentation ratio", spec.ratio, "width over height, 0 < low <= high")
+    if spec.color_jitter is not None and not 0 <= spec.color_jitter <= 1:
+        raise refuse("augmentation color_jitter", spec.color_jitter, "a strength from 0 to 1")
+    if spec.engine == "batched":
+        _check_batched(spec)
+    elif spec.policy is not None:
+        _timms(spec)
+
+
+def _check_batched(spec: AugmentSpec) -> None:
+    """Refuse what the batched engine does not offer."""
+    offers = "crop, flip, color_jitter, pixel erasing, mixup and CutMix"
+    if spec.policy is not None:
+        raise refuse("augmentation policy", f"{spec.policy} in the batched engine", offers,
+                     "engine timm, or policy none")  # fmt: skip
+    if spec.interpolation != "bicubic":
+        raise refuse("augmentation interpolation", f"{spec.interpolation} in the batched engine",
+                     "bicubic")  # fmt: skip
+    if spec.erase_prob > 0 and (spec.erase_mode, spec.erase_count) != ("pixel", 1):
+        got = f"{spec.erase_count} boxes of {spec.erase_mode} in the batched engine"
+        raise refuse("augmentation erasing", got, "one box of pixel noise")
 
 
 def default_spec(dataset: Dataset) -> AugmentSpec:
@@ -94,8 +160,19 @@ def augmentation_code(key: str, epoch: int, salt: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
+def augmentation_codes(raw_keys: NDArray[np.uint8], epoch: int, salt: int) -> NDArray[np.uint64]:
+    """Derive the codes of keys given as bytes, uint8 [n, 16] -> uint64 [n], as `augmentation_code`
+    does of each."""
+    text, end = np.ascontiguousarray(raw_keys).tobytes().hex().encode(), f"/{epoch}/{salt}".encode()
+    digests = b"".join(
+        hashlib.blake2b(text[at : at + 32] + end, digest_size=8).digest()
+        for at in range(0, len(text), 32)
+    )
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
 @contextmanager
-def _borrowed_generators() -> Iterator[None]:
+def borrowed_generators() -> Iterator[None]:
     """Lend the three global generators and put their states back."""
     python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -121,16 +198,12 @@ def _old_posterize() -> Iterator[None]:
         ImageOps.posterize = original
 
 
-class Augmenter:
-    """Applies a specification to stored pixels; the code decides every random choice."""
-
-    def __init__(self, spec: AugmentSpec) -> None:
-        if spec.posterize_zero != "black":
-            raise refuse("augmentation posterize_zero", spec.posterize_zero, "black")
-        self.spec = spec
-        # timm takes None for "no jitter" but does not say so in its types.
-        jitter: Any = spec.color_jitter
-        geometry, policy, final = create_transform(
+def _timms(spec: AugmentSpec) -> Any:
+    """Have timm make its transforms: geometry, policy, tensor part. Raises InputError."""
+    # timm takes None for "no jitter" but does not say so in its types.
+    jitter: Any = spec.color_jitter
+    try:
+        return create_transform(
             spec.img_size,
             is_training=True,
             scale=spec.scale,
@@ -142,9 +215,25 @@ class Augmenter:
             mean=spec.mean,
             std=spec.std,
             re_prob=spec.erase_prob,
-            re_mode="pixel",
+            re_mode=spec.erase_mode,
+            re_count=spec.erase_count,
             separate=True,
         )
+    except (AssertionError, ValueError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())[:80]
+        raise refuse(
+            "augmentation policy", f"{spec.policy} ({type(error).__name__} {why})",
+            "a policy that timm reads, such as rand-m9-mstd0.5-inc1",
+        ) from error  # fmt: skip
+
+
+class Augmenter:
+    """Applies a specification to stored pixels; the code decides every random choice."""
+
+    def __init__(self, spec: AugmentSpec) -> None:
+        assert spec.engine == "timm", "the batched engine has an augmenter of its own"
+        self.spec = spec
+        geometry, policy, final = _timms(spec)
         self._on_image: Sequence[Callable[[Any], Any]] = (
             *geometry.transforms,
             *policy.transforms,
@@ -162,9 +251,9 @@ class Augmenter:
         """Augment images one by one, uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size]."""
         views = np.empty((len(pixels), self.spec.img_size, self.spec.img_size, 3), dtype=np.uint8)
         erased: list[torch.Tensor] = []
-        with _LOCK, _borrowed_generators(), _old_posterize():
+        with LOCK, borrowed_generators(), _old_posterize():
             for row, code in enumerate(codes):
-                _seed(int(code))
+                seed_all(int(code))
                 image: Any = Image.fromarray(pixels[row])
                 for transform in self._on_image:
                     image = transform(image)
@@ -174,7 +263,7 @@ class Augmenter:
         return torch.stack(erased) if erased else _normalised(views, self.spec)
 
 
-def _seed(code: int) -> None:
+def seed_all(code: int) -> None:
     """Set the three generators that timm and torchvision draw from."""
     random.seed(code)
     np.random.seed((code & 0xFFFFFFFF, code >> 32))

@@ -66,6 +66,13 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
 }
 """Documented constants behind `--effort`; each has a flag of its own."""
 
+LABEL_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "beyond": ("refuse", "cycle"),
+    "missing_labels": ("refuse", "skip"),
+    "codec": ("plain", "packed"),
+    "augment": ("default", "22k", "1k", "finetune", "batched"),
+}
+"""What the settings about soft labels may be; see `nas.distill`."""
 NO_SLOWER_SLACK = 0.02
 """Without a throughput constraint, a contraction may measure this much slower than its parent."""
 
@@ -90,9 +97,15 @@ class RunConfig:
     img_size: int | None = None
     proxy_images: int | None = None
     max_broken: float = 0.01
+    pixel_cache: bool = True
     teacher: str = "auto"
     labels: str | None = None
+    label_epochs: int | None = None
+    beyond: str = "refuse"
+    missing_labels: str = "refuse"
     topk: int | None = None
+    codec: str = "packed"
+    augment: str = "default"
     seed_weights: str | None = None
     proxy_init: str = "inherit"
     anchors: bool = True
@@ -148,7 +161,8 @@ def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag(name: str) -> str:
     """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
-    return "--no-anchors" if name == "anchors" else "--" + name.replace("_", "-")
+    negated = name in ("anchors", "pixel_cache")
+    return ("--no-" if negated else "--") + name.replace("_", "-")
 
 
 def _whole(config: RunConfig, name: str, least: int, most: int | None = None) -> None:
@@ -172,9 +186,13 @@ def check_config(config: RunConfig) -> None:
     _whole(config, "batch_size", 2, 65_536)
     _whole(config, "threads", 1, 1024)
     _whole(config, "random_seed", 0, 2**31 - 1)
-    for name in ("img_size", "proxy_images", "topk"):
+    least = {"img_size": 16, "proxy_images": 20, "topk": 1, "label_epochs": 1}
+    for name, low in least.items():
         if getattr(config, name) is not None:
-            _whole(config, name, {"img_size": 16, "proxy_images": 20, "topk": 1}[name])
+            _whole(config, name, low)
+    for name, choices in LABEL_CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise refuse(flag(name), getattr(config, name), f"one of {', '.join(choices)}")
     for name in ("min_throughput", "min_speedup"):
         value = getattr(config, name)
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):

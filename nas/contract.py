@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
+from nas.command import EXIT_BAD_INPUT, Parser, default_cache, guarded
 from nas.config import EFFORTS, parse_count, parse_share
 from nas.session import Outcome, run
 from space.errors import InputError, refuse
 
-EXIT_REACHED, EXIT_BAD_INPUT, EXIT_STUCK, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 2, 3, 130, 143
+EXIT_REACHED, EXIT_STUCK = 0, 3
 
 
 def contract(
@@ -57,23 +55,6 @@ def contract(
         console=console,
         executor=executor,
     )
-
-
-def default_cache() -> Path:
-    """Return where datasets, teachers, labels and trained seeds are kept between runs."""
-    named = os.environ.get("VISION_CONTRACTION_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "vision-contraction"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose refusals are one line (house rule 2)."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with one line and exit status 2."""
-        self.exit(EXIT_BAD_INPUT, f"error: {message} (see --help)\n")
 
 
 def _defaults(name: str) -> str:
@@ -130,13 +111,44 @@ def build_parser() -> Parser:
         "--max-broken", metavar="SHARE", help="broken images tolerated (default: 1%%)"
     )
     data.add_argument(
+        "--no-pixel-cache",
+        dest="pixel_cache",
+        action="store_false",
+        help="decode a folder's images each time instead of keeping their pixels",
+    )
+    data.add_argument(
         "--teacher",
         metavar="MODEL",
         help="auto, a timm name with pretrained weights, or MODEL:FILE (default: auto)",
     )
     data.add_argument("--labels", metavar="STORE", help="use this soft-label store")
     data.add_argument(
-        "--topk", type=int, metavar="K", help="classes kept a label (default: min(10, classes-1))"
+        "--missing-labels",
+        metavar="POLICY",
+        help="images without a label in --labels: refuse, or skip them (default: refuse)",
+    )
+    data.add_argument(
+        "--label-epochs",
+        type=int,
+        metavar="N",
+        help="epochs of labels to store (default: those of the longest training)",
+    )
+    data.add_argument(
+        "--beyond",
+        metavar="POLICY",
+        help="training past the stored epochs: refuse, or cycle through them (default: refuse)",
+    )
+    data.add_argument(
+        "--topk",
+        type=int,
+        metavar="K",
+        help="classes kept a label (default: 10, or 100 of more than 10,000; at most classes-1)",
+    )
+    data.add_argument("--codec", help="plain or packed records (default: packed)")
+    data.add_argument(
+        "--augment",
+        metavar="PRESET",
+        help="default, 22k, 1k, finetune or batched (default: default)",
     )
     data.add_argument(
         "--seed-weights",
@@ -226,10 +238,6 @@ def build_parser() -> Parser:
 _SESSION = ("out", "resume", "status", "max_hours", "cache_dir", "quiet", "json")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, contract, report. Returns the exit status: 0 reached, 2 bad input, 3 stuck."""
     arguments = vars(build_parser().parse_args(argv))
@@ -260,25 +268,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    return guarded(lambda: _run(arguments, session_given, out, resume is not None))
+
+
+def _run(
+    arguments: Mapping[str, Any], session_given: Mapping[str, Any], out: Any, resume: bool
+) -> int:
     started = time.monotonic()
     quiet = bool(session_given.get("quiet", False))
-    try:
-        outcome = contract(
-            out=out,
-            resume=resume is not None,
-            max_hours=session_given.get("max_hours"),
-            cache_dir=session_given.get("cache_dir"),
-            quiet=quiet,
-            **arguments,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    outcome = contract(
+        out=out,
+        resume=resume,
+        max_hours=session_given.get("max_hours"),
+        cache_dir=session_given.get("cache_dir"),
+        quiet=quiet,
+        **arguments,
+    )
     if not quiet:
         _farewell(outcome, time.monotonic() - started)
     if session_given.get("json"):

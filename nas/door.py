@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nas import labelling
 from nas.config import RunConfig, flag, with_effort
-from nas.data import Dataset, DataSpec, prepare
+from nas.data import Dataset, DataSpec, open_dataset, prepare
 from nas.data.values import EMBEDDED
 from nas.executor import InlineExecutor, LocalExecutor
-from nas.jobs import Job
+from nas.jobs import Job, Result
 from nas.progress import Console
 from nas.search.constraints import band_at
 from space import Context
@@ -60,7 +61,13 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
         proxy_images=config.proxy_images,
         max_broken=config.max_broken,
         random_seed=config.random_seed,
+        pixel_cache=config.pixel_cache,
     )
+    return prepared(spec, cache, console)
+
+
+def prepared(spec: DataSpec, cache: Path, console: Console) -> Dataset:
+    """Prepare a data set under a bar, and say what it is."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,11 +80,46 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
     for note in dataset.notes:
         console.line(f"data: {note}")
     console.line(
-        f"data: {dataset.name}, {len(dataset.classes)} classes at {dataset.img_size} px: "
+        f"data: {dataset.name}, {len(dataset.classes) or 'no'} classes at {dataset.img_size} px: "
         f"{len(dataset.train.labels)} to train, {len(dataset.holdout.labels)} holdout, "
         f"{len(dataset.test.labels)} test"
     )
     return dataset
+
+
+def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Console) -> Dataset:
+    """Give images without ground truth the classes that the teacher sees; others stay as they are.
+
+    With `--labels` the teacher is the one that the store was made by. Raises InputError.
+    """
+    if dataset.labelled:
+        return dataset
+    asked: dict[str, Any] = {
+        "teacher": config.teacher,
+        "teacher_epochs": config.teacher_epochs,
+        "random_seed": config.random_seed,
+        "device": config.device,
+        "threads": config.threads,
+    }
+    if config.labels is not None:
+        made_by = labelling.made_by(Path(config.labels))
+        asked.update({name: made_by[name] for name in ("teacher", "teacher_epochs", "random_seed")})
+    console.count("asking the teacher for classes")
+    try:
+        with LocalExecutor(threads=config.threads) as worker:
+
+            def do(job: Job) -> Result:
+                return worker.run(job, tick=console.advance, heartbeat=console.refresh)
+
+            info = labelling.teach(do, dataset, cache, **asked)["info"]
+            folder = labelling.classes_from_teacher(do, dataset, cache, info, config.device)
+    finally:
+        console.stop()
+    console.line(
+        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below means "
+        "agreement with it"
+    )
+    return open_dataset(folder)
 
 
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:

@@ -32,15 +32,19 @@ class Console:
             self._stream.write(text + "\n")
             self._stream.flush()
 
-    def start(self, total: float) -> None:
-        """Show the bar, on a terminal."""
+    def start(self, total: float, unit: str | None = None) -> None:
+        """Show the bar, on a terminal; with the pace where `total` is in a `unit` of its own."""
         self._done = 0.0
+        pace = "" if unit is None else "{rate_fmt}, "
         if self._quiet or not self._stream.isatty():
             return
         self._bar = tqdm(
             total=max(total, 1.0),
             file=self._stream,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, about {remaining} left",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| "
+            + pace
+            + "{elapsed}, about {remaining} left",
+            unit="" if unit is None else f" {unit}",
             dynamic_ncols=True,
             leave=False,
             smoothing=0.02,

@@ -89,6 +89,17 @@ class Run:
         """Return the GMACs of training on one image, forward and backward."""
         return 3e-9 * self.family.count_macs(arch, self.context)
 
+    def data_spec(self) -> dict[str, Any]:
+        """Return what the user asked of the data, as plain JSON."""
+        config = self.config
+        return {
+            "name": config.data,
+            "img_size": config.img_size,
+            "proxy_images": config.proxy_images,
+            "max_broken": config.max_broken,
+            "random_seed": config.random_seed,
+        }
+
     # Jobs
 
     def do(self, job: Job, *, out: Path | None = None, cost: float = 0.0) -> Result:
@@ -238,6 +249,9 @@ class Run:
             if parent is None
             else {"arch": self.family.to_dict(parent.arch), "weights": str(parent.weights)},
             "first_epoch": first_epoch,
+            "missing": self.config.missing_labels,
+            "beyond": self.config.beyond,
+            "label_epochs": self.store["use_epochs"],
             "random_seed": self.config.random_seed,
             "device": self.config.device,
             "test": test,

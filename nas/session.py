@@ -14,7 +14,14 @@ from typing import Any
 
 from nas import finish, stage
 from nas.campaign import band_text, contract_steps
-from nas.door import ask_fingerprint, check_possible, make_config, read_data, resolved
+from nas.door import (
+    ask_fingerprint,
+    check_possible,
+    make_config,
+    read_data,
+    resolved,
+    with_classes,
+)
 from nas.executor import InlineExecutor, LocalExecutor, OutOfTime
 from nas.files import write_json
 from nas.measure.table import MeasurementTable, read_measurements
@@ -90,7 +97,7 @@ def _start(
     folder = RunDir(out)
     if folder.run_json.exists():
         folder.create()  # refuses, before the data is read
-    dataset = read_data(config, cache, console)
+    dataset = with_classes(config, read_data(config, cache, console), cache, console)
     check_possible(config, family, seed_arch, dataset)
     folder.create()
     own = executor is None
@@ -170,7 +177,7 @@ def _resume(
                 return Outcome(
                     result["status"], result["exit_code"], result["message"], folder.path, result
                 )
-        dataset = read_data(config, cache, console)
+        dataset = with_classes(config, read_data(config, cache, console), cache, console)
         known = data["dataset"]["fingerprint"]
         if dataset.fingerprint != known:
             raise refuse(

@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from nas import labelling
 from nas.config import flag
 from nas.gates import REFERENCE_CONTEXT
-from nas.jobs import Job, Result
+from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.run import MEASURE_COST, Incumbent, Run
 from nas.search.ledger import Row
@@ -168,40 +169,64 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
 
     Returns the teacher, or None for a named store, which does not say how good its teacher was.
     """
-    config = run.config
+    config, data = run.config, run.dataset
+    needed = label_epochs(run)
+    stored = needed if config.label_epochs is None else config.label_epochs
+    if stored < needed and config.beyond == "refuse":
+        raise refuse(
+            flag("label_epochs"), stored, f"{needed}, the epochs of the longest training",
+            "or let the labels start again with --beyond cycle",
+        )  # fmt: skip
     teacher: Mapping[str, Any] | None = None
-    epochs = label_epochs(run)
-    images = len(run.dataset.train.labels)
-    common: dict[str, Any] = {
-        "dataset": str(run.dataset.folder),
-        "cache": str(run.cache),
+    images = len(data.train.labels)
+    if config.labels is not None:
+        folder = config.labels
+    else:
+        cost = float(images * config.teacher_epochs) * TEACHER_COST
+        taught = labelling.teach(
+            lambda job: run.do(job, cost=cost), data, run.cache,
+            teacher=config.teacher, teacher_epochs=config.teacher_epochs,
+            random_seed=config.random_seed, device=config.device, threads=config.threads,
+        )  # fmt: skip
+        teacher = taught["info"]
+        run.console.line(f"teacher: {taught['says']}")
+        folder = _own_store(run, taught["info"], stored)
+    run.store = labelling.open_for(
+        run.do, folder, data, epochs=needed, stored=config.label_epochs,
+        missing=config.missing_labels, beyond=config.beyond,
+    )  # fmt: skip
+    run.console.line(f"labels: {run.store['says']}")
+    for note in run.store["notes"]:
+        run.console.line(f"labels: {note}")
+    return teacher
+
+
+def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
+    """Build the run's own store in the cache, or find it there."""
+    config, data = run.config, run.dataset
+    request = {
         "epochs": epochs,
         "topk": config.topk,
+        "codec": config.codec,
+        "preset": config.augment,
+        "salt": config.random_seed,
+        "device": config.device,
+        "threads": config.threads,
+    }
+    made_by = {
+        "data": run.data_spec(),
+        "teacher": config.teacher,
+        "teacher_epochs": config.teacher_epochs,
         "random_seed": config.random_seed,
         "device": config.device,
         "threads": config.threads,
-        "batch_size": 64,
     }
-    if config.labels is not None:
-        result = run.do(Job("labels", "open-labels", {**common, "store": config.labels}))
-    else:
-        spec = {**common, "teacher": config.teacher, "teacher_epochs": config.teacher_epochs}
-        units = float(images * config.teacher_epochs)
-        taught = run.do(Job("teacher", "teacher", spec, units=units), cost=units * TEACHER_COST)
-        if not taught.ok:
-            raise InputError(f"--teacher {config.teacher}: {taught.reason}")
-        teacher = taught.values["info"]
-        units = float(images * epochs + len(run.dataset.holdout.labels))
-        result = run.do(
-            Job("labels", "labels", {**common, "info": teacher}, units=units),
-            cost=units / 3 * TEACHER_COST,
-        )
-        run.console.line(f"teacher: {taught.values['says']}")
-    if not result.ok:
-        raise InputError(f"soft labels: {result.reason}")
-    run.store = result.values
-    run.console.line(f"labels: {result.values['says']}")
-    return teacher
+    begun = labelling.begin(
+        run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by
+    )
+    job = labelling.build_job(begun, data, info, part=(1, 1), device=config.device)
+    labelling.build(lambda job: run.do(job, cost=job.units / 3 * TEACHER_COST), job)
+    return str(begun["folder"])
 
 
 def _write_row(run: Run, measured: Measurement, trained: Result) -> None:

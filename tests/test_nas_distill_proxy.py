@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from label_cases import built
 
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill import proxy
 from nas.distill.augment import default_spec, eval_batch
-from nas.distill.losses import dense_target
+from nas.distill.losses import SoftLoss, dense_target
 from nas.distill.proxy import (
     Evaluation,
     evaluate_test,
@@ -25,7 +26,7 @@ from nas.distill.proxy import (
     train_and_score,
 )
 from nas.distill.replay import holdout_batches
-from nas.distill.store import LabelStore, StoreSpec, build_store, open_store
+from nas.distill.store import LabelStore
 from nas.training.loop import Diverged
 from nas.training.weights import load_weights, weights_digest
 from space import Context, get_family
@@ -54,11 +55,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
-    weights = torch.randn(3 * 32 * 32, 10, generator=torch.Generator().manual_seed(1)) * 0.1
-    augment = default_spec(dataset)
-    spec = StoreSpec(3, 4, augment, 0, dataset.fingerprint, "toy", "abc", 10, 1)
-    root = tmp_path_factory.mktemp("stores")
-    return open_store(build_store(root, spec, dataset, lambda x: x.flatten(1) @ weights, 32), spec)
+    return built(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=3, topk=4)
 
 
 def run(dataset: Dataset, store: LabelStore, arch: Any = ARCH, **changes: Any) -> Any:
@@ -222,3 +219,27 @@ def test_unknown_ways_to_start_are_refused(dataset: Dataset, store: LabelStore) 
         run(dataset, store, init="magic")
     with pytest.raises(InputError, match="scratch, inherit"):
         proxy_settings(1, "magic")
+
+
+def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
+    dataset: Dataset, store: LabelStore
+) -> None:
+    plain = run(dataset, store)
+    assert answer(run(dataset, store, loss=SoftLoss())) == answer(plain)
+    scores = {run(dataset, store, loss=loss).soft_loss for loss in (
+        SoftLoss(temperature=2.0), SoftLoss(hard_weight=0.5), SoftLoss(kind="kl", temperature=3.0)
+    )}  # fmt: skip
+    assert len(scores | {plain.soft_loss}) == 4
+    assert all(math.isfinite(score) for score in scores)
+
+
+def test_images_without_a_label_are_skipped_only_where_asked(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    larger = prepare(DataSpec("digits", img_size=32, proxy_images=120), tmp_path)
+    with pytest.raises(InputError, match="no label for"):
+        run(larger, store)
+    score = run(larger, store, missing="skip")
+    assert any("images skipped" in note for note in score.notes)
+    labelled = set(larger.holdout.keys) & set(dataset.holdout.keys)
+    assert score.holdout_images == len(labelled)

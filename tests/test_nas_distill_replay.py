@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from label_cases import built, toy_for
 
 from nas.data import Dataset, DataSpec, Split, prepare
-from nas.distill.augment import Augmenter, default_spec, eval_batch
+from nas.distill import pieces as pieces_module
+from nas.distill.augment import Augmenter, eval_batch
+from nas.distill.keytable import raw_keys
+from nas.distill.labels import top_labels
+from nas.distill.mixing import partners
 from nas.distill.replay import Batch, Replay, batch_sizes, epoch_order, holdout_batches
-from nas.distill.store import LabelStore, StoreSpec, build_store, open_store
+from nas.distill.store import LabelStore
+from nas.distill.views import Views, make_plan
 from space.errors import InputError
+
+HARD = {"policy": "rand-m9-mstd0.5-inc1", "erase_prob": 0.3}
+MIXED = {**HARD, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +33,25 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return prepare(spec, tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
-    weights = torch.randn(3 * 16 * 16, 10, generator=torch.Generator().manual_seed(1)) * 0.2
-    augment = replace(default_spec(dataset), policy="rand-m9-mstd0.5-inc1", erase_prob=0.3)
-    spec = StoreSpec(2, 3, augment, 0, dataset.fingerprint, "toy", "abc", 10, 1)
-    root = tmp_path_factory.mktemp("stores")
-    folder = build_store(root, spec, dataset, lambda x: x.flatten(1) @ weights, 32)
-    return open_store(folder, spec)
+@pytest.fixture(scope="module", params=["alone", "mixed"])
+def store(
+    dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> LabelStore:
+    changes = MIXED if request.param == "mixed" else HARD
+    folder = tmp_path_factory.mktemp("stores") / "s"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces_module, "MIN_RECORDS", 64)
+        return built(folder, dataset, changes=changes, codec="plain")
 
 
 def replay(dataset: Dataset, store: LabelStore, **changes: object) -> Replay:
     options = {"batch_size": 32, "random_seed": 0, **changes}
-    return Replay(dataset.train, store, store.spec.augment, **options)  # type: ignore[arg-type]
+    return Replay(dataset.train, store, **options)  # type: ignore[arg-type]
+
+
+def part_of(split: Split, rows: np.ndarray) -> Split:
+    """A data set from which other images were removed."""
+    return Split(tuple(split.keys[int(r)] for r in rows), split.labels[rows], split.pixels[rows])
 
 
 def by_row(batches: list[Batch]) -> dict[int, tuple[bytes, ...]]:
@@ -50,21 +64,30 @@ def by_row(batches: list[Batch]) -> dict[int, tuple[bytes, ...]]:
     return found
 
 
-def test_inputs_and_labels_are_the_stored_ones(dataset: Dataset, store: LabelStore) -> None:
-    labels = store.epoch(1)
+def test_inputs_and_labels_are_what_the_teacher_saw_and_said(
+    dataset: Dataset, store: LabelStore
+) -> None:
+    toy, seen = toy_for(dataset), 0
+    for batch in replay(dataset, store).epoch(1):
+        want = top_labels(toy(batch.inputs), 3)
+        assert np.array_equal(batch.index.numpy(), want.index)
+        assert np.allclose(batch.prob.numpy(), want.prob, atol=1e-5)
+        assert np.allclose(batch.tail.numpy(), want.tail, atol=1e-5)
+        assert np.array_equal(batch.truth.numpy(), dataset.train.labels[batch.rows.numpy()])
+        assert batch.index.dtype == torch.int64
+        seen += len(batch.rows)
+    assert seen == len(dataset.train)
+
+
+def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path) -> None:
+    store = built(tmp_path / "s", dataset, changes=HARD)
     augmenter = Augmenter(store.spec.augment)
-    seen = 0
     for batch in replay(dataset, store).epoch(1):
         rows = batch.rows.numpy()
-        at = labels.rows(tuple(dataset.train.keys[r] for r in rows))
-        want = augmenter.batch(dataset.train.pixels[rows], labels.codes[at].tolist())
-        assert torch.equal(batch.inputs, want)
-        assert np.array_equal(batch.index.numpy(), labels.index[at])
-        assert np.array_equal(batch.prob.numpy(), labels.prob[at])
-        assert np.array_equal(batch.tail.numpy(), labels.tail[at])
-        assert batch.index.dtype == torch.int64
-        seen += len(rows)
-    assert seen == len(dataset.train)
+        codes = store.codes(1, store.keys.rows(raw_keys(dataset.train.keys)[rows]))
+        assert torch.equal(
+            batch.inputs, augmenter.batch(dataset.train.pixels[rows], codes.tolist())
+        )
 
 
 def test_loader_workers_change_nothing(dataset: Dataset, store: LabelStore) -> None:
@@ -91,6 +114,94 @@ def test_batch_size_seed_and_subset_change_no_input(dataset: Dataset, store: Lab
         assert part == {row: want[row] for row in rows}
 
 
+def test_images_that_were_removed_or_reordered_change_no_other(
+    dataset: Dataset, store: LabelStore
+) -> None:
+    whole = replay(dataset, store)
+    want = by_row(list(whole.epoch(0)))
+    rng = np.random.default_rng(2)
+    n = len(dataset.train)
+    for share in (0.5, 0.9, 0.99, 1.0):
+        rows = rng.permutation(n)[: round(share * n)]
+        less = Replay(part_of(dataset.train, rows), store, 8, 0)
+        found = {int(rows[at]): parts for at, parts in by_row(list(less.epoch(0))).items()}
+        assert found == {row: want[row] for row in found}
+        skipped = less.skipped(0)
+        assert len(found) + len(skipped) == len(rows)
+        if not store.spec.augment.mixes:
+            assert not skipped
+            continue
+        # An image is skipped if and only if its partner left.
+        table = store.keys.rows(raw_keys(dataset.train.keys))
+        other = partners(store.codes(0))
+        row_of = {int(at): row for row, at in enumerate(table)}
+        kept = set(rows.tolist())
+        for row in rows.tolist():
+            partner = int(other[table[row]])
+            gone = partner >= 0 and row_of[partner] not in kept
+            assert (dataset.train.keys[row] in skipped) == gone
+        if share < 1:
+            assert any("skipped, as the image that they are mixed with" in x for x in less.notes)
+        sizes = [len(b) for epoch in range(2) for b in less.batches(epoch)]
+        assert max(sizes) <= 8
+        assert min(sizes) >= 2
+        assert all(len(less.batches(epoch)) == less.steps_per_epoch for epoch in range(4))
+
+
+def test_a_subset_of_records_still_sees_the_partners_images(
+    dataset: Dataset, store: LabelStore
+) -> None:
+    rows = list(range(0, len(dataset.train), 7))
+    part = replay(dataset, store, subset=rows)
+    assert part.skipped(0) == []
+    assert part.notes == ()
+    assert sorted(by_row(list(part.epoch(0)))) == rows
+
+
+def test_added_and_replaced_images_are_noticed(dataset: Dataset, store: LabelStore) -> None:
+    split = dataset.train
+    keys = [*split.keys[:3], *(f"{at:032x}" for at in range(4)), *split.keys[3:]]
+    grown = Split(
+        tuple(keys), np.concatenate([split.labels[:3], [0] * 4, split.labels[3:]]),
+        np.concatenate([split.pixels[:3], split.pixels[:4], split.pixels[3:]]),
+    )  # fmt: skip
+    with pytest.raises(InputError, match=rf"no label for 4 of {len(grown)} images, e.g. 0{{32}}"):
+        Replay(grown, store, 32, 0)
+    skipping = Replay(grown, store, 32, 0, missing="skip")
+    assert skipping.images == len(split)
+    assert [n for n in skipping.notes if f"4 of {len(grown)} images skipped" in n]
+    assert _by_key(grown, skipping, 0) == _by_key(split, replay(dataset, store), 0)
+
+
+def _by_key(split: Split, source: Replay, epoch: int) -> dict[str, tuple[bytes, ...]]:
+    return {split.keys[row]: parts for row, parts in by_row(list(source.epoch(epoch))).items()}
+
+
+def test_what_the_store_dropped_is_skipped_and_told(dataset: Dataset, tmp_path: Path) -> None:
+    gone = dataset.train.keys[5]
+    store = built(tmp_path / "s", dataset, dropped=f"key,name\n{gone},x\n")
+    found = replay(dataset, store)
+    assert found.images == len(dataset.train) - 1
+    assert "1 of" in found.notes[0]
+    assert "dropped" in found.notes[0]
+
+
+def test_what_workers_are_sent_does_not_grow_with_the_data(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    import pickle  # what a spawned loader is sent; never written to a file
+
+    larger = prepare(DataSpec("digits", img_size=16), tmp_path)
+    sizes = []
+    for data in (dataset, larger):
+        own = built(tmp_path / f"{len(data.train)}", data, epochs=1)
+        source = Replay(data.train, own, 32, 0)
+        sizes.append(len(pickle.dumps(source._inputs)) - len(str(data.train.pixels.filename)))
+        recipe = source._planned(0).of(source._at[source.batches(0)[0]])
+        assert len(pickle.dumps(recipe)) < 2_000
+    assert sizes[0] == sizes[1] < 2_000
+
+
 def test_order_follows_keys_seed_and_epoch_only(dataset: Dataset, store: LabelStore) -> None:
     split = dataset.train
     turned = Split(split.keys[::-1], split.labels[::-1], split.pixels[::-1])
@@ -100,7 +211,7 @@ def test_order_follows_keys_seed_and_epoch_only(dataset: Dataset, store: LabelSt
     assert ours == theirs
     orders = {tuple(epoch_order(split, every, s, e)) for s in range(3) for e in range(3)}
     assert len(orders) == 9
-    again = Replay(turned, store, store.spec.augment, 32, 0)
+    again = Replay(turned, store, 32, 0)
     for a, b in zip(replay(dataset, store).epoch(1), again.epoch(1), strict=True):
         assert torch.equal(a.inputs, b.inputs)
         assert torch.equal(a.prob, b.prob)
@@ -113,6 +224,28 @@ def test_epochs_beyond_the_stored_ones_start_again_in_a_new_order(
     assert by_row(first) == by_row(third)
     assert by_row(first) != by_row(list(replay(dataset, store).epoch(1)))
     assert not torch.equal(first[0].rows, third[0].rows)
+
+
+def test_more_epochs_than_stored_are_refused_where_asked(
+    dataset: Dataset, store: LabelStore
+) -> None:
+    strict = replay(dataset, store, beyond="refuse")
+    assert list(strict.epoch(1))
+    with pytest.raises(InputError, match="2 epochs, want epoch 3"):
+        list(strict.epoch(2))
+    one = replay(dataset, store, epochs=1)
+    assert by_row(list(one.epoch(0))) == by_row(list(one.epoch(1)))
+
+
+def test_fewer_classes_than_stored_are_the_best_of_them(
+    dataset: Dataset, store: LabelStore
+) -> None:
+    toy = toy_for(dataset)
+    for batch in replay(dataset, store, topk=1).epoch(0):
+        want = top_labels(toy(batch.inputs), 1)
+        assert np.array_equal(batch.index.numpy(), want.index)
+        assert np.allclose(batch.prob.numpy(), want.prob, atol=1e-5)
+        assert np.allclose(batch.tail.numpy(), want.tail, atol=1e-5)
 
 
 @settings(derandomize=True, max_examples=300, deadline=None)
@@ -133,23 +266,47 @@ def test_the_holdout_comes_in_order_and_whole(dataset: Dataset, store: LabelStor
     assert rows.tolist() == list(range(len(dataset.holdout)))
     inputs = torch.cat([batch.inputs for batch in batches])
     assert torch.equal(inputs, eval_batch(dataset.holdout.pixels, store.spec.augment))
-    labels = store.holdout()
-    at = labels.rows(dataset.holdout.keys)
-    assert np.array_equal(torch.cat([b.prob for b in batches]).numpy(), labels.prob[at])
+    at = store.holdout_keys.rows(raw_keys(dataset.holdout.keys))
+    want = store.holdout()[at]
+    assert np.array_equal(torch.cat([b.prob for b in batches]).numpy(), want.prob)
 
 
 def test_what_does_not_fit_is_refused(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     other = prepare(DataSpec("digits", img_size=16), tmp_path)
     with pytest.raises(InputError, match="no label for"):
-        Replay(other.train, store, store.spec.augment, 32, 0)
+        Replay(other.train, store, 32, 0)
     with pytest.raises(InputError, match="no label for"):
         list(holdout_batches(other, store, 32))
-    with pytest.raises(InputError, match="augmentation"):
-        Replay(dataset.train, store, default_spec(dataset), 32, 0)
-    with pytest.raises(InputError, match="--batch-size: got 1"):
-        replay(dataset, store, batch_size=1)
-    with pytest.raises(InputError, match="training images"):
-        replay(dataset, store, subset=[])
+    shared = list(holdout_batches(other, store, 32, "skip"))
+    rows = torch.cat([batch.rows for batch in shared]).tolist()
+    assert {other.holdout.keys[row] for row in rows} == set(other.holdout.keys) & set(
+        dataset.holdout.keys
+    )
+    for change in (
+        {"batch_size": 1}, {"subset": []}, {"missing": "x"}, {"beyond": "x"}, {"topk": 4},
+        {"topk": 0}, {"epochs": 3}, {"epochs": 0},
+    ):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            replay(dataset, store, **change)
+        assert "\n" not in str(caught.value)
+
+
+def test_views_are_made_once_for_all_that_need_them(dataset: Dataset, store: LabelStore) -> None:
+    made = 0
+
+    class Counting(Augmenter):
+        def batch(self, pixels: np.ndarray, codes: list[int]) -> torch.Tensor:  # type: ignore[override]
+            nonlocal made
+            made += len(pixels)
+            return super().batch(pixels, codes)
+
+    rows = store.keys.rows(raw_keys(dataset.train.keys))
+    table = np.empty(len(rows), dtype=np.int64)
+    table[rows] = np.arange(len(rows))
+    plan = make_plan(store.codes(0), table, store.spec.augment)
+    views = Views(dataset.train.pixels, Counting(store.spec.augment), store.spec.augment)
+    views.inputs(plan.of(np.arange(len(rows))))
+    assert made == len(rows)
 
 
 def test_batches_have_the_promised_number_and_sizes(dataset: Dataset, store: LabelStore) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from nas.data import Dataset, Split
 from nas.distill.augment import AugmentSpec, eval_batch
 from nas.distill.inherit import inherit
-from nas.distill.losses import sparse_soft_cross_entropy
+from nas.distill.losses import SoftLoss, sparse_soft_cross_entropy
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore
 from nas.jobs import Tick, no_tick
@@ -87,10 +87,11 @@ class ProxyScore:
     weights_digest: str | None
     weights: str | None
     per_image: str | None
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON."""
-        return asdict(self)
+        return {**asdict(self), "notes": list(self.notes)}
 
 
 def train_and_score(
@@ -113,6 +114,11 @@ def train_and_score(
     checkpoint: Path | None = None,
     stop_after: int | None = None,
     workers: int = 0,
+    missing: str = "refuse",
+    beyond: str = "cycle",
+    label_epochs: int | None = None,
+    topk: int | None = None,
+    loss: SoftLoss | None = None,
     tick: Tick = no_tick,
 ) -> ProxyScore:
     """Train an arch on stored labels and score it on the holdout; no teacher in memory.
@@ -122,21 +128,26 @@ def train_and_score(
     store's epoch `first_epoch` + e, so that all candidates see the same batches.
     `images_per_epoch` takes a seeded subset of the training images. Weights go to `out_weights`
     with per-image scores beside them (`<stem>.holdout.safetensors`). `checkpoint` and `stop_after`
-    as in `nas.training.loop.train`. Raises `Diverged`, `InputError`.
+    as in `nas.training.loop.train`; `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) as in
+    `Replay`. The score is always the plain cross-entropy, whatever `loss` (by default the same)
+    trains. Raises `Diverged`, `InputError`.
     """
     started = time.perf_counter()
+    loss = SoftLoss() if loss is None else loss
     model, copied = start_model(
         family, arch, ctx, init=init, random_seed=random_seed,
         parent_arch=parent_arch, parent_ctx=parent_ctx, parent_weights=parent_weights,
     )  # fmt: skip
     replay = Replay(
-        dataset.train, store, store.spec.augment, settings.batch_size, random_seed,
+        dataset.train, store, settings.batch_size, random_seed,
         workers=workers, subset=_subset(dataset.train, images_per_epoch),
+        missing=missing, beyond=beyond, epochs=label_epochs, topk=topk,
+        device=device,
     )  # fmt: skip
 
     def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, index, prob, tail = _placed(batch, device)
-        return sparse_soft_cross_entropy(net(inputs), index, prob, tail)
+        return loss(net(inputs), index, prob, tail, batch.truth.to(device))
 
     with torch.random.fork_rng(devices=[]):  # what a net may draw (dropout) is the job's own, too
         torch.manual_seed(random_seed)
@@ -146,18 +157,19 @@ def train_and_score(
             checkpoint=checkpoint, stop_after=stop_after,
         )  # fmt: skip
     scored = evaluate(
-        model, holdout_batches(dataset, store, EVAL_BATCH), dataset.holdout.labels, device, tick
-    )
+        model, holdout_batches(dataset, store, EVAL_BATCH, missing), dataset.holdout.labels,
+        device, tick,
+    )  # fmt: skip
     digest = per_image = None
     if out_weights is not None:
         digest = save_weights(out_weights, model.state_dict())
         per_image = out_weights.with_name(f"{out_weights.stem}.holdout.safetensors")
         scored.save(per_image)
-    loss, loss_se = mean_se(scored.soft_loss)
+    soft_loss, soft_loss_se = mean_se(scored.soft_loss)
     top1, top1_se = mean_se(scored.correct)
     return ProxyScore(
-        soft_loss=loss,
-        soft_loss_se=loss_se,
+        soft_loss=soft_loss,
+        soft_loss_se=soft_loss_se,
         top1=top1,
         top1_se=top1_se,
         holdout_images=len(scored.correct),
@@ -170,6 +182,7 @@ def train_and_score(
         weights_digest=digest,
         weights=str(out_weights) if out_weights is not None else None,
         per_image=str(per_image) if per_image is not None else None,
+        notes=replay.notes,
     )
 
 
@@ -209,12 +222,13 @@ def evaluate(
     device: str,
     tick: Tick = no_tick,
 ) -> Evaluation:
-    """Score a model on labelled batches that cover a split; `labels` are its true ones [n].
+    """Score a model on labelled batches of a split whose true labels are `labels` [n].
 
-    Float32 and eval mode; leaves the model there. Loss as in training.
+    Rows that no batch has are left out. Float32 and eval mode; leaves the model there.
     """
     loss = np.full(len(labels), np.nan, dtype=np.float32)
     correct = np.zeros(len(labels), dtype=bool)
+    seen = np.zeros(len(labels), dtype=bool)
     model.train()  # drops what eval mode may have cached of older weights
     model.eval()
     for batch in batches:
@@ -225,8 +239,9 @@ def evaluate(
             found = sparse_soft_cross_entropy(logits, index, prob, tail)
         loss[rows] = found.cpu().numpy()
         correct[rows] = logits.argmax(1).cpu().numpy() == labels[rows]
+        seen[rows] = True
         tick(float(len(rows)))
-    return Evaluation(loss, correct)
+    return Evaluation(loss[seen], correct[seen])
 
 
 def evaluate_test(

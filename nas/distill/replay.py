@@ -14,28 +14,33 @@ from torch.utils.data import DataLoader, Dataset
 
 import nas.data
 from nas.data import Split
-from nas.distill.augment import Augmenter, AugmentSpec, eval_batch
+from nas.distill.augment import AugmentSpec, eval_batch
+from nas.distill.keytable import raw_keys, words
 from nas.distill.labels import Labels
-from nas.distill.store import LabelStore
+from nas.distill.store import LabelStore, dropped_keys
+from nas.distill.views import Plan, Recipe, Views, make_augmenter, make_plan
 from space.errors import refuse
 
 Rows = NDArray[np.int64]
+BEYOND = ("cycle", "refuse")
+MISSING = ("refuse", "skip")
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs float32 [B, 3, S, S] with labels index int64 [B, K], prob [B, K], tail [B];
-    `rows` int64 [B] are positions in the split."""
+    """Inputs float32 [B, 3, S, S] with labels index int64 [B, K], prob [B, K], tail [B]; `truth`
+    int64 [B] is the given class (-1: none), `rows` int64 [B] are positions in the split."""
 
     inputs: Tensor
     index: Tensor
     prob: Tensor
     tail: Tensor
+    truth: Tensor
     rows: Tensor
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        parts = (self.inputs, self.index, self.prob, self.tail, self.rows)
+        parts = (self.inputs, self.index, self.prob, self.tail, self.truth, self.rows)
         return Batch(*(part.to(device, non_blocking=True) for part in parts))
 
 
@@ -48,35 +53,41 @@ def batch_sizes(n: int, batch_size: int) -> list[int]:
     count = -(-n // batch_size)
     while count > 1 and n // count < 2:
         count -= 1
+    return _spread(n, count)
+
+
+def _spread(n: int, count: int) -> list[int]:
     return [n // count + (at < n % count) for at in range(count)] if n else []
 
 
 def epoch_order(split: Split, rows: Rows, random_seed: int, epoch: int) -> Rows:
     """Shuffle rows of a split by key: the order of the list they came in plays no part."""
-    by_key = rows[np.argsort(np.array([split.keys[r] for r in rows], dtype="S32"), kind="stable")]
+    hi, lo = words(raw_keys(split.keys)[rows])
+    by_key = rows[np.lexsort((lo, hi))]
     # Raw draws of a bit generator never change between versions of numpy; permutations may.
     draws = np.random.PCG64(np.random.SeedSequence([random_seed, epoch])).random_raw(len(rows))
     return by_key[np.argsort(draws, kind="stable")]
 
 
 class _Inputs(Dataset[Tensor]):
-    """Makes whole batches, here or in loader workers; when pickled, mapped pixels go by path."""
+    """Makes whole batches, here or in loader workers, which are sent nothing but recipes: what a
+    worker holds does not grow with the data set."""
 
-    def __init__(self, split: Split, codes: NDArray[np.uint64], spec: AugmentSpec) -> None:
-        self._pixels = split.pixels
-        self._codes, self._spec = codes, spec
-        self._augmenter: Augmenter | None = None
+    def __init__(self, pixels: Any, spec: AugmentSpec, device: str) -> None:
+        self._pixels, self._spec, self._device = pixels, spec, device
+        self._views: Views | None = None
 
-    def __getitem__(self, rows: Any) -> Tensor:
-        if self._augmenter is None:
-            self._augmenter = Augmenter(self._spec)
-        return self._augmenter.batch(self._pixels[rows], self._codes[rows].tolist())
+    def __getitem__(self, recipe: Any) -> Tensor:
+        if self._views is None:
+            augmenter = make_augmenter(self._spec, self._device)
+            self._views = Views(self._pixels, augmenter, self._spec)
+        return self._views.inputs(recipe)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_augmenter": None}
+        state = {**self.__dict__, "_views": None}
         name = getattr(self._pixels, "filename", None)
         if name is not None and _mapped(name).shape == self._pixels.shape:
-            state["_pixels"] = str(name)
+            state["_pixels"] = str(name)  # mapped pixels go by path
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -93,73 +104,154 @@ def _mapped(name: Any) -> NDArray[np.uint8]:
 class Replay:
     """The training side of a store: the same inputs and labels in every run that asks.
 
-    `split` is a data set's train split, all of whose keys (of `subset`, rows of it, if given)
-    must be in the store; `augment` must be the store's own. Batches come in a seeded order that
-    depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any `workers`
-    (loader processes) and `batch_size` (>= 2). Raises InputError.
+    `split` is a data set's train split, in any order, of which `subset` (rows) is used, or all.
+    Images that the store left out on purpose are skipped; other images without a label are refused,
+    or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its partner's
+    image is not in the split. Whatever is skipped is named in `notes` and by `skipped`. Past the
+    stored epochs labels and views start again from the first in a new order (`beyond` "cycle") or
+    are refused; `epochs` uses the first so many of them only, whatever a store has grown to. `topk`
+    reads fewer classes than are stored. Batches come in a seeded order that
+    depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any order,
+    `batch_size` (>= 2), subset and `workers` (loader processes; none for the batched engine, which
+    works on `device`). Raises InputError.
     """
 
     def __init__(
         self,
         split: Split,
         store: LabelStore,
-        augment: AugmentSpec,
         batch_size: int,
         random_seed: int,
         workers: int = 0,
         subset: Sequence[int] | None = None,
+        *,
+        missing: str = "refuse",
+        beyond: str = "cycle",
+        topk: int | None = None,
+        epochs: int | None = None,
+        device: str = "cpu",
     ) -> None:
+        if epochs is not None and not 1 <= epochs <= store.epochs:
+            raise refuse("label epochs", epochs, f"1 to {store.epochs}, what {store.folder} holds")
         if batch_size < 2:
             raise refuse("--batch-size", batch_size, "an integer >= 2 (batch norm needs two)")
-        if augment.digest() != store.spec.augment.digest():
-            raise refuse(
-                f"label store {store.folder}",
-                f"augmentation {store.spec.augment.digest()}",
-                f"augmentation {augment.digest()}",
-                "replay with the store's own",
-            )
-        self._split, self._store, self._augment = split, store, augment
-        self._batch_size, self._seed, self._workers = batch_size, random_seed, workers
-        chosen = range(len(split)) if subset is None else subset
-        self._rows: Rows = np.array(sorted(set(chosen)), dtype=np.int64)
+        if missing not in MISSING:
+            raise refuse("--missing", missing, f"one of {', '.join(MISSING)}")
+        if beyond not in BEYOND:
+            raise refuse("--beyond", beyond, f"one of {', '.join(BEYOND)}")
+        if topk is not None and not 1 <= topk <= store.spec.topk:
+            raise refuse("--topk", topk, f"1 to {store.spec.topk}, what {store.folder} holds")
+        self._split, self._store = split, store
+        self._spec = store.spec.augment
+        self._epochs = store.epochs if epochs is None else epochs
+        self._batch_size, self._seed, self._beyond, self._topk = (
+            batch_size, random_seed, beyond, topk,
+        )  # fmt: skip
+        batched = self._spec.engine == "batched"
+        self._workers = 0 if batched else workers
+        self._inputs = _Inputs(split.pixels, self._spec, device if batched else "cpu")
+        raw = raw_keys(split.keys)
+        self._at = store.keys.rows(raw)
+        self._table = np.full(len(store.keys), -1, dtype=np.int64)
+        labelled = np.flatnonzero(self._at >= 0)
+        self._table[self._at[labelled]] = labelled
+        chosen = np.arange(len(split)) if subset is None else np.array(sorted(set(subset)))
+        self._rows, self.notes = _usable(split, store, self._at, chosen.astype(np.int64), missing)
         if not len(self._rows):
-            raise refuse("training images", 0, "at least one")
-        self._at = _rows_of_labels(store.epoch(0), split, self._rows, store)
+            raise refuse("training images", 0, "at least one with a label")
+        self._plan: tuple[int, Plan] | None = None
+        self._steps = self._count_steps()
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches an epoch has."""
-        return len(batch_sizes(len(self._rows), self._batch_size))
+        """How many batches an epoch has; the same for all."""
+        return self._steps
 
     @property
     def images(self) -> int:
-        """How many images an epoch has."""
+        """How many images an epoch has, at most."""
         return len(self._rows)
+
+    def skipped(self, epoch: int) -> list[str]:
+        """Name the keys of images that an epoch skips because their partner is gone."""
+        gone = np.setdiff1d(self._rows, self.present(epoch), assume_unique=True)
+        return [self._split.keys[int(row)] for row in gone]
 
     def batches(self, epoch: int) -> list[Rows]:
         """List the rows of every batch of an epoch, in order."""
-        order = epoch_order(self._split, self._rows, self._seed, epoch)
-        ends = np.cumsum(batch_sizes(len(order), self._batch_size))
-        return np.split(order, ends[:-1])
+        order = epoch_order(self._split, self.present(epoch), self._seed, epoch)
+        return np.split(order, np.cumsum(_spread(len(order), self._steps))[:-1])
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Replay one epoch. Beyond the stored epochs the labels (and views) start again from the
-        first, in a new order."""
-        labels = self._store.epoch(epoch % self._store.epochs)
-        codes = np.zeros(len(self._split), dtype=np.uint64)
-        codes[self._rows] = labels.codes[self._at[self._rows]]
+        """Replay one epoch."""
+        labels = self._store.epoch(self._stored(epoch))
         batches = self.batches(epoch)
-        inputs = _Inputs(self._split, codes, self._augment)
-        for rows, made in zip(batches, self._inputs(inputs, batches), strict=True):
-            yield _batch(made, labels, self._at[rows], rows)
+        plan = self._planned(epoch)
+        recipes = [plan.of(self._at[rows]) for rows in batches]
+        for rows, made in zip(batches, self._made(recipes), strict=True):
+            said = labels[self._at[rows]]
+            yield _batch(made, said if self._topk is None else said.best(self._topk),
+                         self._split.labels[rows], rows)  # fmt: skip
 
-    def _inputs(self, inputs: _Inputs, batches: list[Rows]) -> Iterator[Tensor]:
+    def inputs(self, epoch: int, rows: Rows) -> Tensor:
+        """Make the inputs of rows in an epoch: float32 [n, 3, S, S]."""
+        return self._inputs[self._planned(epoch).of(self._at[rows])]
+
+    def labels(self, epoch: int, rows: Rows) -> Labels:
+        """Read the labels of rows in an epoch."""
+        return self._store.epoch(self._stored(epoch))[self._at[rows]]
+
+    def _stored(self, epoch: int) -> int:
+        if epoch >= self._epochs and self._beyond == "refuse":
+            raise refuse(
+                f"label store {self._store.folder}", f"{self._epochs} epochs",
+                f"epoch {epoch + 1}", "build more epochs, or allow --beyond cycle",
+            )  # fmt: skip
+        return epoch % self._epochs
+
+    def _planned(self, epoch: int) -> Plan:
+        stored = self._stored(epoch)
+        if self._plan is None or self._plan[0] != stored:
+            plan = make_plan(self._store.codes(stored), self._table, self._spec)
+            self._plan = (stored, plan)
+        return self._plan[1]
+
+    def present(self, epoch: int) -> Rows:
+        """Give the rows of the split that an epoch trains on: those whose mixing partner's image
+        is here, too."""
+        if not self._spec.mixes:
+            return self._rows
+        found = self._rows[self._planned(epoch).whole()[self._at[self._rows]]]
+        if len(found) < 2:
+            raise refuse(
+                f"label store {self._store.folder}",
+                f"{len(found)} of {len(self._rows)} images whose mixing partner is in the data",
+                "at least 2", "train on the data that the store was built on",
+            )  # fmt: skip
+        return found
+
+    def _count_steps(self) -> int:
+        if not self._spec.mixes or (self._table >= 0).all():
+            return len(batch_sizes(len(self._rows), self._batch_size))
+        # The fullest epoch decides, so that no batch of any epoch is larger than asked.
+        counts = [len(self.present(epoch)) for epoch in range(self._epochs)]
+        lost = [len(self._rows) - count for count in counts]
+        example = self.skipped(int(np.argmax(lost)))[:1]
+        self.notes = (
+            *self.notes,
+            f"{min(lost)} to {max(lost)} of {len(self._rows)} records an epoch skipped, as the "
+            f"image that they are mixed with is not in the data, e.g. {', '.join(example)}",
+        )
+        steps = len(batch_sizes(max(counts), self._batch_size))
+        return max(1, min(steps, min(counts) // 2))
+
+    def _made(self, recipes: list[Recipe]) -> Iterator[Tensor]:
         if self._workers == 0:
-            return (inputs[rows] for rows in batches)
+            return (self._inputs[recipe] for recipe in recipes)
         loader: DataLoader[Tensor] = DataLoader(
-            inputs,
+            self._inputs,
             batch_size=None,
-            sampler=cast(Any, batches),
+            sampler=cast(Any, recipes),
             num_workers=self._workers,
             multiprocessing_context="spawn",
             generator=torch.Generator(),  # the loader's own, so that the global one stays put
@@ -167,41 +259,71 @@ class Replay:
         return iter(loader)
 
 
-def _rows_of_labels(labels: Labels, split: Split, rows: Rows, store: LabelStore) -> Rows:
-    """Find the label of every row of a split (-1 where not asked). Raises InputError."""
-    at = np.full(len(split), -1, dtype=np.int64)
-    at[rows] = labels.rows(tuple(split.keys[r] for r in rows))
-    missing = int((at[rows] < 0).sum())
-    if missing:
-        first = next(split.keys[r] for r in rows if at[r] < 0)
-        raise refuse(
-            f"label store {store.folder}",
-            f"no label for {missing} of {len(rows)} images, e.g. {first}",
-            "labels of every image",
-            "build a store for this data set",
+def _usable(
+    split: Split, store: LabelStore, at: Rows, chosen: Rows, missing: str
+) -> tuple[Rows, tuple[str, ...]]:
+    """Leave out what has no label, if that is allowed; returns rows and notes."""
+    bare = chosen[at[chosen] < 0]
+    if not len(bare):
+        return chosen, ()
+    dropped = dropped_keys(store)
+    notes = []
+    unknown = [int(row) for row in bare if split.keys[int(row)] not in dropped]
+    if unknown and missing == "refuse":
+        raise _no_label(store, split, unknown, len(chosen), "build a store for this data set")
+    if len(bare) > len(unknown):
+        notes.append(
+            f"{len(bare) - len(unknown)} of {len(chosen)} images skipped, as the store dropped them"
         )
-    return at
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of {len(chosen)} images skipped, as the store has no label for them, "
+            f"e.g. {_called(split, unknown[0])}"
+        )
+    return chosen[at[chosen] >= 0], tuple(notes)
 
 
-def _batch(inputs: Tensor, labels: Labels, at: Rows, rows: Rows) -> Batch:
+def _no_label(
+    store: LabelStore, split: Split, rows: Sequence[int], among: int, remedy: str
+) -> Exception:
+    return refuse(
+        f"label store {store.folder}",
+        f"no label for {len(rows)} of {among} images, e.g. {_called(split, rows[0])}",
+        "labels of every image",
+        remedy,
+    )
+
+
+def _called(split: Split, row: int) -> str:
+    """Name an image by its file, if that is known, and its key."""
+    key = split.keys[row]
+    return f"{split.names[row]} ({key})" if len(split.names) else key
+
+
+def _batch(inputs: Tensor, labels: Labels, truth: NDArray[np.int64], rows: Rows) -> Batch:
     return Batch(
         inputs=inputs,
-        index=torch.from_numpy(labels.index[at].astype(np.int64)),
-        prob=torch.from_numpy(labels.prob[at]),
-        tail=torch.from_numpy(labels.tail[at]),
+        index=torch.from_numpy(labels.index),
+        prob=torch.from_numpy(labels.prob),
+        tail=torch.from_numpy(labels.tail),
+        truth=torch.from_numpy(np.asarray(truth)),
         rows=torch.from_numpy(rows),
     )
 
 
 def holdout_batches(
-    dataset: nas.data.Dataset, store: LabelStore, batch_size: int
+    dataset: nas.data.Dataset, store: LabelStore, batch_size: int, missing: str = "refuse"
 ) -> Iterator[Batch]:
-    """Give the holdout's evaluation inputs with their labels, in the split's order. Raises
-    InputError."""
+    """Give the holdout's evaluation inputs with their labels, in the split's order.
+
+    Images without a label there are refused, or left out with `missing` "skip". Raises InputError.
+    """
     split, labels = dataset.holdout, store.holdout()
-    every = np.arange(len(split), dtype=np.int64)
-    at = _rows_of_labels(labels, split, every, store)
-    for start in range(0, len(split), batch_size):
+    at = store.holdout_keys.rows(raw_keys(split.keys))
+    every, bare = np.flatnonzero(at >= 0), np.flatnonzero(at < 0).tolist()
+    if bare and (missing == "refuse" or not len(every)):
+        raise _no_label(store, split, bare, len(split), "build a store for this data set")
+    for start in range(0, len(every), batch_size):
         rows = every[start : start + batch_size]
         inputs = eval_batch(split.pixels[rows], store.spec.augment)
-        yield _batch(inputs, labels, at[rows], rows)
+        yield _batch(inputs, labels[at[rows]], split.labels[rows], rows)

@@ -1,319 +1,213 @@
 """The soft-label store: what the teacher said, made once and kept.
 
-A store is a folder `<root>/<id>/` with a sealed `manifest.json` and one piece per epoch
-(`epoch-0000.safetensors`) and one for the holdout (`holdout.safetensors`). A piece is a table,
-one row per image, sorted by key:
+    manifest.json     what decides the store, sealed; how many epochs it is to have
+    keys.bin          the keys of the labelled images, sorted (16 bytes each)
+    holdout-keys.bin  the same of the holdout
+    dropped.csv       images left out because teacher and label disagreed (`--clean`)
+    epoch-0000/00000.bin ...   pieces: fixed records, each file with a seal of its own
+    holdout/00000.bin ...      labels of the holdout's evaluation inputs
 
-    keys   uint8 [n, 16]             content hash of the image
-    codes  uint64 [n]                its augmentation in this epoch (0 in the holdout)
-    index  uint8|uint16|int32 [n, K] the teacher's K best classes, best first
-    prob   float32 [n, K]            their probabilities at temperature 1
-    tail   float32 [n]               what is left for the other classes, >= 0
-
-The folder's name is a hash of all that decides a piece, the number of epochs excepted: a store
-grows by whole pieces, and existing ones never change.
+A record holds the teacher's K best classes and nothing else: keys are told once, in `keys.bin`,
+and the augmentation's code follows from key, epoch and the store's salt. A store is named by a hash
+of all that decides a record, the number of epochs excepted: it grows by whole pieces, and existing
+ones never change.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from filelock import FileLock
-from safetensors.numpy import load as load_tables
-from safetensors.numpy import save as save_tables
+from numpy.typing import NDArray
 
-from nas.data import Dataset, Split
-from nas.data.files import digest_of, file_sha256, read_sealed, write_sealed
-from nas.distill.augment import Augmenter, AugmentSpec, augmentation_code, eval_batch
-from nas.distill.labels import Labels, comparable, index_type, raw_keys, top_labels
-from nas.files import remove_leftovers, write_atomic
-from nas.jobs import Tick, no_tick
-from space.errors import refuse
+from nas.data import Dataset
+from nas.data.files import digest_of, file_sha256, read_sealed
+from nas.distill.augment import augmentation_codes
+from nas.distill.codec import make_codec
+from nas.distill.keytable import StoredKeys, map_keys
+from nas.distill.labels import Labels
+from nas.distill.pieces import HOLDOUT_EPOCH, Piece, map_piece, pieces_of
+from nas.distill.spec import (
+    SCHEMA,
+    StoreSpec,
+    check_use,
+    identity,
+    library_versions,
+    refuse_other,
+)
+from space.errors import InputError, refuse
 
-SCHEMA = 1
-HOLDOUT = "holdout"
-TEACHER_BATCH = 64
-"""Images that the teacher sees at a time. Other sizes give other last bits, so it is fixed."""
-TeacherLogits = Callable[[torch.Tensor], torch.Tensor]
-_LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")
-
-
-@dataclass(frozen=True)
-class StoreSpec:
-    """All that decides a store. `teacher_hash` is of its weights; `threads` are torch's, since
-    other threads give other bits; `topk` is at most `num_classes` - 1. Raises InputError."""
-
-    epochs: int
-    topk: int
-    augment: AugmentSpec
-    salt: int
-    dataset_fingerprint: str
-    teacher_id: str
-    teacher_hash: str
-    num_classes: int
-    threads: int
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise refuse("label epochs", self.epochs, "an integer >= 1")
-        if not 1 <= self.topk < self.num_classes:
-            raise refuse("top-K", self.topk, f"1 to {self.num_classes - 1} (classes - 1)")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON."""
-        return {**asdict(self), "augment": self.augment.to_dict()}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> StoreSpec:
-        """Read plain JSON, the inverse of `to_dict`."""
-        return StoreSpec(**{**value, "augment": AugmentSpec.from_dict(value["augment"])})
-
-
-def default_topk(num_classes: int) -> int:
-    """Keep ten classes, or all but one."""
-    return min(10, num_classes - 1)
-
-
-def library_versions() -> dict[str, str]:
-    """Name the versions of all that takes part in making a label or replaying an input."""
-    return {name: version(name) for name in _LIBRARIES}
-
-
-def _identity(spec: StoreSpec, libraries: Mapping[str, str]) -> dict[str, Any]:
-    value = {k: v for k, v in spec.to_dict().items() if k != "epochs"}
-    fixed = {"schema": SCHEMA, "teacher_batch": TEACHER_BATCH}
-    return {**fixed, **value, "libraries": dict(libraries)}
-
-
-def store_id(spec: StoreSpec) -> str:
-    """Name the folder of a store: 32 hex characters, the same for any number of epochs."""
-    return digest_of(_identity(spec, library_versions()))
-
-
-def _piece_name(epoch: int) -> str:
-    return f"epoch-{epoch:04d}"
+Rows = NDArray[np.int64]
+MANIFEST, KEYS, HOLDOUT_KEYS, DROPPED = (
+    "manifest.json", "keys.bin", "holdout-keys.bin", "dropped.csv",
+)  # fmt: skip
 
 
 class LabelStore:
-    """An opened store: checked, read piece by piece."""
+    """An opened store. Labels are read from maps, a piece's bytes being checked when it is opened
+    first: memory does not grow with the number of images."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
-        self._pieces: Mapping[str, Mapping[str, Any]] = manifest["pieces"]
-        self.epochs = sum(name != HOLDOUT for name in self._pieces)
-        self.spec = replace(StoreSpec.from_dict(manifest["spec"]), epochs=max(1, self.epochs))
-        self.id: str = digest_of(_identity(self.spec, manifest["libraries"]))
+        self.manifest = manifest
+        self.spec = StoreSpec.from_dict(manifest["spec"])
+        self.id: str = manifest["id"]
+        self.epochs: int = manifest["epochs"]
         self.libraries: Mapping[str, str] = manifest["libraries"]
+        self.piece_records: int = manifest["piece_records"]
+        self.codec = make_codec(self.spec.codec, self.spec.topk, self.spec.num_classes)
+        try:
+            self.keys = StoredKeys(map_keys(folder / KEYS, self.spec.train_images))
+            self.holdout_keys = StoredKeys(
+                map_keys(folder / HOLDOUT_KEYS, self.spec.holdout_images)
+            )
+        except (OSError, ValueError) as error:
+            raise damaged(folder, error) from error
 
-    @property
-    def digest(self) -> str:
-        """Hash the identity and every piece; it changes when the store grows (`id` does not)."""
-        hashes = {name: piece["sha256"] for name, piece in self._pieces.items()}
-        return digest_of({"id": self.id, "pieces": hashes})
+    def pieces(self, epoch: int) -> list[Piece]:
+        """List the pieces of an epoch (-1: the holdout)."""
+        holdout = epoch == HOLDOUT_EPOCH
+        images = self.spec.holdout_images if holdout else self.spec.train_images
+        return pieces_of(epoch, images, self.piece_records)
 
-    def epoch(self, epoch: int) -> Labels:
-        """Read the labels of a stored epoch, 0 <= epoch < epochs. Raises InputError."""
+    def codes(self, epoch: int, rows: slice | Rows = slice(None)) -> NDArray[np.uint64]:
+        """Derive the augmentation codes of rows of the key table in an epoch: uint64 [m]."""
+        return augmentation_codes(self.keys.raw(rows), epoch, self.spec.salt)
+
+    def epoch(self, epoch: int) -> EpochLabels:
+        """Open a stored epoch, 0 <= epoch < epochs. Raises InputError."""
         assert 0 <= epoch < self.epochs, (epoch, self.epochs)
-        return self._read(_piece_name(epoch))
+        return EpochLabels(self, epoch)
 
-    def holdout(self) -> Labels:
-        """Read the labels of the holdout's evaluation inputs. Raises InputError."""
-        return self._read(HOLDOUT)
+    def holdout(self) -> EpochLabels:
+        """Open the labels of the holdout's evaluation inputs. Raises InputError."""
+        return EpochLabels(self, HOLDOUT_EPOCH)
 
-    def _read(self, name: str) -> Labels:
-        return _read_piece(self.folder, name, self._pieces[name])
+    def map(self, piece: Piece, *, check: bool = True) -> NDArray[np.uint8]:
+        """Map a piece's records. Raises InputError naming what is missing or damaged."""
+        try:
+            return map_piece(
+                self.folder / piece.name, piece, self.id, self.codec.record_bytes, check=check
+            )
+        except FileNotFoundError:
+            raise refuse(
+                f"label store {self.folder}", f"no piece {piece.name}", "all its pieces",
+                "build it to the end",
+            ) from None  # fmt: skip
+        except (OSError, ValueError) as error:
+            raise damaged(self.folder, error) from error
 
 
-def _damaged(folder: Path, why: object) -> Exception:
+class EpochLabels:
+    """The labels of one epoch, or of the holdout; rows are those of the store's key table."""
+
+    def __init__(self, store: LabelStore, epoch: int) -> None:
+        self._codec = store.codec
+        self._size = store.piece_records
+        self._maps = [store.map(piece) for piece in store.pieces(epoch)]
+
+    def __len__(self) -> int:
+        return sum(len(records) for records in self._maps)
+
+    def records(self, rows: Rows) -> NDArray[np.uint8]:
+        """Gather records of rows in any order: uint8 [m, R]."""
+        if len(self._maps) == 1:
+            return np.take(self._maps[0], rows, axis=0)
+        out = np.empty((len(rows), self._codec.record_bytes), dtype=np.uint8)
+        piece = rows // self._size
+        order = np.argsort(piece, kind="stable")
+        ends = np.searchsorted(piece[order], np.arange(len(self._maps) + 1))
+        for number in np.flatnonzero(np.diff(ends)):
+            here = order[ends[number] : ends[number + 1]]
+            out[here] = np.take(self._maps[number], rows[here] - number * self._size, axis=0)
+        return out
+
+    def __getitem__(self, rows: Rows) -> Labels:
+        """Decode the labels of rows in any order, ready for the loss."""
+        return Labels(*self._codec.decode(self.records(np.asarray(rows, dtype=np.int64))))
+
+
+def damaged(folder: Path, why: object) -> Exception:
+    """Say that a store is not as it was written."""
     return refuse(
-        f"label store {folder}", why, "the files as they were written", "delete the folder"
-    )
+        f"label store {folder}", why, "the files as they were written",
+        "delete what is damaged and build again; `nas.labels verify` lists it",
+    )  # fmt: skip
 
 
-def _read_piece(folder: Path, name: str, want: Mapping[str, Any]) -> Labels:
-    path = folder / f"{name}.safetensors"
-    try:
-        data = path.read_bytes()
-        if len(data) != want["bytes"]:
-            raise ValueError(f"{path.name} has {len(data)} bytes instead of {want['bytes']}")
-        table = load_tables(data)
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(folder, error) from error
-    keys = comparable(table.pop("keys"))
-    return Labels(keys=keys, **table)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / "manifest.json").exists():
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read and check a store's manifest. Raises InputError."""
+    path = folder / MANIFEST
+    if not path.exists():
         raise refuse("label store", folder, "a folder made by this toolkit")
     try:
-        manifest = read_sealed(folder / "manifest.json")
+        manifest = read_sealed(path)
         if manifest["schema"] != SCHEMA:
-            raise ValueError(f"schema {manifest['schema']}, this version reads {SCHEMA}")
-    except (OSError, ValueError, KeyError) as error:
-        raise _damaged(folder, f"manifest.json: {error}") from error
+            raise refuse(
+                f"label store {folder}", f"schema {manifest['schema']}",
+                f"schema {SCHEMA}, which this version reads", "build it anew",
+            )  # fmt: skip
+        spec = StoreSpec.from_dict(manifest["spec"])
+        if manifest["id"] != digest_of(identity(spec, manifest["libraries"])):
+            raise ValueError("its id does not fit its content")
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, f"{MANIFEST}: {error}") from error
     return manifest
 
 
-def _refuse_mismatch(folder: Path, manifest: Mapping[str, Any], expect: StoreSpec) -> None:
-    """Name every field in which a store and its use differ. `epochs` may be more than asked."""
-    have = {**manifest, **manifest["spec"]}
-    want = _identity(expect, library_versions())
-    odd = [name for name in want if have[name] != want[name]]
-    if odd:
-        raise refuse(
-            f"label store {folder}",
-            "; ".join(f"{name} {_shown(have[name], want[name])}" for name in odd),
-            "; ".join(f"{name} {_shown(want[name], have[name])}" for name in odd),
-            "leave --labels out to have a fitting store built",
-        )
+def open_store(
+    folder: Path,
+    *,
+    expect: StoreSpec | None = None,
+    use: Dataset | None = None,
+    epochs: int | None = None,
+) -> LabelStore:
+    """Open a store: manifest, key tables and the presence of its pieces are checked here, a
+    piece's bytes when it is read, everything by `nas.distill.verify`.
 
-
-def _shown(value: object, other: object) -> object:
-    """Show a field, or only the differing entries of a table."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        return {k: v for k, v in value.items() if other.get(k) != v}
-    return value
-
-
-def open_store(folder: Path, expect: StoreSpec | None) -> LabelStore:
-    """Open a store, checking every byte of its pieces and, if given, that it is the one expected.
-
-    Raises InputError naming both sides of each mismatch, or what is damaged or missing.
+    With `expect`, it must be exactly the store of that specification; with `use`, fit that data
+    set (see `nas.distill.spec.check_use`); with `epochs`, hold at least so many. Raises InputError
+    naming both sides of each mismatch, or what is damaged or missing.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
+    spec = StoreSpec.from_dict(manifest["spec"])
     if expect is not None:
-        _refuse_mismatch(folder, manifest, expect)
-    for name, want in manifest["pieces"].items():
-        path = folder / f"{name}.safetensors"
-        try:
-            fits = path.stat().st_size == want["bytes"] and file_sha256(path) == want["sha256"]
-        except OSError as error:
-            raise _damaged(folder, error) from error
-        if not fits:
-            raise _damaged(folder, f"{path.name} does not fit its checksum")
+        have = identity(spec, manifest["libraries"])
+        refuse_other(folder, have, identity(expect, library_versions()))
+    if use is not None:
+        check_use(folder, spec, manifest["libraries"], use)
+    for name, sha256 in manifest["files"].items():
+        if _hash(folder / name) != sha256:
+            raise damaged(folder, f"{name} does not fit its checksum")
     store = LabelStore(folder, manifest)
-    if HOLDOUT not in manifest["pieces"] or store.epochs < 1:
-        raise refuse(f"label store {folder}", "an unfinished store", "all its pieces", "build it")
-    if expect is not None and store.epochs < expect.epochs:
-        raise refuse(f"label store {folder}", f"{store.epochs} epochs", f"{expect.epochs} epochs")
+    if epochs is not None and store.epochs < epochs:
+        raise refuse(
+            f"label store {folder}", f"{store.epochs} epochs", f"{epochs} epochs",
+            "build more, or let the labels start again (--beyond cycle)",
+        )  # fmt: skip
+    for epoch in (HOLDOUT_EPOCH, *range(store.epochs)):
+        for piece in store.pieces(epoch):
+            if not (folder / piece.name).is_file():
+                store.map(piece)  # says what is missing
     return store
 
 
-def build_store(
-    root: Path,
-    spec: StoreSpec,
-    dataset: Dataset,
-    teacher_logits: TeacherLogits,
-    batch_size: int,
-    tick: Tick = no_tick,
-) -> Path:
-    """Make the pieces of a store that are missing; returns its folder.
-
-    `teacher_logits` takes normalised inputs [B, 3, S, S] and gives logits [B, C]. Atomic piece by
-    piece, so a killed build goes on where it stopped; a second builder waits for the first.
-    `batch_size` bounds the images held at a time (in whole batches of the teacher) and changes no
-    label. `tick` counts images, those of finished pieces too. Raises InputError.
-    """
-    assert spec.dataset_fingerprint == dataset.fingerprint, "the labels of another data set"
-    folder = Path(root) / store_id(spec)
+def _hash(path: Path) -> str | None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
-            _build_missing(folder, spec, dataset, teacher_logits, batch_size, tick)
-    except OSError as error:
-        raise refuse("label store", f"{folder} ({error})", "a folder with room to write") from error
-    return folder
+        return file_sha256(path)
+    except OSError:
+        return None
 
 
-def _build_missing(
-    folder: Path,
-    spec: StoreSpec,
-    dataset: Dataset,
-    teacher_logits: TeacherLogits,
-    batch_size: int,
-    tick: Tick,
-) -> None:
-    path = folder / "manifest.json"
-    manifest: dict[str, Any] = {
-        "schema": SCHEMA,
-        "spec": replace(spec, epochs=1).to_dict(),
-        "libraries": library_versions(),
-        "augment_digest": spec.augment.digest(),
-        "teacher_batch": TEACHER_BATCH,
-        "temperature": 1.0,
-        "pieces": {},
-    }
-    if path.exists():
-        manifest = _read_manifest(folder)
-        _refuse_mismatch(folder, manifest, spec)
-    remove_leftovers(folder)  # of a killed builder: the lock is ours
-    augmenter = Augmenter(spec.augment)
-    for name in (HOLDOUT, *(_piece_name(epoch) for epoch in range(spec.epochs))):
-        split = dataset.holdout if name == HOLDOUT else dataset.train
-        if name in manifest["pieces"]:
-            tick(float(len(split)))
-            continue
-        epoch = None if name == HOLDOUT else int(name.rsplit("-", 1)[1])
-        data = _make_piece(spec, split, epoch, augmenter, teacher_logits, batch_size, tick)
-        piece = folder / f"{name}.safetensors"
-        write_atomic(piece, data)
-        size = {"bytes": len(data), "sha256": file_sha256(piece), "records": len(split)}
-        manifest["pieces"] = {**manifest["pieces"], name: size}
-        write_sealed(path, manifest)
-
-
-def _make_piece(
-    spec: StoreSpec,
-    split: Split,
-    epoch: int | None,
-    augmenter: Augmenter,
-    teacher_logits: TeacherLogits,
-    batch_size: int,
-    tick: Tick,
-) -> bytes:
-    """Label one epoch of a split, or its evaluation inputs (epoch None)."""
-    n, kind = len(split), index_type(spec.num_classes)
-    codes = np.zeros(n, dtype=np.uint64)
-    if epoch is not None:
-        codes[:] = [augmentation_code(key, epoch, spec.salt) for key in split.keys]
-    index = np.empty((n, spec.topk), dtype=kind)
-    prob = np.empty((n, spec.topk), dtype=np.float32)
-    tail = np.empty(n, dtype=np.float32)
-    for rows in _slices(n, -(-batch_size // TEACHER_BATCH) * TEACHER_BATCH):
-        pixels = split.pixels[rows]
-        inputs = (
-            eval_batch(pixels, spec.augment)
-            if epoch is None
-            else augmenter.batch(pixels, codes[rows].tolist())
-        )
-        with torch.no_grad():
-            logits = torch.cat(
-                [teacher_logits(part) for part in torch.split(inputs, TEACHER_BATCH)]
-            )
-        index[rows], prob[rows], tail[rows] = top_labels(logits, spec.topk)
-        tick(float(len(pixels)))
-    return bytes(
-        save_tables(
-            {
-                "keys": raw_keys(split.keys),
-                "codes": codes,
-                "index": index,
-                "prob": prob,
-                "tail": tail,
-            }
-        )
-    )
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    for piece in range(math.ceil(n / size)):
-        yield slice(piece * size, min(n, (piece + 1) * size))
+def dropped_keys(store: LabelStore) -> frozenset[str]:
+    """List the keys that `--clean` left out on purpose; empty without it."""
+    if DROPPED not in store.manifest["files"]:
+        return frozenset()
+    with open(store.folder / DROPPED, encoding="utf-8", newline="") as table:
+        return frozenset(row["key"] for row in csv.DictReader(table))

@@ -58,7 +58,7 @@ class TeacherInfo:
     `folder` holds weights.safetensors and info.json; `id` names it for people, `digest` hashes its
     weights; `model` and `kwargs` are the timm call; `mean`, `std`, `input_size` (None: as given)
     are its own inputs', `student_mean` and `student_std` those it is given. `holdout_top1` is a
-    share, with its standard error over `holdout_images`.
+    share, with its standard error over `holdout_images` (none without ground truth).
     """
 
     folder: str
@@ -109,8 +109,15 @@ def make_teacher(
     `tick` counts training images; a killed training goes on at its last epoch. Raises InputError.
     """
     augment = default_spec(dataset)
+    if not dataset.labelled and spec.kind == "auto":
+        raise refuse(
+            "--teacher", f"auto for {dataset.name}, which has no labels", "a teacher that is "
+            "trained already", "name a pretrained timm model, or MODEL:FILE",
+        )  # fmt: skip
     source = find_source(spec, dataset.num_classes, dataset.mean, dataset.std)
-    settings = _settings(source, dataset.num_classes, epochs)
+    # Without ground truth the classes are the teacher's own.
+    classes = dataset.num_classes or source.num_classes
+    settings = _settings(source, classes, epochs)
     recipe = _recipe(spec, source, settings, dataset, augment, random_seed, device, threads)
     fingerprint = digest_of(recipe)
     folder = cache_dir / "teachers" / fingerprint
@@ -180,13 +187,14 @@ def _make(
 ) -> None:
     """Train where needed, test on the holdout, and put the folder in place whole."""
     seed = int(recipe["random_seed"])
+    classes = dataset.num_classes or source.num_classes
     part = folder.with_name(f"{folder.name}.part")
     part.mkdir(exist_ok=True)
     remove_leftovers(part)
     progress = part / "training.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inner = load_checked(source, dataset.num_classes)
+        inner = load_checked(source, classes)
         student = (dataset.mean, dataset.std)
         net = TeacherNet(inner, student, (source.mean, source.std), source.input_size)
         if settings is not None:
@@ -195,15 +203,17 @@ def _make(
                 net, batches.epoch, _step_loss(device), settings, device=device, tick=tick,
                 steps_per_epoch=batches.steps_per_epoch, checkpoint=progress,
             )  # fmt: skip
-    correct = _correct(place(net, device), dataset.holdout, augment, device)
+    correct = np.zeros(0, dtype=bool)
+    if dataset.labelled:
+        correct = _correct(place(net, device), dataset.holdout, augment, device)
     digest = save_weights(part / "weights.safetensors", inner.state_dict())
-    top1 = float(correct.mean())
+    top1 = float(correct.mean()) if len(correct) else 0.0
     info = {
         "id": f"{spec.name}@{folder.name[:8]}",
         "digest": digest,
         "model": source.model,
         "kwargs": recipe["kwargs"],
-        "num_classes": dataset.num_classes,
+        "num_classes": classes,
         "mean": list(source.mean),
         "std": list(source.std),
         "input_size": source.input_size,
@@ -225,7 +235,9 @@ def _notes(
 ) -> Iterator[str]:
     if spec.kind == "auto":
         return
-    if settings is None:
+    if settings is None and not dataset.labelled:
+        yield f"teacher {spec.name}: its {source.num_classes} classes, for images without labels"
+    elif settings is None:
         yield f"teacher {spec.name}: its head of {source.num_classes} classes is kept"
     else:
         yield (
@@ -243,10 +255,14 @@ def _read(folder: Path) -> TeacherInfo:
     return TeacherInfo.from_dict({"folder": str(folder), **data["info"]})
 
 
-def load_teacher(info: TeacherInfo, device: str = "cpu") -> Callable[[torch.Tensor], torch.Tensor]:
+def load_teacher(
+    info: TeacherInfo, device: str = "cpu", precision: str = "float32"
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Open a teacher: student-normalised [B, 3, S, S] -> logits float32 [B, C] on the CPU.
 
-    Always float32 and eval mode. Weights that are not those of `info` are refused.
+    Always eval mode; `precision` "bfloat16" or "float16" runs the net under autocast, whose logits
+    become float32 before anything else is done with them. Weights that are not those of `info` are
+    refused.
     """
     path = Path(info.folder) / "weights.safetensors"
     state = load_weights(path, name="teacher")
@@ -259,7 +275,9 @@ def load_teacher(info: TeacherInfo, device: str = "cpu") -> Callable[[torch.Tens
     place(net, device).eval()
 
     def logits(inputs: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
+        kind = getattr(torch, precision)
+        autocast = torch.autocast(device.split(":")[0], dtype=kind, enabled=kind != torch.float32)
+        with torch.no_grad(), autocast:
             out: torch.Tensor = net(_to(inputs, device))
         return out.float().cpu()
 

@@ -1,0 +1,330 @@
+"""The label tool: one command makes a store, another finds whatever is wrong with it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from label_cases import contents
+from PIL import Image
+
+from nas.data import DataSpec, prepare
+from nas.distill.replay import Replay
+from nas.distill.store import dropped_keys, open_store
+from nas.labels import build, main, merge, verify
+from nas.training.weights import save_weights
+from space.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES: dict[str, Any] = {
+    "img_size": 16, "proxy_images": 120, "teacher_epochs": 1, "epochs": 2, "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def store(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stores") / "s"
+    build("digits", out=out, cache_dir=cache, **SIZES)
+    return out
+
+
+def flags(**changes: Any) -> list[str]:
+    values = {**SIZES, **changes}
+    return [part for k, v in values.items() for part in ("--" + k.replace("_", "-"), str(v))]
+
+
+def test_the_command_builds_tells_and_verifies(
+    cache: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--cache-dir", str(cache), "--quiet", "--json"]
+    out = str(tmp_path / "s")
+    assert main(["build", "--data", "digits", "--out", out, *flags(), *common]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert contents(tmp_path / "s") == contents(store)
+    size = sum(len(data) for data in contents(store).values())
+    assert main(["info", out, "--quiet", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["bytes"] == size
+    assert told["records"] == made["images"] * made["epochs"] == 2 * 96
+    assert told["id"] == made["id"]
+    assert told["spec"]["codec"] == "packed"
+    assert main(["verify", out, "--teacher", "20", *common]) == 0
+    assert json.loads(capsys.readouterr().out) == {"problems": []}
+    # A second run has nothing to do, and says so before it starts.
+    assert (
+        main(["build", "--data", "digits", "--out", out, *flags(), "--cache-dir", str(cache)]) == 0
+    )
+    assert "0 pieces with 0 records (0.0 MB) are still to be made" in capsys.readouterr().out
+
+
+def test_damage_ends_in_a_line_each_and_status_2(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, data in contents(store).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    assert verify(tmp_path) == []
+    (tmp_path / "epoch-0001" / "00000.bin").unlink()
+    (tmp_path / "keys.bin").write_bytes((tmp_path / "keys.bin").read_bytes()[:-1] + b"\0")
+    (tmp_path / "odd.bin").write_bytes(b"")
+    assert main(["verify", str(tmp_path), "--quiet"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"error: label store {tmp_path}: ") for line in lines)
+    manifest = tmp_path / "manifest.json"
+    for bad in (manifest.read_bytes()[:-9], manifest.read_bytes().replace(b"plain", b"plaim")[1:]):
+        manifest.write_bytes(bad)
+        assert main(["verify", str(tmp_path), "--quiet"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_make_the_same_bytes(
+    cache: Path, store: Path, tmp_path: Path, processes: int
+) -> None:
+    build("digits", out=tmp_path / "s", processes=processes, cache_dir=cache, **SIZES)
+    assert contents(tmp_path / "s") == contents(store)
+
+
+def test_machines_build_parts_and_merge(cache: Path, store: Path, tmp_path: Path) -> None:
+    for at in (1, 2):
+        build("digits", out=tmp_path / f"{at}", part=(at, 2), cache_dir=cache, **SIZES)
+    assert merge(tmp_path / "all", [tmp_path / "1"])["missing"] > 0
+    assert merge(tmp_path / "all", [tmp_path / "1", tmp_path / "2"])["missing"] == 0
+    assert contents(tmp_path / "all") == contents(store)
+
+
+def test_a_subset_of_images_is_labelled_where_asked(cache: Path, tmp_path: Path) -> None:
+    made = build("digits", out=tmp_path / "s", limit=40, cache_dir=cache, **SIZES)
+    assert made["images"] == 40
+    dataset = prepare(DataSpec("digits", 16, 120), cache)
+    opened = open_store(tmp_path / "s", use=dataset)
+    with pytest.raises(InputError, match="no label for 56 of 96 images"):
+        Replay(dataset.train, opened, 8, 0)
+    assert Replay(dataset.train, opened, 8, 0, missing="skip").images == 40
+
+
+BAD: list[tuple[list[str], str]] = [
+    (["build", "--data", "nowhere"], "--data: got nowhere"),
+    (["build", "--data", "digits", "--teacher", "nobody"], "--teacher"),
+    (["build", "--data", "digits", "--epochs", "0"], "--epochs: got 0"),
+    (["build", "--data", "digits", "--topk", "10"], "top-K: got 10, want 1 to 9"),
+    (["build", "--data", "digits", "--codec", "zip"], "--codec"),
+    (["build", "--data", "digits", "--part", "3/2"], "--part: got 3/2"),
+    (["build", "--data", "digits", "--part", "x"], "--part: got x"),
+    (["build", "--data", "digits", "--clean", "5"], "--clean: got 5"),
+    (["build", "--data", "digits", "--processes", "0"], "--processes: got 0"),
+    (["build", "--data", "digits", "--threads", "0"], "--threads: got 0"),
+    (["build", "--data", "digits", "--mixup", "-1"], "mixup_alpha"),
+    (["build", "--data", "digits", "--policy", "no-such"], "policy"),
+    (["build", "--data", "digits", "--precision", "float16"], "--precision"),
+    (["info", "nowhere"], "label store: got nowhere"),
+    (["verify", "nowhere"], "label store: got nowhere"),
+    (["merge", "all", "nowhere"], "label store: got nowhere"),
+    (["sing"], "sing"),
+    ([], "required"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD)
+def test_bad_input_is_one_line(
+    cache: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISION_CONTRACTION_CACHE", str(cache))
+    if arguments[:1] == ["build"]:
+        given = {f: v for f, v in zip(*[iter(flags())] * 2, strict=True) if f not in arguments}
+        arguments = [*arguments, *(part for pair in given.items() for part in pair), "--out", "s"]
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = end.code  # type: ignore[assignment]
+    assert status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 1
+    assert said in lines[-1]
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_another_store_in_the_folder_is_left_alone(
+    cache: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(store)
+    arguments = ["build", "--data", "digits", "--out", str(store), "--cache-dir", str(cache)]
+    assert main([*arguments, "--quiet", *flags(), "--salt", "5"]) == 2
+    assert "got salt 0, want salt 5" in capsys.readouterr().err
+    assert contents(store) == before
+
+
+def start(out: Path, cache: Path, *extra: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "nas.labels", "build", "--data", "digits", "--out", str(out),
+               "--cache-dir", str(cache), "--quiet", *flags(epochs=30), *extra]  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill_and_resume(cache: Path, tmp_path: Path, kills: int) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "s"
+    process = start(whole, cache)
+    assert process.wait(timeout=300) == 0
+    want = contents(whole)
+    draw = random.Random(0)
+    landed = 0
+    for _ in range(kills):
+        process = start(out, cache, "--processes", str(draw.choice([1, 1, 2])))
+        seen = len(list(out.rglob("*.bin")))
+        # Some die while libraries load, most between and inside pieces.
+        deadline = time.monotonic() + 60
+        if draw.random() < 0.8:
+            ahead = draw.randint(0, 3)
+            while len(list(out.rglob("*.bin"))) < seen + ahead and time.monotonic() < deadline:
+                if process.poll() is not None:
+                    break
+                time.sleep(0.002)
+            time.sleep(draw.random() * 0.05)
+        else:
+            time.sleep(draw.random() * 3)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            landed += 1
+        process.wait(timeout=60)
+        for name, data in contents(out).items():
+            # Nothing half-written is ever taken for whole.
+            if name in want and name.endswith(".bin"):
+                assert data == want[name], name
+        if len(contents(out)) >= len(want):
+            for path in sorted(out.rglob("*.bin"))[:: draw.randint(2, 5)]:
+                path.unlink()  # it was done too soon for more kills: make it less done
+    assert landed >= kills // 2
+    process = start(out, cache)
+    assert process.wait(timeout=300) == 0
+    assert contents(out) == want
+    assert not [p for p in out.rglob("*") if p.name.startswith(".part")]
+
+
+def test_a_killed_build_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+    kill_and_resume(cache, tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_thirty_kills_resume_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
+    kill_and_resume(cache, tmp_path, 30)
+
+
+def folder_of_digits(root: Path, *, classes: bool) -> Path:
+    from sklearn.datasets import load_digits
+
+    table = load_digits()
+    for at in range(90):
+        pixels = np.round(table.images[at] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(pixels).resize((24, 24), Image.Resampling.BICUBIC)
+        place = root / str(table.target[at]) if classes else root
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{at:03d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("teacher") / "w.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_weights(path, timm.create_model("test_resnet", num_classes=7).state_dict())
+    return f"test_resnet:{path}"
+
+
+def test_images_without_classes_are_labelled_and_teach(
+    cache: Path, teacher: str, tmp_path: Path
+) -> None:
+    data = folder_of_digits(tmp_path / "loose", classes=False)
+    options = {**SIZES, "proxy_images": None}
+    made = build(str(data), teacher=teacher, out=tmp_path / "s", cache_dir=cache, **options)
+    assert made["num_classes"] == 7
+    dataset = prepare(DataSpec(str(data), 16), cache)
+    assert not dataset.labelled
+    opened = open_store(tmp_path / "s", use=dataset)
+    batch = next(Replay(dataset.train, opened, 8, 0).epoch(0))
+    assert batch.truth.unique().tolist() == [-1]
+    assert int(batch.index.max()) < 7
+    assert verify(tmp_path / "s", teacher=10, cache_dir=cache) == []
+    with pytest.raises(InputError, match=r"--teacher: got auto for .* which has no labels"):
+        build(str(data), out=tmp_path / "t", cache_dir=cache, **options)
+    with pytest.raises(InputError, match="--clean: got images without labels"):
+        build(str(data), teacher=teacher, out=tmp_path / "t", clean=0.1, cache_dir=cache, **options)
+
+
+def test_contradicted_labels_are_dropped_and_listed(cache: Path, tmp_path: Path) -> None:
+    data = folder_of_digits(tmp_path / "digits", classes=True)
+    moved = sorted((data / "3").iterdir())[:2]
+    for path in moved:
+        path.rename(data / "8" / f"wrong-{path.name}")
+    # A teacher that saw the digits in their right places.
+    right = folder_of_digits(tmp_path / "right", classes=True)
+    options = {**SIZES, "proxy_images": None, "teacher_epochs": 25}
+    build(str(right), out=tmp_path / "r", cache_dir=cache, **options)
+    (trained,) = [
+        p.parent for p in cache.glob("teachers/*/info.json")
+        if json.loads(p.read_bytes())["info"]["epochs"] == 25
+    ]  # fmt: skip
+    told = json.loads((trained / "info.json").read_bytes())["info"]
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "model.safetensors").write_bytes((trained / "weights.safetensors").read_bytes())
+    config = {
+        "architecture": told["model"], "num_classes": 10, "model_args": told["kwargs"],
+        "pretrained_cfg": {"input_size": [3, 16, 16], "mean": told["mean"], "std": told["std"]},
+    }  # fmt: skip
+    (hub / "config.json").write_text(json.dumps(config))
+    made = build(
+        str(data), teacher=str(hub), out=tmp_path / "s", clean=0.05, cache_dir=cache, **options
+    )
+    with open(tmp_path / "s" / "dropped.csv", newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert len(rows) == made["dropped"] > 0
+    dataset = prepare(DataSpec(str(data), 16), cache)
+    wrong = {name for name in dataset.train.names if "wrong-" in name}
+    assert wrong <= {row["name"] for row in rows}
+    for row in rows:
+        assert row["label"] != row["teacher_label"]
+        assert float(row["label_prob"]) < 0.05 * float(row["teacher_prob"])
+    opened = open_store(tmp_path / "s", use=dataset)
+    assert dropped_keys(opened) == {row["key"] for row in rows}
+    assert made["images"] == len(dataset.train) - len(rows)
+    replay = Replay(dataset.train, opened, 8, 0)
+    assert replay.images == made["images"]
+    assert "dropped" in replay.notes[0]
+    assert verify(tmp_path / "s") == []
+
+
+def test_the_tool_needs_no_torch_to_tell(store: Path) -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        f"from nas.labels import main; sys.exit(main(['info', {str(store)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "piece_records" in done.stdout

@@ -1,12 +1,13 @@
 """What stored soft labels take and how fast they are read: both codecs, and three containers.
 
     python -m benchmarks.labels_storage [--records N] [--repeats R] [--batch B] [--rounds P]
-                                       [--out CSV]
+                                       [--store DIR] [--out CSV]
 
-1. Bytes a record - keys (16 bytes an image, once a store) and checksums (64 bytes a piece of
+1. Bytes a record - keys (16 bytes an image, once a store) and seals (72 bytes a piece of
    65,536 records) counted - against the 4 + 4K of the official layout, and the divergence of the
    decoded from the exact label, on Zipf-like labels: top-1 ~ Beta(2, 1), the rest by Zipf's law,
-   classes uniform. Storage of ImageNet-1k x 300 epochs and ImageNet-22k x 90 beside it.
+   classes uniform. Storage of ImageNet-1k x 300 epochs and ImageNet-22k x 90 beside it. With
+   `--store`, the same of a real teacher's labels, at K = 10 and 50 of those that it kept.
 2. Random-order batches, ready for the loss, from a raw memory map, against a per-record read of
    the official layout: blocks that alternate in one process, by processor time.
 3. The same packed records in a raw memory map, in Arrow and in Zarr with checksums, each read in
@@ -38,6 +39,8 @@ from numpy.typing import NDArray
 
 from benchmarks import labels_containers as containers
 from nas.distill.codec import CODECS, Codec, make_codec
+from nas.distill.pieces import MAX_RECORDS, SEAL_BYTES
+from nas.distill.store import open_store
 from nas.files import write_atomic
 from nas.measure.fingerprint import conditions, take_fingerprint
 from nas.measure.measurement import MIN_BLOCKS, median_interval
@@ -51,9 +54,10 @@ Read = Callable[[NDArray[np.int64]], object]
 COLUMNS = ("part", "labels", "name", "topk", "classes", "quantity", "value", "lo", "hi")
 DATASETS = {1000: ("ImageNet-1k", 1_281_167, 300), 21841: ("ImageNet-22k", 14_197_122, 90)}
 """Classes -> data set, images, epochs of the official recipe."""
-KEY_BYTES, PIECE_BYTES, PIECE_RECORDS = 16, 64, 65_536
+KEY_BYTES, PIECE_BYTES, PIECE_RECORDS = 16, SEAL_BYTES, MAX_RECORDS
 LARGEST_SHARE, LARGEST_KL, LARGEST_P99 = 0.60, 1e-3, 3e-3
 READ_TARGETS = {(10, 1000): 13.0, (100, 21841): 2.0}
+STORE_TOPK = (10, 50)
 READ_SECONDS = 0.3
 """Processor seconds for which a process reads a container."""
 DISTINCT = 4000
@@ -142,6 +146,25 @@ def measure_storage(topk: int, num_classes: int, exact: Label) -> list[Row]:
     for name, size in {**sizes, "official": official_bytes(topk)}.items():
         total = size * images * epochs / 2**30
         rows.append(_row("bytes", name, topk, num_classes, "gib", total))
+    return rows
+
+
+def measure_store(folder: Path) -> list[Row]:
+    """Measure a real teacher's labels, all epochs of a store, at smaller K. Raises InputError."""
+    store = open_store(folder)
+    parts = [store.epoch(epoch)[np.arange(len(store.keys))] for epoch in range(store.epochs)]
+    rows = []
+    for topk in STORE_TOPK:
+        if topk <= store.spec.topk:
+            kept = [part.best(topk) for part in parts]
+            index, prob, tail = (
+                np.concatenate([getattr(one, name) for one in kept])
+                for name in ("index", "prob", "tail")
+            )
+            rows += measure_bytes(
+                index, prob, tail, store.spec.num_classes,
+                labels=store.spec.teacher_id.split("@")[0], epochs=store.epochs,
+            )  # fmt: skip
     return rows
 
 
@@ -275,6 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=24, help="blocks for each reader")
     parser.add_argument("--batch", type=int, default=4096, help="records of a batch")
     parser.add_argument("--rounds", type=int, default=6, help="processes for each container")
+    parser.add_argument("--store", type=Path, help="also measure the labels of this store")
     parser.add_argument("--out", type=Path, help="also write the rows to this CSV file")
     args = parser.parse_args(argv)
     try:
@@ -291,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     size = (topk, num_classes, exact, args.records, args.batch)
                     rows += measure_reads(*size, args.repeats)
                     rows += measure_containers(*size, args.rounds)
+        if args.store:
+            rows += measure_store(args.store)
         if args.out:
             write_csv(args.out, rows, where.id)
     except InputError as e:

@@ -62,5 +62,9 @@ def built(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file())
+    """All files of a store but hidden ones: locks, and drafts of a builder that was killed."""
+    found = (
+        p for p in sorted(folder.rglob("*"))
+        if p.is_file() and not p.relative_to(folder).as_posix().startswith(".")
+    )  # fmt: skip
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}

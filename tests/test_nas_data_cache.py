@@ -1,4 +1,4 @@
-"""The cache of decoded data: what identifies it, what it shares, what is in use, what goes first."""
+"""The cache of decoded data: what identifies it, what it shares, what stays and what goes first."""
 
 from __future__ import annotations
 

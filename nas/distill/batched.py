@@ -2,8 +2,8 @@
 
 Every random number of an image is a hash of its code and a position (splitmix64), so that an image
 looks the same whatever batch it comes in. Crop, resize and flip are two matrix products a batch:
-separable bicubic weights with antialiasing as Pillow computes them, inside the crop, on float
-values (Pillow rounds and clips between and after). Colours follow in the order brightness, contrast,
+separable bicubic weights with antialiasing as Pillow computes them, inside the crop, on floats
+(Pillow rounds and clips between and after). Colours follow in the order brightness, contrast,
 saturation, on [0, 255]; erasing puts normal noise into the normalised image, as timm does.
 """
 

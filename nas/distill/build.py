@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from nas.data import Dataset, Split
@@ -110,7 +110,8 @@ def start_store(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
+        with FileLock(folder / ".lock"):
+            remove_leftovers(folder)
             manifest = _manifest(folder, spec, epochs, made_by)
             if manifest is not None:
                 write_keys(folder / KEYS, train)
@@ -216,7 +217,9 @@ def build_pieces(
     todo = own_pieces(store, part)
     aside = store.folder / f".part-{part[0]}-{part[1]}"
     try:
-        with FileLock(store.folder.with_name(f"{store.folder.name}.part-{part[0]}-{part[1]}.lock")):
+        _remove_abandoned(store.folder)
+        aside.mkdir(exist_ok=True)
+        with FileLock(aside / "lock"):
             refuse_if_full(store, need(store, part))
             aside.mkdir(exist_ok=True)
             remove_leftovers(aside)  # of a killed builder: the lock is ours
@@ -227,13 +230,19 @@ def build_pieces(
                     continue
                 data = maker.make(piece, tick)
                 _put(store.folder / piece.name, data, aside)
-            with contextlib.suppress(OSError):
-                aside.rmdir()
+            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise refuse(
             "label store", f"{store.folder} ({error})", "a folder with room to write",
             "what is finished is kept; build again to go on",
         ) from error  # fmt: skip
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the drafts of builders that were killed: nobody holds their lock."""
+    for aside in folder.glob(".part-*"):
+        with contextlib.suppress(OSError, Timeout), FileLock(aside / "lock", timeout=0):
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _put(path: Path, data: bytes, aside: Path) -> None:
@@ -320,9 +329,7 @@ def merge_stores(folder: Path, parts: Sequence[Path], tick: Tick = no_tick) -> L
     All must be parts of the same store. `tick` counts pieces. Raises InputError.
     """
     first = read_manifest(Path(parts[0]))
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    epochs = first["epochs"]
+    folder, epochs = Path(folder), first["epochs"]
     for part in [Path(p) for p in parts] + ([folder] if (folder / MANIFEST).exists() else []):
         manifest = read_manifest(part)
         refuse_other(
@@ -331,17 +338,29 @@ def merge_stores(folder: Path, parts: Sequence[Path], tick: Tick = no_tick) -> L
             identity(StoreSpec.from_dict(first["spec"]), first["libraries"]),
         )
         epochs = max(epochs, manifest["epochs"])
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        for name in first["files"]:
-            write_atomic(folder / name, (Path(parts[0]) / name).read_bytes())
-        write_sealed(folder / MANIFEST, {**first, "epochs": epochs})
-        store = LabelStore(folder, read_manifest(folder))
-        for part in map(Path, parts):
-            source = LabelStore(part, read_manifest(part))
-            for piece in all_pieces(source):
-                if (part / piece.name).is_file() and not is_made(store, piece):
-                    source.map(piece)
-                    (folder / piece.name).parent.mkdir(exist_ok=True)
-                    write_atomic(folder / piece.name, (part / piece.name).read_bytes())
-                tick(1.0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            remove_leftovers(folder)
+            for name in first["files"]:
+                write_atomic(folder / name, (Path(parts[0]) / name).read_bytes())
+            write_sealed(folder / MANIFEST, {**first, "epochs": epochs})
+            store = LabelStore(folder, read_manifest(folder))
+            for part in map(Path, parts):
+                _copy_pieces(LabelStore(part, read_manifest(part)), store, tick)
+    except OSError as error:
+        raise refuse("label store", f"{folder} ({error})", "a folder with room to write") from error
     return store
+
+
+def _copy_pieces(source: LabelStore, store: LabelStore, tick: Tick) -> None:
+    """Copy what one store has and the other lacks, checking it first."""
+    aside = store.folder / ".merge"
+    aside.mkdir(exist_ok=True)
+    remove_leftovers(aside)
+    for piece in all_pieces(source):
+        if (source.folder / piece.name).is_file() and not is_made(store, piece):
+            source.map(piece)
+            _put(store.folder / piece.name, (source.folder / piece.name).read_bytes(), aside)
+        tick(1.0)
+    shutil.rmtree(aside, ignore_errors=True)

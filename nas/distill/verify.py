@@ -29,8 +29,8 @@ def problems(folder: Path, tick: Tick = no_tick) -> Iterator[str]:
     """Read every byte of a store and name what is wrong, one line each; nothing for a whole one.
 
     Finds any flipped bit, cut or missing file, pieces of other stores or places, and files that
-    belong to none. `tick` counts bytes. Drafts of a killed builder (hidden folders) are no part of
-    a store.
+    belong to none. `tick` counts bytes. Locks and drafts of a killed builder, which are hidden, are
+    no part of a store.
     """
     folder = Path(folder)
     try:
@@ -61,7 +61,8 @@ def problems(folder: Path, tick: Tick = no_tick) -> Iterator[str]:
         tick(float(piece.count * store.codec.record_bytes))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in known and not name.startswith("."):
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if path.is_file() and name not in known and not hidden:
             yield f"{name}: is no piece of this store"
 
 

@@ -17,6 +17,7 @@ def dataset_card(dataset: Dataset) -> dict[str, Any]:
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "classes": len(dataset.classes),
+        "labelled_by": dataset.labelled_by,
         "img_size": dataset.img_size,
         "train": len(dataset.train.labels),
         "holdout": len(dataset.holdout.labels),

@@ -333,3 +333,56 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
 def test_the_small_arch_is_what_the_tests_think(finished: Finished) -> None:
     arch = FAMILY.arch(SMALL_ARCH)
     assert FAMILY.count_params(arch, Context(32, 10)) == 589_998
+
+
+def loose_folder(root: Path) -> tuple[Path, str]:
+    """Digits without classes, and a net that is trained enough to be asked (it is not)."""
+    import timm
+    import torch
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    from nas.training.weights import save_weights
+
+    table = load_digits()
+    (root / "loose").mkdir()
+    for at in range(160):
+        grey = np.round(table.images[at] * (255 / 16)).astype(np.uint8)
+        image = Image.fromarray(grey).resize((36, 36), Image.Resampling.BICUBIC)
+        image.save(root / "loose" / f"{at}.png")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = timm.create_model("test_resnet", num_classes=7)
+        save_weights(root / "teacher.safetensors", net.state_dict())
+    return root / "loose", f"test_resnet:{root / 'teacher.safetensors'}"
+
+
+def test_images_without_classes_are_contracted_by_the_teachers(
+    finished: Finished, tmp_path: Path
+) -> None:
+    data, teacher = loose_folder(tmp_path)
+    flags = [*finished.flags, "--data", str(data), "--teacher", teacher, "--augment", "batched"]
+    at = flags.index("--proxy-images")
+    del flags[at : at + 2]
+    assert main([*flags, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    assert best["classes"] == [str(number) for number in range(7)]
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert told["dataset"]["labelled_by"].startswith("test_resnet")
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "every top-1 here means agreement with it" in report
+
+
+def test_a_store_of_other_images_serves_where_skipping_is_allowed(
+    finished: Finished, tmp_path: Path
+) -> None:
+    stores = [p for p in (finished.cache / "labels").iterdir() if (p / "manifest.json").exists()]
+    store = next(p for p in stores if json.loads((p / "manifest.json").read_text())["spec"]
+                 ["train_images"] == 160)  # fmt: skip
+    flags = [*finished.flags, "--labels", str(store), "--missing-labels", "skip", "--quiet"]
+    flags[flags.index("--proxy-images") + 1] = "220"
+    out = tmp_path / "run"
+    assert main([*flags, "--label-epochs", "1", "--beyond", "cycle", "--out", str(out)]) == 0
+    rows = read_csv(out / "ledger.csv")
+    assert any(row["stage"] == "kept" for row in rows)
+    assert main([*flags, "--label-epochs", "1", "--out", str(tmp_path / "strict")]) == 2

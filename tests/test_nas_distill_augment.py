@@ -140,11 +140,13 @@ def test_every_field_of_the_specification_is_in_its_digest() -> None:
         "ratio": (0.5, 2.0), "hflip": 0.1, "policy": "rand-m9", "color_jitter": 0.3,
         "erase_prob": 0.1, "engine": "batched", "erase_mode": "rand", "erase_count": 2,
         "mixup_alpha": 0.1, "cutmix_alpha": 0.1, "mix_prob": 0.5, "mix_switch_prob": 0.1,
-        "version": 3,
     }  # fmt: skip
-    assert set(others) | {"posterize_zero"} == {field.name for field in fields(AugmentSpec)}
+    assert set(others) | {"posterize_zero", "version"} == {
+        field.name for field in fields(AugmentSpec)
+    }
     digests = {replace(spec, **{name: value}).digest() for name, value in others.items()}
     assert len(digests | {spec.digest()}) == 1 + len(others)
+    assert {"posterize_zero", "version"} < set(spec.to_dict()), "they have one value so far"
     assert AugmentSpec.from_dict(spec.to_dict()) == spec
 
 
@@ -153,7 +155,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"engine": "magic"}, "engine"),
     ({"erase_mode": "stripes"}, "erase_mode"),
     ({"interpolation": "sinc"}, "interpolation"),
+    ({"version": 3}, "version"),
     ({"policy": "no-such-policy"}, "no-such-policy"),
+    ({"policy": "v1"}, "v1"),
+    ({"policy": ""}, "policy"),
+    ({"policy": "rand-m9-inc"}, "timm ignores 'inc'"),
+    ({"policy": "rand-m9-tnone"}, "timm ignores 'tnone'"),
+    ({"policy": "rand-n99-tweights"}, "rand-n99-tweights"),
+    ({"policy": "augmix-mstd"}, "timm ignores 'mstd'"),
     ({"scale": (0.0, 1.0)}, "scale"),
     ({"scale": (0.9, 0.5)}, "scale"),
     ({"ratio": (2.0, 1.0)}, "ratio"),
@@ -181,6 +190,7 @@ def test_what_cannot_be_replayed_is_refused_by_name(change: dict[str, Any], said
 POLICIES = {
     "randaugment": {"policy": "rand-m9-mstd0.5-inc1", "erase_prob": 0.5},
     "often": {"policy": "rand-m7-n3-mstd0.9-p0.7"},
+    "weighted": {"policy": "rand-mstd1-tweights"},
     "auto": {"policy": "v0", "erase_mode": "rand", "erase_prob": 0.9, "erase_count": 3},
     "original": {"policy": "original-mstd0.5"},
     "three": {"policy": "3a", "color_jitter": 0.3},
@@ -209,26 +219,32 @@ def replayed(spec: AugmentSpec, side: int, count: int) -> torch.Tensor:
     return make_augmenter(spec).batch(images(count, side), codes(count))
 
 
-@pytest.mark.parametrize(("size", "side"), [(48, 55), (224, 256)])
-@pytest.mark.parametrize("engine", ["timm", "batched"])
-def test_processes_of_any_start_method_replay_to_the_bit(size: int, side: int, engine: str) -> None:
-    spec = replace(PLAIN, img_size=size, erase_prob=0.5, engine=engine)
-    if engine == "timm":
-        spec = replace(spec, policy="rand-m9-mstd0.5-inc1")
-    else:
-        spec = replace(spec, color_jitter=0.4)
-    want = replayed(spec, side, 4)
-    for method in ("spawn", "fork") if size == 48 else ("spawn",):
-        context = multiprocessing.get_context(method)
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            found = pool.submit(_numbers, spec, side, 4).result(timeout=120)
-        assert np.array_equal(found, want.numpy())
+ENGINES = {
+    "timm": replace(PLAIN, policy="rand-m9-mstd0.5-inc1", erase_prob=0.5),
+    "batched": replace(PLAIN, engine="batched", color_jitter=0.4, erase_prob=0.5),
+}
 
 
-def _numbers(spec: AugmentSpec, side: int, count: int) -> NDArray[np.float32]:
+def all_replayed() -> list[NDArray[np.float32]]:
+    """Both engines at proxy size and at 224 px, in one process."""
     torch.set_num_threads(1)
-    numbers: NDArray[np.float32] = replayed(spec, side, count).numpy()
-    return numbers
+    sizes = ((48, 55), (224, 256))
+    pairs = itertools.product(ENGINES.values(), sizes)
+    return [replayed(replace(spec, img_size=size), side, 4).numpy() for spec, (size, side) in pairs]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+def test_processes_of_any_start_method_replay_to_the_bit(method: str) -> None:
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} here")
+    before = torch.get_num_threads()
+    try:
+        want = all_replayed()
+    finally:
+        torch.set_num_threads(before)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+        found = pool.submit(all_replayed).result(timeout=120)
+    assert all(np.array_equal(a, b) for a, b in zip(found, want, strict=True))
 
 
 def test_threads_of_one_process_take_turns() -> None:

@@ -51,8 +51,9 @@ def test_crops_are_pillows_to_rounding(size: int, side: int) -> None:
     assert np.allclose(grey_levels(turned), found[:, :, ::-1], atol=1e-3)
     top, left, high, wide = batched._crops(drawn(n), side, spec)
     for row in range(n):
-        box = (left[row], top[row], left[row] + wide[row], top[row] + high[row])
-        image = Image.fromarray(pixels[row]).crop(tuple(int(v) for v in box))
+        x, y = int(left[row]), int(top[row])
+        box = (x, y, x + int(wide[row]), y + int(high[row]))
+        image = Image.fromarray(pixels[row]).crop(box)
         want = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
         assert np.abs(found[row] - want).max() < 1.6  # Pillow rounds twice
 
@@ -79,7 +80,7 @@ def test_crops_are_distributed_as_torchvisions() -> None:
         assert np.abs(gap).max() < 0.045, at  # 1.95 sqrt(2 / 4000): one in a thousand
 
 
-@pytest.mark.parametrize(("size", "side"), [(48, 55), (224, 256)])
+@pytest.mark.parametrize(("size", "side"), [(48, 55), (224, 256), (7, 9), (10, 15)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_image_is_the_same_in_any_batch(size: int, side: int, threads: int) -> None:
     n = 48 if side < 100 else 9
@@ -89,7 +90,7 @@ def test_an_image_is_the_same_in_any_batch(size: int, side: int, threads: int) -
         spec, pixels, chosen = replace(ALL, img_size=size), images(n, side), codes(n)
         augmenter = BatchedAugmenter(spec)
         want = augmenter.batch(pixels, chosen)
-        for count in (1, 2, 5, 32):
+        for count in (0, 1, 2, 5, 17, 32):
             rows = np.random.default_rng(count).permutation(n)[:count]
             found = augmenter.batch(pixels[rows], [chosen[r] for r in rows])
             assert torch.equal(found, want[torch.from_numpy(rows)])
@@ -147,10 +148,19 @@ def test_hashed_numbers_are_uniform_and_do_not_depend_on_each_other() -> None:
     assert np.abs(correlations).max() < 0.08
 
 
-def test_tabled_weights_are_the_computed_ones() -> None:
-    for side, size in ((55, 48), (17, 16), (64, 30)):
-        pairs = np.array([(a, b) for a in range(side) for b in range(1, side - a + 1)])
-        start, length = pairs[:, 0], pairs[:, 1]
-        table = batched._weights(start, length, side, size)
-        assert np.array_equal(table, batched._computed(start, length, side, size))
-        assert np.allclose(table.sum(-1), 1, atol=1e-6)
+@pytest.mark.parametrize(("side", "size"), [(55, 48), (17, 16), (64, 30), (5, 40), (9, 1), (70, 9)])
+def test_weights_of_every_stretch_are_pillows(side: int, size: int) -> None:
+    pairs = np.array([(a, b) for a in range(side) for b in range(1, side - a + 1)])
+    start, length = pairs[:, 0], pairs[:, 1]
+    first, taps = batched._weights(start, length, side, size)
+    assert np.allclose(taps.sum(-1), 1, atol=1e-6)
+    alone = batched._computed(start[-7:-6], length[-7:-6], side, size)
+    assert np.array_equal(first[-7], alone[0][0])
+    assert np.array_equal(taps[-7], alone[1][0])
+    for row in np.random.default_rng(side).permutation(len(pairs))[:40]:
+        a, b = pairs[row]
+        light = np.eye(side, dtype=np.float32)[:, a : a + b]  # what becomes of each pixel alone
+        image = Image.fromarray(light, mode="F").resize((size, side), Image.Resampling.BICUBIC)
+        dense = np.zeros((size, side), dtype=np.float32)
+        np.put_along_axis(dense, first[row][:, None] + np.arange(taps.shape[-1]), taps[row], 1)
+        assert np.allclose(dense.T, np.asarray(image), atol=1e-5)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from timm.data.mixup import Mixup
 
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill.augment import AugmentSpec, borrowed_generators, default_spec
-from nas.distill.mixing import _drawn, mix, partners
+from nas.distill.mixing import draws, mix, partners
 from nas.distill.presets import PRESETS, preset_spec
 from space.errors import InputError
 
@@ -54,9 +56,9 @@ def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
     views, theirs = torch.randn(n, 3, 16, 16), torch.randn(n, 3, 16, 16)
     mixed = mix(views, theirs, own.tolist(), other.tolist(), spec)
     back = mix(theirs, views, other.tolist(), own.tolist(), spec)
-    for row in range(n):
-        low, high = sorted((int(own[row]), int(other[row])))
-        share, box = _drawn(low, high, (16, 16), spec)
+    drawn = draws(own.tolist(), other.tolist(), (16, 16), spec)
+    assert draws(other.tolist(), own.tolist(), (16, 16), spec) == drawn, "both of a pair agree"
+    for row, (share, box) in enumerate(drawn):
         for made, mine, partner in ((mixed, views, theirs), (back, theirs, views)):
             want = mine[row] * share + partner[row] * (1 - share)
             if box is not None:
@@ -75,12 +77,11 @@ def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
 def test_draws_follow_the_distributions_of_timm() -> None:
     """Two samples: ours by code, and timm's own from its generator."""
     spec = replace(BOTH, mix_prob=0.8, mix_switch_prob=0.3)
-    pairs = [(int(a), int(b)) for a, b in zip(codes(4000), codes(4000, 1), strict=True)]
-    ours = [_drawn(min(p), max(p), (64, 64), spec) for p in pairs]
+    ours = draws(codes(4000).tolist(), codes(4000, 1).tolist(), (64, 64), spec)
     kinds = Counter("cut" if box else "none" if share == 1.0 else "mix" for share, box in ours)
     assert abs(kinds["none"] / 4000 - 0.2) < 0.03
     assert abs(kinds["cut"] / 4000 - 0.24) < 0.03
-    timms = Mixup(0.8, 1.0, prob=0.8, switch_prob=0.3)
+    timms: Any = Mixup(0.8, 1.0, prob=0.8, switch_prob=0.3)  # type: ignore[no-untyped-call]
     with borrowed_generators():
         np.random.seed(0)
         theirs = [timms._params_per_batch() for _ in range(4000)]
@@ -93,6 +94,14 @@ def test_draws_follow_the_distributions_of_timm() -> None:
     assert np.abs(gap).max() < 0.05  # Kolmogorov and Smirnov's distance: 1.36 sqrt(2/2200) = 0.041
     areas = [(b - t) * (r - x) / 64**2 for _, box in ours if box for t, b, x, r in [box]]
     assert 0.3 < float(np.mean(areas)) < 0.5
+
+
+def test_mixing_leaves_the_generators_alone() -> None:
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    draws([1, 2], [3, 4], (33, 33), BOTH)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1][1])  # type: ignore[index]
+    assert random.getstate() == before[2]
 
 
 def test_nothing_is_mixed_without_an_alpha() -> None:

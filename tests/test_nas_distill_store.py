@@ -294,6 +294,28 @@ def test_what_will_not_fit_is_refused_before_it_begins(
         build_pieces(store, dataset, toy)
 
 
+def test_a_disk_that_fills_up_ends_in_a_line_and_loses_nothing(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(tmp_path / "whole", dataset)
+    store = begun(tmp_path / "s", dataset)
+    real, left = build_module.write_atomic, [3]
+
+    def full(path: Path, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "write_atomic", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            build_pieces(store, dataset, toy_for(dataset))
+    assert len(list((tmp_path / "s").rglob("*.bin"))) == 3 + 2  # pieces, and the tables of keys
+    build_pieces(store, dataset, toy_for(dataset))
+    assert contents(tmp_path / "s") == contents(tmp_path / "whole")
+
+
 def test_need_counts_every_byte(dataset: Dataset, tmp_path: Path) -> None:
     store = begun(tmp_path / "s", dataset)
     before = need(store)

@@ -228,3 +228,12 @@ def test_equal_preprocessing_is_passed_through(size: int | None) -> None:
         resized = functional.interpolate(inputs, (size, size), mode="bicubic", antialias=True) \
             if size == 24 else inputs  # fmt: skip
         assert torch.equal(same(inputs), net(resized))
+
+
+def test_logits_of_mixed_precision_become_float32_first(dataset: Dataset, tmp_path: Path) -> None:
+    info = made(dataset, tmp_path, epochs=1)
+    inputs = eval_batch(dataset.holdout.pixels[:], default_spec(dataset))
+    exact, mixed = load_teacher(info)(inputs), load_teacher(info, precision="bfloat16")(inputs)
+    assert mixed.dtype == torch.float32
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)

@@ -322,6 +322,27 @@ def test_exactly_the_contradicted_are_dropped(cache: Path) -> None:
         assert count == len(want)
 
 
+def test_the_cache_is_listed_and_cleaned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (
+        "import sys; from pathlib import Path; from nas.data import DataSpec, prepare\n"
+        "prepare(DataSpec('digits', 16, 60), Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
+    common = ["--cache-dir", str(tmp_path), "--quiet", "--json"]
+    assert main(["cache", *common]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["data"]
+    assert row["name"].startswith("digits-")
+    assert row["bytes"] > 60 * 16 * 16 * 3
+    assert main(["cache", "--keep", "1G", *common]) == 0
+    assert len(json.loads(capsys.readouterr().out)["data"]) == 1
+    assert main(["cache", "--keep", "0", *common]) == 0
+    assert json.loads(capsys.readouterr().out) == {"data": []}
+    assert main(["cache", "--keep", "much", *common]) == 2
+    assert "--keep: got much" in capsys.readouterr().err
+
+
 def test_the_tool_needs_no_torch_to_tell(store: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"

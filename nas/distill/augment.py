@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 
 from nas.data import Dataset
@@ -26,11 +28,13 @@ from nas.data.files import digest_of
 from space.errors import refuse
 
 LOCK = threading.RLock()
-_CHOICES: Mapping[str, frozenset[str]] = {
+_choices: Any = auto_augment.rand_augment_choices  # has no types
+_CHOICES: Mapping[str, frozenset[Any]] = {
     "engine": frozenset(("timm", "batched")),
     "interpolation": frozenset(("nearest", "bilinear", "bicubic", "lanczos", "random")),
     "erase_mode": frozenset(("const", "rand", "pixel")),
     "posterize_zero": frozenset(("black",)),
+    "version": frozenset((2,)),
 }
 
 
@@ -120,7 +124,7 @@ def _check(spec: AugmentSpec) -> None:
     if spec.engine == "batched":
         _check_batched(spec)
     elif spec.policy is not None:
-        _timms(spec)
+        _check_policy(spec)
 
 
 def _check_batched(spec: AugmentSpec) -> None:
@@ -135,6 +139,28 @@ def _check_batched(spec: AugmentSpec) -> None:
     if spec.erase_prob > 0 and (spec.erase_mode, spec.erase_count) != ("pixel", 1):
         got = f"{spec.erase_count} boxes of {spec.erase_mode} in the batched engine"
         raise refuse("augmentation erasing", got, "one box of pixel noise")
+
+
+def _check_policy(spec: AugmentSpec) -> None:
+    """Refuse a policy that timm does not read, would leave out a part of, or cannot apply."""
+    name, *sections = str(spec.policy).split("-")
+    for section in sections:
+        named = name == "rand" and section.startswith("t")  # a set of operations
+        known = _choices(section[1:]) is not _choices("") if named else re.search(r"\d", section)
+        if not known:
+            got = f"{spec.policy}, of which timm ignores {section!r}"
+            raise refuse("augmentation policy", got, "parts that timm reads, such as inc1")
+    with LOCK, borrowed_generators(), _old_posterize():
+        seed_all(0)
+        try:
+            assert name, "is empty"
+            _timms(spec)[1](Image.new("RGB", (32, 32), (99, 150, 201)))
+        except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+            why = " ".join(str(error).split())[:80]
+            raise refuse(
+                "augmentation policy", f"{spec.policy!r} ({type(error).__name__} {why})",
+                "a policy that timm reads, such as rand-m9-mstd0.5-inc1",
+            ) from error  # fmt: skip
 
 
 def default_spec(dataset: Dataset) -> AugmentSpec:
@@ -199,32 +225,25 @@ def _old_posterize() -> Iterator[None]:
 
 
 def _timms(spec: AugmentSpec) -> Any:
-    """Have timm make its transforms: geometry, policy, tensor part. Raises InputError."""
+    """Have timm make its transforms: geometry, policy, tensor part."""
     # timm takes None for "no jitter" but does not say so in its types.
     jitter: Any = spec.color_jitter
-    try:
-        return create_transform(
-            spec.img_size,
-            is_training=True,
-            scale=spec.scale,
-            ratio=spec.ratio,
-            hflip=spec.hflip,
-            auto_augment=spec.policy,
-            color_jitter=jitter,
-            interpolation=spec.interpolation,
-            mean=spec.mean,
-            std=spec.std,
-            re_prob=spec.erase_prob,
-            re_mode=spec.erase_mode,
-            re_count=spec.erase_count,
-            separate=True,
-        )
-    except (AssertionError, ValueError, KeyError, TypeError) as error:
-        why = " ".join(str(error).split())[:80]
-        raise refuse(
-            "augmentation policy", f"{spec.policy} ({type(error).__name__} {why})",
-            "a policy that timm reads, such as rand-m9-mstd0.5-inc1",
-        ) from error  # fmt: skip
+    return create_transform(
+        spec.img_size,
+        is_training=True,
+        scale=spec.scale,
+        ratio=spec.ratio,
+        hflip=spec.hflip,
+        auto_augment=spec.policy,
+        color_jitter=jitter,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        re_prob=spec.erase_prob,
+        re_mode=spec.erase_mode,
+        re_count=spec.erase_count,
+        separate=True,
+    )
 
 
 class Augmenter:

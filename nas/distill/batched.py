@@ -1,10 +1,12 @@
 """Augmentation of whole batches with torch, on the device that trains.
 
 Every random number of an image is a hash of its code and a position (splitmix64), so that an image
-looks the same whatever batch it comes in. Crop, resize and flip are two matrix products a batch:
-separable bicubic weights with antialiasing as Pillow computes them, inside the crop, on floats
-(Pillow rounds and clips between and after). Colours follow in the order brightness, contrast,
-saturation, on [0, 255]; erasing puts normal noise into the normalised image, as timm does.
+looks the same whatever batch it comes in. Crop, resize and flip are two separable passes with
+bicubic weights, antialiased as Pillow computes them, inside the crop, on floats (Pillow rounds and
+clips between and after). They are sums of lines, tap by tap and elementwise: in a matrix product an
+image's last bits would depend on its place in the batch and on settings such as TF32. Colours
+follow in the order brightness, contrast, saturation, on [0, 255]; erasing puts normal noise into
+the normalised image, as timm does.
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ from torch import Tensor
 from nas.distill.augment import AugmentSpec
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Boxes = tuple[Ints, Ints, Ints, Ints]
 
 _ATTEMPTS = 10  # as torchvision's crop and timm's erasing have
 _CROP, _PLACE, _FLIP, _COLOR, _ERASE, _BOX, _NOISE = 0, 20, 22, 23, 26, 27, 64
 """Positions of the hash: what is drawn from where."""
 _ERASE_AREA, _ERASE_ASPECT = (0.02, 1 / 3), 0.3
-_TABLED = 64  # a side in pixels: up to it all weights are computed once, 25 MB at most
+_TABLED = 64  # a side in pixels: up to it the weights of all stretches are computed once, 3 MB
+_GROUP_PIXELS = 1 << 17  # at a time on a CPU, so that they stay in its cache
+_GROUP = 512  # images at a time on other devices
 _GREY = (0.299, 0.587, 0.114)
 
 
@@ -56,28 +62,34 @@ class BatchedAugmenter:
     def batch(self, pixels: NDArray[np.uint8], codes: Sequence[int]) -> Tensor:
         """Augment images, uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size]."""
         drawn = np.array([int(code) for code in codes], dtype=np.uint64)
-        positions = np.arange(_NOISE, dtype=np.uint64)
-        u = uniforms(drawn, positions)
+        size = self.spec.img_size
+        cpu = torch.device(self.device).type == "cpu"
+        group = max(1, _GROUP_PIXELS // pixels.shape[1] ** 2) if cpu else _GROUP
+        images = torch.empty(len(pixels), 3, size, size, device=self.device)
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            images = self._resized(pixels, u)
-            images = self._coloured(images, u)
-            images = images.div_(255.0).sub_(self._mean).div_(self._std)
-            self._erase(images, u, drawn)
+            for at in range(0, len(pixels), group):
+                rows = slice(at, at + group)
+                images[rows] = self._made(pixels[rows], drawn[rows])
+        return images
+
+    def _made(self, pixels: NDArray[np.uint8], codes: NDArray[np.uint64]) -> Tensor:
+        u = uniforms(codes, np.arange(_NOISE, dtype=np.uint64))
+        images = self._coloured(self._resized(pixels, u), u)
+        images = images.div_(255.0).sub_(self._mean).div_(self._std)
+        self._erase(images, u, codes)
         return images
 
     def _resized(self, pixels: NDArray[np.uint8], u: Floats) -> Tensor:
         n, side, size = len(pixels), pixels.shape[1], self.spec.img_size
         top, left, high, wide = _crops(u, side, self.spec)
+        lines = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
+        images = _pass(lines.view(n, side, side * 3), *_weights(top, high, side, size))
+        images = images.view(n, size, side, 3).permute(0, 2, 3, 1).reshape(n, side, 3 * size)
+        first, taps = _weights(left, wide, side, size)
         flip = u[:, _FLIP] < self.spec.hflip
-        down = torch.from_numpy(_weights(top, high, side, size))
-        across = torch.from_numpy(_weights(left, wide, side, size))
-        turned = torch.from_numpy(np.flatnonzero(flip))
-        across[turned] = across[turned].flip(1)
-        source = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device)
-        rows = torch.bmm(down.to(self.device), source.view(n, side, side * 3).float())
-        rows = rows.view(n, size, side, 3).permute(0, 3, 1, 2).reshape(n, 3 * size, side)
-        images = torch.bmm(rows, across.to(self.device).transpose(1, 2))
-        return images.view(n, 3, size, size).clamp_(0.0, 255.0)
+        first[flip], taps[flip] = first[flip, ::-1], taps[flip, ::-1]
+        images = _pass(images, first, taps).view(n, size, 3, size).permute(0, 2, 3, 1)
+        return images.contiguous().clamp_(0.0, 255.0)
 
     def _coloured(self, images: Tensor, u: Floats) -> Tensor:
         strength = self.spec.color_jitter
@@ -92,7 +104,7 @@ class BatchedAugmenter:
         images = (images * bright).clamp_(0.0, 255.0)
         # Whole numbers: their sum does not depend on the order in which a batch is summed.
         grey = (_grey(images) * 256.0).round_().to(torch.int64).sum(dim=(1, 2, 3))
-        middle = (grey.double() / (256.0 * images[0, 0].numel())).float().view(-1, 1, 1, 1)
+        middle = (grey.float() / (256.0 * self.spec.img_size**2)).view(-1, 1, 1, 1)
         images = ((images - middle) * contrast + middle).clamp_(0.0, 255.0)
         grey_image = _grey(images)
         return ((images - grey_image) * saturation + grey_image).clamp_(0.0, 255.0)
@@ -115,7 +127,7 @@ def _grey(images: Tensor) -> Tensor:
     return (red * _GREY[0] + green * _GREY[1] + blue * _GREY[2])[:, None]
 
 
-def _crops(u: Floats, side: int, spec: AugmentSpec) -> tuple[NDArray[np.int64], ...]:
+def _crops(u: Floats, side: int, spec: AugmentSpec) -> Boxes:
     """Choose a box an image as torchvision's RandomResizedCrop does: the first of ten attempts that
     fits, or the middle. Returns top, left, height, width: int64 [n] each."""
     area = (
@@ -134,44 +146,57 @@ def _crops(u: Floats, side: int, spec: AugmentSpec) -> tuple[NDArray[np.int64], 
     tall = np.where(any_, tall, max(1.0, round(side / max(nearest, 1.0))))
     top = np.where(any_, np.floor(u[:, _PLACE] * (side - tall + 1)), (side - tall) // 2)
     left = np.where(any_, np.floor(u[:, _PLACE + 1] * (side - wide + 1)), (side - wide) // 2)
-    return tuple(part.astype(np.int64) for part in (top, left, tall, wide))
+    boxes = (part.astype(np.int64) for part in (top, left, tall, wide))
+    return next(boxes), next(boxes), next(boxes), next(boxes)
 
 
-def _weights(
-    start: NDArray[np.int64], length: NDArray[np.int64], side: int, size: int
-) -> NDArray[np.float32]:
-    """Weights of a resize of stretches [start, start + length) of `side` pixels to `size`: float32
-    [n, size, side], bicubic (a = -0.5) and antialiased as Pillow's."""
+def _pass(lines: Tensor, first: Ints, taps: NDArray[np.float32]) -> Tensor:
+    """Weigh lines [n, S, k] tap by tap, in a fixed order: float32 [n, s, k]."""
+    n, side, length = lines.shape
+    at = torch.from_numpy(first + np.arange(n)[:, None] * side).flatten().to(lines.device)
+    weights = torch.from_numpy(taps).to(lines.device)
+    flat = lines.reshape(n * side, length).float()
+    total = torch.zeros((), device=lines.device)
+    for tap in range(taps.shape[-1]):
+        part = flat.index_select(0, at + tap).view(n, -1, length)
+        total = part.mul_(weights[:, :, tap, None]).add_(total)
+    return total
+
+
+def _weights(start: Ints, length: Ints, side: int, size: int) -> tuple[Ints, NDArray[np.float32]]:
+    """Weights of a resize of stretches [start, start + length) of `side` pixels to `size`: the
+    first pixel int64 [n, size] that each looks at, and the weights from there on, float32
+    [n, size, taps], bicubic (a = -0.5) and antialiased as Pillow's."""
     if side > _TABLED:
         return _computed(start, length, side, size)
-    table = _table(side, size)
-    found: NDArray[np.float32] = table[start * side - start * (start - 1) // 2 + length - 1]
-    return found
+    first, taps = _table(side, size)
+    at = start * side - start * (start - 1) // 2 + length - 1
+    return first[at], taps[at]
 
 
 @lru_cache(maxsize=4)
-def _table(side: int, size: int) -> NDArray[np.float32]:
+def _table(side: int, size: int) -> tuple[Ints, NDArray[np.float32]]:
     """Compute the weights of every stretch of a short side, by start and then by length."""
-    pairs = [(start, length) for start in range(side) for length in range(1, side - start + 1)]
-    starts, lengths = np.array(pairs).T
-    return _computed(starts, lengths, side, size)
+    pairs = [(first, count) for first in range(side) for count in range(1, side - first + 1)]
+    start, length = np.array(pairs).T
+    return _computed(start, length, side, size)
 
 
-def _computed(
-    start: NDArray[np.int64], length: NDArray[np.int64], side: int, size: int
-) -> NDArray[np.float32]:
+def _computed(start: Ints, length: Ints, side: int, size: int) -> tuple[Ints, NDArray[np.float32]]:
     step = (length / size)[:, None]
-    wider = np.maximum(step, 1.0)[..., None]
+    wider = np.maximum(step, 1.0)
     centre = start[:, None] + (np.arange(size)[None] + 0.5) * step
-    pixel = np.arange(side)[None, None]
-    x = np.abs((pixel + 0.5 - centre[..., None]) / wider)
+    # As many as the longest stretch needs, so that sums do not depend on a batch's other images.
+    count = min(side, math.ceil(4 * max(side / size, 1.0)))
+    first = np.floor(centre - 2.0 * wider + 0.5).clip(0, side - count).astype(np.int64)
+    pixel = first[..., None] + np.arange(count)
+    x = np.abs((pixel + 0.5 - centre[..., None]) / wider[..., None])
     near = (1.5 * x - 2.5) * x * x + 1.0
     far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     kernel = np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
     inside = (pixel >= start[:, None, None]) & (pixel < (start + length)[:, None, None])
     kernel = np.where(inside, kernel, 0.0)
-    weights: NDArray[np.float32] = (kernel / kernel.sum(-1, keepdims=True)).astype(np.float32)
-    return weights
+    return first, (kernel / kernel.sum(-1, keepdims=True)).astype(np.float32)
 
 
 def _erased(u: Floats, size: int) -> tuple[int, int, int, int] | None:

@@ -44,15 +44,14 @@ def mix(
     partner_codes: Sequence[int],
     spec: AugmentSpec,
 ) -> Tensor:
-    """Mix views [n, 3, s, s] with their partners' [n, 3, s, s]; row by row, on their device.
+    """Mix views [n, 3, s, s] with their partners' [n, 3, s, s], each row alone, on their device.
 
     A pair shares kind, lambda and box, which timm draws: mixup gives view * lambda + partner *
     (1 - lambda) of the normalised views, CutMix puts the partner's box into the view.
     """
     mixed = views.clone()
     size = (int(views.shape[-2]), int(views.shape[-1]))
-    for row, (own, other) in enumerate(zip(codes, partner_codes, strict=True)):
-        share, box = _drawn(min(own, other), max(own, other), size, spec)
+    for row, (share, box) in enumerate(draws(codes, partner_codes, size, spec)):
         if box is not None:
             top, bottom, left, right = box
             mixed[row, :, top:bottom, left:right] = partner_views[row, :, top:bottom, left:right]
@@ -61,11 +60,23 @@ def mix(
     return mixed
 
 
+def draws(
+    codes: Sequence[int], partner_codes: Sequence[int], size: tuple[int, int], spec: AugmentSpec
+) -> list[tuple[float, Box | None]]:
+    """Draw each pair's lambda, 1 where nothing is blended, or CutMix's box (top, bottom, left,
+    right) in an image of `size` (height, width); the order of a pair plays no part."""
+    with LOCK, borrowed_generators():
+        return [
+            _drawn(min(pair), max(pair), size, spec)
+            for pair in zip(codes, partner_codes, strict=True)
+        ]
+
+
 @lru_cache(maxsize=4096)  # both of a pair ask, mostly one after the other
 def _drawn(
     low: int, high: int, size: tuple[int, int], spec: AugmentSpec
 ) -> tuple[float, Box | None]:
-    """Draw a pair's lambda, and its box for CutMix (top, bottom, left, right)."""
+    """Draw from the generators that `draws` has borrowed."""
     timms: Any = _Mixup(
         mixup_alpha=spec.mixup_alpha,
         cutmix_alpha=spec.cutmix_alpha,
@@ -73,11 +84,10 @@ def _drawn(
         switch_prob=spec.mix_switch_prob,
         label_smoothing=0.0,
     )
-    with LOCK, borrowed_generators():
-        seed_all((low * 0x9E3779B97F4A7C15 + high) & 0xFFFFFFFFFFFFFFFF)
-        share, cut = timms._params_per_batch()
-        if not cut:
-            return float(share), None
-        box, _ = _bbox_and_lam((3, *size), share)
+    seed_all((low * 0x9E3779B97F4A7C15 + high) & 0xFFFFFFFFFFFFFFFF)
+    share, cut = timms._params_per_batch()
+    if not cut:
+        return float(share), None
+    box, _ = _bbox_and_lam((3, *size), share)
     top, bottom, left, right = (int(side) for side in box)
     return 1.0, (top, bottom, left, right)

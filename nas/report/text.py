@@ -155,6 +155,8 @@ def next_commands(run: RunFiles) -> tuple[str, str]:
         )
         if config.get("img_size"):
             further += f" --img-size {config['img_size']}"
+        if config.get("teacher", "auto") != "auto":
+            further += f" --teacher {shlex.quote(str(config['teacher']))}"
         return f"python -m benchmarks.pareto {folder}", further
     if status == "stuck":
         again = (
@@ -194,6 +196,12 @@ def caveats(run: RunFiles) -> list[str]:
         f"{images if images is not None else 'the'} holdout images that the search chose by. It "
         "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen.",
     ]
+    teacher = section(run.run, "dataset").get("labelled_by")
+    if teacher is not None:
+        said.append(
+            f"The images have no ground truth: their classes are those that {teacher} sees, and "
+            "every top-1 here means agreement with it."
+        )
     final = section(run.result, "final")
     tested = number(section(final, "winner"), "test_n")
     if tested:

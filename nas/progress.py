@@ -47,7 +47,7 @@ class Console:
             unit="" if unit is None else f" {unit}",
             dynamic_ncols=True,
             leave=False,
-            smoothing=0.02,
+            smoothing=0.02 if unit is None else 0.1,  # a start-up counts for less in a pace
         )
 
     def count(self, what: str) -> None:

@@ -95,13 +95,15 @@ def start_store(
     holdout: NDArray[np.uint64],
     made_by: Mapping[str, Any],
     dropped: str | None = None,
+    dataset_fingerprint: str = "",
 ) -> LabelStore:
     """Write a store's manifest and key tables, or check that they are there and the same.
 
     `train` and `holdout` are the keys whose hashes `spec` quotes; `made_by` says in plain JSON what
-    to ask for the same data and teacher again; `dropped` is the content of `dropped.csv`. A store
-    that is there grows to `epochs` if it has fewer. Safe in several processes at once. Raises
-    InputError for a folder that holds another store.
+    to ask for the same data and teacher again; `dropped` is the content of `dropped.csv`, and
+    `dataset_fingerprint` tells of the whole data set. A store that is there grows to `epochs` if it
+    has fewer. Safe in several processes at once. Raises InputError for a folder that holds another
+    store.
     """
     assert spec.train_keys == keys_digest(train), "the keys of another store"
     assert spec.holdout_keys == keys_digest(holdout), "the holdout of another store"
@@ -112,7 +114,8 @@ def start_store(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             remove_leftovers(folder)
-            manifest = _manifest(folder, spec, epochs, made_by)
+            told = {"dataset_fingerprint": dataset_fingerprint, "made_by": dict(made_by)}
+            manifest = _manifest(folder, spec, epochs, told)
             if manifest is not None:
                 write_keys(folder / KEYS, train)
                 write_keys(folder / HOLDOUT_KEYS, holdout)
@@ -128,7 +131,7 @@ def start_store(
 
 
 def _manifest(
-    folder: Path, spec: StoreSpec, epochs: int, made_by: Mapping[str, Any]
+    folder: Path, spec: StoreSpec, epochs: int, told: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Give the manifest that is to be written, or None if the one there serves."""
     libraries = library_versions()
@@ -144,9 +147,10 @@ def _manifest(
         "libraries": libraries,
         "teacher_batch": TEACHER_BATCH,
         "temperature": TEMPERATURE,
+        "resolution": spec.augment.img_size,
         "epochs": epochs,
         "piece_records": piece_records(spec.train_images),
-        "made_by": dict(made_by),
+        **told,
     }
 
 

@@ -124,7 +124,9 @@ def begin_store(
     )
     make_codec(spec.codec, spec.topk, spec.num_classes)  # refuses before anything is written
     folder = place if named else place / store_id(spec)
-    return start_store(folder, spec, request.epochs, train, holdout, made_by, dropped)
+    return start_store(
+        folder, spec, request.epochs, train, holdout, made_by, dropped, dataset.fingerprint
+    )
 
 
 def disagreements(

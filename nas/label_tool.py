@@ -1,0 +1,276 @@
+"""Making, describing, checking and merging label stores: what `nas.labels` gives Python users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from nas import labelling
+from nas.command import default_cache
+from nas.data import Dataset, DataSpec
+from nas.door import prepared, usable_cpus
+from nas.executor import LocalExecutor
+from nas.jobs import Job, Result, Tick
+from nas.progress import Console
+from space.errors import InputError, refuse
+
+
+def build(
+    data: str,
+    *,
+    teacher: str = "auto",
+    epochs: int = 10,
+    out: str | Path | None = None,
+    topk: int | None = None,
+    codec: str = "packed",
+    augment: str = "default",
+    changes: Mapping[str, Any] | None = None,
+    salt: int = 0,
+    limit: int | None = None,
+    clean: float | None = None,
+    precision: str = "float32",
+    img_size: int | None = None,
+    proxy_images: int | None = None,
+    max_broken: float = 0.01,
+    pixel_cache: bool = True,
+    teacher_epochs: int = 15,
+    random_seed: int = 0,
+    device: str = "cpu",
+    threads: int | None = None,
+    processes: int = 1,
+    part: tuple[int, int] = (1, 1),
+    cache_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> Mapping[str, Any]:
+    """Make a teacher's soft labels of a data set once: `epochs` views of every training image.
+
+    `data`, `teacher` and the sizes are as in `nas.contract`; `augment` names a preset whose fields
+    `changes` overrides; `limit` labels so many images; `clean` drops images on which teacher and
+    label disagree; `part` (i, n) makes every n-th piece only, for n machines. Returns the store's
+    `folder`, `id`, `records`, `bytes_per_record` and more. A killed build goes on where it stopped.
+    Raises InputError.
+    """
+    console = console if console is not None else Console(quiet=True)
+    cache = Path(cache_dir) if cache_dir is not None else default_cache()
+    if processes < 1:
+        raise refuse("--processes", processes, "an integer >= 1")
+    if threads is None:
+        threads = max(1, usable_cpus() // processes)
+    if threads < 1:
+        raise refuse("--threads", threads, "an integer >= 1")
+    asked = DataSpec(data, img_size, proxy_images, max_broken, random_seed, pixel_cache=pixel_cache)
+    taught_by = {
+        "teacher": teacher, "teacher_epochs": teacher_epochs, "random_seed": random_seed,
+        "device": device, "threads": threads,
+    }  # fmt: skip
+    made_by = {"data": _data_dict(asked), **taught_by}
+    request = {
+        "epochs": epochs, "topk": topk, "codec": codec, "preset": augment,
+        "changes": dict(changes or {}), "salt": salt, "limit": limit, "clean": clean,
+        "precision": precision, "device": device, "threads": threads,
+    }  # fmt: skip
+    dataset = prepared(asked, cache, console)
+    with LocalExecutor(threads=threads) as worker:
+        do = _doer(worker, console)
+        console.start(float(len(dataset.train) * teacher_epochs))
+        try:
+            taught = labelling.teach(do, dataset, cache, **taught_by)  # type: ignore[arg-type]
+        finally:
+            console.stop()
+        console.line(f"teacher: {taught['says']}")
+        info = taught["info"]
+        place = cache / "labels" if out is None else Path(out)
+        begun = labelling.begin(
+            do, dataset, info, request, place, named=out is not None, made_by=made_by, part=part
+        )
+    if clean is not None:
+        console.line(
+            f"clean: {begun['dropped']} of {len(dataset.train)} images dropped, listed in "
+            f"{begun['folder']}/dropped.csv"
+        )
+    _announce(begun, console)
+    _make(begun, dataset, info, part, processes, device, threads, console)
+    return {
+        **begun,
+        "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"]),
+    }
+
+
+def _data_dict(spec: DataSpec) -> dict[str, Any]:
+    name = spec.name
+    path = Path(name).expanduser()
+    return {
+        "name": str(path.resolve()) if path.is_dir() else name,
+        "img_size": spec.img_size,
+        "proxy_images": spec.proxy_images,
+        "max_broken": spec.max_broken,
+        "random_seed": spec.random_seed,
+    }
+
+
+def _doer(worker: LocalExecutor, console: Console, tick: Tick | None = None) -> labelling.Do:
+    def do(job: Job) -> Result:
+        return worker.run(job, tick=tick or console.advance, heartbeat=console.refresh)
+
+    return do
+
+
+def _announce(begun: Mapping[str, Any], console: Console) -> None:
+    """Say what is to be made and what room it takes, before it starts."""
+    console.line(
+        f"labels: {begun['images']:,} images x {begun['epochs']} epochs, top {begun['topk']} of "
+        f"{begun['num_classes']:,} classes, {begun['codec']}, {begun['record_bytes']} bytes a "
+        f"record: {begun['total_bytes'] / 1e6:,.1f} MB in {begun['folder']}"
+    )
+    console.line(
+        f"labels: {begun['pieces']} pieces with {begun['records']:,} records "
+        f"({begun['bytes'] / 1e6:,.1f} MB) are still to be made"
+    )
+
+
+def _make(
+    begun: Mapping[str, Any],
+    dataset: Dataset,
+    info: Mapping[str, Any],
+    part: tuple[int, int],
+    processes: int,
+    device: str,
+    threads: int,
+    console: Console,
+) -> None:
+    """Let so many processes make disjoint pieces, and wait for all."""
+    at, parts = part
+    jobs = [
+        labelling.build_job(
+            begun, dataset, info, part=(at + parts * one, parts * processes), device=device
+        )
+        for one in range(processes)
+    ]
+    console.start(sum(job.units for job in jobs), unit="images")
+    lock = Lock()
+
+    def tick(units: float) -> None:
+        with lock:
+            console.advance(units)
+
+    workers = [LocalExecutor(threads=threads) for _ in jobs]
+    pool = ThreadPoolExecutor(len(jobs))
+    try:
+        waiting = [
+            pool.submit(labelling.build, _plain(worker, tick), job)
+            for worker, job in zip(workers, jobs, strict=True)
+        ]
+        for one in waiting:
+            one.result()
+    finally:
+        for worker in workers:
+            worker.close()
+        pool.shutdown(wait=True)
+        console.stop()
+
+
+def _plain(worker: LocalExecutor, tick: Tick) -> labelling.Do:
+    return lambda job: worker.run(job, tick=tick)
+
+
+def info(store: str | Path) -> Mapping[str, Any]:
+    """Tell what a store is: its manifest, less the checksums, and its size. Raises InputError."""
+    folder = Path(store)
+    manifest = labelling.read_manifest(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    spec = manifest["spec"]
+    records = spec["train_images"] * manifest["epochs"]
+    told = {k: v for k, v in manifest.items() if k != "files"}
+    return {**told, "bytes": size, "records": records, "bytes_per_record": size / records}
+
+
+def verify(
+    store: str | Path,
+    *,
+    teacher: int | None = None,
+    data: str | None = None,
+    teacher_model: str | None = None,
+    random_seed: int = 0,
+    cache_dir: str | Path | None = None,
+    console: Console | None = None,
+) -> list[str]:
+    """Read every byte of a store and name what is wrong, one line each; [] for a whole one.
+
+    With `teacher`, its teacher is also run again on so many random records; `data` and
+    `teacher_model` say where they are now, if not where they were. Raises InputError.
+    """
+    console = console if console is not None else Console(quiet=True)
+    folder = Path(store)
+    if not (folder / "manifest.json").is_file():
+        raise refuse("label store", folder, "a folder made by this toolkit")
+    if teacher is not None and teacher < 1:
+        raise refuse("--teacher", teacher, "an integer >= 1")
+    size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    with LocalExecutor(threads=usable_cpus()) as worker:
+        console.start(size)
+        try:
+            job = Job("verify-labels", "verify", {"store": str(folder)}, units=size)
+            found = worker.run(job, tick=console.advance, heartbeat=console.refresh)
+        finally:
+            console.stop()
+        if not found.ok:
+            raise InputError(found.reason)
+        wrong: list[str] = list(found.values["problems"])
+    if wrong or teacher is None:
+        return wrong
+    return _ask(folder, teacher, data, teacher_model, random_seed, cache_dir, console)
+
+
+def _ask(
+    folder: Path,
+    records: int,
+    data: str | None,
+    teacher_model: str | None,
+    random_seed: int,
+    cache_dir: str | Path | None,
+    console: Console,
+) -> list[str]:
+    """Run a store's teacher again on random records; what is wrong, in lines."""
+    cache = Path(cache_dir) if cache_dir is not None else default_cache()
+    asked = dict(labelling.made_by(folder))
+    given = dict(asked.pop("data"))
+    if data is not None:
+        given["name"] = data
+    if teacher_model is not None:
+        asked["teacher"] = teacher_model
+    dataset = prepared(DataSpec(**given), cache, console)
+    with LocalExecutor(threads=int(asked["threads"])) as worker:
+        do = _doer(worker, console)
+        taught = labelling.teach(do, dataset, cache, **asked)["info"]
+        spec = {
+            "store": str(folder), "dataset": str(dataset.folder), "info": dict(taught),
+            "device": asked["device"], "records": records, "random_seed": random_seed,
+        }  # fmt: skip
+        found = do(Job("ask-teacher", "ask-teacher", spec, units=float(records)))
+    if not found.ok:
+        raise InputError(found.reason)
+    values = found.values
+    line = (
+        f"teacher: {values['records']} records asked again, KL {values['mean_kl']:.2g} nats on "
+        f"average, {values['worst_kl']:.2g} at worst"
+    )
+    console.line(line)
+    return [] if values["good"] else [f"the teacher says something else: {line}"]
+
+
+def merge(
+    store: str | Path, parts: Sequence[str | Path], *, console: Console | None = None
+) -> Mapping[str, Any]:
+    """Copy the pieces that several machines made into one store. Raises InputError.
+
+    Returns its `id` and how many pieces are still `missing`.
+    """
+    spec = {"store": str(store), "parts": [str(part) for part in parts]}
+    with LocalExecutor(threads=1) as worker:
+        found = worker.run(Job("merge-labels", "merge", spec))
+    if not found.ok:
+        raise InputError(found.reason)
+    return found.values

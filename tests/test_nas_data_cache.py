@@ -1,13 +1,10 @@
-"""The cache of decoded data: what identifies it, what it shares, what stays and what goes first."""
+"""The cache of decoded data: what identifies it, what it shares, what is decoded on access."""
 
 from __future__ import annotations
 
 import os
 import pickle  # what a loader worker is sent; never written to a file
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from nas.data import Dataset, DataSpec, open_dataset, prepare
-from nas.data import cache as cache_module
-from nas.data.cache import CAP_VARIABLE, cache_report, clean_cache, make_room, parse_bytes
-from nas.data.pixels import relabelled
+from nas.data import Dataset, DataSpec, open_dataset, prepare, relabelled
 from nas.data.tables import KeyTable, NameTable
 from space.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("train", "holdout", "test")
 
 
@@ -107,6 +100,18 @@ def test_decoding_as_one_goes_gives_the_cached_bits(tree: Path, tmp_path: Path) 
         rows = np.array([2, 0, 1])
         assert np.array_equal(ours.pixels[rows], theirs.pixels[rows])
         assert np.array_equal(ours.pixels[1], theirs.pixels[1])
+        assert np.array_equal(np.asarray(ours.pixels), theirs.pixels)
+    rng = np.random.default_rng(0)
+    n, lazily, mapped = len(lazy.train), lazy.train.pixels, kept.train.pixels
+    for _ in range(20):
+        a, b = sorted(rng.integers(-n, n + 1, 2).tolist())
+        for index in (slice(a, b), slice(b, a, -1), rng.integers(-n, n, 5), rng.random(n) < 0.2,
+                      np.array([], dtype=np.int64), [], int(rng.integers(-n, n))):  # fmt: skip
+            assert np.array_equal(lazily[index], mapped[index]), index
+            assert lazily[index].dtype == np.uint8
+    for wrong in ([n], -n - 1, n, (0, 0), [[0]], [True], [0.5]):
+        with pytest.raises(IndexError):
+            lazily[wrong]
     sent = pickle.dumps(lazy.train.pixels)
     assert len(sent) < 1000 + 3 * len(str(tmp_path))
     assert np.array_equal(pickle.loads(sent)[:], kept.train.pixels)
@@ -128,6 +133,16 @@ def test_a_file_that_left_or_changed_is_noticed_when_it_is_read(tree: Path, tmp_
         assert lazy.train.names[row] in str(caught.value)
         assert "\n" not in str(caught.value)
     lazy.train.pixels[3]
+
+
+def test_what_is_kept_anyway_is_told_and_not_stored(tmp_path: Path) -> None:
+    asked = DataSpec("digits", img_size=16, proxy_images=40, pixel_cache=False)
+    told = prepare(asked, tmp_path)
+    assert any("kept all the same" in note for note in told.notes)
+    plain = prepare(DataSpec("digits", img_size=16, proxy_images=40), tmp_path)
+    assert plain.folder == told.folder
+    assert plain.notes == open_dataset(told.folder).notes == ()
+    assert isinstance(told.train.pixels, np.memmap)
 
 
 def loose(root: Path, count: int) -> Path:
@@ -157,6 +172,34 @@ def test_images_without_class_folders_are_a_set_without_ground_truth(tmp_path: P
     picture(tmp_path / "two" / "train" / "a" / "x.png", 1)
     with pytest.raises(InputError, match="one class only"):
         prepare(spec(tmp_path / "two"), tmp_path / "c")
+    shutil.rmtree(tmp_path / "two" / "train" / "a")
+    picture(tmp_path / "two" / "val" / "a" / "x.png", 1)
+    with pytest.raises(InputError, match="class folders in val/ but none in train/"):
+        prepare(spec(tmp_path / "two"), tmp_path / "c")
+    shutil.rmtree(tmp_path / "two" / "val")
+    inner = prepare(spec(tmp_path / "two"), tmp_path / "c")
+    assert sum(len(getattr(inner, side)) for side in SIDES) == 20
+    for at in range(4):
+        picture(tmp_path / "same" / f"{at}.png", 0)
+    with pytest.raises(InputError, match="1 images without copies"):
+        prepare(spec(tmp_path / "same"), tmp_path / "c")
+
+
+def test_the_cut_of_images_without_classes_goes_by_content_alone(tmp_path: Path) -> None:
+    first = prepare(spec(loose(tmp_path / "one", 30)), tmp_path / "c")
+    for at in range(30):
+        picture(tmp_path / "two" / f"{29 - at:02d}x.png", at)
+    second = prepare(spec(tmp_path / "two"), tmp_path / "c")
+    for side in SIDES:
+        assert getattr(first, side).keys == getattr(second, side).keys
+    assert first.preparation == second.preparation
+
+
+def test_train_may_be_the_name_of_a_class(tmp_path: Path) -> None:
+    for at in range(18):
+        picture(tmp_path / "images" / ("bus", "car", "train")[at % 3] / f"{at}.png", at)
+    dataset = prepare(spec(tmp_path / "images"), tmp_path / "c")
+    assert dataset.classes == ("bus", "car", "train")
 
 
 def test_loose_images_beside_class_folders_are_left_out(tree: Path, tmp_path: Path) -> None:
@@ -164,7 +207,15 @@ def test_loose_images_beside_class_folders_are_left_out(tree: Path, tmp_path: Pa
     dataset = prepare(spec(tree), tmp_path / "c")
     assert dataset.classes == ("a", "b")
     assert sum(len(getattr(dataset, side)) for side in SIDES) == 40
-    assert any("1 images outside the class folders" in note for note in dataset.notes)
+    assert any("1 loose image outside the class folders" in note for note in dataset.notes)
+    for at in range(12):
+        picture(tree / "train" / "ab"[at % 2] / f"{at}.png", at)
+        picture(tree / "val" / "ab"[at % 2] / f"{at}.png", 50 + at)
+    picture(tree / "train" / "x.png", 1)
+    picture(tree / "val" / "x.png", 2)
+    split = prepare(spec(tree), tmp_path / "c")
+    assert sum(len(getattr(split, side)) for side in SIDES) == 24
+    assert any("3 loose images outside the class folders" in note for note in split.notes)
 
 
 def test_other_labels_share_the_pixels_and_are_found_again(tmp_path: Path) -> None:
@@ -190,98 +241,33 @@ def test_other_labels_share_the_pixels_and_are_found_again(tmp_path: Path) -> No
     open_dataset(dataset.folder, verify=True)
 
 
-def fake(cache: Path, name: str, size: int, used: float) -> Path:
-    folder = cache / "data" / name
-    folder.mkdir(parents=True)
-    (folder / "meta.json").write_bytes(b"x" * size)
-    marker = folder.with_name(f"{name}.use")
-    marker.touch()
-    os.utime(marker, (used, used))
-    return folder
-
-
-def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for turn in range(20):
-        cache = tmp_path / str(turn)
-        ages = rng.permutation(6)
-        sizes = rng.integers(100, 1000, 6)
-        now = time.time()
-        for at in range(6):
-            fake(cache, f"d{at}", int(sizes[at]), now - 1000 * int(ages[at]))
-        keep = int(rng.integers(0, sizes.sum() + 100))
-        oldest_first = np.argsort(-ages)
-        expected, total = set(range(6)), int(sizes.sum())
-        for at in oldest_first:
-            if total <= keep:
-                break
-            expected.discard(int(at))
-            total -= int(sizes[at])
-        assert clean_cache(cache, keep) == int(sizes.sum()) - total
-        left = {int(str(row["name"])[1:]) for row in cache_report(cache)}
-        assert left == expected
-        assert not list((cache / "data").glob("*.gone-*"))
-
-
-def test_what_a_living_process_uses_stays(tree: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "c"
-    dataset = prepare(spec(tree), cache)
-    other = tmp_path / "copy"
-    shutil.copytree(cache, other)
-    code = (
-        "import sys; from nas.data import open_dataset\n"
-        "held = open_dataset(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(other / "data" / dataset.folder.name)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
-        assert [row["in_use"] for row in cache_report(other)] == [True]
-        assert clean_cache(other, 0) == 0
-    finally:
-        process.communicate("")
-    assert [row["in_use"] for row in cache_report(other)] == [False]
-    assert clean_cache(other, 0) > 0
-    assert cache_report(other) == []
-    assert clean_cache(cache, 0) == 0, "this process has it open"
-    open_dataset(dataset.folder, verify=True)
-
-
-def test_room_is_made_and_what_never_fits_is_refused_before_it_is_decoded(
-    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_other_labels_follow_the_files_that_are_there_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = tmp_path / "c"
-    fake(cache, "old", 20_000, time.time() - 5000)
-    fake(cache, "new", 20_000, time.time())
-    monkeypatch.setenv(CAP_VARIABLE, "65K")
-    need = 40 * 18 * 18 * 3  # 38,880 bytes of pixels
-    prepare(spec(tree), cache)
-    names = {str(row["name"]) for row in cache_report(cache)}
-    assert "old" not in names
-    assert "new" in names
-    monkeypatch.setenv(CAP_VARIABLE, str(need - 1))
-    with pytest.raises(
-        InputError, match=r"--no-pixel-cache, or raise VISION_CONTRACTION_CACHE_CAP"
-    ):
-        prepare(spec(tree, random_seed=1), cache)
-    prepare(spec(tree, random_seed=1, pixel_cache=False), cache)
-    monkeypatch.delenv(CAP_VARIABLE)
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match="that are free on the cache's disk"):
-        make_room(cache, need, 2 * need, "images")
+    asked = spec(loose(tmp_path / "one", 20), pixel_cache=False)
+    first = prepare(asked, tmp_path / "c")
+    labels = {side: np.zeros(len(getattr(first, side)), dtype=np.int64) for side in SIDES}
+    before = relabelled(first, tmp_path / "c", labels, ("x", "y"), "t")
+    (tmp_path / "one" / first.train.names[0]).rename(tmp_path / "one" / "other.png")
+    second = prepare(asked, tmp_path / "c")
+    assert second.fingerprint == first.fingerprint
+    after = relabelled(second, tmp_path / "c", labels, ("x", "y"), "t")
+    assert after.fingerprint == before.fingerprint, "names are no part of it"
+    kept = prepare(spec(tmp_path / "one"), tmp_path / "c")
+    assert np.array_equal(after.train.pixels[:], kept.train.pixels)
+    with_pixels = relabelled(kept, tmp_path / "c", labels, ("x", "y"), "t")
+    assert isinstance(with_pixels.train.pixels, np.memmap), "what was kept stays kept"
 
+    def no_links(path: object, to: object) -> None:
+        raise OSError("no links here")
 
-def test_sizes_are_read_or_refused() -> None:
-    assert [parse_bytes("x", text) for text in ("10", "1.5K", "2MB", "3g", "0")] == [
-        10, 1500, 2_000_000, 3_000_000_000, 0,
-    ]  # fmt: skip
-    for text in ("", "x", "-1", "5X", "nanG", "1e40"):
-        with pytest.raises(InputError, match="--keep"):
-            parse_bytes("--keep", text)
+    monkeypatch.setattr(os, "link", no_links)
+    copied = relabelled(kept, tmp_path / "new cache", labels, ("x", "y"), "t")
+    assert not os.path.samefile(copied.folder / "train.npy", kept.folder / "train.npy")
+    assert open_dataset(copied.folder, verify=True).fingerprint == with_pixels.fingerprint
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="--cache-dir"):
+        relabelled(kept, tmp_path / "file", labels, ("x", "y"), "t")
 
 
 @settings(derandomize=True, max_examples=100, deadline=None)

@@ -66,6 +66,11 @@ def test_a_prepared_part_is_stratified_and_does_not_depend_on_the_random_seed(
     assert set(np.bincount(first.train.labels)) == {2}
     assert set(np.bincount(first.holdout.labels)) == {1}
     assert first.num_classes == CLASSES
+    for split in (first.train, first.holdout, first.test):
+        labels = [int(name.split("/")[1]) for name in split.names]
+        assert labels == split.labels.tolist()
+    known = {one.name for one in all_wanted()}
+    assert known.issuperset(first.train.names), "a name does not depend on what else was chosen"
     again = prepare(DataSpec("fractals", proxy_images=300, random_seed=3), tmp_path)
     assert again.folder == first.folder
     shutil.rmtree(tmp_path / "data")

@@ -65,6 +65,8 @@ def test_without_a_test_split_one_is_cut(tmp_path: Path, monkeypatch: pytest.Mon
     dataset = prepare(DataSpec("torch/fake"), tmp_path)
     assert (len(dataset.train), len(dataset.holdout), len(dataset.test)) == (38, 10, 12)
     assert any("no split for testing" in note for note in dataset.notes)
+    names = [name for side in (dataset.train, dataset.holdout, dataset.test) for name in side.names]
+    assert sorted(names) == sorted(f"train[{at}]" for at in range(60))
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):

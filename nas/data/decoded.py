@@ -49,11 +49,29 @@ class DecodedFiles:
     def __getitem__(self, at: Any) -> NDArray[np.uint8]:
         if isinstance(at, (int, np.integer)):
             return self._read(int(at))
-        rows = range(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at).tolist()
+        rows = self._rows(at)
         out = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
         for place, row in enumerate(rows):
             out[place] = self._read(row)
         return out
+
+    def _rows(self, at: Any) -> Sequence[int]:
+        """Read an index of the first axis as numpy would: a slice, integers or a mask."""
+        if isinstance(at, slice):
+            return range(*at.indices(len(self)))
+        rows = np.asarray(at)
+        if isinstance(at, tuple) or rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iub"):
+            raise IndexError("images are taken by an integer, a slice, integers or a mask")
+        if rows.dtype.kind == "b":
+            if len(rows) != len(self):
+                raise IndexError(f"a mask of {len(rows)} for {len(self)} images")
+            rows = np.flatnonzero(rows)
+        return [int(row) for row in rows]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("images that are decoded on access are always a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
 
     def _read(self, row: int) -> NDArray[np.uint8]:
         name, path = self._names[row], self._root / self._names[row]

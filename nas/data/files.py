@@ -42,9 +42,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash a file's bytes, read in pieces of 4 MiB: 64 hex characters."""
+    """Hash a file's bytes, read in pieces of 64 KiB: 64 hex characters."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 16):
             total.update(block)
     return total.hexdigest()

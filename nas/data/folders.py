@@ -27,7 +27,7 @@ EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm"
 TEST_NAMES = ("val", "valid", "validation", "test", "eval")
 _LOOKED_AT = 101
 _CHUNK = 64
-_LAYOUT = "train/CLASS/IMAGE with val/CLASS/IMAGE, or CLASS/IMAGE"
+_LAYOUT = "train/CLASS/IMAGE with val/CLASS/IMAGE, or CLASS/IMAGE, or images without classes"
 
 
 @dataclass(frozen=True)
@@ -41,33 +41,32 @@ class _File:
 def folder(spec: DataSpec) -> Source:
     """List an image folder and choose which images are used. Raises InputError."""
     root = _existing(spec.name)
-    train, test = root / "train", next((root / n for n in TEST_NAMES if _is_dir(root / n)), None)
-    split = _is_dir(train) and test is not None
-    inner = _is_dir(train) and (_class_folders(train) or _loose(train))
-    tree = train if split or inner else root
+    tree, test = _layout(root)
     loose = _loose(tree)
     # Images that lie about beside class folders are no part of a labelled set.
     classes = () if loose and not _class_folders(tree) else _classes(tree, spec.name)
     notes = []
-    role = "train" if split else "any"
+    role = "any" if test is None else "train"
     if classes:
         files = list(_files(root, tree, classes, role))
-        if loose:
-            notes.append(f"{len(loose):,} images outside the class folders are left out")
     else:
-        files = [_File(path, path.relative_to(root).as_posix(), 0, role) for path in loose]
+        files = _unlabelled(root, loose, role)
         notes.append("no class folders: images without ground truth, labelled by the teacher")
         if len(files) < 3:
             raise refuse("--data", f"{spec.name}, {len(files)} images", "at least 3", _LAYOUT)
-    used, note = _proxy(files, max(1, len(classes)), spec.proxy_images, split)
+    used, note = _proxy(files, max(1, len(classes)), spec.proxy_images, test is not None)
     notes += note
-    if split:
-        assert test is not None
+    if test is not None:
         tested = _test_side(root, test, classes)
         kept = _chosen(tested, max(TEST_IMAGES, len(classes)), "test", 1)
         if len(kept) < len(tested):
             notes.append(f"{len(kept):,} of {len(tested):,} test images used")
         used += kept
+    ignored = _ignored(root, tree, test, classes)
+    if ignored:
+        noun, verb = ("image", "is") if ignored == 1 else ("images", "are")
+        where = "class folders" if classes else "folders named"
+        notes.append(f"{ignored:,} loose {noun} outside the {where} {verb} ignored")
     img_size = spec.img_size
     if img_size is None:
         looked = [used[r] for r in choose([f.name for f in used], _labels(used), _LOOKED_AT, "")]
@@ -75,6 +74,31 @@ def folder(spec: DataSpec) -> Source:
         img_size, line = chosen_img_size(size for size in sizes if size is not None)
         notes.append(line)
     return _source(root, spec.name, classes, used, img_size, tuple(notes), spec.pixel_cache)
+
+
+def _layout(root: Path) -> tuple[Path, Path | None]:
+    """Find the folder to train on, and the one to test on unless that is cut from the same."""
+    train, test = root / "train", next((root / n for n in TEST_NAMES if _is_dir(root / n)), None)
+    if not _is_dir(train):
+        return root, None
+    if test is not None:
+        return train, test
+    if _class_folders(train):
+        return train, None
+    # Images right in train/ are a set without classes, unless "train" is a class among others.
+    alone = _class_folders(root) == ["train"]
+    return (train if alone and _loose(train) else root), None
+
+
+def _unlabelled(root: Path, files: Sequence[Path], role: str) -> list[_File]:
+    return [_File(path, path.relative_to(root).as_posix(), 0, role) for path in files]
+
+
+def _ignored(root: Path, tree: Path, test: Path | None, classes: Sequence[str]) -> int:
+    """Count the images that lie beside what is used."""
+    beside = {root, tree} | ({test} if test is not None else set())
+    used = set() if classes else {tree, test}
+    return sum(len(_loose(folder)) for folder in beside - used)
 
 
 def _source(
@@ -194,9 +218,12 @@ def _files(root: Path, tree: Path, classes: Sequence[str], role: str) -> Iterato
 def _test_side(root: Path, test: Path, classes: tuple[str, ...]) -> list[_File]:
     if not classes:
         found = _loose(test)
+        if _class_folders(test):
+            raise refuse("--data", f"{root}: class folders in {test.name}/ but none in train/",
+                         "both with classes or both without", _LAYOUT)  # fmt: skip
         if not found:
             raise refuse("--data", f"no image in {test}", "images, as in train/", _LAYOUT)
-        return [_File(path, path.relative_to(root).as_posix(), 0, "test") for path in found]
+        return _unlabelled(root, found, "test")
     names = _class_folders(test)
     odd = sorted(set(names) ^ set(classes))
     if odd:

@@ -274,9 +274,8 @@ def fractals(spec: DataSpec) -> Source:
         wanted = _kept(wanted, spec.proxy_images)
 
     def fill(pool: Pool, tick: Tick) -> None:
-        for at, (one, pixels) in enumerate(zip(wanted, render(wanted, size), strict=True)):
-            name = f"{one.role} {at} of class {one.label}"
-            pool.add(content_key(pixels.tobytes()), one.label, one.role, pixels, name)
+        for one, pixels in zip(wanted, render(wanted, size), strict=True):
+            pool.add(content_key(pixels.tobytes()), one.label, one.role, pixels, one.name)
             tick(1.0)
 
     identity: dict[str, Any] = {

@@ -109,13 +109,15 @@ def _source(
 
     def fill(pool: Pool, tick: Tick) -> None:
         for role, side in sides.items():
+            split = "train" if role == "any" else role  # the split that timm's users know
             for at, item in zip(wanted[role], side.read(wanted[role]), strict=False):
+                shown = f"{split}[{at}]"
                 if item is None:
-                    pool.broken.append(f"{role}[{at}]")
+                    pool.broken.append(shown)
                 else:
                     label = _checked_label(item[1], len(classes), name)
                     pixels = fitted(item[0], img_size, store_size)
-                    pool.add(as_rgb_key(item[0]), label, role, pixels, f"{role}[{at}]")
+                    pool.add(as_rgb_key(item[0]), label, role, pixels, shown)
                 tick(1.0)
 
     return Source(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from nas.data.digits import digits
@@ -11,6 +12,8 @@ from nas.data.pixels import Source, cached
 from nas.data.readers import PREFIXES, reader
 from nas.data.values import Dataset, DataSpec
 from nas.jobs import Tick, no_tick
+
+_KEPT_ANYWAY = "pixels are kept all the same: only a folder's images can be decoded as one goes"
 
 
 def find_source(spec: DataSpec, cache_dir: Path) -> Source:
@@ -30,4 +33,8 @@ def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
     `tick` counts images. Raises InputError for data that cannot be used.
     """
     source = find_source(spec, Path(cache_dir))
-    return cached(source, spec.random_seed, spec.max_broken, Path(cache_dir), tick)
+    dataset = cached(source, spec.random_seed, spec.max_broken, Path(cache_dir), tick)
+    if not spec.pixel_cache and source.root is None:
+        # Not among the stored notes: the folder is the same whatever was asked.
+        dataset = replace(dataset, notes=(*dataset.notes, _KEPT_ANYWAY))
+    return dataset

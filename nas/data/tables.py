@@ -20,8 +20,9 @@ class KeyTable(Sequence[str]):
     @staticmethod
     def of(keys: Iterable[str]) -> KeyTable:
         """Make a table of hex keys."""
-        data = bytes.fromhex("".join(keys))
-        return KeyTable(np.frombuffer(data, dtype=np.uint8).reshape(-1, 16))
+        coded = [bytes.fromhex(key) for key in keys]
+        assert all(len(one) == 16 for one in coded), "a key has 32 hex characters"
+        return KeyTable(np.frombuffer(b"".join(coded), dtype=np.uint8).reshape(-1, 16))
 
     def __len__(self) -> int:
         return len(self.raw)

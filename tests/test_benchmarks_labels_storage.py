@@ -44,14 +44,14 @@ def test_divergence_is_that_of_the_dense_labels() -> None:
 
 
 def test_bytes_are_those_of_a_written_store() -> None:
-    """Images x epochs records, a key an image and 64 bytes a piece, counted one by one."""
+    """Images x epochs records, a key an image and 72 bytes a piece, counted one by one."""
     exact = storage.zipf_labels(np.random.default_rng(0), 200, 10, 100)
     images, epochs = 65_536, 5
     rows = storage.measure_bytes(*exact, 100, labels="teacher", epochs=epochs)
     for name in CODECS:
         found = {row["quantity"]: row["value"] for row in rows if row["name"] == name}
         records = make_codec(name, 10, 100).record_bytes * images * epochs
-        total = records + 16 * images + 64 * epochs
+        total = records + 16 * images + 72 * epochs
         assert found["bytes_a_record"] == pytest.approx(total / (images * epochs), rel=1e-12)
         assert found["share"] == pytest.approx(total / (44 * images * epochs), rel=1e-12)
         assert found["kl_mean"] <= found["kl_p99"] < 1e-3

@@ -208,8 +208,9 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         (axes[1], "top1", "top-1 on the holdout, %", 100.0),
     ):
         y = np.array([line[name] for line in kept]) * scale
-        lo = np.array([line[f"{name}_lo"] for line in kept]) * scale
-        hi = np.array([line[f"{name}_hi"] for line in kept]) * scale
+        # A mean that was rounded may lie outside its range by as much.
+        lo = np.minimum(np.array([line[f"{name}_lo"] for line in kept]) * scale, y)
+        hi = np.maximum(np.array([line[f"{name}_hi"] for line in kept]) * scale, y)
         axis.errorbar(x, y, yerr=[y - lo, hi - y], marker="o", capsize=3, color="#1f5fa8")
         for line, at, top in zip(kept, x, hi, strict=True):
             axis.annotate(f"{line['bytes_a_record']} B", (at, top), textcoords="offset points",

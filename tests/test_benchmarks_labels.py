@@ -44,6 +44,11 @@ def test_summaries_are_means_with_their_range_and_can_be_drawn(tmp_path: Path) -
     assert [(line["topk"], line["seeds"]) for line in lines] == [(1, 2), (5, 2)]
     assert lines[0]["soft_loss"] == pytest.approx(3.4)
     assert (lines[0]["soft_loss_lo"], lines[0]["soft_loss_hi"]) == (2.9, 3.9)
+    # One random seed: a rounded mean lies outside a range of no width.
+    labels_students.draw(
+        labels_students.summary([{**row, "soft_loss": 2.71336, "top1": 0.50713} for row in rows]),
+        tmp_path / "g.png",
+    )
     labels_students.draw(lines, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 5000
 

@@ -41,7 +41,7 @@ from nas.distill.replay import Batch, Replay
 from nas.distill.store import LabelStore
 from nas.files import write_atomic
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.measurement import median_interval
+from nas.measure.intervals import median_interval
 from nas.training.loop import TrainSettings, make_optimizer, place
 from space import Context, InputError, get_family
 from space.errors import refuse

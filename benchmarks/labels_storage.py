@@ -42,8 +42,9 @@ from nas.distill.codec import CODECS, Codec, make_codec
 from nas.distill.pieces import MAX_RECORDS, SEAL_BYTES
 from nas.distill.store import open_store
 from nas.files import write_atomic
-from nas.measure.fingerprint import conditions, take_fingerprint
-from nas.measure.measurement import MIN_BLOCKS, median_interval
+from nas.measure.fingerprint import take_fingerprint
+from nas.measure.intervals import MIN_BLOCKS, median_interval
+from nas.measure.watch import conditions
 from space import InputError
 from space.errors import refuse
 

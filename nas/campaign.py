@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
-from nas.measure.measurement import Measurement
+from nas.requirement import Requirement
 from nas.run import MEASURE_COST, Incumbent, Run
-from nas.search.constraints import StepBounds, band_at, bounds_at
+from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
 from nas.search.selection import Scored, Timed, paired_error, rank, spread
 from nas.tables import StepRow, write_steps
 from space.neighbours import count_contractions, shortlist
@@ -66,20 +66,20 @@ def _step(
 ) -> list[Incumbent] | Stuck:
     config, family = run.config, run.family
     seed_params = family.count_params(run.seed_arch, run.context)
-    band = band_at(seed_params, config, step)
-    counted = sum(
-        count_contractions(family, incumbent.arch, run.context, band) for incumbent in incumbents
-    )
     bounds = {
         incumbent.key: bounds_at(
             step,
             config,
             seed_params=seed_params,
-            seed_images_per_s=_seed_images_per_s(run),
+            seed_values=run.seed_values,
             parent_ratio=incumbent.ratio,
         )
         for incumbent in incumbents
     }
+    band = bounds[incumbents[0].key].band
+    counted = sum(
+        count_contractions(family, incumbent.arch, run.context, band) for incumbent in incumbents
+    )
     tried: set[str] = set()
     failed = 0
     for draw in range(config.draws):
@@ -118,23 +118,33 @@ def band_text(lo: int, hi: int) -> str:
 
 
 def _lighter(run: Run, bounds: StepBounds, draw: int) -> int | None:
-    """Return the most MACs that a further draw looks at; the first draw has no such bound.
+    """Return the most MACs that a further draw looks at; the first draw has only the run's own.
 
     When no contraction of the first draw was fast enough, the fewest notches were the wrong
-    place to look: each further draw asks for fewer MACs than the throughput ratio suggests.
+    place to look: each further draw asks for fewer MACs than the required pace suggests.
     """
+    own = bounds.band.max_macs
     if draw == 0:
-        return None
-    ratio = bounds.ratio or 1.0
-    if bounds.images_per_s is not None:
-        ratio = max(ratio, bounds.images_per_s / _seed_images_per_s(run))
-    return int(run.seed_macs / ratio * 0.8 ** (draw - 1))
+        return own
+    ratio = bounds.least_ratio or 1.0
+    for required in bounds.requirements:
+        seed = run.seed_values[run_requirement(run, required)]
+        if required.metric == "speedup":
+            ratio = max(ratio, required.bound)
+        elif required.metric in PACE:
+            faster = required.bound / seed if required.sense == ">=" else seed / required.bound
+            ratio = max(ratio, faster)
+    lighter = int(run.seed_macs / ratio * 0.8 ** (draw - 1))
+    return lighter if own is None else min(own, lighter)
 
 
-def _seed_images_per_s(run: Run) -> float:
-    measured = run.measure(run.seed_arch, "seed", reference=None)
-    assert isinstance(measured, Measurement)
-    return measured.images_per_s
+def run_requirement(run: Run, tightened: Requirement) -> Requirement:
+    """Return the run's own requirement that a step's tightened one stands for."""
+    return next(
+        r
+        for r in requirements_of(run.config)
+        if (r.metric, r.setting) == (tightened.metric, tightened.setting)
+    )
 
 
 @dataclass(frozen=True)
@@ -304,15 +314,13 @@ def _stuck(
     if slow:
         bound = next(iter(bounds.values()))
         nearest = max(slow, key=lambda r: r.ratio or 0.0)
-        need = []
-        if bound.ratio is not None:
-            need.append(f"{bound.ratio:.3f}x the seed")
-        if bound.images_per_s is not None:
-            need.append(f"{bound.images_per_s:.1f} images/s")
+        need = bound.describe()
+        if bound.least_ratio is not None:
+            need = " and ".join(filter(None, (f"{bound.least_ratio:.3f}x the seed", need)))
         return Stuck(
             f"{where}throughput binds: {len(slow)} of {len(rows)} candidates in {band} miss "
-            f"{' and '.join(need)}; the nearest, {nearest.label}, reached {nearest.ratio:.3f}x "
-            f"({nearest.images_per_s:.1f} images/s)"
+            f"{need}; the nearest, {nearest.label}, reached {nearest.ratio:.3f}x "
+            f"({nearest.images_per_s:.1f} images/s): {nearest.reason}"
         )
     last = rows[-1].reason if rows else "no reason recorded"
     return Stuck(f"{where}all {failed or len(rows)} candidates in {band} failed, the last: {last}")

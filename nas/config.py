@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from nas.requirement import parse_requirement
 from space.errors import refuse
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
@@ -83,7 +84,9 @@ class RunConfig:
     and threads end with the same arch, score and weights.
 
     Sizes are counts; `max_broken` and `params_tolerance` are shares; `min_throughput` is images/s
-    at `bench_batch` and `bench_dtype`; `min_speedup` is a ratio to the seed's throughput.
+    at `bench_batch` and `bench_dtype`; `min_speedup` is a ratio to the seed's throughput; `require`
+    are further requirements as `nas.requirement` reads them. `device_table` are files of
+    measurements made on the device that the result is for, when it is not this one.
     """
 
     seed: str
@@ -93,6 +96,8 @@ class RunConfig:
     params_tolerance: float = 0.10
     min_throughput: float | None = None
     min_speedup: float | None = None
+    require: tuple[str, ...] = ()
+    device_table: tuple[str, ...] = ()
     data: str = "digits"
     img_size: int | None = None
     proxy_images: int | None = None
@@ -127,14 +132,20 @@ class RunConfig:
     device: str = "cpu"
     threads: int = 1
     random_seed: int = 0
+    bench_runtime: str = "eager"
+    bench_device: str | None = None
     measurements: str | None = None
+    measurement_cache: bool = True
 
     def __post_init__(self) -> None:
         check_config(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, the inverse of `config_from_dict`."""
-        return dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
 
 def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
@@ -149,7 +160,10 @@ def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
             "the settings of this version",
             "start a new run in another folder",
         )
-    return RunConfig(**data)
+    settings = dict(data)
+    for name in ("require", "device_table"):
+        settings[name] = tuple(settings.get(name, ()))
+    return RunConfig(**settings)
 
 
 def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +175,7 @@ def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag(name: str) -> str:
     """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
-    negated = name in ("anchors", "pixel_cache")
+    negated = name in ("anchors", "pixel_cache", "measurement_cache")
     return ("--no-" if negated else "--") + name.replace("_", "-")
 
 
@@ -198,6 +212,15 @@ def check_config(config: RunConfig) -> None:
         if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
             unit = "images/s" if name == "min_throughput" else "a ratio to the seed, such as 1.9"
             raise refuse(flag(name), value, f"a number above 0 ({unit})")
+    if config.bench_dtype not in ("float32", "bfloat16", "float16"):
+        raise refuse("--bench-dtype", config.bench_dtype, "float32, bfloat16 or float16")
+    kind, _, index = config.device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or config.device == "cpu:":
+        raise refuse("--device", config.device, "cpu, cuda or cuda:N")
+    if isinstance(config.require, str) or not all(isinstance(r, str) for r in config.require):
+        raise refuse("--require", config.require, "a list of requirements")
+    for text in config.require:
+        parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch)
     if not 0.0 <= config.params_tolerance < 1.0:
         raise refuse("--params-tolerance", config.params_tolerance, "a share in [0, 1)")
     if not 0.0 <= config.max_broken < 1.0:
@@ -213,11 +236,6 @@ def check_config(config: RunConfig) -> None:
         raise refuse("--beam", config.beam, f"at most --proxied={config.proxied}")
     if config.proxy_init not in ("inherit", "scratch"):
         raise refuse("--proxy-init", config.proxy_init, "inherit or scratch")
-    if config.bench_dtype not in ("float32", "bfloat16", "float16"):
-        raise refuse("--bench-dtype", config.bench_dtype, "float32, bfloat16 or float16")
-    kind, _, index = config.device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or config.device == "cpu:":
-        raise refuse("--device", config.device, "cpu, cuda or cuda:N")
     if config.labels is not None and config.teacher != "auto":
         raise refuse(
             "--labels with --teacher",

@@ -26,6 +26,7 @@ def contract(
     resume: bool = False,
     max_hours: float | None = None,
     cache_dir: str | Path | None = None,
+    finalists: str | Path | None = None,
     quiet: bool = True,
     console: Any = None,
     executor: Any = None,
@@ -54,6 +55,7 @@ def contract(
         quiet=quiet,
         console=console,
         executor=executor,
+        finalists=None if finalists is None else Path(finalists),
     )
 
 
@@ -92,6 +94,23 @@ def build_parser() -> Parser:
         metavar="RATIO",
         help="least throughput relative to the seed, timed interleaved (default: no such bound; "
         "with neither, a contraction must not be slower than what it came from, less 2 %%)",
+    )
+    goal.add_argument(
+        "--require",
+        action="append",
+        metavar="REQUIREMENT",
+        help="METRIC>=VALUE@DEVICE[:RUNTIME][:DTYPE][:bBATCH], may be repeated: "
+        "'speedup>=1.9@cpu:onnxruntime:b1', 'images_per_s>=3000@cuda:b256', "
+        "'latency_ms<=20@cpu:b1', "
+        "'latency_p99_ms<=30@cpu', 'peak_mem_mb<=400@cpu:b1', 'macs<=1.2G', 'params<=5.2M'",
+    )
+    goal.add_argument(
+        "--device-table",
+        nargs="+",
+        metavar="FILE",
+        help="measurements of a device that is not this one, made there by python -m "
+        "benchmarks.throughput; what it has not measured is predicted, and nothing is promised "
+        "before the finalists are measured there (--finalists)",
     )
     goal.add_argument("--family", help="kind of model (default: tinyvit)")
     data = parser.add_argument_group("data and teacher")
@@ -192,6 +211,19 @@ def build_parser() -> Parser:
     device.add_argument(
         "--bench-batch", type=int, metavar="N", help=f"images a pass ({_defaults('bench_batch')})"
     )
+    device.add_argument(
+        "--bench-runtime",
+        metavar="NAME",
+        help="what executes the networks that are timed: eager, eager-fused, compile, onnxruntime, "
+        "openvino, ... (default: eager)",
+    )
+    device.add_argument("--bench-device", help="where they are timed (default: --device)")
+    device.add_argument(
+        "--no-measurement-cache",
+        dest="measurement_cache",
+        action="store_false",
+        help="time everything anew instead of taking what earlier runs measured on this device",
+    )
     device.add_argument("--bench-dtype", help="float32, bfloat16 or float16 (default: float32)")
     device.add_argument(
         "--bench-blocks",
@@ -222,6 +254,11 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="continue a run that was interrupted (DIR, or the --out folder)",
     )
+    process.add_argument(
+        "--finalists",
+        metavar="FILE",
+        help="with --resume: the finalists as measured on the device of --device-table",
+    )
     process.add_argument("--status", metavar="DIR", help="tell where a run stands, and exit")
     process.add_argument("--max-hours", type=float, metavar="H", help="stop in time, exit status 3")
     process.add_argument(
@@ -235,7 +272,7 @@ def build_parser() -> Parser:
     return parser
 
 
-_SESSION = ("out", "resume", "status", "max_hours", "cache_dir", "quiet", "json")
+_SESSION = ("out", "resume", "finalists", "status", "max_hours", "cache_dir", "quiet", "json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -281,6 +318,7 @@ def _run(
         resume=resume,
         max_hours=session_given.get("max_hours"),
         cache_dir=session_given.get("cache_dir"),
+        finalists=session_given.get("finalists"),
         quiet=quiet,
         **arguments,
     )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,12 @@ from nas.data import Dataset, DataSpec, open_dataset, prepare
 from nas.data.values import EMBEDDED
 from nas.executor import InlineExecutor, LocalExecutor
 from nas.jobs import Job, Result
+from nas.measure.device_table import DeviceTable
+from nas.measure.fingerprint import usable_cpus
+from nas.measure.runtimes import check_setting
 from nas.progress import Console
-from nas.search.constraints import band_at
+from nas.requirement import COUNTED, LATENCIES
+from nas.search.constraints import band_at, requirements_of, settings_of
 from space import Context
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -29,13 +32,6 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     return RunConfig(**settings)
 
 
-def usable_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     """Make the paths among the settings absolute, so that a resume may start elsewhere."""
     resolved = dict(given)
@@ -46,11 +42,25 @@ def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
             path = Path(value).expanduser()
             if path.exists():
                 resolved[name] = str(path.resolve())
+    if "require" in resolved:
+        resolved["require"] = _texts("--require", resolved["require"])
+    if "device_table" in resolved:
+        files = _texts("--device-table", resolved["device_table"])
+        resolved["device_table"] = tuple(str(Path(p).expanduser().resolve()) for p in files)
     names = {f.name for f in dataclasses.fields(RunConfig)}
     unknown = sorted(set(resolved) - names)
     if unknown:
         raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
     return resolved
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """Return a setting of several texts as a tuple; one text alone is one."""
+    if isinstance(value, (str, Path)):
+        return (str(value),)
+    if not isinstance(value, (list, tuple)):
+        raise refuse(name, value, "a text, or several")
+    return tuple(str(each) for each in value)
 
 
 def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
@@ -145,12 +155,73 @@ def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Datas
         )
 
 
-def ask_fingerprint(config: RunConfig, worker: LocalExecutor | InlineExecutor) -> Mapping[str, Any]:
-    """Have the worker look at the device; one that is not there, or not working, is refused."""
-    result = worker.run(Job("hello", "hello", {"device": config.device}))
-    if not result.ok:
-        if result.values.get("input_error"):
-            raise InputError(result.reason)
-        raise refuse(flag("device"), config.device, "a device that works", result.reason or "")
-    fingerprint: Mapping[str, Any] = result.values["fingerprint"]
-    return fingerprint
+def check_requirements(
+    config: RunConfig, family: Family, seed: Arch, dataset: Dataset, table: DeviceTable | None
+) -> None:
+    """Refuse requirements that contradict, cannot be measured here or cannot be counted down to."""
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    required = requirements_of(config)
+    asked = [(r.metric, r.setting) for r in required]
+    for one in required:
+        if asked.count((one.metric, one.setting)) > 1:
+            raise refuse("--require", one.text, "each metric once a setting", "drop one of the two")
+    floor = family.floor(seed, context)
+    for one in required:
+        if one.metric in COUNTED:
+            count = family.count_params if one.metric == "params" else family.count_macs
+            least = count(floor, context)
+            if one.bound < least:
+                remedy = f"the smallest contraction of {config.seed} has {least:,}"
+                raise refuse("--require", one.text, f"{one.metric}<={least} or more", remedy)
+    for setting in settings_of(config):
+        if table is None or setting != table.setting:
+            check_setting(setting, "--require" if config.require else "--bench-runtime")
+            continue
+        for one in required:
+            latency = one.metric in LATENCIES
+            known = one.metric in ("speedup", "images_per_s") or (
+                one.metric == "latency_ms" and setting.batch == 1
+            )
+            if one.setting == setting and not known:
+                want = "speedup or images_per_s" + (", or latency_ms at batch 1" if latency else "")
+                raise refuse("--require", one.text, want, "the device table knows no more")
+
+
+def ask_fingerprints(
+    config: RunConfig, worker: LocalExecutor | InlineExecutor, table: DeviceTable | None
+) -> dict[str, Mapping[str, Any]]:
+    """Have the worker look at every device; one that is not there, or not working, is refused.
+
+    Returns a fingerprint by device, that of `--device` first. A table's device is not here.
+    """
+    elsewhere = None if table is None else table.setting
+    timed = [setting.device for setting in settings_of(config) if setting != elsewhere]
+    found: dict[str, Mapping[str, Any]] = {}
+    for device in dict.fromkeys((config.device, *timed)):
+        result = worker.run(Job("hello", "hello", {"device": device}))
+        if not result.ok:
+            if result.values.get("input_error"):
+                raise InputError(result.reason)
+            named = flag("device") if device == config.device else "--require"
+            raise refuse(named, device, "a device that works", result.reason or "")
+        found[device] = result.values["fingerprint"]
+    return found
+
+
+def read_device_table(
+    config: RunConfig, paths: Sequence[Path], family: Family, seed: Arch, dataset: Dataset
+) -> tuple[RunConfig, DeviceTable | None]:
+    """Read `--device-table`; the run is then about that device and setting.
+
+    Returns the configuration with the table's setting as the one of the `--bench` flags.
+    """
+    if not paths:
+        return config, None
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    table = DeviceTable(paths, family, context, seed)
+    setting = table.setting
+    told = dataclasses.replace(
+        config, bench_device=setting.device, bench_runtime=setting.runtime,
+        bench_dtype=setting.dtype, bench_batch=setting.batch,
+    )  # fmt: skip
+    return told, table

@@ -6,47 +6,110 @@ import hashlib
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nas.files import read_json, write_json
-from nas.gates import REFERENCE_CONTEXT
+from nas.gates import REFERENCE_CONTEXT, shown, told
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.run import Incumbent, Run
+from nas.search.constraints import requirements_of
 from space.errors import InputError
 from space.family import Arch
 
 Z95 = 1.959963984540054
 
 
-def pick_winner(run: Run, ranked: Sequence[Incumbent]) -> tuple[Incumbent, Measurement] | str:
-    """Time the finalists afresh, best first; return the first that the bounds do not reject.
+@dataclass(frozen=True)
+class Unverified:
+    """Finalists that only predictions speak for: measure them on their device first."""
 
-    Otherwise a sentence that says by how much the last one missed.
+    finalists: tuple[Incumbent, ...]
+
+
+def pick_winner(
+    run: Run, ranked: Sequence[Incumbent]
+) -> tuple[Incumbent, Measurement, tuple[str, ...]] | Unverified | str:
+    """Time the finalists afresh, best first; return the first that no requirement rejects,
+    with its primary timing and every requirement's verdict.
+
+    Otherwise a sentence that says by how much the last one missed. Where a device table predicts,
+    nothing is promised: finalists that it has not measured and does not rule out are returned.
     """
-    config = run.config
-    said = ""
+    said, likely = "", []
     for finalist in ranked:
+        missed, primary, guessed, verdicts = _fresh(run, finalist)
+        if missed:
+            said = f"{run.family.label(finalist.arch)}, timed afresh, {missed}"
+        elif guessed:
+            likely.append(finalist)
+        else:
+            assert primary is not None
+            return finalist, primary, verdicts
+    return Unverified(tuple(likely)) if likely else said
+
+
+def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool, tuple[str, ...]]:
+    """Time a finalist under every setting.
+
+    Returns what it missed, its primary timing, whether any of it is a guess, and all verdicts.
+    """
+    primary, guessed = None, False
+    verdicts: tuple[str, ...] = ()
+    for setting in run.settings:
+        required = tuple(r for r in requirements_of(run.config) if r.setting == setting)
+        if not required and setting != run.primary:
+            continue
         measured = run.measure(
             finalist.arch,
             "final",
             reference=run.seed_arch,
-            ratio_at_least=config.min_speedup,
-            images_per_s_at_least=config.min_throughput,
+            requirements=required,
+            setting=setting,
         )
         if isinstance(measured, Result):
-            said = f"{run.family.label(finalist.arch)} failed when timed afresh: {measured.reason}"
-            continue
-        if measured.meets(config.min_speedup, config.min_throughput) != "fail":
-            return finalist, measured
-        said = (
-            f"throughput binds: timed afresh, {run.family.label(finalist.arch)} reached "
-            f"{measured.ratio:.3f}x the seed, {measured.images_per_s:.1f} images/s"
-        )
-    return said
+            return f"failed under {setting.text}: {measured.reason}", primary, guessed, verdicts
+        if setting == run.primary:
+            primary = measured
+        guessed = guessed or run.predicts(setting, finalist.arch, final=True)
+        verdicts += tuple(told(measured, one) for one in required)
+        for one in required:
+            if measured.judge(one) == "fail":
+                missed = f"misses {one.text}: {shown(measured, one.metric)}"
+                return missed, primary, guessed, verdicts
+    return "", primary, guessed, verdicts
+
+
+def write_finalists(run: Run, finalists: Sequence[Incumbent]) -> str:
+    """Write `finalists.json`, the archs to measure on the table's device; return the command."""
+    table = run.table
+    assert table is not None, "only predictions leave finalists unverified"
+    path = run.folder.path / "finalists.json"
+    listed = []
+    for each in finalists:
+        guess = table.measurement(each.arch)
+        listed.append(
+            {
+                "arch": run.family.to_dict(each.arch),
+                "label": run.family.label(each.arch),
+                "predicted_images_per_s": [
+                    guess.images_per_s, guess.images_per_s_lo, guess.images_per_s_hi
+                ],
+                "predicted_ratio": [guess.ratio, guess.ratio_lo, guess.ratio_hi],
+            }
+        )  # fmt: skip
+    write_json(path, {"family": run.family.name, "finalists": listed})
+    setting = table.setting
+    return (
+        f"python -m benchmarks.throughput --arch {path} --reference {run.config.seed} "
+        f"--device {setting.device} --runtime {setting.runtime} --dtype {setting.dtype} "
+        f"--batch {setting.batch} --img-size {run.context.img_size} "
+        f"--num-classes {run.context.num_classes} --out finalists.csv"
+    )
 
 
 def final_training(run: Run, arch: Arch, seed: Incumbent) -> Result:
@@ -88,6 +151,7 @@ def _side(
         "ratio": measured.ratio,
         "ratio_lo": measured.ratio_lo,
         "ratio_hi": measured.ratio_hi,
+        "basis": run.basis(arch, final=True),
         "top1": values["test_top1"],
         "top1_se": values["test_top1_se"],
         "test_n": values["test_n"],
@@ -114,7 +178,11 @@ def paired_difference(a: Path, b: Path) -> dict[str, float]:
 
 
 def compare(
-    run: Run, seed: Incumbent, winner: Incumbent, measured: Measurement
+    run: Run,
+    seed: Incumbent,
+    winner: Incumbent,
+    measured: Measurement,
+    verdicts: Sequence[str] = (),
 ) -> dict[str, Any] | str:
     """Train and test the winner beside the published seed nearest in size, treated alike.
 
@@ -127,6 +195,7 @@ def compare(
         "init": run.config.proxy_init,
         "epochs": run.config.final_epochs,
         "winner": _side(run, "winner", winner.arch, measured, trained.values),
+        "requirements": list(verdicts),
         "fvcore_macs": trained.values.get("fvcore_macs"),
     }
     name, arch = nearest_published(run, final["winner"]["params"])

@@ -1,4 +1,4 @@
-"""A step's gates on throughput, and the ledger rows of those that stop there."""
+"""A step's gates on what is measured, and the ledger rows of those that stop there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
+from nas.requirement import Requirement
 from nas.run import Incumbent, Run
 from nas.search.constraints import StepBounds, band_at
 from nas.search.ledger import Row
@@ -17,15 +18,23 @@ from space.neighbours import Shortlisted
 REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
 """Where `params_1000` is counted."""
 
+UNITS = {"speedup": "x the seed", "images_per_s": " images/s", "peak_mem_mb": " MB"}
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shortlisted arch on its way through a step's gates."""
+    """A shortlisted arch on its way through a step's gates.
+
+    `measured` is under the run's primary setting; `verdicts` tells each requirement with what was
+    measured.
+    """
 
     of: Shortlisted
     key: str
     parent: Incumbent
     measured: Measurement | None = None
+    verdicts: tuple[str, ...] = ()
+    basis: str = ""
     seconds: float = 0.0
 
 
@@ -55,6 +64,8 @@ def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
         params=candidate.of.params,
         params_1000=family.count_params(arch, REFERENCE_CONTEXT),
         macs=candidate.of.macs,
+        requirements="; ".join(candidate.verdicts),
+        basis=candidate.basis,
         seconds=round(candidate.seconds, 3),
     )
     if measured is not None:
@@ -74,7 +85,7 @@ def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
 def add_row(run: Run, row: Row, arch: Arch, violation: float = 0.0) -> None:
     """Write one decided candidate to the study, with its violations (at most 0 where met).
 
-    `violation` is by how much it missed its throughput.
+    `violation` is by what share it missed a requirement.
     """
     seed_params = run.family.count_params(run.seed_arch, run.context)
     over = row.params - band_at(seed_params, run.config, row.step).hi
@@ -82,67 +93,90 @@ def add_row(run: Run, row: Row, arch: Arch, violation: float = 0.0) -> None:
 
 
 def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candidate | None:
-    """Time a candidate against its bounds; one that stops here becomes a row at once."""
+    """Time a candidate against its bounds, setting by setting, the primary one first.
+
+    One that stops here becomes a row at once, and is not measured under the settings left.
+    """
     if run.ledger.failed(step, candidate.key):
         return None
-    measured = run.measure(
-        candidate.of.arch,
-        "gate",
-        reference=run.seed_arch,
-        ratio_at_least=bounds.ratio,
-        images_per_s_at_least=bounds.images_per_s,
-    )
     arch = candidate.of.arch
-    if isinstance(measured, Result):
-        reason = measured.reason or "failed"
-        row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
-        add_row(run, replace(row, seconds=round(measured.seconds, 3)), arch)
-        return None
-    candidate = replace(candidate, measured=measured, seconds=measured.seconds)
-    verdict = _verdict(measured, bounds)
-    if verdict == "pass":
-        return candidate
-    reason, violation = _too_slow(measured, bounds, verdict)
-    row = row_of(run, step, candidate, stage="throughput", state="pruned", reason=reason)
-    add_row(run, row, arch, violation)
-    return None
+    for setting in run.settings:
+        required = bounds.under(setting)
+        if not required and setting != run.primary:
+            continue
+        measured = run.measure(
+            arch, "gate", reference=run.seed_arch, requirements=required, setting=setting, step=step
+        )
+        if isinstance(measured, Result):
+            reason = measured.reason or "failed"
+            if setting != run.primary:
+                reason = f"{setting.text}: {reason}"
+            row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
+            add_row(run, replace(row, seconds=round(row.seconds + measured.seconds, 3)), arch)
+            return None
+        guessed = run.predicts(setting, arch)
+        candidate = replace(
+            candidate,
+            measured=measured if setting == run.primary else candidate.measured,
+            basis=run.basis(arch) if setting == run.primary else candidate.basis,
+            verdicts=(*candidate.verdicts, *(told(measured, r) for r in required)),
+            seconds=candidate.seconds + measured.seconds,
+        )
+        missed = _missed(measured, required, bounds, guessed, primary=setting == run.primary)
+        if missed:
+            reason = "; ".join(text for text, _ in missed)
+            row = row_of(run, step, candidate, stage="throughput", state="pruned", reason=reason)
+            add_row(run, row, arch, max(violation for _, violation in missed))
+            return None
+    return candidate
 
 
-def _verdict(measured: Measurement, bounds: StepBounds) -> str:
-    """Judge a measurement: what a user asked for by the interval, the parent's pace by the median.
+def shown(measured: Measurement, metric: str) -> str:
+    """Write a measured value with its interval: `1.93 [1.90, 1.97]x the seed`."""
+    value, lo, hi = measured.interval(metric)
+    digits = 3 if metric == "speedup" else 1
+    unit = UNITS.get(metric, " ms")
+    if lo == hi:
+        return f"{value:.{digits}f}{unit}"
+    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]{unit}"
 
-    A requirement must be met by the whole interval. "Not slower than its parent" is a guard
-    without a promise: on a noisy machine no interval would ever clear a bound so near to 1.
+
+def told(measured: Measurement, required: Requirement) -> str:
+    """Say a requirement with its verdict and what was measured."""
+    return f"{required.text}: {measured.judge(required)} at {shown(measured, required.metric)}"
+
+
+def _missed(
+    measured: Measurement,
+    required: tuple[Requirement, ...],
+    bounds: StepBounds,
+    guessed: bool,
+    *,
+    primary: bool,
+) -> list[tuple[str, float]]:
+    """Say which bounds were missed, and by what share each.
+
+    A requirement must be met by the whole interval; a prediction may not miss it with all of its
+    own, as the device has the last word. "Not slower than its parent" is a guard without a
+    promise, judged by the median: on a noisy machine no interval would clear a bound so near to 1.
     """
-    if bounds.follows_parent:
-        assert bounds.ratio is not None
-        assert measured.ratio is not None
-        return "pass" if measured.ratio >= bounds.ratio else "fail"
-    return measured.meets(bounds.ratio, bounds.images_per_s)
-
-
-def _too_slow(measured: Measurement, bounds: StepBounds, verdict: str) -> tuple[str, float]:
-    """Say which bound was missed and by how much."""
-    word = "slower than" if verdict == "fail" else "not surely as fast as"
-    parts, violation = [], 0.0
-    if bounds.ratio is not None and (
-        bounds.follows_parent or measured.meets(bounds.ratio) != "pass"
-    ):
-        assert measured.ratio is not None
-        assert measured.ratio_lo is not None
-        what = "its parent less 2 %" if bounds.follows_parent else "required"
-        parts.append(
-            f"{word} {bounds.ratio:.3f}x the seed ({what}): "
-            f"{measured.ratio:.3f} [{measured.ratio_lo:.3f}, {measured.ratio_hi:.3f}]"
-        )
-        violation = max(violation, bounds.ratio - measured.ratio_lo)
-    if (
-        bounds.images_per_s is not None
-        and measured.meets(images_per_s_at_least=bounds.images_per_s) != "pass"
-    ):
-        parts.append(
-            f"{word} {bounds.images_per_s:.1f} images/s: {measured.images_per_s:.1f} "
-            f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}]"
-        )
-        violation = max(violation, 1 - measured.images_per_s_lo / bounds.images_per_s)
-    return "; ".join(parts), violation
+    found = []
+    if primary and bounds.least_ratio is not None:
+        ratio, lo, hi = measured.interval("speedup")
+        if ratio < bounds.least_ratio:
+            found.append(
+                (
+                    f"slower than {bounds.least_ratio:.3f}x the seed (its parent less 2 %): "
+                    f"{ratio:.3f} [{lo:.3f}, {hi:.3f}]",
+                    bounds.least_ratio / ratio - 1,
+                )
+            )
+    for one in required:
+        verdict = measured.judge(one)
+        if verdict == "pass" or (guessed and verdict == "undecided"):
+            continue
+        word = "misses" if verdict == "fail" else "does not surely meet"
+        _, lo, hi = measured.interval(one.metric)
+        violation = one.bound / lo - 1 if one.sense == ">=" else hi / one.bound - 1
+        found.append((f"{word} {one.text}: {shown(measured, one.metric)}", min(violation, 1e6)))
+    return found

@@ -11,9 +11,10 @@ from typing import Any
 from nas import labelling
 from nas.command import default_cache
 from nas.data import Dataset, DataSpec
-from nas.door import prepared, usable_cpus
+from nas.door import prepared
 from nas.executor import LocalExecutor
 from nas.jobs import Job, Result, Tick
+from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from space.errors import InputError, refuse
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from nas.data import Dataset
 from nas.executor import InlineExecutor, LocalExecutor
 from nas.files import read_json
 from nas.jobs import Job, Result
+from nas.measure.cache import MeasurementCache
+from nas.measure.device_table import DeviceTable
+from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Measurement
-from nas.measure.table import MeasurementTable
+from nas.measure.runtimes import find_runtime
+from nas.measure.table import MeasurementKey, MeasurementRow, MeasurementTable
 from nas.progress import Console
+from nas.requirement import LATENCIES, Requirement, Setting
 from nas.rundir import RunDir
+from nas.search.constraints import primary_setting, settings_of
 from nas.search.ledger import Ledger
 from space import Context
 from space.errors import InputError
@@ -61,7 +68,8 @@ class Run:
         console: Console,
         cache: Path,
         deadline: float | None,
-        fingerprint: Mapping[str, Any],
+        fingerprints: Mapping[str, Mapping[str, Any]],
+        table: DeviceTable | None = None,
     ) -> None:
         self.config = config
         self.family = family
@@ -73,7 +81,14 @@ class Run:
         self.console = console
         self.cache = cache
         self.deadline = deadline
-        self.fingerprint = fingerprint
+        self.fingerprints = fingerprints
+        self.fingerprint = fingerprints[config.device]
+        self.table = table
+        self.primary = primary_setting(config)
+        self.settings = settings_of(config)
+        self.kept = MeasurementCache(cache / "measurements")
+        self.reused = 0
+        self.seed_values: Mapping[Requirement, float] = {}
         self.store: Mapping[str, Any] = {}
         self.measurements = MeasurementTable(folder.path / "measurements.csv")
         # A run that was killed early may have its run.json and no study yet.
@@ -142,57 +157,125 @@ class Run:
         role: str,
         *,
         reference: Arch | None,
-        ratio_at_least: float | None = None,
-        images_per_s_at_least: float | None = None,
+        requirements: Sequence[Requirement] = (),
+        setting: Setting | None = None,
+        step: int | None = None,
     ) -> Measurement | Result:
         """Time an arch, interleaved with the reference, or take the stored measurement.
 
-        The measurement is in `measurements.csv` before it is returned. A failure (out of memory,
-        say) is returned as the failed `Result`.
+        `setting` is the run's primary one unless it is given. A stored measurement that leaves a
+        requirement open is made once more for a `step`, unless it was as long as allowed. The
+        measurement is in `measurements.csv` before it is returned. A failure (out of memory, say)
+        is returned as the failed `Result`. Under the setting of a device table, nothing is timed.
         """
-        key = self.key(arch)
-        reference_key = "" if reference is None else self.key(reference)
-        known = self.measurements.find(
-            role=role,
-            arch_key=key,
-            reference_key=reference_key,
-            img_size=self.context.img_size,
-            num_classes=self.context.num_classes,
-            in_chans=self.context.in_chans,
-            batch=self.config.bench_batch,
-            dtype=self.config.bench_dtype,
-            runtime="eager",
-            fingerprint=self.fingerprint["id"],
-        )
-        if known is not None:
+        setting = self.primary if setting is None else setting
+        if self.table is not None and setting == self.table.setting:
             self.console.advance(MEASURE_COST)
-            return known
+            return self.table.measurement(arch, final=role == "final")
+        weigh = any(r.metric == "peak_mem_mb" for r in requirements)
+        asked = self._question(arch, role, reference, setting)
+        roles = [role] if step is None else [f"{role}-s{step}", role]
+        for each in roles:
+            known = self._known(replace(asked, role=each))
+            open_still = known is not None and (
+                (weigh and known.peak_mem_bytes is None)
+                or (
+                    step is not None
+                    and each == role
+                    and known.blocks < self.config.bench_max_blocks
+                    and known.meets(requirements) == "undecided"
+                )
+            )
+            if known is not None and not open_still:
+                self.console.advance(MEASURE_COST)
+                return known
+            if open_still:
+                role = roles[0]
         spec = {
-            "family": self.family.name,
-            "arch": self.family.to_dict(arch),
-            "reference": None if reference is None else self.family.to_dict(reference),
+            "network": {"family": self.family.name, "arch": self.family.to_dict(arch)},
+            "reference": None
+            if reference is None
+            else {"family": self.family.name, "arch": self.family.to_dict(reference)},
             "context": _context_dict(self.context),
-            "batch": self.config.bench_batch,
-            "dtype": self.config.bench_dtype,
-            "device": self.config.device,
+            "setting": dataclasses.asdict(setting),
             "blocks": self.config.bench_blocks,
             "max_blocks": self.config.bench_max_blocks,
-            "ratio_at_least": ratio_at_least,
-            "images_per_s_at_least": images_per_s_at_least,
+            "bounds": _bounds(requirements),
             "random_seed": self.config.random_seed,
         }
-        result = self.do(Job("measure", f"{role}-{key}", spec), cost=MEASURE_COST)
+        name = f"{role}-{asked.arch_key}"
+        result = self.do(Job("measure", name, spec), cost=MEASURE_COST)
         if not result.ok:
             return result
         measured = Measurement.from_dict(result.values)
-        self.measurements.append(
-            role=role,
-            arch_key=key,
-            arch_label=self.family.label(arch),
-            reference_key=reference_key,
-            measurement=measured,
+        if weigh:
+            self.executor.close()  # memory is weighed in a process that did nothing else
+            weighed = self.do(Job("peak-memory", f"memory-{name}", spec))
+            if not weighed.ok:
+                return weighed
+            measured = replace(measured, **weighed.values)
+        if measured.fingerprint != asked.fingerprint:
+            raise InputError(
+                f"{setting.device}: the device or its software changed during the run, from "
+                f"{asked.fingerprint} to {measured.fingerprint}; start a new run"
+            )
+        row = MeasurementRow(
+            role, asked.arch_key, self.family.label(arch), asked.reference_key, measured
         )
+        self.measurements.append_row(row)
+        self.kept.add(row)
         return measured
+
+    def _question(
+        self, arch: Arch, role: str, reference: Arch | None, setting: Setting
+    ) -> MeasurementKey:
+        return MeasurementKey(
+            role=role,
+            arch_key=self.key(arch),
+            reference_key="" if reference is None else self.key(reference),
+            img_size=self.context.img_size,
+            num_classes=self.context.num_classes,
+            in_chans=self.context.in_chans,
+            batch=setting.batch,
+            dtype=setting.dtype,
+            runtime=setting.runtime,
+            fingerprint=self.fingerprint_under(setting),
+        )
+
+    def _known(self, key: MeasurementKey) -> Measurement | None:
+        """Look a measurement up in this run's table, then in the cache of earlier runs."""
+        known = self.measurements.find(**vars(key))
+        if known is None and self.config.measurement_cache:
+            cached = self.kept.find(key)
+            if cached is not None and cached.measurement.blocks >= self.config.bench_blocks:
+                self.measurements.append_row(cached)
+                self.reused += 1
+                known = cached.measurement
+        return known
+
+    def fingerprint_under(self, setting: Setting) -> str:
+        """Return the fingerprint id of a number measured under a setting in this run."""
+        device = Fingerprint.from_dict(self.fingerprints[setting.device])
+        runtime = find_runtime(setting.runtime, "--require")
+        return device.under(
+            runtime=runtime.name,
+            runtime_version=runtime.version(),
+            dtype=setting.dtype,
+            batch=setting.batch,
+            img_size=self.context.img_size,
+        ).id
+
+    def predicts(self, setting: Setting, arch: Arch, *, final: bool = False) -> bool:
+        """Tell whether an arch's throughput under a setting is a prediction, not a measurement."""
+        if self.table is None or setting != self.table.setting:
+            return False
+        return not self.table.exact(arch, final=final)
+
+    def basis(self, arch: Arch, *, final: bool = False) -> str:
+        """Say where an arch's throughput under the primary setting comes from."""
+        if self.table is None or self.primary != self.table.setting:
+            return "measured"
+        return "table" if self.table.exact(arch, final=final) else "predicted"
 
     # Training
 
@@ -281,6 +364,19 @@ def _file_digest(init: str) -> str | None:
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _bounds(requirements: Sequence[Requirement]) -> dict[str, Any]:
+    """Return what a timing is to decide, as `nas.measure.rounds.Bounds` takes it."""
+    bounds: dict[str, Any] = {}
+    for name, metric in (("ratio", "speedup"), ("images_per_s", "images_per_s")):
+        values = [r.bound for r in requirements if r.metric == metric]
+        if values:
+            bounds[name] = max(values)
+    bounds["latency_ms"] = [
+        [LATENCIES[r.metric], r.bound] for r in requirements if r.metric in LATENCIES
+    ]
+    return bounds
 
 
 def _context_dict(context: Context) -> dict[str, int]:

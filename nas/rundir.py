@@ -111,7 +111,7 @@ class RunDir:
         if self.created:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
-            for name in ("run.json", "study.db", "measurements.csv"):
+            for name in ("run.json", "study.db", "measurements.csv", "device_table.csv"):
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
             shutil.rmtree(self.work, ignore_errors=True)
@@ -142,6 +142,8 @@ def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfi
     config = config_from_dict(run["config"])
     for name, value in given.items():
         before = getattr(config, name)
+        if isinstance(before, tuple):
+            before, value = list(before), list(value)
         if value != before:
             raise refuse(
                 flag(name),

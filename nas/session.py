@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,16 +15,20 @@ from typing import Any
 from nas import finish, stage
 from nas.campaign import band_text, contract_steps
 from nas.door import (
-    ask_fingerprint,
+    ask_fingerprints,
     check_possible,
+    check_requirements,
     make_config,
     read_data,
+    read_device_table,
     resolved,
     with_classes,
 )
 from nas.executor import InlineExecutor, LocalExecutor, OutOfTime
 from nas.files import write_json
-from nas.measure.table import MeasurementTable, read_measurements
+from nas.measure.device_table import DeviceTable
+from nas.measure.rows import read_rows, write_rows
+from nas.measure.table import MeasurementRow, read_measurements
 from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
 from nas.report import write_report
@@ -37,12 +41,16 @@ from space.errors import InputError, refuse
 
 Executor = LocalExecutor | InlineExecutor
 
+DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
+"""What a run with `--device-table` keeps of it: its own copy, and its finalists' measurements."""
+
 
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended.
 
-    `status` is `reached`, `stuck` or `stopped` (out of time); `exit_code` 0 or 3; `message` one
+    `status` is `reached`, `stuck`, `unverified` (only predictions of another device speak for the
+    finalists) or `stopped` (out of time); `exit_code` 0 or 3; `message` one
     sentence; `folder` the run's; `result` the content of `result.json`.
     """
 
@@ -63,6 +71,7 @@ def run(
     quiet: bool,
     console: Console | None,
     executor: Executor | None,
+    finalists: Path | None = None,
 ) -> Outcome:
     """Start or continue a run; see `nas.contract.contract`."""
     # Results and records must be on disk before the deadline: a few seconds are theirs.
@@ -72,7 +81,11 @@ def run(
     if resume:
         if out is None:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
-        return _resume(given, RunDir(out), deadline, cache, console, executor)
+        return _resume(given, RunDir(out), deadline, cache, console, executor, finalists)
+    if finalists is not None:
+        raise refuse(
+            "--finalists", finalists, "an earlier run's --resume", "name the run: --resume DIR"
+        )
     return _start(given, out, deadline, cache, console, executor)
 
 
@@ -99,30 +112,25 @@ def _start(
         folder.create()  # refuses, before the data is read
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
     check_possible(config, family, seed_arch, dataset)
+    tables = [Path(p) for p in config.device_table]
+    config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
+    check_requirements(config, family, seed_arch, dataset, device_table)
     folder.create()
     own = executor is None
     worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
     bench: Run | None = None
     try:
-        fingerprint = ask_fingerprint(config, worker)
-        table = MeasurementTable(folder.path / "measurements.csv")
-        for row in rows:
-            if row.measurement.fingerprint == fingerprint["id"]:
-                table.append_row(row)
-        if rows and not table.rows:
-            raise refuse(
-                "--measurements",
-                f"{config.measurements} without this fingerprint",
-                f"measurements of {fingerprint['id']}",
-                "measure on this device and software",
-            )
+        fingerprints = ask_fingerprints(config, worker, device_table)
+        if device_table is not None:
+            write_rows(folder.path / DEVICE_ROWS, device_table.rows)
         folder.write_run(
             {
                 "config": config.to_dict(),
                 "command": " ".join(sys.argv),
                 "git": git_commit(),
                 "versions": versions(),
-                "fingerprint": dict(fingerprint),
+                "fingerprint": dict(fingerprints[config.device]),
+                "fingerprints": {name: dict(of) for name, of in fingerprints.items()},
                 "dataset": dataset_card(dataset),
             }
         )
@@ -136,8 +144,10 @@ def _start(
             console=console,
             cache=cache,
             deadline=deadline,
-            fingerprint=fingerprint,
+            fingerprints=fingerprints,
+            table=device_table,
         )
+        _adopt(bench, rows)
         return _work(bench, fresh=True)
     except InputError:
         worker.close()
@@ -160,8 +170,8 @@ def _resume(
     cache: Path,
     console: Console,
     executor: Executor | None,
+    finalists: Path | None = None,
 ) -> Outcome:
-
     data = folder.open()
     own = executor is None
     worker = executor
@@ -171,7 +181,8 @@ def _resume(
         seed_arch = family.arch(config.seed_arch)
         if folder.result_json.exists():
             result = finish.read_result(folder.result_json)
-            if result["status"] != "stopped":
+            waits = result["status"] == "unverified" and finalists is not None
+            if result["status"] != "stopped" and not waits:
                 if not (folder.path / "report.md").exists():  # killed after the result
                     write_report(folder.path)
                 return Outcome(
@@ -187,19 +198,12 @@ def _resume(
                 "restore the data or start a new run",
             )
         worker = worker or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
-        fingerprint = ask_fingerprint(config, worker)
-        if fingerprint["id"] != data["fingerprint"]["id"]:
-            changed = [
-                f"{name} {data['fingerprint'].get(name)} -> {value}"
-                for name, value in fingerprint.items()
-                if name != "id" and data["fingerprint"].get(name) != value
-            ]
-            raise refuse(
-                "--resume",
-                f"another device or software ({'; '.join(changed)})",
-                "that of the run's measurements",
-                "resume there, or start a new run here",
-            )
+        tables = [folder.path / DEVICE_ROWS] if config.device_table else []
+        config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
+        _take_finalists(folder, device_table, finalists)
+        fingerprints = ask_fingerprints(config, worker, device_table)
+        for device, fingerprint in fingerprints.items():
+            _same_device(data["fingerprints"].get(device, {}), fingerprint)
         bench = Run(
             config=config,
             family=family,
@@ -210,7 +214,8 @@ def _resume(
             console=console,
             cache=cache,
             deadline=deadline,
-            fingerprint=fingerprint,
+            fingerprints=fingerprints,
+            table=device_table,
         )
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
@@ -222,6 +227,57 @@ def _resume(
         if own and worker is not None:
             worker.close()
         folder.release()
+
+
+def _same_device(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run on another device or software than it was measured on."""
+    if before.get("id") == now["id"]:
+        return
+    changed = [
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if name != "id" and before.get(name) != value
+    ]
+    raise refuse(
+        "--resume",
+        f"another device or software ({'; '.join(changed)})",
+        "that of the run's measurements",
+        "resume there, or start a new run here",
+    )
+
+
+def _take_finalists(folder: RunDir, table: DeviceTable | None, finalists: Path | None) -> None:
+    """Keep what was measured of the finalists with the run, and let the table know it."""
+    kept = folder.path / FINALIST_ROWS
+    if finalists is not None:
+        if table is None:
+            raise refuse(
+                "--finalists", finalists, "a run with a --device-table", "drop --finalists"
+            )
+        rows = read_rows(finalists, "--finalists")
+        table.add_finalists(rows, "--finalists")
+        write_rows(kept, rows)
+    elif table is not None and kept.exists():
+        table.add_finalists(read_rows(kept, "--finalists"), str(kept))
+
+
+def _adopt(bench: Run, rows: Sequence[MeasurementRow]) -> None:
+    """Take over another run's measurements that were made under a setting of this one."""
+    own = {
+        bench.fingerprint_under(setting)
+        for setting in bench.settings
+        if bench.table is None or setting != bench.table.setting
+    }
+    fitting = [row for row in rows if row.measurement.fingerprint in own]
+    for row in fitting:
+        bench.measurements.append_row(row)
+    if rows and not fitting:
+        raise refuse(
+            "--measurements",
+            f"{bench.config.measurements} without this fingerprint",
+            f"measurements of {', '.join(sorted(own))}",
+            "measure on this device and software",
+        )
 
 
 def _say_interrupted(folder: RunDir, console: Console) -> None:
@@ -253,9 +309,15 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
             picked = finish.pick_winner(bench, incumbents)
             if isinstance(picked, str):
                 status, message = "stuck", picked
+            elif isinstance(picked, finish.Unverified):
+                status, message, best = (
+                    "unverified",
+                    _unverified(bench, picked),
+                    picked.finalists[0],
+                )
             else:
-                winner, measured = picked
-                compared = finish.compare(bench, seed, winner, measured)
+                winner, measured, verdicts = picked
+                compared = finish.compare(bench, seed, winner, measured, verdicts)
                 if isinstance(compared, str):
                     status, message = "stuck", compared
                 else:
@@ -296,7 +358,7 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
     bench.ledger.write_csv(bench.folder.path / "ledger.csv")
     write_json(bench.folder.result_json, result)
     write_report(bench.folder.path)
-    if status != "stopped":
+    if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
 
@@ -318,10 +380,22 @@ def _reached(bench: Run, final: Mapping[str, Any]) -> str:
         f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
         f"test top-1 {winner['top1']:.1%} +- {winner['top1_se']:.1%}"
     )
-    bound = bench.config.min_speedup
-    if bound is not None and winner["ratio_lo"] < bound:
-        said += f"; the fresh interval straddles the bound {bound}"
+    for verdict in final["requirements"]:
+        if ": undecided at " in verdict:
+            said += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
+    if bench.reused:
+        said += f"; {bench.reused} measurements were taken from the cache of earlier runs"
     return said
+
+
+def _unverified(bench: Run, found: finish.Unverified) -> str:
+    """Say what is left to do before anything is promised."""
+    command = finish.write_finalists(bench, found.finalists)
+    return (
+        f"unverified: {len(found.finalists)} finalists meet the requirements by prediction only; "
+        f"measure them on their device: {command}; then go on here with: python -m nas.contract "
+        f"--resume {bench.folder.path} --finalists finalists.csv"
+    )
 
 
 def _score(final: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from nas import labelling
-from nas.config import flag
-from nas.gates import REFERENCE_CONTEXT
+from nas.config import RunConfig, flag
+from nas.gates import REFERENCE_CONTEXT, shown
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
+from nas.requirement import Requirement, Setting
 from nas.run import MEASURE_COST, Incumbent, Run
+from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.ledger import Row
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -47,12 +49,8 @@ def expected_cost(run: Run) -> float:
 def announce(run: Run, *, fresh: bool) -> None:
     """Print the configuration, once, before any work."""
     config, family, context = run.config, run.family, run.context
-    bounds = []
-    if config.min_speedup is not None:
-        bounds.append(f"at least {config.min_speedup:g}x the seed's throughput")
-    if config.min_throughput is not None:
-        bounds.append(f"at least {config.min_throughput:g} images/s")
-    if not bounds:
+    bounds = [required.text for required in requirements_of(config)]
+    if not any(required.metric in PACE for required in requirements_of(config)):
         bounds.append("no step slower than its parent (2 % slack)")
     run.console.line(
         f"{'contract' if fresh else 'resume'} {config.seed} "
@@ -65,9 +63,12 @@ def announce(run: Run, *, fresh: bool) -> None:
         f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}"
     )
     run.console.line(
-        f"device {config.device}, {config.threads} threads, timing batch {config.bench_batch} "
-        f"{config.bench_dtype}; random seed {config.random_seed}; folder {run.folder.path}"
+        f"device {config.device}, {config.threads} threads, timing {run.primary.text}; "
+        f"random seed {config.random_seed}; folder {run.folder.path}"
     )
+    if run.table is not None:
+        for line in run.table.describe():
+            run.console.line(line)
 
 
 def prepare_seed(run: Run) -> Incumbent:
@@ -78,7 +79,8 @@ def prepare_seed(run: Run) -> Incumbent:
         f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
         f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
     )
-    _fast_enough(run, measured)
+    run.seed_values = {r: _seed_value(run, r) for r in requirements_of(run.config)}
+    _reachable(run)
     teacher = _labels(run)
     init = "scratch"
     if run.config.seed_weights is not None:
@@ -116,38 +118,63 @@ def prepare_seed(run: Run) -> Incumbent:
     )
 
 
-def _measured_seed(run: Run) -> Measurement:
-    measured = run.measure(run.seed_arch, "seed", reference=None)
+def _measured_seed(
+    run: Run, setting: Setting | None = None, requirements: tuple[Requirement, ...] = ()
+) -> Measurement:
+    setting = run.primary if setting is None else setting
+    measured = run.measure(
+        run.seed_arch, "seed", reference=None, requirements=requirements, setting=setting
+    )
     if isinstance(measured, Result):
         raise InputError(
-            f"--seed: {run.config.seed} cannot be timed at batch {run.config.bench_batch} on "
-            f"{run.config.device}: {measured.reason}; lower --bench-batch"
+            f"--seed: {run.config.seed} cannot be timed under {setting.text}: {measured.reason}; "
+            "lower the batch (--bench-batch, or :bN in --require)"
         )
     return measured
 
 
-def _fast_enough(run: Run, seed: Measurement) -> None:
-    """Refuse a throughput that even the smallest contraction does not reach, before training."""
+def _seed_value(run: Run, required: Requirement) -> float:
+    """Return the seed's own value of what is required, in the metric's unit."""
+    if required.setting is None:
+        count = run.family.count_params if required.metric == "params" else run.family.count_macs
+        return float(count(run.seed_arch, run.context))
+    if required.metric == "speedup":
+        return 1.0
+    # A bound with nothing to decide: the seed may miss it, that is what the steps are for.
+    weigh = (required,) if required.metric == "peak_mem_mb" else ()
+    measured = _measured_seed(run, required.setting, weigh)
+    return measured.interval(required.metric)[0]
+
+
+def _reachable(run: Run) -> None:
+    """Refuse requirements that even the smallest contraction does not meet, before training."""
     config = run.config
-    if config.min_speedup is None and config.min_throughput is None:
-        return
     floor = run.family.floor(run.seed_arch, run.context)
-    measured = run.measure(
-        floor,
-        "floor",
-        reference=run.seed_arch,
-        ratio_at_least=config.min_speedup,
-        images_per_s_at_least=config.min_throughput,
-    )
-    if isinstance(measured, Result):
-        return  # nothing is known then, so nothing is refused
-    reach = f"at most about {measured.ratio:.2f}x the seed, {measured.images_per_s:.0f} images/s"
-    remedy = f"the smallest contraction of {config.seed} reaches {reach}"
-    if config.min_speedup is not None and measured.meets(config.min_speedup) == "fail":
-        raise refuse(flag("min_speedup"), config.min_speedup, reach, remedy)
-    least = config.min_throughput
-    if least is not None and measured.meets(images_per_s_at_least=least) == "fail":
-        raise refuse(flag("min_throughput"), least, reach, remedy)
+    for setting in run.settings:
+        required = tuple(r for r in requirements_of(config) if r.setting == setting)
+        if not required:
+            continue
+        measured = run.measure(
+            floor, "floor", reference=run.seed_arch, requirements=required, setting=setting
+        )
+        if isinstance(measured, Result):
+            continue  # nothing is known then, so nothing is refused
+        for one in required:
+            if measured.judge(one) == "fail":
+                reach = f"about {shown(measured, one.metric)} at the very end"
+                raise refuse(
+                    short_form(config, one), one.text, reach,
+                    f"the smallest contraction of {config.seed} reaches no more",
+                )  # fmt: skip
+
+
+def short_form(config: RunConfig, required: Requirement) -> str:
+    """Return the flag that a requirement was given by."""
+    for name, metric in (("min_speedup", "speedup"), ("min_throughput", "images_per_s")):
+        same = (required.metric, required.setting) == (metric, bench_setting(config))
+        if same and getattr(config, name) is not None:
+            return flag(name)
+    return "--require"
 
 
 def weak_teacher(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> list[str]:
@@ -250,6 +277,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         ratio_lo=1.0,
         ratio_hi=1.0,
         reference=run.key(arch),
+        basis=run.basis(arch),
         soft_loss=trained.values["soft_loss"],
         soft_loss_se=trained.values["soft_loss_se"],
         top1=trained.values["top1"],

@@ -18,10 +18,10 @@ from nas.search.ledger import Row
 class StepRow:
     """One step in numbers.
 
-    `band_lo`, `band_hi` in parameters; `required` is the least throughput (ratio to the seed, or
-    images/s where the run has that bound); `contractions` counts the band exactly, summed over
-    the incumbents it starts from; `shortlisted` = `too_slow` + `not_selected` + `failed` +
-    `scored`. The rest describes the incumbent chosen.
+    `band_lo`, `band_hi` in parameters; `required` is what was to be met, in the words of
+    `--require` (without a required pace, the least ratio to the seed); `contractions` counts the
+    band exactly, summed over the incumbents it starts from; `shortlisted` = `too_slow` +
+    `not_selected` + `failed` + `scored`. The rest describes the incumbent chosen.
     """
 
     step: int
@@ -47,16 +47,14 @@ class StepRow:
         cls, step: int, bounds: StepBounds, counted: int, rows: Sequence[Row], best: Row
     ) -> StepRow:
         """Count the rows of one step."""
-        required = []
-        if bounds.ratio is not None:
-            required.append(f"{bounds.ratio:.4f}x")
-        if bounds.images_per_s is not None:
-            required.append(f"{bounds.images_per_s:.1f} images/s")
+        required = bounds.describe()
+        if bounds.least_ratio is not None:
+            required = " and ".join(filter(None, (f"{bounds.least_ratio:.4f}x", required)))
         return cls(
             step=step,
             band_lo=bounds.band.lo,
             band_hi=bounds.band.hi,
-            required=" and ".join(required),
+            required=required,
             contractions=counted,
             shortlisted=len(rows),
             too_slow=sum(r.stage == "throughput" and r.state == "pruned" for r in rows),

@@ -103,6 +103,19 @@ class Family(ABC):
     def count_macs_many(self, table: Table, ctx: Context) -> npt.NDArray[np.int64]:
         """Count multiply-adds of one image, dense; shape as `count_params_many`."""
 
+    def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
+        """Give what a forward pass is made of, by name: work that takes time in proportion.
+
+        A device's time is close to a sum of these with weights of its own, none negative. Families
+        that know their parts split them by stage and kind of layer. Shapes as `count_params_many`.
+        """
+        macs = self.count_macs_many(table, ctx)
+        return {
+            "once": np.ones_like(macs),
+            "macs": macs,
+            "params": self.count_params_many(table, ctx),
+        }
+
     @abstractmethod
     def valid_many(self, table: Table) -> npt.NDArray[np.bool_]:
         """Tell which archs can be built; any shape that broadcasts to the table's."""

@@ -267,6 +267,43 @@ class TinyVit(Family):
         """Count multiply-adds of one image, attention (QK and AV) and window padding included."""
         return _count(_macs, table, ctx)
 
+    def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
+        """Give the parts of a pass by stage: blocks, multiply-adds and elements by kind of layer.
+
+        `linear` are pointwise convolutions and matrix products with weights, `depthwise` are 3x3
+        convolutions a channel, `attend` the products of queries, keys and values, `softmax` its
+        scores, `elements` the activations written on the way.
+        """
+        c, maps = _columns(table, ctx), map_sizes(ctx.img_size)
+        n = np.asarray(c.depths[0] * 0 + 1)
+        half, first = -(-ctx.img_size // 2), maps[0]
+        d1 = c.dims[0]
+        terms: dict[str, Array] = {
+            "once": n,
+            "stem macs": 9 * (d1 // 2) * (ctx.in_chans * half**2 + d1 * first**2),
+            "head macs": c.dims[3] * ctx.num_classes * n,
+            "s1 blocks": c.depths[0] * n,
+            "s1 linear": c.depths[0] * first**2 * 2 * d1 * c.expand,
+            "s1 depthwise": c.depths[0] * first**2 * 9 * c.expand,
+            "s1 elements": c.depths[0] * first**2 * (2 * c.expand + d1),
+        }
+        for i, d in enumerate(c.dims[1:]):
+            stage, side, w = f"s{i + 2}", maps[i + 1], c.windows[i]
+            depth, hidden, heads = c.depths[i + 1], c.hidden[i], c.heads[i]
+            tokens, padded = side**2, (-(-side // w) * w) ** 2
+            terms |= {
+                f"{stage} merge": c.dims[i] * d * maps[i] ** 2 + tokens * (9 + d) * d,
+                f"{stage} blocks": depth * n,
+                f"{stage} windows": depth * (padded // (w * w)),
+                f"{stage} linear": depth * (padded * 4 * d * d + tokens * 2 * hidden * d),
+                f"{stage} attend": depth * padded * 2 * (w * w) * d,
+                f"{stage} softmax": depth * padded * (w * w) * heads,
+                f"{stage} depthwise": depth * tokens * 9 * d,
+                f"{stage} elements": depth * (padded * 5 * d + tokens * (2 * hidden + 4 * d)),
+            }
+        shape = np.broadcast_shapes(*(np.shape(v) for v in terms.values()))
+        return {name: np.broadcast_to(value, shape) for name, value in terms.items()}
+
     def valid_many(self, table: Table) -> npt.NDArray[np.bool_]:
         """Tell which archs can be built: heads divide stages 2 to 4, D1 is even."""
         dims, head_dim = table["embed_dims"], table["head_dim"]

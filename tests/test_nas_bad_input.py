@@ -79,6 +79,38 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "resume of nothing": (["--resume", "/no/such/run"], "--resume"),
     "status of nothing": (["--status", "/no/such/run"], "/no/such/run"),
     "two folders": (["--resume", "/a", "--out", "/b"], "--resume"),
+    "requirement malformed": ([*GOAL, "--require", "fast"], "fast"),
+    "requirement without a device": ([*GOAL, "--require", "speedup>=2"], "speedup>=2"),
+    "requirement of a wrong sense": ([*GOAL, "--require", "latency_ms>=2@cpu"], "latency_ms>=2"),
+    "requirement of an unknown metric": ([*GOAL, "--require", "watts<=2@cpu"], "watts"),
+    "requirement of no number": ([*GOAL, "--require", "speedup>=two@cpu"], "two"),
+    "requirement of batch zero": ([*GOAL, "--require", "speedup>=2@cpu:b0"], "--batch"),
+    "requirement of two batches": ([*GOAL, "--require", "speedup>=2@cpu:b1:b2"], "b2"),
+    "requirement of an unknown runtime": (
+        [*GOAL, "--require", "speedup>=2@cpu:tensorfow"],
+        "tensorfow",
+    ),
+    "requirement of a runtime not installed": (
+        [*GOAL, "--require", "speedup>=2@cuda:tensorrt"],
+        "tensorrt",
+    ),
+    "requirement of a dtype a runtime lacks": (
+        [*GOAL, "--require", "speedup>=2@cpu:onnxruntime-int8:bfloat16"],
+        "bfloat16",
+    ),
+    "requirement of a device that is not there": (
+        [*GOAL, "--require", "images_per_s>=2@cuda:7:b2"],
+        "cuda:7",
+    ),
+    "requirement twice": (
+        [*GOAL, "--require", "speedup>=2@cpu:b16", "--min-speedup", "1.5"],
+        "speedup>=1.5",
+    ),
+    "requirement below every arch": ([*GOAL, "--require", "macs<=1k"], "macs<=1000"),
+    "bench runtime unknown": ([*GOAL, "--bench-runtime", "eagre"], "eagre"),
+    "bench device unknown": ([*GOAL, "--bench-device", "tpu"], "tpu"),
+    "device table missing": ([*GOAL, "--device-table", "/no/such.csv"], "/no/such.csv"),
+    "finalists of a new run": ([*GOAL, "--finalists", "x.csv"], "--finalists"),
     "measurements missing": ([*GOAL, "--measurements", "/no/such.csv"], "/no/such.csv"),
 }
 

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.config import NO_SLOWER_SLACK, RunConfig
-from nas.search.constraints import band_at, bounds_at
+from nas.requirement import METRICS, Requirement, Setting
+from nas.search.constraints import (
+    StepBounds,
+    band_at,
+    bounds_at,
+    primary_setting,
+    requirements_of,
+    settings_of,
+    tightened,
+)
 from nas.search.selection import Scored, Timed, paired_error, rank, spread, unpaired_error
 
 
@@ -45,31 +54,78 @@ def test_the_published_5m_is_inside_the_band_of_5m() -> None:
     assert band.lo <= 5_392_764 <= band.hi
 
 
+def bounds(c: RunConfig, step: int, parent_ratio: float = 1.0, seed: float = 100.0) -> StepBounds:
+    """The bounds of a step for a seed that has the value `seed` of whatever is required."""
+    values = {r: 1.0 if r.metric == "speedup" else seed for r in requirements_of(c)}
+    return bounds_at(step, c, seed_params=20_000_000, seed_values=values, parent_ratio=parent_ratio)
+
+
 def test_bounds_tighten_geometrically_and_hold_together() -> None:
-    c = config(min_speedup=2.0, min_throughput=400.0, steps=4)
-    bounds = [
-        bounds_at(k, c, seed_params=20_000_000, seed_images_per_s=100.0, parent_ratio=1.0)
-        for k in range(1, 5)
-    ]
-    ratios = [b.ratio for b in bounds]
-    speeds = [b.images_per_s for b in bounds]
-    assert ratios == pytest.approx([2.0 ** (k / 4) for k in range(1, 5)])
-    assert speeds == pytest.approx([100 * 4.0 ** (k / 4) for k in range(1, 5)])
-    assert not any(b.follows_parent for b in bounds)
+    c = config(min_speedup=2.0, min_throughput=400.0, steps=4, require=("latency_ms<=25@cpu:b1",))
+    found = [bounds(c, k) for k in range(1, 5)]
+    wanted = {
+        "speedup": [2.0 ** (k / 4) for k in range(1, 5)],
+        "images_per_s": [100 * 4.0 ** (k / 4) for k in range(1, 5)],
+        "latency_ms": [100 * 0.25 ** (k / 4) for k in range(1, 5)],
+    }
+    for metric, values in wanted.items():
+        own = [next(r.bound for r in b.requirements if r.metric == metric) for b in found]
+        assert own == pytest.approx(values)
+    assert all(b.least_ratio is None for b in found)
+    assert found[-1].requirements == requirements_of(c), "the last step asks what the user did"
+
+
+@settings(max_examples=200, derandomize=True)
+@given(
+    metric=st.sampled_from(sorted(set(METRICS) - {"params", "speedup"})),
+    bound=st.floats(1e-3, 1e9),
+    seed=st.floats(1e-3, 1e9),
+    steps=st.integers(1, 12),
+)
+def test_no_step_asks_for_less_than_the_one_before_nor_more_than_the_user(
+    metric: str, bound: float, seed: float, steps: int
+) -> None:
+    """Either sense, whether the seed meets the bound already or not."""
+    required = Requirement(metric, bound, None if metric == "macs" else Setting())
+    asked = [tightened(required, k / steps, seed) for k in range(1, steps + 1)]
+    values = [r.bound if r.sense == "<=" else -r.bound for r in asked]
+    assert all(a >= b - 1e-9 * abs(b) for a, b in pairwise(values))
+    assert asked[-1] == required
+    met = seed <= bound if required.sense == "<=" else seed >= bound
+    if met:
+        assert all(r.bound == pytest.approx(bound) for r in asked)
+
+
+def test_counted_requirements_bound_the_band_itself() -> None:
+    c = config(steps=2, require=("macs<=1G", "params<=5.2M"))
+    first, last = bounds(c, 1, seed=4e9), bounds(c, 2, seed=4e9)
+    assert (first.band.max_macs, last.band.max_macs) == (2_000_000_000, 1_000_000_000)
+    assert last.band.hi == 5_200_000
+    assert last.requirements == ()
+    assert last.least_ratio is not None, "counts say nothing about pace"
 
 
 def test_a_throughput_below_the_seeds_is_asked_of_every_step_alike() -> None:
     c = config(min_throughput=50.0, steps=3)
     for k in range(1, 4):
-        b = bounds_at(k, c, seed_params=20_000_000, seed_images_per_s=100.0, parent_ratio=1.0)
-        assert b.images_per_s == pytest.approx(50.0)
+        assert [r.bound for r in bounds(c, k).requirements] == pytest.approx([50.0])
 
 
 def test_without_a_throughput_constraint_a_step_may_not_be_slower_than_its_parent() -> None:
-    b = bounds_at(2, config(), seed_params=20_000_000, seed_images_per_s=100.0, parent_ratio=1.3)
-    assert b.follows_parent
-    assert b.ratio == pytest.approx(1.3 * (1 - NO_SLOWER_SLACK))
-    assert b.images_per_s is None
+    for c in (config(), config(require=("peak_mem_mb<=500@cpu",))):
+        assert bounds(c, 2, parent_ratio=1.3).least_ratio == pytest.approx(
+            1.3 * (1 - NO_SLOWER_SLACK)
+        )
+
+
+def test_the_primary_setting_is_that_of_the_first_required_pace() -> None:
+    """Short forms are about the --bench flags' setting; the primary one comes first, each once."""
+    c = config(bench_runtime="openvino", bench_batch=4, min_speedup=1.2)
+    assert primary_setting(c) == Setting("cpu", "openvino", "float32", 4)
+    c = config(require=("latency_ms<=9@cpu", "speedup>=2@cpu:onnxruntime:b1", "macs<=1G"))
+    assert primary_setting(c) == Setting("cpu", "onnxruntime", "float32", 1)
+    assert settings_of(c) == (primary_setting(c), Setting("cpu", "eager", "float32", 1))
+    assert primary_setting(config(require=("latency_ms<=9@cpu",))) == Setting()
 
 
 timed_lists = st.lists(

@@ -7,15 +7,15 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
-from functools import lru_cache
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nas.measure import gpu
 from space.errors import refuse
 
 
@@ -23,9 +23,13 @@ from space.errors import refuse
 class Fingerprint:
     """The identity of a device with its software: numbers compare only where the `id` is equal.
 
-    Momentary conditions (load, clock, time of day) are not identity; see `Conditions`.
+    Momentary conditions (load, clock, time of day) are not identity; see `nas.measure.watch`.
     `usable_cpus` is what this process may use (affinity and container quota), a float because a
-    quota may be a fraction. `driver`, `cuda` and `cudnn` are None on a CPU. `threads` are torch's.
+    quota may be a fraction. `driver`, `cuda` and `cudnn` are None on a CPU. `nominal_mhz` is the
+    clock that the device is sold with, None where it does not tell. `threads` are the runtime's.
+
+    `runtime` to `img_size` are None for a device by itself; `under` fills them in for a number that
+    was measured there.
     """
 
     device: str
@@ -33,6 +37,7 @@ class Fingerprint:
     physical_cores: int | None
     logical_cores: int
     usable_cpus: float
+    nominal_mhz: float | None
     driver: str | None
     cuda: str | None
     cudnn: str | None
@@ -42,6 +47,24 @@ class Fingerprint:
     os: str
     arch: str
     threads: int
+    runtime: str | None = None
+    runtime_version: str | None = None
+    dtype: str | None = None
+    batch: int | None = None
+    img_size: int | None = None
+
+    def under(
+        self, *, runtime: str, runtime_version: str, dtype: str, batch: int, img_size: int
+    ) -> Fingerprint:
+        """Return the fingerprint of a number measured here under these settings."""
+        return replace(
+            self,
+            runtime=runtime,
+            runtime_version=runtime_version,
+            dtype=dtype,
+            batch=batch,
+            img_size=img_size,
+        )
 
     @property
     def id(self) -> str:
@@ -75,14 +98,6 @@ class Fingerprint:
         )
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """What holds for a moment only: the one-minute load average and the time (UTC, ISO 8601)."""
-
-    load: float | None
-    when: str
-
-
 def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerprint:
     """Describe `device` ("cpu", "cuda", "cuda:1") with its software.
 
@@ -96,20 +111,22 @@ def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerp
         import torch
 
         threads = torch.get_num_threads()
-    name, driver, cuda, cudnn = _cpu_name(), None, None, None
+    name, driver, cuda, cudnn, clock = _cpu_name(), None, None, None, _nominal_mhz()
     if kind == "cuda":
         name, driver, cuda, cudnn = _gpu(device)
+        clock = gpu.nominal_mhz(device)
     return Fingerprint(
         device=kind,
         device_name=name,
         physical_cores=_physical_cores(),
         logical_cores=os.cpu_count() or 1,
         usable_cpus=_usable_cpus(),
+        nominal_mhz=clock,
         driver=driver,
         cuda=cuda,
         cudnn=cudnn,
-        torch=_version("torch"),
-        timm=_version("timm"),
+        torch=version_of("torch"),
+        timm=version_of("timm"),
         python=platform.python_version(),
         os=f"{platform.system()} {platform.release()}",
         arch=platform.machine(),
@@ -117,28 +134,29 @@ def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerp
     )
 
 
-def conditions() -> Conditions:
-    """Read the clock and the load average (None where the system has none)."""
-    try:
-        load: float | None = os.getloadavg()[0]
-    except (OSError, AttributeError):
-        load = None
-    return Conditions(load, datetime.now(timezone.utc).isoformat(timespec="seconds"))
+def usable_cpus() -> int:
+    """Return the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     # The distribution's version drops torch's local part (+cu132, +cpu), which decides speed.
-    if package == "torch":
-        import sys
+    try:
+        if package == "torch":
+            import sys
 
-        loaded = sys.modules.get("torch")
-        if loaded is not None:
-            return str(loaded.__version__)
-        found = metadata.distribution("torch").locate_file("torch/version.py")
-        for line in Path(str(found)).read_text(encoding="utf-8").splitlines():
-            if line.startswith("__version__ ="):
-                return line.split("=", 1)[1].strip().strip("'\"")
-    return metadata.version(package)
+            loaded = sys.modules.get("torch")
+            if loaded is not None:
+                return str(loaded.__version__)
+            found = metadata.distribution("torch").locate_file("torch/version.py")
+            for line in Path(str(found)).read_text(encoding="utf-8").splitlines():
+                if line.startswith("__version__ ="):
+                    return line.split("=", 1)[1].strip().strip("'\"")
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"  # a board that runs exported nets only
 
 
 def _cpu_name() -> str:
@@ -174,6 +192,28 @@ def _cpuinfo() -> dict[str, str]:
         return {}
     pairs = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
     return {key.strip(): value.strip() for key, colon, value in pairs if colon}
+
+
+def _nominal_mhz() -> float | None:
+    """Return the clock that a CPU is sold with, where the system tells it.
+
+    The frequency driver's own, else the name's ("@ 2.45GHz"), else, in a virtual machine without a
+    frequency driver, the constant that the kernel shows; that one to 50 MHz, as boots differ.
+    """
+    folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+    for name in ("base_frequency", "cpuinfo_max_freq"):
+        try:
+            return round(int((folder / name).read_text()) / 1e3, 1)
+        except (OSError, ValueError):
+            continue
+    found = _cpuinfo()
+    named = re.search(r"@\s*([0-9.]+)\s*GHz", found.get("model name", ""))
+    if named is not None:
+        return round(float(named.group(1)) * 1e3, 1)
+    try:
+        return None if folder.exists() else 50.0 * round(float(found["cpu MHz"]) / 50.0)
+    except (KeyError, ValueError):
+        return None
 
 
 def _physical_cores() -> int | None:
@@ -226,21 +266,4 @@ def _gpu(device: str) -> tuple[str, str | None, str | None, str | None]:
     gib = properties.total_memory / 2**30
     name = f"{properties.name} {gib:.0f} GiB sm_{properties.major}{properties.minor}"
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return name, _driver(), torch.version.cuda, None if cudnn is None else str(cudnn)
-
-
-@lru_cache(maxsize=1)
-def _driver() -> str | None:
-    # torch does not tell the driver's version; every GPU of a machine has the same.
-    try:
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = asked.stdout.split()
-    return lines[0] if lines else None
+    return name, gpu.driver(device), torch.version.cuda, None if cudnn is None else str(cudnn)

@@ -1,60 +1,15 @@
-"""A throughput with its interval, conditions and verdict; importable without torch."""
+"""A throughput with its intervals, conditions and verdicts; importable without torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
+from nas.measure.intervals import Verdict, verdict
+from nas.requirement import LATENCIES, Requirement
 from space.errors import refuse
-
-Verdict = Literal["pass", "fail", "undecided"]
-
-MIN_BLOCKS = 6
-"""Fewest blocks of which the extremes enclose the median with 95 %: 1 - 2 * 0.5**6 = 0.969."""
-
-COVERAGE = 0.95
-"""Least probability with which an interval encloses the true median, over all its looks."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Median of a sample with a distribution-free interval; `coverage` is its exact probability."""
-
-    median: float
-    lo: float
-    hi: float
-    coverage: float
-
-
-def median_interval(values: Sequence[float], coverage: float = COVERAGE) -> Interval:
-    """Enclose the median of the values' distribution by two of the order statistics.
-
-    The k-th smallest and k-th largest of n independent values enclose the median with probability
-    1 - 2 P(Binomial(n, 1/2) < k), whatever the distribution; the largest k that still reaches
-    `coverage` is taken, and k = 1 where none does (`coverage` of the result then says less).
-    Source: David and Nagaraja, Order Statistics, section 7.1.
-    """
-    assert values, "no values"
-    ordered = sorted(values)
-    n = len(ordered)
-    middle = n // 2
-    median = ordered[middle] if n % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-    rank, reached = 1, 1.0 - 2.0 * 0.5**n
-    for k in range(2, n // 2 + 1):
-        at_k = 1.0 - 2.0 * sum(math.comb(n, i) for i in range(k)) * 0.5**n
-        if at_k < coverage:
-            break
-        rank, reached = k, at_k
-    return Interval(median, ordered[rank - 1], ordered[n - rank], max(0.0, reached))
-
-
-def verdict(lo: float, hi: float, at_least: float) -> Verdict:
-    """Judge an interval against a bound: pass when all of it meets the bound, fail when none."""
-    if lo >= at_least:
-        return "pass"
-    return "fail" if hi < at_least else "undecided"
 
 
 @dataclass(frozen=True)
@@ -62,9 +17,17 @@ class Measurement:
     """Throughput of one network under stated conditions, alone or beside a reference network.
 
     `ratio` is images/s over the reference's, from blocks that alternate with the reference's; None
-    without a reference. `_lo` and `_hi` enclose the medians with probability `coverage` (blocks
-    taken as independent). `blocks` are per network, of `passes` forward passes each. `load` is the
-    load average when measuring began, `when` that moment in UTC; both are conditions, not identity.
+    without a reference. `_lo` and `_hi` enclose the medians with probability `coverage`, drift
+    accounted for. `blocks` are per network, of `passes` forward passes each. `latency_ms_*` are
+    milliseconds of one pass of `batch` images, waited for (on a GPU at larger batches: the mean of
+    a block's); percentiles have no interval where there were too few passes. `peak_mem_bytes` is
+    None where it was not measured. `parity` is the largest difference of the logits from eager
+    float32, as a share of the largest logit; `agrees` whether that is inside the runtime's stated
+    tolerance.
+
+    `waited` is the share of time in which our threads could not run, `disturbed` what disturbed in
+    words, `attempts` how often it was measured because of that. `load`, `when` (UTC) and
+    `clock_mhz` are of the moment when measuring began: conditions, not identity.
     """
 
     images_per_s: float
@@ -89,6 +52,23 @@ class Measurement:
     fingerprint: str
     load: float | None
     when: str
+    latency_ms_p50: float | None = None
+    latency_ms_p50_lo: float | None = None
+    latency_ms_p50_hi: float | None = None
+    latency_ms_p90: float | None = None
+    latency_ms_p90_lo: float | None = None
+    latency_ms_p90_hi: float | None = None
+    latency_ms_p99: float | None = None
+    latency_ms_p99_lo: float | None = None
+    latency_ms_p99_hi: float | None = None
+    peak_mem_bytes: int | None = None
+    parity: float | None = None
+    agrees: int | None = None
+    done: str = ""
+    waited: float | None = None
+    disturbed: str = ""
+    attempts: int = 1
+    clock_mhz: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that no measurement gives (a table may come from anywhere)."""
@@ -96,26 +76,37 @@ class Measurement:
         ratios = (self.ratio, self.ratio_lo, self.ratio_hi)
         if any(value is not None for value in ratios):
             _check_interval(self, "ratio")
+        for name in LATENCIES.values():
+            if getattr(self, f"latency_ms_{name}_lo") is not None:
+                _check_interval(self, f"latency_ms_{name}")
         for name in ("blocks", "passes", "img_size", "num_classes", "in_chans", "batch", "threads"):
             if getattr(self, name) < 1:
                 raise refuse(f"measurement.{name}", getattr(self, name), "an integer >= 1")
 
-    def meets(
-        self,
-        ratio_at_least: float | None = None,
-        images_per_s_at_least: float | None = None,
-    ) -> Verdict:
-        """Judge the bounds by the interval ends: any "fail" fails, any "undecided" stays so.
+    def interval(self, metric: str) -> tuple[float, float, float]:
+        """Return a measured metric of `nas.requirement.METRICS` as (median, lo, hi)."""
+        if metric == "peak_mem_mb":
+            assert self.peak_mem_bytes is not None, "memory was not measured"
+            value = self.peak_mem_bytes / 1e6
+            return value, value, value
+        name = {"speedup": "ratio", "images_per_s": "images_per_s"}.get(metric)
+        name = f"latency_ms_{LATENCIES[metric]}" if name is None else name
+        middle, lo, hi = (getattr(self, name + end) for end in ("", "_lo", "_hi"))
+        assert middle is not None, f"{metric} was not measured"
+        if lo is None or hi is None:  # too few passes for a percentile so far out
+            return middle, 0.0, math.inf
+        return middle, lo, hi
 
-        A ratio bound needs a measurement with a reference. No bound at all is a pass.
-        """
-        found: list[Verdict] = []
-        if ratio_at_least is not None:
-            assert self.ratio_lo is not None, "a ratio bound needs a reference"
-            assert self.ratio_hi is not None, "a ratio bound needs a reference"
-            found.append(verdict(self.ratio_lo, self.ratio_hi, ratio_at_least))
-        if images_per_s_at_least is not None:
-            found.append(verdict(self.images_per_s_lo, self.images_per_s_hi, images_per_s_at_least))
+    def judge(self, required: Requirement) -> Verdict:
+        """Judge one requirement by the interval's ends."""
+        _, lo, hi = self.interval(required.metric)
+        if required.sense == ">=":
+            return verdict(lo, hi, required.bound)
+        return verdict(-hi, -lo, -required.bound)
+
+    def meets(self, requirements: Sequence[Requirement]) -> Verdict:
+        """Judge all: one "fail" fails, one "undecided" stays so; nothing required is a pass."""
+        found = [self.judge(required) for required in requirements]
         if "fail" in found:
             return "fail"
         return "undecided" if "undecided" in found else "pass"

@@ -1,25 +1,167 @@
-"""Images per second of a network, alone or interleaved with a reference, as an interval."""
+"""Images per second of a network in a runtime, alone or interleaved with a reference."""
 
 from __future__ import annotations
 
 import copy
 import math
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from nas.measure.fingerprint import Fingerprint, conditions, take_fingerprint
-from nas.measure.measurement import COVERAGE, MIN_BLOCKS, Measurement, median_interval
+from nas.measure.fingerprint import Fingerprint, take_fingerprint
+from nas.measure.intervals import MIN_BLOCKS
+from nas.measure.measurement import Measurement
+from nas.measure.rounds import Bounds, measure_rounds, summary
+from nas.measure.runtimes import Order, Ready, Runtime, check_setting
+from nas.measure.watch import conditions
+from nas.requirement import Setting
 from space import Context
 from space.errors import refuse
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Images = npt.NDArray[np.float32]
 
-Block = Callable[[int], float]
-"""Runs that many forward passes to the end and returns the seconds they took."""
+CALIBRATION_BATCHES = 8
+"""Batches of noise that int8 runtimes are calibrated on when nobody gives them images."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network ready in a runtime, with what was done to it and whether it still says the same.
+
+    `parity` is the largest difference of its logits from eager float32 as a share of the largest
+    logit; `agrees` whether that is within the runtime's tolerance (None where it has none).
+    """
+
+    ready: Ready
+    runtime: Runtime
+    setting: Setting
+    ctx: Context
+    parity: float
+    agrees: bool | None
+    done: str
+
+
+def prepare(
+    model: nn.Module,
+    *,
+    ctx: Context,
+    setting: Setting,
+    threads: int | None = None,
+    calibration: Sequence[Images] | None = None,
+) -> Prepared:
+    """Make a private copy of a network ready in the setting's runtime, and compare its logits.
+
+    It is timed on `setting.batch` images of noise. `calibration` are images `[n, c, h, w]` in
+    batches of that size, for int8 runtimes. Refuses a runtime that is not installed or does not
+    serve the setting; whatever the network or the runtime raises comes through.
+    """
+    runtime = check_setting(setting)
+    threads = torch.get_num_threads() if threads is None else threads
+    noise = torch.Generator().manual_seed(0)  # its own: the global random state is the caller's
+    shape = (setting.batch, ctx.in_chans, ctx.img_size, ctx.img_size)
+    images = torch.randn(shape, generator=noise)
+    given: Sequence[Images] = () if calibration is None else calibration
+    notes = []
+    if runtime.calibrates and not given:
+        drawn = (torch.randn(shape, generator=noise) for _ in range(CALIBRATION_BATCHES))
+        given = [batch.numpy() for batch in drawn]
+        notes.append("calibrated on noise")
+    own = private_copy(model, "cpu")
+    wanted = None
+    as_built = setting.runtime == "eager" and setting.dtype == "float32"
+    if not as_built:
+        with torch.inference_mode():
+            oracle = private_copy(model, setting.device)
+            wanted = oracle(images.to(setting.device)).float().cpu().numpy()
+            del oracle
+    with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
+        order = Order(own, images, setting, threads, Path(folder), given)
+        ready = runtime.prepare(order)
+        parity = 0.0 if wanted is None else difference(ready.logits(images.numpy()), wanted)
+    agrees = None
+    if runtime.tolerance is not None:
+        agrees = parity <= runtime.tolerance[setting.dtype]
+    done = "; ".join(filter(None, (ready.done, *notes)))
+    return Prepared(ready, runtime, setting, ctx, parity, agrees, done)
+
+
+def difference(found: Images, wanted: Images) -> float:
+    """Return the largest difference as a share of the largest wanted value; infinite for NaN."""
+    largest = float(np.max(np.abs(found - wanted)) / max(float(np.max(np.abs(wanted))), 1e-12))
+    return largest if math.isfinite(largest) else math.inf
+
+
+def measure_prepared(
+    network: Prepared,
+    reference: Prepared | None = None,
+    *,
+    bounds: Bounds | None = None,
+    blocks: int = 12,
+    max_blocks: int = 48,
+    min_block_s: float = 0.06,
+    min_passes: int = 1,
+    fingerprint: Fingerprint | None = None,
+    retries: int = 1,
+) -> Measurement:
+    """Time a prepared network, in blocks that alternate with the reference's.
+
+    `bounds` say what is to be decided and how precisely, in at least `blocks` and at most
+    `max_blocks` blocks of at least `min_block_s` seconds and `min_passes` passes; see
+    `nas.measure.rounds`. `fingerprint` is the device's, looked up when it is not given.
+    """
+    _check(blocks, max_blocks, min_block_s)
+    bounds = Bounds() if bounds is None else bounds
+    assert bounds.ratio is None or reference is not None, "a ratio bound needs a reference"
+    setting, ctx, runtime = network.setting, network.ctx, network.runtime
+    now = conditions(setting.device)
+    device = fingerprint or take_fingerprint(setting.device)
+    on = device.under(
+        runtime=runtime.name,
+        runtime_version=runtime.version(),
+        dtype=setting.dtype,
+        batch=setting.batch,
+        img_size=ctx.img_size,
+    )
+    timers = [network.ready.timer] + ([] if reference is None else [reference.ready.timer])
+    timed = measure_rounds(
+        timers,
+        batch=setting.batch,
+        reference_batch=None if reference is None else reference.setting.batch,
+        bounds=bounds,
+        blocks=blocks,
+        max_blocks=max_blocks,
+        min_block_s=min_block_s,
+        min_passes=min_passes,
+        # A GPU hides its first passes behind its queue and raises its clocks late.
+        warm_up_s=0.5 if setting.device.startswith("cuda") else 0.0,
+        retries=retries,
+        device=setting.device,
+    )
+    return Measurement(
+        **summary(timed),
+        img_size=ctx.img_size,
+        num_classes=ctx.num_classes,
+        in_chans=ctx.in_chans,
+        batch=setting.batch,
+        dtype=setting.dtype,
+        runtime=runtime.name,
+        device=setting.device,
+        threads=on.threads,
+        fingerprint=on.id,
+        load=now.load,
+        when=now.when,
+        clock_mhz=now.clock_mhz,
+        parity=network.parity,
+        agrees=None if network.agrees is None else int(network.agrees),
+        done=network.done,
+    )
 
 
 def measure(
@@ -27,75 +169,47 @@ def measure(
     reference: nn.Module | None = None,
     *,
     ctx: Context,
-    batch: int,
-    dtype: str = "float32",
-    device: str = "cpu",
+    setting: Setting,
+    threads: int | None = None,
+    bounds: Bounds | None = None,
     blocks: int = 12,
     max_blocks: int = 48,
     min_block_s: float = 0.06,
-    ratio_at_least: float | None = None,
-    images_per_s_at_least: float | None = None,
     fingerprint: Fingerprint | None = None,
-    threads: int | None = None,
+    retries: int = 1,
 ) -> Measurement:
-    """Time eager forward passes of `model`, in blocks that alternate with the `reference`'s.
+    """Prepare and time a network beside a reference under the same setting.
 
-    Blocks run in the order A B B A A B ..., so that a drift of the machine meets both networks
-    alike; the ratio is the median over neighbouring pairs. While a bound lies inside its
-    interval, the number of blocks is doubled, up to `max_blocks`; the intervals are widened so that
-    all looks together keep their coverage (union bound).
-
-    `batch` images of `ctx` a pass, at least `min_block_s` seconds a block. Weights are cast to
-    `dtype` (no autocast). `threads` pins torch's threads for the duration. Both networks are
-    copied first: the caller's networks and torch's random state stay as they were. Out of memory
-    and whatever else a network raises comes through as it is.
+    `threads` pins torch's threads for the duration. Both networks are copied first: the caller's
+    networks and torch's random state stay as they were. Out of memory and whatever else a network
+    raises comes through as it is.
     """
-    started = time.perf_counter()
-    _check(batch, dtype, blocks, max_blocks, min_block_s)
-    assert ratio_at_least is None or reference is not None, "a ratio bound needs a reference"
-    now = conditions()
-    threads_before = torch.get_num_threads()
-    if threads is not None and threads != threads_before:
+    _check(blocks, max_blocks, min_block_s)
+    before = torch.get_num_threads()
+    if threads is not None and threads != before:
         torch.set_num_threads(threads)
     try:
-        on = fingerprint or take_fingerprint(device)
-        timers = [_timer(model, ctx, batch, dtype, device)]
-        if reference is not None:
-            timers.append(_timer(reference, ctx, batch, dtype, device))
-        with torch.inference_mode():
-            passes = [_passes(timer, device, min_block_s) for timer in timers]
-            bounded = ratio_at_least is not None or images_per_s_at_least is not None
-            looks = planned_looks(blocks, max_blocks if bounded else blocks)
-            speeds: list[list[float]] = [[] for _ in timers]
-            for until in looks:
-                for index in range(len(speeds[0]), until):
-                    order = range(len(timers)) if index % 2 == 0 else reversed(range(len(timers)))
-                    for which in order:
-                        took = timers[which](passes[which])
-                        speeds[which].append(batch * passes[which] / took)
-                found = _summary(speeds, looks)
-                made = Measurement(
-                    **found,
-                    passes=passes[0],
-                    seconds=time.perf_counter() - started,
-                    img_size=ctx.img_size,
-                    num_classes=ctx.num_classes,
-                    in_chans=ctx.in_chans,
-                    batch=batch,
-                    dtype=dtype,
-                    runtime="eager",
-                    device=device,
-                    threads=torch.get_num_threads(),
-                    fingerprint=on.id,
-                    load=now.load,
-                    when=now.when,
-                )
-                if made.meets(ratio_at_least, images_per_s_at_least) != "undecided":
-                    break
-        return made
+        nets = [model] if reference is None else [model, reference]
+        ready = [prepare(net, ctx=ctx, setting=setting) for net in nets]
+        return measure_prepared(
+            ready[0],
+            None if reference is None else ready[1],
+            bounds=bounds,
+            blocks=blocks,
+            max_blocks=max_blocks,
+            min_block_s=min_block_s,
+            fingerprint=fingerprint,
+            retries=retries,
+        )
     finally:
-        if torch.get_num_threads() != threads_before:
-            torch.set_num_threads(threads_before)
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def with_latency(measured: Measurement, alone: Measurement) -> Measurement:
+    """Return a measurement with the latencies of another one (that of batch 1)."""
+    names = [n for n in vars(alone) if n.startswith("latency_ms_")]
+    return replace(measured, **{name: getattr(alone, name) for name in names})
 
 
 def private_copy(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -115,75 +229,6 @@ def private_copy(model: nn.Module, device: str, dtype: torch.dtype = torch.float
     return made.to(device=device, dtype=dtype)
 
 
-def planned_looks(blocks: int, max_blocks: int) -> list[int]:
-    """List the block counts at which a sequential measurement looks: doubling up to the maximum."""
-    looks = [blocks]
-    while looks[-1] < max_blocks:
-        looks.append(min(2 * looks[-1], max_blocks))
-    return looks
-
-
-def _summary(speeds: list[list[float]], looks: list[int]) -> dict[str, Any]:
-    # Each look may miss with a share of the allowed probability; what all planned looks miss
-    # together depends on their counts alone and is what `coverage` states.
-    share = 1.0 - (1.0 - COVERAGE) / len(looks)
-    own = median_interval(speeds[0], share)
-    missed = sum(1.0 - median_interval(range(n), share).coverage for n in looks)
-    values: dict[str, Any] = {
-        "images_per_s": own.median,
-        "images_per_s_lo": own.lo,
-        "images_per_s_hi": own.hi,
-        "ratio": None,
-        "ratio_lo": None,
-        "ratio_hi": None,
-        "reference_images_per_s": None,
-        "coverage": max(0.0, 1.0 - missed),
-        "blocks": len(speeds[0]),
-    }
-    if len(speeds) == 2:
-        pairs = [mine / other for mine, other in zip(*speeds, strict=True)]
-        ratio = median_interval(pairs, share)
-        values.update(ratio=ratio.median, ratio_lo=ratio.lo, ratio_hi=ratio.hi)
-        values.update(reference_images_per_s=median_interval(speeds[1], share).median)
-    return values
-
-
-def _timer(model: nn.Module, ctx: Context, batch: int, dtype: str, device: str) -> Block:
-    own = private_copy(model, device, DTYPES[dtype])
-    # Its own generator: the global random state is the caller's.
-    noise = torch.Generator().manual_seed(0)
-    shape = (batch, ctx.in_chans, ctx.img_size, ctx.img_size)
-    inputs = torch.randn(shape, generator=noise).to(device=device, dtype=DTYPES[dtype])
-    cuda = device.startswith("cuda")
-
-    def run(passes: int) -> float:
-        if cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(passes):
-            own(inputs)
-        if cuda:
-            torch.cuda.synchronize(device)
-        return max(time.perf_counter() - start, 1e-9)
-
-    return run
-
-
-def _passes(timer: Block, device: str, min_block_s: float) -> int:
-    # Warm up until a pass no longer beats the best by 5 %: the first ones allocate, pick kernels
-    # and raise clocks. A GPU hides that behind its queue, so there it also takes a least time.
-    least_s = 0.3 if device.startswith("cuda") else 0.0
-    best, spent = math.inf, 0.0
-    for count in range(1, 1001):
-        took = timer(1)
-        spent += took
-        settled = took > 0.95 * best
-        best = min(best, took)
-        if count >= 2 and spent >= least_s and (settled or count >= 10):
-            break
-    return max(1, math.ceil(min_block_s / best))
-
-
 def _detach_computed(value: object, memo: dict[int, Any]) -> None:
     if isinstance(value, Tensor):
         if not value.is_leaf:
@@ -196,11 +241,7 @@ def _detach_computed(value: object, memo: dict[int, Any]) -> None:
             _detach_computed(item, memo)
 
 
-def _check(batch: int, dtype: str, blocks: int, max_blocks: int, min_block_s: float) -> None:
-    if batch < 1:
-        raise refuse("--batch", batch, "an integer >= 1")
-    if dtype not in DTYPES:
-        raise refuse("--dtype", dtype, "one of " + ", ".join(DTYPES))
+def _check(blocks: int, max_blocks: int, min_block_s: float) -> None:
     if blocks < MIN_BLOCKS:
         raise refuse("blocks", blocks, f">= {MIN_BLOCKS}", "fewer give no 95 % interval")
     if max_blocks < blocks:

@@ -40,6 +40,8 @@ class Candidate:
     ratio_lo: float | None
     ratio_hi: float | None
     reference: str | None
+    requirements: str | None
+    basis: str | None
     soft_loss: float | None
     soft_loss_se: float | None
     top1: float | None

@@ -61,6 +61,7 @@ def asked(run: RunFiles) -> str:
         bounds.append(f"at least {speedup:g}x the seed's throughput")
     if least is not None:
         bounds.append(f"at least {least:g} images/s")
+    bounds += [str(text) for text in config.get("require") or ()]
     if not bounds:
         bounds.append("no step slower than the one before")
     size = image_size(run)
@@ -77,9 +78,9 @@ def came_out(run: RunFiles) -> str:
     if not winner:
         return _sentence(str(run.result.get("message") or run.result.get("status")))
     lines = [_sentence(f"the target is {run.result.get('status')}"), _winner_words(run, winner)]
-    bound, low = number(run.config, "min_speedup"), number(winner, "ratio_lo")
-    if bound is not None and low is not None and low < bound:
-        lines.append(f"Timed afresh, its interval reaches below the bound of {bound:g}x.")
+    verdicts = [str(v) for v in final.get("requirements") or ()]
+    if verdicts:
+        lines.append(f"Required, timed afresh: {'; '.join(verdicts)}.")
     return " ".join(lines + _comparison_words(final))
 
 
@@ -158,6 +159,8 @@ def next_commands(run: RunFiles) -> tuple[str, str]:
         if config.get("teacher", "auto") != "auto":
             further += f" --teacher {shlex.quote(str(config['teacher']))}"
         return f"python -m benchmarks.pareto {folder}", further
+    if status == "unverified":
+        return f"{resume} --finalists finalists.csv", f"python -m nas.contract --status {folder}"
     if status == "stuck":
         again = (
             f"python -m nas.contract --seed {shlex.quote(str(config.get('seed', '21M')))} "
@@ -212,9 +215,10 @@ def caveats(run: RunFiles) -> list[str]:
         )
     said += [
         "A throughput holds for the stated device, batch, dtype and resolution only. Its interval "
-        "is distribution-free with about 95 % and takes blocks as independent; slow drifts of a "
-        "shared machine cancel in the ratio, not in images/s. Of many candidates timed, those "
-        "that just passed did so with some luck: the final timing is afresh.",
+        "is distribution-free with about 95 %, and wider where neighbouring blocks resemble each "
+        "other; slow drifts of a shared machine cancel in the ratio, not in images/s. Of many "
+        "candidates timed, those that just passed did so with some luck: the final timing is "
+        "afresh.",
         f"One random seed ({config.get('random_seed', '?')}) decided shortlists and training. "
         "Another may end elsewhere.",
     ]

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nas.jobs import Job, Result, Tick, no_tick
-from nas.runner import labels, train
-from space import Context, get_family
+from nas.runner import labels, measuring, train
 from space.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -41,54 +40,18 @@ def _since(started: float) -> float:
 
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+    if measuring.out_of_memory(error):
         return f"out of memory: {text[:160]}"
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _context(spec: Mapping[str, Any]) -> Context:
-    return Context(**spec["context"])
-
-
-def _hello(spec: Mapping[str, Any], tick: Tick) -> Values:
-    """Look at the device: `{"fingerprint": {...}}`; an unknown one is bad input."""
-    from nas.measure.fingerprint import take_fingerprint
-
-    return {"fingerprint": take_fingerprint(spec["device"]).to_dict()}
-
-
-def _measure(spec: Mapping[str, Any], tick: Tick) -> Values:
-    """Time an arch as built, with fresh weights, against its reference."""
-    import torch
-
-    from nas.measure.throughput import measure
-
-    family = get_family(spec["family"])
-    context = _context(spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec["random_seed"])
-        model = family.build(family.arch(spec["arch"]), context)
-        reference = None
-        if spec["reference"] is not None:
-            reference = family.build(family.arch(spec["reference"]), context)
-    measured = measure(
-        model,
-        reference,
-        ctx=context,
-        batch=spec["batch"],
-        dtype=spec["dtype"],
-        device=spec["device"],
-        blocks=spec["blocks"],
-        max_blocks=spec["max_blocks"],
-        ratio_at_least=spec["ratio_at_least"],
-        images_per_s_at_least=spec["images_per_s_at_least"],
-    )
-    return measured.to_dict()
-
-
 _KINDS: dict[str, Callable[[Mapping[str, Any], Tick], Values]] = {
-    "hello": _hello,
-    "measure": _measure,
+    "hello": measuring.hello,
+    "measure": measuring.measure,
+    "peak-memory": measuring.peak_memory,
+    "fastest-batch": measuring.fastest_batch,
+    "accuracy": measuring.accuracy,
+    "count": measuring.count,
     "teacher": labels.teacher,
     "relabel": labels.relabel,
     "begin-labels": labels.begin_labels,

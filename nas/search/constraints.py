@@ -3,32 +3,82 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from nas.config import NO_SLOWER_SLACK, RunConfig
+from nas.requirement import COUNTED, LATENCIES, Requirement, Setting, parse_requirement
 from space.neighbours import Band
+
+PACE = ("speedup", "images_per_s", *LATENCIES)
+"""Metrics that say how fast a network is."""
+
+
+def requirements_of(config: RunConfig) -> tuple[Requirement, ...]:
+    """Return everything that a run requires: the short forms first, then `--require` in order."""
+    here, found = bench_setting(config), []
+    if config.min_speedup is not None:
+        found.append(Requirement("speedup", config.min_speedup, here))
+    if config.min_throughput is not None:
+        found.append(Requirement("images_per_s", config.min_throughput, here))
+    for text in config.require:
+        found.append(parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch))
+    return tuple(found)
+
+
+def bench_setting(config: RunConfig) -> Setting:
+    """Return the setting of the `--bench` flags, which the short forms are about."""
+    device = config.device if config.bench_device is None else config.bench_device
+    return Setting(device, config.bench_runtime, config.bench_dtype, config.bench_batch)
+
+
+def primary_setting(config: RunConfig) -> Setting:
+    """Return the setting whose throughput a run's tables and figures show.
+
+    That of the first requirement on throughput, else the one of the `--bench` flags.
+    """
+    for required in requirements_of(config):
+        if required.metric in ("speedup", "images_per_s"):
+            assert required.setting is not None
+            return required.setting
+    return bench_setting(config)
+
+
+def settings_of(config: RunConfig) -> tuple[Setting, ...]:
+    """Return every setting that a run times under, the primary one first, each once."""
+    named = (r.setting for r in requirements_of(config) if r.setting is not None)
+    return tuple(dict.fromkeys((primary_setting(config), *named)))
 
 
 @dataclass(frozen=True)
 class StepBounds:
     """What a candidate of one step must meet.
 
-    `band` is inclusive, in parameters as built. `ratio` is the least throughput relative to the
-    seed, `images_per_s` the least throughput; `None` where the run has no such constraint.
-    `follows_parent` says that `ratio` comes from the parent's own measurement (2 % slack).
+    `band` is inclusive, in parameters as built, with the most MACs where they are bounded.
+    `requirements` are the measured ones, as tight as this step asks. `least_ratio` is set where a
+    run requires no pace: the least median throughput relative to the seed, from the parent's own
+    measurement (2 % slack).
     """
 
     step: int
     band: Band
-    ratio: float | None
-    images_per_s: float | None
-    follows_parent: bool
+    requirements: tuple[Requirement, ...]
+    least_ratio: float | None = None
+
+    def under(self, setting: Setting) -> tuple[Requirement, ...]:
+        """Return the requirements of one setting."""
+        return tuple(r for r in self.requirements if r.setting == setting)
+
+    def describe(self) -> str:
+        """Say what is required, in the words of the command line."""
+        return " and ".join(r.text for r in self.requirements)
 
 
 def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
     """Return the parameter band of a step: geometric from the seed's size to the target.
 
-    The last step's band is the target's own, `target * (1 -+ tolerance)`.
+    The last step's band is the target's own, `target * (1 -+ tolerance)`, cut at a `params<=`
+    requirement.
     """
     share = step / config.steps
     centre = seed_params * (config.target_params / seed_params) ** share
@@ -36,8 +86,26 @@ def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
         centre = float(config.target_params)
     tolerance = config.params_tolerance
     # A hair of slack, so that float rounding never excludes the bound the user asked for.
-    lo = math.ceil(centre * (1 - tolerance) - 1e-6)
-    return Band(lo=max(1, lo), hi=math.floor(centre * (1 + tolerance) + 1e-6))
+    lo = max(1, math.ceil(centre * (1 - tolerance) - 1e-6))
+    hi = math.floor(centre * (1 + tolerance) + 1e-6)
+    if step == config.steps:
+        most = [r.bound for r in requirements_of(config) if r.metric == "params"]
+        hi = min([hi, *(math.floor(bound) for bound in most)])
+    return Band(lo=lo, hi=hi)
+
+
+def tightened(required: Requirement, share: float, seed_value: float) -> Requirement:
+    """Return a requirement as tight as a share of the way from the seed's value to its bound.
+
+    Geometric; a seed that meets the bound already is held to it from the first step on.
+    """
+    bound = required.bound
+    start = min(seed_value, bound) if required.sense == ">=" else max(seed_value, bound)
+    if share >= 1.0:
+        return required
+    # Six digits are enough to be told in one, and rounding keeps the order of the steps.
+    rounded = float(f"{start * (bound / start) ** share:.6g}")
+    return replace(required, bound=min(max(rounded, min(start, bound)), max(start, bound)))
 
 
 def bounds_at(
@@ -45,19 +113,22 @@ def bounds_at(
     config: RunConfig,
     *,
     seed_params: int,
-    seed_images_per_s: float,
+    seed_values: Mapping[Requirement, float],
     parent_ratio: float,
 ) -> StepBounds:
-    """Return the bounds of a step. All constraints hold together and tighten geometrically."""
+    """Return the bounds of a step. All constraints hold together and tighten geometrically.
+
+    `seed_values` are the seed's own values of what is required, in the metric's unit.
+    """
     share = step / config.steps
-    ratio: float | None = None
-    images_per_s: float | None = None
-    if config.min_speedup is not None:
-        ratio = config.min_speedup**share
-    if config.min_throughput is not None:
-        start = min(seed_images_per_s, config.min_throughput)
-        images_per_s = start * (config.min_throughput / start) ** share
-    follows = ratio is None and images_per_s is None
-    if follows:
-        ratio = parent_ratio * (1 - NO_SLOWER_SLACK)
-    return StepBounds(step, band_at(seed_params, config, step), ratio, images_per_s, follows)
+    required = requirements_of(config)
+    at_step = tuple(tightened(r, share, seed_values[r]) for r in required)
+    band = band_at(seed_params, config, step)
+    most = [math.floor(r.bound + 1e-6) for r in at_step if r.metric == "macs"]
+    if most:
+        band = replace(band, max_macs=min(most))
+    measured = tuple(r for r in at_step if r.metric not in COUNTED)
+    least = None
+    if not any(r.metric in PACE for r in measured):
+        least = parent_ratio * (1 - NO_SLOWER_SLACK)
+    return StepBounds(step, band, measured, least)

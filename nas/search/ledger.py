@@ -26,7 +26,10 @@ class Row:
 
     `parent` is the key of the arch it was contracted from; `moves` is its difference in words;
     `params_1000` counts it at 1000 classes and 224 px. Throughput is images/s with an interval,
-    `ratio` is relative to `reference`. `soft_loss` is in nats on the holdout (lower is better),
+    `ratio` is relative to `reference`; both under the
+    run's primary setting. `requirements` tells each bound of the step with its verdict and what was
+    measured; `basis` whether that was `measured` here, a `table` of another device's, or
+    `predicted` from one. `soft_loss` is in nats on the holdout (lower is better),
     `top1` a share. `stage` is where it stopped, `reason` says why in one line. `seconds` is the
     time spent on it. `None` means not measured.
     """
@@ -48,6 +51,8 @@ class Row:
     ratio_lo: float | None = None
     ratio_hi: float | None = None
     reference: str = ""
+    requirements: str = ""
+    basis: str = ""
     soft_loss: float | None = None
     soft_loss_se: float | None = None
     top1: float | None = None

@@ -1,0 +1,480 @@
+"""Measure networks on this device: `python -m benchmarks.throughput --arch 5M 11M 21M`.
+
+Every network is timed in blocks that alternate with a reference's, under each asked combination of
+runtime, dtype, batch and resolution; what is out of memory, not installed or otherwise fails is a
+row too. Latency is that of batch 1, peak memory that of a process that does nothing else. Writes
+`--out` (CSV), a figure beside it, and ends with one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.throughput_nets import Net, find_nets, sample
+from benchmarks.throughput_plan import Plan
+from nas.command import Parser, default_cache, guarded
+from nas.config import parse_count
+from nas.executor import LocalExecutor
+from nas.jobs import Job, Result
+from nas.measure.fingerprint import Fingerprint, usable_cpus
+from nas.measure.rows import (
+    FAILED,
+    OK,
+    DeviceRow,
+    fingerprint_columns,
+    measured_columns,
+    read_rows,
+    write_rows,
+)
+from nas.measure.runtimes import find_runtime
+from nas.progress import Console
+from nas.requirement import Setting
+from space import Context, get_family
+from space.errors import InputError, refuse
+
+LATENCY_BLOCKS = 10
+
+
+class Bench:
+    """One worker that measures, and what it has learned about the device.
+
+    `rows` yields a row per network and setting, in the order asked; rows that `known` answers
+    already are taken over.
+    """
+
+    def __init__(self, plan: Plan, console: Console, log: Path | None = None) -> None:
+        self.plan, self.console, self._log = plan, console, log
+        self._worker = LocalExecutor(threads=plan.threads, log=log)
+        self._devices: dict[str, Fingerprint] = {}
+        self._datasets: dict[int, str] = {}
+
+    def close(self) -> None:
+        """End the worker."""
+        self._worker.close()
+
+    def do(self, kind: str, key: str, spec: dict[str, Any], *, fresh: bool = False) -> Result:
+        """Run a job; bad input raises, other failures are results."""
+        self.console.describe(key)
+        job = Job(kind, "".join(c if c.isalnum() or c in "-_." else "_" for c in key)[:80], spec)
+        if fresh:
+            with LocalExecutor(threads=self.plan.threads, log=self._log) as worker:
+                return worker.run(job, heartbeat=self.console.refresh)
+        return self._worker.run(job, heartbeat=self.console.refresh)
+
+    def device(self, name: str) -> Fingerprint:
+        """Return the fingerprint of a device; one that is not there is refused."""
+        if name not in self._devices:
+            found = self.do("hello", f"look at {name}", {"device": name})
+            if not found.ok:
+                raise InputError(found.reason if found.values.get("input_error") else (
+                    f"--device: {name} does not work here: {found.reason}"
+                ))  # fmt: skip
+            self._devices[name] = Fingerprint.from_dict(found.values["fingerprint"])
+        return self._devices[name]
+
+    def rows(self, nets: Sequence[Net], known: Sequence[DeviceRow]) -> Iterator[DeviceRow]:
+        """Measure every network under every setting."""
+        done = {row.question: row for row in known}
+        for size in self.plan.sizes:
+            ctx = Context(img_size=size, num_classes=self.plan.num_classes)
+            for setting in self.plan.settings:
+                for net in nets:
+                    yield self._row(net, ctx, setting, done)
+                    self.console.advance(1.0)
+
+    def _row(
+        self, net: Net, ctx: Context, setting: Setting, done: dict[tuple[Any, ...], DeviceRow]
+    ) -> DeviceRow:
+        empty = self._empty(net, ctx, setting)
+        if not self.plan.auto and empty.question in done:
+            return done[empty.question]
+        runtime = find_runtime(setting.runtime)
+        lacking = runtime.missing()
+        if lacking:
+            reason = f"not installed: {', '.join(lacking)}; {runtime.install}"
+            return replace(empty, state=FAILED, reason=reason)
+        if self.plan.auto:
+            found = self.do(
+                "fastest-batch",
+                f"{net.name} batch",
+                {"network": net.spec(), "context": vars(ctx), "setting": vars(setting)},
+            )
+            if not found.ok:
+                return self._failed(empty, found)
+            setting = replace(setting, batch=found.values["batch"])
+            empty = self._empty(net, ctx, setting)
+        spec = self._spec(net, ctx, setting)
+        measured = self.do("measure", f"{net.name} {setting.text}", spec)
+        if not measured.ok:
+            return self._failed(empty, measured)
+        row = replace(empty, state=OK, **measured_columns(measured.values))
+        row = replace(row, **self._counts(net, ctx))
+        row = replace(row, **self._latency(net, ctx, setting, measured.values))
+        if self.plan.memory:
+            weighed = self.do("peak-memory", f"{net.name} memory", spec, fresh=True)
+            if weighed.ok:
+                row = replace(row, peak_mem_bytes=weighed.values["peak_mem_bytes"])
+        if net.weights is not None and self.plan.accuracy_data is not None:
+            row = replace(row, **self._accuracy(net, ctx, setting))
+        return row
+
+    def _empty(self, net: Net, ctx: Context, setting: Setting) -> DeviceRow:
+        runtime = find_runtime(setting.runtime)
+        on = self.device(setting.device).under(
+            runtime=runtime.name,
+            runtime_version=runtime.version(),
+            dtype=setting.dtype,
+            batch=setting.batch,
+            img_size=ctx.img_size,
+        )
+        spec = "" if net.arch is None or net.family is None else json.dumps(
+            net.family.to_dict(net.arch), separators=(",", ":")
+        )  # fmt: skip
+        reference = self.plan.reference
+        beside = "" if reference is None else f"{reference.name}@{self._beside(setting).text}"
+        return DeviceRow(
+            arch=net.name,
+            family="timm" if net.family is None else net.family.name,
+            key=net.key(ctx),
+            spec=spec,
+            img_size=ctx.img_size,
+            num_classes=ctx.num_classes,
+            device=setting.device,
+            runtime=setting.runtime,
+            dtype=setting.dtype,
+            batch=setting.batch,
+            threads=self.plan.threads,
+            state=OK,
+            reference=beside,
+            **fingerprint_columns(on),
+        )
+
+    def _beside(self, setting: Setting) -> Setting:
+        named = self.plan.reference_runtime
+        return setting if named is None else replace(setting, runtime=named, dtype="float32")
+
+    def _spec(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "network": net.spec(),
+            "reference": None if plan.reference is None else plan.reference.spec(),
+            "context": vars(ctx),
+            "setting": vars(setting),
+            "reference_setting": vars(self._beside(setting)),
+            "blocks": plan.blocks,
+            "max_blocks": plan.max_blocks,
+            "bounds": {"precision": plan.precision},
+            "random_seed": plan.random_seed,
+        }
+
+    def _failed(self, empty: DeviceRow, result: Result) -> DeviceRow:
+        if result.values.get("input_error"):
+            raise InputError(result.reason)
+        return replace(empty, state=FAILED, reason=result.reason or "failed")
+
+    def _counts(self, net: Net, ctx: Context) -> dict[str, Any]:
+        if net.family is not None and net.arch is not None:
+            params = net.family.count_params(net.arch, ctx)
+            return {"params": params, "macs": net.family.count_macs(net.arch, ctx)}
+        spec = {"network": net.spec(), "context": vars(ctx)}
+        found = self.do("count", f"{net.name} counts", spec)
+        return dict(found.values) if found.ok else {}
+
+    def _latency(
+        self, net: Net, ctx: Context, setting: Setting, throughput: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the latencies at batch 1, from at least as many passes as asked."""
+        names = ("p50", "p50_lo", "p50_hi", "p90", "p99")
+        if self.plan.latency_passes == 0:
+            return {}
+        values = throughput
+        if setting.batch != 1 or throughput["passes"] * throughput["blocks"] < (
+            self.plan.latency_passes
+        ):
+            spec = {
+                **self._spec(net, ctx, replace(setting, batch=1)),
+                "reference": None,
+                "reference_setting": None,
+                "blocks": LATENCY_BLOCKS,
+                "max_blocks": LATENCY_BLOCKS,
+                "bounds": {},
+                "min_passes": -(-self.plan.latency_passes // LATENCY_BLOCKS),
+            }
+            found = self.do("measure", f"{net.name} latency", spec)
+            if not found.ok:
+                return {}
+            values = dict(found.values)
+        columns = {f"latency_ms_{name}": values[f"latency_ms_{name}"] for name in names}
+        return {**columns, "latency_passes": values["blocks"] * values["passes"]}
+
+    def _accuracy(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
+        from nas.data import DataSpec
+        from nas.door import prepared
+
+        if ctx.img_size not in self._datasets:
+            spec = DataSpec(name=str(self.plan.accuracy_data), img_size=ctx.img_size)
+            data = prepared(spec, default_cache(), self.console)
+            if len(data.classes) != ctx.num_classes:
+                raise refuse(
+                    "--accuracy-data", f"{data.name} with {len(data.classes)} classes",
+                    f"--num-classes {ctx.num_classes}", "name the data that they were trained on",
+                )  # fmt: skip
+            self._datasets[ctx.img_size] = str(data.folder)
+        spec_of = {**self._spec(net, ctx, setting), "dataset": self._datasets[ctx.img_size]}
+        found = self.do("accuracy", f"{net.name} accuracy", spec_of)
+        if not found.ok:
+            return {"reason": f"no accuracy: {found.reason}"}
+        kept = ("top1", "top1_se", "eager_top1", "agreement", "test_n")
+        return {**{name: found.values[name] for name in kept}, "done": found.values["done"]}
+
+
+def throughput(
+    nets: Sequence[Net],
+    plan: Plan,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> list[DeviceRow]:
+    """Measure networks and return a row each; with `out`, the table is there after every row.
+
+    With `resume`, rows that `out` holds already are taken over; without, an existing one is
+    refused. Raises `InputError`.
+    """
+    console = Console(quiet=True) if console is None else console
+    known: list[DeviceRow] = []
+    if out is not None:
+        if out.is_dir() or not out.parent.is_dir():
+            raise refuse("--out", out, "a file in an existing folder")
+        if out.exists():
+            if not resume:
+                remedy = "continue it with --resume, or name another file"
+                raise refuse("--out", f"{out}, which exists", "a new file", remedy)
+            known = read_rows(out, "--out")
+    total = len(nets) * len(plan.settings) * len(plan.sizes)
+    bench = Bench(plan, console)
+    rows: list[DeviceRow] = []
+    try:
+        for setting in plan.settings:
+            bench.device(setting.device)
+        console.line(HEADING)
+        console.start(float(total))
+        for row in bench.rows(nets, known):
+            rows.append(row)
+            console.line(told(row))
+            if out is not None:
+                write_rows(out, rows)
+    finally:
+        console.stop()
+        bench.close()
+    return rows
+
+
+def told(row: DeviceRow) -> str:
+    """Write a row as a line for the terminal."""
+    name = row.arch if len(row.arch) <= 28 else row.key
+    head = f"{name[:44]:<30} {row.runtime:<16} {row.dtype:<8} {row.batch:>4} {row.img_size:>4}"
+    if row.state == FAILED:
+        return f"{head}  failed: {row.reason}"
+    parts = [head]
+    parts.append(f"{row.images_per_s:9.1f} [{row.images_per_s_lo:.1f}, {row.images_per_s_hi:.1f}]")
+    if row.ratio is not None:
+        parts.append(f"{row.ratio:6.3f} [{row.ratio_lo:.3f}, {row.ratio_hi:.3f}]")
+    if row.latency_ms_p50 is not None:
+        parts.append(
+            f"{row.latency_ms_p50:.1f}/{row.latency_ms_p90:.1f}/{row.latency_ms_p99:.1f} ms"
+        )
+    if row.peak_mem_bytes is not None:
+        parts.append(f"{row.peak_mem_bytes / 1e6:.0f} MB")
+    if row.params is not None:
+        parts.append(f"{row.params / 1e6:.2f}M")
+    if row.macs is not None:
+        parts.append(f"{row.macs / 1e9:.3f} GMACs")
+    if row.top1 is not None:
+        parts.append(f"top-1 {row.top1:.1%} (eager {row.eager_top1:.1%})")
+    if row.agrees == 0:
+        parts.append(f"DIFFERS from eager by {row.parity:.1e} of the largest logit")
+    if row.disturbed:
+        parts.append(f"disturbed: {row.disturbed}")
+    return "  ".join(parts)
+
+
+HEADING = (
+    f"{'arch':<30} {'runtime':<16} {'dtype':<8} {'batch':>4} {'px':>4}  "
+    "images/s [interval]  x reference [interval]  latency p50/p90/p99 at batch 1  peak memory  "
+    "parameters  MACs"
+)
+
+
+def build_parser() -> Parser:
+    """Return the command line."""
+    parser = Parser(
+        prog="python -m benchmarks.throughput", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("networks")
+    what.add_argument(
+        "--arch", nargs="+", default=[], metavar="NET",
+        help="5M 11M 21M, best.json or another arch's JSON file, inline JSON, a run's folder (its "
+        "Pareto set), or any timm name",
+    )  # fmt: skip
+    what.add_argument("--space", metavar="FAMILY", help="draw networks from a family's space")
+    what.add_argument("--sample", type=int, metavar="N", help="how many to draw (with --space)")
+    what.add_argument("--band", metavar="N", help="a third of them within 10 %% of N parameters")
+    what.add_argument(
+        "--seed", default="21M", metavar="ARCH", help="draw contractions of this arch"
+    )
+    what.add_argument(
+        "--reference", metavar="NET", help="timed alongside (default: 21M; none: off)"
+    )
+    what.add_argument(
+        "--reference-runtime", metavar="NAME",
+        help="fix the reference's runtime, so that rows of several runtimes share one scale "
+        "(default: the row's own)",
+    )  # fmt: skip
+    how = parser.add_argument_group("settings, each a list")
+    how.add_argument(
+        "--batch", nargs="+", default=["16"], metavar="N", help="or auto (default: 16)"
+    )
+    how.add_argument("--dtype", nargs="+", default=["float32"], help="(default: float32)")
+    how.add_argument("--img-size", nargs="+", type=int, default=[224], metavar="PX")
+    how.add_argument("--runtime", nargs="+", default=["eager"], metavar="NAME")
+    how.add_argument("--device", nargs="+", default=["cpu"], metavar="NAME")
+    how.add_argument("--num-classes", type=int, default=1000, metavar="N")
+    size = parser.add_argument_group("how long")
+    size.add_argument("--threads", type=int, metavar="N", help="(default: the usable CPUs)")
+    size.add_argument("--blocks", type=int, default=12, metavar="N", help="at least (default: 12)")
+    size.add_argument(
+        "--max-blocks", type=int, default=96, metavar="N", help="at most (default: 96)"
+    )
+    size.add_argument(
+        "--precision", type=float, default=0.03, metavar="SHARE",
+        help="time on until half the interval is this share (default: 0.03; 0: --blocks suffice)",
+    )  # fmt: skip
+    size.add_argument(
+        "--latency-passes", type=int, default=100, metavar="N",
+        help="passes behind the latency percentiles (default: 100; 0: none)",
+    )  # fmt: skip
+    size.add_argument("--no-memory", dest="memory", action="store_false", help="do not weigh")
+    size.add_argument(
+        "--accuracy-data", metavar="DATA",
+        help="test nets that have weights (best.json) on this data, in each runtime",
+    )  # fmt: skip
+    size.add_argument("--random-seed", type=int, default=0, metavar="N")
+    ends = parser.add_argument_group("results")
+    ends.add_argument("--out", type=Path, metavar="FILE", help="the table as CSV")
+    ends.add_argument("--resume", action="store_true", help="take over the rows of --out")
+    ends.add_argument("--figure", type=Path, metavar="FILE", help="(default: beside --out, .png)")
+    ends.add_argument(
+        "--bundle", type=Path, metavar="DIR",
+        help="measure nothing: write ONNX files and one script for a device without torch",
+    )  # fmt: skip
+    ends.add_argument("--quiet", action="store_true", help="print the last line only")
+    return parser
+
+
+def _plan(given: argparse.Namespace) -> tuple[list[Net], Plan]:
+    family = get_family(given.space or "tinyvit")
+    threads = usable_cpus() if given.threads is None else given.threads
+    for name, least, value in (
+        ("--threads", 1, threads), ("--blocks", 6, given.blocks),
+        ("--max-blocks", given.blocks, given.max_blocks), ("--num-classes", 1, given.num_classes),
+        ("--latency-passes", 0, given.latency_passes),
+    ):  # fmt: skip
+        if value < least:
+            raise refuse(name, value, f"an integer >= {least}")
+    if not 0.0 <= given.precision < 1.0:
+        raise refuse("--precision", given.precision, "a share in [0, 1)")
+    if (given.space is None) != (given.sample is None):
+        raise refuse("--space and --sample", "one of them", "both", "--space tinyvit --sample 200")
+    if given.sample is not None and given.sample < 1:
+        raise refuse("--sample", given.sample, "an integer >= 1")
+    if not given.arch and given.sample is None:
+        given.arch = [p.name for p in family.published]
+    sizes = tuple(dict.fromkeys(given.img_size))
+    contexts = [Context(img_size=s, num_classes=given.num_classes) for s in sizes]
+    auto = "auto" in given.batch
+    if auto and len(given.batch) > 1:
+        raise refuse("--batch", " ".join(given.batch), "auto alone, or numbers")
+    batches = [1] if auto else [_whole("--batch", text) for text in given.batch]
+    for name in given.runtime:
+        find_runtime(name)
+    if given.reference_runtime is not None:
+        find_runtime(given.reference_runtime, "--reference-runtime")
+    settings = tuple(
+        Setting(device, runtime, dtype, batch)
+        for device in given.device
+        for runtime in given.runtime
+        for dtype in given.dtype
+        for batch in batches
+    )
+    nets = find_nets(given.arch, family, contexts[0])
+    if given.sample is not None:
+        band = None if given.band is None else parse_count("--band", given.band)
+        nets += sample(
+            family, family.seed(given.seed), contexts[0], given.sample, band=band,
+            random_seed=given.random_seed,
+        )  # fmt: skip
+    if not nets:
+        raise refuse("--arch", "nothing", "a network", "such as --arch 5M 11M 21M")
+    reference = None
+    named = given.reference or family.published[-1].name
+    if named != "none":
+        reference = find_nets([named], family, contexts[0])[0]
+    plan = Plan(
+        settings=settings, auto=auto, sizes=sizes, num_classes=given.num_classes,
+        reference=reference, reference_runtime=given.reference_runtime, threads=threads,
+        blocks=given.blocks, max_blocks=given.max_blocks, precision=given.precision or None,
+        latency_passes=given.latency_passes, memory=given.memory,
+        accuracy_data=given.accuracy_data, random_seed=given.random_seed,
+    )  # fmt: skip
+    return nets, plan
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise refuse(name, text, "an integer >= 1, or auto")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, measure, report."""
+    given = build_parser().parse_args(argv)
+    return guarded(lambda: _main(given))
+
+
+def _main(given: argparse.Namespace) -> int:
+    nets, plan = _plan(given)
+    if given.bundle is not None:
+        from benchmarks.throughput_bundle import write_bundle
+
+        print(json.dumps(write_bundle(given.bundle, nets, plan, Console(quiet=given.quiet))))
+        return 0
+    console = Console(quiet=given.quiet)
+    rows = throughput(nets, plan, out=given.out, resume=given.resume, console=console)
+    figure = given.figure
+    if figure is None and given.out is not None:
+        figure = given.out.with_suffix(".png")
+    if figure is not None and any(row.state == OK for row in rows):
+        from benchmarks.throughput_figure import draw_rows
+
+        draw_rows(rows, figure, found=[net.name for net in nets if net.found])
+    failed = [row for row in rows if row.state == FAILED]
+    summary = {
+        "rows": len(rows), "failed": len(failed),
+        "fingerprints": sorted({r.fingerprint for r in rows}),
+        "out": None if given.out is None else str(given.out),
+        "figure": None if figure is None else str(figure),
+    }  # fmt: skip
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Which networks `python -m benchmarks.throughput` measures, from what a user names them by."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.files import read_json
+from nas.report.files import read_run
+from space import Arch, Context, Family, get_family
+from space.errors import InputError, refuse
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network to measure: what the user called it, and what a worker builds it from.
+
+    `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`;
+    `found` says that a search found it.
+    """
+
+    name: str
+    family: Family | None
+    arch: Arch | None
+    timm: str | None = None
+    weights: Path | None = None
+    found: bool = False
+
+    def spec(self) -> dict[str, Any]:
+        """Return what `nas.runner.measuring.build` takes."""
+        weights = None if self.weights is None else str(self.weights)
+        if self.family is None or self.arch is None:
+            return {"timm": self.timm, "weights": weights}
+        return {
+            "family": self.family.name, "arch": self.family.to_dict(self.arch), "weights": weights,
+        }  # fmt: skip
+
+    def key(self, ctx: Context) -> str:
+        """Return the name of the net as built in a context."""
+        if self.family is None or self.arch is None:
+            return str(self.timm)
+        return self.family.key(self.arch, ctx)
+
+
+def find_nets(names: Sequence[str], family: Family, ctx: Context | None) -> list[Net]:
+    """Read each name: a published arch, inline JSON, `best.json`, an arch's file, a run, or timm's.
+
+    A run's folder stands for its Pareto set. With `ctx`, a `best.json` made elsewhere gives its
+    arch without its weights. Raises `InputError`.
+    """
+    found: list[Net] = []
+    for name in names:
+        found.extend(_find(name, family))
+    seen = set()
+    for net in found:
+        if net.name in seen:
+            raise refuse("--arch", net.name, "each network once")
+        seen.add(net.name)
+    return found
+
+
+def _find(name: str, family: Family) -> list[Net]:
+    path = Path(name)
+    if name.lstrip().startswith("{"):
+        try:
+            mapping = json.loads(name)
+        except ValueError as error:
+            raise refuse("--arch", name[:60], "an arch's factors as JSON", str(error)) from None
+        return [Net(name, family, family.arch(_factors(mapping, name)))]
+    if path.is_dir():
+        return _pareto_set(path, family)
+    if path.suffix.lower() == ".json" or path.is_file():
+        data = read_json(path, "an arch")
+        if isinstance(data, dict) and isinstance(data.get("finalists"), list):
+            own = get_family(data.get("family", family.name))
+            return [_inline(own, own.arch(_factors(each, name))) for each in data["finalists"]]
+        mapping = _factors(data, name)
+        own = get_family(data["family"]) if "family" in data else family
+        weights = path.with_suffix(".safetensors")
+        trained = weights if "timm" in data and weights.is_file() else None
+        return [Net(name, own, own.arch(mapping), weights=trained, found="timm" in data)]
+    for published in family.published:
+        if name.lower() in (published.name.lower(), *(a.lower() for a in published.aliases)):
+            return [Net(name, family, published.arch)]
+    if not name.isidentifier() or name[:1].isdigit():
+        names = ", ".join(p.name for p in family.published)
+        raise refuse("--arch", name, f"one of {names}, a JSON file, a run's folder or a timm model")
+    return [Net(name, None, None, timm=name)]
+
+
+def _factors(data: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        raise refuse("--arch", name[:60], "a JSON object with an arch")
+    mapping = data.get("arch", data)
+    if not isinstance(mapping, dict):
+        raise refuse("--arch", name[:60], "a JSON object with an arch")
+    return mapping
+
+
+def _pareto_set(folder: Path, family: Family) -> list[Net]:
+    """Return the scored archs of a run that no other one beats in size, speed and score."""
+    if not (folder / "run.json").is_file():
+        raise refuse("--arch", folder, "a run's folder (with a run.json)")
+    from nas.search.ledger import Ledger
+
+    read_run(folder)  # refuses a damaged one in its own words
+    ledger = Ledger(folder / "study.db", create=False)
+    rows = [r for r in ledger.rows if r.soft_loss is not None and r.images_per_s is not None]
+    if not rows:
+        raise refuse("--arch", folder, "a run with a scored candidate", "let it go on first")
+
+    def costs(row: Any) -> tuple[float, float, float]:
+        return row.params, -(row.ratio or 1.0), row.soft_loss
+
+    def beaten(row: Any) -> bool:
+        own = costs(row)
+        return any(
+            all(a <= b for a, b in zip(costs(other), own, strict=True)) and costs(other) != own
+            for other in rows
+        )
+
+    best = {r.key: r for r in rows if not beaten(r)}
+    try:
+        return [
+            Net(r.label, family, family.arch(ledger.arch(r.step, r.key)), found=r.step > 0)
+            for r in best.values()
+        ]
+    finally:
+        ledger.close()
+
+
+def sample(
+    family: Family, seed: Arch, ctx: Context, count: int, *, band: int | None, random_seed: int
+) -> list[Net]:
+    """Draw contractions of a seed all over its space: `count` of them, the seed among them.
+
+    The published archs of its range come first.
+    Sizes are spread evenly in log parameters from the seed to its floor; within each slice the
+    draw is uniform over the six factors' values. With `band`, a third of all lie within 10 % of
+    that many parameters. The same random seed draws the same archs.
+    """
+    most = family.count_params(seed, ctx)
+    least = family.count_params(family.floor(seed, ctx), ctx)
+    nets = [
+        Net(p.name, family, p.arch)
+        for p in family.published
+        if least <= family.count_params(p.arch, ctx) <= most
+    ]
+    if family.key(seed, ctx) not in {net.key(ctx) for net in nets}:
+        nets.insert(0, _inline(family, seed))
+    nets = nets[:count]
+    taken = {net.key(ctx) for net in nets}
+    rng = np.random.default_rng(random_seed)
+    inside = 0 if band is None else (count - len(nets)) // 3
+    edges = np.exp(np.linspace(np.log(least), np.log(most), 17))
+    slices = list(itertools.pairwise(edges))
+    tries = 0
+    while len(nets) < count:
+        in_band = band is not None and inside > 0
+        lo, hi = (0.9 * band, 1.1 * band) if in_band and band else slices[tries % len(slices)]
+        tries += 1
+        arch = _draw(family, seed, ctx, lo, hi, rng)
+        if arch is None or family.key(arch, ctx) in taken:
+            if tries > 400 * count:
+                raise refuse("--sample", count, f"at most about {len(nets)} here", "ask for fewer")
+            continue
+        inside -= in_band
+        taken.add(family.key(arch, ctx))
+        nets.append(_inline(family, arch))
+    return nets
+
+
+def _inline(family: Family, arch: Arch) -> Net:
+    return Net(json.dumps(family.to_dict(arch), separators=(",", ":")), family, arch)
+
+
+def _draw(
+    family: Family, seed: Arch, ctx: Context, lo: float, hi: float, rng: np.random.Generator
+) -> Arch | None:
+    """Draw archs until one has its parameters in [lo, hi]; None when none of many does."""
+    options = family.moves(seed)
+    n = 4096
+    table = {field: values[rng.integers(0, len(values), n)] for field, values in options.items()}
+    fits = family.valid_many(table)
+    params = family.count_params_many(table, ctx)
+    chosen = np.flatnonzero(fits & (params >= lo) & (params <= hi))
+    if not len(chosen):
+        return None
+    try:
+        return family.row(table, int(chosen[0]))
+    except InputError:
+        return None

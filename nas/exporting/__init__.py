@@ -1,0 +1,1 @@
+"""A model out of the house: fused, as ONNX, and whether it still says the same."""

@@ -1,0 +1,249 @@
+"""A run keeps what its requirements say, on several settings at once, here or on another device."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SMALL_ARCH, Finished
+
+from benchmarks.throughput_nets import sample
+from nas.contract import contract, main
+from nas.executor import InlineExecutor
+from nas.jobs import Job, Result
+from nas.measure.fingerprint import take_fingerprint
+from nas.measure.rows import OK, DeviceRow, fingerprint_columns, read_rows, write_rows
+from nas.measure.table import read_measurements
+from nas.measure.watch import Disturbance
+from nas.requirement import parse_requirement
+from space import Arch, Context, InputError, get_family
+
+FAMILY = get_family("tinyvit")
+CTX = Context(img_size=32, num_classes=10)
+SEED = FAMILY.arch(SMALL_ARCH)
+REQUIRED = ("speedup>=0.8@cpu:b2", "latency_ms<=500@cpu:b1", "peak_mem_mb<=4000@cpu:b1")
+
+
+def settings(finished: Finished, **more: Any) -> dict[str, Any]:
+    """The flags of the finished run, for Python."""
+    return {
+        "seed": finished.flags[1], "target_params": "400K", "effort": "smoke", "threads": 1,
+        "img_size": 32, "proxy_images": 200, "teacher_epochs": 2, "shortlist": 3, "proxied": 1,
+        "bench_blocks": 6, "bench_max_blocks": 6, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests run beside these: what disturbs is measured elsewhere, here nothing does."""
+
+    class Calm:
+        def __init__(self, device: str) -> None: ...
+
+        def read(self) -> Disturbance:
+            return Disturbance(0.0, "")
+
+    monkeypatch.setattr("nas.measure.rounds.Watch", Calm)
+
+
+class Counting(InlineExecutor):
+    """Runs jobs here and remembers what kinds there were."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def run(self, job: Job, **more: Any) -> Result:
+        self.kinds.append(job.kind)
+        return super().run(job, **more)
+
+
+def ledger(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "ledger.csv", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_every_setting_is_measured_and_a_second_search_times_nothing(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Kept archs meet all requirements by interval; a cache answers the second run's questions."""
+    given = settings(finished, require=REQUIRED, cache_dir=finished.cache)
+    first, second = Counting(), Counting()
+    one = contract(**given, out=tmp_path / "one", executor=first)
+    two = contract(**given, out=tmp_path / "two", executor=second)
+    assert one.status == "reached"
+    assert first.kinds.count("measure") >= 8
+    assert first.kinds.count("peak-memory") >= 3
+    assert second.kinds.count("measure") == second.kinds.count("peak-memory") == 0
+    assert two.result["winner"] == one.result["winner"]
+    verdicts = one.result["final"]["requirements"]
+    assert len(verdicts) == len(REQUIRED)
+    rows = ledger(tmp_path / "one")
+    assert {row["basis"] for row in rows} == {"measured"}
+    for row in rows[1:]:
+        if row["stage"] in ("kept", "proxy", "selection"):
+            assert row["requirements"].count(": pass at ") == len(REQUIRED)
+        if row["stage"] == "throughput" and row["state"] == "pruned":
+            assert ": pass at " not in row["requirements"].split("; ")[-1]
+    measured = read_measurements(tmp_path / "one" / "measurements.csv")
+    assert {r.measurement.batch for r in measured} == {1, 2}
+    assert len({r.measurement.fingerprint for r in measured}) == 2
+    report = (tmp_path / "one" / "report.md").read_text()
+    assert all(text in report for text in ("speedup>=0.8@cpu", "peak_mem_mb<=4000@cpu"))
+
+
+def test_a_requirement_that_nothing_meets_is_refused_before_training(
+    finished: Finished, tmp_path: Path
+) -> None:
+    for text in ("latency_ms<=0.001@cpu:b1", "speedup>=400@cpu:b2", "peak_mem_mb<=0.001@cpu:b1"):
+        executor = Counting()
+        given = settings(finished, require=(text,), cache_dir=finished.cache)
+        with pytest.raises(InputError) as caught:
+            contract(**given, out=tmp_path / "run", executor=executor)
+        metric = parse_requirement(text, dtype="float32", batch=16).metric
+        assert metric in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert "train" not in executor.kinds
+        assert not (tmp_path / "run").exists()
+
+
+def elsewhere() -> dict[str, Any]:
+    """The identity of a device that is not this one."""
+    here = take_fingerprint("cpu", threads=4)
+    board = replace(here, device_name="a board", logical_cores=4, torch="none", timm="none")
+    on = board.under(
+        runtime="onnxruntime", runtime_version="onnxruntime 1.20.0", dtype="float32", batch=1,
+        img_size=CTX.img_size,
+    )  # fmt: skip
+    return fingerprint_columns(on)
+
+
+def seconds_there(arch: Arch) -> float:
+    """What an image takes on the board: a sum of parts, as of a real device."""
+    parts = FAMILY.cost_terms_many(FAMILY.table([arch]), CTX)
+    weights = np.random.default_rng(1).uniform(0.5, 2.0, len(parts))
+    terms = np.array([float(np.asarray(p)[0]) for p in parts.values()])
+    return float(1e-4 + 2e-10 * (terms * weights).sum())
+
+
+def device_row(arch: Arch, name: str) -> DeviceRow:
+    pace, seed = 1.0 / seconds_there(arch), 1.0 / seconds_there(SEED)
+    return DeviceRow(
+        arch=name, family="tinyvit", key=FAMILY.key(arch, CTX),
+        spec=json.dumps(FAMILY.to_dict(arch)), img_size=CTX.img_size,
+        num_classes=CTX.num_classes, device="cpu", runtime="onnxruntime", dtype="float32", batch=1,
+        threads=4, state=OK, images_per_s=pace, images_per_s_lo=pace * 0.99,
+        images_per_s_hi=pace * 1.01, ratio=pace / seed, ratio_lo=pace / seed * 0.995,
+        ratio_hi=pace / seed * 1.005, reference="seed@cpu:onnxruntime:float32:b1", coverage=0.95,
+        blocks=12, passes=3, **elsewhere(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def device_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("device") / "device.csv"
+    nets = sample(FAMILY, SEED, CTX, 60, band=400_000, random_seed=0)
+    archs = [net.arch for net in nets if net.arch is not None]
+    names = ["seed" if arch == SEED else f"net{i}" for i, arch in enumerate(archs)]
+    write_rows(path, [device_row(a, n) for a, n in zip(archs, names, strict=True)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def unverified(
+    finished: Finished, device_table: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "there"
+    given = settings(finished, device_table=[device_table], min_speedup=1.2)
+    outcome = contract(**given, out=folder, cache_dir=finished.cache, executor=InlineExecutor())
+    assert (outcome.status, outcome.exit_code) == ("unverified", 3)
+    return folder
+
+
+def test_with_a_device_table_nothing_is_timed_here_and_nothing_promised(unverified: Path) -> None:
+    """Predictions decide which archs are looked at; the finalists are named, with the command."""
+    assert not (unverified / "measurements.csv").exists()
+    result = json.loads((unverified / "result.json").read_text())
+    assert "benchmarks.throughput --arch" in result["message"]
+    assert "--runtime onnxruntime" in result["message"]
+    assert result["final"] is None
+    rows = ledger(unverified)
+    assert {row["basis"] for row in rows} <= {"table", "predicted"}
+    assert rows[0]["basis"] == "table", "the seed was measured there"
+    for row in rows[1:]:
+        assert float(row["ratio_lo"]) <= float(row["ratio"]) <= float(row["ratio_hi"])
+    named = json.loads((unverified / "finalists.json").read_text())["finalists"]
+    assert named
+    kept = {row["label"] for row in rows if row["stage"] == "kept" and row["step"] == "2"}
+    assert {each["label"] for each in named} <= kept
+    # What was not looked at as too slow is what the board says, within the predictor's own error.
+    for each in named:
+        truth = seconds_there(SEED) / seconds_there(FAMILY.arch(each["arch"]))
+        middle, lo, hi = each["predicted_ratio"]
+        assert lo * 0.97 <= truth <= hi * 1.03
+        assert middle == pytest.approx(truth, rel=0.1)
+
+
+def test_the_finalists_own_rows_finish_the_run(
+    unverified: Path, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of another device or too slow ones do not; those that meet the requirement do."""
+    named = json.loads((unverified / "finalists.json").read_text())["finalists"]
+    rows = [device_row(FAMILY.arch(each["arch"]), each["label"]) for each in named]
+    resume = ["--resume", str(unverified), "--cache-dir", str(finished.cache), "--quiet"]
+
+    assert main(resume) == 3, "without their rows it stays as it was"
+    other = [replace(row, threads=2) for row in rows]
+    write_rows(tmp_path / "other.csv", other)
+    assert main([*resume, "--finalists", str(tmp_path / "other.csv")]) == 2
+    assert "fingerprint" in capsys.readouterr().err
+
+    write_rows(tmp_path / "own.csv", rows)
+    assert main([*resume, "--finalists", str(tmp_path / "own.csv")]) == 0
+    result = json.loads((unverified / "result.json").read_text())
+    winner = result["final"]["winner"]
+    assert winner["basis"] == "table"
+    assert winner["ratio"] == pytest.approx(
+        next(row.ratio for row in rows if row.key == winner["key"])
+    )
+    best = json.loads((unverified / "best.json").read_text())
+    assert best["throughput"]["runtime"] == "onnxruntime"
+
+
+def test_a_table_of_something_else_is_refused(
+    device_table: Path, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = read_rows(device_table, "t")
+    mixed = [*rows[:-1], replace(rows[-1], fingerprint="0" * 12)]
+    cases = {
+        "another resolution": [replace(r, img_size=48) for r in rows],
+        "another number of classes": [replace(r, num_classes=11) for r in rows],
+        "no seed": [r for r in rows if r.arch != "seed"],
+        "too few": [r for r in rows if r.arch == "seed"],
+        "two devices": mixed,
+        "a wrong key": [replace(r, key="d1") for r in rows],
+        "another family": [replace(r, family="resnet") for r in rows],
+    }
+    for name, bad in cases.items():
+        path = tmp_path / f"{name}.csv"
+        write_rows(path, bad)
+        out = tmp_path / "run"
+        flags = [*finished.flags, "--device-table", str(path), "--out", str(out), "--quiet"]
+        assert main(flags) == 2, name
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert "error: " in error
+        assert not out.exists()
+
+
+def test_what_a_table_cannot_tell_is_refused(
+    device_table: Path, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "peak_mem_mb<=100@cpu:onnxruntime:b1"
+    flags = [*finished.flags, "--device-table", str(device_table), "--require", text, "--quiet"]
+    assert main([*flags, "--out", str(tmp_path / "run")]) == 2
+    assert "peak_mem_mb" in capsys.readouterr().err

@@ -1,0 +1,303 @@
+"""A fingerprint is identity, conditions are not; what disturbs is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nas.measure import gpu, watch
+from nas.measure.fingerprint import Fingerprint, take_fingerprint
+from nas.measure.watch import Conditions, Watch, conditions
+from space import InputError
+
+UNDER: dict[str, Any] = {
+    "runtime": "onnxruntime", "runtime_version": "onnxruntime 1.20", "dtype": "float32",
+    "batch": 16, "img_size": 224,
+}  # fmt: skip
+
+
+def test_fingerprint_is_identity_without_conditions() -> None:
+    here = take_fingerprint("cpu", threads=2)
+    assert take_fingerprint("cpu", threads=2) == here
+    assert take_fingerprint("cpu", threads=2).id == here.id
+    assert take_fingerprint("cpu", threads=3).id != here.id
+    assert here.torch == torch.__version__
+    assert Fingerprint.from_dict(here.to_dict()) == here
+    assert here.device_name in here.describe()
+    assert "\n" not in here.describe()
+    with pytest.raises(InputError):
+        Fingerprint.from_dict({**here.to_dict(), "id": "0" * 12})
+    with pytest.raises(InputError):
+        Fingerprint.from_dict({"id": "x"})
+
+
+def test_every_field_is_identity() -> None:
+    """Another value in any one field, the setting's own included, is another fingerprint."""
+    here = take_fingerprint("cpu", threads=2).under(**UNDER)
+    ids = {here.id}
+    for field in dataclasses.fields(here):
+        value = getattr(here, field.name)
+        other = value + 1 if isinstance(value, int | float) else f"other {value}"
+        ids.add(dataclasses.replace(here, **{field.name: other}).id)
+    assert len(ids) == 1 + len(dataclasses.fields(here))
+
+
+def test_under_a_setting_is_another_number() -> None:
+    """`under` changes the id for each of its parts and nothing of the device."""
+    here = take_fingerprint("cpu", threads=2)
+    there = here.under(**UNDER)
+    changes: dict[str, Any] = {
+        "runtime": "openvino", "runtime_version": "onnxruntime 1.21", "dtype": "float16",
+        "batch": 1, "img_size": 48,
+    }  # fmt: skip
+    ids = {here.id, there.id}
+    for name, value in changes.items():
+        made = here.under(**{**UNDER, name: value})
+        ids.add(made.id)
+        assert dataclasses.replace(made, **dict.fromkeys(UNDER)) == here
+        assert Fingerprint.from_dict(made.to_dict()) == made
+    assert len(ids) == 2 + len(changes)
+
+
+def test_momentary_things_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither load nor present clock nor time of day is in the id."""
+    here = take_fingerprint("cpu", threads=1)
+    real, shifted = Path.read_text, []
+
+    def faster(path: Path, *args: Any, **kwargs: Any) -> str:
+        text = real(path, *args, **kwargs)
+        if str(path) != "/proc/cpuinfo":
+            return text
+        shifted.append(path)
+        lines = text.splitlines(keepends=True)
+        # A few MHz, as boots of one virtual machine differ by.
+        return "".join(
+            f"cpu MHz\t\t: {float(x.split(':')[1]) + 0.003:.3f}\n" if x.startswith("cpu MHz") else x
+            for x in lines
+        )
+
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
+    monkeypatch.setattr(Path, "read_text", faster)
+    assert take_fingerprint("cpu", threads=1).id == here.id
+    assert conditions().load == 99.0
+
+
+def test_conditions_tell_the_moment() -> None:
+    now = conditions()
+    assert isinstance(now, Conditions)
+    assert now.when.endswith("+00:00")
+    assert now.load is None or now.load >= 0
+    assert now.clock_mhz is None or now.clock_mhz > 100
+    assert now.gpu_others is None
+
+
+def test_an_absent_device_is_refused() -> None:
+    names = ["tpu", "mps", ""] + ([] if torch.cuda.is_available() else ["cuda", "cuda:1"])
+    for name in names:
+        with pytest.raises(InputError, match="--device") as caught:
+            take_fingerprint(name, threads=1)
+        assert "\n" not in str(caught.value)
+
+
+class Counted:
+    """Counters of the kernel as they are set, one after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *read: watch._Counters | None) -> None:
+        self.left = list(read)
+        monkeypatch.setattr(watch, "_counters", lambda: self.left.pop(0))
+
+
+@pytest.mark.parametrize(
+    ("ran", "waited", "throttled", "share"),
+    [
+        (1.0, 0.0, 0.0, 0.0), (3.0, 1.0, 0.0, 0.25), (9.0, 0.5, 0.5, 0.1), (0.0, 2.0, 0.0, 1.0),
+        (1.0, 0.0, 3.0, 0.75),
+    ],
+)  # fmt: skip
+def test_waited_is_the_share_of_wanted_time(
+    ran: float, waited: float, throttled: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting for a core and a quota's stops count over the time that our threads wanted."""
+    monkeypatch.setattr(watch, "conditions", lambda device: Conditions(0.0, "now"))
+    start = watch._Counters(5.0, 7.0, 1.0, 0.0)
+    end = watch._Counters(5.0 + ran, 7.0 + waited, 1.0 + throttled, 0.0)
+    counted = Counted(monkeypatch, start, end)
+    found = Watch().read()
+    assert counted.left == []
+    assert found.waited == pytest.approx(share, abs=1e-4)
+    assert bool(found.says) == (share > watch.CONTENDED)
+
+
+def test_time_that_the_host_steals_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stolen time is shared by all cores: half of all of it halves what we have."""
+    clock = [100.0]
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(watch.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(watch, "conditions", lambda device: Conditions(0.0, "now"))
+    Counted(monkeypatch, watch._Counters(0.0, 0.0, 0.0, 3.0), watch._Counters(4.0, 0.0, 0.0, 7.0))
+    watching = Watch()
+    clock[0] += 4.0
+    assert watching.read().waited == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("read", [(None, None), (watch._Counters(1, 1, 0, 0),) * 2])
+def test_a_kernel_that_does_not_tell_gives_none(
+    read: tuple[watch._Counters | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "conditions", lambda device: Conditions(0.0, "now"))
+    Counted(monkeypatch, *read)
+    found = Watch().read()
+    assert found == watch.Disturbance(None, "")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (Conditions(0, "", 2000.0), Conditions(0, "", 2100.0), ""),
+        (Conditions(0, "", 2000.0), Conditions(0, "", 1500.0), "clock"),
+        (Conditions(0, "", None), Conditions(0, "", 1500.0), ""),
+        (Conditions(0, "", 2000.0, 0), Conditions(0, "", 2000.0, 2), "2 other processes"),
+        (Conditions(0, "", 2000.0, 1), Conditions(0, "", 1000.0, 0), "; 1 other process"),
+    ],
+)
+def test_clocks_and_other_processes_are_told(
+    before: Conditions, after: Conditions, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = [before, after]
+    monkeypatch.setattr(watch, "conditions", lambda device: moments.pop(0))
+    Counted(monkeypatch, None, None)
+    found = Watch("cuda").read()
+    assert says in found.says
+    assert bool(says) == bool(found.says)
+
+
+def test_a_spinning_neighbour_on_our_core_is_seen() -> None:
+    """Two processes on one core: each waits about half of the time."""
+    if watch._counters() is None or not hasattr(os, "sched_setaffinity"):
+        pytest.skip("the kernel does not tell")
+    code = (
+        "import os, subprocess, sys, time\n"
+        "core = max(os.sched_getaffinity(0)); os.sched_setaffinity(0, {core})\n"
+        "other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
+        "from nas.measure.watch import Watch\n"
+        "try:\n"
+        "    seen, until = Watch(), time.time() + 0.6\n"
+        "    while time.time() < until: pass\n"
+        "    print(seen.read().waited)\n"
+        "finally:\n"
+        "    other.kill()\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert 0.2 < float(told.stdout) <= 1.0
+
+
+SMI = """#!/bin/sh
+echo "$@" >> "$SMI_LOG"
+case "$1" in
+  --query-gpu=driver_version) echo "550.54.15" ;;
+  --query-gpu=clocks.max.sm) echo "1980" ;;
+  --query-gpu=clocks.sm) echo "$SMI_CLOCK" ;;
+  --query-compute-apps=pid) printf "%s\\n" $SMI_PIDS ;;
+  *) exit 9 ;;
+esac
+"""
+
+
+@pytest.fixture
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A driver's tool that answers what the environment says; its calls are in a log."""
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.parent.mkdir()
+    script.write_text(SMI)
+    script.chmod(0o755)
+    log = tmp_path / "log"
+    log.touch()
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SMI_LOG", str(log))
+    monkeypatch.setenv("SMI_CLOCK", "1755")
+    monkeypatch.setenv("SMI_PIDS", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpu.driver.cache_clear()
+    gpu.nominal_mhz.cache_clear()
+    yield log
+    gpu.driver.cache_clear()
+    gpu.nominal_mhz.cache_clear()
+
+
+def test_the_drivers_tool_is_read(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.driver("cuda") == "550.54.15"
+    assert gpu.nominal_mhz("cuda") == 1980.0
+    assert gpu.clock_mhz("cuda") == 1755.0
+    monkeypatch.setenv("SMI_CLOCK", "900")
+    assert gpu.clock_mhz("cuda") == 900.0, "a condition is asked anew"
+    assert gpu.driver("cuda") == "550.54.15"
+    assert smi.read_text().count("driver_version") == 1, "identity is asked once"
+    now = conditions("cuda")
+    assert (now.clock_mhz, now.gpu_others) == (900.0, 0)
+
+
+def test_this_process_is_no_other_process(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMI_PIDS", f"{os.getpid()} 999999 888888")
+    assert gpu.other_processes("cuda") == 2
+    monkeypatch.setenv("SMI_PIDS", f"{os.getpid()}")
+    assert gpu.other_processes("cuda") == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "asked"),
+    [
+        ("cuda", None, "-i 0"), ("cuda:3", None, "-i 3"), ("cuda", "2,5", "-i 2"),
+        ("cuda:1", "2,5", "-i 5"), ("cuda", "GPU-8f6d1b2c", "-i GPU-8f6d1b2c"),
+    ],
+)  # fmt: skip
+def test_the_tool_is_asked_for_the_device_that_torch_uses(
+    device: str, visible: str | None, asked: str, smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch counts within CUDA_VISIBLE_DEVICES, the driver's tool over all devices."""
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu.clock_mhz(device)
+    assert smi.read_text().strip().endswith(asked)
+
+
+def test_answers_that_are_none_are_none(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMI_CLOCK", "[N/A]")
+    assert gpu.clock_mhz("cuda") is None
+    (smi.parent / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    assert gpu.driver("cuda") is None
+    assert gpu.other_processes("cuda") is None
+    monkeypatch.setenv("PATH", str(smi.parent / "nothing"))
+    assert gpu.clock_mhz("cuda") is None
+    assert gpu.nominal_mhz("cuda") is None
+
+
+def test_values_import_without_torch() -> None:
+    """What the driver imports must not load torch."""
+    code = (
+        "import sys; import nas.measure.table, nas.measure.fingerprint, nas.measure.measurement, "
+        "nas.measure.rounds, nas.measure.watch, nas.measure.rows, nas.measure.device_table, "
+        "nas.measure.cache, nas.measure.bundled, nas.measure.runtimes, nas.requirement, "
+        "nas.report, nas.report.charts, nas.report.figure, benchmarks.pareto; "
+        "from nas.measure.fingerprint import take_fingerprint; take_fingerprint('cpu', threads=1); "
+        "from nas.measure.runtimes import runtimes; runtimes(); "
+        "assert 'torch' not in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_torch_version_is_the_same_with_and_without_torch_loaded() -> None:
+    code = (
+        "from nas.measure.fingerprint import take_fingerprint as f; a = f('cpu', threads=1).id; "
+        "import torch; assert a == f('cpu', threads=1).id"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -117,9 +118,7 @@ class Bench:
         row = replace(row, **self._counts(net, ctx))
         row = replace(row, **self._latency(net, ctx, setting, measured.values))
         if self.plan.memory:
-            weighed = self.do("peak-memory", f"{net.name} memory", spec, fresh=True)
-            if weighed.ok:
-                row = replace(row, peak_mem_bytes=weighed.values["peak_mem_bytes"])
+            row = replace(row, peak_mem_bytes=self._weigh(net, spec))
         if net.weights is not None and self.plan.accuracy_data is not None:
             row = replace(row, **self._accuracy(net, ctx, setting))
         return row
@@ -212,6 +211,16 @@ class Bench:
             values = dict(found.values)
         columns = {f"latency_ms_{name}": values[f"latency_ms_{name}"] for name in names}
         return {**columns, "latency_passes": values["blocks"] * values["passes"]}
+
+    def _weigh(self, net: Net, spec: dict[str, Any]) -> int | None:
+        """Return the peak memory of a process that loads and runs the net and does nothing else."""
+        with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
+            staged = self.do("stage", f"{net.name} stage", {**spec, "out": folder})
+            if not staged.ok:
+                return None
+            told = {**spec, "staged": staged.values["file"]}
+            weighed = self.do("peak-memory", f"{net.name} memory", told, fresh=True)
+        return weighed.values["peak_mem_bytes"] if weighed.ok else None
 
     def _accuracy(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
         from nas.data import DataSpec

@@ -84,8 +84,9 @@ class LocalExecutor:
         process, self._process = self._process, None
         if process is None:
             return
+        # The whole group: a child that a library forked would hold our pipe open for ever.
         with contextlib.suppress(OSError):
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         for stream in (process.stdin, process.stdout):
             if stream is not None:
@@ -127,6 +128,7 @@ class LocalExecutor:
                 text=True,
                 encoding="utf-8",
                 env=environment,
+                start_new_session=True,
             )
         finally:
             if not isinstance(log, int):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,8 +210,7 @@ class Run:
             return result
         measured = Measurement.from_dict(result.values)
         if weigh:
-            self.executor.close()  # memory is weighed in a process that did nothing else
-            weighed = self.do(Job("peak-memory", f"memory-{name}", spec))
+            weighed = self._weigh(name, spec)
             if not weighed.ok:
                 return weighed
             measured = replace(measured, **weighed.values)
@@ -225,6 +225,16 @@ class Run:
         self.measurements.append_row(row)
         self.kept.add(row)
         return measured
+
+    def _weigh(self, name: str, spec: Mapping[str, Any]) -> Result:
+        """Weigh a network in a process that did nothing else, from the file that is deployed."""
+        with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
+            staged = self.do(Job("stage", f"stage-{name}", {**spec, "out": folder}))
+            if not staged.ok:
+                return staged
+            self.executor.close()
+            told = {**spec, "staged": staged.values["file"]}
+            return self.do(Job("peak-memory", f"memory-{name}", told))
 
     def _question(
         self, arch: Arch, role: str, reference: Arch | None, setting: Setting

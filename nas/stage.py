@@ -162,8 +162,9 @@ def _reachable(run: Run) -> None:
         for one in required:
             if measured.judge(one) == "fail":
                 reach = f"about {shown(measured, one.metric)} at the very end"
+                named = short_form(config, one)
                 raise refuse(
-                    short_form(config, one), one.text, reach,
+                    named, one.text if named == "--require" else f"{one.bound:g}", reach,
                     f"the smallest contraction of {config.seed} reaches no more",
                 )  # fmt: skip
 

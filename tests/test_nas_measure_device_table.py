@@ -184,7 +184,7 @@ def damaged(path: Path, **cells: str) -> Path:
         ({"images_per_s": ""}, "images_per_s"), ({"images_per_s": "nan"}, "images_per_s"),
         ({"images_per_s_lo": "1e9"}, "images_per_s"), ({"images_per_s_lo": "-1"}, "images_per_s"),
         ({"images_per_s_hi": "inf"}, "images_per_s"), ({"ratio_lo": ""}, "ratio"),
-        ({"ratio_hi": "0.5"}, "ratio"), ({"latency_ms_p50": "1.0"}, "latency_ms_p50"),
+        ({"ratio_hi": "0.5"}, "ratio"), ({"latency_ms_p50_lo": "1.0"}, "latency_ms_p50"),
         ({"batch": "8.0"}, "batch='8.0'"), ({"batch": ""}, "batch=''"),
         ({"batch": "16"}, "fingerprint.id"), ({"batch": "0"}, "line 2"),
         ({"fingerprint": "0" * 12}, "fingerprint.id"), ({"threads": "2"}, "fingerprint.id"),

@@ -70,7 +70,7 @@ def test_bounds_tighten_geometrically_and_hold_together() -> None:
     }
     for metric, values in wanted.items():
         own = [next(r.bound for r in b.requirements if r.metric == metric) for b in found]
-        assert own == pytest.approx(values)
+        assert own == pytest.approx(values, rel=1e-5)
     assert all(b.least_ratio is None for b in found)
     assert found[-1].requirements == requirements_of(c), "the last step asks what the user did"
 

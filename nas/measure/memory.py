@@ -3,36 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import resource
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from nas.measure.throughput import prepare
+from nas.measure.runtimes import Order, check_setting
 from nas.requirement import Setting
 from space import Context
 
 
-def peak_memory_bytes(model: nn.Module, *, ctx: Context, setting: Setting, before: int) -> int:
-    """Return the bytes that a network needs above `before`, while it is loaded and run.
+def peak_memory_bytes(
+    build: Callable[[], nn.Module],
+    *,
+    ctx: Context,
+    setting: Setting,
+    threads: int,
+    staged: Path | None = None,
+) -> int:
+    """Return the bytes that a network needs while it is loaded and run, libraries left out.
 
-    On a CPU that is the process's highest resident memory since `before = resident_bytes()` was
-    read: call it in a fresh process, before the network is built, or what was freed earlier hides
-    growth. On a GPU it is what torch allocated at most; for other runtimes, what the device has
-    less free afterwards. Weights, images, activations and the runtime's arenas count.
+    On a CPU that is how far the process's resident memory rises above where it stood before the
+    network was there: call it in a fresh process, as what was freed earlier hides growth. On a GPU
+    it is what torch allocated at most; for other runtimes, what the device has less free
+    afterwards. Weights, images, activations and the runtime's arenas count. `staged` is the
+    runtime's own file (see `Runtime.stage`), loaded instead of building and exporting here.
     """
+    runtime = check_setting(setting)
+    importlib.import_module(runtime.executes[0])
+    shape = (setting.batch, ctx.in_chans, ctx.img_size, ctx.img_size)
     cuda = setting.device.startswith("cuda")
     if cuda:
         torch.cuda.synchronize(setting.device)
         torch.cuda.reset_peak_memory_stats(setting.device)
         base, free = torch.cuda.memory_allocated(setting.device), _free(setting.device)
-    ready = prepare(model, ctx=ctx, setting=setting).ready
-    del model
-    if not cuda:
-        # Preparing (an export, a quantisation) may take more than running ever will.
-        _forget_highest()
+    before = resident_bytes()
+    model = None if staged is not None else build().eval().requires_grad_(False)
+    with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
+        order = Order(model, torch.zeros(shape), setting, threads, Path(folder), staged=staged)
+        ready = runtime.prepare(order)
+    del model, order
+    # What preparing took for a moment (a compilation, a conversion) is not what running takes.
+    _forget_highest()
     ready.timer(5)
     if not cuda:
         return max(0, highest_resident_bytes() - before)

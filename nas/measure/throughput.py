@@ -66,13 +66,9 @@ def prepare(
     threads = torch.get_num_threads() if threads is None else threads
     noise = torch.Generator().manual_seed(0)  # its own: the global random state is the caller's
     shape = (setting.batch, ctx.in_chans, ctx.img_size, ctx.img_size)
-    images = torch.randn(shape, generator=noise)
-    given: Sequence[Images] = () if calibration is None else calibration
-    notes = []
-    if runtime.calibrates and not given:
-        drawn = (torch.randn(shape, generator=noise) for _ in range(CALIBRATION_BATCHES))
-        given = [batch.numpy() for batch in drawn]
-        notes.append("calibrated on noise")
+    images, drawn = _images(runtime, shape, noise)
+    given: Sequence[Images] = drawn if calibration is None else calibration
+    notes = ["calibrated on noise"] if calibration is None and drawn else []
     own = private_copy(model, "cpu")
     wanted = None
     as_built = setting.runtime == "eager" and setting.dtype == "float32"
@@ -90,6 +86,29 @@ def prepare(
         agrees = parity <= runtime.tolerance[setting.dtype]
     done = "; ".join(filter(None, (ready.done, *notes)))
     return Prepared(ready, runtime, setting, ctx, parity, agrees, done)
+
+
+def staged_file(
+    model: nn.Module, *, ctx: Context, setting: Setting, folder: Path, threads: int | None = None
+) -> Path | None:
+    """Write what the setting's runtime deploys into a folder; None where the model itself runs."""
+    runtime = check_setting(setting)
+    noise = torch.Generator().manual_seed(0)
+    shape = (setting.batch, ctx.in_chans, ctx.img_size, ctx.img_size)
+    images, given = _images(runtime, shape, noise)
+    own = private_copy(model, "cpu")
+    return runtime.stage(
+        Order(own, images, setting, threads or torch.get_num_threads(), folder, given)
+    )
+
+
+def _images(
+    runtime: Runtime, shape: tuple[int, ...], noise: torch.Generator
+) -> tuple[Tensor, list[Images]]:
+    """Draw the images to time on, and what int8 runtimes are calibrated on."""
+    images = torch.randn(shape, generator=noise)
+    count = CALIBRATION_BATCHES if runtime.calibrates else 0
+    return images, [torch.randn(shape, generator=noise).numpy() for _ in range(count)]
 
 
 def difference(found: Images, wanted: Images) -> float:

@@ -48,6 +48,7 @@ def _reason(error: Exception) -> str:
 _KINDS: dict[str, Callable[[Mapping[str, Any], Tick], Values]] = {
     "hello": measuring.hello,
     "measure": measuring.measure,
+    "stage": measuring.stage,
     "peak-memory": measuring.peak_memory,
     "fastest-batch": measuring.fastest_batch,
     "accuracy": measuring.accuracy,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,6 @@ def _timm_model(name: str, ctx: Context) -> nn.Module:
 
 def measure(spec: Mapping[str, Any], tick: Tick) -> Values:
     """Time a network, with fresh weights unless it names some, against its reference."""
-    import torch
 
     from nas.measure.rounds import Bounds
     from nas.measure.throughput import measure_prepared, prepare
@@ -96,8 +96,7 @@ def measure(spec: Mapping[str, Any], tick: Tick) -> Values:
     ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
     bounds = dict(spec.get("bounds", {}))
     bounds["latency_ms"] = tuple((n, v) for n, v in bounds.get("latency_ms", ()))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec["random_seed"])
+    with _seeded(spec):
         network = prepare(build(spec["network"], ctx), ctx=ctx, setting=setting)
     reference = None
     if spec["reference"] is not None:
@@ -139,18 +138,47 @@ def _reference(network: Mapping[str, Any], ctx: Context, setting: Setting, seed:
     return _kept[key]
 
 
+def stage(spec: Mapping[str, Any], tick: Tick) -> Values:
+    """Write the file that a runtime deploys into the folder `out`: `{"file"}`, None if it has none.
+
+    What is weighed loads it in a process that never exported anything.
+    """
+    from nas.measure.throughput import staged_file
+
+    ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
+    with _seeded(spec):
+        model = build(spec["network"], ctx)
+    made = staged_file(model, ctx=ctx, setting=setting, folder=Path(spec["out"]))
+    return {"file": None if made is None else str(made)}
+
+
 def peak_memory(spec: Mapping[str, Any], tick: Tick) -> Values:
     """Weigh a network in this process, which should be a fresh one: `{"peak_mem_bytes"}`."""
     import torch
 
-    from nas.measure.memory import peak_memory_bytes, resident_bytes
+    from nas.measure.memory import peak_memory_bytes
 
     ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
-    before = resident_bytes()
+    staged = spec.get("staged")
+    with _seeded(spec):
+        peak = peak_memory_bytes(
+            lambda: build(spec["network"], ctx),
+            ctx=ctx,
+            setting=setting,
+            threads=torch.get_num_threads(),
+            staged=None if staged is None else Path(staged),
+        )
+    return {"peak_mem_bytes": peak}
+
+
+@contextlib.contextmanager
+def _seeded(spec: Mapping[str, Any]) -> Iterator[None]:
+    """Draw weights from the job's random seed, and leave torch's random state as it was."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec["random_seed"])
-        model = build(spec["network"], ctx)
-    return {"peak_mem_bytes": peak_memory_bytes(model, ctx=ctx, setting=setting, before=before)}
+        yield
 
 
 def fastest_batch(spec: Mapping[str, Any], tick: Tick) -> Values:

@@ -28,14 +28,22 @@ class Order:
 
     `model` is the runtime's own copy: in eval mode, float32, on the CPU, without gradients. `work`
     is a folder for its files. `calibration` are further batches of the same shape, for int8.
+    `staged` is what `Runtime.stage` left, perhaps in another process; the model is None then.
     """
 
-    model: nn.Module
+    model: nn.Module | None
     images: Tensor
     setting: Setting
     threads: int
     work: Path
     calibration: Sequence[Images] = ()
+    staged: Path | None = None
+
+    @property
+    def net(self) -> nn.Module:
+        """The model, where there must be one."""
+        assert self.model is not None, "an order without a model is for what was staged"
+        return self.model
 
 
 @dataclass
@@ -72,6 +80,10 @@ class Runtime(ABC):
         "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2,
     }  # fmt: skip
     calibrates: ClassVar[bool] = False
+
+    def stage(self, order: Order) -> Path | None:
+        """Write the file that is deployed, in `order.work`; None where the model itself runs."""
+        return None
 
     @abstractmethod
     def prepare(self, order: Order) -> Ready:

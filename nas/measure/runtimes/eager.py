@@ -26,7 +26,7 @@ class Eager(Runtime):
         """Cast to the dtype (no autocast) and move to the device."""
         import torch
 
-        model, done = order.model, []
+        model, done = order.net, []
         if self.fused:
             from nas.exporting.fuse import fuse_batch_norms
 

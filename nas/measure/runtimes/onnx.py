@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from nas.measure.runtimes.base import Order, Ready, Runtime
 from nas.measure.runtimes.session import open_session
@@ -12,10 +12,19 @@ if TYPE_CHECKING:
     from nas.measure.runtimes.base import Images
 
 
+def _stay_here() -> None:
+    """Keep OpenVINO and NNCF from sending usage data: nobody was asked, and each sending forks."""
+    try:
+        from openvino_telemetry.backend.backend_ga4 import GA4Backend
+    except ImportError:
+        return
+    GA4Backend.send = lambda *_, **__: None
+
+
 def _exported(order: Order) -> Path:
     from nas.exporting.onnx import export_onnx
 
-    return export_onnx(order.model, order.images, order.work / "net.onnx")
+    return export_onnx(order.net, order.images, order.work / "net.onnx")
 
 
 class OnnxRuntime(Runtime):
@@ -30,15 +39,15 @@ class OnnxRuntime(Runtime):
     def prepare(self, order: Order) -> Ready:
         """Export and open a session."""
         return open_session(
-            self.file(order),
+            order.staged or self.stage(order),
             order.images.numpy(),
             device=order.setting.device,
             threads=order.threads,
             done=self.says(),
         )
 
-    def file(self, order: Order) -> Path:
-        """Write the file to run."""
+    def stage(self, order: Order) -> Path:
+        """Export."""
         return _exported(order)
 
     def says(self) -> str:
@@ -54,7 +63,7 @@ class OnnxRuntimeInt8(OnnxRuntime):
     tolerance = None
     calibrates = True
 
-    def file(self, order: Order) -> Path:
+    def stage(self, order: Order) -> Path:
         """Export and quantise."""
         from nas.exporting.onnx import quantize_onnx
 
@@ -77,14 +86,15 @@ class OpenVino(Runtime):
     install = 'pip install "vision-contraction[openvino]"'
     devices = ("cpu",)
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    says: ClassVar[str] = "ONNX"
 
     def prepare(self, order: Order) -> Ready:
         """Export, convert, compile."""
         import openvino
 
+        _stay_here()
         core = openvino.Core()
-        source = _exported(order)
-        model, done = self.changed(core.read_model(str(source)), order)
+        model = core.read_model(str(order.staged or self.stage(order)))
         hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[order.setting.dtype]
         compiled = core.compile_model(
             model,
@@ -95,9 +105,7 @@ class OpenVino(Runtime):
                 "PERFORMANCE_HINT": "LATENCY",
             },
         )
-        source.unlink()
         used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        done += f"; executes in {used}"
         request = compiled.create_infer_request()
         bound = openvino.Tensor(order.images.numpy())
         request.set_input_tensor(0, bound)
@@ -107,11 +115,11 @@ class OpenVino(Runtime):
             found: Images = compiled(images)[0].astype("float32")
             return found
 
-        return Ready(cpu_timer(request.infer), logits, done)
+        return Ready(cpu_timer(request.infer), logits, f"{self.says}; executes in {used}")
 
-    def changed(self, model: Any, order: Order) -> tuple[Any, str]:
-        """Change the converted network; returns it and what was done."""
-        return model, "ONNX"
+    def stage(self, order: Order) -> Path:
+        """Export."""
+        return _exported(order)
 
 
 class OpenVinoInt8(OpenVino):
@@ -124,23 +132,30 @@ class OpenVinoInt8(OpenVino):
     tolerance = None
     calibrates = True
 
-    def changed(self, model: Any, order: Order) -> tuple[Any, str]:
-        """Quantise."""
+    says = "ONNX; int8 by NNCF (post-training, transformer)"
+
+    def stage(self, order: Order) -> Path:
+        """Export, quantise, and save in OpenVINO's own format."""
         import contextlib
         import io
         import logging
 
+        _stay_here()
         import nncf
+        import openvino
 
         logging.getLogger("nncf").setLevel(logging.ERROR)
+        source = _exported(order)
         with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
             made = nncf.quantize(
-                model,
+                openvino.Core().read_model(str(source)),
                 nncf.Dataset(list(order.calibration)),
                 model_type=nncf.ModelType.TRANSFORMER,
                 subset_size=len(order.calibration),
             )
-        return made, "ONNX; int8 by NNCF (post-training, transformer)"
+        target = order.work / "net-int8.xml"
+        openvino.save_model(made, str(target), compress_to_fp16=False)
+        return target
 
 
 RUNTIMES = (OnnxRuntime, OnnxRuntimeInt8, OpenVino, OpenVinoInt8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nas.measure.runtimes.base import Order, Ready, Runtime
@@ -19,15 +20,20 @@ class TensorRt(Runtime):
     install = 'pip install tensorrt "vision-contraction[onnx]"'
     devices = ("cuda",)
 
+    def stage(self, order: Order) -> Path:
+        """Export."""
+        from nas.exporting.onnx import export_onnx
+
+        return export_onnx(order.net, order.images, order.work / "net.onnx")
+
     def prepare(self, order: Order) -> Ready:
         """Export, build an engine, bind it to device memory that torch owns."""
         import tensorrt
         import torch
 
-        from nas.exporting.onnx import export_onnx
         from nas.measure.runtimes.eager import cuda_timer
 
-        source = export_onnx(order.model, order.images, order.work / "net.onnx")
+        source = order.staged or self.stage(order)
         log = tensorrt.Logger(tensorrt.Logger.ERROR)
         builder = tensorrt.Builder(log)
         network = builder.create_network(0)
@@ -35,7 +41,6 @@ class TensorRt(Runtime):
         if not parser.parse(source.read_bytes()):
             said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
             raise RuntimeError(f"TensorRT does not take the network: {said}")
-        source.unlink()
         settings = builder.create_builder_config()
         flags = {"float16": tensorrt.BuilderFlag.FP16, "bfloat16": tensorrt.BuilderFlag.BF16}
         if order.setting.dtype in flags:

@@ -68,9 +68,12 @@ class LocalExecutor:
                 raise OutOfTime(job.key)
             if heartbeat is not None:
                 heartbeat()
+            gone = process.poll() is not None
             try:
-                answer = self._messages.get(timeout=0.2)
+                answer = self._messages.get(timeout=1.0 if gone else 0.2)
             except Empty:
+                if gone:  # a child of the worker's may still hold its end of the pipe
+                    return self._died(job, started)
                 continue
             if answer is None:
                 return self._died(job, started)

@@ -45,6 +45,18 @@ def _sleep(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {}
 
 
+def _fork(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    """Leave a child that holds the worker's pipes, as some libraries do; die if asked to."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    if spec["die"]:
+        os._exit(7)
+    return {"child": child}
+
+
+runner._KINDS.update(fork=_fork)
 runner._KINDS.update(echo=_echo, **{"raise": _raise}, refuse=_refuse, die=_die, sleep=_sleep)
 
 if __name__ == "__main__":

@@ -69,6 +69,22 @@ def test_a_failing_job_is_a_result_and_the_next_job_runs(
     assert executor.run(Job("echo", "after", {"say": 1})).ok
 
 
+@pytest.mark.parametrize("die", [False, True])
+def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: bool) -> None:
+    """Such as the one that a library forks to send its usage data."""
+    executor = LocalExecutor(threads=1, command=WORKER)
+    result = executor.run(Job("fork", "a", {"die": die}))
+    assert result.ok is not die
+    if die:
+        assert result.reason is not None
+        assert "ended with status 7" in result.reason
+    started = time.monotonic()
+    executor.close()
+    assert time.monotonic() - started < 20
+    if not die:
+        assert not alive(result.values["child"])
+
+
 def test_bad_input_is_marked_as_such(executor: LocalExecutor) -> None:
     result = executor.run(Job("refuse", "bad", {}))
     assert result.values == {"input_error": True}

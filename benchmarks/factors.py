@@ -97,6 +97,7 @@ def factors(given: argparse.Namespace, console: Console) -> tuple[list[FactorRow
     settings = {
         "seed": given.seed, "target_params": 1, "data": given.data, "effort": given.effort,
         "random_seed": given.random_seed, "measurement_cache": False,
+        "bench_blocks": given.blocks, "bench_max_blocks": given.blocks,
     }  # fmt: skip
     for name in ("proxy_epochs", "seed_epochs", "proxy_images", "img_size", "threads"):
         if getattr(given, name) is not None:
@@ -248,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--proxy-images", type=int, metavar="N")
     parser.add_argument("--proxy-epochs", type=int, metavar="N", help="(default: the effort's)")
     parser.add_argument("--seed-epochs", type=int, metavar="N", help="(default: the effort's)")
+    parser.add_argument(
+        "--blocks", type=int, default=40, metavar="N", help="timed a network (default: 40)"
+    )
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--random-seed", type=int, default=0, metavar="N")
     parser.add_argument("--only", nargs="+", metavar="FACTOR", help="such as D W (default: all)")

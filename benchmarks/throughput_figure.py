@@ -73,7 +73,8 @@ def draw_rows(
         for colour, (name, members) in zip(_cycle(), groups.items(), strict=False):
             wrong, decided, slow = surely_misordered(members, cost)
             said.append((wrong, decided))
-            _points(axis, members, cost, colour, name, slow, relative, set(found))
+            first = colour == COLOURS[0]
+            _points(axis, members, cost, colour, name, slow, relative, set(found), named=first)
         wrong, decided = (sum(column) for column in zip(*said, strict=True))
         share = f"{wrong / decided:.0%}" if decided else "none"
         axis.set_title(
@@ -84,8 +85,10 @@ def draw_rows(
         axis.set_yscale("log")
         axis.set_xlabel(label)
         axis.grid(True, which="both", alpha=0.25)
+        axis.margins(x=0.12)
         _plain(axis)
-    reference = kept[0].reference.partition("@")[0] if kept else ""
+    references = {row.reference for row in kept}
+    reference = kept[0].reference if len(references) == 1 else kept[0].reference.split("@")[0]
     axes[0].set_ylabel(f"throughput, x {reference}" if relative else "throughput, images/s")
     where = kept[0].on_device_name if kept else ""
     threads = f"{kept[0].threads} thread{'s' if kept[0].threads > 1 else ''}"
@@ -109,6 +112,8 @@ def _points(
     slow: set[int],
     relative: bool,
     found: set[str],
+    *,
+    named: bool,
 ) -> None:
     label: str | None = name
     for index, row in enumerate(rows):
@@ -128,7 +133,7 @@ def _points(
             markerfacecolor="white" if index in slow else colour, alpha=0.85,
         )  # fmt: skip
         label = None
-        if len(rows) <= MOST_NAMES and len(row.arch) <= 24:
+        if named and len(rows) <= MOST_NAMES and len(row.arch) <= 24:
             axis.annotate(
                 row.arch, (x, middle), xytext=(6, 4), textcoords="offset points", fontsize=8
             )
@@ -140,7 +145,7 @@ def _plain(axis: Any) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)))
     plain = ScalarFormatter()
     plain.set_scientific(False)
     axis.yaxis.set_major_formatter(plain)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL_ARCH, Finished
 
 from benchmarks.throughput_nets import sample
@@ -36,6 +38,15 @@ def settings(finished: Finished, **more: Any) -> dict[str, Any]:
         "img_size": 32, "proxy_images": 200, "teacher_epochs": 2, "shortlist": 3, "proxied": 1,
         "bench_blocks": 6, "bench_max_blocks": 6, **more,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """An inline executor runs on this process's threads, which are the run's identity."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,12 @@ def test_every_setting_is_measured_and_a_second_search_times_nothing(
         if row["stage"] in ("kept", "proxy", "selection"):
             assert row["requirements"].count(": pass at ") == len(REQUIRED)
         if row["stage"] == "throughput" and row["state"] == "pruned":
-            assert ": pass at " not in row["requirements"].split("; ")[-1]
+            assert row["requirements"].count(": pass at ") < len(REQUIRED)
+            # Settings are asked in turn: all but the last one's were met.
+            assert (
+                ": pass at " not in row["requirements"]
+                or "@cpu:eager:float32:b2: pass" in (row["requirements"])
+            )
     measured = read_measurements(tmp_path / "one" / "measurements.csv")
     assert {r.measurement.batch for r in measured} == {1, 2}
     assert len({r.measurement.fingerprint for r in measured}) == 2

@@ -7,22 +7,20 @@ written are not written twice.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
+from nas.gates import Candidate, gate
+from nas.milestones import write_milestone
 from nas.requirement import Requirement
-from nas.run import MEASURE_COST, Incumbent, Run
+from nas.run import MEASURE_COST, Incumbent, Run, derived_seed
+from nas.scoring import choose, decide, score
 from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
-from nas.search.selection import Scored, Timed, paired_error, rank, spread
+from nas.search.strategies import Ask, Seen
 from nas.tables import StepRow, write_steps
-from space.neighbours import count_contractions, shortlist
+from space.family import Arch
+from space.neighbours import Band, count_contractions
 
 
 @dataclass(frozen=True)
@@ -30,12 +28,6 @@ class Stuck:
     """A step that no candidate survived: which constraint binds, in words."""
 
     message: str
-
-
-def derived_seed(*parts: object) -> int:
-    """Return a seed for one decision, from the run's random seed and what is decided."""
-    text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 def contract_steps(
@@ -48,68 +40,107 @@ def contract_steps(
     incumbents = [seed]
     path = [incumbents]
     for step in range(1, run.config.steps + 1):
-        outcome = _step(run, step, incumbents, steps)
+        outcome = _step(run, step, seed, incumbents, steps)
         if isinstance(outcome, Stuck):
-            return incumbents, outcome, path
+            if run.strategy.stepwise or (step == run.config.steps and incumbents == [seed]):
+                return incumbents, outcome, path
+            continue  # the next list of a strategy that looks in one band may fare better
         kept = {i.key for i in outcome}
         for old in incumbents:
-            # The seed's weights start the final training, and are shared through the cache.
-            if old.key not in kept and old is not seed:
-                run.folder.drop_weights(f"s{step - 1}-{old.key}")
+            # The seed's weights start the final training, and are shared through the cache; the
+            # last step's parents start the second random seed of the finalists.
+            if old.key not in kept and old is not seed and step < run.config.steps:
+                run.folder.drop_weights(old.weights.parent.name)
         incumbents = outcome
         path.append(incumbents)
+        write_milestone(run, step, incumbents[0])
     return incumbents, None, path
 
 
 def _step(
-    run: Run, step: int, incumbents: Sequence[Incumbent], steps: list[StepRow]
+    run: Run, step: int, seed: Incumbent, incumbents: Sequence[Incumbent], steps: list[StepRow]
 ) -> list[Incumbent] | Stuck:
-    config, family = run.config, run.family
-    seed_params = family.count_params(run.seed_arch, run.context)
+    config, family, strategy = run.config, run.family, run.strategy
+    parents = incumbents if strategy.stepwise else [seed]
     bounds = {
-        incumbent.key: bounds_at(
-            step,
+        parent.key: bounds_at(
+            step if strategy.stepwise else config.steps,
             config,
-            seed_params=seed_params,
-            seed_values=run.seed_values,
-            parent_ratio=incumbent.ratio,
+            seed_params=run.start_params,
+            seed_values=run.start_values,
+            parent_ratio=parent.ratio,
         )
-        for incumbent in incumbents
+        for parent in parents
     }
-    band = bounds[incumbents[0].key].band
-    counted = sum(
-        count_contractions(family, incumbent.arch, run.context, band) for incumbent in incumbents
-    )
+    own = bounds[parents[0].key]
+    counted = sum(_count(run, parent.arch, own.band) for parent in parents)
     tried: set[str] = set()
     failed = 0
     for draw in range(config.draws):
-        drawn = shortlist(
-            family,
-            [i.arch for i in incumbents],
-            run.context,
-            replace(band, max_macs=_lighter(run, bounds[incumbents[0].key], draw)),
-            config.shortlist,
+        ask = Ask(
+            step=step,
+            steps=config.steps,
+            number=config.shortlist,
+            draw=draw,
+            family=family,
+            context=run.context,
+            seed=seed.arch,
+            incumbents=tuple(i.arch for i in incumbents),
+            band=lighter_band(run, own, draw),
             random_seed=derived_seed(config.random_seed, "shortlist", step),
             anchors=config.anchors and draw == 0,
-            exclude=tried,
+            exclude=frozenset(tried),
+            seen=_seen(run, step, tried),
         )
+        drawn = strategy.shortlist(ask)
         passed = []
         if draw:
             run.console.extend(len(drawn) * MEASURE_COST)
         for listed in drawn:
             key = run.key(listed.arch)
             tried.add(key)
-            parent = next(i for i in incumbents if i.arch == listed.parent)
+            parent = next(i for i in parents if i.arch == listed.parent)
             candidate = gate(run, step, Candidate(listed, key, parent), bounds[parent.key])
             if candidate is not None:
                 passed.append(candidate)
-        scored = _proxy(run, step, passed) if passed else []
+        chosen = choose(run, step, passed) if passed else []
+        scored = score(run, step, chosen, first_epoch=run.first_epoch(step)) if chosen else []
         if scored:
-            ranked = _decide(run, step, scored)
-            _close_step(run, step, bounds[incumbents[0].key], counted, ranked, steps)
+            beside = [] if strategy.stepwise else [i for i in incumbents if i is not seed]
+            ranked = decide(run, step, chosen, scored, beside)
+            _close_step(run, step, own, counted, ranked, steps)
             return ranked
         failed += len(passed)
-    return _stuck(run, step, band_text(band.lo, band.hi), counted, tried, failed, bounds)
+    return _stuck(run, step, band_text(own.band.lo, own.band.hi), counted, tried, failed, bounds)
+
+
+def _count(run: Run, parent: Arch, band: Band) -> int:
+    """Count the contractions of a parent in a band, once."""
+    key = (run.key(parent), band)
+    if key not in run.counted:
+        run.counted[key] = count_contractions(run.family, parent, run.context, band)
+    return run.counted[key]
+
+
+def _seen(run: Run, step: int, tried: Collection[str]) -> tuple[Seen, ...]:
+    """Tell a strategy what is decided so far: all steps before, and this step's earlier draws.
+
+    Rows of this step that a resumed run finds but has not come to yet are left out, so that it
+    asks as it did the first time.
+    """
+    return tuple(
+        Seen(
+            step=row.step,
+            arch=run.family.arch(run.ledger.arch(row.step, row.key)),
+            key=row.key,
+            params=row.params,
+            violation=math.inf if row.state == "failed" else row.violation,
+            loss=row.soft_loss,
+            ratio=row.ratio,
+        )
+        for row in run.ledger.rows
+        if 0 < row.step < step or (row.step == step and row.key in tried)
+    )
 
 
 def band_text(lo: int, hi: int) -> str:
@@ -117,25 +148,23 @@ def band_text(lo: int, hi: int) -> str:
     return f"[{lo / 1e6:.3f}M, {hi / 1e6:.3f}M]"
 
 
-def _lighter(run: Run, bounds: StepBounds, draw: int) -> int | None:
-    """Return the most MACs that a further draw looks at; the first draw has only the run's own.
+def lighter_band(run: Run, bounds: StepBounds, draw: int) -> Band:
+    """Return the band that a draw looks at: the first one the step's own, the others fewer MACs.
 
     When no contraction of the first draw was fast enough, the fewest notches were the wrong
     place to look: each further draw asks for fewer MACs than the required pace suggests.
     """
     own = bounds.band.max_macs
     if draw == 0:
-        return own
-    ratio = bounds.least_ratio or 1.0
+        return bounds.band
+    ratio = (bounds.least_ratio or run.start_ratio) / run.start_ratio
     for required in bounds.requirements:
-        seed = run.seed_values[run_requirement(run, required)]
-        if required.metric == "speedup":
-            ratio = max(ratio, required.bound)
-        elif required.metric in PACE:
-            faster = required.bound / seed if required.sense == ">=" else seed / required.bound
+        start = run.start_values[run_requirement(run, required)]
+        if required.metric in PACE:
+            faster = required.bound / start if required.sense == ">=" else start / required.bound
             ratio = max(ratio, faster)
-    lighter = int(run.seed_macs / ratio * 0.8 ** (draw - 1))
-    return lighter if own is None else min(own, lighter)
+    lighter = int(run.start_macs / ratio * 0.8 ** (draw - 1))
+    return replace(bounds.band, max_macs=lighter if own is None else min(own, lighter))
 
 
 def run_requirement(run: Run, tightened: Requirement) -> Requirement:
@@ -145,127 +174,6 @@ def run_requirement(run: Run, tightened: Requirement) -> Requirement:
         for r in requirements_of(run.config)
         if (r.metric, r.setting) == (tightened.metric, tightened.setting)
     )
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A candidate that was scored, with what its training job said."""
-
-    candidate: Candidate
-    values: Mapping[str, Any]
-
-
-def _features(run: Run, candidate: Candidate) -> tuple[float, ...]:
-    """Return the arch as numbers, for distances between candidates."""
-    numbers: list[float] = []
-    for value in run.family.to_dict(candidate.of.arch).values():
-        numbers.extend(float(v) for v in (value if isinstance(value, list) else [value]))
-    return tuple(numbers)
-
-
-def _proxy(run: Run, step: int, passed: Sequence[Candidate]) -> list[Trained]:
-    """Train those best spread; the others, and the failures, become rows."""
-    config = run.config
-    chosen = spread(
-        [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
-        config.proxied,
-        random_seed=derived_seed(config.random_seed, "spread", step),
-    )
-    for candidate in passed:
-        if candidate.key not in chosen:
-            row = row_of(
-                run,
-                step,
-                candidate,
-                stage="selection",
-                state="pruned",
-                reason=f"fast enough, but not among the {config.proxied} best spread",
-            )
-            add_row(run, row, candidate.of.arch)
-    by_key = {c.key: c for c in passed}
-    trained = []
-    for key in chosen:
-        candidate = by_key[key]
-        if run.ledger.failed(step, key):
-            continue
-        result = run.train(
-            candidate.of.arch,
-            f"s{step}-{key}",
-            out=run.folder.job_folder(f"s{step}-{key}"),
-            epochs=config.proxy_epochs,
-            init=config.proxy_init,
-            parent=candidate.parent,
-            first_epoch=(step - 1) * config.proxy_epochs,
-        )
-        seconds = candidate.seconds + result.seconds
-        candidate = replace(candidate, seconds=seconds)
-        if result.ok:
-            trained.append(Trained(candidate, result.values))
-            continue
-        reason = result.reason or "failed"
-        row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason)
-        add_row(run, row, candidate.of.arch)
-    return trained
-
-
-def _losses(run: Run, step: int, key: str) -> npt.NDArray[np.float64]:
-    """Return the per-image soft losses of a scored candidate, in holdout order."""
-    from safetensors.numpy import load_file
-
-    arrays = load_file(run.folder.job_folder(f"s{step}-{key}") / "holdout.safetensors")
-    return np.asarray(arrays["soft_loss"], dtype=np.float64)
-
-
-def _decide(run: Run, step: int, trained: Sequence[Trained]) -> list[Incumbent]:
-    """Rank the scored candidates and write their rows; the best `beam` go on."""
-    scored = [
-        Scored(
-            t.candidate.key, t.values["soft_loss"], t.values["soft_loss_se"], ratio_of(t.candidate)
-        )
-        for t in trained
-    ]
-
-    @cache
-    def losses(key: str) -> npt.NDArray[np.float64]:
-        return _losses(run, step, key)
-
-    order = rank(scored, paired_error(losses))
-    by_key = {t.candidate.key: t for t in trained}
-    kept = order[: run.config.beam]
-    best = by_key[order[0]].values["soft_loss"]
-    for key in order:
-        item = by_key[key]
-        place = order.index(key) + 1
-        behind = item.values["soft_loss"] - best
-        reason = f"kept, rank {place} of {len(order)}"
-        if key not in kept:
-            reason = f"rank {place} of {len(order)}: {behind:+.4f} nats against rank 1"
-        row = row_of(
-            run,
-            step,
-            item.candidate,
-            soft_loss=item.values["soft_loss"],
-            soft_loss_se=item.values["soft_loss_se"],
-            top1=item.values["top1"],
-            top1_se=item.values["top1_se"],
-            stage="kept" if key in kept else "proxy",
-            state="complete",
-            reason=reason,
-        )
-        add_row(run, row, item.candidate.of.arch)
-        if key not in kept:
-            run.folder.drop_weights(f"s{step}-{key}")
-    return [
-        Incumbent(
-            arch=by_key[key].candidate.of.arch,
-            key=key,
-            weights=run.folder.job_folder(f"s{step}-{key}") / "weights.safetensors",
-            ratio=ratio_of(by_key[key].candidate),
-            images_per_s=measured_of(by_key[key].candidate).images_per_s,
-            soft_loss=by_key[key].values["soft_loss"],
-        )
-        for key in kept
-    ]
 
 
 def _close_step(
@@ -278,7 +186,7 @@ def _close_step(
 ) -> None:
     """Add the step to `steps.csv`, redraw `ledger.csv`, and say it in one line."""
     rows = [r for r in run.ledger.rows if r.step == step]
-    best = next(r for r in rows if r.key == kept[0].key)
+    best = next(r for r in run.ledger.rows if r.key == kept[0].key and r.step == kept[0].step)
     summary = StepRow.of(step, bounds, counted, rows, best)
     steps.append(summary)
     write_steps(run.folder.path / "steps.csv", steps)

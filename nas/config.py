@@ -74,6 +74,14 @@ LABEL_CHOICES: Mapping[str, tuple[str, ...]] = {
     "augment": ("default", "22k", "1k", "finetune", "batched"),
 }
 """What the settings about soft labels may be; see `nas.distill`."""
+SEARCH_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "proxy_init": ("inherit", "scratch"),
+    "importance": ("prefix", "l1", "l2", "taylor"),
+    "metric": ("top1", "balanced_accuracy", "macro_f1"),
+    "strategy": ("contraction", "random", "uniform", "evolution", "tpe", "nsga2", "gp"),
+}
+"""What the settings about scores and their candidates may be; see `nas.search`, `nas.distill`."""
+
 NO_SLOWER_SLACK = 0.02
 """Without a throughput constraint, a contraction may measure this much slower than its parent."""
 
@@ -112,7 +120,12 @@ class RunConfig:
     codec: str = "packed"
     augment: str = "default"
     seed_weights: str | None = None
+    strategy: str = "contraction"
+    freeze: tuple[str, ...] = ()
+    metric: str = "top1"
     proxy_init: str = "inherit"
+    importance: str = "l1"
+    racing: bool = True
     anchors: bool = True
     effort: str = "normal"
     steps: int = 4
@@ -135,6 +148,7 @@ class RunConfig:
     bench_runtime: str = "eager"
     bench_device: str | None = None
     measurements: str | None = None
+    replay: str | None = None
     measurement_cache: bool = True
 
     def __post_init__(self) -> None:
@@ -161,7 +175,7 @@ def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
             "start a new run in another folder",
         )
     settings = dict(data)
-    for name in ("require", "device_table"):
+    for name in ("require", "device_table", "freeze"):
         settings[name] = tuple(settings.get(name, ()))
     return RunConfig(**settings)
 
@@ -175,7 +189,7 @@ def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def flag(name: str) -> str:
     """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
-    negated = name in ("anchors", "pixel_cache", "measurement_cache")
+    negated = name in ("anchors", "pixel_cache", "measurement_cache", "racing")
     return ("--no-" if negated else "--") + name.replace("_", "-")
 
 
@@ -234,8 +248,11 @@ def check_config(config: RunConfig) -> None:
         )
     if config.beam > config.proxied:
         raise refuse("--beam", config.beam, f"at most --proxied={config.proxied}")
-    if config.proxy_init not in ("inherit", "scratch"):
-        raise refuse("--proxy-init", config.proxy_init, "inherit or scratch")
+    for name, choices in SEARCH_CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise refuse(flag(name), getattr(config, name), f"one of {', '.join(choices)}")
+    if isinstance(config.freeze, str) or not all(isinstance(name, str) for name in config.freeze):
+        raise refuse("--freeze", config.freeze, "a list of factors, slots or parts")
     if config.labels is not None and config.teacher != "auto":
         raise refuse(
             "--labels with --teacher",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -12,7 +13,9 @@ from typing import Any, NoReturn
 
 from nas.command import EXIT_BAD_INPUT, Parser, default_cache, guarded
 from nas.config import EFFORTS, parse_count, parse_share
+from nas.plan import Plan
 from nas.session import Outcome, run
+from nas.session import plan as plan_run
 from space.errors import InputError, refuse
 
 EXIT_REACHED, EXIT_STUCK = 0, 3
@@ -56,6 +59,31 @@ def contract(
         console=console,
         executor=executor,
         finalists=None if finalists is None else Path(finalists),
+    )
+
+
+def plan(
+    seed: str,
+    target_params: str | int,
+    *,
+    cache_dir: str | Path | None = None,
+    quiet: bool = True,
+    console: Any = None,
+    executor: Any = None,
+    **settings: Any,
+) -> tuple[Plan, str]:
+    """Plan `contract` without training: the plan, and the same as text.
+
+    Takes about a minute of measuring; nothing is kept but measurements in the cache.
+    """
+    given = {"seed": seed, **settings}
+    given["target_params"] = parse_count("--target-params", target_params)
+    return plan_run(
+        given,
+        cache=Path(cache_dir) if cache_dir is not None else default_cache(),
+        quiet=quiet,
+        console=console,
+        executor=executor,
     )
 
 
@@ -198,6 +226,37 @@ def build_parser() -> Parser:
         "--proxy-init", help="inherit the parent's sliced weights, or scratch (default: inherit)"
     )
     size.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="who lists the candidates: contraction, random, uniform, evolution, tpe, nsga2, gp "
+        "(default: contraction); all but the first look inside the target's band at once",
+    )
+    size.add_argument(
+        "--importance",
+        metavar="NAME",
+        help="which units and blocks of its parent a child takes: prefix (the first ones), l1, l2 "
+        "or taylor (default: l1)",
+    )
+    size.add_argument(
+        "--no-racing",
+        dest="racing",
+        action="store_false",
+        help="train every candidate to the end, also those that cannot win any more",
+    )
+    size.add_argument(
+        "--freeze",
+        action="append",
+        metavar="PART",
+        help="keep a factor, a slot or a stage as it is, may be repeated: window_sizes, "
+        "'embed_dims[3]', stage1",
+    )
+    size.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="top1, balanced_accuracy or macro_f1 (default: top1); for the latter two every class "
+        "counts alike in the scores",
+    )
+    size.add_argument(
         "--no-anchors",
         dest="anchors",
         action="store_false",
@@ -259,6 +318,23 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="with --resume: the finalists as measured on the device of --device-table",
     )
+    process.add_argument(
+        "--plan",
+        action="store_true",
+        help="tell what the run would do and cost after about a minute of measuring, and exit",
+    )
+    process.add_argument(
+        "--replay",
+        metavar="DIR",
+        help="answer from what an earlier run measured and scored, training only what is missing",
+    )
+    process.add_argument(
+        "--trust",
+        type=int,
+        metavar="N",
+        help="afterwards train N kept and rejected candidates about 10x longer on several random "
+        "seeds, and report how far the proxy scores can be trusted",
+    )
     process.add_argument("--status", metavar="DIR", help="tell where a run stands, and exit")
     process.add_argument("--max-hours", type=float, metavar="H", help="stop in time, exit status 3")
     process.add_argument(
@@ -272,7 +348,10 @@ def build_parser() -> Parser:
     return parser
 
 
-_SESSION = ("out", "resume", "finalists", "status", "max_hours", "cache_dir", "quiet", "json")
+_SESSION = (
+    "out", "resume", "finalists", "plan", "trust", "status", "max_hours", "cache_dir", "quiet",
+    "json",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = resume
         if resume == "" and out is None:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
-        if resume is None:
+        if resume is None and "replay" not in arguments:
             _need(arguments)
         for name, parse in (
             ("target_params", parse_count),
@@ -305,7 +384,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    if session_given.get("plan"):
+        if resume is not None:
+            print("error: --plan: got --resume, want a new run; drop one", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        return guarded(lambda: _plan(arguments, session_given))
     return guarded(lambda: _run(arguments, session_given, out, resume is not None))
+
+
+def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int:
+    """Print a plan. Returns the exit status."""
+    quiet = bool(session_given.get("quiet", False))
+    made, text = plan(**arguments, cache_dir=session_given.get("cache_dir"), quiet=quiet)
+    if not quiet:
+        print(text)
+    if session_given.get("json"):
+        print(json.dumps(dataclasses.asdict(made)))
+    return EXIT_REACHED
 
 
 def _run(

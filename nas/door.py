@@ -35,15 +35,16 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
     """Make the paths among the settings absolute, so that a resume may start elsewhere."""
     resolved = dict(given)
-    for name in ("data", "labels", "measurements", "seed_weights"):
+    for name in ("data", "labels", "measurements", "replay", "seed_weights"):
         value = resolved.get(name)
         # An embedded data set keeps its name even where a folder is called like it.
         if isinstance(value, str) and not (name == "data" and value in EMBEDDED):
             path = Path(value).expanduser()
             if path.exists():
                 resolved[name] = str(path.resolve())
-    if "require" in resolved:
-        resolved["require"] = _texts("--require", resolved["require"])
+    for name in ("require", "freeze"):
+        if name in resolved:
+            resolved[name] = _texts(flag(name), resolved[name])
     if "device_table" in resolved:
         files = _texts("--device-table", resolved["device_table"])
         resolved["device_table"] = tuple(str(Path(p).expanduser().resolve()) for p in files)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,9 @@ from nas.files import read_json, write_json
 from nas.gates import REFERENCE_CONTEXT, shown, told
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
+from nas.milestones import write_model
 from nas.run import Incumbent, Run
+from nas.scoring import with_order
 from nas.search.constraints import requirements_of
 from space.errors import InputError
 from space.family import Arch
@@ -121,7 +121,7 @@ def final_training(run: Run, arch: Arch, seed: Incumbent) -> Result:
         out=run.folder.job_folder(f"final-{key}"),
         epochs=run.config.final_epochs,
         init=run.config.proxy_init,
-        parent=seed,
+        parent=with_order(run, seed),
         test=True,
     )
 
@@ -221,44 +221,7 @@ def write_best(
     run: Run, best: Incumbent, weights: Path, score: Mapping[str, Any], role: str
 ) -> None:
     """Write `best.json` and `best.safetensors`: a plain timm model and what is known of it."""
-    model, kwargs = run.family.timm_call(best.arch, run.context)
-    measured = run.measure(best.arch, role, reference=run.seed_arch)
-    assert isinstance(measured, Measurement)
-    dataset = run.dataset
-    overlay = {
-        "input_size": [run.context.in_chans, dataset.img_size, dataset.img_size],
-        "crop_pct": dataset.crop_pct,
-        "interpolation": dataset.interpolation,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "num_classes": run.context.num_classes,
-    }
-    target = run.folder.path / "best.safetensors"
-    aside = target.with_name(".best.safetensors.tmp")
-    shutil.copyfile(weights, aside)
-    aside.replace(target)
-    conditions = measured.to_dict()
-    write_json(
-        run.folder.path / "best.json",
-        {
-            "family": run.family.name,
-            "arch": run.family.to_dict(best.arch),
-            "key": best.key,
-            "params": run.family.count_params(best.arch, run.context),
-            "params_1000": run.family.count_params(best.arch, REFERENCE_CONTEXT),
-            "macs": run.family.count_macs(best.arch, run.context),
-            "img_size": run.context.img_size,
-            "num_classes": run.context.num_classes,
-            "throughput": {
-                **{k: v for k, v in conditions.items() if k not in ("load", "when", "seconds")},
-                "reference": run.key(run.seed_arch),
-            },
-            "score": dict(score),
-            "classes": list(dataset.classes),
-            "timm": {"model": model, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
-            "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
-        },
-    )
+    write_model(run, best, weights, score, role, run.folder.path / "best")
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.requirement import Requirement
 from nas.run import Incumbent, Run
-from nas.search.constraints import StepBounds, band_at
+from nas.search.constraints import StepBounds
 from nas.search.ledger import Row
 from space import Context
 from space.family import Arch
@@ -87,8 +87,8 @@ def add_row(run: Run, row: Row, arch: Arch, violation: float = 0.0) -> None:
 
     `violation` is by what share it missed a requirement.
     """
-    seed_params = run.family.count_params(run.seed_arch, run.context)
-    over = row.params - band_at(seed_params, run.config, row.step).hi
+    row = replace(row, violation=violation)
+    over = row.params - run.band(row.step).hi
     run.ledger.add(row, run.family.to_dict(arch), {"params": float(over), "throughput": violation})
 
 

@@ -26,14 +26,26 @@ from nas.measure.runtimes import find_runtime
 from nas.measure.table import MeasurementKey, MeasurementRow, MeasurementTable
 from nas.progress import Console
 from nas.requirement import LATENCIES, Requirement, Setting
+from nas.resolve import Earlier
 from nas.rundir import RunDir
-from nas.search.constraints import primary_setting, settings_of
+from nas.search.constraints import band_at, primary_setting, settings_of
 from nas.search.ledger import Ledger
+from nas.search.strategies import get_strategy
 from space import Context
 from space.errors import InputError
 from space.family import Arch, Family
+from space.neighbours import Band
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.safetensors"
+"""What a rung leaves in its folder (`nas.runner.train`)."""
+
+RUNG = "-rung"
+"""Between the name of a raced training and the epochs after which one of its jobs stops."""
+
+SPENT = ("weights.safetensors", CHECKPOINT)
+"""Files of a finished job that may be gone: nothing starts from them any more."""
 
 MEASURE_COST = 250.0
 """A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
@@ -41,7 +53,12 @@ MEASURE_COST = 250.0
 
 @dataclass(frozen=True)
 class Incumbent:
-    """An arch that a step may start from: its weights, throughput and score so far."""
+    """An arch that a step may start from: its weights, throughput and score so far.
+
+    `order` is the file that says which of its units and blocks a child wants most; None: the first.
+    `step` is that of its ledger row, `parent` what its weights came from; `second_loss` its soft
+    loss from another random seed, where it was a finalist.
+    """
 
     arch: Arch
     key: str
@@ -49,6 +66,29 @@ class Incumbent:
     ratio: float
     images_per_s: float
     soft_loss: float
+    soft_loss_se: float = 0.0
+    order: Path | None = None
+    step: int = 0
+    parent: Incumbent | None = None
+    second_loss: float | None = None
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a seed for one decision, from the run's random seed and what is decided."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted work: timings (of one arch under one setting), trainings and their GMACs.
+
+    GMACs are of training, forward and backward, without the teacher's and without scoring.
+    """
+
+    timings: int
+    trainings: int
+    train_gmacs: float
 
 
 class Run:
@@ -71,6 +111,7 @@ class Run:
         deadline: float | None,
         fingerprints: Mapping[str, Mapping[str, Any]],
         table: DeviceTable | None = None,
+        earlier: Earlier | None = None,
     ) -> None:
         self.config = config
         self.family = family
@@ -85,17 +126,25 @@ class Run:
         self.fingerprints = fingerprints
         self.fingerprint = fingerprints[config.device]
         self.table = table
+        self.earlier = earlier
+        self.strategy = get_strategy(config.strategy)
         self.primary = primary_setting(config)
         self.settings = settings_of(config)
         self.kept = MeasurementCache(cache / "measurements")
         self.reused = 0
-        self.seed_values: Mapping[Requirement, float] = {}
+        self.asked: set[MeasurementKey] = set()
+        self.trained: dict[str, float] = {}
+        self.counted: dict[tuple[str, Band], int] = {}
+        # Where the steps' bounds start to tighten: the seed, or what an earlier run had reached.
+        self.start_values: Mapping[Requirement, float] = {}
+        self.start_params = family.count_params(seed_arch, self.context)
+        self.start_macs = family.count_macs(seed_arch, self.context)
+        self.start_ratio = 1.0
         self.store: Mapping[str, Any] = {}
         self.measurements = MeasurementTable(folder.path / "measurements.csv")
         # A run that was killed early may have its run.json and no study yet.
         study = folder.path / "study.db"
         self.ledger = Ledger(study, create=not study.exists())
-        self.seed_macs = family.count_macs(seed_arch, self.context)
 
     def key(self, arch: Arch) -> str:
         """Return the arch's key in this run's context."""
@@ -104,6 +153,32 @@ class Run:
     def image_cost(self, arch: Arch) -> float:
         """Return the GMACs of training on one image, forward and backward."""
         return 3e-9 * self.family.count_macs(arch, self.context)
+
+    def network(self, arch: Arch) -> dict[str, Any]:
+        """Return an arch as built in this run's context, as plain JSON."""
+        return {
+            "family": self.family.name,
+            "arch": self.family.to_dict(arch),
+            "context": _context_dict(self.context),
+        }
+
+    def first_epoch(self, step: int) -> int:
+        """Return the first epoch of labels that a step's candidates train on.
+
+        Steps of a contraction go on where the parents stopped; the others compare the candidates of
+        all steps, so these all see the same batches.
+        """
+        return (step - 1) * self.config.proxy_epochs if self.strategy.stepwise else 0
+
+    def work(self) -> Work:
+        """Return what this run asked for so far, whether it was done now or earlier."""
+        trained = {name.split(RUNG)[0] for name in self.trained}
+        return Work(len(self.asked), len(trained), sum(self.trained.values()))
+
+    def band(self, step: int) -> Band:
+        """Return the parameter band of a step; the target's for strategies that take no steps."""
+        step = step if self.strategy.stepwise else self.config.steps
+        return band_at(self.start_params, self.config, step)
 
     def data_spec(self) -> dict[str, Any]:
         """Return what the user asked of the data, as plain JSON."""
@@ -128,7 +203,7 @@ class Run:
         if out is not None and (out / "result.json").is_file():
             data = read_json(out / "result.json", "a finished job's result")
             needed = data.get("files", [])
-            if all((out / name).is_file() for name in needed if name != "weights.safetensors"):
+            if all((out / name).is_file() for name in needed if name not in SPENT):
                 self.console.advance(cost)
                 return Result(job.key, True, data["values"], None, data["seconds"])
             shutil.rmtree(out)
@@ -175,6 +250,7 @@ class Run:
             return self.table.measurement(arch, final=role == "final")
         weigh = any(r.metric == "peak_mem_mb" for r in requirements)
         asked = self._question(arch, role, reference, setting)
+        self.asked.add(asked)
         roles = [role] if step is None else [f"{role}-s{step}", role]
         for each in roles:
             known = self._known(replace(asked, role=each))
@@ -300,18 +376,40 @@ class Run:
         parent: Incumbent | None = None,
         first_epoch: int = 0,
         test: bool = False,
+        random_seed: int | None = None,
+        rung: int | None = None,
+        before: tuple[int, Path] | None = None,
+        images: int | None = None,
+        hard_weight: float = 0.0,
     ) -> Result:
         """Train an arch on the stored labels and score it on the holdout (job `train`).
 
         `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. With `test`, the test
         split is evaluated too, once. The folder `out` then holds the weights and the per-image
-        losses; see `nas.runner` for the values.
+        losses; see `nas.runner` for the values. `rung` stops after so many of the `epochs`, and
+        `before` goes on from an earlier rung: its epochs and its folder. `random_seed` is the
+        run's own unless it is given; `images` trains on a fixed subset of that size;
+        `hard_weight` is the share of the loss that goes by the true labels.
         """
         spec = self.train_spec(
             arch, epochs=epochs, init=init, parent=parent, first_epoch=first_epoch, test=test
         )
-        images = len(self.dataset.train.labels) * epochs
+        if random_seed is not None:
+            spec["random_seed"] = random_seed
+        done = 0
+        if rung is not None:
+            spec["rung"] = rung
+        if before is not None:
+            done = before[0]
+            spec["continue_from"] = {"epochs": done, "checkpoint": str(before[1] / CHECKPOINT)}
+        if hard_weight:
+            spec["hard_weight"] = hard_weight
+        each = len(self.dataset.train.labels)
+        if images is not None and images < each:
+            spec["images"] = each = images
+        images = each * ((epochs if rung is None else rung) - done)
         cost = images * self.image_cost(arch)
+        self.trained[name] = cost
         shared = self.folder.path not in out.parents
         spec = {**spec, "out": str(out), "shared": shared}
         job = Job("train", name, spec, units=float(images))
@@ -329,9 +427,7 @@ class Run:
     ) -> dict[str, Any]:
         """Return everything that decides the outcome of a training, as plain JSON."""
         return {
-            "family": self.family.name,
-            "arch": self.family.to_dict(arch),
-            "context": _context_dict(self.context),
+            **self.network(arch),
             "dataset": str(self.dataset.folder),
             "store": self.store["folder"],
             "store_id": self.store["id"],
@@ -340,7 +436,11 @@ class Run:
             "init": init,
             "parent": None
             if parent is None
-            else {"arch": self.family.to_dict(parent.arch), "weights": str(parent.weights)},
+            else {
+                "arch": self.family.to_dict(parent.arch),
+                "weights": str(parent.weights),
+                "order": None if parent.order is None else str(parent.order),
+            },
             "first_epoch": first_epoch,
             "missing": self.config.missing_labels,
             "beyond": self.config.beyond,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nas import finish, stage
+from nas import finish, reuse, stage
 from nas.campaign import band_text, contract_steps
+from nas.config import RunConfig
+from nas.data import Dataset
 from nas.door import (
     ask_fingerprints,
     check_possible,
@@ -29,15 +32,21 @@ from nas.files import write_json
 from nas.measure.device_table import DeviceTable
 from nas.measure.rows import read_rows, write_rows
 from nas.measure.table import MeasurementRow, read_measurements
+from nas.milestones import write_family
+from nas.plan import Plan, make_plan, told
 from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
 from nas.report import write_report
-from nas.run import Run
+from nas.resolve import Earlier, read_earlier, replayed_config, start_of, steps_left
+from nas.run import Incumbent, Run
 from nas.rundir import RunDir, resumed_config
+from nas.scoring import confirm
 from nas.search.constraints import band_at
 from nas.tables import StepRow
-from space import get_family
+from space import Context, get_family
 from space.errors import InputError, refuse
+from space.family import Family
+from space.freeze import freeze
 
 Executor = LocalExecutor | InlineExecutor
 
@@ -89,6 +98,48 @@ def run(
     return _start(given, out, deadline, cache, console, executor)
 
 
+def plan(
+    given: Mapping[str, Any],
+    *,
+    cache: Path,
+    quiet: bool,
+    console: Console | None,
+    executor: Executor | None,
+) -> tuple[Plan, str]:
+    """Plan a run in a folder that goes away again; see `nas.contract.plan`."""
+    console = console if console is not None else Console(quiet=quiet)
+    given = resolved(given)
+    if "replay" in given:
+        raise refuse("--plan", "with --replay", "a new run", "a replay tells what it reuses itself")
+    config = make_config(given)
+    family = get_family(config.family)
+    seed_arch = family.seed(config.seed)
+    family = freeze(family, seed_arch, config.freeze)
+    config = dataclasses.replace(config, seed_arch=family.to_dict(seed_arch))
+    dataset = with_classes(config, read_data(config, cache, console), cache, console)
+    check_possible(config, family, seed_arch, dataset)
+    tables = [Path(p) for p in config.device_table]
+    config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
+    check_requirements(config, family, seed_arch, dataset, device_table)
+    with tempfile.TemporaryDirectory(prefix="plan-") as text:
+        folder = RunDir(Path(text) / "plan")
+        folder.create()
+        worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
+        try:
+            bench = Run(
+                config=config, family=family, seed_arch=seed_arch, dataset=dataset, folder=folder,
+                executor=worker, console=console, cache=cache, deadline=None,
+                fingerprints=ask_fingerprints(config, worker, device_table), table=device_table,
+            )  # fmt: skip
+            made = make_plan(bench)
+            bench.ledger.close()
+            return made, told(bench, made)
+        finally:
+            if executor is None:
+                worker.close()
+            folder.release()
+
+
 def _start(
     given: dict[str, Any],
     out: Path | None,
@@ -97,9 +148,15 @@ def _start(
     console: Console,
     executor: Executor | None,
 ) -> Outcome:
-    config = make_config(given)
-    family = get_family(config.family)
-    seed_arch = family.seed(config.seed)
+    if "replay" in given:
+        config = replayed_config(given)
+        family = get_family(config.family)
+        seed_arch = family.arch(config.seed_arch)
+    else:
+        config = make_config(given)
+        family = get_family(config.family)
+        seed_arch = family.seed(config.seed)
+    family = freeze(family, seed_arch, config.freeze)
     config = dataclasses.replace(config, seed_arch=family.to_dict(seed_arch))
     rows = () if config.measurements is None else read_measurements(Path(config.measurements))
     if out is None:
@@ -113,6 +170,16 @@ def _start(
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
     check_possible(config, family, seed_arch, dataset)
     tables = [Path(p) for p in config.device_table]
+    earlier = _earlier(config, family, dataset)
+    if earlier is not None:
+        if tables:
+            tables = [earlier.folder / DEVICE_ROWS]
+        else:
+            rows = (*rows, *read_measurements(earlier.folder / "measurements.csv"))
+        if "steps" not in given:
+            config = dataclasses.replace(
+                config, steps=_steps_left(earlier, config, family, dataset)
+            )
     config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
     check_requirements(config, family, seed_arch, dataset, device_table)
     folder.create()
@@ -146,8 +213,9 @@ def _start(
             deadline=deadline,
             fingerprints=fingerprints,
             table=device_table,
+            earlier=earlier,
         )
-        _adopt(bench, rows)
+        _adopt(bench, rows, named=config.measurements is not None)
         return _work(bench, fresh=True)
     except InputError:
         worker.close()
@@ -179,6 +247,7 @@ def _resume(
         config = resumed_config(data, given)
         family = get_family(config.family)
         seed_arch = family.arch(config.seed_arch)
+        family = freeze(family, seed_arch, config.freeze)
         if folder.result_json.exists():
             result = finish.read_result(folder.result_json)
             waits = result["status"] == "unverified" and finalists is not None
@@ -216,6 +285,7 @@ def _resume(
             deadline=deadline,
             fingerprints=fingerprints,
             table=device_table,
+            earlier=_earlier(config, family, dataset),
         )
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
@@ -261,8 +331,27 @@ def _take_finalists(folder: RunDir, table: DeviceTable | None, finalists: Path |
         table.add_finalists(read_rows(kept, "--finalists"), str(kept))
 
 
-def _adopt(bench: Run, rows: Sequence[MeasurementRow]) -> None:
-    """Take over another run's measurements that were made under a setting of this one."""
+def _earlier(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
+    """Read the run that a replay answers from."""
+    if config.replay is None:
+        return None
+    return read_earlier(Path(config.replay), family, dataset.fingerprint)
+
+
+def _steps_left(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
+    """Return how many steps a replay takes from the earlier run's nearest model to its target."""
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    seed_params = family.count_params(family.arch(config.seed_arch), context)
+    start = start_of(earlier, band_at(seed_params, config, config.steps))
+    params = seed_params if start is None else start.params
+    return steps_left(earlier, seed_params, params, config.target_params)
+
+
+def _adopt(bench: Run, rows: Sequence[MeasurementRow], *, named: bool) -> None:
+    """Take over another run's measurements that were made under a setting of this one.
+
+    Where the file was `named` by the user, one without any that fits is refused.
+    """
     own = {
         bench.fingerprint_under(setting)
         for setting in bench.settings
@@ -271,7 +360,7 @@ def _adopt(bench: Run, rows: Sequence[MeasurementRow]) -> None:
     fitting = [row for row in rows if row.measurement.fingerprint in own]
     for row in fitting:
         bench.measurements.append_row(row)
-    if rows and not fitting:
+    if rows and not fitting and named:
         raise refuse(
             "--measurements",
             f"{bench.config.measurements} without this fingerprint",
@@ -295,17 +384,29 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
     console, config = bench.console, bench.config
     steps: list[StepRow] = []
     best = None
+    incumbents: list[Incumbent] = []
+    reused: dict[str, Any] | None = None
     message, status, final, path = "", "stopped", None, None
     started = time.monotonic()
     stage.announce(bench, fresh=fresh)
     console.start(stage.expected_cost(bench))
     try:
         seed = stage.prepare_seed(bench)
-        incumbents, stuck, path = contract_steps(bench, seed, steps)
+        start, known = seed, []
+        if bench.earlier is not None:
+            known = reuse.answered(bench, bench.earlier, seed)
+            start = seed if known else reuse.started(bench, bench.earlier, seed)
+            reused = _reused(bench, bench.earlier, seed, start, known)
+            console.line(f"replay: {reused['says']}")
+        if known:
+            incumbents, stuck, path = known, None, [[seed], known]
+        else:
+            incumbents, stuck, path = contract_steps(bench, start, steps)
         best = incumbents[0]
         if stuck is not None:
             status, message = "stuck", stuck.message
         else:
+            incumbents = confirm(bench, incumbents)
             picked = finish.pick_winner(bench, incumbents)
             if isinstance(picked, str):
                 status, message = "stuck", picked
@@ -343,6 +444,9 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
         "winner": None if final is None or best is None else best.key,
         "path": [] if path is None else [i[0].key for i in path],
         "final": final,
+        "reused": reused,
+        "work": dataclasses.asdict(bench.work()),
+        "finalists": [_finalist(i) for i in incumbents if i.parent is not None],
         "seconds": round(time.monotonic() - started, 1),
         "seed_images_per_s": _seed_pace(bench),
     }
@@ -356,11 +460,46 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
             score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
             finish.write_best(bench, best, best.weights, score, "gate")
     bench.ledger.write_csv(bench.folder.path / "ledger.csv")
+    write_family(bench.folder.path)
     write_json(bench.folder.result_json, result)
     write_report(bench.folder.path)
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
+
+
+def _reused(
+    bench: Run, earlier: Earlier, seed: Incumbent, start: Incumbent, known: Sequence[Incumbent]
+) -> dict[str, Any]:
+    """Say what a replay takes from the earlier run."""
+    scores = sum(row.step == bench.config.steps and row.soft_loss is not None
+                 for row in bench.ledger.rows) if known else 0  # fmt: skip
+    if known:
+        says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
+    elif start is not seed:
+        says = (
+            f"none of the {len(earlier.scored)} archs scored in {earlier.folder} meets the new "
+            f"question; {bench.config.steps} steps from its model of {bench.start_params:,} "
+            "parameters"
+        )
+    else:
+        says = f"nothing in {earlier.folder} helps; {bench.config.steps} steps from the seed"
+    return {
+        "run": str(earlier.folder),
+        "scores": scores,
+        "start": None if known else start.key,
+        "says": says,
+    }
+
+
+def _finalist(of: Incumbent) -> dict[str, Any]:
+    """Return what is known of a finalist: its losses from the first and the second random seed."""
+    return {
+        "key": of.key,
+        "ratio": of.ratio,
+        "soft_loss": of.soft_loss,
+        "soft_loss_again": of.second_loss,
+    }
 
 
 def _seed_pace(bench: Run) -> float | None:
@@ -371,9 +510,7 @@ def _seed_pace(bench: Run) -> float | None:
 
 def _reached(bench: Run, final: Mapping[str, Any]) -> str:
     winner = final["winner"]
-    band = band_at(
-        bench.family.count_params(bench.seed_arch, bench.context), bench.config, bench.config.steps
-    )
+    band = bench.band(bench.config.steps)
     said = (
         f"reached: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
         f"{winner['ratio']:.2f}x the seed's throughput "

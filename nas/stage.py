@@ -12,6 +12,7 @@ from nas.config import RunConfig, flag
 from nas.gates import REFERENCE_CONTEXT, shown
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
+from nas.race import MORE
 from nas.requirement import Requirement, Setting
 from nas.run import MEASURE_COST, Incumbent, Run
 from nas.search.constraints import PACE, bench_setting, requirements_of
@@ -73,14 +74,7 @@ def announce(run: Run, *, fresh: bool) -> None:
 
 def prepare_seed(run: Run) -> Incumbent:
     """Measure, teach and train the seed; return it as the first incumbent, and write its row."""
-    measured = _measured_seed(run)
-    run.console.line(
-        f"seed: {measured.images_per_s:.1f} images/s "
-        f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
-        f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
-    )
-    run.seed_values = {r: _seed_value(run, r) for r in requirements_of(run.config)}
-    _reachable(run)
+    measured = measure_seed(run)
     teacher = _labels(run)
     init = "scratch"
     if run.config.seed_weights is not None:
@@ -115,7 +109,21 @@ def prepare_seed(run: Run) -> Incumbent:
         ratio=1.0,
         images_per_s=measured.images_per_s,
         soft_loss=trained.values["soft_loss"],
+        soft_loss_se=trained.values["soft_loss_se"],
     )
+
+
+def measure_seed(run: Run) -> Measurement:
+    """Time the seed under every setting; refuse what its smallest contraction does not reach."""
+    measured = _measured_seed(run)
+    run.console.line(
+        f"seed: {measured.images_per_s:.1f} images/s "
+        f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
+        f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
+    )
+    run.start_values = {r: _seed_value(run, r) for r in requirements_of(run.config)}
+    _reachable(run)
+    return measured
 
 
 def _measured_seed(
@@ -283,6 +291,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         soft_loss_se=trained.values["soft_loss_se"],
         top1=trained.values["top1"],
         top1_se=trained.values["top1_se"],
+        epochs=run.config.seed_epochs,
         seconds=round(measured.seconds + trained.seconds, 3),
         stage="kept",
         state="complete",
@@ -297,13 +306,16 @@ def incumbent_of(run: Run, row: Row) -> Incumbent:
     assert row.ratio is not None
     assert row.images_per_s is not None
     assert row.soft_loss is not None
+    name = f"s{row.step}-{row.key}"
+    longer = run.folder.job_folder(f"{name}{MORE}") / "weights.safetensors"
     return Incumbent(
         arch=arch,
         key=row.key,
-        weights=run.folder.job_folder(f"s{row.step}-{row.key}") / "weights.safetensors",
+        weights=longer if longer.exists() else run.folder.job_folder(name) / longer.name,
         ratio=row.ratio,
         images_per_s=row.images_per_s,
         soft_loss=row.soft_loss,
+        step=row.step,
     )
 
 

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from space.family import Array, Slice
+from space.family import Array, Member, Slice
 
 Index = npt.NDArray[np.int64]
+Blend = npt.NDArray[np.float64]
 Named = tuple[str, tuple[str, ...]]
-"""A key of the state_dict and the channel group of each of its dimensions."""
+"""A key of the state_dict and the axis name of each of its dimensions."""
+
+HEADS = ("qkv", "inner", "heads")
+"""Axes that are made of heads."""
+PLAIN = ("1", "3", "chans", "classes", "offsets")
+"""Axes of which a child takes no part by choice."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,10 @@ def _outside_blocks() -> Iterator[Named]:
     yield from _conv_norm("patch_embed.conv2", "dim1", "stem", "3")
     for i in (1, 2, 3):
         before, dim, merge = f"dim{i}", f"dim{i + 1}", f"stages.{i}.downsample"
-        yield from _conv_norm(f"{merge}.conv1", dim, before, "1")
-        yield from _conv_norm(f"{merge}.conv2", dim, "1", "3")
-        yield from _conv_norm(f"{merge}.conv3", dim, dim, "1")
+        hidden = f"{merge}.hidden"
+        yield from _conv_norm(f"{merge}.conv1", hidden, before, "1")
+        yield from _conv_norm(f"{merge}.conv2", hidden, "1", "3")
+        yield from _conv_norm(f"{merge}.conv3", dim, hidden, "1")
     yield from _norm("head.norm", "dim4")
     yield from _linear("head.fc", "classes", "dim4")
 
@@ -77,15 +84,72 @@ def _block(stage: int) -> Iterator[Named]:
     yield from _conv_norm("local_conv", dim, "1", "3")
 
 
+def _group(axis: str, block: str) -> str:
+    """Name the group that an axis of a block (or outside all blocks: "") belongs to."""
+    if axis in HEADS:
+        return f"{block}.heads"
+    return f"{block}.{axis}" if axis in ("expand", "hidden") else axis
+
+
+def _walk(net: Net) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Give (block, key, axes) for every tensor; the block is "" outside of blocks."""
+    for key, axes in _outside_blocks():
+        yield "", key, axes
+    for stage, depth in enumerate(net.depths):
+        for j in range(depth):
+            block = f"stages.{stage}.blocks.{j}"
+            for key, axes in _block(stage):
+                yield block, f"{block}.{key}", axes
+
+
+def _sizes(net: Net) -> dict[str, int]:
+    """Count the units of every group."""
+    sizes = {"stem": net.dims[0] // 2, **{f"dim{i + 1}": d for i, d in enumerate(net.dims)}}
+    for i in (1, 2, 3):
+        sizes[f"stages.{i}.downsample.hidden"] = net.dims[i]
+    for block, _, axes in _walk(net):
+        stage = int(block.split(".")[1]) if block else 0
+        for axis in axes:
+            if axis == "expand":
+                sizes[_group(axis, block)] = net.expand
+            elif axis == "hidden":
+                sizes[_group(axis, block)] = net.hidden[stage - 1]
+            elif axis in HEADS:
+                sizes[_group(axis, block)] = net.dims[stage] // net.head_dim
+    return sizes
+
+
+def members(net: Net) -> dict[str, tuple[Member, ...]]:
+    """Give every group of units with the tensors that it runs through."""
+    sizes = _sizes(net)
+    found: dict[str, list[Member]] = {name: [] for name in sizes}
+    each = {"qkv": 3 * net.head_dim, "inner": net.head_dim}  # positions a unit has on an axis
+    for block, key, axes in _walk(net):
+        for dim, axis in enumerate(axes):
+            if axis not in PLAIN:
+                name = _group(axis, block)
+                unit = np.arange(sizes[name], dtype=np.int64).repeat(each.get(axis, 1))
+                found[name].append(Member(key, dim, unit))
+    return {name: tuple(group) for name, group in found.items()}
+
+
+def block_names(depths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
+    """Give the blocks of every stage."""
+    stages = {f"stages.{i}.blocks": depth for i, depth in enumerate(depths)}
+    return {name: tuple(f"{name}.{j}" for j in range(n)) for name, n in stages.items()}
+
+
+def _chosen(count: int, order: Array | None) -> Index:
+    """Choose units: the most wanted (or first) `count`, ascending, so that all are just all."""
+    first = np.arange(count) if order is None else np.sort(order[:count])
+    return first.astype(np.int64)
+
+
 def _first(child: int, parent: int, order: Array | None = None) -> Index:
-    """Map channels: the parent's first (or most wanted) ones; what is grown has no source."""
+    """Map channels to the parent's chosen ones; what is grown has no source."""
     index = np.full(child, -1, dtype=np.int64)
     taken = min(child, parent)
-    if order is not None:
-        assert sorted(order.tolist()) == list(range(parent)), "order is not a permutation"
-        index[:taken] = order[:taken]
-    else:
-        index[:taken] = np.arange(taken)
+    index[:taken] = _chosen(taken, order)
     return index
 
 
@@ -94,36 +158,51 @@ def _same(child: int, parent: int) -> Index:
     return np.arange(child) if child == parent else np.full(child, -1, dtype=np.int64)
 
 
-def _qkv(dim: int, head_dim: int, parent_dim: int, parent_head_dim: int) -> Index:
-    """Map rows of the fused projection, [head][q|k|v][channel of the head] in timm.
+def _head_axes(child: Net, parent: Net, stage: int, order: Array | None) -> dict[str, Index]:
+    """Map what is made of heads: rows of the fused projection, its channels, rows of biases.
 
-    A channel keeps its place among all heads' channels, so heads of another size are cut from
-    neighbouring ones.
+    As many of the parent's heads as hold the child's channels are chosen; their channels keep their
+    place among each other. Heads of the parent's size are thereby whole heads of the parent, and
+    those of another size are cut from neighbouring ones, with the biases of the head that held
+    their first channel. Rows are [head][q|k|v][channel of the head] in timm.
     """
+    dim, head_dim, theirs = child.dims[stage], child.head_dim, parent.head_dim
+    number = min(parent.dims[stage] // theirs, -(-dim // theirs))
+    heads = _chosen(number, order)
+    kept = (heads[:, None] * theirs + np.arange(theirs)).reshape(-1)[:dim]
+    channels = np.full(dim, -1, dtype=np.int64)
+    channels[: len(kept)] = kept
     row = np.arange(3 * dim)
     part = row // head_dim % 3
-    channel = row // (3 * head_dim) * head_dim + row % head_dim
-    head, rest = channel // parent_head_dim, channel % parent_head_dim
-    source = head * 3 * parent_head_dim + part * parent_head_dim + rest
-    return np.where(channel < parent_dim, source, np.int64(-1))
+    of = channels[row // (3 * head_dim) * head_dim + row % head_dim]
+    rows = of // theirs * 3 * theirs + part * theirs + of % theirs
+    first = channels[np.arange(dim // head_dim) * head_dim]
+    return {
+        "qkv": np.where(of >= 0, rows, np.int64(-1)),
+        "inner": channels,
+        "heads": np.where(first >= 0, first // theirs, np.int64(-1)),
+    }
 
 
-def _heads(dim: int, head_dim: int, parent_dim: int, parent_head_dim: int) -> Index:
-    """Map heads to the parent's head that holds their first channel."""
-    first = np.arange(dim // head_dim) * head_dim
-    return np.where(first < parent_dim, first // parent_head_dim, -1)
-
-
-def _offsets(window: int, parent_window: int, scale: float) -> Index:
+def _offsets(child: Net, parent: Net, stage: int) -> tuple[Index, Blend | None]:
     """Map a bias table [window * window], indexed |dx| * window + |dy| in timm.
 
-    `scale` turns the child's offsets into the parent's (images of another size); what reaches
-    beyond the parent's window takes its last offset.
+    The child's offsets are taken in the parent's units (images of another size); beyond the
+    parent's last offset the table goes on as it ends. Offsets between the parent's are blended of
+    the four around them, by distance; without any, there is no blend.
     """
-    side = np.rint(np.arange(window) * scale).astype(np.int64)
-    side = np.minimum(side, parent_window - 1)
-    table: Index = side[:, None] * parent_window + side[None, :]
-    return table.reshape(-1)
+    window, parent_window = child.windows[stage - 1], parent.windows[stage - 1]
+    at = np.arange(window) * parent.img_size / child.img_size  # exact where it is whole
+    at = np.minimum(at, parent_window - 1)
+    side = np.rint(at).astype(np.int64)
+    index: Index = (side[:, None] * parent_window + side[None, :]).reshape(-1)
+    if (at == side).all():
+        return index, None
+    low = np.floor(at).astype(np.int64)
+    line = np.zeros((window, parent_window), dtype=np.float64)
+    line[np.arange(window), low] = 1 - (at - low)
+    line[np.arange(window), np.minimum(low + 1, parent_window - 1)] += at - low
+    return index, np.asarray(np.kron(line, line), dtype=np.float64)
 
 
 def spread(child: int, parent: int) -> list[int | None]:
@@ -139,51 +218,72 @@ def spread(child: int, parent: int) -> list[int | None]:
     return [(2 * j * (parent - 1) + gaps) // (2 * gaps) for j in range(child)]
 
 
-def _groups(
+def _picked(child: int, parent: int, order: Array | None) -> list[int | None]:
+    """Pick a parent block for each of the child's: the wanted ones, or spread evenly."""
+    if order is None or child >= parent:
+        return spread(child, parent)
+    return [int(j) for j in _chosen(child, order)]
+
+
+def _axes(
     stage: int | None, block: str, parent: Net, child: Net, order: Mapping[str, Array]
 ) -> dict[str, Index]:
-    """Map every channel group that occurs in one block (or outside all blocks: None)."""
-    groups = {k: np.arange(int(k)) for k in ("1", "3")}
+    """Map every axis that occurs in one parent block (or outside all blocks: None)."""
+    axes = {k: np.arange(int(k)) for k in ("1", "3")}
     for i in range(4):
         name = f"dim{i + 1}"
-        groups[name] = _first(child.dims[i], parent.dims[i], order.get(name))
+        axes[name] = _first(child.dims[i], parent.dims[i], order.get(name))
     if stage is None:
-        groups["stem"] = _first(child.dims[0] // 2, parent.dims[0] // 2, order.get("stem"))
-        groups["chans"] = _same(child.in_chans, parent.in_chans)
-        groups["classes"] = _same(child.num_classes, parent.num_classes)
+        axes["stem"] = _first(child.dims[0] // 2, parent.dims[0] // 2, order.get("stem"))
+        for i in (1, 2, 3):
+            name = f"stages.{i}.downsample.hidden"
+            axes[name] = _first(child.dims[i], parent.dims[i], order.get(name))
+        axes["chans"] = _same(child.in_chans, parent.in_chans)
+        axes["classes"] = _same(child.num_classes, parent.num_classes)
     elif stage == 0:
-        groups["expand"] = _first(child.expand, parent.expand, order.get(f"{block}.expand"))
+        axes["expand"] = _first(child.expand, parent.expand, order.get(f"{block}.expand"))
     else:
-        i = stage - 1
-        widths = child.dims[stage], child.head_dim, parent.dims[stage], parent.head_dim
-        groups["qkv"] = _qkv(*widths)
-        groups["inner"] = _first(child.dims[stage], parent.dims[stage])
-        groups["heads"] = _heads(*widths)
-        scale = parent.img_size / child.img_size
-        groups["offsets"] = _offsets(child.windows[i], parent.windows[i], scale)
+        axes |= _head_axes(child, parent, stage, order.get(f"{block}.heads"))
         wanted = order.get(f"{block}.hidden")
-        groups["hidden"] = _first(child.hidden[i], parent.hidden[i], wanted)
-    return groups
+        axes["hidden"] = _first(child.hidden[stage - 1], parent.hidden[stage - 1], wanted)
+    return axes
+
+
+def _check(order: Mapping[str, Array], parent: Net) -> None:
+    """Assert that every order is one of a group of the parent, and whole."""
+    sizes = _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()}
+    for name, wanted in order.items():
+        assert name in sizes, f"order of {name}, which the parent has not"
+        whole = sorted(np.asarray(wanted).tolist()) == list(range(sizes[name]))
+        assert whole, f"order of {name} is not a permutation of {sizes[name]}"
 
 
 def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Slice]:
     """Map the child's state_dict onto the parent's; keys without any source are left out."""
+    _check(order, parent)
     found: dict[str, Slice] = {}
 
-    def add(to: str, source: str, axes: tuple[str, ...], groups: Mapping[str, Index]) -> None:
-        index = tuple(groups[axis] for axis in axes)
+    def add(
+        to: str, source: str, names: tuple[str, ...], axes: Mapping[str, Index], blend: Blend | None
+    ) -> None:
+        index = tuple(axes[name] for name in names)
         if all((i >= 0).any() for i in index):
-            found[to] = Slice(source, index)
+            found[to] = Slice(source, index, blend if "offsets" in names else None)
 
-    groups = _groups(None, "", parent, child, order)
-    for key, axes in _outside_blocks():
-        add(key, key, axes, groups)
+    axes = _axes(None, "", parent, child, order)
+    for key, names in _outside_blocks():
+        add(key, key, names, axes, None)
     for stage in range(4):
-        for j, source in enumerate(spread(child.depths[stage], parent.depths[stage])):
+        offsets, blend = np.zeros(0, dtype=np.int64), None
+        if stage > 0:
+            offsets, blend = _offsets(child, parent, stage)
+        group = f"stages.{stage}.blocks"
+        picked = _picked(child.depths[stage], parent.depths[stage], order.get(group))
+        for j, source in enumerate(picked):
             if source is None:
                 continue
-            block = f"stages.{stage}.blocks.{source}"
-            groups = _groups(stage, block, parent, child, order)
-            for key, axes in _block(stage):
-                add(f"stages.{stage}.blocks.{j}.{key}", f"{block}.{key}", axes, groups)
+            block = f"{group}.{source}"
+            axes = _axes(stage, block, parent, child, order) | {"offsets": offsets}
+            for key, names in _block(stage):
+                add(f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blend)
     return found

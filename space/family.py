@@ -66,10 +66,26 @@ class Slice:
 
     `source`: key in the parent's state_dict. `index`: one int64 array per dimension of the child's
     tensor (none for a 0-d tensor): the parent's position to copy from, -1 to keep the child's own.
+    `blend`: float64 [child, parent], the last dimension's values as weighted sums of the parent's,
+    in place of its index, which then names the nearest position.
     """
 
     source: str
     index: tuple[npt.NDArray[np.int64], ...]
+    blend: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dimension of a tensor that belongs to a group of units (channels, heads).
+
+    `key`: in the state_dict; `unit`: int64 [size of dimension `dim`], the unit that each position
+    belongs to, -1: none.
+    """
+
+    key: str
+    dim: int
+    unit: npt.NDArray[np.int64]
 
 
 class Family(ABC):
@@ -147,9 +163,29 @@ class Family(ABC):
     ) -> dict[str, Slice]:
         """Map the child's state_dict onto the parent's: pure indices, no weights, no torch.
 
-        Keys without any source are left out. `order`: preferred parent channels by channel group
-        (names per family), most wanted first; without it, the first ones.
+        Keys without any source are left out. `order`: the parent's units by group (see `groups`)
+        and its blocks by group (see `blocks`), most wanted first; without it, the first units and
+        whichever blocks the family prefers. What is kept stays in the parent's order.
         """
+
+    def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
+        """Give the groups of units that a child may take a part of, with all that they run through.
+
+        Removing or reordering a unit in every member at once leaves a net that works. Default:
+        none.
+        """
+        return {}
+
+    def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:
+        """Give the names of modules that a child may lack, in order, by group. Default: none.
+
+        Each gives what it is given, in the same shape: without it the net still works.
+        """
+        return {}
+
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        """Name parts of the net ("stage2") by the fields and slots that shape them."""
+        return {}
 
     # -- what every family gets from its factors -------------------------------------------------
     def to_dict(self, arch: Arch) -> dict[str, Any]:

@@ -14,7 +14,17 @@ import numpy.typing as npt
 from space.family import Arch, Array, Context, Family
 from space.grid import Axis, Band, Ints, axes_of, checked, mesh, walk
 
-__all__ = ["Band", "Shortlisted", "contains", "count_contractions", "shortlist"]
+__all__ = [
+    "Band",
+    "Shortlisted",
+    "anchors_in",
+    "contains",
+    "count_contractions",
+    "listed",
+    "seeded",
+    "shortlist",
+    "smaller_than",
+]
 
 QUICK = 1 << 26  # archs that may be counted before a draw: a second
 KEPT = 1 << 18  # entries gathered before all but the best of each stratum are dropped
@@ -73,7 +83,7 @@ class _Entries:
         return ordered.take(rank < number)
 
 
-def _below(family: Family, arch: Arch, ctx: Context, band: Band) -> Band:
+def smaller_than(family: Family, arch: Arch, ctx: Context, band: Band) -> Band:
     """Cut the band to what is strictly smaller than `arch`."""
     smaller = min(band.hi, family.count_params(arch, ctx) - 1)
     return replace(band, hi=smaller)
@@ -87,7 +97,7 @@ def count_contractions(family: Family, arch: Arch, ctx: Context, band: Band) -> 
     product is too large to walk.
     """
     axes = checked(axes_of(family, arch, ctx))
-    return _count(family, axes, ctx, _below(family, arch, ctx, band))
+    return _count(family, axes, ctx, smaller_than(family, arch, ctx, band))
 
 
 def _count(family: Family, axes: Sequence[Axis], ctx: Context, band: Band) -> int:
@@ -103,7 +113,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _seeded(x: Array, random_seed: int) -> npt.NDArray[np.uint64]:
+def seeded(x: Array, random_seed: int) -> npt.NDArray[np.uint64]:
     """Give each integer its place in a seeded order."""
     salt = _mix(np.array([random_seed % 2**64], dtype=np.uint64))
     return _mix(x.astype(np.uint64) ^ salt)
@@ -139,7 +149,7 @@ def _gather(
         for a, i, stride in zip(near, rows, strides, strict=True):
             place += a.place[i] * stride
             moved += (a.notches[i] > 0) * a.bit
-        priority = _seeded(place, random_seed)
+        priority = seeded(place, random_seed)
         kept.append(_Entries(place, notches.reshape(-1)[flat], moved, priority))
         if sum(len(e.place) for e in kept) > KEPT:
             kept = [_Entries.join(kept).best(number)]
@@ -156,7 +166,7 @@ def _draw(entries: _Entries, number: int, random_seed: int) -> list[int]:
         for i, moved in zip(members.tolist(), entries.moved[members].tolist(), strict=True):
             queues.setdefault(moved, []).append(i)
         strata = np.array(list(queues), dtype=np.int64)
-        ties = dict(zip(strata.tolist(), _seeded(strata, random_seed).tolist(), strict=True))
+        ties = dict(zip(strata.tolist(), seeded(strata, random_seed).tolist(), strict=True))
         heap = [(times.get(m, 0), ties[m], m, 0) for m in queues]
         heapq.heapify(heap)
         while heap:
@@ -175,7 +185,7 @@ def _by_rule(
 ) -> list[Arch]:
     """List the first `number` contractions of one arch by the rule."""
     axes = axes_of(family, arch, ctx)
-    below = _below(family, arch, ctx, band)
+    below = smaller_than(family, arch, ctx, band)
     farthest = sum(int(a.notches.max()) for a in axes)
     wanted = number
     if math.prod(a.length for a in axes) <= QUICK:  # do not look far for what is not there
@@ -195,7 +205,7 @@ def _by_rule(
     return archs
 
 
-def _anchors(
+def anchors_in(
     family: Family, parents: Sequence[Arch], ctx: Context, band: Band
 ) -> list[tuple[str, Arch]]:
     """Find the anchors: published archs in the band, then each parent's uniform scaling.
@@ -212,7 +222,7 @@ def _anchors(
     for parent in parents:
         scaled = list(dict.fromkeys(family.scaled(parent, k / 512) for k in range(511, 0, -1)))
         sizes = family.count_params_many(family.table(scaled), ctx)
-        below = _below(family, parent, ctx, band)
+        below = smaller_than(family, parent, ctx, band)
         fits = (sizes >= below.lo) & (sizes <= below.hi)
         if band.max_macs is not None:
             fits &= family.count_macs_many(family.table(scaled), ctx) <= band.max_macs
@@ -253,7 +263,7 @@ def shortlist(
     assert parents, "nothing to contract"
     drawn: dict[str, tuple[str | None, Arch]] = {}
     if anchors:
-        for name, arch in _anchors(family, parents, ctx, band):
+        for name, arch in anchors_in(family, parents, ctx, band):
             drawn.setdefault(family.key(arch, ctx), (name, arch))
     number = size + len(exclude) + len(drawn)  # enough even if all of those are drawn again
     rules = [_by_rule(family, p, ctx, band, number, random_seed) for p in parents]
@@ -263,9 +273,22 @@ def shortlist(
                 drawn.setdefault(family.key(candidate, ctx), (None, candidate))
     tried = set(exclude)
     chosen = [v for key, v in drawn.items() if key not in tried][:size]
+    return listed(family, parents, chosen, ctx)
+
+
+def listed(
+    family: Family,
+    parents: Sequence[Arch],
+    chosen: Sequence[tuple[str | None, Arch]],
+    ctx: Context,
+) -> list[Shortlisted]:
+    """Say of each chosen (anchor, arch) what it costs and how far it is from its nearest parent.
+
+    The parent is one that contracts to it, if any does, else any larger one; there must be one.
+    """
     sizes = [family.count_params(p, ctx) for p in parents]
     reach = [family.moves(p) for p in parents]
-    listed = []
+    found = []
     for anchor, arch in chosen:
         params = family.count_params(arch, ctx)
         larger = [i for i, n in enumerate(sizes) if n > params]
@@ -274,8 +297,8 @@ def shortlist(
         nearest = min(away, key=lambda i: sum(away[i].values()))
         moved, macs = away[nearest], family.count_macs(arch, ctx)
         parent, notches = parents[nearest], sum(moved.values())
-        listed.append(Shortlisted(arch, params, macs, notches, tuple(moved), anchor, parent))
-    return listed
+        found.append(Shortlisted(arch, params, macs, notches, tuple(moved), anchor, parent))
+    return found
 
 
 def contains(family: Family, parent: Arch, arch: Arch, ctx: Context) -> bool:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from space._tinyvit_slicing import Net, slices
+from space._tinyvit_slicing import Net, block_names, members, slices
 from space.checks import read_int, read_ints, read_ratio
 from space.errors import refuse, refuse_multiple
-from space.family import Arch, Array, Context, Family, Published, Slice, Table
+from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
 from space.ladder import Factor, Ladder
 
 if TYPE_CHECKING:
@@ -362,6 +362,19 @@ class TinyVit(Family):
         )
         return min(a, lowest, key=lambda x: self.count_params(x, ctx))
 
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """Name the stages by the slots that shape them.
+
+        Stages 2 to 4 share the MLP ratio and the head dim: whoever keeps one stage keeps these.
+        """
+        found: dict[str, tuple[str, ...]] = {
+            "stage1": ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio")
+        }
+        for i in (1, 2, 3):
+            own = (f"embed_dims[{i}]", f"depths[{i}]", f"window_sizes[{i - 1}]")
+            found[f"stage{i + 1}"] = (*own, "mlp_ratio", "head_dim")
+        return found
+
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
         """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net.
 
@@ -406,15 +419,27 @@ class TinyVit(Family):
     ) -> dict[str, Slice]:
         """Map the child's state_dict onto the parent's.
 
-        Channels: the first ones, of residual streams, hidden layers and heads; with a new head dim
-        the channels keep their place and the heads are cut anew. Blocks: spread evenly over the
-        parent's, the first and last kept. Attention biases keep the meaning of their offset in the
-        image. Class rows and input channels are taken only when their number is the same.
-        Groups for `order`: "stem", "dim1".."dim4", and the hidden layers of each parent block,
-        "stages.0.blocks.1.expand", "stages.2.blocks.3.hidden". Head channels follow no order.
+        Without an `order`: the first channels, hidden units and heads, and blocks spread evenly
+        over the parent's, the first and last kept. Heads are kept whole; with a new head dim the
+        channels keep their place and the heads are cut anew. Attention biases keep the meaning of
+        their offset in the image, blended where it falls between the parent's. Class rows and input
+        channels are taken only when their number is the same.
         """
         nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
         return slices(*nets, order or {})
+
+    def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
+        """Give the groups of units that a child may take a part of.
+
+        "stem"; "dim1".."dim4", the residual streams; "stages.1.downsample.hidden", between the
+        convolutions of a merge; and of each block "stages.0.blocks.1.expand", or
+        "stages.2.blocks.3.hidden" and "stages.2.blocks.3.heads".
+        """
+        return members(_net(_own(arch), ctx))
+
+    def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:
+        """Give the blocks that a child may lack, by stage: "stages.0.blocks" and so on."""
+        return block_names(_own(arch).depths)
 
 
 FAMILY = TinyVit()

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("space", "nas", "benchmarks")
 VALUES = {"nas.config", "nas.jobs", "nas.files", "nas.requirement"}
-ENTRIES = {"nas.contract", "nas.labels", "nas.worker"}
+ENTRIES = {"nas.contract", "nas.inherit", "nas.labels", "nas.worker"}
 
 # room -> rooms of our own that it may import (itself aside); see docs/architecture.md
 ROOMS: dict[str, set[str]] = {

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from space_cases import random_arch
 from torch import nn
 
+from nas.distill.importance import rank_units
 from nas.distill.inherit import checkpoint_context, inherit
+from nas.distill.recalibrate import first_change, recalibrate
 from nas.training.weights import weights_digest
 from space import Context, get_family
 from space.errors import InputError
@@ -48,15 +53,23 @@ def built(arch: Any, ctx: Context = CTX, random_seed: int = 0) -> nn.Module:
     return model
 
 
+def as_arrays(order: dict[str, list[int]]) -> dict[str, np.ndarray]:
+    return {name: np.array(units) for name, units in order.items()}
+
+
 def naive(child: dict[str, torch.Tensor], parent: dict[str, torch.Tensor], slicing: Any) -> Any:
-    """Copy number by number."""
+    """Copy, or blend, number by number."""
     result = {k: v.clone() for k, v in child.items()}
     copied = 0
     for name, source in slicing.items():
         for place in np.ndindex(tuple(child[name].shape)):
             at = tuple(int(rows[i]) for rows, i in zip(source.index, place, strict=True))
             if min(at, default=0) >= 0:
-                result[name][place] = parent[source.source][at]
+                value = parent[source.source][at]
+                if source.blend is not None:
+                    line = parent[source.source][at[:-1]].double().tolist()
+                    value = sum(w * x for w, x in zip(source.blend[place[-1]], line, strict=True))
+                result[name][place] = value
                 copied += 1
     return result, copied
 
@@ -70,6 +83,236 @@ def test_the_same_arch_is_reproduced_exactly() -> None:
     inputs = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(child.eval()(inputs), parent.eval()(inputs))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_equal_child_is_its_parent_bit_for_bit_whatever_is_wanted_most(seed: int) -> None:
+    rng = random.Random(seed)
+    arch, ctx = random_arch(rng, most=64, deepest=2), Context(rng.choice([32, 40]), 5)
+    parent = built(arch, ctx).eval()
+    orders = [as_arrays(rank_units(FAMILY, arch, ctx, parent, c)) for c in ("prefix", "l1", "l2")]
+    draw = np.random.default_rng(seed)
+    orders.append({name: draw.permutation(units) for name, units in orders[0].items()})
+    orders[-1] |= {name: draw.permutation(len(b)) for name, b in FAMILY.blocks(arch).items()}
+    inputs = torch.randn(2, 3, ctx.img_size, ctx.img_size)
+    state = parent.state_dict()
+    for order in orders:
+        child = built(arch, ctx, random_seed=1)
+        slicing = FAMILY.slicing(arch, arch, ctx, ctx, order)
+        inherit(child, state, slicing)
+        # No batch is drawn: there is nothing to estimate.
+        assert recalibrate(child, state, slicing, never(), "cpu") == 0
+        assert weights_digest(child.state_dict()) == weights_digest(state)
+        with torch.no_grad():
+            assert torch.equal(child.eval()(inputs), parent(inputs))
+
+
+def never() -> Iterator[torch.Tensor]:
+    raise AssertionError("a batch was drawn")
+    yield
+
+
+def test_removing_hidden_units_is_the_same_as_silencing_them() -> None:
+    arch = FAMILY.arch({**PARENT, "mlp_ratio": 2.0, "mbconv_expand_ratio": 2.0})
+    narrow = FAMILY.arch({**PARENT, "mlp_ratio": 1.25, "mbconv_expand_ratio": 1.25})
+    parent, child = built(arch).double().eval(), built(narrow, random_seed=1).double().eval()
+    rng = np.random.default_rng(0)
+    groups = FAMILY.groups(arch, CTX)
+    hidden = {name: m for name, m in groups.items() if name.endswith((".hidden", ".expand"))}
+    order = {name: rng.permutation(1 + m[0].unit.max()) for name, m in hidden.items()}
+    order = {name: wanted for name, wanted in order.items() if "downsample" not in name}
+    inherit(child, parent.state_dict(), FAMILY.slicing(arch, narrow, CTX, CTX, order))
+    kept = {n: 1 + m[0].unit.max() for n, m in FAMILY.groups(narrow, CTX).items()}
+    state = parent.state_dict()
+    for name, wanted in order.items():
+        last = name.replace("hidden", "mlp.fc2.weight").replace("expand", "conv3.conv.weight")
+        state[last][:, wanted[kept[name] :]] = 0  # in place: what reads them hears nothing
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(child(inputs), parent(inputs), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dims", "wanted"), [(64, [2, 0, 1]), (32, [1, 2, 0])])
+def test_removing_heads_is_the_same_as_silencing_them(dims: int, wanted: list[int]) -> None:
+    wide = FAMILY.arch({**PARENT, "embed_dims": [32, 64, 96, 96]})
+    narrow = FAMILY.arch({**PARENT, "embed_dims": [32, 64, dims, 96]})
+    block = "stages.2.blocks.0"
+    order = {f"{block}.heads": np.array(wanted)}
+    slicing = FAMILY.slicing(wide, narrow, CTX, CTX, order)
+    attn = built(wide).get_submodule(f"{block}.attn").double()
+    attn.eval()
+    side = int(attn.resolution[0])  # type: ignore[index, arg-type]
+    # An attention with fewer heads over the same residual stream: only the heads are sliced.
+    fewer = type(attn)(96, 32, dims // 32, attn_ratio=1, resolution=(side, side)).double()
+    own = {
+        key: slicing[f"{block}.attn.{key}"].index[dim]
+        for key, dim in {
+            "qkv.weight": 0, "qkv.bias": 0, "attention_biases": 0, "proj.weight": 1,
+        }.items()
+    }  # fmt: skip
+    state = attn.state_dict()
+    taken = {k: v.clone() for k, v in state.items()}
+    for key, rows in own.items():
+        taken[key] = taken[key].index_select(int(key == "proj.weight"), torch.from_numpy(rows))
+    fewer.load_state_dict(taken)
+    fewer.eval()
+    for head in wanted[dims // 32 :]:
+        state["proj.weight"][:, 32 * head : 32 * (head + 1)] = 0
+    inputs = torch.randn(2, side * side, 96, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fewer(inputs), attn(inputs), rtol=0, atol=1e-9)
+
+
+def test_blended_tables_are_summed_number_by_number() -> None:
+    a, b = Context(64, 5), Context(96, 5)
+    arch = FAMILY.arch({**PARENT, "window_sizes": [14, 14, 14]})
+    parent, child = built(arch, a).state_dict(), built(arch, b, random_seed=1).state_dict()
+    slicing = {k: v for k, v in FAMILY.slicing(arch, arch, a, b).items() if "biases" in k}
+    assert any(s.blend is not None for s in slicing.values())
+    want, copied = naive(dict(child), dict(parent), slicing)
+    model = built(arch, b, random_seed=1)
+    assert inherit(model, parent, slicing).copied == copied
+    for key in slicing:
+        torch.testing.assert_close(model.state_dict()[key], want[key], rtol=0, atol=1e-7)
+
+
+RECALIBRATED: list[tuple[dict[str, Any], dict[str, list[int]]]] = [
+    ({"embed_dims": [32, 32, 64, 64]}, {}),
+    ({"embed_dims": [32, 64, 64, 64]}, {}),
+    ({"depths": [2, 2, 2, 1]}, {}),
+    ({"depths": [2, 2, 2, 1]}, {"stages.2.blocks": [0, 1, 2]}),  # the last one goes
+    ({"depths": [2, 1, 3, 1]}, {"stages.1.blocks": [1, 0]}),
+    ({"depths": [1, 2, 3, 1]}, {}),
+    ({"mlp_ratio": 2.0}, {}),
+    ({"mbconv_expand_ratio": 2.0}, {}),
+    ({"head_dim": 16}, {}),
+    ({"window_sizes": [7, 7, 7]}, {}),
+    ({"depths": [2, 2, 4, 1]}, {}),
+    ({"embed_dims": [48, 64, 64, 96]}, {}),
+]
+
+
+@pytest.mark.parametrize(("change", "order"), RECALIBRATED)
+def test_statistics_are_estimated_anew_wherever_a_batch_norm_sees_something_new(
+    change: dict[str, Any], order: dict[str, list[int]]
+) -> None:
+    ctx = Context(64, 5)
+    parent_arch, child_arch = FAMILY.arch(PARENT), FAMILY.arch({**PARENT, **change})
+    parent, child = built(parent_arch, ctx).eval(), built(child_arch, ctx, random_seed=1).eval()
+    for name, tensor in parent.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(777)
+    state = parent.state_dict()
+    slicing = FAMILY.slicing(parent_arch, child_arch, ctx, ctx, as_arrays(order))
+    inherit(child, state, slicing)
+    batches = [torch.randn(3, 3, 64, 64) for _ in range(3)]
+    with torch.no_grad():
+        before, there = (seen_by_norms(net, batches[:1]) for net in (child, parent))
+    differs = set()
+    for name, got in before.items():
+        source = slicing.get(f"{name}.running_mean")
+        if source is None or (source.index[0] < 0).any():
+            differs.add(name)
+            continue
+        rows = torch.from_numpy(source.index[0])
+        same = there[source.source.removesuffix(".running_mean")][0].index_select(1, rows)
+        if got[0].shape != same.shape or not torch.allclose(got[0], same, rtol=1e-4, atol=1e-5):
+            differs.add(name)
+    kept = {k: v.clone() for k, v in child.state_dict().items()}
+    shuffled = {k: state[k] for k in sorted(state)}  # as a file would have it
+    number = recalibrate(child, shuffled, slicing, iter(batches), "cpu")
+    now = child.state_dict()
+    changed = {n for n in before if now[f"{n}.num_batches_tracked"] == len(batches)}
+    assert len(changed) == number
+    assert differs <= changed
+    assert differs, "the oracle saw nothing"
+    spared = [n for n in before if n not in changed]
+    for key, value in kept.items():
+        norm = key.rpartition(".")[0]
+        if norm not in changed or key.endswith((".weight", ".bias")):
+            assert torch.equal(now[key], value), key
+    names = list(before)
+    if change.keys() & {"mlp_ratio", "head_dim", "window_sizes"} or "depths" in change:
+        assert spared == names[: len(spared)]
+    if "depths" in change and change["depths"][2] != 3:  # all of stages 1 and 2 stays
+        assert {n for n in names if n.startswith(("patch", "stages.0", "stages.1"))} <= set(spared)
+    assert not child.training
+    assert all(m.momentum == 0.1 for m in child.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def seen_by_norms(net: nn.Module, batches: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    """Run a net and keep the inputs of its batch norms."""
+    found: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+
+            def keep(_: Any, inputs: Any, name: str = name) -> None:
+                found.setdefault(name, []).append(inputs[0].detach().clone())
+
+            hooks.append(module.register_forward_pre_hook(keep))
+    for batch in batches:
+        net(batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_statistics_are_the_mean_over_batches_and_the_mode_is_kept() -> None:
+    arch, child_arch = FAMILY.arch(PARENT), FAMILY.arch({**PARENT, "mbconv_expand_ratio": 2.0})
+    state, child = built(arch).state_dict(), built(child_arch, random_seed=1).train()
+    slicing = FAMILY.slicing(arch, child_arch, CTX, CTX)
+    inherit(child, state, slicing)
+    seen: list[torch.Tensor] = []
+    norm = child.get_submodule("stages.2.blocks.1.local_conv.bn")
+    hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    batches = [torch.randn(4, 3, 32, 32) for _ in range(3)]
+    recalibrate(child, state, slicing, batches, "cpu")
+    hook.remove()
+    assert len(seen) == 3
+    assert child.training
+    now = child.state_dict()
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    var = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
+    key = "stages.2.blocks.1.local_conv.bn.running_"
+    torch.testing.assert_close(now[f"{key}mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(now[f"{key}var"], var, rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_another_size_are_news_to_every_batch_norm() -> None:
+    arch = FAMILY.arch(PARENT)
+    state, child = built(arch).state_dict(), built(arch, random_seed=1)
+    slicing = FAMILY.slicing(arch, arch, CTX, CTX)
+    inherit(child, state, slicing)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in child.modules())
+    batches = [torch.randn(2, 3, 32, 32)]
+    assert recalibrate(child, state, slicing, batches, "cpu", new_input=True) == norms
+
+
+def test_the_first_change_is_where_a_plain_walk_finds_it() -> None:
+    """Against the walk over both nets in their own order, which sees what is skipped."""
+    rng = random.Random(0)
+    for _ in range(12):
+        pair = [random_arch(rng, most=64, deepest=3) for _ in range(2)]
+        if rng.random() < 0.7:  # near enough to share a beginning
+            pair[1] = replace(pair[0], depths=pair[1].depths)
+        states = [dict(FAMILY.build(a, CTX).state_dict()) for a in pair]
+        order = {
+            name: np.random.default_rng(len(blocks)).permutation(len(blocks))
+            for name, blocks in FAMILY.blocks(pair[0]).items()
+        }
+        slicing = FAMILY.slicing(pair[0], pair[1], CTX, CTX, order)
+        want = 0
+        for theirs, ours in zip(*states, strict=False):
+            s = slicing.get(ours)
+            if s is None or theirs != ours or s.source != ours:
+                break
+            if any(i.tolist() != list(range(n)) for i, n in zip(
+                s.index, states[0][ours].shape, strict=True
+            )):  # fmt: skip
+                break
+            want += 1
+        assert first_change(states[1], states[0], slicing) == want
 
 
 @pytest.mark.parametrize("change", CHILDREN)

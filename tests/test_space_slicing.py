@@ -229,27 +229,188 @@ def test_other_classes_and_channels_start_afresh() -> None:
     assert missing == {"head.fc.weight", "head.fc.bias", "patch_embed.conv1.conv.weight"}
 
 
-def test_a_preferred_order_reaches_every_tensor_of_its_channels() -> None:
-    """Reordering all channel groups of a net consistently does not change what it computes."""
+def random_order(arch: Arch, ctx: Context, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw an order of the units of every group, and of the blocks of every stage."""
+    sizes = {k: 1 + m[0].unit.max() for k, m in FAMILY.groups(arch, ctx).items()}
+    sizes |= {k: len(names) for k, names in FAMILY.blocks(arch).items()}
+    return {name: rng.permutation(n) for name, n in sizes.items()}
+
+
+def reordered(arch: Arch, ctx: Context, state: State, order: Mapping[str, np.ndarray]) -> State:
+    """Move the units of groups, in all their members at once: unit k is then the old order[k]."""
+    moved = {k: v.clone() for k, v in state.items()}
+    for name, members in FAMILY.groups(arch, ctx).items():
+        for m in members:
+            if name in order:
+                rows = np.concatenate([np.flatnonzero(m.unit == unit) for unit in order[name]])
+                moved[m.key] = moved[m.key].index_select(m.dim, torch.from_numpy(rows))
+    return moved
+
+
+def test_groups_name_every_unit_of_tensors_that_exist() -> None:
+    rng = random.Random(2)
+    for _ in range(20):
+        arch, ctx = random_arch(rng, most=128, deepest=2), random_context(rng)
+        state = meta_build(arch, ctx).state_dict()
+        named = set()
+        for members in FAMILY.groups(arch, ctx).values():
+            units = set(members[0].unit.tolist())
+            assert units == set(range(len(units)))
+            for m in members:
+                assert len(m.unit) == state[m.key].shape[m.dim]
+                assert m.unit.dtype == np.int64
+                assert set(m.unit.tolist()) == units
+                named.add((m.key, m.dim))
+        # What is left belongs to no unit: classes, image channels, kernels, offsets, counters.
+        left = {(k, d) for k, v in state.items() for d in range(v.ndim)} - named
+        for key, dim in left:
+            first, last = key == "patch_embed.conv1.conv.weight", key.startswith("head.fc.")
+            kernel = dim > 1 or (dim == 1 and state[key].shape[1] == 1)
+            table = key.endswith("attention_biases") and dim == 1
+            assert kernel or table or (first and dim == 1) or (last and dim == 0), (key, dim)
+        assert sorted(m for names in FAMILY.blocks(arch).values() for m in names) == sorted(
+            {".".join(k.split(".")[:4]) for k in state if ".blocks." in k}
+        )
+
+
+def test_reordering_a_group_everywhere_changes_nothing_that_the_net_says() -> None:
     arch = small()
     parent = scrambled(arch, CTX)
-    rng = np.random.default_rng(0)
-    groups = {"stem": 16, "dim1": 32, "dim2": 64, "dim3": 96, "dim4": 128}
-    for stage, depth in enumerate(SMALL["depths"]):  # type: ignore[call-overload]
-        for block in range(depth):
-            hidden = "expand" if stage == 0 else "hidden"
-            groups[f"stages.{stage}.blocks.{block}.{hidden}"] = 3 * groups[f"dim{stage + 1}"]
-    order = {name: rng.permutation(n) for name, n in groups.items()}
-    slices = FAMILY.slicing(arch, arch, CTX, CTX, order)
-    state = inherited(slices, parent.state_dict(), FAMILY.build(arch, CTX).state_dict())
+    order = random_order(arch, CTX, np.random.default_rng(0))
+    state = reordered(arch, CTX, parent.state_dict(), order)
     image = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     with torch.no_grad():
         same = loaded(arch, CTX, state).double()(image)
         assert torch.allclose(same, parent.double()(image), rtol=1e-9, atol=1e-9)
     changed = [k for k, v in parent.state_dict().items() if not torch.equal(v, state[k].double())]
-    assert "stages.2.blocks.1.mlp.fc2.weight" in changed
+    assert {"stages.2.blocks.1.mlp.fc2.weight", "stages.2.blocks.1.attn.qkv.bias"} < set(changed)
 
 
-def test_a_preferred_order_must_be_a_permutation() -> None:
-    with pytest.raises(AssertionError, match="permutation"):
-        FAMILY.slicing(small(), small(), CTX, CTX, {"dim1": np.zeros(32, dtype=np.int64)})
+def test_any_order_of_all_units_is_the_net_itself() -> None:
+    rng = random.Random(3)
+    for seed in range(10):
+        arch, ctx = random_arch(rng, most=128, deepest=3), random_context(rng)
+        order = random_order(arch, ctx, np.random.default_rng(seed))
+        for key, s in FAMILY.slicing(arch, arch, ctx, ctx, order).items():
+            assert s.source == key
+            assert s.blend is None
+            assert all((i == np.arange(len(i))).all() for i in s.index)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"embed_dims": [16, 32, 64, 64]},
+        {"mlp_ratio": 1.5, "mbconv_expand_ratio": 1.5},
+        {"embed_dims": [32, 64, 64, 96], "head_dim": 16, "mlp_ratio": 2.0},
+        {"embed_dims": [32, 64, 64, 128], "head_dim": 64},
+    ],
+)
+def test_wanted_units_are_taken_as_the_first_ones_of_a_net_with_them_in_front(
+    changes: dict[str, object],
+) -> None:
+    a, b = small(), small(**changes)
+    order = random_order(a, CTX, np.random.default_rng(1))
+    order = {name: wanted for name, wanted in order.items() if not name.endswith("blocks")}
+    counts = {k: 1 + m[0].unit.max() for k, m in FAMILY.groups(b, CTX).items()}
+    for name in counts:
+        if name.endswith("heads"):  # how many parent heads hold the child's channels
+            counts[name] = -(-b.embed_dims[int(name[7])] // a.head_dim)
+    front = {
+        name: np.concatenate([np.sort(wanted[: counts[name]]), np.sort(wanted[counts[name] :])])
+        for name, wanted in order.items()
+    }
+    parent, own = scrambled(a, CTX).state_dict(), FAMILY.build(b, CTX).state_dict()
+    got = inherited(FAMILY.slicing(a, b, CTX, CTX, order), parent, own)
+    moved = reordered(a, CTX, parent, front)
+    want = inherited(FAMILY.slicing(a, b, CTX, CTX), moved, own)
+    for key in want:
+        assert torch.equal(got[key], want[key]), key
+    plain = inherited(FAMILY.slicing(a, b, CTX, CTX), parent, own)
+    assert not all(torch.equal(got[key], plain[key]) for key in plain)
+
+
+def test_wanted_heads_are_kept_whole() -> None:
+    a, b = small(), small(embed_dims=[32, 64, 64, 96])
+    order = {"stages.3.blocks.0.heads": np.array([3, 0, 2, 1])}
+    slices = FAMILY.slicing(a, b, CTX, CTX, order)
+    attn = "stages.3.blocks.0.attn"
+    rows = slices[f"{attn}.qkv.weight"].index[0]
+    assert rows.tolist() == [r for head in (0, 2, 3) for r in range(96 * head, 96 * (head + 1))]
+    assert slices[f"{attn}.qkv.bias"].index[0].tolist() == rows.tolist()
+    columns = slices[f"{attn}.proj.weight"].index[1]
+    assert columns.tolist() == [c for head in (0, 2, 3) for c in range(32 * head, 32 * (head + 1))]
+    assert slices[f"{attn}.attention_biases"].index[0].tolist() == [0, 2, 3]
+    assert slices["stages.3.blocks.1.attn.attention_biases"].index[0].tolist() == [0, 1, 2]
+
+
+def test_wanted_blocks_are_taken_in_the_parents_order() -> None:
+    order = {"stages.2.blocks": np.array([2, 1, 0]), "stages.0.blocks": np.array([1, 0])}
+    slices = FAMILY.slicing(small(), small(depths=[1, 1, 2, 2]), CTX, CTX, order)
+    for block, source in (("0.blocks.0", 1), ("2.blocks.0", 1), ("2.blocks.1", 2)):
+        keys = [k for k in slices if k.startswith(f"stages.{block}.")]
+        there = {slices[k].source.replace(f"{block[:-1]}{source}.", f"{block}.") for k in keys}
+        assert there == set(keys)
+        assert keys
+
+
+def test_an_order_must_be_a_permutation_of_a_group_of_the_parent() -> None:
+    wrong = {
+        "dim1": np.zeros(32, dtype=np.int64),
+        "dim2": np.arange(63),
+        "stages.2.blocks": np.array([0, 1, 3]),
+        "stages.1.blocks.0.heads": np.array([0]),
+    }
+    for name, order in wrong.items():
+        with pytest.raises(AssertionError, match="permutation"):
+            FAMILY.slicing(small(), small(), CTX, CTX, {name: order})
+    with pytest.raises(AssertionError, match="has not"):
+        FAMILY.slicing(small(), small(), CTX, CTX, {"dim5": np.arange(4)})
+
+
+def blend_of(arch: Arch, child: Arch, here: int, there: int) -> tuple[Slice, int, int]:
+    """Give the slice of stage 3's biases, and the windows (child, parent)."""
+    slices = FAMILY.slicing(arch, child, Context(there, 5), Context(here, 5))
+    s = slices["stages.2.blocks.0.attn.attention_biases"]
+    built = [meta_build(a, Context(px, 5)) for a, px in ((child, here), (arch, there))]
+    windows = [n.get_submodule("stages.2.blocks.0").window_size for n in built]
+    return s, windows[0], windows[1]
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "ours", "theirs"),
+    [(224, 384, 14, 14), (384, 224, 14, 14), (96, 224, 20, 7), (512, 384, 7, 20), (300, 96, 14, 7)],
+)
+def test_biases_between_the_parents_offsets_are_blended(
+    here: int, there: int, ours: int, theirs: int
+) -> None:
+    a, b = (small(window_sizes=[7, w, 7], depths=[1] * 4) for w in (theirs, ours))
+    s, window, parent_window = blend_of(a, b, here, there)
+    assert s.blend is not None
+    assert s.blend.dtype == np.float64
+    assert s.blend.shape == (window**2, parent_window**2)
+    assert (s.index[1] >= 0).all()
+    assert (s.blend >= 0).all()
+    np.testing.assert_allclose(s.blend.sum(1), 1, rtol=0, atol=1e-12)
+    rng = np.random.default_rng(0)
+    # The oracle: linear interpolation along one axis and then the other; it holds the ends, too.
+    table = rng.normal(size=(parent_window, parent_window))
+    at, known = np.arange(window) * there / here, np.arange(parent_window)
+    rows = np.stack([np.interp(at, known, column) for column in table.T], axis=1)
+    want = np.stack([np.interp(at, known, row) for row in rows])
+    got = (s.blend @ table.reshape(-1)).reshape(window, window)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
+    # A table that falls with distance still does.
+    falling = -rng.random(size=table.shape).cumsum(0).cumsum(1)
+    got = (s.blend @ falling.reshape(-1)).reshape(window, window)
+    assert (np.diff(got, axis=0) <= 1e-12).all()
+    assert (np.diff(got, axis=1) <= 1e-12).all()
+
+
+def test_nothing_is_blended_where_offsets_meet() -> None:
+    for here, there, ours, theirs in [(224, 224, 7, 14), (224, 224, 14, 7), (112, 224, 14, 14)]:
+        a, b = (small(window_sizes=[7, w, 7], depths=[1] * 4) for w in (theirs, ours))
+        s, window, parent_window = blend_of(a, b, here, there)
+        assert s.blend is None
+        side = np.minimum(np.arange(window) * there // here, parent_window - 1)
+        assert s.index[1].tolist() == [x * parent_window + y for x in side for y in side]

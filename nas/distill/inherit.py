@@ -31,7 +31,8 @@ def inherit(
     """Copy a parent's weights into `model`, in place, as `slicing` says.
 
     Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own
-    value there, as does a key without a slice. A parent's file that does not fit is refused.
+    value there, as does a key without a slice. A last dimension with a blend is summed up in
+    float64. A parent's file that does not fit is refused.
     """
     copied = 0
     state = model.state_dict()
@@ -56,11 +57,22 @@ def _copy(target: torch.Tensor, parent: torch.Tensor, source: Slice) -> int:
         if rows.max(initial=-1) >= parent.shape[dim]:
             raise _foreign(f"{source.source} of shape {tuple(parent.shape)}")
         index = torch.from_numpy(rows)
-        value = value.index_select(dim, index.clamp(min=0))
+        if source.blend is not None and dim == target.ndim - 1:
+            value = _blended(value, source)
+        else:
+            value = value.index_select(dim, index.clamp(min=0))
         known = known & (index >= 0).view([-1 if d == dim else 1 for d in range(target.ndim)])
     known = known.expand(target.shape)
     target.copy_(torch.where(known, value.to(target.dtype), target.cpu()))
     return int(known.sum())
+
+
+def _blended(value: torch.Tensor, source: Slice) -> torch.Tensor:
+    """Give the last dimension as weighted sums: [..., parent] -> [..., child] in float64."""
+    assert source.blend is not None
+    if value.shape[-1] != source.blend.shape[1]:
+        raise _foreign(f"{source.source} with {value.shape[-1]} values a row")
+    return value.double() @ torch.from_numpy(source.blend).T
 
 
 def _foreign(got: str) -> InputError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from nas.data import Dataset, Split
 from nas.distill.augment import AugmentSpec, eval_batch
 from nas.distill.inherit import inherit
 from nas.distill.losses import SoftLoss, sparse_soft_cross_entropy
+from nas.distill.recalibrate import first_inputs, recalibrate
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore
 from nas.jobs import Tick, no_tick
@@ -25,7 +26,7 @@ from nas.training.loop import TrainSettings, place, train
 from nas.training.weights import load_into, load_weights, save_weights
 from space import Context
 from space.errors import refuse
-from space.family import Arch, Family
+from space.family import Arch, Array, Family
 
 SCRATCH_LR = 1e-3
 """Peak learning rate from fresh weights."""
@@ -108,6 +109,7 @@ def train_and_score(
     parent_arch: Arch | None = None,
     parent_ctx: Context | None = None,
     parent_weights: Path | None = None,
+    parent_order: Mapping[str, Array] | None = None,
     first_epoch: int = 0,
     images_per_epoch: int | None = None,
     out_weights: Path | None = None,
@@ -124,8 +126,9 @@ def train_and_score(
     """Train an arch on stored labels and score it on the holdout; no teacher in memory.
 
     Fresh weights come from `random_seed` alone. With `init` "inherit" those of `parent_weights`
-    (of `parent_arch` built in `parent_ctx`, default `ctx`) are sliced in. Epoch e trains on the
-    store's epoch `first_epoch` + e, so that all candidates see the same batches.
+    (of `parent_arch` built in `parent_ctx`, default `ctx`) are sliced in, the units that
+    `parent_order` wants most, and batch norms behind a change see the first batches before. Epoch e
+    trains on the store's epoch `first_epoch` + e, so that all candidates see the same batches.
     `images_per_epoch` takes a seeded subset of the training images. Weights go to `out_weights`
     with per-image scores beside them (`<stem>.holdout.safetensors`). `checkpoint` and `stop_after`
     as in `nas.training.loop.train`; `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) as in
@@ -134,14 +137,17 @@ def train_and_score(
     """
     started = time.perf_counter()
     loss = SoftLoss() if loss is None else loss
+    replay = Replay(
+        dataset.train, store, settings.batch_size, random_seed,
+        workers=workers, subset=subset_by_key(dataset.train, images_per_epoch),
+        missing=missing, beyond=beyond, epochs=label_epochs, topk=topk,
+        device=device,
+    )  # fmt: skip
+    resumed = checkpoint is not None and checkpoint.exists()  # it has its own statistics
     model, copied = start_model(
         family, arch, ctx, init=init, random_seed=random_seed,
         parent_arch=parent_arch, parent_ctx=parent_ctx, parent_weights=parent_weights,
-    )  # fmt: skip
-    replay = Replay(
-        dataset.train, store, settings.batch_size, random_seed,
-        workers=workers, subset=_subset(dataset.train, images_per_epoch),
-        missing=missing, beyond=beyond, epochs=label_epochs, topk=topk,
+        order=parent_order, inputs=None if resumed else first_inputs(replay, first_epoch),
         device=device,
     )  # fmt: skip
 
@@ -196,10 +202,15 @@ def start_model(
     parent_arch: Arch | None = None,
     parent_ctx: Context | None = None,
     parent_weights: Path | None = None,
+    order: Mapping[str, Array] | None = None,
+    inputs: Iterable[torch.Tensor] | None = None,
+    device: str = "cpu",
 ) -> tuple[nn.Module, int]:
     """Build an arch with its first weights; returns it and how many numbers were inherited.
 
-    The global generator is left as it was. Raises InputError.
+    `order`: which of the parent's units and blocks are wanted most (`Family.slicing`). With
+    `inputs`, batch-norm statistics are estimated anew on them, on `device`, behind whatever differs
+    from the parent (`recalibrate`). The global generator is left as it was. Raises InputError.
     """
     if init not in INITS:
         raise refuse("--proxy-init", init, f"one of {', '.join(INITS)}")
@@ -210,8 +221,13 @@ def start_model(
         return model, 0
     assert parent_arch is not None, "inheriting takes a parent"
     assert parent_weights is not None, "inheriting takes a parent's weights"
-    slicing = family.slicing(parent_arch, arch, parent_ctx or ctx, ctx)
-    found = inherit(model, load_weights(parent_weights, name="parent weights"), slicing)
+    there = parent_ctx or ctx
+    slicing = family.slicing(parent_arch, arch, there, ctx, order)
+    state = load_weights(parent_weights, name="parent weights")
+    found = inherit(model, state, slicing)
+    if inputs is not None:
+        resized = there.img_size != ctx.img_size
+        recalibrate(model, state, slicing, inputs, device, new_input=resized)
     return model, found.copied
 
 
@@ -294,7 +310,7 @@ def _placed(
     return inputs, index, prob, tail
 
 
-def _subset(split: Split, images: int | None) -> list[int] | None:
+def subset_by_key(split: Split, images: int | None) -> list[int] | None:
     """Take the first images by key, which is a hash of content: a fixed random subset."""
     if images is None or images >= len(split):
         return None

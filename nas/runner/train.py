@@ -16,15 +16,21 @@ from filelock import FileLock
 from nas.files import read_json, write_json
 from nas.jobs import Tick
 from space import Context, get_family
+from space.errors import refuse
 
 Values = dict[str, Any]
+
+CHECKPOINT = "checkpoint.safetensors"
+"""Where a training stands, in its job's folder."""
 
 
 def train(spec: Mapping[str, Any], tick: Tick) -> Values:
     """Train an arch on stored labels and score it; leaves the folder `out` whole.
 
     It then holds weights.safetensors, holdout.safetensors (per image), with `test`
-    test.safetensors too, and result.json with what is returned.
+    test.safetensors too, and result.json with what is returned. With `rung`, training stops after
+    so many epochs of the schedule and leaves checkpoint.safetensors in place of the weights, from
+    which the next rung goes on (`continue_from`), on the CPU to the same bits as without a stop.
     """
     out = Path(spec["out"])
     part = out.with_name(f"{out.name}.part")
@@ -35,6 +41,31 @@ def train(spec: Mapping[str, Any], tick: Tick) -> Values:
         return _train_into(spec, out, part, tick)
 
 
+def _take_over(before: Path, checkpoint: Path) -> None:
+    """Copy where an earlier rung stands; refuse when it is gone."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    try:
+        shutil.copyfile(before, aside)
+    except FileNotFoundError:
+        want = "the checkpoint of the rung before"
+        raise refuse(str(before), "no such file", want, "start a new run") from None
+    aside.replace(checkpoint)
+
+
+def _without(tick: Tick, units: float) -> Tick:
+    """Let the units pass unsaid that an earlier rung has told of."""
+    left = units
+
+    def after(now: float) -> None:
+        nonlocal left
+        said = min(left, now)
+        left -= said
+        if now > said:
+            tick(now - said)
+
+    return after
+
+
 def _loader_workers(device: str) -> int:
     """Return how many processes augment: on a CPU training itself needs every core."""
     return 0 if device == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
@@ -43,6 +74,8 @@ def _loader_workers(device: str) -> int:
 def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.distill.adopt import adopt
+    from nas.distill.losses import SoftLoss
+    from nas.distill.importance import load_order
     from nas.distill.proxy import evaluate_test, mean_se, proxy_settings, train_and_score
     from nas.distill.store import open_store
     from nas.measure.macs import fvcore_macs
@@ -57,7 +90,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
     dataset = open_dataset(Path(spec["dataset"]))
     store = open_store(Path(spec["store"]), use=dataset)
     init, _, source = str(spec["init"]).partition(":")
-    parent_arch, parent_context, parent_weights = None, context, None
+    parent_arch, parent_context, parent_weights, order = None, context, None, None
     notes: list[str] = []
     if init == "file":
         init, parent_arch, parent_weights = "inherit", arch, part / "adopted.safetensors"
@@ -66,7 +99,17 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
     elif init == "inherit":
         parent_arch = family.arch(spec["parent"]["arch"])
         parent_weights = Path(spec["parent"]["weights"])
-    checkpoint = part / "checkpoint.safetensors" if spec["checkpoint"] else None
+        if spec["parent"].get("order") is not None:
+            order = load_order(Path(spec["parent"]["order"]))
+    rung, before = spec.get("rung"), spec.get("continue_from")
+    checkpoint = None
+    if spec["checkpoint"] or rung is not None or before is not None:
+        checkpoint = part / CHECKPOINT
+        if before is not None and not checkpoint.exists():
+            _take_over(Path(before["checkpoint"]), checkpoint)
+    if before is not None:
+        images = spec.get("images") or len(dataset.train)
+        tick = _without(tick, float(before["epochs"] * images))
     weights = part / "weights.safetensors"
     score = train_and_score(
         family,
@@ -81,9 +124,13 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
         parent_arch=parent_arch,
         parent_ctx=parent_context,
         parent_weights=parent_weights,
+        parent_order=order,
         first_epoch=spec["first_epoch"],
+        images_per_epoch=spec.get("images"),
+        loss=SoftLoss(hard_weight=spec.get("hard_weight", 0.0)),
         out_weights=weights,
         checkpoint=checkpoint,
+        stop_after=rung,
         workers=_loader_workers(spec["device"]),
         missing=spec["missing"],
         beyond=spec["beyond"],
@@ -104,10 +151,11 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
         values.update(test_top1=top1, test_top1_se=top1_se, test_n=len(tested.correct))
         values["fvcore_macs"] = fvcore_macs(family.build(arch, context), context)
         assert values["fvcore_macs"] == family.count_macs(arch, context), "the counts disagree"
-    for spent in (checkpoint, part / "adopted.safetensors"):
-        if spent is not None:
-            for leftover in part.glob(f"{spent.stem}*"):
-                leftover.unlink()
+    done = [part / "adopted.safetensors"]
+    # A rung leaves where it stands; what it weighs then is of no use to anyone else.
+    done.append(weights if rung is not None else part / CHECKPOINT)
+    for spent in done:
+        spent.unlink(missing_ok=True)
     files = sorted(p.name for p in part.glob("*.safetensors"))
     seconds = time.monotonic() - started
     write_json(part / "result.json", {"values": values, "files": files, "seconds": seconds})

@@ -16,7 +16,7 @@ from typing import Any
 from nas.files import write_atomic
 from space.errors import InputError, refuse
 
-STAGES = ("counts", "throughput", "selection", "proxy", "kept")
+STAGES = ("counts", "throughput", "selection", "race", "proxy", "kept")
 STATES = ("complete", "pruned", "failed")
 
 
@@ -30,8 +30,9 @@ class Row:
     run's primary setting. `requirements` tells each bound of the step with its verdict and what was
     measured; `basis` whether that was `measured` here, a `table` of another device's, or
     `predicted` from one. `soft_loss` is in nats on the holdout (lower is better),
-    `top1` a share. `stage` is where it stopped, `reason` says why in one line. `seconds` is the
-    time spent on it. `None` means not measured.
+    `top1` a share, both after `epochs` epochs; `violation` is by what share it missed what it
+    missed worst (0: nothing). `stage` is where it stopped, `reason` says why in one line. `seconds`
+    is the time spent on it. `None` means not measured.
     """
 
     step: int
@@ -57,6 +58,8 @@ class Row:
     soft_loss_se: float | None = None
     top1: float | None = None
     top1_se: float | None = None
+    epochs: int = 0
+    violation: float = 0.0
     seconds: float = 0.0
     stage: str = "counts"
     state: str = "pruned"

@@ -1,0 +1,267 @@
+"""A bench for comparing trainings: one data set, one teacher, one trained seed, many trainings.
+
+What is trained lies in a folder under a name, whole or not at all, so that a benchmark that was
+stopped, or is asked for more, goes on with what is there. Several trainings run at a time, each in
+a process of one thread: on a CPU that is faster than one training on all cores, and what is
+compared here are losses, not seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nas import stage
+from nas.command import default_cache
+from nas.door import ask_fingerprints, make_config, read_data, resolved
+from nas.executor import LocalExecutor
+from nas.measure.fingerprint import usable_cpus
+from nas.progress import Console
+from nas.run import Incumbent, Run
+from nas.rundir import RunDir
+from nas.scoring import with_order
+from space import get_family
+from space.errors import refuse
+from space.family import Arch
+
+Losses = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: an arch from scratch or from a parent, for `epochs`, from a random seed.
+
+    `images` trains on a fixed subset of that size, `hard_weight` is the share of the loss that goes
+    by true labels. `rungs` are the epochs after which it is scored, the last one included. `test`:
+    on the test split too, at the end.
+    """
+
+    arch: Arch
+    init: str
+    epochs: int
+    random_seed: int
+    parent: Incumbent | None = None
+    rungs: tuple[int, ...] = ()
+    test: bool = False
+    images: int | None = None
+    hard_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training left: its values by rung, and the folders that hold the per-image losses."""
+
+    of: Training
+    name: str
+    folders: Mapping[int, Path]
+    values: Mapping[int, Mapping[str, Any]]
+    seconds: float
+    failed: str | None = None
+
+    def losses(self, rung: int | None = None) -> Losses:
+        """Return the soft losses of the holdout's images, `[n]`, at a rung (the last one)."""
+        return self._array("holdout", "soft_loss", rung)
+
+    def correct(self) -> Losses:
+        """Return for every image of the test split whether its class was hit, `[n]`."""
+        return self._array("test", "correct", None)
+
+    def _array(self, split: str, name: str, rung: int | None) -> Losses:
+        from safetensors.numpy import load_file
+
+        folder = self.folders[max(self.folders) if rung is None else rung]
+        return np.asarray(load_file(folder / f"{split}.safetensors")[name], dtype=np.float64)
+
+
+class Lab:
+    """Everything that trainings share: `run` has the data, the labels and the folder."""
+
+    def __init__(self, run: Run, workers: int) -> None:
+        self.run = run
+        self.workers = workers
+        self.seed = stage.prepare_seed(run)
+
+    def train(self, wanted: Sequence[Training]) -> list[Trained]:
+        """Do all trainings, `workers` at a time; returns them in the order asked for.
+
+        A training that fails is an outcome (`failed`); the others go on.
+        """
+        run = self.run
+        names = [self._name(each) for each in wanted]
+        run.console.start(sum(self.cost(t) for t in wanted))
+        idle: SimpleQueue[LocalExecutor] = SimpleQueue()
+        executors = [
+            LocalExecutor(threads=1, log=run.folder.path / f"worker{i}.log")
+            for i in range(self.workers)
+        ]
+        for executor in executors:
+            idle.put(executor)
+
+        def one(at: int) -> Trained:
+            executor = idle.get()
+            try:
+                return self._one(executor, wanted[at], names[at])
+            finally:
+                idle.put(executor)
+
+        found: dict[int, Trained] = {}
+        try:
+            with ThreadPoolExecutor(self.workers) as pool:
+                waiting = {pool.submit(one, at): at for at in range(len(wanted))}
+                for done in as_completed(waiting):
+                    found[waiting[done]] = trained = done.result()
+                    run.console.advance(self.cost(trained.of))
+        finally:
+            for executor in executors:
+                executor.close()
+            run.console.stop()
+        return [found[at] for at in range(len(wanted))]
+
+    def parent(self, criterion: str) -> Incumbent:
+        """Return the trained seed as a parent whose units are ranked by a criterion."""
+        if criterion == "prefix":
+            return self.seed
+        run = copy.copy(self.run)
+        run.config = replace(run.config, importance=criterion)
+        found = with_order(run, self.seed)
+        assert found.order is not None, f"no order by {criterion}"
+        return found
+
+    def cost(self, of: Training) -> float:
+        """Return what a training takes, in GMACs forward and backward."""
+        every = len(self.run.dataset.train.labels)
+        images = every if of.images is None else min(of.images, every)
+        return images * of.epochs * self.run.image_cost(of.arch)
+
+    def _one(self, executor: LocalExecutor, of: Training, name: str) -> Trained:
+        run = copy.copy(self.run)
+        run.executor = executor
+        run.console = Console(quiet=True)
+        rungs = of.rungs or (of.epochs,)
+        folders: dict[int, Path] = {}
+        values: dict[int, Mapping[str, Any]] = {}
+        seconds, before = 0.0, None
+        for rung in rungs:
+            last = rung == of.epochs
+            folder = run.folder.job_folder(name if last else f"{name}-rung{rung}")
+            result = run.train(
+                of.arch, folder.name, out=folder, epochs=of.epochs, init=of.init,
+                parent=of.parent, random_seed=of.random_seed, rung=None if last else rung,
+                before=before, test=of.test and last, images=of.images,
+                hard_weight=of.hard_weight,
+            )  # fmt: skip
+            seconds += result.seconds
+            if not result.ok:
+                return Trained(of, name, folders, values, seconds, result.reason)
+            if before is not None:
+                (before[1] / "checkpoint.safetensors").unlink(missing_ok=True)
+            folders[rung], values[rung] = folder, result.values
+            before = (rung, folder)
+        return Trained(of, name, folders, values, seconds)
+
+    def _name(self, of: Training) -> str:
+        parent = "" if of.parent is None else f"-{self.run.key(of.parent.arch)[:24]}"
+        order = "" if of.parent is None or of.parent.order is None else f"-{of.parent.order.stem}"
+        size = "" if of.images is None else f"x{of.images}"
+        hard = f"-hard{of.hard_weight:g}" if of.hard_weight else ""
+        what = f"{of.init}{of.epochs}{size}{hard}-r{of.random_seed}"
+        return f"{self.run.key(of.arch)}-{what}{parent}{order}"
+
+
+def arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add what every benchmark of trainings is asked for; `defaults` are by name."""
+    own = {
+        "budget_hours": 2.0, "data": "fractals", "img_size": 64, "images": 1000, "seeds": 3,
+        "proxy_epochs": 2, "truth_epochs": 5, "seed_epochs": 10, "teacher_epochs": 15,
+        "seed": "5M", "target_params": "3.6M", **defaults,
+    }  # fmt: skip
+    add = parser.add_argument
+    hours = "what it may take on this machine (default %(default)s): sets how many archs"
+    add("--budget-hours", type=float, default=own["budget_hours"], help=hours)
+    add("--seed", default=own["seed"], help="the trained arch (default %(default)s)")
+    add("--target-params", default=own["target_params"], help="middle of the band, +-10 %%")
+    add("--data", default=own["data"], help="default %(default)s")
+    add("--img-size", type=int, default=own["img_size"], help="pixels (default %(default)s)")
+    images = "training images of a short training; long ones see all (default %(default)s)"
+    add("--images", type=int, default=own["images"], help=images)
+    add("--seeds", type=int, default=own["seeds"], help="random seeds (default %(default)s)")
+    for name in ("proxy_epochs", "truth_epochs", "seed_epochs", "teacher_epochs"):
+        add(f"--{name.replace('_', '-')}", type=int, default=own[name], help="default %(default)s")
+    add("--device", default="cpu", help="default %(default)s")
+    add("--workers", type=int, default=usable_cpus(), help="trainings at a time")
+    add("--random-seed", type=int, default=0, help="of what is drawn (default 0)")
+    add("--work", type=Path, default=None, help="where trainings are kept (results/runs/lab-...)")
+    add("--cache-dir", type=Path, default=None, help="data, teachers, labels")
+
+
+@contextmanager
+def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
+    """Open the bench that the flags ask for: prepare or take over data, teacher, labels, seed."""
+    from nas.config import parse_count
+
+    config = make_config(
+        resolved(
+            {
+                "seed": given.seed,
+                "target_params": parse_count("--target-params", given.target_params),
+                "data": given.data,
+                "img_size": given.img_size,
+                "proxy_images": None,
+                "effort": "smoke",
+                "steps": 1,
+                "seed_epochs": given.seed_epochs,
+                "teacher_epochs": given.teacher_epochs,
+                "proxy_epochs": given.proxy_epochs,
+                "final_epochs": given.truth_epochs,
+                "random_seed": given.random_seed,
+                "device": given.device,
+                "threads": max(1, given.workers),
+            }
+        )
+    )
+    family = get_family(config.family)
+    cache = default_cache() if given.cache_dir is None else given.cache_dir
+    name = "-".join(
+        str(v) for v in (
+            "lab", Path(given.seed).stem, given.data.replace("/", "_"), given.img_size,
+            f"e{given.seed_epochs}", f"t{given.truth_epochs}",
+        )
+    )  # fmt: skip
+    folder = RunDir(Path("results/runs") / name if given.work is None else given.work)
+    dataset = read_data(config, cache, console)
+    asked = {**config.to_dict(), "target_params": 0}
+    if folder.run_json.exists():
+        held = {**folder.open()["config"], "target_params": 0}
+        if held != json.loads(json.dumps(asked)):
+            changed = sorted(k for k in asked if held.get(k) != asked[k])
+            folder.release()
+            raise refuse("--work", f"{folder.path} made with other {', '.join(changed)}",
+                         "a folder of the same settings", "name another one")  # fmt: skip
+    else:
+        folder.create()
+        folder.write_run({"config": config.to_dict()})
+    worker = LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
+    try:
+        run = Run(
+            config=config, family=family, seed_arch=family.seed(config.seed), dataset=dataset,
+            folder=folder, executor=worker, console=console, cache=cache, deadline=None,
+            fingerprints=ask_fingerprints(config, worker, None),
+        )  # fmt: skip
+        lab = Lab(run, max(1, given.workers))
+        worker.close()  # its threads would only be in the way
+        yield lab
+    finally:
+        console.stop()
+        worker.close()
+        folder.release()

@@ -1,0 +1,327 @@
+"""How well does a short proxy rank the archs of a step's band? `python -m benchmarks.proxy_rank`.
+
+Archs of one step's band, half of them as the search would list them and half drawn uniformly, are
+scored by each proxy, and trained about ten times longer, on several random seeds: the truth. The
+table holds Kendall's tau of every proxy with the truth, the ceiling that the truth's own noise sets
+(`nas.search.trust`), and what trusting the pick costs. Beside the proxies: parameters, MACs,
+throughput, and scores of untrained networks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.lab import Lab, Trained, Training, arguments, opened
+from nas.command import Parser, guarded
+from nas.files import read_json, write_atomic, write_json
+from nas.jobs import Job, Result
+from nas.progress import Console
+from nas.run import derived_seed
+from nas.search.trust import ceiling, in_words, indistinguishable, kendall_interval, regret
+from space.draws import sample_band
+from space.errors import InputError
+from space.family import Arch
+from space.neighbours import shortlist
+
+Floats = npt.NDArray[np.float64]
+
+TRUTH_SEED, PROXY_SEED = 1000, 1
+"""Random seeds of the truth start at the first, those of the proxies at the second."""
+CRITERION = "l1"
+"""Whose order of units the truth and the default proxy start from."""
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One score against the truth: tau with its interval, cost relative to the truth's, regret."""
+
+    name: str
+    estimate: float
+    lo: float
+    hi: float
+    n: int
+    cost_share: float | None
+    regret: float | None
+    regret_lo: float | None
+    regret_hi: float | None
+    within_one_sd: bool | None
+    command: str
+
+
+def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
+    """Return (how drawn, arch): half by the search's rule, half uniformly from the band."""
+    run = lab.run
+    band = run.band(run.config.steps)
+    seed = derived_seed(run.config.random_seed, "proxy_rank")
+    ruled = shortlist(
+        run.family, [run.seed_arch], run.context, band, (number + 1) // 2, random_seed=seed,
+        anchors=False,
+    )  # fmt: skip
+    keys = {run.key(c.arch) for c in ruled}
+    drawn = sample_band(
+        run.family, run.seed_arch, run.context, band, number - len(ruled), random_seed=seed,
+        exclude=keys,
+    )  # fmt: skip
+    return [("rule", c.arch) for c in ruled] + [("uniform", arch) for arch in drawn]
+
+
+def truths(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
+    """Return the long trainings: from the seed's inherited weights, as users train a winner on."""
+    parent = lab.parent(CRITERION)
+    rungs = tuple(sorted({1, 2, 3, given.truth_epochs} & set(range(1, given.truth_epochs + 1))))
+    return [
+        Training(arch, "inherit", given.truth_epochs, TRUTH_SEED + s, parent, rungs=rungs)
+        for s in range(given.seeds)
+        for arch in archs
+    ]
+
+
+def proxies(lab: Lab, given: argparse.Namespace) -> dict[str, Callable[[Arch], Training]]:
+    """Return the proxies by name, each a short training of an arch on `--images` images."""
+    epochs, images = given.proxy_epochs, given.images
+    half = max(1, epochs // 2)
+
+    def inherit(criterion: str, length: int, hard: float = 0.0) -> Callable[[Arch], Training]:
+        parent = lab.parent(criterion)
+        return lambda arch: Training(
+            arch, "inherit", length, PROXY_SEED, parent, images=images, hard_weight=hard
+        )
+
+    def scratch(length: int) -> Callable[[Arch], Training]:
+        return lambda arch: Training(arch, "scratch", length, PROXY_SEED, images=images)
+
+    return {
+        f"inherited ({CRITERION})": inherit(CRITERION, epochs),
+        "inherited (prefix)": inherit("prefix", epochs),
+        "inherited (taylor)": inherit("taylor", epochs),
+        "from scratch": scratch(epochs),
+        "half inherited": inherit(CRITERION, half),
+        "half from scratch": scratch(half),
+        "inherited, hard labels": inherit(CRITERION, epochs, 1.0),
+    }
+
+
+def affordable(lab: Lab, given: argparse.Namespace) -> int:
+    """Return how many archs the budget pays for: fewer archs before fewer random seeds."""
+    run = lab.run
+    band = run.band(run.config.steps)
+    arch = sample_band(
+        run.family, run.seed_arch, run.context, band, 1, random_seed=0,
+    )[0]  # fmt: skip
+    spec = {
+        **run.network(arch), "batch_size": run.config.batch_size, "seconds": 8.0,
+        "device": run.config.device,
+    }  # fmt: skip
+    result = run.do(Job("pace", "pace", spec))
+    run.executor.close()
+    pace = float(result.values["images_per_s"]) if result.ok else 50.0
+    images, holdout = len(run.dataset.train.labels), len(run.dataset.holdout.labels)
+    truth = given.truth_epochs * images + 3 * holdout / 3
+    short = 6 * (given.proxy_epochs * given.images + holdout / 3)
+    each = (given.seeds * truth + short) / pace
+    return max(6, min(24, int(given.budget_hours * 3600 / each)))
+
+
+def rank(given: argparse.Namespace, console: Console) -> tuple[list[RankRow], dict[str, object]]:
+    """Train what is missing; return the table's rows and what else is told."""
+    with opened(given, console) as lab:
+        listed_path = lab.run.folder.path / "listed.json"
+        if listed_path.exists():  # what is compared was named before anything was trained
+            held = read_json(listed_path, "the archs of a proxy_rank")
+            listed = [(how, lab.run.family.arch(arch)) for how, arch in held]
+        else:
+            number = given.archs or affordable(lab, given)
+            listed = candidates(lab, number)
+            write_json(listed_path, [[how, lab.run.family.to_dict(a)] for how, a in listed])
+        if given.archs:
+            listed = listed[: (given.archs + 1) // 2] + listed[len(listed) // 2 :]
+            listed = listed[: given.archs]
+        archs = [arch for _, arch in listed]
+        console.line(f"{len(archs)} archs, {given.seeds} random seeds of the truth")
+        wanted = truths(lab, archs, given)
+        short = proxies(lab, given)
+        jobs = [make(arch) for make in short.values() for arch in archs]
+        done = lab.train([*jobs, *wanted])
+        failed = [t for t in done if t.failed is not None]
+        if failed:
+            raise InputError(f"{len(failed)} trainings failed, the first: {failed[0].failed}")
+        truth = done[len(jobs) :]
+        scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
+        free = untrained(lab, archs, given)
+        return table(lab, given, archs, scored, truth, free)
+
+
+def untrained(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> dict[str, Floats]:
+    """Return scores that need no training, lower is better: counts, throughput, zero-cost."""
+    run = lab.run
+    found: dict[str, list[float]] = {}
+    for arch in archs:
+        spec = {
+            **run.network(arch), "dataset": str(run.dataset.folder), "store": run.store["folder"],
+            "images": 64, "batch_size": run.config.batch_size,
+            "random_seed": run.config.random_seed, "device": run.config.device,
+            "missing": run.config.missing_labels,
+        }  # fmt: skip
+        result = run.do(Job("zero-cost", f"zero-{run.key(arch)}", spec))
+        if not result.ok:
+            raise InputError(f"zero-cost scores failed: {result.reason}")
+        values = {k: -float(v) for k, v in result.values.items() if k != "images"}
+        values["parameters"] = -float(run.family.count_params(arch, run.context))
+        values["MACs"] = -float(run.family.count_macs(arch, run.context))
+        measured = run.measure(arch, "gate", reference=run.seed_arch)
+        assert not isinstance(measured, Result)
+        values["throughput (slower is better)"] = float(measured.images_per_s)
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    run.executor.close()
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def table(
+    lab: Lab,
+    given: argparse.Namespace,
+    archs: Sequence[Arch],
+    scored: Mapping[str, Sequence[Trained]],
+    truth: Sequence[Trained],
+    free: Mapping[str, Floats],
+) -> tuple[list[RankRow], dict[str, object]]:
+    """Compare every score with the truth."""
+    n = len(archs)
+    losses = np.array([t.values[given.truth_epochs]["soft_loss"] for t in truth]).reshape(-1, n)
+    cost = sum(lab.cost(t.of) for t in truth[:n])
+    scores: dict[str, tuple[Floats, float | None]] = {}
+    for name, trained in scored.items():
+        values = np.array([t.values[t.of.epochs]["soft_loss"] for t in trained])
+        scores[name] = values, sum(lab.cost(t.of) for t in trained) / cost
+    both = scores["half inherited"], scores["half from scratch"]
+    ranks = sum((np.argsort(np.argsort(v)).astype(float) for v, _ in both), np.zeros(n))
+    together = sum(s for _, s in both if s is not None)
+    scores["both, half the length each"] = ranks, together
+    scores |= {name: (values, 0.0) for name, values in free.items()}
+    command = given.command
+    rows = []
+    for name, (values, share) in scores.items():
+        tau = kendall_interval(values, losses, random_seed=0)
+        cost_of = regret(values, losses)
+        rows.append(
+            RankRow(name, tau.value, tau.lo, tau.hi, n, share, cost_of.value, cost_of.lo,
+                    cost_of.hi, cost_of.within_one_sd, command)
+        )  # fmt: skip
+    limit = ceiling(losses)
+    for name, found in (
+        ("ceiling: one truth against another", limit.pairwise),
+        ("ceiling: the noise-free truth", limit.perfect),
+    ):
+        rows.append(RankRow(name, found.value, found.lo, found.hi, n, None, None, None, None, None,
+                            command))  # fmt: skip
+    per_image = {
+        lab.run.key(arch): np.array([truth[s * n + i].losses() for s in range(given.seeds)])
+        for i, arch in enumerate(archs)
+    }
+    kept = indistinguishable(per_image)
+    words = in_words(kept, per_image)
+    own = next(r for r in rows if r.name == f"inherited ({CRITERION})")
+    told = {
+        "archs": n, "seeds": given.seeds, "holdout": len(lab.run.dataset.holdout.labels),
+        "tau": own.estimate, "ceiling": limit.perfect.value,
+        "tau_share": own.estimate / limit.perfect.value if limit.perfect.value else None,
+        "seed_sd": regret(scores["from scratch"][0], losses).seed_sd, "words": words,
+        "truth": losses.tolist(),
+        "scores": {name: values.tolist() for name, (values, _) in scores.items()},
+        "labels": [lab.run.family.label(arch) for arch in archs],
+    }  # fmt: skip
+    return rows, told
+
+
+def write(path: Path, rows: Sequence[RankRow]) -> None:
+    """Write the table as CSV."""
+    import dataclasses
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([f.name for f in dataclasses.fields(RankRow)])
+    for row in rows:
+        values = dataclasses.astuple(row)
+        cells = [round(v, 5) if isinstance(v, float) else v for v in values]
+        writer.writerow(["" if v is None else v for v in cells])
+    write_atomic(path, out.getvalue().encode())
+
+
+def figure(path: Path, rows: Sequence[RankRow], told: Mapping[str, object]) -> None:
+    """Draw tau of every score with its interval, the ceilings as bands."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [r for r in rows if not r.name.startswith("ceiling")]
+    shown.sort(key=lambda r: r.estimate)
+    fig, ax = plt.subplots(figsize=(7.5, 0.32 * len(shown) + 1.4), layout="constrained")
+    for row, colour in zip(
+        (r for r in rows if r.name.startswith("ceiling")), ("tab:gray", "tab:olive"), strict=True
+    ):
+        ax.axvspan(row.lo, row.hi, color=colour, alpha=0.15, lw=0)
+        ax.axvline(row.estimate, color=colour, lw=1, label=row.name)
+    y = range(len(shown))
+    x = [r.estimate for r in shown]
+    ax.errorbar(x, list(y), xerr=[[a.estimate - a.lo for a in shown],
+                                  [a.hi - a.estimate for a in shown]],
+                fmt="o", ms=4, lw=1, color="tab:blue")  # fmt: skip
+    ax.set_yticks(list(y), [r.name for r in shown], fontsize=8)
+    ax.axvline(0, color="black", lw=0.5)
+    ax.set_xlabel(
+        f"Kendall's tau with the truth ({told['archs']} archs, {told['seeds']} random seeds), "
+        "95 %", fontsize=8,
+    )  # fmt: skip
+    ax.legend(fontsize=7, loc="lower right")
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
+
+
+def build_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(prog="python -m benchmarks.proxy_rank", description=__doc__)
+    arguments(parser)
+    parser.add_argument("--archs", type=int, help="how many archs (default: what the budget pays)")
+    parser.add_argument("--out", type=Path, default=Path("results/proxy_rank.csv"))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train what is missing, report."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = build_parser().parse_args(argv)
+    given.command = " ".join(["python -m benchmarks.proxy_rank", *argv])
+
+    def work() -> int:
+        rows, told = rank(given, Console())
+        write(given.out, rows)
+        write_json(given.out.with_suffix(".json"), told)
+        figure(given.out.with_suffix(".png"), rows, told)
+        for row in rows:
+            share = "" if row.cost_share is None else f"  cost {row.cost_share:.0%} of the truth"
+            lost = "" if row.regret is None else (
+                f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]"
+            )  # fmt: skip
+            tau = f"tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
+            print(f"{row.name:<36} {tau}{share}{lost}")
+        print(told["words"])
+        keys = ("archs", "seeds", "tau", "ceiling", "tau_share", "seed_sd")
+        print(json.dumps({k: told[k] for k in keys}))
+        return 0
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The models that a run leaves: plain timm ones, the best of every milestone and the winner."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.files import read_json, write_atomic, write_json
+from nas.gates import REFERENCE_CONTEXT
+from nas.measure.measurement import Measurement
+from nas.run import Incumbent, Run
+
+FAMILY_COLUMNS = (
+    "file", "kind", "step", "key", "params", "params_1000", "macs", "images_per_s",
+    "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi", "soft_loss",
+    "soft_loss_se", "top1", "top1_se", "epochs",
+)  # fmt: skip
+"""Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`."""
+
+
+def write_model(
+    run: Run, of: Incumbent, weights: Path, score: Mapping[str, Any], role: str, stem: Path
+) -> dict[str, Any]:
+    """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and what is known of it.
+
+    `role` names the measurement that is quoted. Returns what the JSON holds.
+    """
+    model, kwargs = run.family.timm_call(of.arch, run.context)
+    measured = run.measure(of.arch, role, reference=run.seed_arch)
+    assert isinstance(measured, Measurement)
+    dataset = run.dataset
+    overlay = {
+        "input_size": [run.context.in_chans, dataset.img_size, dataset.img_size],
+        "crop_pct": dataset.crop_pct,
+        "interpolation": dataset.interpolation,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "num_classes": run.context.num_classes,
+    }
+    target = stem.with_name(f"{stem.name}.safetensors")
+    target.parent.mkdir(exist_ok=True)
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(weights, aside)
+    aside.replace(target)
+    conditions = measured.to_dict()
+    told = {
+        "family": run.family.name,
+        "arch": run.family.to_dict(of.arch),
+        "key": of.key,
+        "params": run.family.count_params(of.arch, run.context),
+        "params_1000": run.family.count_params(of.arch, REFERENCE_CONTEXT),
+        "macs": run.family.count_macs(of.arch, run.context),
+        "img_size": run.context.img_size,
+        "num_classes": run.context.num_classes,
+        "throughput": {
+            **{k: v for k, v in conditions.items() if k not in ("load", "when", "seconds")},
+            "reference": run.key(run.seed_arch),
+        },
+        "score": dict(score),
+        "classes": list(dataset.classes),
+        "timm": {"model": model, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
+        "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
+    }
+    write_json(stem.with_name(f"{stem.name}.json"), told)
+    return told
+
+
+def write_milestone(run: Run, step: int, best: Incumbent) -> None:
+    """Keep the best of a step as a model of its own: `family/<step>-<parameters>.*`.
+
+    `family.csv` is drawn anew from what lies there.
+    """
+    row = next(r for r in run.ledger.rows if (r.step, r.key) == (best.step, best.key))
+    stem = run.folder.path / "family" / f"{step:02d}-{row.params}"
+    if not stem.with_name(f"{stem.name}.json").exists():
+        score = {
+            "kind": "proxy", "step": step, "soft_loss": row.soft_loss,
+            "soft_loss_se": row.soft_loss_se, "top1": row.top1, "top1_se": row.top1_se,
+            "epochs": row.epochs, "holdout_n": len(run.dataset.holdout.labels),
+        }  # fmt: skip
+        write_model(run, best, best.weights, score, "gate", stem)
+    write_family(run.folder.path)
+
+
+def write_family(folder: Path) -> None:
+    """Draw `family.csv` from the models in `family/`, and the winner's where there is one."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(FAMILY_COLUMNS)
+    for path in [*sorted((folder / "family").glob("*.json")), folder / "best.json"]:
+        if path.exists():
+            writer.writerow(_row(path, read_json(path, "a model of a run"), folder))
+    write_atomic(folder / "family.csv", out.getvalue().encode())
+
+
+def _row(path: Path, told: Mapping[str, Any], folder: Path) -> list[Any]:
+    score, pace = told["score"], told["throughput"]
+    values = {
+        **{k: told[k] for k in ("key", "params", "params_1000", "macs")},
+        **{k: v for k, v in pace.items() if k in FAMILY_COLUMNS},
+        **{k: v for k, v in score.items() if k in FAMILY_COLUMNS},
+        "file": str(path.with_suffix(".safetensors").relative_to(folder)),
+    }
+    return ["" if values.get(name) is None else values[name] for name in FAMILY_COLUMNS]

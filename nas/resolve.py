@@ -1,0 +1,144 @@
+"""What an earlier run has to say to another question: `--replay`.
+
+A run's ledger holds scores of archs of all sizes, and its `family/` the models that its steps
+started from. A new target or throughput is answered from there: by archs that were scored already
+and meet it, or by steps that start from the nearest larger model instead of from the seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nas.config import RunConfig, config_from_dict, flag
+from nas.files import read_json
+from nas.rundir import SCHEMA
+from nas.search.ledger import Ledger, Row
+from space.errors import refuse
+from space.family import Arch, Family
+from space.neighbours import Band
+
+NEW_QUESTION = (
+    "target_params", "params_tolerance", "min_throughput", "min_speedup", "require", "steps",
+    "shortlist", "proxied", "beam", "draws", "final_epochs", "replay",
+)  # fmt: skip
+"""Settings that a replay may change; all others decide what the earlier scores mean."""
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A trained model that an earlier run left in its `family/`."""
+
+    arch: Arch
+    params: int
+    step: int
+    weights: Path
+    score: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier run: its folder, configuration, scored rows with their archs, and its models."""
+
+    folder: Path
+    config: RunConfig
+    data: Mapping[str, Any]
+    scored: tuple[tuple[Row, Arch], ...]
+    milestones: tuple[Milestone, ...]
+
+
+def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
+    """Read an earlier run's configuration and `run.json`; what is no run is refused."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise refuse(
+            "--replay", folder, "a folder with a run in it (a run.json)",
+            "name the --out folder of an earlier run",
+        )  # fmt: skip
+    data = read_json(path, "the run.json of a run")
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
+        raise refuse(str(path), "another format", f"schema {SCHEMA}", "replay a newer run")
+    return config_from_dict(data["config"]), data
+
+
+def replayed_config(given: Mapping[str, Any]) -> RunConfig:
+    """Return the earlier run's configuration with a new question in it.
+
+    Settings that would change what the earlier scores mean are refused. The number of steps
+    follows the distance, unless it is given.
+    """
+    config, _ = earlier_config(Path(given["replay"]))
+    for name, value in given.items():
+        before = getattr(config, name)
+        if name not in NEW_QUESTION and value != before:
+            raise refuse(
+                flag(name), f"{value} with --replay of a run made with {before}",
+                "the earlier run's own setting", f"drop {flag(name)}, or start a new run",
+            )  # fmt: skip
+    # A new pace replaces the old one: the earlier run's bounds belong to its own question.
+    pace = ("min_throughput", "min_speedup", "require")
+    if any(name in given for name in pace):
+        config = replace(config, min_throughput=None, min_speedup=None, require=())
+    return replace(config, **dict(given))
+
+
+def read_earlier(folder: Path, family: Family, dataset: str) -> Earlier:
+    """Read what an earlier run measured and scored; one on other data is refused."""
+    config, data = earlier_config(folder)
+    known = data.get("dataset", {}).get("fingerprint")
+    if known != dataset:
+        raise refuse(
+            "--replay", f"a run on data with fingerprint {known}", f"the data at hand, {dataset}",
+            "restore the data",
+        )  # fmt: skip
+    ledger = Ledger(folder / "study.db", create=False)
+    try:
+        scored = tuple(
+            (row, family.arch(ledger.arch(row.step, row.key)))
+            for row in ledger.rows
+            if row.step > 0 and row.state == "complete" and row.soft_loss is not None
+        )
+    finally:
+        ledger.close()
+    return Earlier(folder, config, data, scored, _milestones(folder, family))
+
+
+def _milestones(folder: Path, family: Family) -> tuple[Milestone, ...]:
+    found = []
+    for path in sorted((folder / "family").glob("*.json")):
+        told = read_json(path, "a model of a run")
+        weights = path.with_suffix(".safetensors")
+        if weights.is_file():
+            score = told["score"]
+            arch = family.arch(told["arch"])
+            found.append(Milestone(arch, told["params"], score["step"], weights, score))
+    return tuple(found)
+
+
+def answers(earlier: Earlier, band: Band) -> list[tuple[Row, Arch]]:
+    """Return the scored archs inside a band, best first, each net once.
+
+    One that was scored in several steps counts by its last score.
+    """
+    latest: dict[str, tuple[Row, Arch]] = {}
+    for row, arch in earlier.scored:
+        light = band.max_macs is None or row.macs <= band.max_macs
+        if band.lo <= row.params <= band.hi and light:
+            latest[row.key] = (row, arch)
+    return sorted(latest.values(), key=lambda found: (found[0].soft_loss or 0.0, found[0].key))
+
+
+def start_of(earlier: Earlier, band: Band) -> Milestone | None:
+    """Return the smallest model that is still larger than a band, or None: start from the seed."""
+    larger = [m for m in earlier.milestones if m.params > band.hi]
+    return min(larger, key=lambda m: m.params, default=None)
+
+
+def steps_left(earlier: Earlier, seed_params: int, start_params: int, target: int) -> int:
+    """Return how many steps, as long as the earlier run's, lead from a start to a target."""
+    config = earlier.config
+    each = math.log(seed_params / config.target_params) / config.steps
+    return max(1, round(math.log(start_params / target) / max(each, 1e-9)))

@@ -1,0 +1,117 @@
+"""A replay at work: answered from an earlier run's scores, or begun at one of its models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
+from nas.jobs import Result
+from nas.race import MORE, losses_of
+from nas.resolve import Earlier, answers, start_of
+from nas.run import Incumbent, Run
+from nas.scoring import places
+from nas.search.constraints import bounds_at, requirements_of
+from nas.search.ledger import Row
+from nas.search.selection import Scored, paired_error, rank
+from space.neighbours import listed
+
+
+def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
+    """Return the best archs that the earlier run scored and that meet the new question.
+
+    Each passes the gates anew, from stored measurements where there are any. Empty when none does.
+    Scores of different steps come from different parents; they are compared as they are.
+    """
+    step = run.config.steps
+    bounds = bounds_at(
+        step, run.config, seed_params=run.start_params, seed_values=run.start_values,
+        parent_ratio=seed.ratio,
+    )  # fmt: skip
+    if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
+        bounds = replace(bounds, least_ratio=None)
+    passed: list[tuple[Row, Candidate]] = []
+    for row, arch in answers(earlier, bounds.band):
+        told = listed(run.family, [run.seed_arch], [(None, arch)], run.context)[0]
+        candidate = gate(run, step, Candidate(told, row.key, seed), bounds)
+        if candidate is not None:
+            passed.append((row, candidate))
+    if not passed:
+        return []
+    values = [
+        Scored(row.key, row.soft_loss or 0.0, row.soft_loss_se or 0.0, ratio_of(candidate))
+        for row, candidate in passed
+    ]
+    folders = {row.key: _folder(earlier, row) for row, _ in passed}
+    order = rank(values, paired_error(lambda key: losses_of(folders[key])))
+    by_key = {row.key: (row, candidate) for row, candidate in passed}
+    kept = order[: places(run, step)]
+    found = []
+    for key in order:
+        row, candidate = by_key[key]
+        place = f"rank {order.index(key) + 1} of {len(order)}"
+        add_row(
+            run,
+            row_of(
+                run, step, candidate, soft_loss=row.soft_loss, soft_loss_se=row.soft_loss_se,
+                top1=row.top1, top1_se=row.top1_se, epochs=row.epochs,
+                stage="kept" if key in kept else "proxy", state="complete",
+                reason=f"{place}; score of step {row.step} of {earlier.folder}",
+            ),
+            candidate.of.arch,
+        )  # fmt: skip
+        if key in kept:
+            found.append(
+                Incumbent(
+                    arch=candidate.of.arch, key=key,
+                    weights=folders[key] / "weights.safetensors", ratio=ratio_of(candidate),
+                    images_per_s=measured_of(candidate).images_per_s,
+                    soft_loss=row.soft_loss or 0.0, soft_loss_se=row.soft_loss_se or 0.0, step=step,
+                )
+            )  # fmt: skip
+    return found
+
+
+def _folder(earlier: Earlier, row: Row) -> Path:
+    name = f"s{row.step}-{row.key}"
+    longer = earlier.folder / "work" / f"{name}{MORE}"
+    return longer if longer.is_dir() else earlier.folder / "work" / name
+
+
+def started(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
+    """Return where the steps begin: the earlier run's smallest model above the band, or the seed.
+
+    The steps' bounds tighten from there.
+    """
+    milestone = start_of(earlier, run.band(run.config.steps))
+    if milestone is None:
+        return seed
+    measured = run.measure(milestone.arch, "gate", reference=run.seed_arch)
+    if isinstance(measured, Result) or measured.ratio is None:
+        return seed
+    values = {}
+    for required in requirements_of(run.config):
+        if required.setting is None:
+            count = run.family.count_params
+            if required.metric == "macs":
+                count = run.family.count_macs
+            values[required] = float(count(milestone.arch, run.context))
+            continue
+        weigh = (required,) if required.metric == "peak_mem_mb" else ()
+        there = run.measure(
+            milestone.arch, "gate", reference=run.seed_arch, requirements=weigh,
+            setting=required.setting,
+        )  # fmt: skip
+        if isinstance(there, Result):
+            return seed
+        values[required] = there.interval(required.metric)[0]
+    run.start_values = values
+    run.start_params = milestone.params
+    run.start_macs = run.family.count_macs(milestone.arch, run.context)
+    run.start_ratio = measured.ratio
+    score = milestone.score
+    return Incumbent(
+        arch=milestone.arch, key=run.key(milestone.arch), weights=milestone.weights,
+        ratio=measured.ratio, images_per_s=measured.images_per_s, soft_loss=score["soft_loss"],
+        soft_loss_se=score["soft_loss_se"], step=0,
+    )  # fmt: skip

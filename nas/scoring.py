@@ -1,0 +1,223 @@
+"""Which of a step's timed candidates are trained, how they rank, and what becomes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.gates import Candidate, add_row, measured_of, ratio_of, row_of
+from nas.jobs import Job
+from nas.race import Entrant, Ran, losses_of, race
+from nas.run import Incumbent, Run, derived_seed
+from nas.search.selection import Scored, Timed, paired_error, rank, spread
+
+IMPORTANCE_IMAGES = 256
+"""Training images that the importance of units and blocks is judged on."""
+
+
+def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
+    """Have the incumbent's units and blocks ranked by importance, for its children to take."""
+    config = run.config
+    if config.proxy_init == "scratch" or config.importance == "prefix" or incumbent.order:
+        return incumbent
+    path = run.folder.work / f"{config.importance}-{incumbent.key}.json"
+    if not path.exists():
+        spec = {
+            **run.network(incumbent.arch),
+            "weights": str(incumbent.weights),
+            "dataset": str(run.dataset.folder),
+            "store": run.store["folder"],
+            "criterion": config.importance,
+            "images": min(IMPORTANCE_IMAGES, len(run.dataset.train.labels)),
+            "batch_size": config.batch_size,
+            "random_seed": config.random_seed,
+            "device": config.device,
+            "missing": config.missing_labels,
+            "out": str(path),
+        }
+        result = run.do(Job("importance", f"order-{incumbent.key}", spec))
+        if not result.ok:
+            run.console.line(f"note: no order of importance, the first units: {result.reason}")
+            return incumbent
+    return replace(incumbent, order=path)
+
+
+def choose(run: Run, step: int, passed: Sequence[Candidate]) -> list[Candidate]:
+    """Choose those to train, best spread; the others become rows."""
+    config = run.config
+    chosen = spread(
+        [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
+        config.proxied,
+        random_seed=derived_seed(config.random_seed, "spread", step),
+    )
+    for candidate in passed:
+        if candidate.key not in chosen:
+            row = row_of(
+                run, step, candidate, stage="selection", state="pruned",
+                reason=f"fast enough, but not among the {config.proxied} best spread",
+            )  # fmt: skip
+            add_row(run, row, candidate.of.arch)
+    by_key = {c.key: c for c in passed}
+    return [by_key[key] for key in chosen]
+
+
+def _features(run: Run, candidate: Candidate) -> tuple[float, ...]:
+    """Return the arch as numbers, for distances between candidates."""
+    numbers: list[float] = []
+    for value in run.family.to_dict(candidate.of.arch).values():
+        numbers.extend(float(v) for v in (value if isinstance(value, list) else [value]))
+    return tuple(numbers)
+
+
+def score(run: Run, step: int, chosen: Sequence[Candidate], *, first_epoch: int) -> list[Ran]:
+    """Race the chosen candidates; those that failed become rows. Returns the others."""
+    entrants = [
+        Entrant(c.key, f"s{step}-{c.key}", c.of.arch, with_order(run, c.parent))
+        for c in chosen
+        if not run.ledger.failed(step, c.key)
+    ]
+    ran = race(
+        run, entrants, keep=places(run, step), epochs=run.config.proxy_epochs,
+        first_epoch=first_epoch, stored_epochs=run.store["use_epochs"],
+    )  # fmt: skip
+    by_key = {c.key: c for c in chosen}
+    scored = []
+    for each in ran:
+        if each.result.ok:
+            scored.append(each)
+            continue
+        candidate = by_key[each.entrant.key]
+        candidate = replace(candidate, seconds=candidate.seconds + each.seconds)
+        reason = each.result.reason or "failed"
+        row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason)
+        add_row(run, row, candidate.of.arch)
+    return scored
+
+
+def decide(
+    run: Run,
+    step: int,
+    chosen: Sequence[Candidate],
+    scored: Sequence[Ran],
+    beside: Sequence[Incumbent] = (),
+) -> list[Incumbent]:
+    """Rank the scored candidates, write their rows, and return the best `beam`.
+
+    `beside` are incumbents of earlier steps that stand for the same places (strategies that look
+    inside one band all the time).
+    """
+    by_key = {c.key: c for c in chosen}
+    through = {r.entrant.key: r for r in scored if r.stopped is None}
+    older = {i.key: i for i in beside}
+    values = [
+        *(
+            Scored(
+                key,
+                r.result.values["soft_loss"],
+                r.result.values["soft_loss_se"],
+                ratio_of(by_key[key]),
+            )
+            for key, r in through.items()
+        ),
+        *(Scored(i.key, i.soft_loss, i.soft_loss_se, i.ratio) for i in beside),
+    ]
+    folders = {key: r.folder for key, r in through.items()}
+    folders.update({i.key: i.weights.parent for i in beside})
+
+    @cache
+    def losses(key: str) -> npt.NDArray[np.float64]:
+        return losses_of(folders[key])
+
+    order = rank(values, paired_error(losses))
+    kept = order[: places(run, step)]
+    best = next(v.soft_loss for v in values if v.key == order[0])
+    for ran in sorted(scored, key=lambda r: _place(order, r.entrant.key)):
+        key, candidate = ran.entrant.key, by_key[ran.entrant.key]
+        candidate = replace(candidate, seconds=candidate.seconds + ran.seconds)
+        told = ran.result.values
+        behind = told["soft_loss"] - best
+        if ran.stopped is not None:
+            stage, state, reason = "race", "pruned", ran.stopped
+        elif key in kept:
+            stage, state = "kept", "complete"
+            reason = f"kept, rank {order.index(key) + 1} of {len(order)}"
+        else:
+            stage, state = "proxy", "complete"
+            place = f"rank {order.index(key) + 1} of {len(order)}"
+            reason = f"{place}: {behind:+.4f} nats against rank 1"
+        row = row_of(
+            run, step, candidate,
+            soft_loss=told["soft_loss"], soft_loss_se=told["soft_loss_se"],
+            top1=told["top1"], top1_se=told["top1_se"], epochs=ran.epochs,
+            stage=stage, state=state, reason=reason,
+        )  # fmt: skip
+        add_row(run, row, candidate.of.arch)
+        if key not in kept:
+            run.folder.drop_weights(ran.folder.name)
+    found = []
+    for key in kept:
+        if key in older:
+            found.append(older[key])
+            continue
+        ran, candidate = through[key], by_key[key]
+        found.append(
+            Incumbent(
+                arch=candidate.of.arch,
+                key=key,
+                weights=ran.folder / "weights.safetensors",
+                ratio=ratio_of(candidate),
+                images_per_s=measured_of(candidate).images_per_s,
+                soft_loss=ran.result.values["soft_loss"],
+                soft_loss_se=ran.result.values["soft_loss_se"],
+                step=step,
+                parent=candidate.parent,
+            )
+        )
+    return found
+
+
+def places(run: Run, step: int) -> int:
+    """Return how many candidates of a step go on: the beam, or at least two finalists."""
+    return run.config.beam if step < run.config.steps else max(run.config.beam, 2)
+
+
+def _place(order: Sequence[str], key: str) -> int:
+    return order.index(key) if key in order else len(order)
+
+
+def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
+    """Train the finalists from a second random seed too, and rank them by both.
+
+    A finalist whose second training fails keeps its place by the first.
+    """
+    if len(finalists) < 2 or any(i.parent is None for i in finalists):
+        return list(finalists)
+    config = run.config
+    losses: dict[str, npt.NDArray[np.float64]] = {}
+    second: dict[str, float] = {}
+    for each in finalists:
+        losses[each.key] = losses_of(each.weights.parent)
+        name = f"s{each.step}-{each.key}-again"
+        folder = run.folder.job_folder(name)
+        result = run.train(
+            each.arch, name, out=folder, epochs=config.proxy_epochs, init=config.proxy_init,
+            parent=None if each.parent is None else with_order(run, each.parent),
+            first_epoch=run.first_epoch(each.step),
+            random_seed=derived_seed(config.random_seed, "again"),
+        )  # fmt: skip
+        if not result.ok:
+            run.console.line(f"note: {each.key}: the second random seed failed: {result.reason}")
+            continue
+        second[each.key] = result.values["soft_loss"]
+        losses[each.key] = (losses[each.key] + losses_of(folder)) / 2
+        run.folder.drop_weights(name)
+    if len(second) < len(finalists):
+        return list(finalists)
+    scored = [Scored(i.key, float(losses[i.key].mean()), 0.0, i.ratio) for i in finalists]
+    order = rank(scored, paired_error(lambda key: losses[key]))
+    by_key = {i.key: i for i in finalists}
+    return [replace(by_key[key], second_loss=second[key]) for key in order]

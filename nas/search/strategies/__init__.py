@@ -1,0 +1,36 @@
+"""Search strategies on one interface: what is listed next, given what was decided so far."""
+
+from __future__ import annotations
+
+from nas.search.strategies.base import Ask, Seen, Strategy
+from nas.search.strategies.contraction import Contraction
+from nas.search.strategies.evolution import Evolution
+from nas.search.strategies.model_based import Gp, Nsga2, Tpe
+from nas.search.strategies.random import Random
+from nas.search.strategies.scaling import Uniform
+from space.errors import refuse
+
+__all__ = ["Ask", "Seen", "Strategy", "get_strategy", "strategy_names"]
+
+_STRATEGIES: tuple[Strategy, ...] = (
+    Contraction(),
+    Random(),
+    Uniform(),
+    Evolution(),
+    Tpe(),
+    Nsga2(),
+    Gp(),
+)
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Name the strategies, the default one first."""
+    return tuple(s.name for s in _STRATEGIES)
+
+
+def get_strategy(name: str) -> Strategy:
+    """Give the strategy called `name` (any case); an unknown one is refused."""
+    for strategy in _STRATEGIES:
+        if strategy.name == name.lower():
+            return strategy
+    raise refuse("--strategy", name, f"one of {', '.join(strategy_names())}")

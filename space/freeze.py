@@ -1,0 +1,176 @@
+"""Factors that a run leaves alone: a family whose contractions never change them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from space.errors import refuse
+from space.family import Arch, Array, Context, Family
+from space.grid import Band, axes_of, walk
+from space.ladder import Ladder
+
+QUICK = 1 << 26  # archs that may be walked for a floor: a second
+
+Frozen = Mapping[str, tuple[int, ...]]
+"""Frozen slots by field, ascending; a scalar field has slot 0."""
+
+
+def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
+    """Make a family like `family` in which the named factors keep the values of `seed`.
+
+    `names`: a field ("window_sizes"), one of its slots ("embed_dims[2]"), or a part that the family
+    names in an optional `parts()`: a mapping of parts to fields and slots. Archs, keys, counts and
+    builds stay the family's own; only what may be proposed changes: `moves`, `floor`, `scaled` and
+    `published`. Raises `InputError` for unknown names, and when nothing would be left to contract.
+    """
+    frozen = _slots_of(family, names)
+    if not frozen:
+        return family
+    kind = type(family)
+    factors = tuple(
+        replace(
+            f,
+            ladders=tuple(
+                Ladder() if i in frozen.get(f.field, ()) else ladder
+                for i, ladder in enumerate(f.ladders)
+            ),
+        )
+        for f in family.factors
+    )
+
+    def moves(self: Family, arch: Arch) -> dict[str, Array]:
+        """Give the joint values per factor that contraction may propose (see `Family.moves`)."""
+        return _holding(kind.moves(self, arch), arch, frozen)
+
+    def floor(self: Family, arch: Arch, ctx: Context) -> Arch:
+        """Give the arch of fewest parameters that contraction of `arch` can reach."""
+        return _smallest(self, arch, ctx)
+
+    def scaled(self: Family, arch: Arch, factor: float) -> Arch:
+        """Scale the widths that are free; see `Family.scaled`."""
+        return _restored(self, arch, family.scaled(arch, factor), frozen)
+
+    # Everything else is asked of the family itself, which knows its own factors and releases.
+    changed: dict[str, Any] = {"moves": moves, "floor": floor, "scaled": scaled}
+    same = {
+        name: getattr(family, name)
+        for name in dir(family)
+        if not name.startswith("_") and name not in changed and callable(getattr(family, name))
+    }
+    published = tuple(p for p in family.published if _agree(p.arch, seed, frozen))
+    values = {"factors": factors, "published": published, "__module__": __name__}
+    made = type(f"Frozen{kind.__name__}", (kind,), {**same, **changed, **values})
+    result = cast(Family, object.__new__(made))
+    vars(result).update(vars(family))
+    if all(len(v) == 1 for v in result.moves(seed).values()):
+        raise refuse("--freeze", ",".join(names), "at least one factor left to contract")
+    return result
+
+
+def _slots_of(family: Family, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Resolve names to frozen slots; unknown ones are refused."""
+    known: dict[str, list[tuple[str, int]]] = {}
+    for f in family.factors:
+        known[f.field] = [(f.field, i) for i in range(f.slots)]
+        if not f.scalar:
+            known |= {f"{f.field}[{i}]": [(f.field, i)] for i in range(f.slots)}
+    parts = getattr(family, "parts", None)
+    for part, members in (parts() if parts is not None else {}).items():
+        known[part] = [slot for member in members for slot in known[member]]
+    found: set[tuple[str, int]] = set()
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {close[0]}?" if close else ""
+            raise refuse("--freeze", name, f"one of {', '.join(known)}", remedy)
+        found.update(known[name])
+    return {f: tuple(sorted(i for g, i in found if g == f)) for f in {g for g, _ in found}}
+
+
+def _columns(value: Any, slots: Sequence[int]) -> tuple[Any, ...]:
+    """Read some slots of an arch's field, scalar or not."""
+    values = value if isinstance(value, tuple) else (value,)
+    return tuple(values[i] for i in slots)
+
+
+def _agree(a: Arch, b: Arch, frozen: Frozen) -> bool:
+    """Tell whether two archs have the same values in the frozen slots."""
+    return all(
+        _columns(getattr(a, field), slots) == _columns(getattr(b, field), slots)
+        for field, slots in frozen.items()
+    )
+
+
+def _holding(moves: Mapping[str, Array], arch: Arch, frozen: Frozen) -> dict[str, Array]:
+    """Keep the joint values that leave the frozen slots of `arch` as they are."""
+    kept = dict(moves)
+    for field, slots in frozen.items():
+        values = moves[field].reshape(len(moves[field]), -1)
+        now = np.array(_columns(getattr(arch, field), slots), dtype=values.dtype)
+        kept[field] = moves[field][(values[:, list(slots)] == now).all(axis=1)]
+    return kept
+
+
+def _smallest(family: Family, arch: Arch, ctx: Context) -> Arch:
+    """Find the contraction of fewest parameters, `arch` itself when there is none.
+
+    Ladders go down to their end in one move, so nothing smaller is reached by repetition. A product
+    too large to walk is descended instead, one factor at a time.
+    """
+    axes = axes_of(family, arch, ctx)
+    if math.prod(a.length for a in axes) > QUICK:
+        return _descended(family, arch, ctx)
+    best, least = arch, family.count_params(arch, ctx)
+    band = Band(0, least - 1)
+    for cut, inside in walk(family, axes, ctx, band):
+        if not inside.any():
+            continue
+        parts = [a.values[part] for a, part in zip(axes, cut, strict=True)]
+        rows = np.unravel_index(np.flatnonzero(inside), inside.shape)
+        table = {a.field: v[i] for a, v, i in zip(axes, parts, rows, strict=True)}
+        params = family.count_params_many(table, ctx)
+        if int(params.min()) < least:
+            best, least = family.row(table, int(np.argmin(params))), int(params.min())
+            band = Band(0, least - 1)
+    return best
+
+
+def _descended(family: Family, arch: Arch, ctx: Context) -> Arch:
+    """Descend to fewer parameters one factor at a time, until no single factor helps."""
+    while True:
+        before = arch
+        for field, values in family.moves(arch).items():
+            table = {**family.table([arch]), field: values}
+            params = family.count_params_many(table, ctx)
+            params = np.where(family.valid_many(table), params, np.iinfo(np.int64).max)
+            if int(params.min()) < family.count_params(arch, ctx):
+                value = values[int(np.argmin(params))].tolist()
+                arch = family.arch({**family.to_dict(arch), field: value})
+        if arch == before:
+            return arch
+
+
+def _restored(family: Family, arch: Arch, scaled: Arch, frozen: Frozen) -> Arch:
+    """Give the frozen slots of `scaled` their values in `arch` back.
+
+    Of what contraction may propose, the joint values nearest to the scaled ones that can be built:
+    a free width may have to follow a frozen one.
+    """
+    moves = family.moves(arch)
+    for field in frozen:
+        wanted = np.array(_columns(getattr(scaled, field), range(moves[field][0].size)))
+        values = moves[field]
+        off = np.abs(values.reshape(len(values), -1) - wanted).sum(axis=1)
+        valid = family.valid_many({**family.table([scaled]), field: values})
+        off = np.where(valid, off, np.inf)
+        if not np.isfinite(off.min()):
+            return arch
+        value = values[int(np.argmin(off))].tolist()
+        scaled = family.arch({**family.to_dict(scaled), field: value})
+    return scaled

@@ -1,0 +1,363 @@
+"""Importance: what is worth nothing goes first, against naive oracles; and the job that ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from label_cases import built as built_store
+from space_cases import one_thread  # noqa: F401 - a fixture, used by every test here
+from torch import nn
+
+from nas.data import Dataset, DataSpec, prepare
+from nas.distill.importance import (
+    CRITERIA,
+    block_harm,
+    load_order,
+    rank_blocks,
+    rank_units,
+    taylor_scores,
+    weight_norms,
+)
+from nas.distill.inherit import inherit
+from nas.distill.losses import sparse_soft_cross_entropy
+from nas.distill.proxy import start_model
+from nas.distill.replay import Batch, holdout_batches
+from nas.distill.store import LabelStore
+from nas.jobs import Job
+from nas.runner import run_job
+from nas.training.weights import load_weights, save_weights, weights_digest
+from space import Context, get_family
+from space.errors import InputError
+
+FAMILY = get_family("tinyvit")
+ARCH: Any = FAMILY.arch(
+    {
+        "embed_dims": [16, 32, 48, 64],
+        "depths": [2, 1, 3, 1],
+        "window_sizes": [7, 14, 7],
+        "mbconv_expand_ratio": 2.0,
+        "mlp_ratio": 1.5,
+        "head_dim": 16,
+    }
+)
+CTX = Context(32, 10)
+GROUPS = FAMILY.groups(ARCH, CTX)
+
+
+def built(random_seed: int = 0, arch: Any = ARCH) -> nn.Module:
+    """A net in which everything matters: no zeros, no ones, no tensor like another."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        model = FAMILY.build(arch, CTX)
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.rand_like(tensor)
+                tensor.add_(noise * (0.5 if name.endswith((".weight", "_var")) else 0.1))
+    return model
+
+
+def made_batches(n: int = 2, dtype: torch.dtype = torch.float32) -> list[Batch]:
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for _ in range(n):
+        inputs = torch.randn(4, 3, 32, 32, generator=generator, dtype=dtype)
+        index = torch.rand(4, 10, generator=generator).argsort(1)[:, :3]
+        prob, tail = torch.tensor([[0.6, 0.2, 0.1]] * 4), torch.full((4,), 0.1)
+        rows = torch.arange(4)
+        found.append(Batch(inputs, index, prob, tail, index[:, 0], rows))
+    return found
+
+
+def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
+    return sparse_soft_cross_entropy(net(batch.inputs), batch.index, batch.prob, batch.tail).mean()
+
+
+def precise(net: nn.Module, batch: Batch) -> torch.Tensor:
+    """The same loss in float64, for finite differences."""
+    log_q = net(batch.inputs).log_softmax(1)
+    return -(batch.prob.double() * log_q.gather(1, batch.index)).sum(1).mean()
+
+
+def silence(model: nn.Module, name: str, unit: int) -> None:
+    """Set every parameter of a unit to zero."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for m in GROUPS[name]:
+            if m.key in parameters:
+                at = torch.from_numpy(np.flatnonzero(m.unit == unit))
+                parameters[m.key].index_fill_(m.dim, at, 0.0)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor"])
+def test_a_unit_of_zeros_is_wanted_least(criterion: str) -> None:
+    rng = np.random.default_rng(0)
+    model, silent = built(), {}
+    for name, members in GROUPS.items():
+        silent[name] = int(rng.integers(1 + members[0].unit.max()))
+        if name.startswith("dim"):
+            continue  # all of a stream's neighbours would be left with little else
+        silence(model, name, silent[name])
+    given: dict[str, Any] = {"batches": made_batches(), "step_loss": step_loss}
+    order = rank_units(FAMILY, ARCH, CTX, model, criterion, **given)
+    assert order.keys() == GROUPS.keys()
+    for name, members in GROUPS.items():
+        assert sorted(order[name]) == list(range(1 + members[0].unit.max()))
+        if not name.startswith("dim"):
+            assert order[name][-1] == silent[name], name
+    for name in ("dim1", "dim2", "dim3", "dim4"):
+        model = built()
+        silence(model, name, silent[name])
+        assert rank_units(FAMILY, ARCH, CTX, model, criterion, **given)[name][-1] == silent[name]
+
+
+def test_the_order_is_the_same_again_and_the_model_is_as_it_was() -> None:
+    model = built().train()
+    frozen = dict(model.named_parameters())["head.fc.bias"].requires_grad_(False)
+    mine = torch.ones(64)
+    dict(model.named_parameters())["head.norm.bias"].grad = mine
+    digest = weights_digest(model.state_dict())
+    given: dict[str, Any] = {"batches": made_batches(), "step_loss": step_loss}
+    for criterion in CRITERIA:
+        first = rank_units(FAMILY, ARCH, CTX, model, criterion, **given)
+        assert rank_units(FAMILY, ARCH, CTX, model, criterion, **given) == first
+        of_state = rank_units(FAMILY, ARCH, CTX, model.state_dict(), criterion, **given)
+        assert of_state == first
+        if criterion == "prefix":
+            assert all(order == list(range(len(order))) for order in first.values())
+    blocks = rank_blocks(FAMILY, ARCH, CTX, model, **given)
+    assert {k: sorted(v) for k, v in blocks.items()} == {
+        k: list(range(len(names))) for k, names in FAMILY.blocks(ARCH).items()
+    }
+    assert weights_digest(model.state_dict()) == digest
+    assert model.training
+    assert not frozen.requires_grad
+    assert dict(model.named_parameters())["head.norm.bias"].grad is mine
+    with pytest.raises(InputError, match="prefix, l1, l2, taylor"):
+        rank_units(FAMILY, ARCH, CTX, model, "magic")
+
+
+def test_equal_units_go_by_their_number() -> None:
+    model = FAMILY.build(ARCH, CTX)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    for criterion in ("l1", "l2"):
+        order = rank_units(FAMILY, ARCH, CTX, model, criterion)
+        assert all(wanted == list(range(len(wanted))) for wanted in order.values())
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_norms_are_those_of_kernels_with_their_batch_norm_folded_in(power: int) -> None:
+    model = built()
+    state = {k: v.double() for k, v in model.state_dict().items()}
+
+    def folded(at: str) -> torch.Tensor:
+        scale = state[f"{at}.bn.weight"] / (state[f"{at}.bn.running_var"] + 1e-5).sqrt()
+        return state[f"{at}.conv.weight"] * scale[:, None, None, None]
+
+    def part(weight: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+        found = (weight.abs() ** power).sum(dims)
+        return found / found.mean()
+
+    got = weight_norms(model, GROUPS, power)
+    at = "stages.0.blocks.1"
+    want = sum(part(folded(f"{at}.conv{i}"), (1, 2, 3) if i < 3 else (0, 2, 3)) for i in (1, 2, 3))
+    np.testing.assert_allclose(got[f"{at}.expand"], want, rtol=1e-10)
+    at = "stages.2.blocks.1"
+    want = part(state[f"{at}.mlp.fc1.weight"], (1,)) + part(state[f"{at}.mlp.fc2.weight"], (0,))
+    np.testing.assert_allclose(got[f"{at}.hidden"], want, rtol=1e-10)
+    rows = state[f"{at}.attn.qkv.weight"].view(3, 48 * 48)
+    columns = state[f"{at}.attn.proj.weight"].T.reshape(3, 16 * 48)
+    np.testing.assert_allclose(got[f"{at}.heads"], part(rows, (1,)) + part(columns, (1,)))
+    # Scale before a batch norm means nothing, and changes nothing here.
+    with torch.no_grad():
+        own = model.state_dict()
+        for key, factor in (("conv.weight", 7.0), ("bn.running_mean", 7.0), ("bn.running_var", 49)):
+            own[f"stages.0.blocks.1.conv2.{key}"][3] *= factor
+    again = weight_norms(model, GROUPS, power)["stages.0.blocks.1.expand"]
+    np.testing.assert_allclose(again, got["stages.0.blocks.1.expand"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["stem", "dim2", "dim4", "stages.0.blocks.0.expand", "stages.2.blocks.1.hidden",
+     "stages.3.downsample.hidden", "stages.3.blocks.0.heads"],
+)  # fmt: skip
+def test_taylor_is_the_slope_of_the_loss_in_a_unit_scaled_as_a_whole(name: str) -> None:
+    model = built().double().eval()
+    batches = made_batches(2, torch.float64)
+    got = taylor_scores(model, GROUPS, batches, precise)[name]
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+    for unit in (0, len(got) - 1):
+        slopes = []
+        for batch in batches:
+            losses = []
+            for step in (1e-5, -1e-5):
+                kept = {m.key: parameters[m.key].clone() for m in GROUPS[name]
+                        if m.key in parameters}  # fmt: skip
+                for m in GROUPS[name]:
+                    if m.key in parameters:
+                        at = torch.from_numpy(np.flatnonzero(m.unit == unit))
+                        part = parameters[m.key].index_select(m.dim, at)
+                        parameters[m.key].index_copy_(m.dim, at, part * (1 + step))
+                model.train()
+                model.eval()
+                with torch.no_grad():
+                    losses.append(float(precise(model, batch)))
+                for key, value in kept.items():
+                    parameters[key].copy_(value)
+            slopes.append((losses[0] - losses[1]) / 2e-5)
+        assert got[unit] == pytest.approx(np.mean(np.square(slopes)), rel=1e-3, abs=1e-13)
+
+
+def test_a_blocks_harm_is_the_loss_of_the_child_without_it() -> None:
+    model, batches = built().eval(), made_batches()
+    harm = block_harm(model, FAMILY.blocks(ARCH), batches, step_loss)
+    with torch.no_grad():
+        whole = np.mean([float(step_loss(model, b)) for b in batches])
+    for stage, name in ((0, "stages.0.blocks"), (2, "stages.2.blocks")):
+        depth = ARCH.depths[stage]
+        depths = tuple(d - (i == stage) for i, d in enumerate(ARCH.depths))
+        child_arch = replace(ARCH, depths=depths)
+        for j in range(depth):
+            order = {name: np.array([*(i for i in range(depth) if i != j), j])}
+            child = FAMILY.build(child_arch, CTX).eval()
+            slicing = FAMILY.slicing(ARCH, child_arch, CTX, CTX, order)
+            assert inherit(child, model.state_dict(), slicing).kept == 0
+            with torch.no_grad():
+                without = np.mean([float(step_loss(child, b)) for b in batches])
+            assert harm[name][j] == pytest.approx(without - whole, rel=1e-4, abs=1e-6)
+    order = rank_blocks(FAMILY, ARCH, CTX, model, batches=batches, step_loss=step_loss)
+    for name, wanted in order.items():
+        assert (np.diff(harm[name][wanted]) <= 0).all()
+
+
+def test_a_block_that_does_nothing_does_no_harm() -> None:
+    model = built().eval()
+    block = "stages.2.blocks.1"
+    with torch.no_grad():
+        state = model.state_dict()
+        for key in ("attn.proj", "mlp.fc2"):
+            state[f"{block}.{key}.weight"].zero_()
+            state[f"{block}.{key}.bias"].zero_()
+        state[f"{block}.local_conv.conv.weight"].zero_()
+        state[f"{block}.local_conv.conv.weight"][:, :, 1, 1] = 1
+        for key, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0)):
+            state[f"{block}.local_conv.bn.{key}"].fill_(value)
+        state[f"{block}.local_conv.bn.running_var"].fill_(1 - 1e-5)
+    harm = block_harm(model, FAMILY.blocks(ARCH), made_batches(), step_loss)["stages.2.blocks"]
+    assert harm[1] == pytest.approx(0.0, abs=1e-5)
+    assert abs(harm[0]) > 1e-3
+    assert abs(harm[2]) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return prepare(DataSpec("digits", img_size=32, proxy_images=80), tmp_path_factory.mktemp("d"))
+
+
+@pytest.fixture(scope="module")
+def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
+    return built_store(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=2, topk=4)
+
+
+@pytest.fixture(scope="module")
+def job(
+    dataset: Dataset, store: LabelStore, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
+    folder = tmp_path_factory.mktemp("i")
+    save_weights(folder / "parent.safetensors", built().state_dict())
+
+    def run(kind: str, **changes: Any) -> Any:
+        spec = {
+            "family": "tinyvit", "arch": FAMILY.to_dict(ARCH), "context": vars(CTX),
+            "weights": str(folder / "parent.safetensors"), "dataset": str(dataset.folder),
+            "store": str(store.folder), "images": 24, "batch_size": 8, "random_seed": 0,
+            "device": "cpu", "missing": "refuse", "out": str(folder / "order.json"), **changes,
+        }  # fmt: skip
+        return run_job(Job(kind, kind, spec))
+
+    return run
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_job_ranks_on_replayed_images(
+    job: Callable[..., Any], criterion: str, tmp_path: Path
+) -> None:
+    files = [tmp_path / "deep" / name for name in ("1.json", "2.json")]
+    for file in files:
+        result = job("importance", criterion=criterion, out=str(file))
+        assert result.ok, result.reason
+        assert result.values == {"file": str(file), "criterion": criterion}
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert json.loads(files[0].read_text())["criterion"] == criterion
+    order = load_order(files[0])
+    blocks = set() if criterion == "prefix" else set(FAMILY.blocks(ARCH))
+    assert set(order) == set(GROUPS) | blocks
+    child = replace(ARCH, embed_dims=(16, 32, 32, 48), depths=(1, 1, 2, 1), mlp_ratio=1.0)
+    FAMILY.slicing(ARCH, child, CTX, CTX, order)  # which asserts that all are permutations
+
+
+def test_a_training_starts_from_what_is_wanted_most(
+    job: Callable[..., Any], dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    parent, order = tmp_path / "parent.safetensors", tmp_path / "order.json"
+    save_weights(parent, built().state_dict())
+    assert job("importance", criterion="taylor", weights=str(parent), out=str(order)).ok
+    child = replace(ARCH, embed_dims=(16, 32, 32, 48), depths=(2, 1, 2, 1), mlp_ratio=1.0)
+    losses = []
+    for chosen in ({"order": str(order)}, {"order": None}, {}):
+        out = tmp_path / f"out{len(losses)}"
+        result = job(
+            "train", arch=FAMILY.to_dict(child), init="inherit", epochs=1, shared=False,
+            parent={"arch": FAMILY.to_dict(ARCH), "weights": str(parent), **chosen},
+            checkpoint=False, first_epoch=0, beyond="cycle", label_epochs=None, test=False,
+            out=str(out),
+        )  # fmt: skip
+        assert result.ok, result.reason
+        losses.append(result.values["soft_loss"])
+    assert losses[0] != losses[1] == losses[2]
+    # Its very first weights, and statistics that were estimated on the first batches.
+    given: dict[str, Any] = {"parent_arch": ARCH, "parent_weights": parent}
+    inputs = [b.inputs for b in holdout_batches(dataset, store, 8)]
+    model, copied = start_model(
+        FAMILY, child, CTX, init="inherit", random_seed=0, order=load_order(order),
+        inputs=inputs, **given,
+    )  # fmt: skip
+    plain, _ = start_model(
+        FAMILY, child, CTX, init="inherit", random_seed=0, order=load_order(order), **given
+    )
+    state, slicing = model.state_dict(), FAMILY.slicing(ARCH, child, CTX, CTX, load_order(order))
+    assert copied == sum(t.numel() for t in state.values())
+    old = load_weights(parent)
+    key = "stages.2.blocks.1.mlp.fc1.bias"
+    rows = torch.from_numpy(slicing[key].index[0])
+    assert torch.equal(state[key], old[slicing[key].source][rows])
+    moved = {k for k, v in plain.state_dict().items() if not torch.equal(v, state[k])}
+    assert moved
+    assert all("running" in k or "num_batches" in k for k in moved)
+
+
+def test_a_damaged_order_is_refused(job: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "order.json"
+    for text in (
+        "{",
+        "[]",
+        '{"order": 3}',
+        '{"order": {"stem": ["a"]}}',
+        '{"order": {"a": [1e99]}}',
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match="order of units") as caught:
+            load_order(file)
+        assert "\n" not in str(caught.value)
+    result = job("importance", criterion="magic", out=str(tmp_path / "o.json"))
+    assert not result.ok
+    assert "--importance" in result.reason

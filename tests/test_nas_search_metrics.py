@@ -1,0 +1,140 @@
+"""Metrics agree with scikit-learn, and their errors with what repeated sampling shows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from sklearn.metrics import balanced_accuracy_score, f1_score
+
+from nas.search.metrics import METRICS, image_weights, paired, score
+from space.errors import InputError
+
+Ints = npt.NDArray[np.int64]
+
+
+def sample(rng: np.random.Generator, n: int, classes: int, right: float = 0.7) -> tuple[Ints, Ints]:
+    """Predictions and truth, the classes of unequal size."""
+    share = rng.dirichlet(np.full(classes, 0.7))
+    truth = rng.choice(classes, n, p=share)
+    guess = rng.integers(0, classes, n)
+    return np.where(rng.random(n) < right, truth, guess), truth
+
+
+def oracle(metric: str, predicted: Ints, truth: Ints) -> float:
+    if metric == "top1":
+        return float((predicted == truth).mean())
+    if metric == "balanced_accuracy":
+        return float(balanced_accuracy_score(truth, predicted))
+    present = np.unique(truth)
+    return float(f1_score(truth, predicted, labels=present, average="macro", zero_division=0))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes", "ignore:A single label")
+def test_values_are_those_of_scikit_learn(metric: str) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        classes = int(rng.integers(2, 12))
+        predicted, truth = sample(rng, int(rng.integers(1, 80)), classes, float(rng.random()))
+        value, error = score(metric, predicted, truth, classes, resamples=20)
+        assert value == pytest.approx(oracle(metric, predicted, truth))
+        assert error >= 0
+        # Images of unknown class change nothing.
+        more = np.append(truth, [-1, -1]), np.append(predicted, [0, 1])
+        again = score(metric, more[1], more[0], classes, resamples=20)
+        assert again == (value, error)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_errors_are_those_of_repeated_sampling(metric: str) -> None:
+    rng = np.random.default_rng(1)
+    classes, share = 4, np.array([0.5, 0.3, 0.15, 0.05])
+    values, errors = [], []
+    for _ in range(300):
+        truth = rng.choice(classes, 400, p=share)
+        right = rng.random(400) < np.array([0.9, 0.8, 0.6, 0.5])[truth]
+        predicted = np.where(right, truth, (truth + 1) % classes)
+        value, error = score(metric, predicted, truth, classes, resamples=150)
+        values.append(value)
+        errors.append(error)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
+
+
+def test_top1_has_the_error_of_any_mean() -> None:
+    predicted, truth = sample(np.random.default_rng(2), 90, 5)
+    hits = [float(p == t) for p, t in zip(predicted, truth, strict=True)]
+    error = statistics.stdev(hits) / math.sqrt(90)
+    assert score("top1", predicted, truth, 5) == pytest.approx((statistics.fmean(hits), error))
+    assert score("top1", [1], [1], 2) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_paired_differences_cover_and_turn_their_sign(metric: str) -> None:
+    rng = np.random.default_rng(3)
+    classes, share = 3, np.array([0.7, 0.2, 0.1])
+
+    def draw(n: int) -> tuple[Ints, Ints, Ints]:
+        truth = rng.choice(classes, n, p=share)
+        luck = rng.random(n)  # both see the same images: what is hard is hard for both
+        a = np.where(luck < 0.75, truth, (truth + 1) % classes)
+        b = np.where(luck < np.array([0.7, 0.8, 0.6])[truth], truth, (truth + 1) % classes)
+        return a, b, truth
+
+    a, b, truth = draw(400_000)
+    asked = oracle(metric, a, truth) - oracle(metric, b, truth)
+    covered = 0
+    for at in range(200):
+        a, b, truth = draw(300)
+        found, lo, hi = paired(metric, a, b, truth, classes, resamples=300, random_seed=at)
+        assert found == pytest.approx(oracle(metric, a, truth) - oracle(metric, b, truth))
+        covered += lo <= asked <= hi
+    assert covered / 200 >= 0.95 - 0.045
+    there = paired(metric, a, b, truth, classes, random_seed=1)
+    assert there == paired(metric, a, b, truth, classes, random_seed=1)
+    assert paired(metric, a, a, truth, classes) == (0.0, 0.0, 0.0)
+    assert paired(metric, b, a, truth, classes)[0] == pytest.approx(-there[0])
+
+
+def test_weights_make_classes_alike_and_keep_the_sum() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(30):
+        _, truth = sample(rng, int(rng.integers(1, 200)), int(rng.integers(2, 9)))
+        truth = np.where(rng.random(len(truth)) < 0.1, -1, truth)
+        assert (image_weights("top1", truth) == 1).all()
+        for metric in METRICS[1:]:
+            weights = image_weights(metric, truth)
+            assert weights.sum() == pytest.approx(len(truth))
+            assert (weights[truth < 0] == 1).all()
+            present = np.unique(truth[truth >= 0])
+            totals = [weights[truth == c].sum() for c in present]
+            assert totals == pytest.approx([(truth >= 0).sum() / len(present)] * len(present))
+
+
+def test_a_weighted_mean_of_hits_is_the_balanced_accuracy() -> None:
+    predicted, truth = sample(np.random.default_rng(5), 150, 6)
+    weights = image_weights("balanced_accuracy", truth)
+    value, _ = score("balanced_accuracy", predicted, truth, 6)
+    assert float((weights * (predicted == truth)).mean()) == pytest.approx(value)
+
+
+def test_a_class_of_one_image_adds_no_error() -> None:
+    value, error = score("balanced_accuracy", [0, 0, 1, 1], [0, 0, 0, 1], 2)
+    assert value == pytest.approx((2 / 3 + 1) / 2)
+    assert error == pytest.approx(math.sqrt(2 / 9 / 2) / 2)
+
+
+def test_bad_input_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match="--metric"):
+        score("accuracy", [0], [0], 2)
+    with pytest.raises(InputError, match="one per image"):
+        score("top1", [0, 1], [0], 2)
+    with pytest.raises(InputError, match="0 to 1"):
+        score("top1", [2], [0], 2)
+    with pytest.raises(InputError, match="at least one image"):
+        score("macro_f1", [0], [-1], 2)
+    with pytest.raises(InputError, match="--metric"):
+        image_weights("f1", [0])

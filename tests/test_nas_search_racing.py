@@ -1,0 +1,225 @@
+"""Racing: the best is rarely stopped, losers stop early, and rivals decide as Optuna does."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from nas.search.racing import (
+    drift,
+    hyperband,
+    share_saved,
+    simulate_race,
+    successive_halving,
+    survivors,
+)
+from space.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+
+
+def curves_of(
+    rng: np.random.Generator, true: Floats, rungs: int, images: int, drifts: float
+) -> Floats:
+    """Curves [archs, rungs, images] that fall, and whose order still moves until the last rung."""
+    n = len(true)
+    hard = rng.exponential(size=images)
+    moves = drifts / math.sqrt(2) * rng.normal(size=(n, rungs))
+    moves[:, -1] = 0.0
+    level = true[:, None] + moves + 1.0 / (1 + np.arange(rungs))
+    own = 0.5 * rng.normal(size=(n, 1, images))  # an arch finds the same images hard at each rung
+    return np.asarray(level[:, :, None] + hard + own + 0.3 * rng.normal(size=(n, rungs, images)))
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("drifts", [0.0, 0.1])
+def test_a_race_stops_the_best_at_most_alpha_of_the_time(keep: int, drifts: float) -> None:
+    rng = np.random.default_rng(0)
+    races, alpha, rungs, lost = 300, 0.1, 3, 0
+    for _ in range(races):
+        # Equals, up to a hair: the hardest case for the best of them.
+        curves = curves_of(rng, np.array([0.0, *[1e-6] * 7]), rungs, 100, drifts)
+        race = simulate_race(curves, (1, 2, 4), keep, alpha=alpha, drift_sd=drifts)
+        lost += 0 not in race.last_rung
+    assert lost / races <= alpha + 3 * math.sqrt(alpha * (1 - alpha) / races)
+
+
+def test_without_an_allowance_drift_stops_the_best() -> None:
+    rng = np.random.default_rng(1)
+    lost = 0
+    for _ in range(100):
+        curves = curves_of(rng, np.array([0.0, *[0.01] * 7]), 3, 2000, 0.3)
+        lost += 0 not in simulate_race(curves, (1, 2, 4), 1, alpha=0.05).last_rung
+    assert lost > 30
+
+
+def test_a_clear_loser_stops_at_the_first_rung_and_saves_its_epochs() -> None:
+    rng = np.random.default_rng(2)
+    true = np.array([0.0, 0.01, 0.02, 5.0])
+    race = simulate_race(
+        curves_of(rng, true, 3, 200, 0.02), (1, 2, 4), 2, alpha=0.05, drift_sd=[0.05, 0.02]
+    )
+    assert 3 not in race.last_rung
+    assert race.kept_true_best
+    assert race.epochs_spent == 3 * 4 + 1
+
+
+def test_decisions_follow_the_rule_spelt_out_pair_by_pair() -> None:
+    from scipy import stats
+
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        n, images, keep = int(rng.integers(2, 9)), int(rng.integers(5, 60)), int(rng.integers(1, 4))
+        alpha, looks = float(rng.uniform(0.01, 0.4)), int(rng.integers(1, 4))
+        spread = float(rng.choice([0.0, 0.1, 1.0]))
+        allowance = rng.choice(np.array([0.0, 0.1]))
+        base = rng.normal(size=images)
+        losses = {
+            f"k{i}": base + spread * rng.normal() + 0.3 * rng.normal(size=images) for i in range(n)
+        }
+        found = survivors(losses, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
+        if n <= keep:
+            assert set(found.stay) == set(losses)
+            continue
+        level = min(0.5, alpha * keep / (looks * (n - 1)))
+        for key, own in losses.items():
+            better = 0
+            for other in losses.values():
+                d = own - other
+                se = math.hypot(d.std(ddof=1) / math.sqrt(images), float(allowance))
+                if d.mean() > 0 and stats.t.sf(d.mean() / se, images - 1) < level:
+                    better += 1
+            assert (key in found.stop) == (better >= keep)
+        shuffled = {k: losses[k] for k in rng.permutation(list(losses)).tolist()}
+        again = survivors(shuffled, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
+        assert (again.stay, again.stop) == (found.stay, found.stop)
+        means = [float(losses[k].mean()) for k in found.stay]
+        assert means == sorted(means)
+        assert len(found.stay) >= min(keep, n)
+        assert set(found.stay).isdisjoint(found.stop)
+        assert set(found.stay) | set(found.stop) == set(losses)
+
+
+def test_who_must_stay_and_who_cannot() -> None:
+    rng = np.random.default_rng(4)
+    losses = {f"k{i}": i + 0.01 * rng.normal(size=50) for i in range(5)}
+    for keep in (5, 6, 100):
+        assert not survivors(losses, keep, alpha=0.05, looks=1).stop
+    found = survivors(losses, 2, alpha=0.05, looks=2)
+    assert found.stay == ("k0", "k1")
+    assert found.stop["k4"] == (
+        "worse than 4 others by paired tests on 50 images, 2 are kept; 4 nats behind the best"
+    )
+    ties = dict.fromkeys("abc", losses["k0"])
+    assert survivors(ties, 1, alpha=0.05, looks=1).stay == ("a", "b", "c")
+    # The same difference on every image is no accident; one image alone proves nothing.
+    certain = {"a": np.zeros(9), "b": np.full(9, 0.5)}
+    assert survivors(certain, 1, alpha=0.05, looks=1).stay == ("a",)
+    assert survivors(certain, 1, alpha=0.05, looks=1, drift_sd=1.0).stay == ("a", "b")
+    one = {"a": np.zeros(1), "b": np.full(1, 0.5)}
+    assert not survivors(one, 1, alpha=0.05, looks=1).stop
+
+
+def test_what_diverged_stops_at_once_but_never_everything() -> None:
+    good, bad = np.zeros(5), np.array([0.0, 0.0, math.nan, 0.0, 0.0])
+    found = survivors({"a": good, "b": bad, "c": np.full(5, np.inf)}, 3, alpha=0.05, looks=1)
+    assert found.stay == ("a",)
+    assert found.stop == {"b": "diverged", "c": "diverged"}
+    assert survivors({"b": bad, "c": bad}, 1, alpha=0.05, looks=1).stay == ("b", "c")
+    assert survivors({}, 1, alpha=0.05, looks=1).stay == ()
+
+
+def test_drift_is_the_spread_of_changes_of_differences() -> None:
+    rng = np.random.default_rng(5)
+    early, late = rng.normal(size=9), rng.normal(size=9)
+    curves = {str(i): (float(early[i]), float(late[i])) for i in range(9)}
+    changes = [
+        (late[i] - late[j]) - (early[i] - early[j]) for i in range(9) for j in range(9) if i != j
+    ]
+    # Over ordered pairs the mean is 0 exactly; n (n - 1) pairs stand for n - 1 free changes.
+    naive = math.sqrt(np.mean(np.square(changes)))
+    assert drift(curves) == pytest.approx(naive)
+    shifted = {k: (a, b - 3.0) for k, (a, b) in curves.items()}
+    assert drift(shifted) == pytest.approx(drift(curves))
+    assert drift({**curves, "nan": (1.0, math.nan)}) == pytest.approx(drift(curves))
+    with pytest.raises(InputError, match="at least 2"):
+        drift({"a": (1.0, 2.0)})
+
+
+@pytest.mark.parametrize("epochs", range(0, 20, 3))
+def test_saved_epochs_are_shared_evenly_to_the_last_one(epochs: int) -> None:
+    for n in range(1, 6):
+        keys = [f"k{i}" for i in range(n)]
+        shares = share_saved(epochs, keys)
+        assert sum(shares.values()) == epochs
+        assert max(shares.values()) - min(shares.values()) <= 1
+        assert [shares[k] for k in keys] == sorted(shares.values(), reverse=True)
+    assert share_saved(epochs, []) == {}
+
+
+def promoted(values: list[float], earlier: list[list[float]], reduction: int) -> int:
+    """Asynchronous successive halving, spelt out: how many rungs a newcomer passes."""
+    for rung, value in enumerate(values):
+        earlier[rung].append(value)
+        allowed = max(1, len(earlier[rung]) // reduction)
+        if value > sorted(earlier[rung])[allowed - 1]:
+            return rung
+    return len(values)
+
+
+def test_successive_halving_is_the_published_rule_on_who_came_before() -> None:
+    rng = np.random.default_rng(6)
+    for seed in range(5):
+        curves, epochs = rng.normal(size=(14, 4)), (1, 2, 4, 8)
+        race = successive_halving(curves, epochs, 2, random_seed=seed)
+        earlier: list[list[float]] = [[], [], []]
+        spent, reached = 0, []
+        for i in np.random.default_rng(seed).permutation(14).tolist():
+            passed = promoted(curves[i, :-1].tolist(), earlier, 2)
+            spent += epochs[passed]
+            if passed == 3:
+                reached.append(i)
+        assert race.epochs_spent == spent
+        assert sorted(race.last_rung) == sorted(reached)
+        assert race.kept_true_best == (int(curves[:, -1].argmin()) in reached)
+        assert list(race.last_rung) == sorted(reached, key=lambda i: curves[i, -1])
+
+
+def test_rivals_replay_the_same_race_for_the_same_random_seed() -> None:
+    rng = np.random.default_rng(7)
+    curves = rng.normal(size=(20, 4))
+    curves[3] = np.nan
+    seen = set()
+    for seed in range(6):
+        for rival in (successive_halving, hyperband):
+            one = rival(curves, (1, 2, 4, 8), 2, random_seed=seed)
+            assert one == rival(curves, (1, 2, 4, 8), 2, random_seed=seed)
+            assert 20 <= one.epochs_spent < 20 * 8
+            assert 1 <= len(one.last_rung) < 20
+            assert 3 not in one.last_rung or rival is hyperband
+        seen.add(one)
+    assert len(seen) > 1
+    # Hyperband has brackets that do not prune early: it spends more.
+    many = [
+        np.mean([rival(curves, (1, 2, 4, 8), 2, random_seed=s).epochs_spent for s in range(8)])
+        for rival in (successive_halving, hyperband)
+    ]
+    assert many[0] < many[1]
+
+
+def test_input_that_makes_no_race_is_refused() -> None:
+    images = {"a": np.zeros(5), "b": np.zeros(5)}
+    for keep, alpha, looks in ((0, 0.1, 1), (1, 0.0, 1), (1, 1.0, 1), (1, 0.1, 0)):
+        with pytest.raises(InputError, match="a race"):
+            survivors(images, keep, alpha=alpha, looks=looks)
+    with pytest.raises(InputError, match="drift_sd"):
+        survivors(images, 1, alpha=0.1, looks=1, drift_sd=math.nan)
+    with pytest.raises(InputError, match="same images"):
+        survivors({"a": np.zeros(5), "b": np.zeros(6)}, 1, alpha=0.1, looks=1)
+    with pytest.raises(InputError, match="ascending"):
+        simulate_race(np.zeros((2, 2, 5)), (2, 2), 1, alpha=0.1)
+    with pytest.raises(InputError, match="at 3 rungs"):
+        successive_halving(np.zeros((2, 2)), (1, 2, 4), 2, random_seed=0)

@@ -1,0 +1,201 @@
+"""Frozen factors: what never moves, and that nothing else is any different."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from space_cases import FAMILY, random_arch, random_context
+
+from space import Arch, Context, InputError, family_names, get_family
+from space.freeze import freeze
+from space.neighbours import Band, contains, count_contractions, shortlist
+from space.tinyvit import TinyVit
+
+NAMES = [f.field for f in FAMILY.factors]
+SLOTS = [f"{f.field}[{i}]" for f in FAMILY.factors if not f.scalar for i in range(f.slots)]
+
+
+def flat(arch: Arch) -> dict[str, float]:
+    """An arch by slot."""
+    values: dict[str, float] = {}
+    for field, value in FAMILY.to_dict(arch).items():
+        if isinstance(value, list):
+            values |= {f"{field}[{i}]": v for i, v in enumerate(value)}
+        else:
+            values[field] = value
+    return values
+
+
+def held(names: list[str]) -> set[str]:
+    """The slots that names freeze."""
+    slots = (*SLOTS, *(f.field for f in FAMILY.factors if f.scalar))
+    return {s for s in slots for n in names if s == n or s.startswith(f"{n}[")}
+
+
+def random_names(rng: random.Random) -> list[str]:
+    return rng.sample([*NAMES, *SLOTS], rng.randint(1, 4))
+
+
+def random_seed_arch(rng: random.Random) -> Arch:
+    if rng.random() < 0.4:
+        return FAMILY.seed(rng.choice(["5M", "11M"]))
+    return random_arch(rng, most=160, deepest=2)
+
+
+def test_moves_are_those_of_the_family_that_keep_the_frozen_slots() -> None:
+    rng = random.Random(0)
+    for _ in range(60):
+        seed, names = random_seed_arch(rng), random_names(rng)
+        try:
+            frozen = freeze(FAMILY, seed, names)
+        except InputError as error:
+            assert "at least one factor left" in str(error)  # noqa: PT017  # both are fine here
+            continue
+        moves, free = frozen.moves(seed), FAMILY.moves(seed)
+        for f in FAMILY.factors:
+            keep = np.ones(len(free[f.field]), dtype=bool)
+            columns = free[f.field].reshape(len(keep), -1)
+            for i in range(f.slots):
+                if f"{f.field}[{i}]" in held(names) or f.field in names:
+                    now = np.atleast_1d(getattr(seed, f.field))[i]
+                    keep &= columns[:, i] == now
+            assert np.array_equal(moves[f.field], free[f.field][keep])
+
+
+def test_contractions_of_a_frozen_family_keep_what_is_frozen() -> None:
+    rng = random.Random(1)
+    drawn = 0
+    seed = FAMILY.seed("5M")
+    for _ in range(4):
+        ctx, names = random_context(rng), random_names(rng)
+        frozen = freeze(FAMILY, seed, names)
+        params = FAMILY.count_params(seed, ctx)
+        band = Band(int(params * rng.uniform(0.2, 0.9)), params)
+        listed = shortlist(frozen, [seed], ctx, band, 8, random_seed=0)
+        number = count_contractions(frozen, seed, ctx, band)
+        assert number <= count_contractions(FAMILY, seed, ctx, band)
+        assert (
+            len([s for s in listed if s.anchor is None])
+            == min(number, 8 - sum(s.anchor is not None for s in listed))
+            or len(listed) < 8
+        )
+        for s in listed:
+            drawn += 1
+            assert contains(FAMILY, seed, s.arch, ctx)
+            assert contains(frozen, seed, s.arch, ctx)
+            before, after = flat(seed), flat(s.arch)
+            assert all(before[slot] == after[slot] for slot in held(names))
+        for s in listed[-2:]:  # and so do theirs
+            below = Band(0, s.params - 1)
+            for again in shortlist(frozen, [s.arch], ctx, below, 3, random_seed=0)[:3]:
+                assert all(flat(seed)[slot] == flat(again.arch)[slot] for slot in held(names))
+    assert drawn > 12
+
+
+def test_floor_is_the_smallest_contraction_and_scaled_is_one() -> None:
+    rng = random.Random(2)
+    for _ in range(25):
+        seed, names, ctx = random_seed_arch(rng), random_names(rng), random_context(rng)
+        try:
+            frozen = freeze(FAMILY, seed, names)
+        except InputError:
+            continue
+        floor = frozen.floor(seed, ctx)
+        params = FAMILY.count_params(floor, ctx)
+        assert floor == seed or contains(frozen, seed, floor, ctx)
+        assert count_contractions(frozen, seed, ctx, Band(0, params - 1)) == 0
+        for factor in (0.9, 0.6, 0.3):
+            scaled = frozen.scaled(seed, factor)
+            before, after = flat(seed), flat(scaled)
+            assert all(before[slot] == after[slot] for slot in held(names))
+            if "embed_dims" in names:
+                assert scaled == seed
+            if not any(n.startswith("embed_dims") for n in names):
+                assert scaled == FAMILY.scaled(seed, factor)
+
+
+def test_a_frozen_width_holds_back_the_free_ones() -> None:
+    """Widths do not fall from stage to stage: those before a small one shrink below it."""
+    seed, ctx = FAMILY.seed("21M"), Context(224, 1000)
+    frozen = freeze(FAMILY, seed, ["embed_dims[1]"])
+    assert frozen.to_dict(frozen.floor(seed, ctx))["embed_dims"] == [32, 192, 192, 192]
+    assert frozen.to_dict(frozen.scaled(seed, 0.4))["embed_dims"] == [32, 192, 192, 224]
+    anchors = shortlist(frozen, [seed], ctx, Band(0, 10**7), 40, random_seed=0)
+    assert "uniform" in [s.anchor for s in anchors]
+
+
+def test_everything_else_is_the_familys_own() -> None:
+    rng, ctx = random.Random(3), Context(64, 10)
+    seed = FAMILY.seed("21M")
+    frozen = freeze(FAMILY, seed, ["embed_dims[3]", "depths"])
+    assert isinstance(frozen, TinyVit)
+    assert frozen.name == FAMILY.name
+    assert get_family(FAMILY.name) is FAMILY
+    assert family_names().count(FAMILY.name) == 1
+    assert [p.name for p in frozen.published] == ["21M"]
+    assert [p.name for p in freeze(FAMILY, seed, ["depths"]).published] == ["5M", "11M", "21M"]
+    assert frozen.seed("5M") == FAMILY.seed("5M")
+    for _ in range(10):
+        arch = random_arch(rng)
+        assert frozen.key(arch, ctx) == FAMILY.key(arch, ctx)
+        assert frozen.timm_call(arch, ctx) == FAMILY.timm_call(arch, ctx)
+        assert frozen.row(frozen.table([arch]), 0) == arch
+        assert frozen.count_params(arch, ctx) == FAMILY.count_params(arch, ctx)
+        other = frozen.notches(seed, frozen.table([arch]))
+        assert {k: v.tolist() for k, v in other.items()} == {
+            k: v.tolist() for k, v in FAMILY.notches(seed, FAMILY.table([arch])).items()
+        }
+    # A run that keeps no published arch at all still knows its own types and names.
+    own = freeze(FAMILY, FAMILY.arch({**FAMILY.to_dict(seed), "mlp_ratio": 3.0}), ["mlp_ratio"])
+    assert own.published == ()
+    assert own.timm_call(seed, ctx) == FAMILY.timm_call(seed, ctx)
+    assert own.moves(seed)["mlp_ratio"].dtype == np.float64
+
+
+def test_freezing_nothing_is_the_family_and_freezing_twice_is_both() -> None:
+    seed = FAMILY.seed("11M")
+    assert freeze(FAMILY, seed, []) is FAMILY
+    once = freeze(FAMILY, seed, ["depths", "embed_dims[0]"])
+    twice = freeze(freeze(FAMILY, seed, ["depths"]), seed, ["embed_dims[0]"])
+    for field, values in once.moves(seed).items():
+        assert np.array_equal(values, twice.moves(seed)[field])
+    ctx = Context(224, 1000)
+    assert once.floor(seed, ctx) == twice.floor(seed, ctx)
+    assert once.scaled(seed, 0.5) == twice.scaled(seed, 0.5)
+
+
+def test_parts_that_a_family_names_are_frozen_as_a_whole() -> None:
+    seed = FAMILY.seed("21M")
+    assert list(FAMILY.parts()) == ["stage1", "stage2", "stage3", "stage4"]
+    for part, members in FAMILY.parts().items():
+        one, other = freeze(FAMILY, seed, [part]), freeze(FAMILY, seed, list(members))
+        for field, values in one.moves(seed).items():
+            assert np.array_equal(values, other.moves(seed)[field])
+    stages = freeze(FAMILY, seed, ["stage1", "stage2", "stage3"])
+    assert {f for f, v in stages.moves(seed).items() if len(v) > 1} == {"embed_dims", "depths"}
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("windows", "window_sizes"),
+        ("embed_dim[2]", "embed_dims[2]"),
+        ("embed_dims[4]", "embed_dims"),
+        ("head_dim[0]", "head_dim"),
+        ("neck", ""),
+        ("", ""),
+    ],
+)
+def test_unknown_names_are_refused_with_the_closest(name: str, close: str) -> None:
+    with pytest.raises(InputError, match=r"--freeze: got .* want one of embed_dims") as caught:
+        freeze(FAMILY, FAMILY.seed("5M"), ["depths", name])
+    assert "\n" not in str(caught.value)
+    assert close in str(caught.value).partition("did you mean")[2]
+
+
+@pytest.mark.parametrize("names", [NAMES, [*SLOTS, *NAMES[3:]]])
+def test_freezing_everything_is_refused(names: list[str]) -> None:
+    with pytest.raises(InputError, match="at least one factor left to contract"):
+        freeze(FAMILY, FAMILY.seed("5M"), names)

@@ -243,8 +243,9 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     asked = {**config.to_dict(), "target_params": 0}
     if folder.run_json.exists():
         held = {**folder.open()["config"], "target_params": 0}
-        if held != json.loads(json.dumps(asked)):
-            changed = sorted(k for k in asked if held.get(k) != asked[k])
+        asked = json.loads(json.dumps(asked))
+        changed = sorted(k for k in {*asked, *held} if held.get(k) != asked.get(k))
+        if changed:
             folder.release()
             raise refuse("--work", f"{folder.path} made with other {', '.join(changed)}",
                          "a folder of the same settings", "name another one")  # fmt: skip

@@ -10,12 +10,9 @@ throughput, and scores of untrained networks.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +20,12 @@ import numpy.typing as npt
 
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from nas.command import Parser, guarded
-from nas.files import read_json, write_atomic, write_json
-from nas.jobs import Job, Result
+from nas.files import read_json, write_json
+from nas.jobs import Job
 from nas.progress import Console
 from nas.run import derived_seed
-from nas.search.trust import ceiling, in_words, indistinguishable, kendall_interval, regret
+from nas.search.trust import in_words, indistinguishable, regret
+from nas.trust import TrustRow, ranked, untrained, write_rows
 from space.draws import sample_band
 from space.errors import InputError
 from space.family import Arch
@@ -39,23 +37,6 @@ TRUTH_SEED, PROXY_SEED = 1000, 1
 """Random seeds of the truth start at the first, those of the proxies at the second."""
 CRITERION = "l1"
 """Whose order of units the truth and the default proxy start from."""
-
-
-@dataclass(frozen=True)
-class RankRow:
-    """One score against the truth: tau with its interval, cost relative to the truth's, regret."""
-
-    name: str
-    estimate: float
-    lo: float
-    hi: float
-    n: int
-    cost_share: float | None
-    regret: float | None
-    regret_lo: float | None
-    regret_hi: float | None
-    within_one_sd: bool | None
-    command: str
 
 
 def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
@@ -132,7 +113,7 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
     return max(6, min(24, int(given.budget_hours * 3600 / each)))
 
 
-def rank(given: argparse.Namespace, console: Console) -> tuple[list[RankRow], dict[str, object]]:
+def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, object]]:
     """Train what is missing; return the table's rows and what else is told."""
     with opened(given, console) as lab:
         listed_path = lab.run.folder.path / "listed.json"
@@ -157,34 +138,9 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[RankRow], di
             raise InputError(f"{len(failed)} trainings failed, the first: {failed[0].failed}")
         truth = done[len(jobs) :]
         scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
-        free = untrained(lab, archs, given)
+        free = untrained(lab.run, archs)
+        lab.run.executor.close()
         return table(lab, given, archs, scored, truth, free)
-
-
-def untrained(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> dict[str, Floats]:
-    """Return scores that need no training, lower is better: counts, throughput, zero-cost."""
-    run = lab.run
-    found: dict[str, list[float]] = {}
-    for arch in archs:
-        spec = {
-            **run.network(arch), "dataset": str(run.dataset.folder), "store": run.store["folder"],
-            "images": 64, "batch_size": run.config.batch_size,
-            "random_seed": run.config.random_seed, "device": run.config.device,
-            "missing": run.config.missing_labels,
-        }  # fmt: skip
-        result = run.do(Job("zero-cost", f"zero-{run.key(arch)}", spec))
-        if not result.ok:
-            raise InputError(f"zero-cost scores failed: {result.reason}")
-        values = {k: -float(v) for k, v in result.values.items() if k != "images"}
-        values["parameters"] = -float(run.family.count_params(arch, run.context))
-        values["MACs"] = -float(run.family.count_macs(arch, run.context))
-        measured = run.measure(arch, "gate", reference=run.seed_arch)
-        assert not isinstance(measured, Result)
-        values["throughput (slower is better)"] = float(measured.images_per_s)
-        for name, value in values.items():
-            found.setdefault(name, []).append(value)
-    run.executor.close()
-    return {name: np.array(values) for name, values in found.items()}
 
 
 def table(
@@ -193,13 +149,13 @@ def table(
     archs: Sequence[Arch],
     scored: Mapping[str, Sequence[Trained]],
     truth: Sequence[Trained],
-    free: Mapping[str, Floats],
-) -> tuple[list[RankRow], dict[str, object]]:
+    free: Mapping[str, Sequence[float]],
+) -> tuple[list[TrustRow], dict[str, object]]:
     """Compare every score with the truth."""
     n = len(archs)
     losses = np.array([t.values[given.truth_epochs]["soft_loss"] for t in truth]).reshape(-1, n)
     cost = sum(lab.cost(t.of) for t in truth[:n])
-    scores: dict[str, tuple[Floats, float | None]] = {}
+    scores: dict[str, tuple[npt.ArrayLike, float | None]] = {}
     for name, trained in scored.items():
         values = np.array([t.values[t.of.epochs]["soft_loss"] for t in trained])
         scores[name] = values, sum(lab.cost(t.of) for t in trained) / cost
@@ -208,22 +164,8 @@ def table(
     together = sum(s for _, s in both if s is not None)
     scores["both, half the length each"] = ranks, together
     scores |= {name: (values, 0.0) for name, values in free.items()}
-    command = given.command
-    rows = []
-    for name, (values, share) in scores.items():
-        tau = kendall_interval(values, losses, random_seed=0)
-        cost_of = regret(values, losses)
-        rows.append(
-            RankRow(name, tau.value, tau.lo, tau.hi, n, share, cost_of.value, cost_of.lo,
-                    cost_of.hi, cost_of.within_one_sd, command)
-        )  # fmt: skip
-    limit = ceiling(losses)
-    for name, found in (
-        ("ceiling: one truth against another", limit.pairwise),
-        ("ceiling: the noise-free truth", limit.perfect),
-    ):
-        rows.append(RankRow(name, found.value, found.lo, found.hi, n, None, None, None, None, None,
-                            command))  # fmt: skip
+    rows = ranked(scores, losses)
+    limit = rows[-1]
     per_image = {
         lab.run.key(arch): np.array([truth[s * n + i].losses() for s in range(given.seeds)])
         for i, arch in enumerate(archs)
@@ -233,31 +175,17 @@ def table(
     own = next(r for r in rows if r.name == f"inherited ({CRITERION})")
     told = {
         "archs": n, "seeds": given.seeds, "holdout": len(lab.run.dataset.holdout.labels),
-        "tau": own.estimate, "ceiling": limit.perfect.value,
-        "tau_share": own.estimate / limit.perfect.value if limit.perfect.value else None,
+        "tau": own.estimate, "ceiling": limit.estimate,
+        "tau_share": own.estimate / limit.estimate if limit.estimate else None,
         "seed_sd": regret(scores["from scratch"][0], losses).seed_sd, "words": words,
         "truth": losses.tolist(),
-        "scores": {name: values.tolist() for name, (values, _) in scores.items()},
+        "scores": {name: np.asarray(values).tolist() for name, (values, _) in scores.items()},
         "labels": [lab.run.family.label(arch) for arch in archs],
     }  # fmt: skip
     return rows, told
 
 
-def write(path: Path, rows: Sequence[RankRow]) -> None:
-    """Write the table as CSV."""
-    import dataclasses
-
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([f.name for f in dataclasses.fields(RankRow)])
-    for row in rows:
-        values = dataclasses.astuple(row)
-        cells = [round(v, 5) if isinstance(v, float) else v for v in values]
-        writer.writerow(["" if v is None else v for v in cells])
-    write_atomic(path, out.getvalue().encode())
-
-
-def figure(path: Path, rows: Sequence[RankRow], told: Mapping[str, object]) -> None:
+def figure(path: Path, rows: Sequence[TrustRow], told: Mapping[str, object]) -> None:
     """Draw tau of every score with its interval, the ceilings as bands."""
     import matplotlib
 
@@ -305,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         rows, told = rank(given, Console())
-        write(given.out, rows)
+        write_rows(given.out, rows, command=given.command)
         write_json(given.out.with_suffix(".json"), told)
         figure(given.out.with_suffix(".png"), rows, told)
         for row in rows:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nas.files import read_json, write_json
 from nas.gates import REFERENCE_CONTEXT, shown, told
 from nas.jobs import Result
+from nas.judging import paired_difference
 from nas.measure.measurement import Measurement
 from nas.milestones import write_model
 from nas.run import Incumbent, Run
@@ -20,8 +19,6 @@ from nas.scoring import with_order
 from nas.search.constraints import requirements_of
 from space.errors import InputError
 from space.family import Arch
-
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -155,26 +152,12 @@ def _side(
         "top1": values["test_top1"],
         "top1_se": values["test_top1_se"],
         "test_n": values["test_n"],
+        "metric": values.get("test_metric"),
+        "metric_se": values.get("test_metric_se"),
         "soft_loss": values["soft_loss"],
         "soft_loss_se": values["soft_loss_se"],
         "holdout_top1": values["top1"],
     }
-
-
-def paired_difference(a: Path, b: Path) -> dict[str, float]:
-    """Compare two `test.safetensors` image by image: difference in top-1, 95 % interval.
-
-    The interval is the normal one on per-image differences of correctness (paired, n images).
-    """
-    from safetensors.numpy import load_file
-
-    correct_a = np.asarray(load_file(a)["correct"], dtype=np.float64)
-    correct_b = np.asarray(load_file(b)["correct"], dtype=np.float64)
-    difference = correct_a - correct_b
-    n = len(difference)
-    mean = float(difference.mean())
-    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
-    return {"difference": mean, "lo": mean - half, "hi": mean + half, "n": float(n)}
 
 
 def compare(
@@ -193,6 +176,7 @@ def compare(
         return f"the winner's final training failed: {trained.reason}"
     final: dict[str, Any] = {
         "init": run.config.proxy_init,
+        "metric": run.config.metric,
         "epochs": run.config.final_epochs,
         "winner": _side(run, "winner", winner.arch, measured, trained.values),
         "requirements": list(verdicts),
@@ -211,8 +195,10 @@ def compare(
         return final
     final["published"] = _side(run, name, arch, timed, beside.values)
     final["paired"] = paired_difference(
-        run.folder.job_folder(f"final-{winner.key}") / "test.safetensors",
-        run.folder.job_folder(f"final-{run.key(arch)}") / "test.safetensors",
+        run.folder.job_folder(f"final-{winner.key}"),
+        run.folder.job_folder(f"final-{run.key(arch)}"),
+        run.config.metric,
+        run.context.num_classes,
     )
     return final
 

@@ -204,8 +204,7 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
             listed = strategy.shortlist(ask)
             tried |= {run.key(each.arch) for each in listed}
             timings += len(listed)
-            ratios = {run.key(c.arch): predicted_ratio(run, pace, c.macs) for c in listed}
-            passed = [c for c in listed if need is None or ratios[run.key(c.arch)] >= need]
+            passed = _likely(run, listed, need, pace)
             if passed:
                 break
         chosen = _chosen(run, step, passed, pace)
@@ -234,6 +233,23 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
             for c in kept
         ] or incumbents  # fmt: skip
     return found, None
+
+
+def _likely(
+    run: Run, listed: Sequence[Shortlisted], need: float | None, pace: Pace
+) -> list[Shortlisted]:
+    """Return as many as are expected to pass, the likeliest ones."""
+    if need is None:
+        return list(listed)
+    odds = [_odds(predicted_ratio(run, pace, c.macs), need, pace) for c in listed]
+    likeliest = sorted(range(len(listed)), key=lambda i: -odds[i])[: round(sum(odds))]
+    return [listed[i] for i in sorted(likeliest)]
+
+
+def _odds(ratio: float, need: float, pace: Pace) -> float:
+    """Return how likely an arch of an estimated ratio is fast enough."""
+    z = math.log(ratio / need) / max(pace.spread, 1e-6)
+    return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
 def _chosen(run: Run, step: int, passed: Sequence[Shortlisted], pace: Pace) -> list[Shortlisted]:
@@ -265,12 +281,8 @@ def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) ->
     )  # fmt: skip
     if not drawn:
         return 0.0
-    macs = run.family.count_macs_many(run.family.table(drawn), run.context)
-    ratios = (run.start_macs / np.asarray(macs, dtype=np.float64)) ** pace.power
-    from scipy.stats import norm
-
-    z = np.log(ratios / need) / max(pace.spread, 1e-6)
-    return float(norm.cdf(z).mean())
+    macs = run.family.count_macs_many(run.family.table(drawn), run.context).tolist()
+    return sum(_odds(predicted_ratio(run, pace, m), need, pace) for m in macs) / len(macs)
 
 
 def _binds(counted: int, share: float | None) -> str:

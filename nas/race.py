@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 from nas.jobs import Result
+from nas.judging import losses_of
 from nas.run import CHECKPOINT, RUNG, Incumbent, Run
 from nas.search.racing import share_saved, survivors
 from space.family import Arch
@@ -107,7 +105,7 @@ def race(
         alive = {each.entrant.key: each for each in ran if each.result.ok}
         if last or not alive:
             break
-        losses = {key: losses_of(alive[key].folder) for key in sorted(alive)}
+        losses = {key: losses_of(alive[key].folder, run.config.metric) for key in sorted(alive)}
         decision = survivors(losses, keep, alpha=ALPHA, looks=len(rungs) - 1, drift_sd=DRIFT_NATS)
         for key, reason in decision.stop.items():
             said = f"stopped after {rung} of {epochs} epochs: {reason}"
@@ -153,14 +151,6 @@ def _prolonged(
             )
         )  # fmt: skip
     return found
-
-
-def losses_of(folder: Path) -> npt.NDArray[np.float64]:
-    """Return the per-image soft losses of a scored candidate, in holdout order."""
-    from safetensors.numpy import load_file
-
-    arrays = load_file(folder / "holdout.safetensors")
-    return np.asarray(arrays["soft_loss"], dtype=np.float64)
 
 
 def _folder(run: Run, entrant: Entrant, rung: int | None) -> Path:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
 from nas.jobs import Result
-from nas.race import MORE, losses_of
+from nas.judging import losses_of
+from nas.race import MORE
 from nas.resolve import Earlier, answers, start_of
 from nas.run import Incumbent, Run
 from nas.scoring import places
@@ -43,7 +44,7 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
         for row, candidate in passed
     ]
     folders = {row.key: _folder(earlier, row) for row, _ in passed}
-    order = rank(values, paired_error(lambda key: losses_of(folders[key])))
+    order = rank(values, paired_error(lambda key: losses_of(folders[key], run.config.metric)))
     by_key = {row.key: (row, candidate) for row, candidate in passed}
     kept = order[: places(run, step)]
     found = []
@@ -54,7 +55,8 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
             run,
             row_of(
                 run, step, candidate, soft_loss=row.soft_loss, soft_loss_se=row.soft_loss_se,
-                top1=row.top1, top1_se=row.top1_se, epochs=row.epochs,
+                top1=row.top1, top1_se=row.top1_se, metric=row.metric, metric_se=row.metric_se,
+                epochs=row.epochs,
                 stage="kept" if key in kept else "proxy", state="complete",
                 reason=f"{place}; score of step {row.step} of {earlier.folder}",
             ),

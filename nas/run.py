@@ -18,6 +18,7 @@ from nas.data import Dataset
 from nas.executor import InlineExecutor, LocalExecutor
 from nas.files import read_json
 from nas.jobs import Job, Result
+from nas.judging import judged
 from nas.measure.cache import MeasurementCache
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import Fingerprint
@@ -413,7 +414,11 @@ class Run:
         shared = self.folder.path not in out.parents
         spec = {**spec, "out": str(out), "shared": shared}
         job = Job("train", name, spec, units=float(images))
-        return self.do(job, out=out, cost=cost)
+        result = self.do(job, out=out, cost=cost)
+        if not result.ok or self.config.metric == "top1":
+            return result
+        classes = len(self.dataset.classes)
+        return replace(result, values=judged(result.values, out, self.config.metric, classes))
 
     def train_spec(
         self,
@@ -461,6 +466,8 @@ class Run:
             "fingerprint": self.fingerprint["id"],
             "started_from": _file_digest(str(spec["init"])),
         }
+        if self.config.metric != "top1":
+            whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
 
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from nas.gates import Candidate, add_row, measured_of, ratio_of, row_of
 from nas.jobs import Job
-from nas.race import Entrant, Ran, losses_of, race
+from nas.judging import losses_of
+from nas.race import Entrant, Ran, race
 from nas.run import Incumbent, Run, derived_seed
 from nas.search.selection import Scored, Timed, paired_error, rank, spread
 
@@ -130,7 +131,7 @@ def decide(
 
     @cache
     def losses(key: str) -> npt.NDArray[np.float64]:
-        return losses_of(folders[key])
+        return losses_of(folders[key], run.config.metric)
 
     order = rank(values, paired_error(losses))
     kept = order[: places(run, step)]
@@ -152,7 +153,8 @@ def decide(
         row = row_of(
             run, step, candidate,
             soft_loss=told["soft_loss"], soft_loss_se=told["soft_loss_se"],
-            top1=told["top1"], top1_se=told["top1_se"], epochs=ran.epochs,
+            top1=told["top1"], top1_se=told["top1_se"],
+            metric=told.get("metric"), metric_se=told.get("metric_se"), epochs=ran.epochs,
             stage=stage, state=state, reason=reason,
         )  # fmt: skip
         add_row(run, row, candidate.of.arch)
@@ -200,7 +202,7 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     losses: dict[str, npt.NDArray[np.float64]] = {}
     second: dict[str, float] = {}
     for each in finalists:
-        losses[each.key] = losses_of(each.weights.parent)
+        losses[each.key] = losses_of(each.weights.parent, config.metric)
         name = f"s{each.step}-{each.key}-again"
         folder = run.folder.job_folder(name)
         result = run.train(
@@ -213,7 +215,7 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
             run.console.line(f"note: {each.key}: the second random seed failed: {result.reason}")
             continue
         second[each.key] = result.values["soft_loss"]
-        losses[each.key] = (losses[each.key] + losses_of(folder)) / 2
+        losses[each.key] = (losses[each.key] + losses_of(folder, config.metric)) / 2
         run.folder.drop_weights(name)
     if len(second) < len(finalists):
         return list(finalists)

@@ -291,6 +291,8 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         soft_loss_se=trained.values["soft_loss_se"],
         top1=trained.values["top1"],
         top1_se=trained.values["top1_se"],
+        metric=trained.values.get("metric"),
+        metric_se=trained.values.get("metric_se"),
         epochs=run.config.seed_epochs,
         seconds=round(measured.seconds + trained.seconds, 3),
         stage="kept",

@@ -111,7 +111,7 @@ def test_who_must_stay_and_who_cannot() -> None:
     found = survivors(losses, 2, alpha=0.05, looks=2)
     assert found.stay == ("k0", "k1")
     assert found.stop["k4"] == (
-        "worse than 4 others by paired tests on 50 images, 2 are kept; 4 nats behind the best"
+        "worse than 4 of 4 others by paired tests on 50 images, keeping 2; 4 nats behind the best"
     )
     ties = dict.fromkeys("abc", losses["k0"])
     assert survivors(ties, 1, alpha=0.05, looks=1).stay == ("a", "b", "c")

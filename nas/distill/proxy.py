@@ -47,22 +47,28 @@ def proxy_settings(epochs: int, init: str, *, batch_size: int = 32) -> TrainSett
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Per image of a split, in its order: soft loss float32 [n] in nats (NaN without labels), and
-    whether the true class came first, bool [n]."""
+    """Per image of a split, in its order: soft loss float32 [n] in nats (NaN without labels), the
+    class that came first and the true one, int64 [n]."""
 
     soft_loss: npt.NDArray[np.float32]
-    correct: npt.NDArray[np.bool_]
+    predicted: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64]
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether the true class came first, bool [n]."""
+        return np.asarray(self.predicted == self.truth)
 
     def save(self, path: Path) -> None:
-        """Keep the arrays for paired tests, as safetensors `soft_loss` and `correct` (uint8)."""
-        loss, correct = torch.from_numpy(self.soft_loss), torch.from_numpy(self.correct)
-        save_weights(path, {"soft_loss": loss, "correct": correct.to(torch.uint8)})
+        """Keep the arrays for paired tests as safetensors, and `correct` (uint8) beside them."""
+        kept = {name: torch.from_numpy(value) for name, value in vars(self).items()}
+        save_weights(path, {**kept, "correct": torch.from_numpy(self.correct).to(torch.uint8)})
 
     @staticmethod
     def load(path: Path) -> Evaluation:
         """Read what `save` wrote; damaged: refused."""
         kept = load_weights(path, name="per-image scores")
-        return Evaluation(kept["soft_loss"].numpy(), kept["correct"].numpy().astype(bool))
+        return Evaluation(*(kept[name].numpy() for name in ("soft_loss", "predicted", "truth")))
 
 
 @dataclass(frozen=True)
@@ -243,7 +249,7 @@ def evaluate(
     Rows that no batch has are left out. Float32 and eval mode; leaves the model there.
     """
     loss = np.full(len(labels), np.nan, dtype=np.float32)
-    correct = np.zeros(len(labels), dtype=bool)
+    predicted = np.zeros(len(labels), dtype=np.int64)
     seen = np.zeros(len(labels), dtype=bool)
     model.train()  # drops what eval mode may have cached of older weights
     model.eval()
@@ -254,10 +260,10 @@ def evaluate(
             logits = model(inputs).float()
             found = sparse_soft_cross_entropy(logits, index, prob, tail)
         loss[rows] = found.cpu().numpy()
-        correct[rows] = logits.argmax(1).cpu().numpy() == labels[rows]
+        predicted[rows] = logits.argmax(1).cpu().numpy()
         seen[rows] = True
         tick(float(len(rows)))
-    return Evaluation(loss[seen], correct[seen])
+    return Evaluation(loss[seen], predicted[seen], np.asarray(labels, dtype=np.int64)[seen])
 
 
 def evaluate_test(
@@ -281,7 +287,7 @@ def evaluate_test(
     model.eval()
     split = dataset.test
     loss = np.empty(len(split), dtype=np.float32)
-    correct = np.zeros(len(split), dtype=bool)
+    predicted = np.zeros(len(split), dtype=np.int64)
     for start in range(0, len(split), EVAL_BATCH):
         rows = slice(start, start + EVAL_BATCH)
         inputs = eval_batch(split.pixels[rows], augment)
@@ -289,9 +295,9 @@ def evaluate_test(
         with torch.no_grad():
             logits = model(inputs.to(device, memory_format=torch.channels_last)).float().cpu()
         loss[rows] = nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
-        correct[rows] = (logits.argmax(1) == labels).numpy()
+        predicted[rows] = logits.argmax(1).numpy()
         tick(float(len(labels)))
-    return Evaluation(loss, correct)
+    return Evaluation(loss, predicted, np.asarray(split.labels, dtype=np.int64))
 
 
 def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:

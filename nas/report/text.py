@@ -233,6 +233,9 @@ def _winner_words(run: RunFiles, winner: Mapping[str, Any]) -> str:
     speed, ratio = _interval(winner, "images_per_s"), _interval(winner, "ratio", "x")
     words += f", and runs at {speed} images/s, {ratio} the seed"
     words += f"; its test top-1 is {percent(number(winner, 'top1'), number(winner, 'top1_se'))}"
+    if number(winner, "metric") is not None:
+        value = percent(number(winner, "metric"), number(winner, "metric_se"))
+        words += f", its {metric_name(run.config)} {value}"
     tested = number(winner, "test_n")
     words += f" on {tested:.0f} images" if tested else ""
     full = number(winner, "params_1000")
@@ -267,7 +270,15 @@ def _comparison_words(final: Mapping[str, Any]) -> list[str]:
             f"no difference from the published {name} that this test could see (it would find one "
             f"of {visible:.1f} points four times in five)"
         )
-    return [*words, f"Paired over the test images, winner less published: {span}: {verdict}."]
+    by = "" if final.get("metric", "top1") == "top1" else f" by {metric_name(final)}"
+    return [*words, f"Paired over the test images{by}, winner less published: {span}: {verdict}."]
+
+
+def metric_name(values: Mapping[str, Any]) -> str:
+    """Return the name of the run's metric for people."""
+    return {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}.get(
+        str(values.get("metric")), "top-1"
+    )
 
 
 def _treatment(run: RunFiles) -> str:

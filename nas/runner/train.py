@@ -74,8 +74,8 @@ def _loader_workers(device: str) -> int:
 def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.distill.adopt import adopt
-    from nas.distill.losses import SoftLoss
     from nas.distill.importance import load_order
+    from nas.distill.losses import SoftLoss
     from nas.distill.proxy import evaluate_test, mean_se, proxy_settings, train_and_score
     from nas.distill.store import open_store
     from nas.measure.macs import fvcore_macs

@@ -30,9 +30,9 @@ class Row:
     run's primary setting. `requirements` tells each bound of the step with its verdict and what was
     measured; `basis` whether that was `measured` here, a `table` of another device's, or
     `predicted` from one. `soft_loss` is in nats on the holdout (lower is better),
-    `top1` a share, both after `epochs` epochs; `violation` is by what share it missed what it
-    missed worst (0: nothing). `stage` is where it stopped, `reason` says why in one line. `seconds`
-    is the time spent on it. `None` means not measured.
+    `top1` a share, `metric` the run's where that is another, after `epochs` epochs; `violation` is
+    by what share it missed what it missed worst (0: nothing). `stage` is where it stopped, `reason`
+    says why in one line. `seconds` is the time spent on it. `None` means not measured.
     """
 
     step: int
@@ -58,6 +58,8 @@ class Row:
     soft_loss_se: float | None = None
     top1: float | None = None
     top1_se: float | None = None
+    metric: float | None = None
+    metric_se: float | None = None
     epochs: int = 0
     violation: float = 0.0
     seconds: float = 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from space.errors import refuse
 
@@ -69,8 +69,8 @@ def survivors(
             if behind >= keep:
                 images, worse = len(table[key]), means[key] - means[order[0]]
                 stop[key] = (
-                    f"worse than {behind} others by paired tests on {images:,} images, "
-                    f"{keep} are kept; {worse:.3g} nats behind the best"
+                    f"worse than {behind} of {len(order) - 1} others by paired tests on "
+                    f"{images:,} images, keeping {keep}; {worse:.3g} nats behind the best"
                 )
     return Decision(tuple(k for k in order if k not in stop), stop)
 
@@ -82,7 +82,7 @@ def _behind(
     images = values.shape[1]
     if images < 2:  # one image has no noise to hold a difference against
         return [(key, 0) for key in order]
-    critical = float(stats.t.isf(level, images - 1))
+    critical = -float(special.stdtrit(images - 1, level))
     allowance = 0.0 if drift_sd is None else drift_sd**2
     found = []
     for at, key in enumerate(order):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from space.errors import refuse
 
@@ -64,7 +64,9 @@ class Regret:
 
 def kendall(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """Return Kendall's tau-b of two series [n]; NaN where one of them is constant."""
-    return float(stats.kendalltau(np.asarray(a), np.asarray(b)).statistic)
+    from scipy.stats import kendalltau  # takes the better part of a second to import
+
+    return float(kendalltau(np.asarray(a), np.asarray(b)).statistic)
 
 
 def kendall_interval(
@@ -117,7 +119,7 @@ def ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: in
     ratio = between / noise if noise > 0 else math.inf
     tail = (1 - COVERAGE) / 2
     dof = (n - 1, (s - 1) * (n - 1))
-    low, high = (ratio / float(stats.f.ppf(q, *dof)) for q in (1 - tail, tail))
+    low, high = (ratio / float(special.fdtri(*dof, q)) for q in (1 - tail, tail))
     return Ceiling(pairwise, Estimate(_tau_of(ratio), _tau_of(low), _tau_of(high), n))
 
 
@@ -214,7 +216,7 @@ def _p_above(mean: float, images: float, images_dof: int, seeds: float, seeds_do
     if variance == 0:
         return 0.0 if mean > 0 else 1.0
     spread = images**2 / images_dof + (seeds**2 / seeds_dof if seeds > 0 else 0.0)
-    return float(stats.t.sf(mean / math.sqrt(variance), variance**2 / spread))
+    return float(special.stdtr(variance**2 / spread, -mean / math.sqrt(variance)))
 
 
 def _mean_squares(table: Floats) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from nas import stage
 from nas.command import default_cache
 from nas.door import ask_fingerprints, make_config, read_data, resolved
 from nas.executor import LocalExecutor
+from nas.jobs import Job
 from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from nas.run import Incumbent, Run
@@ -44,7 +45,8 @@ class Training:
 
     `images` trains on a fixed subset of that size, `hard_weight` is the share of the loss that goes
     by true labels. `rungs` are the epochs after which it is scored, the last one included. `test`:
-    on the test split too, at the end.
+    on the test split too, at the end. With 0 epochs the parent's sliced weights are scored as they
+    are (job "score"), batch norms estimated anew if `recalibrate`.
     """
 
     arch: Arch
@@ -56,6 +58,7 @@ class Training:
     test: bool = False
     images: int | None = None
     hard_weight: float = 0.0
+    recalibrate: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,44 @@ class Lab:
 
     def cost(self, of: Training) -> float:
         """Return what a training takes, in GMACs forward and backward."""
+        if of.epochs == 0:  # the holdout, forward only
+            return len(self.run.dataset.holdout.labels) / 3 * self.run.image_cost(of.arch)
         every = len(self.run.dataset.train.labels)
         images = every if of.images is None else min(of.images, every)
         return images * of.epochs * self.run.image_cost(of.arch)
+
+    def pace(self, arch: Arch) -> float:
+        """Return how many images a second train on this machine, all workers together (rough)."""
+        run = self.run
+        spec = {
+            **run.network(arch), "batch_size": run.config.batch_size, "seconds": 8.0,
+            "device": run.config.device,
+        }  # fmt: skip
+        result = run.do(Job("pace", "pace", spec))
+        run.executor.close()  # its threads would only be in the way
+        return float(result.values["images_per_s"]) if result.ok else 50.0
+
+    def _scored(self, run: Run, of: Training, name: str) -> Trained:
+        """Score the parent's sliced weights, without training."""
+        assert of.parent is not None, "no training and no parent: nothing to score"
+        folder = run.folder.job_folder(name)
+        spec = {
+            **run.train_spec(of.arch, epochs=0, init=of.init, parent=of.parent, first_epoch=0,
+                             test=False),
+            "random_seed": of.random_seed, "recalibrate": of.recalibrate, "images": of.images,
+            "out": str(folder),
+        }  # fmt: skip
+        result = run.do(Job("score", name, spec), out=folder)
+        if not result.ok:
+            return Trained(of, name, {}, {}, result.seconds, result.reason)
+        return Trained(of, name, {0: folder}, {0: result.values}, result.seconds)
 
     def _one(self, executor: LocalExecutor, of: Training, name: str) -> Trained:
         run = copy.copy(self.run)
         run.executor = executor
         run.console = Console(quiet=True)
+        if of.epochs == 0:
+            return self._scored(run, of, name)
         rungs = of.rungs or (of.epochs,)
         folders: dict[int, Path] = {}
         values: dict[int, Mapping[str, Any]] = {}
@@ -175,7 +208,8 @@ class Lab:
         order = "" if of.parent is None or of.parent.order is None else f"-{of.parent.order.stem}"
         size = "" if of.images is None else f"x{of.images}"
         hard = f"-hard{of.hard_weight:g}" if of.hard_weight else ""
-        what = f"{of.init}{of.epochs}{size}{hard}-r{of.random_seed}"
+        raw = "" if of.recalibrate else "-raw"
+        what = f"{of.init}{of.epochs}{size}{hard}{raw}-r{of.random_seed}"
         return f"{self.run.key(of.arch)}-{what}{parent}{order}"
 
 
@@ -205,6 +239,19 @@ def arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     add("--cache-dir", type=Path, default=None, help="data, teachers, labels")
 
 
+def folder_of(given: argparse.Namespace) -> Path:
+    """Return the folder that the trainings of these flags are kept in."""
+    if given.work is not None:
+        return Path(given.work)
+    name = "-".join(
+        str(v) for v in (
+            "lab", Path(given.seed).stem, given.data.replace("/", "_"), given.img_size,
+            f"e{given.seed_epochs}", f"t{given.truth_epochs}",
+        )
+    )  # fmt: skip
+    return Path("results/runs") / name
+
+
 @contextmanager
 def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     """Open the bench that the flags ask for: prepare or take over data, teacher, labels, seed."""
@@ -232,13 +279,7 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     )
     family = get_family(config.family)
     cache = default_cache() if given.cache_dir is None else given.cache_dir
-    name = "-".join(
-        str(v) for v in (
-            "lab", Path(given.seed).stem, given.data.replace("/", "_"), given.img_size,
-            f"e{given.seed_epochs}", f"t{given.truth_epochs}",
-        )
-    )  # fmt: skip
-    folder = RunDir(Path("results/runs") / name if given.work is None else given.work)
+    folder = RunDir(folder_of(given))
     dataset = read_data(config, cache, console)
     asked = {**config.to_dict(), "target_params": 0}
     if folder.run_json.exists():

@@ -30,6 +30,7 @@ def contract(
     max_hours: float | None = None,
     cache_dir: str | Path | None = None,
     finalists: str | Path | None = None,
+    trust: int | None = None,
     quiet: bool = True,
     console: Any = None,
     executor: Any = None,
@@ -39,8 +40,10 @@ def contract(
 
     `settings` are the fields of `nas.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`,
     ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
-    only settings that equal its own may be given. Raises `InputError` (a `ValueError` of one
-    line) on bad input. A run that ends stuck or out of time is an `Outcome`, not an error.
+    only settings that equal its own may be given. `trust` archs are trained longer afterwards, for
+    a report on how far the scores can be trusted (`nas.trust`). Raises `InputError` (a
+    `ValueError` of one line) on bad input. A run that ends stuck or out of time is an `Outcome`,
+    not an error.
     """
     given = dict(settings)
     if seed is not None:
@@ -49,6 +52,8 @@ def contract(
         given["target_params"] = parse_count("--target-params", target_params)
     if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
         raise refuse("--max-hours", max_hours, "a number of hours above 0")
+    if trust is not None and not (isinstance(trust, int) and 3 <= trust <= 1000):
+        raise refuse("--trust", trust, "an integer from 3 to 1000 (archs to train)")
     return run(
         given,
         out=None if out is None else Path(out),
@@ -59,6 +64,7 @@ def contract(
         console=console,
         executor=executor,
         finalists=None if finalists is None else Path(finalists),
+        trust=trust,
     )
 
 
@@ -414,6 +420,7 @@ def _run(
         max_hours=session_given.get("max_hours"),
         cache_dir=session_given.get("cache_dir"),
         finalists=session_given.get("finalists"),
+        trust=session_given.get("trust"),
         quiet=quiet,
         **arguments,
     )

@@ -17,6 +17,7 @@ from nas.milestones import write_model
 from nas.run import Incumbent, Run
 from nas.scoring import with_order
 from nas.search.constraints import requirements_of
+from space import get_family
 from space.errors import InputError
 from space.family import Arch
 
@@ -125,8 +126,9 @@ def final_training(run: Run, arch: Arch, seed: Incumbent) -> Result:
 
 def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
     """Return the published arch nearest in size to `params`, as built in this run's context."""
+    # Whatever a run froze, what its authors released stays what a result is compared with.
     published = min(
-        run.family.published,
+        get_family(run.config.family).published,
         key=lambda p: abs(math.log(run.family.count_params(p.arch, run.context) / params)),
     )
     return published.name, published.arch

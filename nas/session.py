@@ -43,6 +43,8 @@ from nas.rundir import RunDir, resumed_config
 from nas.scoring import confirm
 from nas.search.constraints import band_at
 from nas.tables import StepRow
+from nas.trust import trust as trust_report
+from nas.trust import trust_cost
 from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Family
@@ -81,6 +83,7 @@ def run(
     console: Console | None,
     executor: Executor | None,
     finalists: Path | None = None,
+    trust: int | None = None,
 ) -> Outcome:
     """Start or continue a run; see `nas.contract.contract`."""
     # Results and records must be on disk before the deadline: a few seconds are theirs.
@@ -90,12 +93,12 @@ def run(
     if resume:
         if out is None:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
-        return _resume(given, RunDir(out), deadline, cache, console, executor, finalists)
+        return _resume(given, RunDir(out), deadline, cache, console, executor, finalists, trust)
     if finalists is not None:
         raise refuse(
             "--finalists", finalists, "an earlier run's --resume", "name the run: --resume DIR"
         )
-    return _start(given, out, deadline, cache, console, executor)
+    return _start(given, out, deadline, cache, console, executor, trust)
 
 
 def plan(
@@ -147,6 +150,7 @@ def _start(
     cache: Path,
     console: Console,
     executor: Executor | None,
+    trust: int | None,
 ) -> Outcome:
     if "replay" in given:
         config = replayed_config(given)
@@ -216,7 +220,7 @@ def _start(
             earlier=earlier,
         )
         _adopt(bench, rows, named=config.measurements is not None)
-        return _work(bench, fresh=True)
+        return _work(bench, trust, fresh=True)
     except InputError:
         worker.close()
         if bench is None or not bench.ledger.rows:
@@ -239,6 +243,7 @@ def _resume(
     console: Console,
     executor: Executor | None,
     finalists: Path | None = None,
+    trust: int | None = None,
 ) -> Outcome:
     data = folder.open()
     own = executor is None
@@ -251,7 +256,8 @@ def _resume(
         if folder.result_json.exists():
             result = finish.read_result(folder.result_json)
             waits = result["status"] == "unverified" and finalists is not None
-            if result["status"] != "stopped" and not waits:
+            wanted = trust is not None and not result.get("trust")
+            if result["status"] != "stopped" and not waits and not wanted:
                 if not (folder.path / "report.md").exists():  # killed after the result
                     write_report(folder.path)
                 return Outcome(
@@ -289,7 +295,7 @@ def _resume(
         )
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
-        return _work(bench, fresh=False)
+        return _work(bench, trust, fresh=False)
     except (KeyboardInterrupt, SystemExit):
         _say_interrupted(folder, console)
         raise
@@ -379,7 +385,7 @@ def _say_interrupted(folder: RunDir, console: Console) -> None:
         console.line("interrupted before the run began; nothing was kept")
 
 
-def _work(bench: Run, *, fresh: bool) -> Outcome:
+def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
     """Do the run's work from the seed to the report, as far as time allows."""
     console, config = bench.console, bench.config
     steps: list[StepRow] = []
@@ -436,6 +442,9 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
             bench.executor.close()
     if final is not None:
         message = _reached(bench, final)
+    trusted = None
+    if trust is not None and final is not None:
+        trusted = _trusted(bench, seed, trust)
     exit_code = 0 if status == "reached" else 3
     result = {
         "status": status,
@@ -445,6 +454,7 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
         "path": [] if path is None else [i[0].key for i in path],
         "final": final,
         "reused": reused,
+        "trust": trusted,
         "work": dataclasses.asdict(bench.work()),
         "finalists": [_finalist(i) for i in incumbents if i.parent is not None],
         "seconds": round(time.monotonic() - started, 1),
@@ -454,7 +464,8 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
         if final is not None:
             weights = bench.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
             score = _score(final)
-            finish.write_best(bench, best, weights, score, "final")
+            if weights.exists():  # gone when a finished run is opened again
+                finish.write_best(bench, best, weights, score, "final")
         else:
             images = len(bench.dataset.holdout.labels)
             score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
@@ -466,6 +477,26 @@ def _work(bench: Run, *, fresh: bool) -> Outcome:
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
+
+
+def _trusted(bench: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
+    """Make the trust report, as far as time allows; a later --resume goes on with it."""
+    console = bench.console
+    console.start(trust_cost(bench, number))
+    try:
+        report = trust_report(bench, seed, number)
+        console.line(f"trust: {report['says']}")
+        return report
+    except OutOfTime:
+        console.line(
+            f"trust: out of time (--max-hours); --resume {bench.folder.path} --trust {number} "
+            "goes on"
+        )
+        return None
+    finally:
+        console.stop()
+        with contextlib.suppress(Exception):
+            bench.executor.close()
 
 
 def _reused(

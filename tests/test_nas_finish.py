@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nas.finish import paired_difference
+from nas.judging import paired_difference
 from nas.progress import Console
 from nas.stage import weak_teacher
 
@@ -20,18 +20,31 @@ def test_the_paired_difference_is_that_of_the_accuracies_with_its_interval(
     seed: int, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(seed)
-    a, b = rng.integers(0, 2, (2, 300)).astype(np.uint8)
-    save_file({"correct": a}, tmp_path / "a.safetensors")
-    save_file({"correct": b}, tmp_path / "b.safetensors")
-    found = paired_difference(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    truth = rng.integers(0, 5, 300)
+    hit = rng.integers(0, 2, (2, 300)).astype(bool)
+    said = np.where(hit, truth, (truth + 1) % 5)
+    for name, predicted in zip("ab", said, strict=True):
+        (tmp_path / name).mkdir()
+        arrays = {
+            "predicted": predicted,
+            "truth": truth,
+            "soft_loss": np.zeros(300, dtype=np.float32),
+        }
+        save_file(arrays, tmp_path / name / "test.safetensors")
+    found = paired_difference(tmp_path / "a", tmp_path / "b", "top1", 5)
+    a, b = hit
     assert found["difference"] == pytest.approx(a.mean() - b.mean())
     # McNemar's counts give the same variance: (n01 + n10) / n - d^2.
-    n01, n10, n = int(((a == 0) & (b == 1)).sum()), int(((a == 1) & (b == 0)).sum()), 300
+    n01, n10, n = int((~a & b).sum()), int((a & ~b).sum()), 300
     d = (n10 - n01) / n
     se = math.sqrt(((n01 + n10) / n - d * d) / (n - 1))
     assert found["hi"] - found["lo"] == pytest.approx(2 * 1.959963984540054 * se)
-    same = paired_difference(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+    same = paired_difference(tmp_path / "a", tmp_path / "a", "top1", 5)
     assert (same["difference"], same["lo"], same["hi"]) == (0.0, 0.0, 0.0)
+    # With classes of equal size the balanced accuracy differs as the accuracy does, nearly.
+    other = paired_difference(tmp_path / "a", tmp_path / "b", "balanced_accuracy", 5)
+    assert other["lo"] < other["difference"] < other["hi"]
+    assert other["hi"] - other["lo"] == pytest.approx(found["hi"] - found["lo"], rel=0.2)
 
 
 class Terminal(io.StringIO):

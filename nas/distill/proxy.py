@@ -263,7 +263,7 @@ def evaluate(
         predicted[rows] = logits.argmax(1).cpu().numpy()
         seen[rows] = True
         tick(float(len(rows)))
-    return Evaluation(loss[seen], predicted[seen], np.asarray(labels, dtype=np.int64)[seen])
+    return Evaluation(loss[seen], predicted[seen], np.array(labels, dtype=np.int64)[seen])
 
 
 def evaluate_test(
@@ -297,7 +297,7 @@ def evaluate_test(
         loss[rows] = nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
         predicted[rows] = logits.argmax(1).numpy()
         tick(float(len(labels)))
-    return Evaluation(loss, predicted, np.asarray(split.labels, dtype=np.int64))
+    return Evaluation(loss, predicted, np.array(split.labels, dtype=np.int64))
 
 
 def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:

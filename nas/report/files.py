@@ -20,7 +20,8 @@ T = TypeVar("T")
 class Candidate:
     """One line of `ledger.csv`; None where nothing was measured. Step 0 is the seed.
 
-    `soft_loss` in nats on the holdout (lower is better), `top1` a share of one, `seconds` spent.
+    `soft_loss` in nats on the holdout (lower is better), `top1` a share of one, `metric` the run's
+    where that is another; `seconds` spent.
     """
 
     step: int
@@ -46,6 +47,10 @@ class Candidate:
     soft_loss_se: float | None
     top1: float | None
     top1_se: float | None
+    metric: float | None
+    metric_se: float | None
+    epochs: int | None
+    violation: float | None
     seconds: float | None
     stage: str | None
     state: str | None

@@ -107,6 +107,11 @@ def report(run: RunFiles, *, figure: bool = True) -> str:
             "## Loading the model\n\nInside this folder; it needs timm and safetensors only.\n\n"
             + LOAD
         )
+    if (run.folder / "family.csv").exists():
+        parts.append(
+            "The best of every step is a model of its own, too: `family.csv` lists them with size, "
+            "throughput and score; each file in `family/` loads as above."
+        )
     parts.append("## How far to trust this\n\n" + "\n".join(f"- {c}" for c in caveats(run)))
     parts.append("## Next\n\n```sh\n" + "\n".join(next_commands(run)) + "\n```")
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -199,6 +204,12 @@ def caveats(run: RunFiles) -> list[str]:
         f"{images if images is not None else 'the'} holdout images that the search chose by. It "
         "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen.",
     ]
+    trusted = section(run.result, "trust").get("says")
+    if trusted:
+        said.append(f"Put to the test (`trust.csv`): {trusted}.")
+    reused = section(run.result, "reused").get("says")
+    if reused:
+        said.append(f"A replay: {reused}.")
     teacher = section(run.run, "dataset").get("labelled_by")
     if teacher is not None:
         said.append(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nas.jobs import Job, Result, Tick, no_tick
-from nas.runner import importance, labels, measuring, pace, train, zero_cost
+from nas.runner import importance, labels, measuring, pace, score, train, zero_cost
 from space.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], Tick], Values]] = {
     "ask-teacher": labels.ask_teacher,
     "merge-labels": labels.merge_labels,
     "train": train.train,
+    "score": score.score,
     "pace": pace.pace,
     "zero-cost": zero_cost.zero_cost,
     "importance": importance.importance,

@@ -1,0 +1,193 @@
+"""Structured pruning of a trained network to a parameter budget by tools that are not ours."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+INSTALL = {
+    "torch_pruning": "pip install 'vision-contraction[rivals]'",
+    "modelopt": "pip install nvidia-modelopt requests",
+}
+"""What the tools are installed by, under the name that they are imported by."""
+CLOSE = 0.01
+"""The search for a ratio ends when the net is at most this share below the budget."""
+BISECTIONS = 12
+ROUND_TO = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: tool, importance, spread over the layers, and what becomes of the heads.
+
+    `heads`: `kept` (attention's inner widths are left alone), `dims` (the tool is told the number
+    of heads and narrows each) or `pruned` (whole heads go).
+    """
+
+    name: str
+    tool: str = "torch_pruning"
+    importance: str = "magnitude"
+    everywhere: bool = False
+    heads: str = "kept"
+
+
+VARIANTS = (
+    Variant("Torch-Pruning, as its example for timm", heads="dims"),
+    Variant("Torch-Pruning, whole heads", heads="pruned"),
+    Variant("Torch-Pruning, magnitude, local"),
+    Variant("Torch-Pruning, magnitude, global", everywhere=True),
+    Variant("Torch-Pruning, Taylor, local", importance="taylor"),
+    Variant("Torch-Pruning, Taylor, global", importance="taylor", everywhere=True),
+    Variant("ModelOpt FastNAS", tool="modelopt"),
+)
+
+
+def missing(tool: str) -> str | None:
+    """Return how to install a tool that is not there, None when it is."""
+    if importlib.util.find_spec(tool) is not None:
+        return None
+    return f"not run: {tool} is not installed; {INSTALL[tool]}"
+
+
+def count(model: nn.Module) -> int:
+    """Count parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def prune_by_ratio(
+    model: nn.Module,
+    example: torch.Tensor,
+    variant: Variant,
+    ratio: float,
+    gradients: Sequence[torch.Tensor | None],
+) -> nn.Module:
+    """Return a pruned copy of a model, the classifier left whole; `gradients` are for Taylor.
+
+    Settings as the tool recommends for transformers: widths in multiples of 8, layers of one kind
+    compared with each other when pruning globally. Whatever the tool raises comes through.
+    """
+    import torch_pruning as tp
+
+    model.train()  # drops what eval mode may have cached
+    own = copy.deepcopy(model).eval()
+    for parameter, gradient in zip(own.parameters(), gradients, strict=False):
+        parameter.grad = None if gradient is None else gradient.clone()
+    attention = [m for m in own.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")]
+    left: list[Any] = [own.get_classifier()]  # type: ignore[operator]
+    heads: dict[str, Any] = {}
+    if variant.heads == "kept":
+        left += [m.qkv for m in attention]
+    else:
+        heads["num_heads"] = {m.qkv: m.num_heads for m in attention}
+    if variant.heads == "pruned":
+        heads |= {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": ratio}
+    taylor = variant.importance == "taylor"
+    by = tp.importance.GroupTaylorImportance if taylor else tp.importance.GroupMagnitudeImportance
+    pruner = tp.pruner.BasePruner(
+        own, example, importance=by(), pruning_ratio=ratio, ignored_layers=left,
+        global_pruning=variant.everywhere, isomorphic=variant.everywhere, round_to=ROUND_TO,
+        **heads,
+    )  # fmt: skip
+    pruner.step()
+    for module in attention:
+        if variant.heads == "pruned":
+            module.num_heads = pruner.num_heads[module.qkv]
+    own.zero_grad(set_to_none=True)
+    own.train()
+    own.eval()
+    with torch.no_grad():
+        own(example)  # a net that does not run any more is an outcome
+    return own
+
+
+def prune_to_budget(
+    prune: Callable[[float], nn.Module], budget: int, bisections: int = BISECTIONS
+) -> tuple[nn.Module, float]:
+    """Find the largest pruned net of at most `budget` parameters by bisecting the ratio.
+
+    Returns it and its ratio. Raises what `prune` raises, and `ValueError` when even the highest
+    ratio stays above the budget.
+    """
+    low, high = 0.0, 0.98
+    best, at = prune(high), high
+    if count(best) > budget:
+        raise ValueError(f"floor of {count(best):,} parameters above the budget of {budget:,}")
+    for _ in range(bisections):
+        if count(best) > (1 - CLOSE) * budget:
+            break
+        middle = (low + high) / 2
+        found = prune(middle)
+        if count(found) <= budget:
+            high = middle
+            if count(found) >= count(best):
+                best, at = found, middle
+        else:
+            low = middle
+    return best, at
+
+
+def fastnas(
+    model: nn.Module,
+    example: torch.Tensor,
+    budget: int,
+    batches: Iterable[torch.Tensor],
+    score: Callable[[nn.Module], float],
+    random_seed: int,
+) -> nn.Module:
+    """Prune with ModelOpt's FastNAS; `score` is of a net that was not trained on, higher is better.
+
+    It has no random seed of its own: the global generators are set, and stay so.
+    """
+    import modelopt.torch.prune as mtp
+
+    random.seed(random_seed)
+    np.random.seed(random_seed % 2**32)
+    torch.manual_seed(random_seed)
+    model.train()
+    found, _ = mtp.prune(
+        model, mode="fastnas", constraints={"params": float(budget)}, dummy_input=example,
+        config={
+            "data_loader": [(b, None) for b in batches], "collect_func": lambda batch: batch[0],
+            "score_func": score, "checkpoint": None, "verbose": False,
+        },
+    )  # fmt: skip
+    assert isinstance(found, nn.Module)
+    return found.eval()
+
+
+def rebuild(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Shrink a freshly built network, in place, to the shapes of a pruned state dict; load it.
+
+    Layers only get narrower, so their shapes say everything: no pickle is needed.
+    """
+    for name, module in model.named_modules():
+        weight = state.get(f"{name}.weight")
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            new, old = state.get(f"{name}.{kind}"), getattr(module, kind, None)
+            if new is not None and old is not None and new.shape != old.shape:
+                fresh = torch.empty_like(new)
+                keep = isinstance(old, nn.Parameter)
+                setattr(module, kind, nn.Parameter(fresh) if keep else fresh)
+        if weight is None:
+            continue
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = weight.shape
+        elif isinstance(module, nn.Conv2d):
+            if module.groups == module.in_channels > 1:
+                module.groups = weight.shape[0]
+            module.out_channels = weight.shape[0]
+            module.in_channels = weight.shape[1] * module.groups
+        elif isinstance(module, nn.LayerNorm):
+            module.normalized_shape = tuple(weight.shape)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.num_features = weight.shape[0]
+    model.load_state_dict(dict(state), strict=True)
+    return model

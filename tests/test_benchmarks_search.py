@@ -1,0 +1,348 @@
+"""Inheritance, racing and search efficiency: what they make of tables and curves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from benchmarks import racing
+from benchmarks._estimates import bootstrap, crossed, share
+from benchmarks._lattice import (
+    Lattice,
+    Scored,
+    Settings,
+    best_so_far,
+    closed,
+    lattice_of,
+    reached_after,
+    replay,
+)
+from benchmarks.inheritance import Crossing, ablation_rows, epochs_to_loss, ratio_rows
+from benchmarks.search_efficiency import rows_of, seed_sd
+from nas.search.racing import drift
+from nas.search.strategies import get_strategy, strategy_names
+from space import Context, get_family
+from space.errors import InputError
+from space.neighbours import Band, contains
+
+LENGTHS = (1, 2, 4, 8, 16)
+
+
+# -- epochs to a loss ------------------------------------------------------------------------------
+
+
+def test_crossings_lie_on_the_curve_and_are_censored_outside() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        losses = rng.normal(size=len(LENGTHS)).tolist()
+        target = float(rng.normal())
+        found = epochs_to_loss(LENGTHS, losses, target)
+        if losses[0] <= target:
+            assert found == Crossing(1.0, -1)
+        elif min(losses) > target:
+            assert found == Crossing(16.0, 1)
+        else:  # naively: the first of many small steps that is low enough
+            x = np.linspace(0, 4, 4001)
+            y = np.interp(x, np.log2(LENGTHS), losses)
+            assert found.censored == 0
+            assert math.log2(found.epochs) == pytest.approx(x[np.argmax(y <= target)], abs=2e-3)
+
+
+def test_a_lower_target_never_takes_fewer_epochs_nor_what_follows_a_crossing() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        losses = rng.normal(size=5).tolist()
+        a, b = sorted(rng.normal(size=2).tolist())
+        assert (
+            epochs_to_loss(LENGTHS, losses, a).epochs >= epochs_to_loss(LENGTHS, losses, b).epochs
+        )
+        first = next((i for i, v in enumerate(losses) if v <= b), 4)  # later ones are not trained
+        short = epochs_to_loss(LENGTHS, losses[: first + 1], b)
+        assert short == epochs_to_loss(LENGTHS, losses, b)
+
+
+def test_exact_power_laws_give_their_own_ratio() -> None:
+    for ratio in (1.5, 2.0, 3.0, 11.0):
+        losses = [5.0 - math.log(e) for e in LENGTHS]
+        found = epochs_to_loss(LENGTHS, losses, 5.0 - math.log(ratio))
+        assert found.epochs == pytest.approx(ratio)
+
+
+def test_ratio_rows_say_when_the_median_is_a_bound() -> None:
+    got = [[Crossing(3.0, 0), Crossing(5.0, 0)] for _ in range(6)]
+    rows = {r.name: r for r in ratio_rows(got, 16, "c")}
+    median = rows["epochs from scratch per inherited epoch, median"]
+    assert median.lo <= median.estimate <= median.hi
+    assert median.estimate in (3.0, 5.0)
+    assert rows["share of trainings with at least 2x"].estimate == 1.0
+    assert rows["share of trainings with at least 4x"].estimate == 0.5
+    never = [[Crossing(16.0, 1)] * 2 for _ in range(6)]
+    rows = {r.name: r for r in ratio_rows(never, 16, "c")}
+    median = rows["epochs from scratch per inherited epoch, median"]
+    assert (median.estimate, median.lo, median.hi) == (16.0, 16.0, 16.0)
+    assert median.note.startswith(">= 16")
+    assert "12 of 12" in median.note
+
+
+def test_criteria_are_compared_on_the_same_images() -> None:
+    rng = np.random.default_rng(2)
+    common = rng.normal(size=(8, 50)) * 10  # what archs and images do to all criteria alike
+    names = [f"{c}, {w}" for c in ("prefix", "l1", "l2", "taylor")
+             for w in ("0 epochs", "0 epochs, norms as inherited", "1 epoch")]  # fmt: skip
+    shift = {name: float(rng.normal()) for name in names}
+    rows = ablation_rows({name: common + shift[name] for name in names}, "c")
+    assert len({r.name for r in rows}) == len(rows) == 13
+    for row in rows:
+        assert row.hi - row.lo < 1e-9
+    by = {r.name: r.estimate for r in rows}
+    assert by["l1 - prefix, 1 epoch"] == pytest.approx(
+        shift["l1, 1 epoch"] - shift["prefix, 1 epoch"]
+    )
+    assert by["norms anew - as inherited, l2"] == pytest.approx(
+        shift["l2, 0 epochs"] - shift["l2, 0 epochs, norms as inherited"]
+    )
+
+
+def test_intervals_enclose_their_estimate() -> None:
+    rng = np.random.default_rng(3)
+    for n in (5, 40):
+        values = rng.normal(size=(n, 3))
+        for mid, lo, hi in (
+            bootstrap(values, lambda v: float(v.mean()), random_seed=0),
+            crossed(values, random_seed=0),
+            *(share(hits, n) for hits in range(n + 1)),
+        ):
+            assert lo <= mid <= hi
+    assert share(0, 10)[1] == 0.0
+    assert share(10, 10) == (1.0, pytest.approx(0.025 ** (1 / 10)), 1.0)
+
+
+# -- races -----------------------------------------------------------------------------------------
+
+
+def _curves(seeds: int = 2, archs: int = 8, images: int = 60) -> racing.Curves:
+    rng = np.random.default_rng(4)
+    worth = np.linspace(0, 2, archs)[None, :, None, None]
+    height = np.array([3.0, 2.0, 1.5, 1.0])[None, None, :, None]
+    noise = rng.normal(size=(seeds, archs, 1, images)) * 0.05
+    moves = rng.normal(size=(seeds, archs, 4, 1)) * 0.02
+    losses = worth + height + noise + moves
+    return racing.Curves(losses, tuple(f"a{i}" for i in range(archs)), (1000, 1001), (1, 2, 3, 5))
+
+
+def test_replayed_races_keep_their_books() -> None:
+    curves = _curves()
+    for name, race in racing.methods([1, 2]).items():
+        races = racing.replayed(curves, race, 5, 8, random_seed=0)
+        assert len(races) == 8
+        for one in races:
+            assert 1 / 5 <= one.share <= 1.0  # nobody trains less than the first rung
+        if name == "all to the end":
+            assert {r.share for r in races} == {1.0}
+            assert all(r.kept_own and r.kept_mean for r in races)
+        if name.startswith("paired tests"):  # far apart and quiet: the best is never stopped
+            assert all(r.kept_own for r in races)
+            assert np.mean([r.share for r in races]) < 1.0
+        assert races == racing.replayed(curves, race, 5, 8, random_seed=0)
+        rows = racing.rows_of(name, races, "c")
+        assert rows[1].estimate == np.mean([r.kept_own for r in races])
+        assert rows[2].estimate == np.mean([r.kept_mean for r in races])
+
+
+def test_drift_is_that_of_one_seed_and_ignores_what_all_share() -> None:
+    curves = _curves(seeds=1)
+    means = curves.means
+    found = racing.drifts(means, [range(8)])
+    for rung in range(3):
+        pairs = {str(a): (means[0, a, rung], means[0, a, 3]) for a in range(8)}
+        assert found[rung] == pytest.approx(drift(pairs))
+    shifted = np.concatenate([means, means + np.array([9.0, 4.0, 1.0, 0.0])])
+    assert racing.drifts(shifted, [range(8), range(8)]) == pytest.approx(found)
+    with pytest.raises(InputError):
+        racing.drifts(means, [[3]])
+
+
+def _write(folder: Path, name: str, losses: np.ndarray) -> None:
+    (folder / "work" / name).mkdir(parents=True)
+    path = folder / "work" / name / "holdout.safetensors"
+    save_file({"soft_loss": losses.astype(np.float32)}, path)
+
+
+def test_curves_are_read_from_a_lab_and_too_few_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    curves = _curves()
+    flags = ["--work", str(tmp_path), "--out", str(tmp_path / "racing.csv"), "--races", "3"]
+    assert racing.main(flags) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    for s, seed in enumerate(curves.seeds):
+        for a in range(8):
+            for r, rung in enumerate(curves.rungs):
+                end = "" if rung == 5 else f"-rung{rung}"
+                _write(
+                    tmp_path, f"D{a}-N2.3-inherit5-r{seed}-D9-N3-l1-D9{end}", curves.losses[s, a, r]
+                )
+            _write(tmp_path, f"D{a}-N2.3-inherit2x60-r{seed}-D9-N3-l1-D9", curves.losses[s, a, 0])
+    _write(
+        tmp_path, "D8-N2.3-inherit5-r1000-D9-N3-l1-D9-rung1", curves.losses[0, 0, 0]
+    )  # half done
+    found = racing.read_curves(tmp_path)
+    assert (found.rungs, found.seeds) == ((1, 2, 3, 5), (1000, 1001))
+    assert found.archs == tuple(f"D{a}-N2.3" for a in range(8))
+    assert np.allclose(found.losses, curves.losses, atol=1e-5)
+    assert racing.main([*flags, "--sizes", "4,6"]) == 0
+    assert (tmp_path / "racing.png").stat().st_size > 1000
+    assert capsys.readouterr().out.splitlines()[-1].startswith('{"archs": 8')
+
+
+# -- searches on a table ---------------------------------------------------------------------------
+
+FREE = ("depths[2]", "embed_dims[2]", "embed_dims[3]", "mlp_ratio", "mbconv_expand_ratio")
+SMALL = {
+    "embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lattice() -> Lattice:
+    family = get_family("tinyvit")
+    seed, context = family.arch(SMALL), Context(32, 10)
+    params = family.count_params(seed, context)
+    bands = []
+    for step in range(1, 5):
+        middle = params * (4e5 / params) ** (step / 4)
+        bands.append(Band(math.ceil(middle * 0.9), math.floor(middle * 1.1)))
+    return lattice_of(family, seed, context, bands, FREE)
+
+
+@pytest.fixture(scope="module")
+def losses(lattice: Lattice) -> dict[str, float]:
+    """Additive: every slot has a worth per place, plus a little that is an arch's own."""
+    rng = np.random.default_rng(5)
+    worth: dict[tuple[str, str], float] = {}
+    found = {}
+    for key, arch in lattice.archs.items():
+        parts = lattice.family.to_dict(arch).items()
+        found[key] = 0.01 * float(rng.normal()) + sum(
+            worth.setdefault((f, str(v)), float(rng.normal())) for f, v in parts
+        )
+    return found
+
+
+def test_the_lattice_is_closed(lattice: Lattice) -> None:
+    family, context = lattice.family, lattice.context
+    assert set(lattice.final) < set(lattice.archs)
+    frozen = ("window_sizes", "head_dim")
+    for arch in lattice.archs.values():
+        assert contains(family, lattice.seed, arch, context)
+        assert all(getattr(arch, f) == getattr(lattice.seed, f) for f in frozen)
+        for field, values in family.moves(arch).items():
+            own = family.moves(lattice.seed)[field].reshape(-1, values[0].size).tolist()
+            assert all(v in own for v in values.reshape(len(values), -1).tolist())
+    with pytest.raises(InputError):
+        closed(get_family("tinyvit"), lattice.seed, ["embed_dims[9]"])
+
+
+@pytest.mark.parametrize("proxied", [0, 3])
+def test_replays_stay_inside_count_everything_and_only_improve(
+    lattice: Lattice, losses: dict[str, float], proxied: int
+) -> None:
+    best = min(losses[k] for k in lattice.final)
+    for name in strategy_names():
+        if name == "gp":  # imports torch; the same code as tpe otherwise
+            continue
+        budget = 1 if name == "uniform" else 12  # which walks far for its last ones
+        listed = 1 if name == "uniform" else 4
+        settings = Settings(steps=4, shortlist=listed, proxied=proxied, beam=2, budget=budget)
+        strategy = get_strategy(name)
+        done = replay(lattice, losses, strategy, settings, random_seed=0)
+        if name in ("contraction", "evolution"):
+            assert done == replay(lattice, losses, strategy, settings, random_seed=0)
+        assert 1 <= len(done) <= budget
+        assert all(s.key in lattice.archs and s.loss == losses[s.key] for s in done)
+        per_step = proxied or 4
+        for step in {s.step for s in done}:
+            keys = [s.key for s in done if s.step == step]
+            assert len(keys) == len(set(keys))
+            if not (strategy.stepwise and step == 4):
+                assert len(keys) <= per_step
+            if strategy.stepwise:
+                band = lattice.bands[step - 1]
+                sizes = [
+                    lattice.family.count_params(lattice.archs[k], lattice.context) for k in keys
+                ]
+                assert all(band.lo <= size <= band.hi for size in sizes)
+        if not strategy.stepwise:
+            assert all(s.key in lattice.final for s in done)
+            assert len({s.key for s in done}) == len(done)
+        curve = best_so_far(done, lattice, 12)
+        assert all(a >= b for a, b in itertools.pairwise(curve))
+        for slack in (0.0, 0.5, 3.0):  # reaching agrees with the curve, and is monotone in the goal
+            after = reached_after(done, lattice, best + slack)
+            naive = next((i + 1 for i, v in enumerate(curve) if v <= best + slack), math.inf)
+            assert after == naive
+        goals = [reached_after(done, lattice, best + s) for s in np.linspace(0, 5, 20)]
+        assert goals == sorted(goals, reverse=True)
+
+
+def test_with_budget_enough_random_search_sees_the_whole_band(
+    lattice: Lattice, losses: dict[str, float]
+) -> None:
+    for proxied in (0, 2):
+        settings = Settings(4, 5, proxied, 2, 500)
+        done = replay(lattice, losses, get_strategy("random"), settings, random_seed=3)
+        assert {s.key for s in done} == lattice.final
+        best = min(losses[k] for k in lattice.final)
+        assert reached_after(done, lattice, best) <= len(lattice.final)
+
+
+def test_contraction_goes_on_in_its_last_step_until_nothing_is_left(
+    lattice: Lattice, losses: dict[str, float]
+) -> None:
+    for proxied in (0, 2):
+        settings = Settings(4, 5, proxied, 2, 500)
+        done = replay(lattice, losses, get_strategy("contraction"), settings, random_seed=3)
+        first = [s for s in done if s.step < 4]
+        assert len(first) == 3 * (proxied or 5)
+        last = [s.key for s in done if s.step == 4]
+        whole = replay(
+            lattice, losses, get_strategy("contraction"), Settings(4, 500, 0, 2, 500), random_seed=3
+        )
+        assert len(last) == len(set(last)) > 5
+        assert len(whole) < 500
+
+
+def test_only_archs_of_the_last_band_count_as_found(lattice: Lattice) -> None:
+    outside = next(k for k in lattice.archs if k not in lattice.final)
+    inside = min(lattice.final)
+    done = [Scored(1, outside, -9.0), Scored(2, inside, 1.0)]
+    assert reached_after(done, lattice, 1.0) == 2
+    assert reached_after(done, lattice, 0.0) == math.inf
+    assert best_so_far(done, lattice, 3) == [math.inf, 1.0, 1.0]
+
+
+def test_searches_that_end_short_are_censored_at_the_budget(lattice: Lattice) -> None:
+    inside, settings = min(lattice.final), Settings(4, 5, 0, 2, 20)
+    quick, never = [Scored(1, inside, 0.0)], [Scored(1, inside, 5.0)]
+    found = {"contraction": [quick] * 6, "random": [never] * 6}
+    rows = {r.name: r for r in rows_of(found, lattice, 0.0, settings, "c")}
+    assert rows["contraction: evaluations to within one sd, median"].estimate == 1.0
+    late = rows["random: evaluations to within one sd, median"]
+    assert (late.estimate, late.lo, late.hi) == (20.0, 20.0, 20.0)
+    assert late.note == "censored at the budget"
+    assert rows["random: reached within 20 evaluations"].estimate == 0.0
+    assert rows["random - contraction"].estimate == 19.0
+
+
+def test_the_deviation_over_seeds_is_found_again_without_common_shifts() -> None:
+    rng = np.random.default_rng(6)
+    losses = rng.normal(size=(5, 400)) * 0.3 + rng.normal(size=400) + rng.normal(size=(5, 1)) * 9
+    sd, lo, hi = seed_sd(losses)
+    assert lo < 0.3 < hi
+    assert sd == pytest.approx(0.3, rel=0.1)

@@ -1,0 +1,201 @@
+"""A race spends what losers save on those that remain, and a rung's stop leaves no trace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from nas.jobs import Job, Result
+from nas.judging import judged, losses_of, per_image
+from nas.race import MORE, Entrant, race, rungs_of
+from nas.run import CHECKPOINT, Incumbent
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("epochs", range(1, 65))
+def test_rungs_end_with_the_whole_length_and_halve_down_to_one(epochs: int) -> None:
+    rungs = rungs_of(epochs)
+    assert rungs[0] == 1
+    assert rungs[-1] == epochs
+    assert all(a < b <= 2 * a for a, b in itertools.pairwise(rungs))
+
+
+@dataclass
+class Bench:
+    """What a race needs of a run: made-up losses by candidate, and a diary of its trainings."""
+
+    root: Path
+    means: dict[str, float]
+    racing: bool = True
+    failing: frozenset[str] = frozenset()
+    diary: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config = SimpleNamespace(racing=self.racing, proxy_init="inherit", metric="top1")
+        self.folder = SimpleNamespace(
+            job_folder=lambda name: self.root / name, drop_weights=self._drop
+        )
+
+    def _drop(self, name: str) -> None:
+        (self.root / name / "weights.safetensors").unlink(missing_ok=True)
+
+    def train(self, arch: Any, name: str, **more: Any) -> Result:
+        key = str(arch)
+        self.diary.append({"key": key, "name": name, **more})
+        if key in self.failing:
+            return Result(name, False, {}, "out of memory")
+        before = more.get("before")
+        if before is not None:
+            assert (before[1] / CHECKPOINT).exists(), "a rung goes on from where one stood"
+        out = more["out"]
+        out.mkdir(exist_ok=True)
+        rng = np.random.default_rng(7)
+        noise = rng.normal(size=400).astype(np.float32) * 0.3
+        truth = np.zeros(400, dtype=np.int64)
+        arrays = {"soft_loss": self.means[key] + noise, "predicted": truth, "truth": truth}
+        save_file(arrays, out / "holdout.safetensors")
+        left = CHECKPOINT if more.get("rung") is not None else "weights.safetensors"
+        (out / left).write_bytes(b"x")
+        return Result(name, True, {"soft_loss": self.means[key]}, None, 1.0)
+
+
+def entrants(bench: Bench) -> list[Entrant]:
+    parent = Incumbent(None, "parent", bench.root, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
+    return [Entrant(key, f"s1-{key}", key, parent) for key in bench.means]  # type: ignore[arg-type]
+
+
+def run_race(bench: Bench, *, keep: int = 1, epochs: int = 8, stored: int = 100) -> list[Any]:
+    return race(
+        bench, entrants(bench), keep=keep, epochs=epochs, first_epoch=0, stored_epochs=stored
+    )  # type: ignore[arg-type]
+
+
+def test_losers_stop_and_those_that_remain_get_their_epochs(tmp_path: Path) -> None:
+    means = {"a": 1.0, "b": 1.01, **{f"z{i}": 3.0 + i for i in range(6)}}
+    bench = Bench(tmp_path, means)
+    ran = run_race(bench, keep=2)
+    assert [r.entrant.key for r in ran] == list(means), "in the order of the entrants"
+    through = [r for r in ran if r.stopped is None]
+    assert {r.entrant.key for r in through} == {"a", "b"}
+    assert all(r.epochs == 1 for r in ran if r.stopped is not None)
+    assert all("after 1 of 8 epochs" in r.stopped for r in ran if r.stopped is not None)
+    # Six stopped after one of eight epochs: 42 saved, 21 more for each of two.
+    assert {r.epochs for r in through} == {8 + 21}
+    assert all(r.folder.name.endswith(MORE) for r in through)
+    spent = sum(r.epochs for r in ran)
+    assert spent <= 8 * len(means)
+    assert not list(tmp_path.glob(f"*/{CHECKPOINT}")), "no checkpoint is left"
+    assert {p.parent.name for p in tmp_path.glob("*/weights.safetensors")} == {
+        r.folder.name for r in through
+    }
+
+
+@pytest.mark.parametrize("racing", [False, True])
+def test_equals_all_reach_the_end_and_nothing_is_raced_needlessly(
+    tmp_path: Path, racing: bool
+) -> None:
+    bench = Bench(tmp_path, dict.fromkeys("abcd", 1.0), racing=racing)
+    ran = run_race(bench, keep=1, epochs=4)
+    assert all(r.stopped is None and r.epochs == 4 for r in ran)
+    assert len(bench.diary) == (4 * len(rungs_of(4)) if racing else 4)
+    few = Bench(tmp_path / "few", {"a": 1.0, "b": 9.0})
+    few.root.mkdir()
+    assert all(r.stopped is None for r in run_race(few, keep=2, epochs=4))
+    assert len(few.diary) == 2, "as many places as candidates: nothing to race for"
+
+
+def test_a_failure_is_an_outcome_of_its_own(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing=frozenset("b"))
+    ran = run_race(bench, epochs=2)
+    assert [r.result.ok for r in ran] == [True, False, True]
+    assert ran[1].result.reason == "out of memory"
+    assert [d["key"] for d in bench.diary].count("b") == 1, "and is not trained any further"
+
+
+@pytest.mark.parametrize("stored", [3, 9, 100])
+def test_saved_epochs_stay_within_the_stored_labels(tmp_path: Path, stored: int) -> None:
+    bench = Bench(tmp_path, {"a": 1.0, "b": 1.0, **{f"z{i}": 5.0 for i in range(4)}})
+    run_race(bench, epochs=2, stored=stored)
+    more = [d for d in bench.diary if d["name"].endswith(MORE)]
+    assert more
+    assert all(d["first_epoch"] + d["epochs"] <= stored for d in more)
+
+
+def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.repeat([0, 1, 2], [90, 9, 1])
+    losses = rng.uniform(0, 2, 100).astype(np.float32)
+    predicted = np.where(rng.uniform(size=100) < 0.7, truth, (truth + 1) % 3)
+    arrays = {"soft_loss": losses, "predicted": predicted, "truth": truth}
+    for split in ("holdout", "test"):
+        save_file(arrays, tmp_path / f"{split}.safetensors")
+    by_class = [losses[truth == c].mean() for c in range(3)]
+    assert losses_of(tmp_path, "macro_f1").mean() == pytest.approx(np.mean(by_class), rel=1e-6)
+    assert losses_of(tmp_path).mean() == pytest.approx(losses.mean(), rel=1e-6)
+    values = judged({"soft_loss": 9.0}, tmp_path, "balanced_accuracy", 3)
+    recall = [(predicted[truth == c] == c).mean() for c in range(3)]
+    assert values["metric"] == values["test_metric"] == pytest.approx(np.mean(recall))
+    assert values["soft_loss"] == pytest.approx(np.mean(by_class), rel=1e-6)
+    assert (per_image(tmp_path, "test").truth == truth).all()
+
+
+def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path: Path) -> None:
+    """One training of two epochs, straight and as two jobs."""
+    from nas.runner import run_job
+
+    spec = json.loads(next(iter(_specs(finished))))
+    told = {**spec, "epochs": 2, "checkpoint": False, "shared": False, "test": False}
+    whole = run_job(Job("train", "whole", {**told, "out": str(tmp_path / "whole")}))
+    first = run_job(Job("train", "first", {**told, "rung": 1, "out": str(tmp_path / "first")}))
+    ticks: list[float] = []
+    past = {"epochs": 1, "checkpoint": str(tmp_path / "first" / CHECKPOINT)}
+    job = Job("train", "second", {**told, "continue_from": past, "out": str(tmp_path / "second")})
+    second = run_job(job, ticks.append)
+    assert whole.ok, whole.reason
+    assert first.ok, first.reason
+    assert second.ok, second.reason
+    assert whole.values["weights_digest"] == second.values["weights_digest"]
+    assert first.values["weights_digest"] != second.values["weights_digest"]
+    names = [sorted(p.name for p in (tmp_path / n).glob("*.safetensors")) for n in
+             ("whole", "first", "second")]  # fmt: skip
+    assert names[0] == names[2] == ["holdout.safetensors", "weights.safetensors"]
+    assert names[1] == [CHECKPOINT, "holdout.safetensors"]
+    trained = sum(ticks) - whole.values["holdout_images"]
+    assert trained == whole.values["images"] / 2, "the first rung's images are not told twice"
+
+
+def _specs(finished: Any) -> list[str]:
+    """Give the specification of a scratch training on the finished run's data and labels."""
+    from nas.contract import contract
+    from nas.executor import InlineExecutor
+    from nas.run import Run
+
+    found: list[str] = []
+
+    class Listening(InlineExecutor):
+        def run(self, job: Job, **more: Any) -> Result:
+            if job.kind == "train":
+                found.append(json.dumps(dict(job.spec)))
+                return Result(job.key, False, {}, "enough")
+            return super().run(job, **more)
+
+    assert Run is not None
+    seed = finished.flags[1]
+    from space.errors import InputError
+
+    with pytest.raises(InputError, match="enough"):
+        contract(
+            seed=seed, target_params="400K", effort="smoke", threads=1, img_size=32,
+            proxy_images=200, teacher_epochs=2, cache_dir=finished.cache, random_seed=0,
+            seed_epochs=2, out=finished.folder.parent / "listening", executor=Listening(),
+        )  # fmt: skip
+    return found

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from nas.config import parse_count
 from nas.files import write_atomic
 from nas.measure.predict import MODELS, held_out, terms_of
 from nas.measure.rows import OK, one_fingerprint, read_rows
+from nas.search.trust import kendall, resampled
 from space import Context, get_family
 from space.errors import refuse
 
@@ -37,8 +37,8 @@ Floats = npt.NDArray[np.float64]
 class PredictorRow:
     """One way to order networks, over one range: Kendall's tau with measured throughput.
 
-    Intervals are 95 % of a bootstrap over networks. `median_error` is |predicted / measured - 1|.
-    `ahead` is tau less that of the best of parameters and MACs, on the same resamples.
+    Intervals are 95 % of a bootstrap over networks (`nas.search.trust.resampled`). `median_error`
+    is |predicted / measured - 1|. `ahead` is tau less that of the best of parameters and MACs, on the same resamples.
     """
 
     range: str
@@ -56,17 +56,9 @@ class PredictorRow:
 
 def compare(paces: Floats, scores: dict[str, Floats], name: str, seed: int) -> list[PredictorRow]:
     """Return a row for each way, on the same resamples of the networks."""
-    from scipy.stats import kendalltau
-
     n = len(paces)
-    rng = np.random.default_rng(seed)
-    draws = [np.unique(rng.integers(0, n, n)) for _ in range(RESAMPLES)]
-
-    def tau(score: Floats, at: Any = slice(None)) -> float:
-        return float(kendalltau(score[at], paces[at]).statistic)
-
-    taus = {by: np.array([tau(score, at) for at in draws]) for by, score in scores.items()}
-    plain = {by: tau(score) for by, score in scores.items()}
+    taus = {by: resampled(score, paces, RESAMPLES, seed) for by, score in scores.items()}
+    plain = {by: kendall(score, paces) for by, score in scores.items()}
     rivals = [by for by in ("parameters", "MACs") if by in scores]
     rows = []
     for by, score in scores.items():

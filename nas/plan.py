@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nas.campaign import band_text, lighter_band, run_requirement
+from nas.finish import nearest_published
 from nas.jobs import Job, Result
 from nas.race import rungs_of
 from nas.run import Incumbent, Run, Work, derived_seed
@@ -307,7 +308,10 @@ def _work(run: Run, steps: Sequence[PlannedStep]) -> Work:
     timings = settings * (2 + sum(s.timings for s in steps) + 1) + 1
     gmacs = images * config.seed_epochs * run.image_cost(run.seed_arch)
     gmacs += sum(s.train_gmacs for s in steps)
-    gmacs += images * (again * config.proxy_epochs + 2 * config.final_epochs) * last
+    # The winner is compared with the published arch nearest in size, trained as long.
+    _, beside = nearest_published(run, config.target_params)
+    pair = last + run.image_cost(beside)
+    gmacs += images * (again * config.proxy_epochs * last + config.final_epochs * pair)
     return Work(timings, 1 + sum(s.trainings for s in steps) + again + 2, gmacs)
 
 

@@ -29,7 +29,8 @@ def settings(finished: Finished, **more: Any) -> dict[str, Any]:
     return {
         "seed": finished.flags[1], "target_params": "400K", "effort": "smoke", "threads": 1,
         "img_size": 32, "proxy_images": 200, "teacher_epochs": 2, "cache_dir": finished.cache,
-        "bench_blocks": 6, "bench_max_blocks": 6, "shortlist": 3, "proxied": 2, **more,
+        "bench_blocks": 6, "bench_max_blocks": 6, "shortlist": 3, "proxied": 2, "final_epochs": 1,
+        **more,
     }  # fmt: skip
 
 
@@ -103,10 +104,8 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
     assert len({r["key"] for r in rows}) == len(rows), "no arch is looked at twice"
     seed = next(r for r in ledger(tmp_path / "run") if r["step"] == "0")
     assert {r["parent"] for r in rows} == {seed["key"]}
-    scored = [r for r in rows if r["state"] == "complete"]
-    best = min(scored, key=lambda r: float(r["soft_loss"]))
-    finalists = {f["key"] for f in outcome.result["finalists"]}
-    assert best["key"] in finalists
+    kept = {r["key"] for r in rows if r["stage"] == "kept"}
+    assert {f["key"] for f in outcome.result["finalists"]} <= kept
     again = contract(**given, out=tmp_path / "again", executor=InlineExecutor())
     assert [r["key"] for r in ledger(tmp_path / "again")][1:] == [r["key"] for r in rows]
     assert again.result["winner"] == outcome.result["winner"]

@@ -86,9 +86,18 @@ def kendall_interval(
     not tie with itself: only pairs of distinct archs count, c_i c_j times each. Raises InputError.
     """
     given, true = _scores_and_truth(scores, truth)
-    a, b = _signs(given), _signs(true.mean(axis=0))
-    taus = _resampled(a * b, np.abs(a), np.abs(b), resamples, random_seed)
+    taus = resampled(given, true.mean(axis=0), resamples, random_seed)
     return _percentiles(kendall(given, true.mean(axis=0)), taus, len(given))
+
+
+def resampled(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int, random_seed: int) -> Floats:
+    """Return tau-b of two series [n] on bootstrapped archs [resamples]; NaN where all tie.
+
+    Only pairs of distinct archs count, as in `kendall_interval`. Equal random seeds draw the same
+    archs, so differences of two such results are paired.
+    """
+    left, right = (_signs(np.asarray(x, dtype=np.float64)) for x in (a, b))
+    return _resampled(left * right, np.abs(left), np.abs(right), resamples, random_seed)
 
 
 def ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int = 0) -> Ceiling:

@@ -38,7 +38,8 @@ class PredictorRow:
     """One way to order networks, over one range: Kendall's tau with measured throughput.
 
     Intervals are 95 % of a bootstrap over networks (`nas.search.trust.resampled`). `median_error`
-    is |predicted / measured - 1|. `ahead` is tau less that of the best of parameters and MACs, on the same resamples.
+    is |predicted / measured - 1|. `ahead` is tau less that of the best of parameters and MACs, on
+    the same resamples.
     """
 
     range: str

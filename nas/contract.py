@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from nas.command import EXIT_BAD_INPUT, Parser, default_cache, guarded
 from nas.config import EFFORTS, parse_count, parse_share
 from nas.plan import Plan
+from nas.planning import plan as plan_run
 from nas.session import Outcome, run
-from nas.session import plan as plan_run
 from space.errors import InputError, refuse
 
 EXIT_REACHED, EXIT_STUCK = 0, 3

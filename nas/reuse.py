@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from nas.config import RunConfig
+from nas.data import Dataset
 from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
 from nas.jobs import Result
 from nas.judging import losses_of
 from nas.race import MORE
-from nas.resolve import Earlier, answers, start_of
+from nas.resolve import Earlier, answers, read_earlier, start_of, steps_left
 from nas.run import Incumbent, Run
 from nas.scoring import places
-from nas.search.constraints import bounds_at, requirements_of
+from nas.search.constraints import band_at, bounds_at, requirements_of
 from nas.search.ledger import Row
 from nas.search.selection import Scored, paired_error, rank
+from space import Context
+from space.family import Family
 from space.neighbours import listed
 
 
@@ -80,7 +86,7 @@ def _folder(earlier: Earlier, row: Row) -> Path:
     return longer if longer.is_dir() else earlier.folder / "work" / name
 
 
-def started(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
+def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
     """Return where the steps begin: the earlier run's smallest model above the band, or the seed.
 
     The steps' bounds tighten from there.
@@ -117,3 +123,43 @@ def started(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
         ratio=measured.ratio, images_per_s=measured.images_per_s, soft_loss=score["soft_loss"],
         soft_loss_se=score["soft_loss_se"], step=0,
     )  # fmt: skip
+
+
+def earlier_of(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
+    """Read the run that a replay answers from."""
+    if config.replay is None:
+        return None
+    return read_earlier(Path(config.replay), family, dataset.fingerprint)
+
+
+def steps_from(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
+    """Return how many steps a replay takes from the earlier run's nearest model to its target."""
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    seed_params = family.count_params(family.arch(config.seed_arch), context)
+    start = start_of(earlier, band_at(seed_params, config, config.steps))
+    params = seed_params if start is None else start.params
+    return steps_left(earlier, seed_params, params, config.target_params)
+
+
+def reused_words(
+    bench: Run, earlier: Earlier, seed: Incumbent, start: Incumbent, known: Sequence[Incumbent]
+) -> dict[str, Any]:
+    """Say what a replay takes from the earlier run."""
+    scores = sum(row.step == bench.config.steps and row.soft_loss is not None
+                 for row in bench.ledger.rows) if known else 0  # fmt: skip
+    if known:
+        says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
+    elif start is not seed:
+        says = (
+            f"none of the {len(earlier.scored)} archs scored in {earlier.folder} meets the new "
+            f"question; {bench.config.steps} steps from its model of {bench.start_params:,} "
+            "parameters"
+        )
+    else:
+        says = f"nothing in {earlier.folder} helps; {bench.config.steps} steps from the seed"
+    return {
+        "run": str(earlier.folder),
+        "scores": scores,
+        "start": None if known else start.key,
+        "says": says,
+    }

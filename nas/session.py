@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nas import finish, reuse, stage
+from nas import finish, stage
 from nas.campaign import band_text, contract_steps
-from nas.config import RunConfig
-from nas.data import Dataset
 from nas.door import (
     ask_fingerprints,
     check_possible,
@@ -33,21 +30,18 @@ from nas.measure.device_table import DeviceTable
 from nas.measure.rows import read_rows, write_rows
 from nas.measure.table import MeasurementRow, read_measurements
 from nas.milestones import write_family
-from nas.plan import Plan, make_plan, told
 from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
 from nas.report import write_report
-from nas.resolve import Earlier, read_earlier, replayed_config, start_of, steps_left
+from nas.resolve import replayed_config
+from nas.reuse import answered, earlier_of, reused_words, steps_from
 from nas.run import Incumbent, Run
 from nas.rundir import RunDir, resumed_config
 from nas.scoring import confirm
-from nas.search.constraints import band_at
 from nas.tables import StepRow
-from nas.trust import trust as trust_report
-from nas.trust import trust_cost
-from space import Context, get_family
+from nas.trust import trust_in_time
+from space import get_family
 from space.errors import InputError, refuse
-from space.family import Family
 from space.freeze import freeze
 
 Executor = LocalExecutor | InlineExecutor
@@ -101,48 +95,6 @@ def run(
     return _start(given, out, deadline, cache, console, executor, trust)
 
 
-def plan(
-    given: Mapping[str, Any],
-    *,
-    cache: Path,
-    quiet: bool,
-    console: Console | None,
-    executor: Executor | None,
-) -> tuple[Plan, str]:
-    """Plan a run in a folder that goes away again; see `nas.contract.plan`."""
-    console = console if console is not None else Console(quiet=quiet)
-    given = resolved(given)
-    if "replay" in given:
-        raise refuse("--plan", "with --replay", "a new run", "a replay tells what it reuses itself")
-    config = make_config(given)
-    family = get_family(config.family)
-    seed_arch = family.seed(config.seed)
-    family = freeze(family, seed_arch, config.freeze)
-    config = dataclasses.replace(config, seed_arch=family.to_dict(seed_arch))
-    dataset = with_classes(config, read_data(config, cache, console), cache, console)
-    check_possible(config, family, seed_arch, dataset)
-    tables = [Path(p) for p in config.device_table]
-    config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
-    check_requirements(config, family, seed_arch, dataset, device_table)
-    with tempfile.TemporaryDirectory(prefix="plan-") as text:
-        folder = RunDir(Path(text) / "plan")
-        folder.create()
-        worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
-        try:
-            bench = Run(
-                config=config, family=family, seed_arch=seed_arch, dataset=dataset, folder=folder,
-                executor=worker, console=console, cache=cache, deadline=None,
-                fingerprints=ask_fingerprints(config, worker, device_table), table=device_table,
-            )  # fmt: skip
-            made = make_plan(bench)
-            bench.ledger.close()
-            return made, told(bench, made)
-        finally:
-            if executor is None:
-                worker.close()
-            folder.release()
-
-
 def _start(
     given: dict[str, Any],
     out: Path | None,
@@ -174,16 +126,14 @@ def _start(
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
     check_possible(config, family, seed_arch, dataset)
     tables = [Path(p) for p in config.device_table]
-    earlier = _earlier(config, family, dataset)
+    earlier = earlier_of(config, family, dataset)
     if earlier is not None:
         if tables:
             tables = [earlier.folder / DEVICE_ROWS]
         else:
             rows = (*rows, *read_measurements(earlier.folder / "measurements.csv"))
         if "steps" not in given:
-            config = dataclasses.replace(
-                config, steps=_steps_left(earlier, config, family, dataset)
-            )
+            config = dataclasses.replace(config, steps=steps_from(earlier, config, family, dataset))
     config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
     check_requirements(config, family, seed_arch, dataset, device_table)
     folder.create()
@@ -291,7 +241,7 @@ def _resume(
             deadline=deadline,
             fingerprints=fingerprints,
             table=device_table,
-            earlier=_earlier(config, family, dataset),
+            earlier=earlier_of(config, family, dataset),
         )
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
@@ -335,22 +285,6 @@ def _take_finalists(folder: RunDir, table: DeviceTable | None, finalists: Path |
         write_rows(kept, rows)
     elif table is not None and kept.exists():
         table.add_finalists(read_rows(kept, "--finalists"), str(kept))
-
-
-def _earlier(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
-    """Read the run that a replay answers from."""
-    if config.replay is None:
-        return None
-    return read_earlier(Path(config.replay), family, dataset.fingerprint)
-
-
-def _steps_left(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
-    """Return how many steps a replay takes from the earlier run's nearest model to its target."""
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    seed_params = family.count_params(family.arch(config.seed_arch), context)
-    start = start_of(earlier, band_at(seed_params, config, config.steps))
-    params = seed_params if start is None else start.params
-    return steps_left(earlier, seed_params, params, config.target_params)
 
 
 def _adopt(bench: Run, rows: Sequence[MeasurementRow], *, named: bool) -> None:
@@ -400,9 +334,9 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
         seed = stage.prepare_seed(bench)
         start, known = seed, []
         if bench.earlier is not None:
-            known = reuse.answered(bench, bench.earlier, seed)
-            start = seed if known else reuse.started(bench, bench.earlier, seed)
-            reused = _reused(bench, bench.earlier, seed, start, known)
+            known = answered(bench, bench.earlier, seed)
+            start = seed if known else begun_at(bench, bench.earlier, seed)
+            reused = reused_words(bench, bench.earlier, seed, start, known)
             console.line(f"replay: {reused['says']}")
         if known:
             incumbents, stuck, path = known, None, [[seed], known]
@@ -444,7 +378,7 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
         message = _reached(bench, final)
     trusted = None
     if trust is not None and final is not None:
-        trusted = _trusted(bench, seed, trust)
+        trusted = trust_in_time(bench, seed, trust)
     exit_code = 0 if status == "reached" else 3
     result = {
         "status": status,
@@ -477,50 +411,6 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
-
-
-def _trusted(bench: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
-    """Make the trust report, as far as time allows; a later --resume goes on with it."""
-    console = bench.console
-    console.start(trust_cost(bench, number))
-    try:
-        report = trust_report(bench, seed, number)
-        console.line(f"trust: {report['says']}")
-        return report
-    except OutOfTime:
-        console.line(
-            f"trust: out of time (--max-hours); --resume {bench.folder.path} --trust {number} "
-            "goes on"
-        )
-        return None
-    finally:
-        console.stop()
-        with contextlib.suppress(Exception):
-            bench.executor.close()
-
-
-def _reused(
-    bench: Run, earlier: Earlier, seed: Incumbent, start: Incumbent, known: Sequence[Incumbent]
-) -> dict[str, Any]:
-    """Say what a replay takes from the earlier run."""
-    scores = sum(row.step == bench.config.steps and row.soft_loss is not None
-                 for row in bench.ledger.rows) if known else 0  # fmt: skip
-    if known:
-        says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
-    elif start is not seed:
-        says = (
-            f"none of the {len(earlier.scored)} archs scored in {earlier.folder} meets the new "
-            f"question; {bench.config.steps} steps from its model of {bench.start_params:,} "
-            "parameters"
-        )
-    else:
-        says = f"nothing in {earlier.folder} helps; {bench.config.steps} steps from the seed"
-    return {
-        "run": str(earlier.folder),
-        "scores": scores,
-        "start": None if known else start.key,
-        "says": says,
-    }
 
 
 def _finalist(of: Incumbent) -> dict[str, Any]:

@@ -7,6 +7,7 @@ longer from there on several random seeds: the truth. `trust.csv` compares.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nas.executor import OutOfTime
 from nas.files import read_json, write_atomic, write_json
 from nas.jobs import Job, Result
 from nas.judging import losses_of
@@ -248,3 +250,23 @@ def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
         for name, value in values.items():
             found.setdefault(name, []).append(value)
     return {name: values for name, values in found.items() if len(values) == len(archs)}
+
+
+def trust_in_time(bench: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
+    """Make the trust report, as far as time allows; a later --resume goes on with it."""
+    console = bench.console
+    console.start(trust_cost(bench, number))
+    try:
+        report = trust(bench, seed, number)
+        console.line(f"trust: {report['says']}")
+        return report
+    except OutOfTime:
+        console.line(
+            f"trust: out of time (--max-hours); --resume {bench.folder.path} --trust {number} "
+            "goes on"
+        )
+        return None
+    finally:
+        console.stop()
+        with contextlib.suppress(Exception):
+            bench.executor.close()

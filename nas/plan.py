@@ -89,8 +89,12 @@ class Plan:
     stuck: str | None = None
 
 
-def make_plan(run: Run, seconds: float = MEASURING_S) -> Plan:
-    """Plan a run without training anything. Raises InputError where the run itself would."""
+def make_plan(run: Run, seconds: float | None = None) -> Plan:
+    """Plan a run without training anything, after about `seconds` of measuring (a minute).
+
+    Raises InputError where the run itself would.
+    """
+    seconds = MEASURING_S if seconds is None else seconds
     seed = measure_seed(run)
     floor_arch = run.family.floor(run.seed_arch, run.context)
     floor = run.measure(floor_arch, "floor", reference=run.seed_arch)

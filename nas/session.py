@@ -34,7 +34,7 @@ from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
 from nas.report import write_report
 from nas.resolve import replayed_config
-from nas.reuse import answered, earlier_of, reused_words, steps_from
+from nas.reuse import answered, begun_at, earlier_of, reused_words, steps_from
 from nas.run import Incumbent, Run
 from nas.rundir import RunDir, resumed_config
 from nas.scoring import confirm

@@ -166,7 +166,15 @@ def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return folder, time.monotonic() - started
 
 
-@pytest.mark.parametrize("instant", [0.25, 0.5, 0.7, 0.85])
+@pytest.mark.parametrize(
+    "instant",
+    [
+        pytest.param(0.25, marks=pytest.mark.slow),
+        0.5,
+        pytest.param(0.7, marks=pytest.mark.slow),
+        0.85,
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_answer(
     finished: Finished, undisturbed: tuple[Path, float], tmp_path: Path, instant: float
 ) -> None:
@@ -230,9 +238,9 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--final-epochs", "40", "--json"]
+    arguments = [*flags, "--out", str(folder), "--final-epochs", "12", "--json"]
     started = time.monotonic()
-    process = run_process([*arguments, "--max-hours", str(15 / 3600)])
+    process = run_process([*arguments, "--max-hours", str(10 / 3600)])
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 3, said
     assert time.monotonic() - started < 120  # "in time", on a busy machine too

@@ -97,7 +97,7 @@ def test_damage_ends_in_a_line_each_and_status_2(
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_make_the_same_bytes(
     cache: Path, store: Path, tmp_path: Path, processes: int
 ) -> None:

@@ -97,7 +97,7 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
 
     One that stops here becomes a row at once, and is not measured under the settings left.
     """
-    if run.ledger.failed(step, candidate.key):
+    if run.ledger.failed(step, candidate.key, "throughput"):
         return None
     arch = candidate.of.arch
     for setting in run.settings:

@@ -10,7 +10,9 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from nas.files import read_json, write_json
 from nas.jobs import Result
 from nas.judging import losses_of
 from nas.run import CHECKPOINT, RUNG, Incumbent, Run
@@ -89,8 +91,8 @@ def race(
         for entrant in racing:
             folder = _folder(run, entrant, None if last else rung)
             before = None if earlier is None else _folder(run, entrant, earlier)
-            result = run.train(
-                entrant.arch, folder.name, out=folder, epochs=epochs,
+            result = _trained(
+                run, entrant.arch, folder.name, out=folder, epochs=epochs,
                 init=run.config.proxy_init, parent=entrant.parent, first_epoch=first_epoch,
                 rung=None if last else rung,
                 before=None if before is None or earlier is None else (earlier, before),
@@ -116,6 +118,19 @@ def race(
     return _prolonged(run, [ended[e.key] for e in entrants], epochs, first_epoch, stored_epochs)
 
 
+def _trained(run: Run, arch: Arch, name: str, *, out: Path, **more: Any) -> Result:
+    """Train, or take over that it failed: an outcome, which a resumed run finds as it was."""
+    failed = out.with_name(f"{name}.failed.json")
+    if failed.exists():
+        told = read_json(failed, "why a training failed")
+        return Result(name, False, {}, told["reason"], told["seconds"])
+    result = run.train(arch, name, out=out, **more)
+    if not result.ok:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(failed, {"reason": result.reason, "seconds": result.seconds})
+    return result
+
+
 def _prolonged(
     run: Run, ran: Sequence[Ran], epochs: int, first_epoch: int, stored_epochs: int
 ) -> list[Ran]:
@@ -136,8 +151,8 @@ def _prolonged(
         own = replace(each.entrant.parent, arch=each.entrant.arch, key=each.entrant.key,
                       weights=each.folder / "weights.safetensors", order=None)  # fmt: skip
         folder = run.folder.job_folder(f"{each.entrant.name}{MORE}")
-        result = run.train(
-            each.entrant.arch, folder.name, out=folder, epochs=min(more, stored_epochs),
+        result = _trained(
+            run, each.entrant.arch, folder.name, out=folder, epochs=min(more, stored_epochs),
             init="inherit", parent=own, first_epoch=start,
         )  # fmt: skip
         if not result.ok:  # what it had is still its own

@@ -77,9 +77,7 @@ def _features(run: Run, candidate: Candidate) -> tuple[float, ...]:
 def score(run: Run, step: int, chosen: Sequence[Candidate], *, first_epoch: int) -> list[Ran]:
     """Race the chosen candidates; those that failed become rows. Returns the others."""
     entrants = [
-        Entrant(c.key, f"s{step}-{c.key}", c.of.arch, with_order(run, c.parent))
-        for c in chosen
-        if not run.ledger.failed(step, c.key)
+        Entrant(c.key, f"s{step}-{c.key}", c.of.arch, with_order(run, c.parent)) for c in chosen
     ]
     ran = race(
         run, entrants, keep=places(run, step), epochs=run.config.proxy_epochs,

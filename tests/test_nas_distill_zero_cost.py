@@ -176,6 +176,7 @@ def test_synflow_conserves_flow_through_layers_that_all_paths_cross(fused: bool)
     assert all(value > 0 for name, value in kept.items() if "blocks" in name)
 
 
+@pytest.mark.slow
 def test_synflow_is_finite_and_grows_with_width_up_to_the_largest_published() -> None:
     found = []
     for name in ("5M", "11M", "21M"):

@@ -229,7 +229,7 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int) -> None:
 
 
 def test_a_killed_build_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
-    kill_and_resume(cache, tmp_path, 3)
+    kill_and_resume(cache, tmp_path, 2)
 
 
 @pytest.mark.slow
@@ -259,6 +259,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"test_resnet:{path}"
 
 
+@pytest.mark.slow
 def test_images_without_classes_are_labelled_and_teach(
     cache: Path, teacher: str, tmp_path: Path
 ) -> None:
@@ -279,6 +280,7 @@ def test_images_without_classes_are_labelled_and_teach(
         build(str(data), teacher=teacher, out=tmp_path / "t", clean=0.1, cache_dir=cache, **options)
 
 
+@pytest.mark.slow
 def test_contradicted_labels_are_dropped_and_listed(cache: Path, tmp_path: Path) -> None:
     data = folder_of_digits(tmp_path / "digits", classes=True)
     options = {**SIZES, "proxy_images": None}

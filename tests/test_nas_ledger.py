@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nas.search.ledger import COLUMNS, Ledger, Row
+from nas.search.ledger import COLUMNS, STAGES, Ledger, Row
 from space.errors import InputError
 
 ARCH = {"embed_dims": [64, 128], "mlp_ratio": 4.0, "head_dim": 32}
@@ -42,8 +42,10 @@ def test_rows_come_back_whole_in_order_from_another_process_view(tmp_path: Path)
     again = Ledger(tmp_path / "study.db", create=False)
     assert again.rows == ROWS
     assert again.arch(1, "c") == ARCH
-    assert again.failed(1, "b")
-    assert not again.failed(1, "c")
+    stage = next(r.stage for r in again.rows if r.key == "b")
+    assert again.failed(1, "b", stage)
+    assert not any(again.failed(1, "b", other) for other in STAGES if other != stage)
+    assert not again.failed(1, "c", stage)
 
 
 def test_adding_a_row_twice_changes_nothing(tmp_path: Path) -> None:

@@ -86,6 +86,33 @@ def original(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
+def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """It keeps its place: no other candidate is trained instead."""
+
+    class Failing(InlineExecutor):
+        failed: str | None = None
+
+        def run(self, job: Job, **more: Any) -> Result:
+            if job.kind == "train" and job.key.startswith("s1-") and self.failed in (None, job.key):
+                self.failed = job.key
+                return Result(job.key, False, {}, "out of memory")
+            return super().run(job, **more)
+
+    folder = tmp_path / "run"
+    first = contract(**settings(finished), out=folder, executor=Failing())
+    assert first.status == "reached"
+    before = (folder / "ledger.csv").read_bytes()
+    assert [r["reason"] for r in ledger(folder) if r["state"] == "failed"] == ["out of memory"]
+    (folder / "result.json").unlink()
+    counting = Counting()
+    again = contract(out=folder, resume=True, cache_dir=finished.cache, executor=counting)
+    assert again.result["winner"] == first.result["winner"]
+    assert (folder / "ledger.csv").read_bytes() == before
+    assert not [key for kind, key in counting.jobs if kind == "train"]
+
+
 @pytest.mark.parametrize(
     "strategy",
     [s if s == "tpe" else pytest.param(s, marks=pytest.mark.slow)

@@ -119,6 +119,12 @@ def test_a_failure_is_an_outcome_of_its_own(tmp_path: Path) -> None:
     assert [r.result.ok for r in ran] == [True, False, True]
     assert ran[1].result.reason == "out of memory"
     assert [d["key"] for d in bench.diary].count("b") == 1, "and is not trained any further"
+    done = len(bench.diary)
+    again = run_race(bench, epochs=2)
+    assert [(r.stopped, r.epochs, r.result.reason) for r in again] == [
+        (r.stopped, r.epochs, r.result.reason) for r in ran
+    ]
+    assert [d["key"] for d in bench.diary[done:]].count("b") == 0, "nor on resuming"
 
 
 @pytest.mark.parametrize("stored", [3, 9, 100])

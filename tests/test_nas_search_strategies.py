@@ -297,7 +297,14 @@ def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, f
     return most, min(s.loss for s in ask.seen if s.loss is not None)
 
 
-@pytest.mark.parametrize("name", ["evolution", "tpe", "nsga2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tpe",
+        pytest.param("evolution", marks=pytest.mark.slow),
+        pytest.param("nsga2", marks=pytest.mark.slow),
+    ],
+)
 def test_learning_strategies_find_an_optimum_sooner_than_random(name: str) -> None:
     """One hidden arch of some 5,000; four random seeds, 150 candidates each at most."""
     assert 3_000 < count_contractions(FAMILY, CLOSED, DIGITS, Band(0, 10**9)) < 8_000

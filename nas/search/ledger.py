@@ -135,10 +135,14 @@ class Ledger:
         """Tell whether a candidate of a step is decided already."""
         return (step, key) in self._rows
 
-    def failed(self, step: int, key: str) -> bool:
-        """Tell whether a candidate failed earlier in this run: an outcome, not to be retried."""
+    def failed(self, step: int, key: str, stage: str) -> bool:
+        """Tell whether a candidate failed at a stage earlier in this run: not to be retried there.
+
+        What failed later passed this stage all the same, and is asked to pass it again on resuming:
+        otherwise another one would take its place.
+        """
         row = self._rows.get((step, key))
-        return row is not None and row.state == "failed"
+        return row is not None and (row.state, row.stage) == ("failed", stage)
 
     def add(self, row: Row, arch: Mapping[str, Any], constraints: Mapping[str, float]) -> None:
         """Write one decided candidate, whole, as a finished trial.

@@ -368,19 +368,15 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
             f"out of time (--max-hours): stopped at step {len(steps) + 1} of {config.steps}; "
             f"--resume {bench.folder.path} goes on"
         )
-        reached = [r for r in bench.ledger.rows if r.stage == "kept" and r.step == len(steps)]
-        best = stage.incumbent_of(bench, reached[0]) if reached and steps else None
+        best = stage.best_so_far(bench, len(steps))
     finally:
         console.stop()
         with contextlib.suppress(Exception):
             bench.executor.close()
     if final is not None:
         message = _reached(bench, final)
-    trusted = None
-    if trust is not None and final is not None:
-        trusted = trust_in_time(bench, seed, trust)
     exit_code = 0 if status == "reached" else 3
-    result = {
+    result: dict[str, Any] = {
         "status": status,
         "exit_code": exit_code,
         "message": message,
@@ -388,7 +384,7 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
         "path": [] if path is None else [i[0].key for i in path],
         "final": final,
         "reused": reused,
-        "trust": trusted,
+        "trust": None,
         "work": dataclasses.asdict(bench.work()),
         "finalists": [_finalist(i) for i in incumbents if i.parent is not None],
         "seconds": round(time.monotonic() - started, 1),
@@ -400,7 +396,7 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
             score = _score(final)
             if weights.exists():  # gone when a finished run is opened again
                 finish.write_best(bench, best, weights, score, "final")
-        else:
+        elif best.weights.exists():  # a replay's answers may have scores only
             images = len(bench.dataset.holdout.labels)
             score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
             finish.write_best(bench, best, best.weights, score, "gate")
@@ -408,6 +404,11 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
     write_family(bench.folder.path)
     write_json(bench.folder.result_json, result)
     write_report(bench.folder.path)
+    if trust is not None and final is not None:
+        result["trust"] = trust_in_time(bench, seed, trust)
+        result["work"] = dataclasses.asdict(bench.work())
+        write_json(bench.folder.result_json, result)
+        write_report(bench.folder.path)
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)

@@ -321,6 +321,20 @@ def incumbent_of(run: Run, row: Row) -> Incumbent:
     )
 
 
+def best_so_far(run: Run, steps: int) -> Incumbent | None:
+    """Return the best of the last finished step whose weights are there, None before the first.
+
+    Where all steps look inside one band, the best of all of them.
+    """
+    rows = [r for r in run.ledger.rows if r.stage == "kept" and 0 < r.step <= steps]
+    if run.strategy.stepwise:
+        rows = [r for r in rows if r.step == steps]
+    else:
+        rows.sort(key=lambda r: r.soft_loss or 0.0)
+    found = (incumbent_of(run, row) for row in rows)
+    return next((each for each in found if each.weights.exists()), None)
+
+
 def _arch_of(run: Run, row: Row) -> Arch:
     return run.family.arch(run.ledger.arch(row.step, row.key))
 

@@ -172,7 +172,7 @@ def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
         pytest.param(0.25, marks=pytest.mark.slow),
         0.5,
         pytest.param(0.7, marks=pytest.mark.slow),
-        0.85,
+        pytest.param(0.85, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_answer(
@@ -238,9 +238,9 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--final-epochs", "12", "--json"]
+    arguments = [*flags, "--out", str(folder), "--final-epochs", "8", "--json"]
     started = time.monotonic()
-    process = run_process([*arguments, "--max-hours", str(10 / 3600)])
+    process = run_process([*arguments, "--max-hours", str(9 / 3600)])
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 3, said
     assert time.monotonic() - started < 120  # "in time", on a busy machine too
@@ -365,6 +365,7 @@ def loose_folder(root: Path) -> tuple[Path, str]:
     return root / "loose", f"test_resnet:{root / 'teacher.safetensors'}"
 
 
+@pytest.mark.slow
 def test_images_without_classes_are_contracted_by_the_teachers(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -83,7 +83,7 @@ def test_every_setting_is_measured_and_a_second_search_times_nothing(
     finished: Finished, tmp_path: Path
 ) -> None:
     """Kept archs meet all requirements by interval; a cache answers the second run's questions."""
-    given = settings(finished, require=REQUIRED, cache_dir=finished.cache)
+    given = settings(finished, require=REQUIRED, cache_dir=finished.cache, steps=1)
     first, second = Counting(), Counting()
     one = contract(**given, out=tmp_path / "one", executor=first)
     two = contract(**given, out=tmp_path / "two", executor=second)

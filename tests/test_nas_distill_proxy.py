@@ -221,6 +221,7 @@ def test_unknown_ways_to_start_are_refused(dataset: Dataset, store: LabelStore) 
         proxy_settings(1, "magic")
 
 
+@pytest.mark.slow
 def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
     dataset: Dataset, store: LabelStore
 ) -> None:

@@ -259,7 +259,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"test_resnet:{path}"
 
 
-@pytest.mark.slow
 def test_images_without_classes_are_labelled_and_teach(
     cache: Path, teacher: str, tmp_path: Path
 ) -> None:

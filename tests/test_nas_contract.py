@@ -382,6 +382,7 @@ def test_images_without_classes_are_contracted_by_the_teachers(
     assert "every top-1 here means agreement with it" in report
 
 
+@pytest.mark.slow
 def test_a_store_of_other_images_serves_where_skipping_is_allowed(
     finished: Finished, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def test_processes_make_the_same_bytes(
     assert contents(tmp_path / "s") == contents(store)
 
 
+@pytest.mark.slow
 def test_machines_build_parts_and_merge(cache: Path, store: Path, tmp_path: Path) -> None:
     for at in (1, 2):
         build("digits", out=tmp_path / f"{at}", part=(at, 2), cache_dir=cache, **SIZES)

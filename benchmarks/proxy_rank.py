@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ from nas.command import Parser, guarded
 from nas.files import read_json, write_json
 from nas.jobs import Job
 from nas.progress import Console
-from nas.run import derived_seed
+from nas.run import Incumbent, derived_seed
 from nas.search.trust import in_words, indistinguishable, regret
 from nas.trust import TrustRow, ranked, untrained, write_rows
 from space.draws import sample_band
@@ -37,6 +38,12 @@ TRUTH_SEED, PROXY_SEED = 1000, 1
 """Random seeds of the truth start at the first, those of the proxies at the second."""
 CRITERION = "l1"
 """Whose order of units the truth and the default proxy start from."""
+CRITERIA = (CRITERION, "prefix", "taylor")
+HOW = ("rule", "uniform")
+"""How archs were listed: by the search's rule, or drawn uniformly from the band."""
+LISTED = "listed.json"
+CHEAP = 0.1
+"""At most this share of the truth's cost has the proxy that is asked how well it ranks."""
 
 
 def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
@@ -53,7 +60,7 @@ def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
         run.family, run.seed_arch, run.context, band, number - len(ruled), random_seed=seed,
         exclude=keys,
     )  # fmt: skip
-    return [("rule", c.arch) for c in ruled] + [("uniform", arch) for arch in drawn]
+    return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
 
 
 def truths(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
@@ -61,35 +68,40 @@ def truths(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> list[T
     parent = lab.parent(CRITERION)
     rungs = tuple(sorted({1, 2, 3, given.truth_epochs} & set(range(1, given.truth_epochs + 1))))
     return [
-        Training(arch, "inherit", given.truth_epochs, TRUTH_SEED + s, parent, rungs=rungs)
+        Training(arch, "inherit", given.truth_epochs, TRUTH_SEED + s, parent, rungs=rungs,
+                 images=given.truth_images)
         for s in range(given.seeds)
         for arch in archs
-    ]
+    ]  # fmt: skip
+
+
+def lengths(given: argparse.Namespace) -> tuple[int, ...]:
+    """Return the lengths of the proxies, in epochs: half of the longest, and the longest."""
+    return tuple(sorted({max(1, given.proxy_epochs // 2), given.proxy_epochs}))
+
+
+def named(what: str, epochs: int) -> str:
+    """Name a proxy of so many epochs."""
+    return f"{what}, {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
 def proxies(lab: Lab, given: argparse.Namespace) -> dict[str, Callable[[Arch], Training]]:
     """Return the proxies by name, each a short training of an arch on `--images` images."""
-    epochs, images = given.proxy_epochs, given.images
-    half = max(1, epochs // 2)
 
-    def inherit(criterion: str, length: int, hard: float = 0.0) -> Callable[[Arch], Training]:
-        parent = lab.parent(criterion)
+    def start(init: str, epochs: int, parent: Incumbent | None = None, hard: float = 0.0) -> Any:
         return lambda arch: Training(
-            arch, "inherit", length, PROXY_SEED, parent, images=images, hard_weight=hard
+            arch, init, epochs, PROXY_SEED, parent, images=given.images, hard_weight=hard
         )
 
-    def scratch(length: int) -> Callable[[Arch], Training]:
-        return lambda arch: Training(arch, "scratch", length, PROXY_SEED, images=images)
-
-    return {
-        f"inherited ({CRITERION})": inherit(CRITERION, epochs),
-        "inherited (prefix)": inherit("prefix", epochs),
-        "inherited (taylor)": inherit("taylor", epochs),
-        "from scratch": scratch(epochs),
-        "half inherited": inherit(CRITERION, half),
-        "half from scratch": scratch(half),
-        "inherited, hard labels": inherit(CRITERION, epochs, 1.0),
-    }
+    found: dict[str, Callable[[Arch], Training]] = {}
+    for epochs in lengths(given):
+        for criterion in CRITERIA:
+            name = named(f"inherited ({criterion})", epochs)
+            found[name] = start("inherit", epochs, lab.parent(criterion))
+        found[named("from scratch", epochs)] = start("scratch", epochs)
+    shortest = lengths(given)[0]
+    name = named("inherited, hard labels", shortest)
+    return {**found, name: start("inherit", shortest, lab.parent(CRITERION), 1.0)}
 
 
 def affordable(lab: Lab, given: argparse.Namespace) -> int:
@@ -107,8 +119,10 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
     run.executor.close()
     pace = float(result.values["images_per_s"]) if result.ok else 50.0
     images, holdout = len(run.dataset.train.labels), len(run.dataset.holdout.labels)
-    truth = given.truth_epochs * images + 3 * holdout / 3
-    short = 6 * (given.proxy_epochs * given.images + holdout / 3)
+    images = min(images, given.truth_images or images)
+    truth = given.truth_epochs * images + 4 * holdout / 3
+    short = sum((len(CRITERIA) + 1) * (e * given.images + holdout / 3) for e in lengths(given))
+    short += given.images + holdout / 3
     each = (given.seeds * truth + short) / pace
     return max(6, min(24, int(given.budget_hours * 3600 / each)))
 
@@ -116,7 +130,7 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
 def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, object]]:
     """Train what is missing; return the table's rows and what else is told."""
     with opened(given, console) as lab:
-        listed_path = lab.run.folder.path / "listed.json"
+        listed_path = lab.run.folder.path / LISTED
         if listed_path.exists():  # what is compared was named before anything was trained
             held = read_json(listed_path, "the archs of a proxy_rank")
             listed = [(how, lab.run.family.arch(arch)) for how, arch in held]
@@ -159,10 +173,13 @@ def table(
     for name, trained in scored.items():
         values = np.array([t.values[t.of.epochs]["soft_loss"] for t in trained])
         scores[name] = values, sum(lab.cost(t.of) for t in trained) / cost
-    both = scores["half inherited"], scores["half from scratch"]
-    ranks = sum((np.argsort(np.argsort(v)).astype(float) for v, _ in both), np.zeros(n))
-    together = sum(s for _, s in both if s is not None)
-    scores["both, half the length each"] = ranks, together
+    shortest, longest = lengths(given)[0], lengths(given)[-1]
+    if longest == 2 * shortest:  # as long as the longest, half of it each way
+        both = [scores[named(f"inherited ({CRITERION})", shortest)],
+                scores[named("from scratch", shortest)]]  # fmt: skip
+        ranks = sum((np.argsort(np.argsort(v)).astype(float) for v, _ in both), np.zeros(n))
+        together = sum(s for _, s in both if s is not None)
+        scores[f"both, {named('ranks added', shortest)} each"] = ranks, together
     scores |= {name: (values, 0.0) for name, values in free.items()}
     rows = ranked(scores, losses)
     limit = rows[-1]
@@ -172,12 +189,17 @@ def table(
     }
     kept = indistinguishable(per_image)
     words = in_words(kept, per_image)
-    own = next(r for r in rows if r.name == f"inherited ({CRITERION})")
+    of_default = [
+        r for r in rows if r.name in scored and r.name.startswith(f"inherited ({CRITERION})")
+    ]
+    cheap = [r for r in of_default if r.cost_share is not None and r.cost_share <= CHEAP + 1e-9]
+    own = max(cheap, key=lambda r: r.cost_share or 0.0, default=of_default[0])
     told = {
         "archs": n, "seeds": given.seeds, "holdout": len(lab.run.dataset.holdout.labels),
-        "tau": own.estimate, "ceiling": limit.estimate,
+        "proxy": own.name, "cost_share": own.cost_share, "regret": own.regret,
+        "within_one_sd": own.within_one_sd, "tau": own.estimate, "ceiling": limit.estimate,
         "tau_share": own.estimate / limit.estimate if limit.estimate else None,
-        "seed_sd": regret(scores["from scratch"][0], losses).seed_sd, "words": words,
+        "seed_sd": regret(scores[own.name][0], losses).seed_sd, "words": words,
         "truth": losses.tolist(),
         "scores": {name: np.asarray(values).tolist() for name, (values, _) in scores.items()},
         "labels": [lab.run.family.label(arch) for arch in archs],
@@ -221,6 +243,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.proxy_rank", description=__doc__)
     arguments(parser)
     parser.add_argument("--archs", type=int, help="how many archs (default: what the budget pays)")
+    images = "training images of the truth (default: all that there are)"
+    parser.add_argument("--truth-images", type=int, help=images)
     parser.add_argument("--out", type=Path, default=Path("results/proxy_rank.csv"))
     return parser
 
@@ -244,7 +268,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tau = f"tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
             print(f"{row.name:<36} {tau}{share}{lost}")
         print(told["words"])
-        keys = ("archs", "seeds", "tau", "ceiling", "tau_share", "seed_sd")
+        keys = ("archs", "seeds", "proxy", "cost_share", "tau", "ceiling", "tau_share", "regret",
+                "within_one_sd", "seed_sd")  # fmt: skip
         print(json.dumps({k: told[k] for k in keys}))
         return 0
 

@@ -28,9 +28,10 @@ from nas.search.racing import Race, drift, hyperband, simulate_race, successive_
 from space.errors import refuse
 
 NAME = re.compile(
-    r"(?P<key>.+?)-inherit(?P<epochs>\d+)-r(?P<seed>\d+)(?P<rest>-.*?)?(?:-rung(?P<rung>\d+))?"
+    r"(?P<key>.+?)-inherit(?P<epochs>\d+)(?P<images>x\d+)?-r(?P<seed>\d+)(?P<rest>-.*?)?"
+    r"(?:-rung(?P<rung>\d+))?"
 )
-"""Folders of long trainings on all images, as `benchmarks.lab` names them."""
+"""Folders of trainings from inherited weights, as `benchmarks.lab` names them."""
 
 MOST_SPENT, LEAST_KEPT = 0.5, 0.95
 """The aim: at most this share of the epochs, and the best kept at least this often."""
@@ -68,12 +69,13 @@ def read_curves(folder: Path) -> Curves:
     """Read the curves of the long trainings in a lab's folder. Too few: refused."""
     from safetensors.numpy import load_file
 
-    found: dict[tuple[str, str], dict[tuple[str, int], dict[int, Path]]] = {}
+    found: dict[tuple[str, str, str], dict[tuple[str, int], dict[int, Path]]] = {}
     for path in sorted((folder / "work").glob("*/holdout.safetensors")):
         match = NAME.fullmatch(path.parent.name)
         if match is None:
             continue
-        group = found.setdefault((match["epochs"], match["rest"] or ""), {})
+        of = match["epochs"], match["images"] or "", match["rest"] or ""
+        group = found.setdefault(of, {})
         rung = int(match["rung"] or match["epochs"])
         group.setdefault((match["key"], int(match["seed"])), {})[rung] = path
     want = "the long trainings of proxy_rank, with losses at 2 rungs or more for 4 archs or more"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import racing
+from benchmarks import proxy_rank, racing
 from benchmarks._estimates import bootstrap, crossed, share
 from benchmarks._lattice import (
     Lattice,
@@ -23,11 +26,13 @@ from benchmarks._lattice import (
     replay,
 )
 from benchmarks.inheritance import Crossing, ablation_rows, epochs_to_loss, ratio_rows
+from benchmarks.lab import Lab, Training
 from benchmarks.search_efficiency import rows_of, seed_sd
 from nas.search.racing import drift
 from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
 from space.errors import InputError
+from space.family import Arch
 from space.neighbours import Band, contains
 
 LENGTHS = (1, 2, 4, 8, 16)
@@ -122,6 +127,86 @@ def test_intervals_enclose_their_estimate() -> None:
     assert share(10, 10) == (1.0, pytest.approx(0.025 ** (1 / 10)), 1.0)
 
 
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+class _Lab:
+    """As much of a lab as the table needs: an arch is its position."""
+
+    def __init__(self) -> None:
+        self.run = self
+        self.family = self
+        self.dataset = SimpleNamespace(holdout=SimpleNamespace(labels=range(40)))
+
+    def key(self, arch: int) -> str:
+        return f"a{arch}"
+
+    label = key
+
+    def cost(self, of: Training) -> float:
+        return float(of.epochs * (of.images or 0))
+
+
+class _Trained(SimpleNamespace):
+    def losses(self) -> np.ndarray:
+        return np.asarray(self.per_image)
+
+
+def _done(worth: float, epochs: int, images: int) -> _Trained:
+    of = Training(cast(Arch, 0), "inherit", epochs, 0, images=images)
+    return _Trained(
+        of=of, values={epochs: {"soft_loss": worth}}, per_image=np.linspace(-1, 1, 40) + worth
+    )
+
+
+def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
+    rng, n = np.random.default_rng(6), 8
+    worth = np.arange(n, dtype=np.float64)
+    given = argparse.Namespace(truth_epochs=5, proxy_epochs=2, images=1000, seeds=3)
+    truth = [_done(w + rng.normal() * 0.01, 5, 2000) for _ in range(3) for w in worth]
+    scored = {
+        proxy_rank.named(what, epochs): [_done(w, epochs, 1000) for w in by]
+        for what, by in (("inherited (l1)", worth), ("from scratch", -worth))
+        for epochs in proxy_rank.lengths(given)
+    }
+    free = {"parameters": list(-worth)}
+    rows, told = proxy_rank.table(
+        cast(Lab, _Lab()),
+        given,
+        list(range(n)),
+        scored,
+        truth,
+        free,  # type: ignore[arg-type]
+    )
+    by_name = {row.name: row for row in rows}
+    assert told["proxy"] == "inherited (l1), 1 epoch"
+    assert told["cost_share"] == pytest.approx(0.1)
+    assert told["regret"] == pytest.approx(0.0, abs=0.05)
+    for name, row in by_name.items():
+        if name.startswith("inherited"):
+            assert row.estimate == pytest.approx(1.0)
+        if name.startswith(("from scratch", "parameters")):
+            assert row.estimate == pytest.approx(-1.0)
+    both = by_name["both, ranks added, 1 epoch each"]  # opposite ranks cancel
+    assert math.isnan(both.estimate)
+    assert both.cost_share == pytest.approx(0.2)
+    given.images = 4000  # nothing is cheap enough: the shortest is asked, and its share is told
+    longer = {
+        name: [_done(float(t.values[t.of.epochs]["soft_loss"]), t.of.epochs, 4000) for t in these]
+        for name, these in scored.items()
+    }
+    _, told = proxy_rank.table(
+        cast(Lab, _Lab()),
+        given,
+        list(range(n)),
+        longer,
+        truth,
+        free,  # type: ignore[arg-type]
+    )
+    assert told["proxy"] == "inherited (l1), 1 epoch"
+    assert told["cost_share"] == pytest.approx(0.4)
+
+
 # -- races -----------------------------------------------------------------------------------------
 
 
@@ -173,8 +258,9 @@ def _write(folder: Path, name: str, losses: np.ndarray) -> None:
     save_file({"soft_loss": losses.astype(np.float32)}, path)
 
 
+@pytest.mark.parametrize("images", ["", "x2000"])
 def test_curves_are_read_from_a_lab_and_too_few_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], images: str
 ) -> None:
     curves = _curves()
     flags = ["--work", str(tmp_path), "--out", str(tmp_path / "racing.csv"), "--races", "3"]
@@ -184,9 +270,8 @@ def test_curves_are_read_from_a_lab_and_too_few_are_refused(
         for a in range(8):
             for r, rung in enumerate(curves.rungs):
                 end = "" if rung == 5 else f"-rung{rung}"
-                _write(
-                    tmp_path, f"D{a}-N2.3-inherit5-r{seed}-D9-N3-l1-D9{end}", curves.losses[s, a, r]
-                )
+                name = f"D{a}-N2.3-inherit5{images}-r{seed}-D9-N3-l1-D9{end}"
+                _write(tmp_path, name, curves.losses[s, a, r])
             _write(tmp_path, f"D{a}-N2.3-inherit2x60-r{seed}-D9-N3-l1-D9", curves.losses[s, a, 0])
     _write(
         tmp_path, "D8-N2.3-inherit5-r1000-D9-N3-l1-D9-rung1", curves.losses[0, 0, 0]

@@ -21,7 +21,7 @@ from nas.progress import Console
 from nas.session import Outcome
 from space.errors import InputError, refuse
 from space.family import Arch
-from space.neighbours import Band, anchors_in
+from space.neighbours import Band
 
 CONTRACTED, PUBLISHED, UNIFORM, RANDOM = "contracted", "published", "uniform", "random"
 TOLERANCE = 0.1
@@ -133,7 +133,9 @@ def target_of(lab: Lab, text: str) -> Target:
 def search_settings(lab: Lab, given: argparse.Namespace, target: Target) -> dict[str, Any]:
     """Return the settings of a search, equal for every strategy."""
     config = lab.run.config
-    sizes = {name: getattr(given, name) for name in SIZES if getattr(given, name) is not None}
+    # All of them, so that a search made with other sizes is not taken for this one.
+    asked = {name: getattr(given, name) for name in SIZES}
+    sizes = {k: EFFORTS[given.effort][k] if v is None else v for k, v in asked.items()}
     return {
         **sizes, "effort": given.effort, "data": config.data, "img_size": config.img_size,
         "proxy_images": None, "require": (f"params<={target.most}",),
@@ -194,13 +196,14 @@ def found_by(lab: Lab, role: str, outcome: Outcome) -> Side:
 
 
 def uniform_scaling(lab: Lab, target: Target) -> Side:
-    """Return the seed with all widths scaled by one factor into the target's band."""
-    run = lab.run
-    anchors = dict(anchors_in(run.family, [run.seed_arch], run.context, target.band))
-    arch = anchors.get("uniform")
-    if arch is None:
+    """Return the seed with all widths scaled by one factor: the largest in the target's band."""
+    run, band = lab.run, target.band
+    scaled = {run.family.scaled(run.seed_arch, k / 512) for k in range(1, 512)}
+    sizes = {arch: run.family.count_params(arch, run.context) for arch in scaled}
+    inside = [arch for arch, size in sizes.items() if band.lo <= size <= band.hi]
+    if not inside:
         return Side(UNIFORM, None, "not run: no scaling of the widths lies in the band")
-    return Side(UNIFORM, arch)
+    return Side(UNIFORM, max(inside, key=lambda arch: (sizes[arch], run.key(arch))))
 
 
 def sides_of(

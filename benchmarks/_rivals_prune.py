@@ -20,7 +20,9 @@ INSTALL = {
 """What the tools are installed by, under the name that they are imported by."""
 CLOSE = 0.01
 """The search for a ratio ends when the net is at most this share below the budget."""
-BISECTIONS = 12
+GRID = 20
+"""Ratios that are tried first: 1/20, 2/20, ..., 19/20."""
+BISECTIONS = 8
 ROUND_TO = 8
 
 
@@ -111,27 +113,47 @@ def prune_by_ratio(
 def prune_to_budget(
     prune: Callable[[float], nn.Module], budget: int, bisections: int = BISECTIONS
 ) -> tuple[nn.Module, float]:
-    """Find the largest pruned net of at most `budget` parameters by bisecting the ratio.
+    """Find the largest pruned net of at most `budget` parameters; return it and its ratio.
 
-    Returns it and its ratio. Raises what `prune` raises, and `ValueError` when even the highest
-    ratio stays above the budget.
+    Sizes need not fall with the ratio (tools round widths, and leave alone what would vanish), and
+    some ratios may not work at all: a grid is tried first, then the ratios just below the best.
+    Raises `ValueError` when every net stays above the budget, and what `prune` raises when none
+    works.
     """
-    low, high = 0.0, 0.98
-    best, at = prune(high), high
-    if count(best) > budget:
-        raise ValueError(f"floor of {count(best):,} parameters above the budget of {budget:,}")
+    best: tuple[int, float, nn.Module] | None = None
+    smallest: int | None = None
+    failure: Exception | None = None
+
+    def tried(ratio: float) -> bool:
+        nonlocal best, smallest, failure
+        try:
+            found = prune(ratio)
+        except Exception as error:  # whatever a tool raises: this ratio does not work
+            failure = error
+            return False
+        size = count(found)
+        smallest = size if smallest is None else min(smallest, size)
+        if size > budget:
+            return False
+        if best is None or size > best[0]:
+            best = size, ratio, found
+        return True
+
+    for step in range(1, GRID):
+        tried(step / GRID)
+    if best is None:
+        if smallest is not None:
+            raise ValueError(f"floor of {smallest:,} parameters above the budget of {budget:,}")
+        assert failure is not None
+        raise failure
+    high = best[1]
+    low = high - 1 / GRID
     for _ in range(bisections):
-        if count(best) > (1 - CLOSE) * budget:
+        if best[0] > (1 - CLOSE) * budget:
             break
         middle = (low + high) / 2
-        found = prune(middle)
-        if count(found) <= budget:
-            high = middle
-            if count(found) >= count(best):
-                best, at = found, middle
-        else:
-            low = middle
-    return best, at
+        low, high = (low, middle) if tried(middle) else (middle, high)
+    return best[2], best[1]
 
 
 def fastnas(

@@ -111,14 +111,14 @@ def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
 def _gradients(model: nn.Module, replay: Replay) -> list[torch.Tensor | None]:
     """Accumulate the gradients of the training loss over the first batches."""
     loss = SoftLoss()
-    model.train()
-    model.eval()
     model.zero_grad()
     for number, batch in enumerate(replay.epoch(0)):
         if number == GRADIENT_BATCHES:
             break
+        model.train()  # drops the bias tables that eval mode cached, and the last graph with them
+        model.eval()
         found = loss(model(batch.inputs), batch.index, batch.prob, batch.tail, batch.truth)
-        found.backward()  # type: ignore[no-untyped-call]
+        found.mean().backward()  # type: ignore[no-untyped-call]
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return gradients

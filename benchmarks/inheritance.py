@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks._estimates import Floats, Row, bootstrap, crossed, in_words, share, write_rows
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
-from benchmarks.proxy_rank import CRITERION, HOW, LISTED, PROXY_SEED, candidates
+from benchmarks.proxy_rank import CRITERION, PROXY_SEED, candidates, chosen, held
 from nas.command import Parser, guarded
 from nas.files import read_json, write_json
 from nas.progress import Console
@@ -80,18 +80,14 @@ def listed(lab: Lab, given: argparse.Namespace) -> list[Arch]:
     Those that `benchmarks.proxy_rank` named in the same folder come first: trainings are shared.
     """
     family, folder = lab.run.family, lab.run.folder.path
-    path = folder / "listed-inheritance.json"
+    path = folder / f"listed-inheritance-{lab.run.config.target_params}.json"
     if path.exists():
-        held = read_json(path, "the archs of an inheritance benchmark")
-        archs = [family.arch(a) for a in held]
+        named = read_json(path, "the archs of an inheritance benchmark")
+        archs = [family.arch(a) for a in named]
         if given.archs in (None, len(archs)):
             return archs
     number = given.archs or affordable(lab, given)
-    found: list[Arch] = []
-    if (folder / LISTED).exists():
-        held = read_json(folder / LISTED, "the archs of a proxy_rank")
-        by_how = [[family.arch(a) for how, a in held if how == kind] for kind in HOW]
-        found = by_how[0][: (number + 1) // 2] + by_how[1][: number // 2]
+    found = chosen(held(lab), number)
     if len(found) < number:
         found = [arch for _, arch in candidates(lab, number)]
     write_json(path, [family.to_dict(a) for a in found])

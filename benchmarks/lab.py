@@ -122,9 +122,15 @@ class Lab:
         try:
             with ThreadPoolExecutor(self.workers) as pool:
                 waiting = {pool.submit(one, at): at for at in range(len(wanted))}
-                for done in as_completed(waiting):
-                    found[waiting[done]] = trained = done.result()
-                    run.console.advance(self.cost(trained.of))
+                try:
+                    for done in as_completed(waiting):
+                        found[waiting[done]] = trained = done.result()
+                        run.console.advance(self.cost(trained.of))
+                except BaseException:  # do not begin what waits, nor finish what runs
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for executor in executors:
+                        executor.close()
+                    raise
         finally:
             for executor in executors:
                 executor.close()

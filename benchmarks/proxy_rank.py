@@ -28,7 +28,7 @@ from nas.run import Incumbent, derived_seed
 from nas.search.trust import in_words, indistinguishable, regret
 from nas.trust import TrustRow, ranked, untrained, write_rows
 from space.draws import sample_band
-from space.errors import InputError
+from space.errors import InputError, refuse
 from space.family import Arch
 from space.neighbours import shortlist
 
@@ -41,7 +41,8 @@ CRITERION = "l1"
 CRITERIA = (CRITERION, "prefix", "taylor")
 HOW = ("rule", "uniform")
 """How archs were listed: by the search's rule, or drawn uniformly from the band."""
-LISTED = "listed.json"
+LEAST = 4
+"""Archs that a ranking needs."""
 CHEAP = 0.1
 """At most this share of the truth's cost has the proxy that is asked how well it ranks."""
 
@@ -61,6 +62,28 @@ def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
         exclude=keys,
     )  # fmt: skip
     return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
+
+
+def listed_name(lab: Lab) -> str:
+    """Return the file that the archs of a target's band are named in."""
+    return f"listed-{lab.run.config.target_params}.json"
+
+
+def held(lab: Lab) -> list[tuple[str, Arch]]:
+    """Return (how drawn, arch) as they were named in this folder; none if they were not."""
+    path = lab.run.folder.path / listed_name(lab)
+    if not path.exists():
+        return []
+    named = read_json(path, "the archs of a proxy_rank")
+    return [(how, lab.run.family.arch(arch)) for how, arch in named]
+
+
+def chosen(listed: Sequence[tuple[str, Arch]], number: int) -> list[Arch]:
+    """Take so many of the listed archs, half of either kind as far as there are."""
+    kinds = [[arch for how, arch in listed if how == kind] for kind in HOW]
+    first = max((number + 1) // 2, number - len(kinds[1]))
+    ruled = kinds[0][:first]
+    return ruled + kinds[1][: number - len(ruled)]
 
 
 def truths(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
@@ -130,27 +153,33 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
 def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, object]]:
     """Train what is missing; return the table's rows and what else is told."""
     with opened(given, console) as lab:
-        listed_path = lab.run.folder.path / LISTED
-        if listed_path.exists():  # what is compared was named before anything was trained
-            held = read_json(listed_path, "the archs of a proxy_rank")
-            listed = [(how, lab.run.family.arch(arch)) for how, arch in held]
-        else:
-            number = given.archs or affordable(lab, given)
-            listed = candidates(lab, number)
-            write_json(listed_path, [[how, lab.run.family.to_dict(a)] for how, a in listed])
-        if given.archs:
-            listed = listed[: (given.archs + 1) // 2] + listed[len(listed) // 2 :]
-            listed = listed[: given.archs]
-        archs = [arch for _, arch in listed]
+        listed = held(lab)  # what is compared was named before anything was trained
+        if not listed:
+            listed = candidates(lab, given.archs or affordable(lab, given))
+            path = lab.run.folder.path / listed_name(lab)
+            write_json(path, [[how, lab.run.family.to_dict(a)] for how, a in listed])
+        archs = chosen(listed, given.archs or len(listed))
+        if given.archs and len(archs) < given.archs:
+            raise refuse(
+                "--archs",
+                given.archs,
+                f"at most {len(archs)}, those named in {lab.run.folder.path}",
+                "name another folder with --work",
+            )
         console.line(f"{len(archs)} archs, {given.seeds} random seeds of the truth")
         wanted = truths(lab, archs, given)
         short = proxies(lab, given)
         jobs = [make(arch) for make in short.values() for arch in archs]
         done = lab.train([*jobs, *wanted])
-        failed = [t for t in done if t.failed is not None]
-        if failed:
-            raise InputError(f"{len(failed)} trainings failed, the first: {failed[0].failed}")
-        truth = done[len(jobs) :]
+        failed = {lab.run.key(t.of.arch): t.failed for t in done if t.failed is not None}
+        for key, reason in failed.items():  # an outcome: seeds are fixed, it would fail again
+            console.line(f"left out: {key}: {reason}")
+        stay = [lab.run.key(arch) not in failed for arch in archs]
+        done = [t for t in done if lab.run.key(t.of.arch) not in failed]
+        archs = [arch for arch, fine in zip(archs, stay, strict=True) if fine]
+        if len(archs) < LEAST:
+            raise InputError(f"{len(archs)} archs are left, too few to rank: {LEAST} are needed")
+        truth = done[len(short) * len(archs) :]
         scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
         free = untrained(lab.run, archs)
         lab.run.executor.close()

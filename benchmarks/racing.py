@@ -35,7 +35,8 @@ NAME = re.compile(
 
 MOST_SPENT, LEAST_KEPT = 0.5, 0.95
 """The aim: at most this share of the epochs, and the best kept at least this often."""
-REDUCTIONS = (2, 4)
+REDUCTIONS = (2, 3, 4)
+"""Of Optuna's pruners; 3 is its Hyperband's own default, 4 its successive halving's."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ def read_curves(folder: Path) -> Curves:
     want = "the long trainings of proxy_rank, with losses at 2 rungs or more for 4 archs or more"
     remedy = "run python -m benchmarks.proxy_rank with the same flags first"
     # The truth is what has most rungs; short proxies have one.
-    group = max(found.values(), key=lambda g: sum(len(v) for v in g.values()), default={})
+    group = max(
+        found.values(),
+        key=lambda g: (max(len(v) for v in g.values()), sum(len(v) for v in g.values())),
+        default={},
+    )
     rungs = tuple(sorted({rung for by_rung in group.values() for rung in by_rung}))
     whole = {at for at, by_rung in group.items() if tuple(sorted(by_rung)) == rungs}
     seeds = tuple(sorted({seed for _, seed in whole}))
@@ -221,7 +226,8 @@ def replay_all(
     curves: Curves, given: argparse.Namespace, command: str
 ) -> tuple[list[Row], dict[str, object]]:
     """Replay all races; return the table's rows and what else is told."""
-    sizes = sorted({min(size, len(curves.archs)) for size in given.sizes})
+    # A race of all archs could be drawn in one way only.
+    sizes = sorted({min(size, len(curves.archs) - 1) for size in given.sizes})
     rows, points = drift_rows(curves, command), []
     for size in sizes:
         keeps = [k for k in given.keep if k < size]

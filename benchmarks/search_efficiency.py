@@ -58,8 +58,14 @@ def planned_epochs(lab: Lab, lattice: Lattice, given: argparse.Namespace) -> int
     path = lab.run.folder.path / "search_efficiency.json"
     if given.table_epochs is not None:
         return int(given.table_epochs)
+    asked = {
+        "archs": len(lattice.archs), "target": lab.run.config.target_params, "images": given.images,
+        "budget_hours": given.budget_hours, "sd": [given.sd_archs, given.sd_seeds],
+    }  # fmt: skip
     if path.exists():
-        return int(read_json(path, "the plan of a search_efficiency")["table_epochs"])
+        held = read_json(path, "the plan of a search_efficiency")
+        if held.get("asked") == asked:
+            return int(held["table_epochs"])
     holdout = len(lab.run.dataset.holdout.labels) / 3
     trainings = len(lattice.archs) + given.sd_archs * (given.sd_seeds - 1)
     middle = lattice.archs[min(lattice.final)]
@@ -70,7 +76,7 @@ def planned_epochs(lab: Lab, lattice: Lattice, given: argparse.Namespace) -> int
         f"{trainings} trainings: about {hours:.1f} h with one epoch of {given.images} images, "
         f"{scored:.1f} h with none; the budget is {given.budget_hours:g} h: {epochs}"
     )
-    write_json(path, {"table_epochs": epochs})
+    write_json(path, {"asked": asked, "table_epochs": epochs})
     return epochs
 
 
@@ -294,7 +300,7 @@ def build_parser() -> Parser:
     add("--replays", type=int, default=50, help="random seeds a strategy (default %(default)s)")
     add("--strategies", type=_names, default=strategy_names(), help="default: all, with commas")
     add("--live", action="store_true", help="also contraction and the best rival as real runs")
-    add("--live-hours", type=float, default=1.0, help="for each of them (default %(default)s)")
+    add("--live-hours", type=float, default=1.0, help="at most, each (default %(default)s)")
     add("--out", type=Path, default=Path("results/search_efficiency.csv"))
     return parser
 
@@ -319,11 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flag = f"--{name.replace('_', '-')}"
                 raise refuse(flag, getattr(given, name), f"an integer >= {least}")
         rows, told = compare(given, Console())
-        if given.live:
-            rows += live(given, told)
         write_rows(given.out, rows)
         write_json(given.out.with_suffix(".json"), told)
         figure(given.out.with_suffix(".png"), told)
+        if given.live:
+            rows += live(given, told)
+            write_rows(given.out, rows)
         for row in rows:
             print(in_words(row))
         keys = ("archs", "final", "in_reach", "table_epochs", "sd", "budget", "median", "reached")

@@ -92,6 +92,8 @@ def _step(
             exclude=frozenset(tried),
             seen=_seen(run, step, tried),
         )
+        if step == 1 and draw == 0 and not strategy.stepwise:
+            run.console.line(f"strategy {strategy.name}: {strategy.describe(ask)}")
         drawn = strategy.shortlist(ask)
         passed = []
         if draw:
@@ -108,8 +110,9 @@ def _step(
         if scored:
             beside = [] if strategy.stepwise else [i for i in incumbents if i is not seed]
             ranked = decide(run, step, chosen, scored, beside)
-            _close_step(run, step, own, counted, ranked, steps)
-            return ranked
+            if ranked:
+                _close_step(run, step, own, counted, ranked, steps)
+                return ranked
         failed += len(passed)
     return _stuck(run, step, band_text(own.band.lo, own.band.hi), counted, tried, failed, bounds)
 
@@ -135,7 +138,7 @@ def _seen(run: Run, step: int, tried: Collection[str]) -> tuple[Seen, ...]:
             key=row.key,
             params=row.params,
             violation=math.inf if row.state == "failed" else row.violation,
-            loss=row.soft_loss,
+            loss=row.soft_loss if row.state == "complete" else None,  # a whole training's
             ratio=row.ratio,
         )
         for row in run.ledger.rows

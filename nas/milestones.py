@@ -18,9 +18,10 @@ from nas.run import Incumbent, Run
 FAMILY_COLUMNS = (
     "file", "kind", "step", "key", "params", "params_1000", "macs", "images_per_s",
     "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi", "soft_loss",
-    "soft_loss_se", "top1", "top1_se", "epochs",
+    "soft_loss_se", "top1", "top1_se", "metric", "metric_se", "epochs",
 )  # fmt: skip
-"""Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`."""
+"""Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
+is the run's own where that is not top-1."""
 
 
 def write_model(
@@ -81,6 +82,7 @@ def write_milestone(run: Run, step: int, best: Incumbent) -> None:
         score = {
             "kind": "proxy", "step": step, "soft_loss": row.soft_loss,
             "soft_loss_se": row.soft_loss_se, "top1": row.top1, "top1_se": row.top1_se,
+            "metric": row.metric, "metric_se": row.metric_se,
             "epochs": row.epochs, "holdout_n": len(run.dataset.holdout.labels),
         }  # fmt: skip
         write_model(run, best, best.weights, score, "gate", stem)

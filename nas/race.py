@@ -7,7 +7,7 @@ have reached a rung, in the order of keys, so they depend on results alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,9 @@ def race(
 
     Each trains `epochs` epochs unless a paired test on the holdout says before that it cannot be
     among the best `keep` (`nas.search.racing`). The epochs that are saved go to those that
-    remain, as a further schedule from their weights, equally long for all. `stored_epochs` is how
-    many epochs of labels there are.
+    remain, as a further schedule from their weights, equally long for all; not so where a later
+    step is compared with this one, as its candidates would not be trained equally long.
+    `stored_epochs` is how many epochs of labels there are.
     """
     rungs = rungs_of(epochs) if run.config.racing and len(entrants) > keep else [epochs]
     ended: dict[str, Ran] = {}
@@ -91,7 +92,7 @@ def race(
         for entrant in racing:
             folder = _folder(run, entrant, None if last else rung)
             before = None if earlier is None else _folder(run, entrant, earlier)
-            result = _trained(
+            result = trained(
                 run, entrant.arch, folder.name, out=folder, epochs=epochs,
                 init=run.config.proxy_init, parent=entrant.parent, first_epoch=first_epoch,
                 rung=None if last else rung,
@@ -115,19 +116,27 @@ def race(
             _forget(alive[key].folder)
         racing = [e for e in racing if e.key in decision.stay]
         earlier = rung
-    return _prolonged(run, [ended[e.key] for e in entrants], epochs, first_epoch, stored_epochs)
+    ran = [ended[e.key] for e in entrants]
+    if not run.strategy.stepwise:
+        return ran
+    return _prolonged(run, ran, epochs, first_epoch, stored_epochs)
 
 
-def _trained(run: Run, arch: Arch, name: str, *, out: Path, **more: Any) -> Result:
+def trained(run: Run, arch: Arch, name: str, *, out: Path, **more: Any) -> Result:
     """Train, or take over that it failed: an outcome, which a resumed run finds as it was."""
-    failed = out.with_name(f"{name}.failed.json")
-    if failed.exists():
-        told = read_json(failed, "why a training failed")
-        return Result(name, False, {}, told["reason"], told["seconds"])
-    result = run.train(arch, name, out=out, **more)
+    return remembered(out, lambda: run.train(arch, name, out=out, **more))
+
+
+def remembered(out: Path, work: Callable[[], Result]) -> Result:
+    """Do a job that leaves `out`; that it failed is kept beside it, for a resumed run to find."""
+    kept = out.with_name(f"{out.name}.failed.json")
+    if kept.exists():
+        told = read_json(kept, "why a job failed")
+        return Result(out.name, False, {}, told["reason"], told["seconds"])
+    result = work()
     if not result.ok:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(failed, {"reason": result.reason, "seconds": result.seconds})
+        write_json(kept, {"reason": result.reason, "seconds": result.seconds})
     return result
 
 
@@ -151,7 +160,7 @@ def _prolonged(
         own = replace(each.entrant.parent, arch=each.entrant.arch, key=each.entrant.key,
                       weights=each.folder / "weights.safetensors", order=None)  # fmt: skip
         folder = run.folder.job_folder(f"{each.entrant.name}{MORE}")
-        result = _trained(
+        result = trained(
             run, each.entrant.arch, folder.name, out=folder, epochs=min(more, stored_epochs),
             init="inherit", parent=own, first_epoch=start,
         )  # fmt: skip

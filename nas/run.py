@@ -465,6 +465,8 @@ class Run:
             "threads": self.config.threads,
             "fingerprint": self.fingerprint["id"],
             "started_from": _file_digest(str(spec["init"])),
+            # More labels than a training comes to change nothing.
+            "label_epochs": min(spec["label_epochs"], spec["first_epoch"] + spec["epochs"]),
         }
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from nas.gates import Candidate, add_row, measured_of, ratio_of, row_of
 from nas.jobs import Job
 from nas.judging import losses_of
-from nas.race import Entrant, Ran, race
+from nas.race import Entrant, Ran, race, remembered, trained
 from nas.run import Incumbent, Run, derived_seed
 from nas.search.selection import Scored, Timed, paired_error, rank, spread
 
@@ -40,7 +41,8 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
             "missing": config.missing_labels,
             "out": str(path),
         }
-        result = run.do(Job("importance", f"order-{incumbent.key}", spec))
+        job = Job("importance", f"order-{incumbent.key}", spec)
+        result = remembered(path, lambda: run.do(job))
         if not result.ok:
             run.console.line(f"note: no order of importance, the first units: {result.reason}")
             return incumbent
@@ -107,10 +109,12 @@ def decide(
     """Rank the scored candidates, write their rows, and return the best `beam`.
 
     `beside` are incumbents of earlier steps that stand for the same places (strategies that look
-    inside one band all the time).
+    inside one band all the time); one that was trained anew stands by the new training. Returns
+    none when nobody reached the end of the race.
     """
     by_key = {c.key: c for c in chosen}
     through = {r.entrant.key: r for r in scored if r.stopped is None}
+    beside = [i for i in beside if i.key not in through]
     older = {i.key: i for i in beside}
     values = [
         *(
@@ -133,7 +137,7 @@ def decide(
 
     order = rank(values, paired_error(losses))
     kept = order[: places(run, step)]
-    best = next(v.soft_loss for v in values if v.key == order[0])
+    best = next((v.soft_loss for v in values if v.key in order[:1]), math.nan)
     for ran in sorted(scored, key=lambda r: _place(order, r.entrant.key)):
         key, candidate = ran.entrant.key, by_key[ran.entrant.key]
         candidate = replace(candidate, seconds=candidate.seconds + ran.seconds)
@@ -203,8 +207,8 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
         losses[each.key] = losses_of(each.weights.parent, config.metric)
         name = f"s{each.step}-{each.key}-again"
         folder = run.folder.job_folder(name)
-        result = run.train(
-            each.arch, name, out=folder, epochs=config.proxy_epochs, init=config.proxy_init,
+        result = trained(
+            run, each.arch, name, out=folder, epochs=config.proxy_epochs, init=config.proxy_init,
             parent=None if each.parent is None else with_order(run, each.parent),
             first_epoch=run.first_epoch(each.step),
             random_seed=derived_seed(config.random_seed, "again"),

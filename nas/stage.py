@@ -228,7 +228,9 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         run.console.line(f"teacher: {taught['says']}")
         folder = _own_store(run, taught["info"], stored)
     run.store = labelling.open_for(
-        run.do, folder, data, epochs=needed, stored=config.label_epochs,
+        run.do, folder, data, epochs=needed,
+        # The run's own store is shared, and longer where another run asked for more.
+        stored=stored if config.labels is None else config.label_epochs,
         missing=config.missing_labels, beyond=config.beyond,
     )  # fmt: skip
     run.console.line(f"labels: {run.store['says']}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -262,24 +264,78 @@ def test_a_tool_that_is_not_there_is_named_with_its_install_line(
     assert _rivals_prune.missing("json") is None
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
-@given(budget=st.integers(30, 1000), coarse=st.integers(1, 40))
-def test_bisection_comes_close_from_below(budget: int, coarse: int) -> None:
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    budget=st.integers(30, 1000),
+    coarse=st.integers(1, 300),
+    fails_above=st.floats(0.0, 1.2),
+    vanishing=st.booleans(),
+)
+def test_the_largest_net_within_the_budget_is_found(
+    budget: int, coarse: int, fails_above: float, vanishing: bool
+) -> None:
+    """Widths are rounded, what would vanish stays whole, and some ratios do not work at all."""
+
     def prune(ratio: float) -> nn.Module:
-        kept = max(1, round((1 - ratio) * 1000 / coarse)) * coarse
+        if ratio > fails_above:
+            raise RuntimeError("num_heads is 0")
+        kept = round((1 - ratio) * 1000 / coarse) * coarse
+        if kept < coarse:
+            kept = 1000 if vanishing else coarse
         return nn.Linear(kept, 1, bias=False)
 
-    if _rivals_prune.count(prune(0.98)) > budget:
-        with pytest.raises(ValueError, match="floor"):
+    sizes = {}
+    for ratio in np.arange(1, 20) / 20:
+        with contextlib.suppress(RuntimeError):
+            sizes[float(ratio)] = _rivals_prune.count(prune(float(ratio)))
+    within = [size for size in sizes.values() if size <= budget]
+    if not within:
+        kind, said = (ValueError, "floor") if sizes else (RuntimeError, "num_heads")
+        with pytest.raises(kind, match=said):
             _rivals_prune.prune_to_budget(prune, budget)
         return
     found, ratio = _rivals_prune.prune_to_budget(prune, budget)
     params = _rivals_prune.count(found)
     assert params == _rivals_prune.count(prune(ratio))
-    reachable = [_rivals_prune.count(prune(r)) for r in np.linspace(0, 0.98, 400)]
-    nearest = max(p for p in reachable if p <= budget)
-    assert params <= budget
-    assert params >= min(nearest, 0.99 * budget) - coarse
+    assert max(within) <= params <= budget
+
+
+def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> None:
+    family, context = get_family("tinyvit"), Context(32, 10)
+    arch = family.arch(
+        {"embed_dims": [64, 64, 96, 128], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
+         "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32}
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = family.build(arch, context)
+    batches = []
+    for _ in range(3):
+        index = torch.stack([torch.randperm(10)[:3] for _ in range(4)])
+        prob = torch.full((4, 3), 0.3)
+        batches.append(
+            SimpleNamespace(
+                inputs=torch.randn(4, 3, 32, 32), index=index, prob=prob,
+                tail=torch.full((4,), 0.1), truth=torch.zeros(4, dtype=torch.long),
+            )
+        )  # fmt: skip
+    replay = SimpleNamespace(epoch=lambda epoch: iter(batches))
+    found = _rivals_train._gradients(model, replay)  # type: ignore[arg-type]
+    own = family.build(arch, context)
+    own.load_state_dict(model.state_dict())
+    wanted = [torch.zeros_like(p) for p in own.parameters()]
+    for batch in batches:
+        own.train()
+        own.eval()
+        log = own(batch.inputs).log_softmax(1)
+        rest = torch.ones_like(log).scatter(1, batch.index, 0.0) / 7 * 0.1
+        target = rest.scatter(1, batch.index, batch.prob)
+        loss = -(target * log).sum(1).mean()
+        for each, more in zip(wanted, torch.autograd.grad(loss, list(own.parameters())),
+                              strict=True):  # fmt: skip
+            each += more
+    for mine, oracle in zip(found, wanted, strict=True):
+        assert mine is not None
+        assert torch.allclose(mine, oracle, atol=1e-5, rtol=1e-4)
 
 
 def test_a_narrowed_net_is_rebuilt_from_its_shapes_alone(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,19 @@ class _Lab:
         return float(of.epochs * (of.images or 0))
 
 
+@pytest.mark.parametrize("number", range(1, 12))
+@pytest.mark.parametrize(("ruled", "drawn"), [(5, 5), (6, 4), (2, 7)])
+def test_fewer_archs_are_half_of_either_kind_and_none_twice(
+    number: int, ruled: int, drawn: int
+) -> None:
+    listed = [("rule", i) for i in range(ruled)] + [("uniform", 100 + i) for i in range(drawn)]
+    found = proxy_rank.chosen(listed, number)  # type: ignore[arg-type]
+    assert len(found) == len(set(found)) == min(number, ruled + drawn)
+    kinds = [sum(arch < 100 for arch in found), sum(arch >= 100 for arch in found)]  # type: ignore[operator]
+    if number <= 2 * min(ruled, drawn):
+        assert abs(kinds[0] - kinds[1]) <= 1
+
+
 class _Trained(SimpleNamespace):
     def losses(self) -> np.ndarray:
         return np.asarray(self.per_image)
@@ -276,11 +290,15 @@ def test_curves_are_read_from_a_lab_and_too_few_are_refused(
     _write(
         tmp_path, "D8-N2.3-inherit5-r1000-D9-N3-l1-D9-rung1", curves.losses[0, 0, 0]
     )  # half done
+    for i in range(80):  # a table of single scores is no curve, however long it is
+        _write(tmp_path, f"T{i}-inherit1x500-r1-D9-N3-l1-D9", curves.losses[0, 0, 0])
     found = racing.read_curves(tmp_path)
     assert (found.rungs, found.seeds) == ((1, 2, 3, 5), (1000, 1001))
     assert found.archs == tuple(f"D{a}-N2.3" for a in range(8))
     assert np.allclose(found.losses, curves.losses, atol=1e-5)
-    assert racing.main([*flags, "--sizes", "4,6"]) == 0
+    assert racing.main([*flags, "--sizes", "4,6,8"]) == 0
+    told = json.loads((tmp_path / "racing.json").read_text())
+    assert told["sizes"] == [4, 6, 7], "a race of all could be drawn in one way only"
     assert (tmp_path / "racing.png").stat().st_size > 1000
     assert capsys.readouterr().out.splitlines()[-1].startswith('{"archs": 8')
 

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from nas import scoring
+from nas.gates import Candidate
 from nas.jobs import Job, Result
 from nas.judging import judged, losses_of, per_image
-from nas.race import MORE, Entrant, race, rungs_of
+from nas.race import MORE, Entrant, race, remembered, rungs_of
 from nas.run import CHECKPOINT, Incumbent
 
 HERE = Path(__file__).parent
@@ -37,10 +39,15 @@ class Bench:
     means: dict[str, float]
     racing: bool = True
     failing: frozenset[str] = frozenset()
+    fails_late: bool = False
+    stepwise: bool = True
     diary: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.config = SimpleNamespace(racing=self.racing, proxy_init="inherit", metric="top1")
+        self.config = SimpleNamespace(
+            racing=self.racing, proxy_init="inherit", metric="top1", beam=1, steps=3
+        )
+        self.strategy = SimpleNamespace(stepwise=self.stepwise)
         self.folder = SimpleNamespace(
             job_folder=lambda name: self.root / name, drop_weights=self._drop
         )
@@ -51,7 +58,7 @@ class Bench:
     def train(self, arch: Any, name: str, **more: Any) -> Result:
         key = str(arch)
         self.diary.append({"key": key, "name": name, **more})
-        if key in self.failing:
+        if key in self.failing and not (self.fails_late and more.get("before") is None):
             return Result(name, False, {}, "out of memory")
         before = more.get("before")
         if before is not None:
@@ -65,7 +72,8 @@ class Bench:
         save_file(arrays, out / "holdout.safetensors")
         left = CHECKPOINT if more.get("rung") is not None else "weights.safetensors"
         (out / left).write_bytes(b"x")
-        return Result(name, True, {"soft_loss": self.means[key]}, None, 1.0)
+        values = {"soft_loss": self.means[key], "soft_loss_se": 0.01, "top1": 0.5, "top1_se": 0.1}
+        return Result(name, True, values, None, 1.0)
 
 
 def entrants(bench: Bench) -> list[Entrant]:
@@ -134,6 +142,71 @@ def test_saved_epochs_stay_within_the_stored_labels(tmp_path: Path, stored: int)
     more = [d for d in bench.diary if d["name"].endswith(MORE)]
     assert more
     assert all(d["first_epoch"] + d["epochs"] <= stored for d in more)
+
+
+def test_where_steps_are_compared_all_train_equally_long(tmp_path: Path) -> None:
+    means = {"a": 1.0, "b": 1.01, **{f"z{i}": 3.0 + i for i in range(6)}}
+    ran = run_race(Bench(tmp_path, means, stepwise=False), keep=2)
+    assert {r.epochs for r in ran if r.stopped is None} == {8}
+    assert not list(tmp_path.glob(f"*{MORE}"))
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Rows that `decide` writes; candidates are their keys, all equally fast."""
+    written: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        scoring, "row_of", lambda run, step, candidate, **more: {"key": candidate.key, **more}
+    )
+    monkeypatch.setattr(scoring, "add_row", lambda run, row, arch: written.append(row))
+    monkeypatch.setattr(scoring, "ratio_of", lambda candidate: 1.0)
+    monkeypatch.setattr(scoring, "measured_of", lambda candidate: SimpleNamespace(images_per_s=1.0))
+    return written
+
+
+def decided(bench: Bench, ran: list[Any], beside: Any = ()) -> list[Incumbent]:
+    parent = entrants(bench)[0].parent
+    chosen = [
+        Candidate(SimpleNamespace(arch=key), key, parent)  # type: ignore[arg-type]
+        for key in bench.means
+    ]
+    done = [r for r in ran if r.result.ok]
+    return scoring.decide(bench, 1, chosen, done, beside)  # type: ignore[arg-type]
+
+
+def test_a_race_that_nobody_ends_is_a_recorded_outcome(
+    tmp_path: Path, rows: list[dict[str, Any]]
+) -> None:
+    means = {"a": 1.0, **{f"z{i}": 5.0 + i for i in range(3)}}
+    bench = Bench(tmp_path, means, failing=frozenset("a"), fails_late=True)
+    ran = run_race(bench, epochs=4)
+    assert [r.result.ok for r in ran] == [False, True, True, True]
+    assert decided(bench, ran) == []
+    assert {row["key"] for row in rows} == {"z0", "z1", "z2"}
+    assert {(row["stage"], row["state"]) for row in rows} == {("race", "pruned")}
+
+
+def test_an_arch_trained_again_holds_one_place(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    bench = Bench(tmp_path, {"a": 1.0, "b": 2.0}, stepwise=False)
+    bench.config.beam = 2
+    ran = run_race(bench, keep=2, epochs=2)
+    first = decided(bench, ran)
+    assert [i.key for i in first] == ["a", "b"]
+    assert [i.key for i in decided(bench, ran, first)] == ["a", "b"]
+
+
+def test_that_a_job_failed_is_kept_and_success_is_not_in_its_way(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def work(ok: bool) -> Result:
+        calls.append(1)
+        return Result("order", ok, {}, None if ok else "out of memory", 2.0)
+
+    out = tmp_path / "work" / "l1-x.json"
+    assert not remembered(out, lambda: work(False)).ok
+    again = remembered(out, lambda: work(True))
+    assert (again.ok, again.reason, again.seconds, len(calls)) == (False, "out of memory", 2.0, 1)
+    assert remembered(out.with_name("l1-y.json"), lambda: work(True)).ok
 
 
 def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from nas.config import EFFORTS, parse_count, parse_share
 from nas.plan import Plan
 from nas.planning import plan as plan_run
 from nas.session import Outcome, run
+from nas.trust import check_number
 from space.errors import InputError, refuse
 
 EXIT_REACHED, EXIT_STUCK = 0, 3
@@ -52,8 +53,7 @@ def contract(
         given["target_params"] = parse_count("--target-params", target_params)
     if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
         raise refuse("--max-hours", max_hours, "a number of hours above 0")
-    if trust is not None and not (isinstance(trust, int) and 3 <= trust <= 1000):
-        raise refuse("--trust", trust, "an integer from 3 to 1000 (archs to train)")
+    check_number(trust)
     return run(
         given,
         out=None if out is None else Path(out),
@@ -73,6 +73,7 @@ def plan(
     target_params: str | int,
     *,
     cache_dir: str | Path | None = None,
+    trust: int | None = None,
     quiet: bool = True,
     console: Any = None,
     executor: Any = None,
@@ -82,6 +83,7 @@ def plan(
 
     Takes about a minute of measuring; nothing is kept but measurements in the cache.
     """
+    check_number(trust)
     given = {"seed": seed, **settings}
     given["target_params"] = parse_count("--target-params", target_params)
     return plan_run(
@@ -90,6 +92,7 @@ def plan(
         quiet=quiet,
         console=console,
         executor=executor,
+        trust=trust,
     )
 
 
@@ -391,9 +394,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if session_given.get("plan"):
-        if resume is not None:
-            print("error: --plan: got --resume, want a new run; drop one", file=sys.stderr)
-            return EXIT_BAD_INPUT
+        for other, given in (("--resume", resume is not None), ("--replay", "replay" in arguments)):
+            if given:
+                print(f"error: --plan: got {other}, want a new run; drop one", file=sys.stderr)
+                return EXIT_BAD_INPUT
         return guarded(lambda: _plan(arguments, session_given))
     return guarded(lambda: _run(arguments, session_given, out, resume is not None))
 
@@ -401,7 +405,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int:
     """Print a plan. Returns the exit status."""
     quiet = bool(session_given.get("quiet", False))
-    made, text = plan(**arguments, cache_dir=session_given.get("cache_dir"), quiet=quiet)
+    made, text = plan(
+        **arguments, cache_dir=session_given.get("cache_dir"), trust=session_given.get("trust"),
+        quiet=quiet,
+    )  # fmt: skip
     if not quiet:
         print(text)
     if session_given.get("json"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -239,10 +241,14 @@ def _write(arguments: argparse.Namespace, family: Family, parent: Arch, child: A
         "weights": arguments.weights, "out": arguments.out, "criterion": arguments.importance,
         "random_seed": arguments.random_seed,
     }  # fmt: skip
-    result = run_job(Job("inherit", "inherit", spec))
+    said = io.StringIO()  # of a failure the one line is enough
+    with contextlib.redirect_stderr(said):
+        result = run_job(Job("inherit", "inherit", spec))
+    if result.values.get("input_error"):
+        raise InputError(result.reason)
     if not result.ok:
-        failure = InputError if result.values.get("input_error") else RuntimeError
-        raise failure(result.reason)
+        raise refuse("CHILD", arguments.child, "weights that can be made here", result.reason or "")
+    print(said.getvalue(), end="", file=sys.stderr)
     return result.values
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from nas.search.constraints import PACE, StepBounds, bounds_at
 from nas.search.selection import Timed, spread
 from nas.search.strategies import Ask, Seen
 from nas.stage import TEACHER_COST, label_epochs, measure_seed
+from nas.trust import trust_work
 from space.draws import sample_band
+from space.errors import refuse
 from space.family import Arch
 from space.neighbours import Shortlisted, count_contractions
 
@@ -76,7 +78,10 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `--plan` tells; hours are of this device, bytes the most at a time."""
+    """Everything that `--plan` tells; hours are of this device, bytes the most at a time.
+
+    `work` and `hours` are of everything, `trust` is what of it a trust report takes.
+    """
 
     steps: tuple[PlannedStep, ...]
     floor_params: int
@@ -87,12 +92,13 @@ class Plan:
     disk_bytes: int
     pace: Pace
     stuck: str | None = None
+    trust: Work | None = None
 
 
-def make_plan(run: Run, seconds: float | None = None) -> Plan:
+def make_plan(run: Run, seconds: float | None = None, *, trust: int | None = None) -> Plan:
     """Plan a run without training anything, after about `seconds` of measuring (a minute).
 
-    Raises InputError where the run itself would.
+    `trust` archs are for a trust report. Raises InputError where the run itself would.
     """
     seconds = MEASURING_S if seconds is None else seconds
     seed = measure_seed(run)
@@ -102,16 +108,22 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     pace = _pace(run, floor_arch, floor_ratio, seconds)
     steps, stuck = _steps(run, seed.images_per_s, pace)
     work = _work(run, steps)
+    hours, report = _hours(run, work, pace), None
+    if trust is not None:
+        report = trust_work(run, trust)
+        hours += (report.timings * pace.timing_s + report.train_gmacs / pace.gmacs_per_s) / 3600
+        work = Work(*(a + b for a, b in zip(astuple(work), astuple(report), strict=True)))
     return Plan(
         steps=tuple(steps),
         floor_params=run.family.count_params(floor_arch, run.context),
         floor_ratio=floor_ratio,
         ceiling_params=run.start_params - 1,
         work=work,
-        hours=_hours(run, work, pace),
+        hours=hours,
         disk_bytes=_disk(run, steps),
         pace=pace,
         stuck=stuck,
+        trust=report,
     )
 
 
@@ -157,7 +169,9 @@ def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
     }  # fmt: skip
     result = run.do(Job("pace", f"pace-{run.key(arch)}", spec))
     if not result.ok:
-        raise RuntimeError(f"{run.family.label(arch)} cannot be trained here: {result.reason}")
+        said = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
+        reason = f"{run.family.label(arch)} cannot be trained: {said}"
+        raise refuse("--batch-size", run.config.batch_size, "a batch that trains here", reason)
     return float(result.values["images_per_s"]) * run.image_cost(arch)
 
 

@@ -25,6 +25,7 @@ from nas.plan import Plan, make_plan
 from nas.progress import Console
 from nas.run import Run
 from nas.rundir import RunDir
+from nas.trust import check_band
 from space import get_family
 from space.errors import refuse
 from space.freeze import freeze
@@ -37,6 +38,7 @@ def plan(
     quiet: bool,
     console: Console | None,
     executor: LocalExecutor | InlineExecutor | None,
+    trust: int | None = None,
 ) -> tuple[Plan, str]:
     """Plan a run in a folder that goes away again; see `nas.contract.plan`."""
     console = console if console is not None else Console(quiet=quiet)
@@ -50,6 +52,7 @@ def plan(
     config = dataclasses.replace(config, seed_arch=family.to_dict(seed_arch))
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
     check_possible(config, family, seed_arch, dataset)
+    check_band(trust, config, family, seed_arch, dataset)
     tables = [Path(p) for p in config.device_table]
     config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
     check_requirements(config, family, seed_arch, dataset, device_table)
@@ -63,7 +66,7 @@ def plan(
                 executor=worker, console=console, cache=cache, deadline=None,
                 fingerprints=ask_fingerprints(config, worker, device_table), table=device_table,
             )  # fmt: skip
-            made = make_plan(bench)
+            made = make_plan(bench, trust=trust)
             bench.ledger.close()
             return made, told(bench, made)
         finally:
@@ -100,6 +103,11 @@ def told(run: Run, plan: Plan) -> str:
         f"throughput estimated from MACs over {plan.pace.measured} timed archs, "
         f"+-{math.expm1(plan.pace.spread):.0%} (one standard deviation)",
     ]
+    if plan.trust is not None:
+        lines.append(
+            f"of this the trust report, after a run that reaches its target: {plan.trust.timings} "
+            f"timings, {plan.trust.trainings} trainings of {plan.trust.train_gmacs:,.0f} GMACs"
+        )
     if plan.stuck is not None:
         lines.append(f"warning: {plan.stuck}")
     return "\n".join(lines)

@@ -7,8 +7,9 @@ and meet it, or by steps that start from the nearest larger model instead of fro
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nas.config import RunConfig, config_from_dict, flag
 from nas.files import read_json
 from nas.rundir import SCHEMA
 from nas.search.ledger import Ledger, Row
-from space.errors import refuse
+from space.errors import InputError, refuse
 from space.family import Arch, Family
 from space.neighbours import Band
 
@@ -41,13 +42,17 @@ class Milestone:
 
 @dataclass(frozen=True)
 class Earlier:
-    """An earlier run: its folder, configuration, scored rows with their archs, and its models."""
+    """An earlier run: its folder, configuration, scored rows with their archs, and its models.
+
+    `before` is the run that it replayed itself, where that is still there.
+    """
 
     folder: Path
     config: RunConfig
     data: Mapping[str, Any]
     scored: tuple[tuple[Row, Arch], ...]
     milestones: tuple[Milestone, ...]
+    before: Earlier | None = None
 
 
 def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
@@ -78,6 +83,10 @@ def replayed_config(given: Mapping[str, Any]) -> RunConfig:
                 flag(name), f"{value} with --replay of a run made with {before}",
                 "the earlier run's own setting", f"drop {flag(name)}, or start a new run",
             )  # fmt: skip
+    # The earlier run's own measurements hold what it took from another run's file.
+    lent = config.measurements
+    if "measurements" not in given and lent is not None and not Path(lent).exists():
+        config = replace(config, measurements=None)
     # A new pace replaces the old one: the earlier run's bounds belong to its own question.
     pace = ("min_throughput", "min_speedup", "require")
     if any(name in given for name in pace):
@@ -85,8 +94,13 @@ def replayed_config(given: Mapping[str, Any]) -> RunConfig:
     return replace(config, **dict(given))
 
 
-def read_earlier(folder: Path, family: Family, dataset: str) -> Earlier:
-    """Read what an earlier run measured and scored; one on other data is refused."""
+def read_earlier(
+    folder: Path, family: Family, dataset: str, *, after: Collection[Path] = ()
+) -> Earlier:
+    """Read what an earlier run measured and scored; one on other data is refused.
+
+    `after` are the folders of replays that led here, so that none is read twice.
+    """
     config, data = earlier_config(folder)
     known = data.get("dataset", {}).get("fingerprint")
     if known != dataset:
@@ -103,7 +117,11 @@ def read_earlier(folder: Path, family: Family, dataset: str) -> Earlier:
         )
     finally:
         ledger.close()
-    return Earlier(folder, config, data, scored, _milestones(folder, family))
+    before, met = None, {*after, folder.resolve()}
+    if config.replay is not None and Path(config.replay).resolve() not in met:
+        with contextlib.suppress(InputError):  # gone or replaced: its scores cannot be compared
+            before = read_earlier(Path(config.replay), family, dataset, after=met)
+    return Earlier(folder, config, data, scored, _milestones(folder, family), before)
 
 
 def _milestones(folder: Path, family: Family) -> tuple[Milestone, ...]:

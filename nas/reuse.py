@@ -49,7 +49,7 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
         Scored(row.key, row.soft_loss or 0.0, row.soft_loss_se or 0.0, ratio_of(candidate))
         for row, candidate in passed
     ]
-    folders = {row.key: _folder(earlier, row) for row, _ in passed}
+    folders = {row.key: folder for row, _ in passed if (folder := _folder(earlier, row))}
     order = rank(values, paired_error(lambda key: losses_of(folders[key], run.config.metric)))
     by_key = {row.key: (row, candidate) for row, candidate in passed}
     kept = order[: places(run, step)]
@@ -80,10 +80,23 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     return found
 
 
-def _folder(earlier: Earlier, row: Row) -> Path:
+def _folder(earlier: Earlier, row: Row) -> Path | None:
+    """Return where the losses per image behind a score lie, None where they are gone.
+
+    A replay's own answers have theirs with the run that it replayed.
+    """
     name = f"s{row.step}-{row.key}"
-    longer = earlier.folder / "work" / f"{name}{MORE}"
-    return longer if longer.is_dir() else earlier.folder / "work" / name
+    for folder in (earlier.folder / "work" / f"{name}{MORE}", earlier.folder / "work" / name):
+        if (folder / "holdout.safetensors").is_file():
+            return folder
+    if earlier.before is None:
+        return None
+    for old, _ in earlier.before.scored:
+        if (old.key, old.soft_loss) == (row.key, row.soft_loss):
+            found = _folder(earlier.before, old)
+            if found is not None:
+                return found
+    return None
 
 
 def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
@@ -126,10 +139,12 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
 
 
 def earlier_of(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
-    """Read the run that a replay answers from."""
+    """Read the run that a replay answers from, with the scores whose losses per image are left."""
     if config.replay is None:
         return None
-    return read_earlier(Path(config.replay), family, dataset.fingerprint)
+    earlier = read_earlier(Path(config.replay), family, dataset.fingerprint)
+    there = tuple(each for each in earlier.scored if _folder(earlier, each[0]) is not None)
+    return replace(earlier, scored=there)
 
 
 def steps_from(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:

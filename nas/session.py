@@ -39,7 +39,7 @@ from nas.run import Incumbent, Run
 from nas.rundir import RunDir, resumed_config
 from nas.scoring import confirm
 from nas.tables import StepRow
-from nas.trust import trust_in_time
+from nas.trust import check_band, named_archs, trust_in_time
 from space import get_family
 from space.errors import InputError, refuse
 from space.freeze import freeze
@@ -125,6 +125,7 @@ def _start(
         folder.create()  # refuses, before the data is read
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
     check_possible(config, family, seed_arch, dataset)
+    check_band(trust, config, family, seed_arch, dataset)
     tables = [Path(p) for p in config.device_table]
     earlier = earlier_of(config, family, dataset)
     if earlier is not None:
@@ -169,7 +170,7 @@ def _start(
             table=device_table,
             earlier=earlier,
         )
-        _adopt(bench, rows, named=config.measurements is not None)
+        _adopt(bench, rows, named=given.get("measurements") is not None)
         return _work(bench, trust, fresh=True)
     except InputError:
         worker.close()
@@ -203,6 +204,7 @@ def _resume(
         family = get_family(config.family)
         seed_arch = family.arch(config.seed_arch)
         family = freeze(family, seed_arch, config.freeze)
+        known_archs = None if trust is None else named_archs(folder.path, trust)
         if folder.result_json.exists():
             result = finish.read_result(folder.result_json)
             waits = result["status"] == "unverified" and finalists is not None
@@ -222,6 +224,8 @@ def _resume(
                 f"the run's own data, {known}",
                 "restore the data or start a new run",
             )
+        if known_archs is None:
+            check_band(trust, config, family, seed_arch, dataset)
         worker = worker or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
         tables = [folder.path / DEVICE_ROWS] if config.device_table else []
         config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
@@ -364,11 +368,12 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
                 else:
                     status, final, best = "reached", compared, winner
     except OutOfTime:
+        taken = steps[-1].step if steps else 0  # a step without a survivor leaves no row
         message = (
-            f"out of time (--max-hours): stopped at step {len(steps) + 1} of {config.steps}; "
+            f"out of time (--max-hours): stopped at step {taken + 1} of {config.steps}; "
             f"--resume {bench.folder.path} goes on"
         )
-        best = stage.best_so_far(bench, len(steps))
+        best = stage.best_so_far(bench, taken)
     finally:
         console.stop()
         with contextlib.suppress(Exception):
@@ -409,6 +414,9 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
         result["work"] = dataclasses.asdict(bench.work())
         write_json(bench.folder.result_json, result)
         write_report(bench.folder.path)
+    elif trust is not None:
+        goes_on = f"; --resume {bench.folder.path} --trust {trust} goes on" * (status == "stopped")
+        console.line(f"trust: no report is made of a run that is {status}{goes_on}")
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
@@ -463,6 +471,8 @@ def _score(final: Mapping[str, Any]) -> dict[str, Any]:
         "kind": "final",
         "soft_loss": winner["soft_loss"],
         "soft_loss_se": winner["soft_loss_se"],
+        "metric": winner["metric"],
+        "metric_se": winner["metric_se"],
         "holdout_top1": winner["holdout_top1"],
         "test_top1": winner["top1"],
         "test_top1_se": winner["top1_se"],

@@ -1,8 +1,9 @@
 """How far a run's proxy scores can be trusted: `--trust N`, and the table `benchmarks.proxy_rank`.
 
 N candidates of the last step's band, kept and rejected, are named in `trust.json` before anything
-is trained. Each is then scored by the proxy from the seed's weights, and trained about ten times
-longer from there on several random seeds: the truth. `trust.csv` compares.
+is trained. Each is then scored by the proxy from the seed's weights (or from scratch, as the run's
+own), and trained about ten times longer from there on several random seeds: the truth. `trust.csv`
+compares.
 """
 
 from __future__ import annotations
@@ -19,16 +20,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nas.config import RunConfig
+from nas.data import Dataset
 from nas.executor import OutOfTime
 from nas.files import read_json, write_atomic, write_json
 from nas.jobs import Job, Result
 from nas.judging import losses_of
-from nas.run import Incumbent, Run, derived_seed
+from nas.race import trained
+from nas.run import Incumbent, Run, Work, derived_seed
 from nas.scoring import with_order
+from nas.search.constraints import band_at
 from nas.search.trust import ceiling, in_words, indistinguishable, kendall_interval, regret
 from space.draws import sample_band
 from space.errors import InputError, refuse
-from space.family import Arch
+from space.family import Arch, Context, Family
+from space.neighbours import count_contractions
 
 Floats = npt.NDArray[np.float64]
 
@@ -36,6 +42,8 @@ LONGER = 10
 """How many times as long as the proxy the truth trains."""
 SEEDS = 3
 """Random seeds of the truth."""
+LEAST, MOST = 3, 1000
+"""Of so many archs there can be a report."""
 ZERO_COST_IMAGES = 64
 
 
@@ -95,31 +103,72 @@ def write_rows(path: Path, rows: Sequence[TrustRow], **more: str) -> None:
     write_atomic(path, out.getvalue().encode())
 
 
+def check_number(number: object) -> None:
+    """Refuse what is no number of archs for a report; None asks for no report."""
+    if number is None:
+        return
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    if not whole or number not in range(LEAST, MOST + 1):
+        raise refuse("--trust", number, f"an integer from {LEAST} to {MOST} (archs to train)")
+
+
+def check_band(
+    number: int | None, config: RunConfig, family: Family, seed: Arch, dataset: Dataset
+) -> None:
+    """Refuse a report of more archs than the last band holds; None asks for no report."""
+    if number is None:
+        return
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    band = band_at(family.count_params(seed, context), config, config.steps)
+    held = count_contractions(family, seed, context, band)
+    if held < number:
+        raise _too_many(number, held)
+
+
+def _too_many(number: int, held: int) -> InputError:
+    remedy = "ask for fewer" if held >= LEAST else "widen --params-tolerance"
+    return refuse("--trust", number, f"at most {held}, all that the last band holds", remedy)
+
+
+def named_archs(folder: Path, number: int) -> list[Any] | None:
+    """Read the archs that a run named before; another number of them is refused."""
+    path = folder / "trust.json"
+    if not path.exists():
+        return None
+    known = read_json(path, "the archs of --trust")
+    if not isinstance(known, list):
+        raise refuse(str(path), "another format", "the archs of --trust", "remove it")
+    if len(known) != number:
+        want = f"the {len(known)} archs named in {path}"
+        raise refuse("--trust", number, want, "name the same number")
+    return known
+
+
 def listed(run: Run, number: int) -> list[Arch]:
     """Name the candidates: of the last step's band, scored ones first, then those rejected.
 
-    Where the run met fewer, the rest is drawn uniformly from the band. Kept in `trust.json`.
+    Where the run met fewer, the rest is drawn uniformly from the band; those whose training failed
+    come last. Kept in `trust.json`.
     """
-    path = run.folder.path / "trust.json"
-    if path.exists():
-        known = [run.family.arch(arch) for arch in read_json(path, "the archs of --trust")]
-        if len(known) != number:
-            want = f"the {len(known)} archs named in {path}"
-            raise refuse("--trust", number, want, "name the same number")
-        return known
+    known = named_archs(run.folder.path, number)
+    if known is not None:
+        return [run.family.arch(arch) for arch in known]
     band = run.band(run.config.steps)
     order = {"kept": 0, "proxy": 1, "race": 2, "selection": 3, "throughput": 4}
-    rows = [r for r in run.ledger.rows if r.step > 0 and band.lo <= r.params <= band.hi]
+    inside = [r for r in run.ledger.rows if r.step > 0 and band.lo <= r.params <= band.hi]
+    rows = [r for r in inside if r.state != "failed"]
     rows.sort(key=lambda r: order.get(r.stage, 5))
     found = {r.key: run.family.arch(run.ledger.arch(r.step, r.key)) for r in rows}
     archs = list(found.values())[:number]
-    archs += sample_band(
-        run.family, run.seed_arch, run.context, band, number - len(archs),
-        random_seed=derived_seed(run.config.random_seed, "trust"), exclude=set(found),
-    )  # fmt: skip
+    for failed in ({r.key for r in inside if r.state == "failed"}, set[str]()):
+        archs += sample_band(
+            run.family, run.seed_arch, run.context, band, number - len(archs),
+            random_seed=derived_seed(run.config.random_seed, "trust"),
+            exclude={*found, *failed, *(run.key(arch) for arch in archs)},
+        )  # fmt: skip
     if len(archs) < number:
-        raise refuse("--trust", number, f"at most {len(archs)}, all that the last band holds")
-    write_json(path, [run.family.to_dict(arch) for arch in archs])
+        raise _too_many(number, len(archs))
+    write_json(run.folder.path / "trust.json", [run.family.to_dict(arch) for arch in archs])
     return archs
 
 
@@ -130,27 +179,41 @@ def trust_cost(run: Run, number: int) -> float:
     return number * images * run.config.proxy_epochs * (2 + SEEDS * LONGER) * each
 
 
+def trust_work(run: Run, number: int) -> Work:
+    """Return the work of a trust report: each arch is timed once and trained by truth and proxy."""
+    return Work(number, number * (2 + SEEDS), trust_cost(run, number))
+
+
 def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
-    """Train what the report needs, write `trust.csv`, and return the report as plain JSON."""
+    """Train what the report needs, write `trust.csv`, and return the report as plain JSON.
+
+    An arch that cannot be trained is left out, and the report says so; it needs three others.
+    """
     parent = with_order(run, seed)
     archs = listed(run, number)
-    config = run.config
+    config, init = run.config, run.config.proxy_init
     # The truth is longer than the labels that the run stored: they start again then.
     longer = _with_config(run, beyond="cycle")
-    truth: list[list[Path]] = []
-    for at in range(SEEDS):
-        truth.append(
-            [
-                _train(longer, arch, f"truth{at}", LONGER * config.proxy_epochs, parent,
-                       derived_seed(config.random_seed, "truth", at))
-                for arch in archs
-            ]
-        )  # fmt: skip
-    init = config.proxy_init
-    short = [_train(run, a, "trust", config.proxy_epochs, parent, None, init) for a in archs]
-    hard = [
-        _train(run, a, "trust-hard", config.proxy_epochs, parent, None, init, 1.0) for a in archs
-    ]
+    trainings = [
+        _Training(longer, f"truth{at}", LONGER * config.proxy_epochs,
+                  derived_seed(config.random_seed, "truth", at))
+        for at in range(SEEDS)
+    ]  # fmt: skip
+    trainings.append(_Training(run, "trust", config.proxy_epochs))
+    trainings.append(_Training(run, "trust-hard", config.proxy_epochs, hard=1.0))
+    failed: dict[str, str] = {}
+    for each in trainings:
+        for arch in archs:
+            key = run.key(arch)
+            reason = None if key in failed else each.do(arch, parent)
+            if reason is not None:
+                failed[key] = f"{run.family.label(arch)}: {reason}"
+                run.console.line(f"trust: left out, cannot be trained: {failed[key]}")
+        if len(archs) - len(failed) < LEAST:
+            left = f"{len(archs) - len(failed)} of {number} archs that can be trained"
+            raise refuse("--trust", left, f"at least {LEAST}", next(iter(failed.values()), ""))
+    archs = [arch for arch in archs if run.key(arch) not in failed]
+    *truth, short, hard = ([each.folder(arch) for arch in archs] for each in trainings)
     losses = [[losses_of(folder, config.metric) for folder in row] for row in truth]
     means = np.array([[float(values.mean()) for values in row] for row in losses])
     share = 1 / LONGER
@@ -170,8 +233,10 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     kept = indistinguishable(by_arch)
     own, limit = rows[0], rows[-1]
     verdict = "within" if own.within_one_sd else "beyond"
+    gone = f"; {len(failed)} more could not be trained" if failed else ""
     return {
-        "n": number,
+        "n": len(archs),
+        "left_out": list(failed.values()),
         "seeds": SEEDS,
         "epochs": LONGER * config.proxy_epochs,
         "tau": own.estimate,
@@ -180,11 +245,11 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         "ceiling": limit.estimate,
         "regret": own.regret,
         "says": (
-            f"over {number} archs of the last band, trained {LONGER} times longer on {SEEDS} "
+            f"over {len(archs)} archs of the last band, trained {LONGER} times longer on {SEEDS} "
             f"random seeds, the proxy ranks with tau {own.estimate:.2f} [{own.lo:.2f}, "
             f"{own.hi:.2f}] where noise permits {limit.estimate:.2f} [{limit.lo:.2f}, "
             f"{limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind the best, {verdict} one "
-            f"standard deviation of a random seed; {in_words(kept, by_arch)}"
+            f"standard deviation of a random seed; {in_words(kept, by_arch)}{gone}"
         ),
     }
 
@@ -197,26 +262,32 @@ def _with_config(run: Run, **changes: Any) -> Run:
     return other
 
 
-def _train(
-    run: Run,
-    arch: Arch,
-    role: str,
-    epochs: int,
-    parent: Incumbent,
-    random_seed: int | None,
-    init: str = "inherit",
-    hard: float = 0.0,
-) -> Path:
-    name = f"{role}-{run.key(arch)}"
-    out = run.folder.job_folder(name)
-    result = run.train(
-        arch, name, out=out, epochs=epochs, init=init, parent=parent, random_seed=random_seed,
-        hard_weight=hard,
-    )  # fmt: skip
-    if not result.ok:
-        raise InputError(f"--trust: {run.family.label(arch)} cannot be trained: {result.reason}")
-    run.folder.drop_weights(name)
-    return out
+@dataclass(frozen=True)
+class _Training:
+    """One training that every arch of a report gets, and the role in its folder's name."""
+
+    run: Run
+    role: str
+    epochs: int
+    random_seed: int | None = None
+    hard: float = 0.0
+
+    def folder(self, arch: Arch) -> Path:
+        """Return where its result lies."""
+        return self.run.folder.job_folder(f"{self.role}-{self.run.key(arch)}")
+
+    def do(self, arch: Arch, parent: Incumbent) -> str | None:
+        """Train an arch as the run's proxies are, and return why it failed, if it did."""
+        out = self.folder(arch)
+        result = trained(
+            self.run, arch, out.name, out=out, epochs=self.epochs,
+            init=self.run.config.proxy_init, parent=parent, random_seed=self.random_seed,
+            hard_weight=self.hard,
+        )  # fmt: skip
+        if not result.ok:
+            return result.reason or "failed"
+        self.run.folder.drop_weights(out.name)
+        return None
 
 
 def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from space_cases import FAMILY, meta_build, random_arch, random_context
 
+import nas.runner
 from nas.inherit import compare, main, table
 from nas.training.weights import load_weights, save_weights
 from space import Context
@@ -175,3 +176,18 @@ def test_weights_of_another_arch_are_refused(
     assert main([written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD), *flags]) == 2
     assert capsys.readouterr().err.startswith("error: --weights: got ")
     assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_a_job_that_fails_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(spec: Any, tick: Any) -> dict[str, Any]:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(nas.runner._KINDS, "inherit", full)
+    flags = ["--weights", str(tmp_path / "p.safetensors"), "--out", str(tmp_path / "c.safetensors")]
+    assert main([written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD), *flags]) == 2
+    line, *more = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: CHILD: got ")
+    assert "allocate memory" in line
+    assert not more

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-from conftest import Finished
+from conftest import SMALL_ARCH, Finished
+from safetensors.numpy import save_file
 
+from nas.config import RunConfig
 from nas.contract import contract, main, plan
 from nas.executor import InlineExecutor
 from nas.jobs import Job, Result
 from nas.measure.watch import Disturbance
+from nas.progress import Console
+from nas.resolve import replayed_config
+from nas.reuse import earlier_of
+from nas.rundir import SCHEMA
+from nas.search.ledger import Ledger, Row
 from nas.search.strategies import strategy_names
 from space import Context, get_family
 from space.errors import InputError
@@ -206,16 +217,89 @@ def test_a_replay_goes_on_from_the_nearest_larger_model(
         contract(target_params="250K", replay=str(tmp_path))
 
 
+def kept_run(folder: Path, rows: list[Row], **config: Any) -> None:
+    """The folder of a run, as far as a replay reads it."""
+    folder.mkdir()
+    of = RunConfig(seed="small", seed_arch=SMALL_ARCH, target_params=400_000, steps=2, **config)
+    told = {"schema": SCHEMA, "config": of.to_dict(), "dataset": {"fingerprint": "data"}}
+    (folder / "run.json").write_text(json.dumps(told))
+    ledger = Ledger(folder / "study.db", create=True)
+    for row in rows:
+        ledger.add(row, SMALL_ARCH, {})
+    ledger.close()
+
+
+def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path) -> None:
+    """A replay's own answers have theirs in the run that it replayed, under another step."""
+    dataset = cast(Any, SimpleNamespace(fingerprint="data"))
+    scored: dict[str, Any] = {"stage": "kept", "state": "complete"}
+    rows = [Row(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
+            for s, k, x in ((1, "a", 0.5), (2, "a", 0.4), (1, "b", 0.3))]  # fmt: skip
+    kept_run(tmp_path / "first", rows)
+    losses = tmp_path / "first" / "work" / "s1-a" / "holdout.safetensors"
+    for name in ("s1-a", "s2-a", "s1-b-more"):
+        losses.parent.with_name(name).mkdir(parents=True)
+        save_file({"soft_loss": np.zeros(3)}, losses.parent.with_name(name) / losses.name)
+    again = [Row(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
+             for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))]  # fmt: skip
+    kept_run(tmp_path / "second", again, replay=str(tmp_path / "first"))
+    kept_run(tmp_path / "third", again[::-1], replay=str(tmp_path / "second"))
+
+    def found(name: str) -> list[str]:
+        config = RunConfig(seed="small", target_params=300_000, replay=str(tmp_path / name))
+        earlier = earlier_of(config, FAMILY, dataset)
+        assert earlier is not None
+        return [row.key for row, _ in earlier.scored]
+
+    assert found("first") == ["a", "a", "b"]
+    assert found("second") == ["a", "b"]
+    assert found("third") == ["b", "a"]
+    losses.unlink()
+    assert found("third") == ["b"]
+    shutil.rmtree(tmp_path / "first")
+    assert found("third") == []
+    shutil.move(tmp_path / "second", tmp_path / "first")  # now it says that it replays itself
+    assert found("first") == []
+
+
+@pytest.mark.slow
+def test_a_replay_can_be_replayed(original: Path, finished: Finished, tmp_path: Path) -> None:
+    scored = [r for r in ledger(original) if r["state"] == "complete" and r["step"] != "0"]
+    asked: dict[str, Any] = {"target_params": int(scored[0]["params"]), "cache_dir": finished.cache}
+    results = []
+    for name, before in (("first", original), ("second", tmp_path / "first")):
+        outcome = contract(
+            **asked, replay=str(before), out=tmp_path / name, executor=InlineExecutor()
+        )
+        assert outcome.status == "reached"
+        results.append(outcome.result)
+    assert results[1]["reused"]["scores"] == results[0]["reused"]["scores"]
+    assert results[1]["winner"] == results[0]["winner"]
+
+
+def test_a_replay_needs_no_file_that_only_the_earlier_run_was_given(tmp_path: Path) -> None:
+    lent = tmp_path / "lent.csv"
+    kept_run(tmp_path / "first", [], measurements=str(lent))
+    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
+    assert replayed_config(asked).measurements is None
+    assert replayed_config({**asked, "measurements": str(lent)}).measurements == str(lent)
+    lent.touch()
+    assert replayed_config(asked).measurements == str(lent)
+
+
 def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     original: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     executor = Counting()
-    made, text = plan(**settings(finished, beam=2), executor=executor)
+    made, text = plan(**settings(finished, beam=2), trust=4, executor=executor)
     assert {kind for kind, _ in executor.jobs} <= {"hello", "measure", "pace"}
     work = json.loads((original / "result.json").read_text())["work"]
-    assert made.work.train_gmacs == pytest.approx(work["train_gmacs"], rel=0.25)
-    assert made.work.timings == pytest.approx(work["timings"], rel=0.25)
-    assert made.work.trainings == pytest.approx(work["trainings"], rel=0.25)
+    assert made.trust is not None
+    assert (made.trust.timings, made.trust.trainings) == (4, 20)
+    assert made.trust.train_gmacs > 4 * 30 * 100 * 1e-3
+    for name in ("train_gmacs", "timings", "trainings"):
+        own = getattr(made.work, name) - getattr(made.trust, name)
+        assert own == pytest.approx(work[name], rel=0.25), name
     from space.neighbours import Band, count_contractions
 
     seed = FAMILY.seed(finished.flags[1])
@@ -227,9 +311,74 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     assert made.ceiling_params == FAMILY.count_params(seed, CTX) - 1
     assert 0 < made.hours < 1
     assert "estimate" in text
-    flags = [*finished.flags, "--plan"]
-    assert main([*flags, "--resume", str(original)]) == 2
-    assert "--plan" in capsys.readouterr().err
+    assert f"{made.trust.train_gmacs:,.0f} GMACs" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--resume", "run"], "--plan: got --resume"),
+        (["--replay", "run"], "--plan: got --replay"),
+        (["--replay", "run", "--target-params", "5M"], "--plan: got --replay"),
+        (["--seed", "21M", "--target-params", "5M", "--trust", "2"], "--trust: got 2"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--plan", *flags]) == 2
+    line, *more = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not more
+
+
+def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(
+    finished: Finished, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.plan.MEASURING_S", 0.1)
+
+    class Full(InlineExecutor):
+        def run(self, job: Job, **more: Any) -> Result:
+            if job.kind == "pace":
+                return Result(job.key, False, {}, "out of memory? (see worker.log)")
+            return super().run(job, **more)
+
+    with pytest.raises(InputError, match=r"--batch-size: got 65536, .*out of memory\?$"):
+        plan(**settings(finished, batch_size=65536, steps=1), executor=Full())
+
+
+def test_trust_is_checked_at_the_door(finished: Finished, tmp_path: Path) -> None:
+    """Before anything is spent, also where a run goes on."""
+    given = settings(finished)
+    with pytest.raises(InputError, match="--trust: got 1000, want at most "):
+        contract(**given, out=tmp_path / "run", trust=1000, executor=InlineExecutor())
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="--trust: got 1000, want at most "):
+        plan(**given, trust=1000, executor=InlineExecutor())
+    folder = tmp_path / "finished"
+    shutil.copytree(finished.folder, folder)
+    (folder / "trust.json").write_text("[1, 2, 3]")
+    with pytest.raises(InputError, match="--trust: got 4, want the 3 archs named"):
+        contract(out=folder, resume=True, trust=4, cache_dir=finished.cache)
+    (folder / "trust.json").unlink()
+    with pytest.raises(InputError, match="--trust: got 1000, want at most "):
+        contract(out=folder, resume=True, trust=1000, cache_dir=finished.cache)
+    assert (folder / "result.json").exists()
+
+
+def test_a_run_without_a_winner_says_that_there_is_no_report(
+    original: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(original, folder)
+    monkeypatch.setattr("nas.finish.pick_winner", lambda run, ranked: "none is fast enough")
+    said = io.StringIO()
+    outcome = contract(
+        out=folder, resume=True, trust=4, cache_dir=finished.cache, executor=Counting(),
+        console=Console(stream=said),
+    )  # fmt: skip
+    assert outcome.status == "stuck"
+    assert "trust: no report is made of a run that is stuck\n" in said.getvalue()
 
 
 @pytest.mark.slow

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from conftest import SMALL_ARCH
+from safetensors.numpy import save_file
 from scipy import stats
 
+from nas.config import RunConfig
+from nas.jobs import Result
+from nas.progress import Console
+from nas.run import Incumbent, Run
+from nas.rundir import RunDir
+from nas.search.constraints import band_at
+from nas.search.ledger import Row
 from nas.search.trust import (
     _dunnett,
     ceiling,
@@ -18,7 +32,11 @@ from nas.search.trust import (
     kendall_interval,
     regret,
 )
+from nas.trust import check_band, check_number, listed, named_archs, trust
+from space import Context, get_family
+from space.draws import sample_band
 from space.errors import InputError
+from space.neighbours import count_contractions
 
 Floats = npt.NDArray[np.float64]
 SIMULATED = 200
@@ -242,3 +260,147 @@ def test_input_that_says_nothing_is_refused() -> None:
         indistinguishable({"a": np.zeros((2, 5)), "b": np.zeros((2, 6))})
     with pytest.raises(InputError, match="alpha"):
         indistinguishable({"a": np.zeros((2, 5))}, 0.0)
+
+
+FAMILY, CTX = get_family("tinyvit"), Context(32, 10)
+SEED = FAMILY.arch(SMALL_ARCH)
+DATASET = cast(Any, SimpleNamespace(img_size=32, classes=range(10)))
+
+
+def config_of(**more: Any) -> RunConfig:
+    short = {"target_params": 400_000, "steps": 2, "proxy_epochs": 1}
+    return RunConfig(seed="small", importance="prefix", **{**short, **more})
+
+
+class Paper:
+    """A run whose trainings are losses made up from the arch; some archs cannot be trained."""
+
+    def __init__(self, folder: Path, config: RunConfig, failing: tuple[str, ...] = ()) -> None:
+        self.family, self.seed_arch, self.context, self.config = FAMILY, SEED, CTX, config
+        self.folder, self.failing = RunDir(folder), failing
+        self.said = io.StringIO()
+        self.console = Console(stream=self.said)
+        self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.rows: list[tuple[Row, dict[str, Any]]] = []
+        self.ledger = cast(Any, self)
+        folder.mkdir(exist_ok=True)
+
+    @property
+    def run(self) -> Run:
+        return cast(Run, self)
+
+    def key(self, arch: Any) -> str:
+        return FAMILY.key(arch, CTX)
+
+    def band(self, step: int) -> Any:
+        return band_at(FAMILY.count_params(SEED, CTX), self.config, step)
+
+    def train(self, arch: Any, name: str, *, out: Path, **more: Any) -> Result:
+        self.asked.append((name, more))
+        if name.startswith(self.failing):
+            return Result(name, False, {}, "out of memory")
+        out.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(FAMILY.count_params(arch, CTX))
+        images = {"soft_loss": rng.exponential(size=50)}
+        images |= {x: np.zeros(50, dtype=np.int64) for x in ("predicted", "truth")}
+        save_file(images, out / "holdout.safetensors")
+        return Result(name, True)
+
+
+@pytest.fixture
+def untrained_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def counts(run: Run, archs: Any) -> dict[str, list[float]]:
+        return {"parameters": [-float(FAMILY.count_params(a, CTX)) for a in archs]}
+
+    monkeypatch.setattr("nas.trust.untrained", counts)
+
+
+START = Incumbent(SEED, FAMILY.key(SEED, CTX), Path("seed.safetensors"), 1.0, 1.0, 0.0)
+
+
+def drawn(number: int) -> list[Any]:
+    band = band_at(FAMILY.count_params(SEED, CTX), config_of(), 2)
+    return sample_band(FAMILY, SEED, CTX, band, number, random_seed=1)
+
+
+def test_a_report_is_of_archs_that_the_run_could_train(tmp_path: Path) -> None:
+    paper = Paper(tmp_path / "run", config_of())
+    archs = drawn(4)
+    of = [(FAMILY.key(a, CTX), FAMILY.count_params(a, CTX), FAMILY.to_dict(a)) for a in archs]
+    stages = [("proxy", "failed"), ("proxy", "complete"), ("kept", "complete"), ("race", "pruned")]
+    table = {
+        key: (Row(2, key, "", "", "", 1, "", params, params, 1, stage=stage, state=state), arch)
+        for (key, params, arch), (stage, state) in zip(of, stages, strict=True)
+    }
+    paper.ledger = cast(
+        Any,
+        SimpleNamespace(rows=[r for r, _ in table.values()], arch=lambda step, key: table[key][1]),
+    )
+    found = [paper.key(arch) for arch in listed(paper.run, 3)]
+    assert found == [of[2][0], of[1][0], of[3][0]], "kept, scored, stopped in the race"
+    (tmp_path / "run" / "trust.json").unlink()
+    held = count_contractions(FAMILY, SEED, CTX, paper.band(2))
+    assert of[0][0] not in [paper.key(arch) for arch in listed(paper.run, held - 1)]
+    (tmp_path / "run" / "trust.json").unlink()
+    assert paper.key(listed(paper.run, held)[-1]) == of[0][0], "where there are no others"
+
+
+@pytest.mark.usefixtures("untrained_scores")
+def test_an_arch_that_cannot_be_trained_is_left_out_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archs = drawn(5)
+    gone = FAMILY.key(archs[1], CTX)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "trust.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
+    paper = Paper(folder, config_of(), failing=(f"truth1-{gone}",))
+    report = trust(paper.run, START, 5)
+    assert report["n"] == 4
+    assert "over 4 archs" in report["says"]
+    assert "1 more could not be trained" in report["says"]
+    assert "out of memory" in report["left_out"][0]
+    assert paper.said.getvalue().count("left out") == 1
+    assert not [name for name, _ in paper.asked if name in (f"truth2-{gone}", f"trust-{gone}")]
+    again = Paper(folder, config_of())  # it would not fail a second time
+    assert trust(again.run, START, 5) | {"says": ""} == report | {"says": ""}
+    assert not [name for name, _ in again.asked if name.endswith(gone) and "truth0" not in name]
+
+
+@pytest.mark.usefixtures("untrained_scores")
+def test_fewer_than_three_archs_make_no_report(tmp_path: Path) -> None:
+    archs = drawn(4)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "trust.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
+    failing = tuple(f"truth0-{FAMILY.key(a, CTX)}" for a in archs[:2])
+    with pytest.raises(InputError, match=r"--trust: got 2 of 4 archs .* at least 3; .*memory"):
+        trust(Paper(folder, config_of(), failing).run, START, 4)
+
+
+@pytest.mark.usefixtures("untrained_scores")
+@pytest.mark.parametrize("init", ["inherit", "scratch"])
+def test_the_truth_starts_as_the_proxies_do(init: str, tmp_path: Path) -> None:
+    paper = Paper(tmp_path / "run", config_of(proxy_init=init))
+    paper.ledger = cast(Any, SimpleNamespace(rows=[]))
+    trust(paper.run, START, 3)
+    assert len(paper.asked) == 3 * 5
+    assert {more["init"] for _, more in paper.asked} == {init}
+
+
+def test_more_archs_than_the_band_holds_are_refused_with_their_number(tmp_path: Path) -> None:
+    config = config_of(params_tolerance=0.002)
+    held = count_contractions(FAMILY, SEED, CTX, band_at(FAMILY.count_params(SEED, CTX), config, 2))
+    assert 3 <= held < 1000
+    check_band(held, config, FAMILY, SEED, DATASET)
+    check_band(None, config, FAMILY, SEED, DATASET)
+    with pytest.raises(InputError, match=f"--trust: got {held + 1}, want at most {held}"):
+        check_band(held + 1, config, FAMILY, SEED, DATASET)
+    assert named_archs(tmp_path, 4) is None
+    (tmp_path / "trust.json").write_text("[1, 2, 3]")
+    with pytest.raises(InputError, match="--trust: got 4, want the 3 archs named"):
+        named_archs(tmp_path, 4)
+    for wrong in (2, 1001, True, "8"):
+        with pytest.raises(InputError, match="--trust"):
+            check_number(wrong)
+    check_number(None)

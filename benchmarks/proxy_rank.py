@@ -25,7 +25,7 @@ from nas.files import read_json, write_json
 from nas.jobs import Job
 from nas.progress import Console
 from nas.run import Incumbent, derived_seed
-from nas.search.trust import in_words, indistinguishable, regret
+from nas.search.trust import in_words, indistinguishable, kendall, regret
 from nas.trust import TrustRow, ranked, untrained, write_rows
 from space.draws import sample_band
 from space.errors import InputError, refuse
@@ -150,7 +150,7 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
     return max(6, min(24, int(given.budget_hours * 3600 / each)))
 
 
-def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, object]]:
+def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, Any]]:
     """Train what is missing; return the table's rows and what else is told."""
     with opened(given, console) as lab:
         listed = held(lab)  # what is compared was named before anything was trained
@@ -159,6 +159,7 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], d
             path = lab.run.folder.path / listed_name(lab)
             write_json(path, [[how, lab.run.family.to_dict(a)] for how, a in listed])
         archs = chosen(listed, given.archs or len(listed))
+        how_of = {lab.run.key(arch): how for how, arch in listed}
         if given.archs and len(archs) < given.archs:
             raise refuse(
                 "--archs",
@@ -183,7 +184,8 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], d
         scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
         free = untrained(lab.run, archs)
         lab.run.executor.close()
-        return table(lab, given, archs, scored, truth, free)
+        rows, told = table(lab, given, archs, scored, truth, free)
+        return rows, told | {"within": within(told, [how_of[lab.run.key(a)] for a in archs])}
 
 
 def table(
@@ -193,7 +195,7 @@ def table(
     scored: Mapping[str, Sequence[Trained]],
     truth: Sequence[Trained],
     free: Mapping[str, Sequence[float]],
-) -> tuple[list[TrustRow], dict[str, object]]:
+) -> tuple[list[TrustRow], dict[str, Any]]:
     """Compare every score with the truth."""
     n = len(archs)
     losses = np.array([t.values[given.truth_epochs]["soft_loss"] for t in truth]).reshape(-1, n)
@@ -234,6 +236,24 @@ def table(
         "labels": [lab.run.family.label(arch) for arch in archs],
     }  # fmt: skip
     return rows, told
+
+
+def within(told: Mapping[str, Any], how: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return tau of every score among the archs of one kind only, by kind.
+
+    Near relatives of the seed and archs drawn anywhere differ much: telling the one kind from the
+    other is part of every tau over both.
+    """
+    truth = np.array(told["truth"]).mean(axis=0)
+    found: dict[str, dict[str, float]] = {}
+    for kind in dict.fromkeys(how):
+        own = [i for i, each in enumerate(how) if each == kind]
+        if len(own) >= LEAST:
+            found[f"{kind} ({len(own)})"] = {
+                name: round(kendall(np.asarray(values)[own], truth[own]), 4)
+                for name, values in told["scores"].items()
+            }
+    return found
 
 
 def figure(path: Path, rows: Sequence[TrustRow], told: Mapping[str, object]) -> None:
@@ -296,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )  # fmt: skip
             tau = f"tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
             print(f"{row.name:<36} {tau}{share}{lost}")
+        for kind, taus in told["within"].items():
+            print(f"among those by {kind}: tau {taus[str(told['proxy'])]:+.2f} ({told['proxy']})")
         print(told["words"])
         keys = ("archs", "seeds", "proxy", "cost_share", "tau", "ceiling", "tau_share", "regret",
                 "within_one_sd", "seed_sd")  # fmt: skip

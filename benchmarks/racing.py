@@ -270,6 +270,7 @@ def figure(path: Path, told: Mapping[str, object]) -> None:
         1, len(sizes), figsize=(wide, 4), layout="constrained", sharey=True, squeeze=False
     )
     names = list(dict.fromkeys(name for _, name, _ in points))
+    colours = [matplotlib.colormaps["tab20"](i) for i in (*range(0, 20, 2), *range(1, 20, 2))]
     for panel, size in zip(panels[0], sizes, strict=True):
         for at, name in enumerate(names):
             for _, _, (spent, own, _mean) in (p for p in points if p[:2] == [size, name]):
@@ -277,7 +278,7 @@ def figure(path: Path, told: Mapping[str, object]) -> None:
                     spent[0], own[0],
                     xerr=[[spent[0] - spent[1]], [spent[2] - spent[0]]],
                     yerr=[[own[0] - own[1]], [own[2] - own[0]]],
-                    fmt="os^Dv<>PX*hd"[at % 12], ms=5, lw=0.8, color=f"C{at % 10}", label=name,
+                    fmt="os^DvP*X"[at % 8], ms=5, lw=0.8, color=colours[at % 20], label=name,
                 )  # fmt: skip
         panel.axvline(MOST_SPENT, color="black", lw=0.5, ls=":")
         panel.axhline(LEAST_KEPT, color="black", lw=0.5, ls=":")

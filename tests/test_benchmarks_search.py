@@ -219,6 +219,9 @@ def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
     )
     assert told["proxy"] == "inherited (l1), 1 epoch"
     assert told["cost_share"] == pytest.approx(0.4)
+    kinds = ["rule"] * 5 + ["uniform"] * 3  # too few of the second to rank
+    assert list(proxy_rank.within(told, kinds)) == ["rule (5)"]
+    assert proxy_rank.within(told, kinds)["rule (5)"][str(told["proxy"])] == 1.0
 
 
 # -- races -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from nas.gates import Candidate
 from nas.jobs import Job, Result
 from nas.judging import judged, losses_of, per_image
 from nas.race import MORE, Entrant, race, remembered, rungs_of
-from nas.run import CHECKPOINT, Incumbent
+from nas.run import CHECKPOINT, Incumbent, Run
 
 HERE = Path(__file__).parent
 
@@ -278,3 +278,18 @@ def _specs(finished: Any) -> list[str]:
             seed_epochs=2, out=finished.folder.parent / "listening", executor=Listening(),
         )  # fmt: skip
     return found
+
+
+def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
+    bench = SimpleNamespace(
+        dataset=SimpleNamespace(fingerprint="d"), fingerprint={"id": "f"},
+        config=SimpleNamespace(threads=1, metric="top1"),
+    )  # fmt: skip
+
+    def digest(label_epochs: int, first: int = 0) -> str:
+        spec = {"init": "scratch", "epochs": 4, "first_epoch": first, "label_epochs": label_epochs}
+        return Run.spec_digest(bench, spec)  # type: ignore[arg-type]
+
+    assert digest(4) == digest(9) == digest(100)
+    assert len({digest(3), digest(2), digest(4)}) == 3, "where labels start again, it counts"
+    assert digest(4, first=2) != digest(6, first=2) == digest(60, first=2)

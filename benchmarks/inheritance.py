@@ -277,8 +277,10 @@ def figure(path: Path, rows: Sequence[Row], told: Mapping[str, object]) -> None:
     left.set_xticks(lengths, [str(v) for v in lengths])
     left.set_xlabel(f"epochs of {told['images']} images from scratch, each a whole schedule")
     left.set_ylabel("holdout loss minus the inherited one's, nats")
-    left.set_title(rows[0].name + f": {rows[0].estimate:.3g} [{rows[0].lo:.3g}, {rows[0].hi:.3g}]",
-                   fontsize=8)  # fmt: skip
+    bound = f"{rows[0].estimate:.3g} [{rows[0].lo:.3g}, {rows[0].hi:.3g}]"
+    if rows[0].note.startswith(">="):  # beyond every length that was trained
+        bound = f"above {lengths[-1]}"
+    left.set_title(f"{rows[0].name}: {bound}", fontsize=8)
     left.legend(fontsize=7)
     shown = [r for r in rows if r.note.startswith("nats")]
     y = list(range(len(shown)))

@@ -270,6 +270,7 @@ def figure(path: Path, told: Mapping[str, Any]) -> None:
         ax.fill_between(x, lo, np.where(np.isfinite(hi), hi, np.nan), step="post", alpha=0.12,
                         color=f"C{at}", lw=0)  # fmt: skip
     ax.axhline(told["sd"], color="black", lw=0.7, ls=":", label="one standard deviation")
+    ax.set_yscale("symlog", linthresh=told["sd"])  # linear below one standard deviation
     ax.set_ylim(bottom=0)
     ax.set_xlabel("evaluations, those of early steps too")
     ax.set_ylabel("best so far in the last band minus the best there, nats")

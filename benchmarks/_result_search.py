@@ -120,7 +120,7 @@ def target_of(lab: Lab, text: str) -> Target:
         raise refuse("--targets", text, f"a size below that of --seed {run.config.seed}")
     kept = run.folder.path / f"target-{text}.json"
     if not kept.exists():  # asked once: a search goes on only with its own requirement
-        measured = run.measure(arch, "final", reference=run.seed_arch)
+        measured = run.timings.measure(arch, "final", reference=run.seed_arch)
         run.executor.close()
         if isinstance(measured, Result):
             raise InputError(f"the published {name} cannot be timed: {measured.reason}")

@@ -137,7 +137,7 @@ def _rows(run: Run, given: argparse.Namespace) -> list[FactorRow]:
     macs = run.family.count_macs(seed.arch, run.context)
     rows = []
     for symbol, arch in nets:
-        measured = run.measure(arch, "gate", reference=run.seed_arch)
+        measured = run.timings.measure(arch, "gate", reference=run.seed_arch)
         if isinstance(measured, Result):
             raise InputError(f"{run.family.label(arch)} cannot be timed: {measured.reason}")
         loss = lo = hi = None
@@ -271,7 +271,7 @@ def _main(given: argparse.Namespace) -> int:
         more = {
             "seed": given.seed, "data": given.data, "img_size": run.context.img_size,
             "proxy_epochs": run.config.proxy_epochs, "setting": run.primary.text,
-            "fingerprint": run.fingerprint_under(run.primary),
+            "fingerprint": run.timings.fingerprint_under(run.primary),
         }  # fmt: skip
         writer = csv.DictWriter(out, [*names, *more], lineterminator="\n")
         writer.writeheader()

@@ -177,7 +177,7 @@ def relative_pace(lab: Lab, own: Side, rival: Side) -> tuple[float, float, float
     run = lab.run
     if own.arch is None or rival.arch is None or run.key(own.arch) == run.key(rival.arch):
         return None
-    measured = run.measure(own.arch, "final", reference=rival.arch)
+    measured = run.timings.measure(own.arch, "final", reference=rival.arch)
     run.executor.close()
     if isinstance(measured, Result):
         return None

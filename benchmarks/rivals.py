@@ -214,7 +214,7 @@ def own_row(
         return replace(base, outcome=str(side.misses)), None
     params = run.family.count_params(side.arch, run.context)
     base = replace(base, params=params, budget=params, reached=params <= target.most)
-    measured = run.measure(side.arch, "final", reference=run.seed_arch)
+    measured = run.timings.measure(side.arch, "final", reference=run.seed_arch)
     run.executor.close()
     if not isinstance(measured, Result):
         base = replace(base, **{name: getattr(measured, name) for name in PACE})

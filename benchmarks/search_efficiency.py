@@ -226,12 +226,19 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
         "frozen": [slot for slot in slots_of(lattice.family) if slot not in free],
         "median": {r.name.split(":")[0]: r.estimate for r in rows if r.name.endswith("median")},
         "reached": {r.name.split(":")[0]: r.estimate for r in rows if ": reached" in r.name},
-        "curves": {
-            name: [[v if math.isfinite(v) else None for v in one] for one in all_of]
-            for name, all_of in curves.items()
-        },
+        "quartiles": {name: quartiles(all_of, losses[best]) for name, all_of in curves.items()},
     }  # fmt: skip
     return rows, told
+
+
+def quartiles(curves: Sequence[Sequence[float]], best: float) -> list[list[float | None]]:
+    """Return quartiles and median [3, evaluations] of how far searches are behind the best.
+
+    None where that many of them have nothing in the last band yet.
+    """
+    behind = np.array(curves, dtype=np.float64) - best
+    found = np.percentile(behind, [25, 50, 75], axis=0, method="higher")
+    return [[round(float(v), 6) if math.isfinite(v) else None for v in row] for row in found]
 
 
 def write_table(
@@ -261,14 +268,10 @@ def figure(path: Path, told: Mapping[str, Any]) -> None:
 
     fig, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     x = np.arange(1, told["budget"] + 1)
-    for at, (name, curves) in enumerate(told["curves"].items()):
-        behind = np.array(curves, dtype=np.float64) - told["best"]  # None: NaN
-        filled = np.where(np.isnan(behind), np.inf, behind)
-        lo, middle, hi = np.percentile(filled, [25, 50, 75], axis=0, method="higher")
-        ax.step(x, np.where(np.isfinite(middle), middle, np.nan), where="post", lw=1.4,
-                color=f"C{at}", label=name)  # fmt: skip
-        ax.fill_between(x, lo, np.where(np.isfinite(hi), hi, np.nan), step="post", alpha=0.12,
-                        color=f"C{at}", lw=0)  # fmt: skip
+    for at, (name, curves) in enumerate(told["quartiles"].items()):
+        lo, middle, hi = np.array(curves, dtype=np.float64)  # None: NaN
+        ax.step(x, middle, where="post", lw=1.4, color=f"C{at}", label=name)
+        ax.fill_between(x, lo, hi, step="post", alpha=0.12, color=f"C{at}", lw=0)
     ax.axhline(told["sd"], color="black", lw=0.7, ls=":", label="one standard deviation")
     ax.set_yscale("symlog", linthresh=told["sd"])  # linear below one standard deviation
     ax.set_ylim(bottom=0)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from nas.gates import Candidate, gate
 from nas.milestones import write_milestone
 from nas.requirement import Requirement
-from nas.run import MEASURE_COST, Incumbent, Run, derived_seed
+from nas.run import Incumbent, Run, derived_seed
 from nas.scoring import choose, decide, score
 from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
 from nas.search.strategies import Ask, Seen
 from nas.tables import StepRow, write_steps
+from nas.timings import MEASURE_COST
 from space.family import Arch
 from space.neighbours import Band, count_contractions
 

@@ -62,7 +62,7 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
         required = tuple(r for r in requirements_of(run.config) if r.setting == setting)
         if not required and setting != run.primary:
             continue
-        measured = run.measure(
+        measured = run.timings.measure(
             finalist.arch,
             "final",
             reference=run.seed_arch,
@@ -73,7 +73,7 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
             return f"failed under {setting.text}: {measured.reason}", primary, guessed, verdicts
         if setting == run.primary:
             primary = measured
-        guessed = guessed or run.predicts(setting, finalist.arch, final=True)
+        guessed = guessed or run.timings.predicts(setting, finalist.arch, final=True)
         verdicts += tuple(told(measured, one) for one in required)
         for one in required:
             if measured.judge(one) == "fail":
@@ -150,7 +150,7 @@ def _side(
         "ratio": measured.ratio,
         "ratio_lo": measured.ratio_lo,
         "ratio_hi": measured.ratio_hi,
-        "basis": run.basis(arch, final=True),
+        "basis": run.timings.basis(arch, final=True),
         "top1": values["test_top1"],
         "top1_se": values["test_top1_se"],
         "test_n": values["test_n"],
@@ -189,7 +189,7 @@ def compare(
         final["published"] = {**final["winner"], "name": name}
         final["note"] = f"the winner is the published {name} itself: a tie"
         return final
-    timed = run.measure(arch, "final", reference=run.seed_arch)
+    timed = run.timings.measure(arch, "final", reference=run.seed_arch)
     beside = final_training(run, arch, seed)
     if isinstance(timed, Result) or not beside.ok:
         failure = timed.reason if isinstance(timed, Result) else beside.reason

@@ -104,7 +104,7 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
         required = bounds.under(setting)
         if not required and setting != run.primary:
             continue
-        measured = run.measure(
+        measured = run.timings.measure(
             arch, "gate", reference=run.seed_arch, requirements=required, setting=setting, step=step
         )
         if isinstance(measured, Result):
@@ -114,11 +114,11 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
             row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
             add_row(run, replace(row, seconds=round(row.seconds + measured.seconds, 3)), arch)
             return None
-        guessed = run.predicts(setting, arch)
+        guessed = run.timings.predicts(setting, arch)
         candidate = replace(
             candidate,
             measured=measured if setting == run.primary else candidate.measured,
-            basis=run.basis(arch) if setting == run.primary else candidate.basis,
+            basis=run.timings.basis(arch) if setting == run.primary else candidate.basis,
             verdicts=(*candidate.verdicts, *(told(measured, r) for r in required)),
             seconds=candidate.seconds + measured.seconds,
         )

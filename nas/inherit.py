@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,8 @@ import numpy as np
 
 from nas.command import Parser, guarded
 from nas.config import RunConfig
+from nas.executor import LocalExecutor
 from nas.jobs import Job
-from nas.runner import run_job
 from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Array, Family, Slice
@@ -241,14 +239,12 @@ def _write(arguments: argparse.Namespace, family: Family, parent: Arch, child: A
         "weights": arguments.weights, "out": arguments.out, "criterion": arguments.importance,
         "random_seed": arguments.random_seed,
     }  # fmt: skip
-    said = io.StringIO()  # of a failure the one line is enough
-    with contextlib.redirect_stderr(said):
-        result = run_job(Job("inherit", "inherit", spec))
+    with LocalExecutor(threads=1) as worker:
+        result = worker.run(Job("inherit", "inherit", spec))
     if result.values.get("input_error"):
         raise InputError(result.reason)
     if not result.ok:
         raise refuse("CHILD", arguments.child, "weights that can be made here", result.reason or "")
-    print(said.getvalue(), end="", file=sys.stderr)
     return result.values
 
 

@@ -32,7 +32,7 @@ def write_model(
     `role` names the measurement that is quoted. Returns what the JSON holds.
     """
     model, kwargs = run.family.timm_call(of.arch, run.context)
-    measured = run.measure(of.arch, role, reference=run.seed_arch)
+    measured = run.timings.measure(of.arch, role, reference=run.seed_arch)
     assert isinstance(measured, Measurement)
     dataset = run.dataset
     overlay = {

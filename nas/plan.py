@@ -103,7 +103,7 @@ def make_plan(run: Run, seconds: float | None = None, *, trust: int | None = Non
     seconds = MEASURING_S if seconds is None else seconds
     seed = measure_seed(run)
     floor_arch = run.family.floor(run.seed_arch, run.context)
-    floor = run.measure(floor_arch, "floor", reference=run.seed_arch)
+    floor = run.timings.measure(floor_arch, "floor", reference=run.seed_arch)
     floor_ratio = None if isinstance(floor, Result) else floor.ratio
     pace = _pace(run, floor_arch, floor_ratio, seconds)
     steps, stuck = _steps(run, seed.images_per_s, pace)
@@ -142,7 +142,7 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
             if len(drawn) <= turn:
                 continue
             before = time.monotonic()
-            measured = run.measure(drawn[turn], "plan", reference=run.seed_arch)
+            measured = run.timings.measure(drawn[turn], "plan", reference=run.seed_arch)
             spent, timings = spent + time.monotonic() - before, timings + 1
             if not isinstance(measured, Result) and measured.ratio is not None:
                 points.append((drawn[turn], measured.ratio))

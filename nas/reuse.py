@@ -107,7 +107,7 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
     milestone = start_of(earlier, run.band(run.config.steps))
     if milestone is None:
         return seed
-    measured = run.measure(milestone.arch, "gate", reference=run.seed_arch)
+    measured = run.timings.measure(milestone.arch, "gate", reference=run.seed_arch)
     if isinstance(measured, Result) or measured.ratio is None:
         return seed
     values = {}
@@ -119,7 +119,7 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
             values[required] = float(count(milestone.arch, run.context))
             continue
         weigh = (required,) if required.metric == "peak_mem_mb" else ()
-        there = run.measure(
+        there = run.timings.measure(
             milestone.arch, "gate", reference=run.seed_arch, requirements=weigh,
             setting=required.setting,
         )  # fmt: skip

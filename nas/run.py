@@ -7,8 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,15 @@ from nas.executor import InlineExecutor, LocalExecutor
 from nas.files import read_json
 from nas.jobs import Job, Result
 from nas.judging import judged
-from nas.measure.cache import MeasurementCache
 from nas.measure.device_table import DeviceTable
-from nas.measure.fingerprint import Fingerprint
-from nas.measure.measurement import Measurement
-from nas.measure.runtimes import find_runtime
-from nas.measure.table import MeasurementKey, MeasurementRow, MeasurementTable
 from nas.progress import Console
-from nas.requirement import LATENCIES, Requirement, Setting
+from nas.requirement import Requirement
 from nas.resolve import Earlier
 from nas.rundir import RunDir
 from nas.search.constraints import band_at, primary_setting, settings_of
 from nas.search.ledger import Ledger
 from nas.search.strategies import get_strategy
+from nas.timings import Timings
 from space import Context
 from space.errors import InputError
 from space.family import Arch, Family
@@ -47,9 +42,6 @@ RUNG = "-rung"
 
 SPENT = ("weights.safetensors", CHECKPOINT)
 """Files of a finished job that may be gone: nothing starts from them any more."""
-
-MEASURE_COST = 250.0
-"""A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +123,6 @@ class Run:
         self.strategy = get_strategy(config.strategy)
         self.primary = primary_setting(config)
         self.settings = settings_of(config)
-        self.kept = MeasurementCache(cache / "measurements")
-        self.reused = 0
-        self.asked: set[MeasurementKey] = set()
         self.trained: dict[str, float] = {}
         self.counted: dict[tuple[str, Band], int] = {}
         # Where the steps' bounds start to tighten: the seed, or what an earlier run had reached.
@@ -142,7 +131,11 @@ class Run:
         self.start_macs = family.count_macs(seed_arch, self.context)
         self.start_ratio = 1.0
         self.store: Mapping[str, Any] = {}
-        self.measurements = MeasurementTable(folder.path / "measurements.csv")
+        self.timings = Timings(
+            config=config, family=family, context=self.context, folder=folder.path, cache=cache,
+            console=console, fingerprints=fingerprints, table=table, do=self.do,
+            rest=lambda: self.executor.close(),
+        )  # fmt: skip
         # A run that was killed early may have its run.json and no study yet.
         study = folder.path / "study.db"
         self.ledger = Ledger(study, create=not study.exists())
@@ -160,7 +153,7 @@ class Run:
         return {
             "family": self.family.name,
             "arch": self.family.to_dict(arch),
-            "context": _context_dict(self.context),
+            "context": dataclasses.asdict(self.context),
         }
 
     def first_epoch(self, step: int) -> int:
@@ -174,7 +167,7 @@ class Run:
     def work(self) -> Work:
         """Return what this run asked for so far, whether it was done now or earlier."""
         trained = {name.split(RUNG)[0] for name in self.trained}
-        return Work(len(self.asked), len(trained), sum(self.trained.values()))
+        return Work(len(self.timings.asked), len(trained), sum(self.trained.values()))
 
     def band(self, step: int) -> Band:
         """Return the parameter band of a step; the target's for strategies that take no steps."""
@@ -225,144 +218,6 @@ class Run:
         if not result.ok and result.values.get("input_error"):
             raise InputError(result.reason)
         return result
-
-    # Measuring
-
-    def measure(
-        self,
-        arch: Arch,
-        role: str,
-        *,
-        reference: Arch | None,
-        requirements: Sequence[Requirement] = (),
-        setting: Setting | None = None,
-        step: int | None = None,
-    ) -> Measurement | Result:
-        """Time an arch, interleaved with the reference, or take the stored measurement.
-
-        `setting` is the run's primary one unless it is given. A stored measurement that leaves a
-        requirement open is made once more for a `step`, unless it was as long as allowed. The
-        measurement is in `measurements.csv` before it is returned. A failure (out of memory, say)
-        is returned as the failed `Result`. Under the setting of a device table, nothing is timed.
-        """
-        setting = self.primary if setting is None else setting
-        if self.table is not None and setting == self.table.setting:
-            self.console.advance(MEASURE_COST)
-            return self.table.measurement(arch, final=role == "final")
-        weigh = any(r.metric == "peak_mem_mb" for r in requirements)
-        asked = self._question(arch, role, reference, setting)
-        self.asked.add(asked)
-        roles = [role] if step is None else [f"{role}-s{step}", role]
-        for each in roles:
-            known = self._known(replace(asked, role=each))
-            open_still = known is not None and (
-                (weigh and known.peak_mem_bytes is None)
-                or (
-                    step is not None
-                    and each == role
-                    and known.blocks < self.config.bench_max_blocks
-                    and known.meets(requirements) == "undecided"
-                )
-            )
-            if known is not None and not open_still:
-                self.console.advance(MEASURE_COST)
-                return known
-            if open_still:
-                role = roles[0]
-        spec = {
-            "network": {"family": self.family.name, "arch": self.family.to_dict(arch)},
-            "reference": None
-            if reference is None
-            else {"family": self.family.name, "arch": self.family.to_dict(reference)},
-            "context": _context_dict(self.context),
-            "setting": dataclasses.asdict(setting),
-            "blocks": self.config.bench_blocks,
-            "max_blocks": self.config.bench_max_blocks,
-            "bounds": _bounds(requirements),
-            "random_seed": self.config.random_seed,
-        }
-        name = f"{role}-{asked.arch_key}"
-        result = self.do(Job("measure", name, spec), cost=MEASURE_COST)
-        if not result.ok:
-            return result
-        measured = Measurement.from_dict(result.values)
-        if weigh:
-            weighed = self._weigh(name, spec)
-            if not weighed.ok:
-                return weighed
-            measured = replace(measured, **weighed.values)
-        if measured.fingerprint != asked.fingerprint:
-            raise InputError(
-                f"{setting.device}: the device or its software changed during the run, from "
-                f"{asked.fingerprint} to {measured.fingerprint}; start a new run"
-            )
-        row = MeasurementRow(
-            role, asked.arch_key, self.family.label(arch), asked.reference_key, measured
-        )
-        self.measurements.append_row(row)
-        self.kept.add(row)
-        return measured
-
-    def _weigh(self, name: str, spec: Mapping[str, Any]) -> Result:
-        """Weigh a network in a process that did nothing else, from the file that is deployed."""
-        with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            staged = self.do(Job("stage", f"stage-{name}", {**spec, "out": folder}))
-            if not staged.ok:
-                return staged
-            self.executor.close()
-            told = {**spec, "staged": staged.values["file"]}
-            return self.do(Job("peak-memory", f"memory-{name}", told))
-
-    def _question(
-        self, arch: Arch, role: str, reference: Arch | None, setting: Setting
-    ) -> MeasurementKey:
-        return MeasurementKey(
-            role=role,
-            arch_key=self.key(arch),
-            reference_key="" if reference is None else self.key(reference),
-            img_size=self.context.img_size,
-            num_classes=self.context.num_classes,
-            in_chans=self.context.in_chans,
-            batch=setting.batch,
-            dtype=setting.dtype,
-            runtime=setting.runtime,
-            fingerprint=self.fingerprint_under(setting),
-        )
-
-    def _known(self, key: MeasurementKey) -> Measurement | None:
-        """Look a measurement up in this run's table, then in the cache of earlier runs."""
-        known = self.measurements.find(**vars(key))
-        if known is None and self.config.measurement_cache:
-            cached = self.kept.find(key)
-            if cached is not None and cached.measurement.blocks >= self.config.bench_blocks:
-                self.measurements.append_row(cached)
-                self.reused += 1
-                known = cached.measurement
-        return known
-
-    def fingerprint_under(self, setting: Setting) -> str:
-        """Return the fingerprint id of a number measured under a setting in this run."""
-        device = Fingerprint.from_dict(self.fingerprints[setting.device])
-        runtime = find_runtime(setting.runtime, "--require")
-        return device.under(
-            runtime=runtime.name,
-            runtime_version=runtime.version(),
-            dtype=setting.dtype,
-            batch=setting.batch,
-            img_size=self.context.img_size,
-        ).id
-
-    def predicts(self, setting: Setting, arch: Arch, *, final: bool = False) -> bool:
-        """Tell whether an arch's throughput under a setting is a prediction, not a measurement."""
-        if self.table is None or setting != self.table.setting:
-            return False
-        return not self.table.exact(arch, final=final)
-
-    def basis(self, arch: Arch, *, final: bool = False) -> str:
-        """Say where an arch's throughput under the primary setting comes from."""
-        if self.table is None or self.primary != self.table.setting:
-            return "measured"
-        return "table" if self.table.exact(arch, final=final) else "predicted"
 
     # Training
 
@@ -483,24 +338,3 @@ def _file_digest(init: str) -> str | None:
         while block := content.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _bounds(requirements: Sequence[Requirement]) -> dict[str, Any]:
-    """Return what a timing is to decide, as `nas.measure.rounds.Bounds` takes it."""
-    bounds: dict[str, Any] = {}
-    for name, metric in (("ratio", "speedup"), ("images_per_s", "images_per_s")):
-        values = [r.bound for r in requirements if r.metric == metric]
-        if values:
-            bounds[name] = max(values)
-    bounds["latency_ms"] = [
-        [LATENCIES[r.metric], r.bound] for r in requirements if r.metric in LATENCIES
-    ]
-    return bounds
-
-
-def _context_dict(context: Context) -> dict[str, int]:
-    return {
-        "img_size": context.img_size,
-        "num_classes": context.num_classes,
-        "in_chans": context.in_chans,
-    }

@@ -297,13 +297,13 @@ def _adopt(bench: Run, rows: Sequence[MeasurementRow], *, named: bool) -> None:
     Where the file was `named` by the user, one without any that fits is refused.
     """
     own = {
-        bench.fingerprint_under(setting)
+        bench.timings.fingerprint_under(setting)
         for setting in bench.settings
         if bench.table is None or setting != bench.table.setting
     }
     fitting = [row for row in rows if row.measurement.fingerprint in own]
     for row in fitting:
-        bench.measurements.append_row(row)
+        bench.timings.rows.append_row(row)
     if rows and not fitting and named:
         raise refuse(
             "--measurements",
@@ -415,8 +415,10 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
         write_json(bench.folder.result_json, result)
         write_report(bench.folder.path)
     elif trust is not None:
-        goes_on = f"; --resume {bench.folder.path} --trust {trust} goes on" * (status == "stopped")
-        console.line(f"trust: no report is made of a run that is {status}{goes_on}")
+        said = f"trust: no report is made of a run that is {status}"
+        if status == "stopped":
+            said += f"; --resume {bench.folder.path} --trust {trust} goes on"
+        console.line(said)
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
     return Outcome(status, exit_code, message, bench.folder.path, result)
@@ -450,8 +452,8 @@ def _reached(bench: Run, final: Mapping[str, Any]) -> str:
     for verdict in final["requirements"]:
         if ": undecided at " in verdict:
             said += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
-    if bench.reused:
-        said += f"; {bench.reused} measurements were taken from the cache of earlier runs"
+    if bench.timings.reused:
+        said += f"; {bench.timings.reused} measurements were taken from the cache of earlier runs"
     return said
 
 

@@ -14,9 +14,10 @@ from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.race import MORE
 from nas.requirement import Requirement, Setting
-from nas.run import MEASURE_COST, Incumbent, Run
+from nas.run import Incumbent, Run
 from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.ledger import Row
+from nas.timings import MEASURE_COST
 from space.errors import InputError, refuse
 from space.family import Arch
 
@@ -130,7 +131,7 @@ def _measured_seed(
     run: Run, setting: Setting | None = None, requirements: tuple[Requirement, ...] = ()
 ) -> Measurement:
     setting = run.primary if setting is None else setting
-    measured = run.measure(
+    measured = run.timings.measure(
         run.seed_arch, "seed", reference=None, requirements=requirements, setting=setting
     )
     if isinstance(measured, Result):
@@ -162,7 +163,7 @@ def _reachable(run: Run) -> None:
         required = tuple(r for r in requirements_of(config) if r.setting == setting)
         if not required:
             continue
-        measured = run.measure(
+        measured = run.timings.measure(
             floor, "floor", reference=run.seed_arch, requirements=required, setting=setting
         )
         if isinstance(measured, Result):
@@ -288,7 +289,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         ratio_lo=1.0,
         ratio_hi=1.0,
         reference=run.key(arch),
-        basis=run.basis(arch),
+        basis=run.timings.basis(arch),
         soft_loss=trained.values["soft_loss"],
         soft_loss_se=trained.values["soft_loss_se"],
         top1=trained.values["top1"],

@@ -302,7 +302,7 @@ def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
             "parameters": -float(run.family.count_params(arch, run.context)),
             "MACs": -float(run.family.count_macs(arch, run.context)),
         }
-        measured = run.measure(arch, "gate", reference=run.seed_arch)
+        measured = run.timings.measure(arch, "gate", reference=run.seed_arch)
         if not isinstance(measured, Result):
             values["throughput (slower is better)"] = float(measured.images_per_s)
         spec = {

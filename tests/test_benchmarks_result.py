@@ -27,6 +27,10 @@ from space.errors import InputError
 from space.family import Published
 
 IMAGES, TRIALS = 300, 1000
+SMALL = {
+    "embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32,
+}  # fmt: skip
 
 
 def _tables(
@@ -302,10 +306,7 @@ def test_the_largest_net_within_the_budget_is_found(
 
 def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> None:
     family, context = get_family("tinyvit"), Context(32, 10)
-    arch = family.arch(
-        {"embed_dims": [64, 64, 96, 128], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
-         "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32}
-    )  # fmt: skip
+    arch = family.arch(SMALL)
     torch.manual_seed(0)
     model = family.build(arch, context)
     batches = []
@@ -342,10 +343,7 @@ def test_a_narrowed_net_is_rebuilt_from_its_shapes_alone(tmp_path: Path) -> None
     tp = pytest.importorskip("torch_pruning")
     assert tp is not None
     family, context = get_family("tinyvit"), Context(32, 10)
-    arch = family.arch(
-        {"embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
-         "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32}
-    )  # fmt: skip
+    arch = family.arch(SMALL)
     torch.manual_seed(0)
     model, example = family.build(arch, context), torch.randn(2, 3, 32, 32)
     before = _rivals_prune.count(model)

@@ -8,7 +8,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ from benchmarks._lattice import (
 )
 from benchmarks.inheritance import Crossing, ablation_rows, epochs_to_loss, ratio_rows
 from benchmarks.lab import Lab, Training
-from benchmarks.search_efficiency import rows_of, seed_sd
+from benchmarks.search_efficiency import quartiles, rows_of, seed_sd
 from nas.search.racing import drift
 from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
@@ -184,14 +184,11 @@ def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
         for epochs in proxy_rank.lengths(given)
     }
     free = {"parameters": list(-worth)}
-    rows, told = proxy_rank.table(
-        cast(Lab, _Lab()),
-        given,
-        list(range(n)),
-        scored,
-        truth,
-        free,  # type: ignore[arg-type]
-    )
+
+    def table(of: Any) -> Any:
+        return proxy_rank.table(cast(Lab, _Lab()), given, cast(Any, range(n)), of, truth, free)  # type: ignore[arg-type]
+
+    rows, told = table(scored)
     by_name = {row.name: row for row in rows}
     assert told["proxy"] == "inherited (l1), 1 epoch"
     assert told["cost_share"] == pytest.approx(0.1)
@@ -209,19 +206,18 @@ def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
         name: [_done(float(t.values[t.of.epochs]["soft_loss"]), t.of.epochs, 4000) for t in these]
         for name, these in scored.items()
     }
-    _, told = proxy_rank.table(
-        cast(Lab, _Lab()),
-        given,
-        list(range(n)),
-        longer,
-        truth,
-        free,  # type: ignore[arg-type]
-    )
+    _, told = table(longer)
     assert told["proxy"] == "inherited (l1), 1 epoch"
     assert told["cost_share"] == pytest.approx(0.4)
     kinds = ["rule"] * 5 + ["uniform"] * 3  # too few of the second to rank
     assert list(proxy_rank.within(told, kinds)) == ["rule (5)"]
     assert proxy_rank.within(told, kinds)["rule (5)"][str(told["proxy"])] == 1.0
+
+
+def test_quartiles_are_of_all_searches_those_without_an_answer_too() -> None:
+    inf = math.inf
+    found = quartiles([[inf, 3.0, 1.5], [inf, inf, 2.0], [4.0, 2.0, 1.0]], 1.0)
+    assert found == [[None, 2.0, 0.5], [None, 2.0, 0.5], [None, None, 1.0]]
 
 
 # -- races -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.lab import Lab
 from nas.command import default_cache
-from nas.config import EFFORTS, parse_count
+from nas.config import EFFORTS, parse_count, steps_of
 from nas.contract import contract
 from nas.files import read_json, write_json
 from nas.finish import nearest_published
@@ -135,7 +135,9 @@ def search_settings(lab: Lab, given: argparse.Namespace, target: Target) -> dict
     config = lab.run.config
     # All of them, so that a search made with other sizes is not taken for this one.
     asked = {name: getattr(given, name) for name in SIZES}
-    sizes = {k: EFFORTS[given.effort][k] if v is None else v for k, v in asked.items()}
+    start = lab.run.family.count_params(lab.run.seed_arch, lab.run.context)
+    usual = {**EFFORTS[given.effort], "steps": steps_of(given.effort, start, target.params)}
+    sizes = {k: usual[k] if v is None else v for k, v in asked.items()}
     return {
         **sizes, "effort": given.effort, "data": config.data, "img_size": config.img_size,
         "proxy_images": None, "require": (f"params<={target.most}",),

@@ -15,7 +15,6 @@ from space.errors import refuse
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     # The whole job on digits in about a minute and a half on two quiet cores.
     "smoke": {
-        "steps": 2,
         "shortlist": 6,
         "proxied": 2,
         "beam": 1,
@@ -32,7 +31,6 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     },
     # The README's run: about ten minutes on two quiet cores with the digits.
     "normal": {
-        "steps": 4,
         "shortlist": 12,
         "proxied": 3,
         "beam": 2,
@@ -49,7 +47,6 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     },
     # A long run, for a night or a GPU: times 24 and trains eight a step.
     "high": {
-        "steps": 6,
         "shortlist": 24,
         "proxied": 8,
         "beam": 3,
@@ -66,6 +63,10 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Documented constants behind `--effort`; each has a flag of its own."""
+
+STEP_KEEPS: Mapping[str, float] = {"smoke": 0.5, "normal": 0.7, "high": 0.8}
+"""What share of the parameters a step keeps, roughly, by effort: 21M to 5M in 2, 4 or 6 steps."""
+MOST_STEPS = 64
 
 LABEL_CHOICES: Mapping[str, tuple[str, ...]] = {
     "beyond": ("refuse", "cycle"),
@@ -187,6 +188,16 @@ def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {**EFFORTS[effort], **given, "effort": effort}
 
 
+def steps_of(effort: str, params: int, target_params: int) -> int:
+    """Return how many steps an effort takes from one number of parameters to another.
+
+    Steps as long as the way asks for, rather than a fixed number of them: on a short way, many
+    small steps spend trainings on archs that are not yet in the target's band.
+    """
+    steps = round(math.log(target_params / params) / math.log(STEP_KEEPS[effort]))
+    return min(max(steps, 1), MOST_STEPS)
+
+
 def flag(name: str) -> str:
     """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
     negated = name in ("anchors", "pixel_cache", "measurement_cache", "racing")
@@ -206,7 +217,7 @@ def check_config(config: RunConfig) -> None:
     _whole(config, "target_params", 1)
     for name in ("shortlist", "proxied", "beam", "draws", "bench_batch"):
         _whole(config, name, 1, 100_000)
-    _whole(config, "steps", 1, 64)
+    _whole(config, "steps", 1, MOST_STEPS)
     for name in ("teacher_epochs", "seed_epochs", "proxy_epochs", "final_epochs"):
         _whole(config, name, 1, 100_000)
     _whole(config, "bench_blocks", 6, 10_000)

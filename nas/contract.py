@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nas.command import EXIT_BAD_INPUT, Parser, default_cache, guarded
-from nas.config import EFFORTS, parse_count, parse_share
+from nas.config import EFFORTS, STEP_KEEPS, parse_count, parse_share
 from nas.plan import Plan
 from nas.planning import plan as plan_run
 from nas.session import Outcome, run
@@ -213,8 +213,15 @@ def build_parser() -> Parser:
     )
     size = parser.add_argument_group("how hard to look")
     size.add_argument("--effort", help="smoke, normal or high: sets all below (default: normal)")
+    cuts = ", ".join(f"{effort} {1 - keeps:.0%}" for effort, keeps in STEP_KEEPS.items())
+    size.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps from seed to target (default: as many as cut about this share each: "
+        f"{cuts})".replace("%", "%%"),
+    )
     for name, text in (
-        ("steps", "steps from seed to target"),
         ("shortlist", "candidates timed a step"),
         ("proxied", "candidates trained a step"),
         ("beam", "incumbents kept a step"),

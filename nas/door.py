@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas import labelling
-from nas.config import RunConfig, flag, with_effort
+from nas.config import RunConfig, flag, steps_of, with_effort
 from nas.data import Dataset, DataSpec, open_dataset, prepare
 from nas.data.values import EMBEDDED
 from nas.executor import InlineExecutor, LocalExecutor
@@ -131,6 +131,17 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
         "agreement with it"
     )
     return open_dataset(folder)
+
+
+def with_steps(
+    config: RunConfig, given: Mapping[str, Any], family: Family, seed: Arch, dataset: Dataset
+) -> RunConfig:
+    """Set the steps by the length of the way from seed to target, unless the user gave them."""
+    if "steps" in given:
+        return config
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    start = family.count_params(seed, context)
+    return dataclasses.replace(config, steps=steps_of(config.effort, start, config.target_params))
 
 
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:

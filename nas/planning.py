@@ -19,6 +19,7 @@ from nas.door import (
     read_device_table,
     resolved,
     with_classes,
+    with_steps,
 )
 from nas.executor import InlineExecutor, LocalExecutor
 from nas.plan import Plan, make_plan
@@ -51,6 +52,7 @@ def plan(
     family = freeze(family, seed_arch, config.freeze)
     config = dataclasses.replace(config, seed_arch=family.to_dict(seed_arch))
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
+    config = with_steps(config, given, family, seed_arch, dataset)
     check_possible(config, family, seed_arch, dataset)
     check_band(trust, config, family, seed_arch, dataset)
     tables = [Path(p) for p in config.device_table]

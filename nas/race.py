@@ -17,6 +17,7 @@ from nas.jobs import Result
 from nas.judging import losses_of
 from nas.run import CHECKPOINT, RUNG, Incumbent, Run
 from nas.search.racing import share_saved, survivors
+from space.errors import refuse
 from space.family import Arch
 
 ALPHA = 0.05
@@ -132,6 +133,8 @@ def remembered(out: Path, work: Callable[[], Result]) -> Result:
     kept = out.with_name(f"{out.name}.failed.json")
     if kept.exists():
         told = read_json(kept, "why a job failed")
+        if not isinstance(told, dict) or not {"reason", "seconds"} <= told.keys():
+            raise refuse(str(kept), "another format", "why a job failed", "remove it")
         return Result(out.name, False, {}, told["reason"], told["seconds"])
     result = work()
     if not result.ok:

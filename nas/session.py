@@ -23,6 +23,7 @@ from nas.door import (
     read_device_table,
     resolved,
     with_classes,
+    with_steps,
 )
 from nas.executor import InlineExecutor, LocalExecutor, OutOfTime
 from nas.files import write_json
@@ -124,6 +125,8 @@ def _start(
     if folder.run_json.exists():
         folder.create()  # refuses, before the data is read
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
+    if "replay" not in given:
+        config = with_steps(config, given, family, seed_arch, dataset)
     check_possible(config, family, seed_arch, dataset)
     check_band(trust, config, family, seed_arch, dataset)
     tables = [Path(p) for p in config.device_table]

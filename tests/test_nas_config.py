@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 from nas.config import (
     EFFORTS,
+    MOST_STEPS,
+    STEP_KEEPS,
     RunConfig,
     config_from_dict,
     parse_count,
     parse_share,
+    steps_of,
     with_effort,
 )
 from space.errors import InputError
@@ -40,6 +44,27 @@ def test_an_effort_sets_only_settings_that_exist_and_the_same_ones() -> None:
 
 def test_effort_high_times_24_and_trains_eight_a_step() -> None:
     assert (EFFORTS["high"]["shortlist"], EFFORTS["high"]["proxied"]) == (24, 8)
+
+
+def test_steps_are_as_many_as_the_way_is_long() -> None:
+    known = {(21_000_000, 5_000_000): (2, 4, 6), (5_000_000, 3_600_000): (1, 1, 1)}
+    for (params, target), wanted in known.items():
+        assert tuple(steps_of(effort, params, target) for effort in EFFORTS) == wanted
+
+
+@given(
+    effort=st.sampled_from(list(EFFORTS)),
+    params=st.integers(1_000, 10**9),
+    share=st.floats(0.001, 0.999),
+)
+def test_a_step_keeps_about_the_efforts_share(effort: str, params: int, share: float) -> None:
+    target = max(1, round(params * share))
+    steps = steps_of(effort, params, target)
+    assert 1 <= steps <= MOST_STEPS
+    if 1 < steps < MOST_STEPS:
+        cut, wanted = math.log(target / params) / steps, math.log(STEP_KEEPS[effort])
+        assert abs(cut / wanted - 1) <= 0.5 / steps + 1e-9
+    assert steps_of(effort, params, max(1, target // 2)) >= steps
 
 
 def test_given_settings_override_the_effort() -> None:

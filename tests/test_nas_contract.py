@@ -323,7 +323,6 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
         img_size=32,
         proxy_images=200,
         teacher_epochs=2,
-        steps=1,
         draws=1,
         shortlist=2,
         min_speedup=2.2,
@@ -333,6 +332,8 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
     assert (outcome.status, outcome.exit_code) == ("stuck", 3)
     assert "throughput binds" in outcome.message
     assert "nearest" in outcome.message
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["steps"] == 1  # 590K to 530K is a short way
     rows = read_csv(tmp_path / "run" / "ledger.csv")
     assert {r["stage"] for r in rows[1:]} == {"throughput"}
     assert (tmp_path / "run" / "report.md").exists()

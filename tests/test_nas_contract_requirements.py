@@ -36,7 +36,7 @@ def settings(finished: Finished, **more: Any) -> dict[str, Any]:
     return {
         "seed": finished.flags[1], "target_params": "400K", "effort": "smoke", "threads": 1,
         "img_size": 32, "proxy_images": 200, "teacher_epochs": 2, "final_epochs": 1, "shortlist": 3,
-        "proxied": 1,
+        "proxied": 1, "steps": 2,
         "bench_blocks": 6, "bench_max_blocks": 6, **more,
     }  # fmt: skip
 

@@ -19,6 +19,7 @@ from nas.jobs import Job, Result
 from nas.judging import judged, losses_of, per_image
 from nas.race import MORE, Entrant, race, remembered, rungs_of
 from nas.run import CHECKPOINT, Incumbent, Run
+from space.errors import InputError
 
 HERE = Path(__file__).parent
 
@@ -207,6 +208,10 @@ def test_that_a_job_failed_is_kept_and_success_is_not_in_its_way(tmp_path: Path)
     again = remembered(out, lambda: work(True))
     assert (again.ok, again.reason, again.seconds, len(calls)) == (False, "out of memory", 2.0, 1)
     assert remembered(out.with_name("l1-y.json"), lambda: work(True)).ok
+    for damaged in ("[]", "{}", "{"):
+        out.with_name("l1-x.json.failed.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"l1-x\.json\.failed\.json"):
+            remembered(out, lambda: work(True))
 
 
 def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:
@@ -273,7 +278,7 @@ def _specs(finished: Any) -> list[str]:
 
     with pytest.raises(InputError, match="enough"):
         contract(
-            seed=seed, target_params="400K", effort="smoke", threads=1, img_size=32,
+            seed=seed, target_params="400K", effort="smoke", steps=2, threads=1, img_size=32,
             proxy_images=200, teacher_epochs=2, cache_dir=finished.cache, random_seed=0,
             seed_epochs=2, out=finished.folder.parent / "listening", executor=Listening(),
         )  # fmt: skip

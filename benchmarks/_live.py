@@ -19,9 +19,10 @@ def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
     """Run contraction and the best rival once each; return rows of how they ended.
 
     The rival takes as many steps as train about what contraction trained (GMACs, from its ledger),
-    so the two last equally long but for what the machine does meanwhile; the seconds stand beside.
-    Children inherit from their parents and races are run as usual; the same slots are free. `told`:
-    what the replays found, with `median` evaluations by strategy and the `frozen` slots.
+    so the two last equally long but for what the machine does meanwhile; what either really trained
+    and its seconds stand beside. Children inherit from their parents; nobody races, as races would
+    save unequal shares; the same slots are free. `told`: what the replays found, with `median`
+    evaluations by strategy and the `frozen` slots.
     """
     rivals = {n: m for n, m in told["median"].items() if n != "contraction"}
     rows, own = _ran(given, told, "contraction", given.steps)
@@ -50,7 +51,7 @@ def _ran(
         "data": given.data, "img_size": given.img_size, "seed_epochs": given.seed_epochs,
         "teacher_epochs": given.teacher_epochs, "final_epochs": given.truth_epochs, "steps": steps,
         "shortlist": given.shortlist, "proxied": given.proxied or given.shortlist,
-        "beam": given.beam, "proxy_epochs": given.proxy_epochs, "strategy": name, "racing": True,
+        "beam": given.beam, "proxy_epochs": given.proxy_epochs, "strategy": name, "racing": False,
         "anchors": False, "freeze": tuple(told["frozen"]), "random_seed": given.random_seed,
         "device": given.device,
     }  # fmt: skip

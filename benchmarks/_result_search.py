@@ -205,7 +205,13 @@ def uniform_scaling(lab: Lab, target: Target) -> Side:
     inside = [arch for arch, size in sizes.items() if band.lo <= size <= band.hi]
     if not inside:
         return Side(UNIFORM, None, "not run: no scaling of the widths lies in the band")
-    return Side(UNIFORM, max(inside, key=lambda arch: (sizes[arch], run.key(arch))))
+    found = max(inside, key=lambda arch: (sizes[arch], run.key(arch)))
+    measured = run.timings.measure(found, "final", reference=run.seed_arch)
+    run.executor.close()
+    misses = None
+    if not isinstance(measured, Result) and (measured.ratio_hi or 0.0) < target.min_speedup:
+        misses = f"is slower than asked: {measured.ratio:.3g}x the seed's throughput"
+    return Side(UNIFORM, found, misses)
 
 
 def sides_of(

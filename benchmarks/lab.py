@@ -137,6 +137,11 @@ class Lab:
             run.console.stop()
         return [found[at] for at in range(len(wanted))]
 
+    def missing(self, wanted: Sequence[Training]) -> list[Training]:
+        """Return those that are not there yet."""
+        folder = self.run.folder.job_folder
+        return [t for t in wanted if not (folder(self._name(t)) / "result.json").is_file()]
+
     def parent(self, criterion: str) -> Incumbent:
         """Return the trained seed as a parent whose units are ranked by a criterion."""
         if criterion == "prefix":

@@ -305,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.command = " ".join(["python -m benchmarks.proxy_rank", *argv])
 
     def work() -> int:
+        for name, least in (("seeds", 2), ("archs", LEAST)):  # before anything is named or trained
+            if getattr(given, name) is not None and getattr(given, name) < least:
+                raise refuse(f"--{name}", getattr(given, name), f"an integer >= {least}")
         rows, told = rank(given, Console())
         write_rows(given.out, rows, command=given.command)
         write_json(given.out.with_suffix(".json"), told)

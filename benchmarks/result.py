@@ -118,18 +118,18 @@ class Budget:
 
     def __init__(self, hours: float) -> None:
         self.deadline = time.monotonic() + 3600 * hours
+        self.guess = 0.0  # seconds a GMAC, until some were spent
         self._seconds = self._cost = 0.0
 
     def fits(self, cost: float) -> bool:
         """Tell whether trainings of so many GMACs still fit, by the pace so far."""
-        pace = self._seconds / self._cost if self._cost else 0.0
+        pace = self._seconds / self._cost if self._cost else self.guess
         return time.monotonic() + pace * cost < self.deadline
 
     def spent(self, cost: float, seconds: float) -> None:
         """Learn from trainings that took so long."""
-        if seconds > 1.0:  # those taken over say nothing
-            self._cost += cost
-            self._seconds += seconds
+        self._cost += cost
+        self._seconds += seconds
 
 
 def compare(
@@ -155,15 +155,20 @@ def compare(
             told["work"] |= {text: {s.role: s.gmacs for s in sides if s.gmacs}}  # type: ignore[operator]
             for init in INITS:
                 wanted = trainings(lab, sides, init, given) if sides[0].arch is not None else []
-                cost = sum(lab.cost(t) for t in wanted) / lab.workers
-                if not budget.fits(cost):
+                missing = lab.missing(wanted)
+                cost = sum(lab.cost(t) for t in missing)
+                if missing and not budget.guess:
+                    one = missing[0].arch
+                    budget.guess = 1 / (lab.pace(one) * lab.run.image_cost(one))
+                if missing and not budget.fits(cost):
                     tables: dict[str, Floats] = {}
                     absent = {lab.run.key(t.arch): "not run: the budget is spent, call again"
                               for t in wanted}  # fmt: skip
                 else:
                     started = time.monotonic()
                     tables, absent = tested(lab, lab.train(wanted))
-                    budget.spent(cost, time.monotonic() - started)
+                    if missing:
+                        budget.spent(cost, time.monotonic() - started)
                 rows += [
                     row(lab, target, init, sides[0], rival, tables, absent, paces[rival.role],
                         given.command)

@@ -223,12 +223,16 @@ def own_row(
         Training(side.arch, "inherit", given.truth_epochs, FIRST_SEED + s, parent, test=True)
         for s in range(given.seeds)
     ]
-    cost = sum(lab.cost(t) for t in wanted) / lab.workers
-    if not budget.fits(cost):
+    missing = lab.missing(wanted)
+    cost = sum(lab.cost(t) for t in missing)
+    if missing and not budget.guess:
+        budget.guess = 1 / (lab.pace(side.arch) * run.image_cost(side.arch))
+    if missing and not budget.fits(cost):
         return replace(base, outcome=SPENT), None
     started = time.monotonic()
     done = lab.train(wanted)
-    budget.spent(cost, time.monotonic() - started)
+    if missing:
+        budget.spent(cost, time.monotonic() - started)
     bad = [t.failed for t in done if t.failed is not None]
     if bad:
         return replace(base, outcome=f"training failed: {bad[0]}"), None

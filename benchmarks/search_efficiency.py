@@ -39,6 +39,7 @@ from benchmarks._searches import FIXED, World, searches
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy_rank import CRITERION, PROXY_SEED
 from nas.command import Parser, guarded
+from nas.config import steps_of
 from nas.files import read_json, write_atomic, write_json
 from nas.progress import Console
 from nas.search.constraints import band_at
@@ -174,20 +175,23 @@ def _median(values: Floats) -> float:
 
 def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dict[str, Any]]:
     """Score what is missing, replay the searches; return the rows and what else is told."""
-    settings = Settings(
-        given.steps, given.shortlist, given.proxied, given.beam, given.evaluations
-    )  # fmt: skip
     free = tuple(given.free.split(","))
     with opened(given, console) as lab:
         run = lab.run
+        if given.steps is None:
+            given.steps = steps_of("normal", run.start_params, run.config.target_params)
+        settings = Settings(
+            given.steps, given.shortlist, given.proxied, given.beam, given.evaluations
+        )  # fmt: skip
         stepped = replace(run.config, steps=given.steps)
         bands = tuple(
             band_at(run.start_params, stepped, step) for step in range(1, given.steps + 1)
         )
         lattice = lattice_of(run.family, run.seed_arch, run.context, bands, free)
-        if not lattice.final or len(lattice.archs) > given.most:
+        if len(lattice.final) < 2 or len(lattice.archs) > given.most:
             got = f"{len(lattice.archs)} archs, {len(lattice.final)} of them in the last band"
-            raise refuse("--free", got, f"1 to {given.most} archs", "free other slots")
+            want = f"at most {given.most} archs, 2 or more in the last band"
+            raise refuse("--free", got, want, "free other slots")
         console.line(f"{len(lattice.archs)} archs, {len(lattice.final)} of them in the last band")
         epochs = planned_epochs(lab, lattice, given)
         table = tabled(lab, lattice, epochs, given)
@@ -220,7 +224,8 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
         for name, all_of in found.items()
     }
     told = {
-        "archs": len(lattice.archs), "final": len(lattice.final), "in_reach": in_reach,
+        "steps": settings.steps, "archs": len(lattice.archs), "final": len(lattice.final),
+        "in_reach": in_reach,
         "table_epochs": epochs, "images": given.images, "sd": sd[0], "best": losses[best],
         "budget": settings.budget,
         "frozen": [slot for slot in slots_of(lattice.family) if slot not in free],
@@ -296,7 +301,7 @@ def build_parser() -> Parser:
     add("--table-epochs", type=int, choices=(0, 1, 2, 3), help=epochs)
     add("--sd-archs", type=int, default=12, help="for the deviation (default %(default)s)")
     add("--sd-seeds", type=int, default=5, help="random seeds of those (default %(default)s)")
-    add("--steps", type=int, default=4, help="of contraction (default %(default)s)")
+    add("--steps", type=int, help="of contraction (default: those of a run at effort normal)")
     add("--shortlist", type=int, default=6, help="archs listed a step (default %(default)s)")
     add("--proxied", type=int, default=0, help="of them scored, 0: all (default %(default)s)")
     add("--beam", type=int, default=2, help="default %(default)s")
@@ -325,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         for name, least in (("sd_archs", 2), ("sd_seeds", 2), ("steps", 1), ("shortlist", 1),
                             ("beam", 1), ("evaluations", 1), ("replays", 2)):  # fmt: skip
-            if getattr(given, name) < least:
+            if getattr(given, name) is not None and getattr(given, name) < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise refuse(flag, getattr(given, name), f"an integer >= {least}")
         rows, told = compare(given, Console())

@@ -100,11 +100,18 @@ class Bench:
         if lacking:
             reason = f"not installed: {', '.join(lacking)}; {runtime.install}"
             return replace(empty, state=FAILED, reason=reason)
+        for what, asked, served in (
+            ("dtype", setting.dtype, runtime.dtypes),
+            ("device", setting.device.partition(":")[0], runtime.devices),
+        ):
+            if asked not in served:
+                reason = f"{what} {asked} is not served, only {', '.join(served)}"
+                return replace(empty, state=FAILED, reason=reason)
         if self.plan.auto:
             found = self.do(
                 "fastest-batch",
                 f"{net.name} batch",
-                {"network": net.spec(), "context": vars(ctx), "setting": vars(setting)},
+                {"network": net.spec(ctx), "context": vars(ctx), "setting": vars(setting)},
             )
             if not found.ok:
                 return self._failed(empty, found)
@@ -119,7 +126,7 @@ class Bench:
         row = replace(row, **self._latency(net, ctx, setting, measured.values))
         if self.plan.memory:
             row = replace(row, peak_mem_bytes=self._weigh(net, spec))
-        if net.weights is not None and self.plan.accuracy_data is not None:
+        if net.trained(ctx) and self.plan.accuracy_data is not None:
             row = replace(row, **self._accuracy(net, ctx, setting))
         return row
 
@@ -161,8 +168,8 @@ class Bench:
     def _spec(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
         plan = self.plan
         return {
-            "network": net.spec(),
-            "reference": None if plan.reference is None else plan.reference.spec(),
+            "network": net.spec(ctx),
+            "reference": None if plan.reference is None else plan.reference.spec(ctx),
             "context": vars(ctx),
             "setting": vars(setting),
             "reference_setting": vars(self._beside(setting)),
@@ -181,7 +188,7 @@ class Bench:
         if net.family is not None and net.arch is not None:
             params = net.family.count_params(net.arch, ctx)
             return {"params": params, "macs": net.family.count_macs(net.arch, ctx)}
-        spec = {"network": net.spec(), "context": vars(ctx)}
+        spec = {"network": net.spec(ctx), "context": vars(ctx)}
         found = self.do("count", f"{net.name} counts", spec)
         return dict(found.values) if found.ok else {}
 
@@ -423,7 +430,7 @@ def _plan(given: argparse.Namespace) -> tuple[list[Net], Plan]:
         for dtype in given.dtype
         for batch in batches
     )
-    nets = find_nets(given.arch, family, contexts[0])
+    nets = find_nets(given.arch, family)
     if given.sample is not None:
         band = None if given.band is None else parse_count("--band", given.band)
         nets += sample(
@@ -435,7 +442,7 @@ def _plan(given: argparse.Namespace) -> tuple[list[Net], Plan]:
     reference = None
     named = given.reference or family.published[-1].name
     if named != "none":
-        reference = find_nets([named], family, contexts[0])[0]
+        reference = find_nets([named], family)[0]
     plan = Plan(
         settings=settings, auto=auto, sizes=sizes, num_classes=given.num_classes,
         reference=reference, reference_runtime=given.reference_runtime, threads=threads,

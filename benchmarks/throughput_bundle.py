@@ -104,7 +104,7 @@ def _export(folder: Path, net: Net, ctx: Context, batch: int, reference: bool) -
     name = f"{key}-px{ctx.img_size}-b{batch}.onnx"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = private_copy(build(net.spec(), ctx), "cpu")
+        model = private_copy(build(net.spec(ctx), ctx), "cpu")
     if not (folder / name).is_file():
         images = torch.zeros(batch, ctx.in_chans, ctx.img_size, ctx.img_size)
         export_onnx(model, images, folder / name)

@@ -21,8 +21,8 @@ from space.errors import InputError, refuse
 class Net:
     """A network to measure: what the user called it, and what a worker builds it from.
 
-    `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`;
-    `found` says that a search found it.
+    `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`, which
+    fits the context that it was trained in (`trained_in`); `found` says that a search found it.
     """
 
     name: str
@@ -31,10 +31,15 @@ class Net:
     timm: str | None = None
     weights: Path | None = None
     found: bool = False
+    trained_in: Context | None = None
 
-    def spec(self) -> dict[str, Any]:
-        """Return what `nas.runner.measuring.build` takes."""
-        weights = None if self.weights is None else str(self.weights)
+    def trained(self, ctx: Context) -> bool:
+        """Tell whether the net has weights for a context."""
+        return self.weights is not None and self.trained_in in (None, ctx)
+
+    def spec(self, ctx: Context) -> dict[str, Any]:
+        """Return what `nas.runner.measuring.build` takes in a context; weights of another: none."""
+        weights = str(self.weights) if self.trained(ctx) else None
         if self.family is None or self.arch is None:
             return {"timm": self.timm, "weights": weights}
         return {
@@ -48,11 +53,10 @@ class Net:
         return self.family.key(self.arch, ctx)
 
 
-def find_nets(names: Sequence[str], family: Family, ctx: Context | None) -> list[Net]:
+def find_nets(names: Sequence[str], family: Family) -> list[Net]:
     """Read each name: a published arch, inline JSON, `best.json`, an arch's file, a run, or timm's.
 
-    A run's folder stands for its Pareto set. With `ctx`, a `best.json` made elsewhere gives its
-    arch without its weights. Raises `InputError`.
+    A run's folder stands for its Pareto set. Raises `InputError`.
     """
     found: list[Net] = []
     for name in names:
@@ -84,7 +88,13 @@ def _find(name: str, family: Family) -> list[Net]:
         own = get_family(data["family"]) if "family" in data else family
         weights = path.with_suffix(".safetensors")
         trained = weights if "timm" in data and weights.is_file() else None
-        return [Net(name, own, own.arch(mapping), weights=trained, found="timm" in data)]
+        sizes = [data.get(each) for each in ("img_size", "num_classes")]
+        made = Context(*sizes) if all(type(size) is int for size in sizes) else None
+        return [
+            Net(
+                name, own, own.arch(mapping), weights=trained, found="timm" in data, trained_in=made
+            )
+        ]
     for published in family.published:
         if name.lower() in (published.name.lower(), *(a.lower() for a in published.aliases)):
             return [Net(name, family, published.arch)]

@@ -141,6 +141,7 @@ def _seen(run: Run, step: int, tried: Collection[str]) -> tuple[Seen, ...]:
             violation=math.inf if row.state == "failed" else row.violation,
             loss=row.soft_loss if row.state == "complete" else None,  # a whole training's
             ratio=row.ratio,
+            stopped=row.stage == "race",
         )
         for row in run.ledger.rows
         if 0 < row.step < step or (row.step == step and row.key in tried)

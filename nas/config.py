@@ -66,6 +66,8 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
 
 STEP_KEEPS: Mapping[str, float] = {"smoke": 0.5, "normal": 0.7, "high": 0.8}
 """What share of the parameters a step keeps, roughly, by effort: 21M to 5M in 2, 4 or 6 steps."""
+ROUNDS: Mapping[str, int] = {"smoke": 2, "normal": 4, "high": 6}
+"""Steps of a strategy that works in the target's band all along: how often it learns and lists."""
 MOST_STEPS = 64
 
 LABEL_CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -156,7 +156,9 @@ def build_parser() -> Parser:
         metavar="SOURCE",
         help="digits, fractals, an image folder, or torch/..., hfds/..., wds/... (default: digits)",
     )
-    data.add_argument("--img-size", type=int, metavar="PX", help="resolution (default: from data)")
+    data.add_argument(
+        "--img-size", type=int, metavar="PX", help="resolution (default: smoke 48, else from data)"
+    )
     data.add_argument(
         "--proxy-images",
         type=int,
@@ -212,7 +214,10 @@ def build_parser() -> Parser:
         help="start the seed from a checkpoint or a timm tag (default: from scratch)",
     )
     size = parser.add_argument_group("how hard to look")
-    size.add_argument("--effort", help="smoke, normal or high: sets all below (default: normal)")
+    size.add_argument(
+        "--effort",
+        help="smoke, normal or high: sets what names them as its defaults (default: normal)",
+    )
     cuts = ", ".join(f"{effort} {1 - keeps:.0%}" for effort, keeps in STEP_KEEPS.items())
     size.add_argument(
         "--steps",

@@ -15,6 +15,7 @@ import numpy as np
 from nas.command import Parser, guarded
 from nas.config import RunConfig
 from nas.executor import LocalExecutor
+from nas.files import read_json
 from nas.jobs import Job
 from space import Context, get_family
 from space.errors import InputError, refuse
@@ -192,9 +193,9 @@ def build_parser() -> Parser:
     parser.add_argument("parent", metavar="PARENT", help="5M, 11M, 21M, or a JSON file")
     parser.add_argument("child", metavar="CHILD", help="likewise; nothing of it need be smaller")
     parser.add_argument("--family", default=RunConfig.family, help="kind of model")
-    size = f"the child's resolution (default: the weights', or {IMG_SIZE})"
+    size = f"the child's resolution (default: the weights', that of a best.json, or {IMG_SIZE})"
     parser.add_argument("--img-size", type=int, metavar="PX", help=size)
-    classes = f"the child's classes (default: the weights', or {NUM_CLASSES})"
+    classes = f"the child's classes (default: the weights', those of a best.json, or {NUM_CLASSES})"
     parser.add_argument("--num-classes", type=int, metavar="N", help=classes)
     parser.add_argument("--weights", metavar="FILE", help="of the parent: a checkpoint or timm tag")
     out = "write the child's weights (.safetensors); batch-norm statistics stay the parent's"
@@ -212,6 +213,19 @@ def _arch(family: Family, name: str, label: str) -> Arch:
         return family.seed(name)
     except InputError as error:
         raise InputError(str(error).replace("--seed", label, 1)) from None
+
+
+def _trained_at(name: str, size: int | None, classes: int | None) -> tuple[int | None, int | None]:
+    """Fill in the resolution and the classes that a `best.json` was made for."""
+    if Path(name).suffix.lower() != ".json":
+        return size, classes
+    told = read_json(Path(name), "an arch")
+    for key, low in (("img_size", 16), ("num_classes", 1)):
+        value = told.get(key) if isinstance(told, dict) else None
+        if type(value) is int and value >= low:
+            size = value if key == "img_size" and size is None else size
+            classes = value if key == "num_classes" and classes is None else classes
+    return size, classes
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -254,6 +268,8 @@ def _work(arguments: argparse.Namespace) -> int:
     parent = _arch(family, arguments.parent, "PARENT")
     child = _arch(family, arguments.child, "CHILD")
     size, classes = arguments.img_size, arguments.num_classes
+    if arguments.weights is None:  # with weights, theirs
+        size, classes = _trained_at(arguments.child, size, classes)
     there = here = Context(
         IMG_SIZE if size is None else size, NUM_CLASSES if classes is None else classes
     )
@@ -265,6 +281,8 @@ def _work(arguments: argparse.Namespace) -> int:
     shown = [layer for layer in layers if layer.changed or arguments.all]
     params = family.count_params(parent, there), family.count_params(child, here)
     print("\n".join(table(shown, params)))
+    if not written and any(layer.block for layer in shown):
+        print("blocks: spread evenly here; a run drops those whose loss does least harm")
     if written:
         total = written["copied"] + written["kept"]
         print(f"{written['copied']:,} of {total:,} numbers from the parent, in {arguments.out}")

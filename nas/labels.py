@@ -67,7 +67,12 @@ def build_parser() -> Parser:
                       f"teacher's best (alone: {CLEAN_RATIO}), listing them")  # fmt: skip
     make.add_argument("--precision", default="float32", help="of the teacher, on a GPU")
     make.add_argument("--img-size", type=int, metavar="PX")
-    make.add_argument("--proxy-images", type=int, metavar="N", help="read N images of the data")
+    make.add_argument(
+        "--proxy-images",
+        type=int,
+        metavar="N",
+        help="images read (default: 10,000, or 4 a class if more)",
+    )
     make.add_argument("--max-broken", default="1%", metavar="SHARE")
     make.add_argument("--no-pixel-cache", dest="pixel_cache", action="store_false",
                       help="decode files each time instead of keeping their pixels")  # fmt: skip

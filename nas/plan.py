@@ -273,6 +273,8 @@ def _odds(ratio: float, need: float, pace: Pace) -> float:
 
 def _chosen(run: Run, step: int, passed: Sequence[Shortlisted], pace: Pace) -> list[Shortlisted]:
     """Choose those that would be trained, as the run does."""
+    if not run.strategy.stepwise:
+        return list(passed[: run.config.proxied])
     timed = []
     for each in passed:
         values = run.family.to_dict(each.arch).values()

@@ -15,7 +15,7 @@ from typing import Any
 from nas.files import read_json, write_json
 from nas.jobs import Result
 from nas.judging import losses_of
-from nas.run import CHECKPOINT, RUNG, Incumbent, Run
+from nas.run import CHECKPOINT, MORE, RUNG, Incumbent, Run
 from nas.search.racing import share_saved, survivors
 from space.errors import refuse
 from space.family import Arch
@@ -25,10 +25,6 @@ ALPHA = 0.05
 
 DRIFT_NATS = 0.05
 """How far (standard deviation) two candidates' losses still move apart until the last rung."""
-
-
-MORE = "-more"
-"""What the job of an entrant is called that trains on the epochs which others saved."""
 
 
 @dataclass(frozen=True)
@@ -167,16 +163,16 @@ def _prolonged(
             run, each.entrant.arch, folder.name, out=folder, epochs=min(more, stored_epochs),
             init="inherit", parent=own, first_epoch=start,
         )  # fmt: skip
-        if not result.ok:  # what it had is still its own
-            found.append(each)
-            continue
-        run.folder.drop_weights(each.folder.name)
+        if not result.ok:  # all are compared by what they had, equally long
+            return list(ran)
         found.append(
             replace(
                 each, result=result, epochs=epochs + min(more, stored_epochs),
                 seconds=each.seconds + result.seconds, folder=folder,
             )
         )  # fmt: skip
+    for each in through:
+        run.folder.drop_weights(each.folder.name)
     return found
 
 

@@ -8,7 +8,6 @@ and meet it, or by steps that start from the nearest larger model instead of fro
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,12 +150,11 @@ def answers(earlier: Earlier, band: Band) -> list[tuple[Row, Arch]]:
 
 def start_of(earlier: Earlier, band: Band) -> Milestone | None:
     """Return the smallest model that is still larger than a band, or None: start from the seed."""
-    larger = [m for m in earlier.milestones if m.params > band.hi]
+    models = [m for run in lineage(earlier) for m in run.milestones]
+    larger = [m for m in models if m.params > band.hi]
     return min(larger, key=lambda m: m.params, default=None)
 
 
-def steps_left(earlier: Earlier, seed_params: int, start_params: int, target: int) -> int:
-    """Return how many steps, as long as the earlier run's, lead from a start to a target."""
-    config = earlier.config
-    each = math.log(seed_params / config.target_params) / config.steps
-    return max(1, round(math.log(start_params / target) / max(each, 1e-9)))
+def lineage(earlier: Earlier) -> list[Earlier]:
+    """Return an earlier run, the one that it replayed itself, and so on."""
+    return [earlier, *(lineage(earlier.before) if earlier.before is not None else ())]

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.config import RunConfig
+from nas.config import ROUNDS, RunConfig, steps_of
 from nas.data import Dataset
 from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
 from nas.jobs import Result
 from nas.judging import losses_of
-from nas.race import MORE
-from nas.resolve import Earlier, answers, read_earlier, start_of, steps_left
-from nas.run import Incumbent, Run
+from nas.resolve import Earlier, answers, lineage, read_earlier, start_of
+from nas.run import MORE, Incumbent, Run
 from nas.scoring import places
 from nas.search.constraints import band_at, bounds_at, requirements_of
 from nas.search.ledger import Row
 from nas.search.selection import Scored, paired_error, rank
+from nas.search.strategies import get_strategy
 from space import Context
 from space.family import Family
 from space.neighbours import listed
@@ -38,7 +38,13 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
         bounds = replace(bounds, least_ratio=None)
     passed: list[tuple[Row, Candidate]] = []
-    for row, arch in answers(earlier, bounds.band):
+    folders: dict[str, Path] = {}
+    known = [(of, *each) for of in lineage(earlier) for each in answers(of, bounds.band)]
+    for of, row, arch in known:
+        folder = _folder(of, row)
+        if folder is None or row.key in folders:  # the last run that scored it tells
+            continue
+        folders[row.key] = folder
         told = listed(run.family, [run.seed_arch], [(None, arch)], run.context)[0]
         candidate = gate(run, step, Candidate(told, row.key, seed), bounds)
         if candidate is not None:
@@ -49,7 +55,6 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
         Scored(row.key, row.soft_loss or 0.0, row.soft_loss_se or 0.0, ratio_of(candidate))
         for row, candidate in passed
     ]
-    folders = {row.key: folder for row, _ in passed if (folder := _folder(earlier, row))}
     order = rank(values, paired_error(lambda key: losses_of(folders[key], run.config.metric)))
     by_key = {row.key: (row, candidate) for row, candidate in passed}
     kept = order[: places(run, step)]
@@ -85,10 +90,10 @@ def _folder(earlier: Earlier, row: Row) -> Path | None:
 
     A replay's own answers have theirs with the run that it replayed.
     """
-    name = f"s{row.step}-{row.key}"
-    for folder in (earlier.folder / "work" / f"{name}{MORE}", earlier.folder / "work" / name):
-        if (folder / "holdout.safetensors").is_file():
-            return folder
+    longer = MORE if row.epochs > earlier.config.proxy_epochs else ""
+    folder = earlier.folder / "work" / f"s{row.step}-{row.key}{longer}"
+    if (folder / "holdout.safetensors").is_file():
+        return folder
     if earlier.before is None:
         return None
     for old, _ in earlier.before.scored:
@@ -153,7 +158,9 @@ def steps_from(earlier: Earlier, config: RunConfig, family: Family, dataset: Dat
     seed_params = family.count_params(family.arch(config.seed_arch), context)
     start = start_of(earlier, band_at(seed_params, config, config.steps))
     params = seed_params if start is None else start.params
-    return steps_left(earlier, seed_params, params, config.target_params)
+    if not get_strategy(config.strategy).stepwise:
+        return ROUNDS[config.effort]
+    return steps_of(config.effort, params, config.target_params)
 
 
 def reused_words(

@@ -20,6 +20,7 @@ from nas.jobs import Job, Result
 from nas.judging import judged
 from nas.measure.device_table import DeviceTable
 from nas.progress import Console
+from nas.rates import SCRATCH_LR, peak_lr
 from nas.requirement import Requirement
 from nas.resolve import Earlier
 from nas.rundir import RunDir
@@ -39,6 +40,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 RUNG = "-rung"
 """Between the name of a raced training and the epochs after which one of its jobs stops."""
+MORE = "-more"
+"""What the job of an entrant is called that trains on the epochs which others saved."""
 
 SPENT = ("weights.safetensors", CHECKPOINT)
 """Files of a finished job that may be gone: nothing starts from them any more."""
@@ -166,7 +169,7 @@ class Run:
 
     def work(self) -> Work:
         """Return what this run asked for so far, whether it was done now or earlier."""
-        trained = {name.split(RUNG)[0] for name in self.trained}
+        trained = {name.split(RUNG)[0].removesuffix(MORE) for name in self.trained}
         return Work(len(self.timings.asked), len(trained), sum(self.trained.values()))
 
     def band(self, step: int) -> Band:
@@ -314,6 +317,7 @@ class Run:
 
     def spec_digest(self, spec: Mapping[str, Any]) -> str:
         """Return a name for everything that decides a cached training, this machine included."""
+        arch = self.family.arch(spec["arch"])
         whole = {
             **{k: v for k, v in spec.items() if k not in ("dataset", "store", "out", "checkpoint")},
             "dataset": self.dataset.fingerprint,
@@ -323,6 +327,9 @@ class Run:
             # More labels than a training comes to change nothing.
             "label_epochs": min(spec["label_epochs"], spec["first_epoch"] + spec["epochs"]),
         }
+        lr = peak_lr("scratch", self.family.count_params(arch, self.context))
+        if spec["init"] == "scratch" and lr != SCRATCH_LR:  # or the key stays what it was
+            whole["lr"] = lr
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]

@@ -14,7 +14,7 @@ from nas.gates import Candidate, add_row, measured_of, ratio_of, row_of
 from nas.jobs import Job
 from nas.judging import losses_of
 from nas.race import Entrant, Ran, race, remembered, trained
-from nas.run import Incumbent, Run, derived_seed
+from nas.run import MORE, Incumbent, Run, derived_seed
 from nas.search.selection import Scored, Timed, paired_error, rank, spread
 
 IMPORTANCE_IMAGES = 256
@@ -26,7 +26,8 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
     config = run.config
     if config.proxy_init == "scratch" or config.importance == "prefix" or incumbent.order:
         return incumbent
-    path = run.folder.work / f"{config.importance}-{incumbent.key}.json"
+    # The same arch may be kept in two steps, with other weights.
+    path = run.folder.work / f"{config.importance}-{incumbent.step}-{incumbent.key}.json"
     if not path.exists():
         spec = {
             **run.network(incumbent.arch),
@@ -50,18 +51,25 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
 
 
 def choose(run: Run, step: int, passed: Sequence[Candidate]) -> list[Candidate]:
-    """Choose those to train, best spread; the others become rows."""
+    """Choose those to train; the others become rows.
+
+    Best spread where the list is a rule's; a strategy that learns has put its best guess first.
+    """
     config = run.config
-    chosen = spread(
-        [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
-        config.proxied,
-        random_seed=derived_seed(config.random_seed, "spread", step),
-    )
+    how = f"among the first {config.proxied}"
+    chosen = [c.key for c in passed[: config.proxied]]
+    if run.strategy.stepwise:
+        how = f"among the {config.proxied} best spread"
+        chosen = spread(
+            [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
+            config.proxied,
+            random_seed=derived_seed(config.random_seed, "spread", step),
+        )
     for candidate in passed:
         if candidate.key not in chosen:
             row = row_of(
                 run, step, candidate, stage="selection", state="pruned",
-                reason=f"fast enough, but not among the {config.proxied} best spread",
+                reason=f"fast enough, but not {how}",
             )  # fmt: skip
             add_row(run, row, candidate.of.arch)
     by_key = {c.key: c for c in passed}
@@ -194,7 +202,7 @@ def _place(order: Sequence[str], key: str) -> int:
 
 
 def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
-    """Train the finalists from a second random seed too, and rank them by both.
+    """Train the finalists from a second random seed too, and rank them by both, equally long.
 
     A finalist whose second training fails keeps its place by the first.
     """
@@ -204,7 +212,9 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     losses: dict[str, npt.NDArray[np.float64]] = {}
     second: dict[str, float] = {}
     for each in finalists:
-        losses[each.key] = losses_of(each.weights.parent, config.metric)
+        # As long as the second one: without the epochs that a race gave it besides.
+        first = each.weights.parent
+        losses[each.key] = losses_of(first.with_name(first.name.removesuffix(MORE)), config.metric)
         name = f"s{each.step}-{each.key}-again"
         folder = run.folder.job_folder(name)
         result = trained(

@@ -372,9 +372,11 @@ def _work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
                     status, final, best = "reached", compared, winner
     except OutOfTime:
         taken = steps[-1].step if steps else 0  # a step without a survivor leaves no row
+        where = f"at step {taken + 1} of {config.steps}"
+        if taken == config.steps:
+            where = "in the final comparison"
         message = (
-            f"out of time (--max-hours): stopped at step {taken + 1} of {config.steps}; "
-            f"--resume {bench.folder.path} goes on"
+            f"out of time (--max-hours): stopped {where}; --resume {bench.folder.path} goes on"
         )
         best = stage.best_so_far(bench, taken)
     finally:

@@ -12,9 +12,8 @@ from nas.config import RunConfig, flag
 from nas.gates import REFERENCE_CONTEXT, shown
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
-from nas.race import MORE
 from nas.requirement import Requirement, Setting
-from nas.run import Incumbent, Run
+from nas.run import MORE, Incumbent, Run
 from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.ledger import Row
 from nas.timings import MEASURE_COST
@@ -311,12 +310,11 @@ def incumbent_of(run: Run, row: Row) -> Incumbent:
     assert row.ratio is not None
     assert row.images_per_s is not None
     assert row.soft_loss is not None
-    name = f"s{row.step}-{row.key}"
-    longer = run.folder.job_folder(f"{name}{MORE}") / "weights.safetensors"
+    longer = MORE if row.epochs > run.config.proxy_epochs else ""
     return Incumbent(
         arch=arch,
         key=row.key,
-        weights=longer if longer.exists() else run.folder.job_folder(name) / longer.name,
+        weights=run.folder.job_folder(f"s{row.step}-{row.key}{longer}") / "weights.safetensors",
         ratio=row.ratio,
         images_per_s=row.images_per_s,
         soft_loss=row.soft_loss,

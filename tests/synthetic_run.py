@@ -133,6 +133,7 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
         "exit_code": 0 if status == "reached" else 3,
         "message": {"reached": "the target is reached"}.get(status, f"{status}: time"),
         "winner": winner["key"],
+        "finalists": [{"key": winner["key"], "soft_loss": 0.41234, "soft_loss_again": 0.43219}],
         "path": path,
     }
     if status == "reached":

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("space", "nas", "benchmarks")
-VALUES = {"nas.config", "nas.jobs", "nas.files", "nas.requirement"}
+VALUES = {"nas.config", "nas.jobs", "nas.files", "nas.rates", "nas.requirement"}
 ENTRIES = {"nas.contract", "nas.inherit", "nas.labels", "nas.worker"}
 
 # room -> rooms of our own that it may import (itself aside); see docs/architecture.md

@@ -42,7 +42,7 @@ QUICK = ["--blocks", "6", "--max-blocks", "6", "--precision", "0", "--threads", 
 
 
 def nets(*names: str) -> list[Net]:
-    return find_nets(list(names), FAMILY, CTX)
+    return find_nets(list(names), FAMILY)
 
 
 @pytest.fixture(scope="module")

@@ -155,8 +155,9 @@ def test_a_contracted_arch_that_misses_says_so() -> None:
 def test_the_budget_lets_in_what_fits_by_the_pace_so_far() -> None:
     budget = Budget(1.0)
     assert budget.fits(1e9)  # nothing is known yet
-    budget.spent(100.0, 0.1)  # taken over: says nothing
-    assert budget.fits(1e9)
+    budget.guess = 10.0
+    assert not budget.fits(400.0)
+    budget.guess = 1e-6  # what was spent tells more than a guess
     budget.spent(100.0, 1000.0)
     assert budget.fits(300.0)
     assert not budget.fits(400.0)

@@ -297,6 +297,11 @@ def test_curves_are_read_from_a_lab_and_too_few_are_refused(
     assert np.allclose(found.losses, curves.losses, atol=1e-5)
     assert racing.main([*flags, "--sizes", "4,6,8"]) == 0
     told = json.loads((tmp_path / "racing.json").read_text())
+    shares = {(size, name): own[0][0] for size, name, own in told["points"]}
+    for size, (name, share_of) in told["beside_rivals"].items():
+        own = shares[int(size), "paired tests, constant drift, keep 1"]
+        assert share_of == pytest.approx(own / shares[int(size), name])
+    assert racing.main([*flags, "--sizes", "2", "--keep", "2,1"]) == 2
     assert told["sizes"] == [4, 6, 7], "a race of all could be drawn in one way only"
     assert (tmp_path / "racing.png").stat().st_size > 1000
     assert capsys.readouterr().out.splitlines()[-1].startswith('{"archs": 8')
@@ -448,3 +453,12 @@ def test_the_deviation_over_seeds_is_found_again_without_common_shifts() -> None
     sd, lo, hi = seed_sd(losses)
     assert lo < 0.3 < hi
     assert sd == pytest.approx(0.3, rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("--seeds", "1"), ("--archs", "3")])
+def test_too_few_to_rank_are_refused_before_anything_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    assert proxy_rank.main([name, value, "--work", str(tmp_path / "w")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name}: got {value}, want")
+    assert not (tmp_path / "w").exists()

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from benchmarks.throughput import main
+from benchmarks.throughput_nets import find_nets
 from nas.measure.rows import COLUMNS, FAILED, OK, DeviceRow, read_rows, write_rows
 from nas.measure.runtimes import runtimes
 from space import Context, get_family
@@ -197,3 +199,30 @@ def test_a_network_that_only_timm_can_know_is_refused_too(
     assert said.out == ""
     assert said.err.count("\n") == 1, said.err
     assert "nosuchnet" in said.err
+
+
+def test_a_found_arch_is_measured_where_its_weights_do_not_fit(tmp_path: Path) -> None:
+    """`best.json` was made for 10 classes at 48 px; elsewhere its arch counts, without weights."""
+    made = Context(img_size=48, num_classes=10)
+    model = FAMILY.build(FAMILY.arch(FACTORS), made)
+    save_file(model.state_dict(), tmp_path / "best.safetensors")
+    best = {"arch": FACTORS, "timm": {}, "img_size": 48, "num_classes": 10}
+    (tmp_path / "best.json").write_text(json.dumps(best))
+    (net,) = find_nets([str(tmp_path / "best.json")], FAMILY)
+    assert net.spec(made)["weights"] == str(tmp_path / "best.safetensors")
+    assert net.spec(CTX)["weights"] is None
+    out = tmp_path / "t.csv"
+    flags = ["--arch", str(tmp_path / "best.json"), "--reference", "none", *QUICK]
+    assert run(*flags, "--out", str(out)) == 0
+    assert [r.state for r in read_rows(out, "--out")] == [OK]
+
+
+def test_what_a_runtime_does_not_serve_is_a_row(tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    flags = ["--arch", SMALL, "--reference", "none", "--dtype", "float32", "float16", *QUICK]
+    assert run(*flags, "--runtime", "onnxruntime", "--out", str(out)) == 0
+    rows = {r.dtype: r for r in read_rows(out, "--out")}
+    assert rows["float32"].state == OK
+    assert (rows["float16"].state, rows["float16"].reason) == (
+        FAILED, "dtype float16 is not served, only float32",
+    )  # fmt: skip

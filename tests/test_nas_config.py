@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from nas.config import (
     EFFORTS,
     MOST_STEPS,
+    ROUNDS,
     STEP_KEEPS,
     RunConfig,
     config_from_dict,
@@ -21,6 +24,10 @@ from nas.config import (
     steps_of,
     with_effort,
 )
+from nas.door import make_config, with_steps
+from nas.rates import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
+from nas.search.strategies import get_strategy, strategy_names
+from space import get_family
 from space.errors import InputError
 
 
@@ -147,3 +154,39 @@ def test_unknown_settings_in_run_json_are_refused() -> None:
         config_from_dict({**make().to_dict(), "surprise": 1})
     with pytest.raises(InputError, match="missing"):
         config_from_dict({"seed": "21M"})
+
+
+@given(params=st.integers(1, 10**9), factor=st.integers(2, 50))
+def test_wide_nets_start_slower_and_small_ones_all_alike(params: int, factor: int) -> None:
+    small, large = peak_lr("scratch", params), peak_lr("scratch", params * factor)
+    assert large <= small <= SCRATCH_LR
+    if params <= SCRATCH_PARAMS:
+        assert small == SCRATCH_LR
+    else:
+        assert large == pytest.approx(small / math.sqrt(factor))
+    assert peak_lr("inherit", params) == INHERIT_LR
+
+
+def test_a_rate_is_for_a_known_start() -> None:
+    with pytest.raises(InputError, match="--proxy-init"):
+        peak_lr("magic", 1)
+
+
+@pytest.mark.parametrize("strategy", strategy_names())
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_a_short_way_takes_fewer_steps_but_not_fewer_rounds(strategy: str, effort: str) -> None:
+    family = get_family("tinyvit")
+    dataset = cast(Any, SimpleNamespace(img_size=64, classes=["a"] * 100))
+    given = {"seed": "5M", "target_params": 3_600_000, "strategy": strategy, "effort": effort}
+    config = make_config(given)
+    found = with_steps(config, given, family, family.seed("5M"), dataset).steps
+    few = {"smoke": 1, "normal": 1, "high": 2}
+    assert found == (few if get_strategy(strategy).stepwise else ROUNDS)[effort]
+    given["steps"] = 7
+    assert with_steps(make_config(given), given, family, family.seed("5M"), dataset).steps == 7
+
+
+@pytest.mark.parametrize("given", [{"seed": "21M"}, {"target_params": 5_000_000}])
+def test_a_run_without_a_start_or_a_goal_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"--(seed|target-params): got nothing"):
+        make_config(given)

@@ -78,13 +78,29 @@ def test_a_child_like_its_parent_has_no_line(seed: int) -> None:
     assert len(table([], (params, params))) == 2
 
 
+def test_a_best_json_says_what_it_was_made_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = written(tmp_path, "parent", ARCH)
+    child = written(tmp_path, "best", {"arch": CHILD, "img_size": 64, "num_classes": 5})
+    assert main([parent, child, "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert told["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), CTX)
+    assert any(line.startswith("blocks: spread evenly here") for line in lines)
+    assert main([parent, child, "--img-size", "32", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), Context(32, 5))
+
+
 def test_the_table_says_what_changed_and_only_that(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD)
     flags = ["--img-size", "64", "--num-classes", "5"]
     assert main([*names, *flags, "--json"]) == 0
-    *lines, last = capsys.readouterr().out.splitlines()
+    *lines, note, last = capsys.readouterr().out.splitlines()
+    assert note.startswith("blocks: ")
     rows = [[cell.strip() for cell in line.split("|")] for line in lines]
     assert rows[0] == ["layer", "was", "is", "from"]
     assert ["stages.2.blocks.1.mlp.fc1", "128x64", "64x64"] in [r[:3] for r in rows]

@@ -23,7 +23,7 @@ from nas.executor import InlineExecutor
 from nas.jobs import Job, Result
 from nas.measure.watch import Disturbance
 from nas.progress import Console
-from nas.resolve import replayed_config
+from nas.resolve import lineage, read_earlier, replayed_config
 from nas.reuse import earlier_of
 from nas.rundir import SCHEMA
 from nas.search.ledger import Ledger, Row
@@ -233,8 +233,8 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
     """A replay's own answers have theirs in the run that it replayed, under another step."""
     dataset = cast(Any, SimpleNamespace(fingerprint="data"))
     scored: dict[str, Any] = {"stage": "kept", "state": "complete"}
-    rows = [Row(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
-            for s, k, x in ((1, "a", 0.5), (2, "a", 0.4), (1, "b", 0.3))]  # fmt: skip
+    rows = [Row(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, epochs=e, **scored)
+            for s, k, x, e in ((1, "a", 0.5, 2), (2, "a", 0.4, 2), (1, "b", 0.3, 3))]  # fmt: skip
     kept_run(tmp_path / "first", rows)
     losses = tmp_path / "first" / "work" / "s1-a" / "holdout.safetensors"
     for name in ("s1-a", "s2-a", "s1-b-more"):
@@ -251,6 +251,8 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
         assert earlier is not None
         return [row.key for row, _ in earlier.scored]
 
+    third = read_earlier(tmp_path / "third", FAMILY, "data")
+    assert [each.folder.name for each in lineage(third)] == ["third", "second", "first"]
     assert found("first") == ["a", "a", "b"]
     assert found("second") == ["a", "b"]
     assert found("third") == ["b", "a"]

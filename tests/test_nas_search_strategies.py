@@ -260,14 +260,17 @@ def test_samplers_are_told_scores_and_violations_and_nothing_else() -> None:
         Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, violation, loss)
         for s, (violation, loss) in zip(listed, ways, strict=True)
     ]
+    seen[5] = replace(seen[5], stopped=True)  # by a race: as bad as the worst that is known
     seen.append(replace(seen[0], step=2, loss=None))  # met again, and not trained then
     answers = [(t.key, value, dict(bad)) for t, value, bad in told(question(seen=tuple(seen)))]
     assert answers == [
         (seen[0].key, 2.0, {"violation": -0.1}),
         (seen[1].key, 3.0, {"violation": 0.3}),
         (seen[4].key, 4.0, {"violation": 0.0}),
+        (seen[5].key, 4.0, {"violation": -0.1}),
     ]
-    assert [bad for _, _, bad in told(question(seen=(seen[0], *seen[4:])))] == [{}, {}]
+    assert [bad for _, _, bad in told(question(seen=(seen[0], *seen[4:])))] == [{}, {}, {}]
+    assert told(question(seen=(seen[5],))) == [], "worse than what?"
     assert [startup(question(number=n)) for n in (1, 6, 12, 24, 100)] == [5, 5, 6, 10, 10]
 
 

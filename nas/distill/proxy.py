@@ -22,27 +22,27 @@ from nas.distill.recalibrate import first_inputs, recalibrate
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore
 from nas.jobs import Tick, no_tick
+from nas.rates import INITS, peak_lr
 from nas.training.loop import TrainSettings, place, train
 from nas.training.weights import load_into, load_weights, save_weights
 from space import Context
 from space.errors import refuse
 from space.family import Arch, Array, Family
 
-SCRATCH_LR = 1e-3
-"""Peak learning rate from fresh weights."""
-INHERIT_LR = 5e-4
-"""Peak learning rate from a parent's sliced weights."""
 EVAL_BATCH = 64
-INITS = ("scratch", "inherit")
 
 
-def proxy_settings(epochs: int, init: str, *, batch_size: int = 32) -> TrainSettings:
-    """Give the proxy's recipe for `epochs` epochs from "scratch" or "inherit"."""
-    if init not in INITS:
-        raise refuse("--proxy-init", init, f"one of {', '.join(INITS)}")
-    lr = SCRATCH_LR if init == "scratch" else INHERIT_LR
+def proxy_settings(
+    epochs: int, init: str, *, batch_size: int = 32, params: int = 0
+) -> TrainSettings:
+    """Give the proxy's recipe for `epochs` epochs from "scratch" or "inherit".
+
+    `params`, the size of the net, lowers the learning rate of large ones (0: as of a small one).
+    """
     warmup = min(1.0, 0.2 * epochs)
-    return TrainSettings(epochs=epochs, lr=lr, warmup_epochs=warmup, batch_size=batch_size)
+    return TrainSettings(
+        epochs=epochs, lr=peak_lr(init, max(params, 1)), warmup_epochs=warmup, batch_size=batch_size
+    )
 
 
 @dataclass(frozen=True, eq=False)

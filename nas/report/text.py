@@ -224,16 +224,35 @@ def caveats(run: RunFiles) -> list[str]:
             f"Test top-1 rests on {tested:.0f} images: counting alone leaves +-{half:.1f} points "
             "at worst (95 %), and one random seed of training stands behind each model."
         )
+    twice = _twice(run.result)
+    if twice:
+        said.append(
+            "Soft loss of the finalists, and from a second random seed (without epochs that a race "
+            f"gave to the first): {'; '.join(twice)}."
+        )
     said += [
         "A throughput holds for the stated device, batch, dtype and resolution only. Its interval "
         "is distribution-free with about 95 %, and wider where neighbouring blocks resemble each "
         "other; slow drifts of a shared machine cancel in the ratio, not in images/s. Of many "
         "candidates timed, those that just passed did so with some luck: the final timing is "
         "afresh.",
-        f"One random seed ({config.get('random_seed', '?')}) decided shortlists and training. "
-        "Another may end elsewhere.",
+        f"One random seed ({config.get('random_seed', '?')}) decided shortlists and training"
+        + (", a second one among the finalists too. " if twice else ". ")
+        + "Another may end elsewhere.",
     ]
     return said
+
+
+def _twice(result: Mapping[str, Any]) -> list[str]:
+    """Say both losses of each finalist that was trained from a second random seed."""
+    listed = result.get("finalists")
+    found = []
+    for one in listed if isinstance(listed, list) else []:
+        if isinstance(one, Mapping):
+            first, again = number(one, "soft_loss"), number(one, "soft_loss_again")
+            if first is not None and again is not None:
+                found.append(f"`{one.get('key', '?')}` {first:.4f} and {again:.4f}")
+    return found
 
 
 def _winner_words(run: RunFiles, winner: Mapping[str, Any]) -> str:

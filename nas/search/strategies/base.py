@@ -19,7 +19,7 @@ class Seen:
 
     `violation`: by what share it missed a requirement; at most 0 where all are met, infinite when
     it failed. `loss`: its soft loss in nats, when it was scored. `ratio`: its throughput relative
-    to the seed, when it was timed.
+    to the seed, when it was timed. `stopped`: a race ended it, as it could not be among the best.
     """
 
     step: int
@@ -29,6 +29,7 @@ class Seen:
     violation: float
     loss: float | None = None
     ratio: float | None = None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ class Sampled(FromSeed):
 def told(ask: Ask) -> list[tuple[Seen, float, Mapping[str, float]]]:
     """Give what a sampler is told of the past: (candidate, value, violations by name).
 
-    In order of decision, each net once: as it was scored, else as decided last. Violations are told
-    only if there are any.
+    In order of decision, each net once: as it was scored, else as decided last. One that a race
+    stopped counts as the worst that was scored. Violations are told only if there are any.
     """
     latest = {s.key: s for s in (*ask.seen, *ask.scored)}
     losses = [s.loss for s in ask.scored if s.loss is not None]
@@ -122,10 +122,16 @@ def told(ask: Ask) -> list[tuple[Seen, float, Mapping[str, float]]]:
     missed = [s for s in latest.values() if 0 < s.violation < math.inf]
     answers: list[tuple[Seen, float, Mapping[str, float]]] = []
     for seen in latest.values():
-        if seen.violation == math.inf or (seen.violation <= 0 and seen.loss is None):
+        if seen.violation == math.inf:
             continue
-        scored = seen.loss is not None and seen.violation <= 0
-        value = seen.loss if scored and seen.loss is not None else neutral
+        value = neutral
+        if seen.violation <= 0:
+            if seen.loss is not None:
+                value = seen.loss
+            elif seen.stopped and losses:
+                value = max(losses)
+            else:
+                continue
         answers.append((seen, value, {"violation": seen.violation} if missed else {}))
     return answers
 

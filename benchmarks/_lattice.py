@@ -147,7 +147,10 @@ def replay(
                 break
             tried -= skipped  # what was listed and not scored, now that nothing else is left
             continue
-        chosen = _chosen(lattice, keys, settings, derived_seed(random_seed, "spread", step, draw))
+        chosen = keys[: settings.proxied or len(keys)]  # a strategy's best guesses come first
+        if strategy.stepwise:
+            seed = derived_seed(random_seed, "spread", step, draw)
+            chosen = _chosen(lattice, keys, settings, seed)
         chosen = chosen[: settings.budget - len(done)]
         done += [Scored(step, key, losses[key]) for key in chosen]
         for key, each in by_key.items():

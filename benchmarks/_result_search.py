@@ -209,7 +209,11 @@ def uniform_scaling(lab: Lab, target: Target) -> Side:
     measured = run.timings.measure(found, "final", reference=run.seed_arch)
     run.executor.close()
     misses = None
-    if not isinstance(measured, Result) and (measured.ratio_hi or 0.0) < target.min_speedup:
+    if (
+        not isinstance(measured, Result)
+        and measured.ratio_hi is not None
+        and measured.ratio_hi < target.min_speedup
+    ):
         misses = f"is slower than asked: {measured.ratio:.3g}x the seed's throughput"
     return Side(UNIFORM, found, misses)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nas import labelling
-from nas.config import ROUNDS, RunConfig, flag, steps_of, with_effort
+from nas.config import RunConfig, flag, with_effort
 from nas.data import Dataset, DataSpec, open_dataset, prepare
 from nas.data.values import EMBEDDED
 from nas.executor import InlineExecutor, LocalExecutor
@@ -18,8 +18,7 @@ from nas.measure.fingerprint import usable_cpus
 from nas.measure.runtimes import check_setting
 from nas.progress import Console
 from nas.requirement import COUNTED, LATENCIES
-from nas.search.constraints import band_at, requirements_of, settings_of
-from nas.search.strategies import get_strategy
+from nas.search.constraints import band_at, requirements_of, settings_of, usual_steps
 from space import Context
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -27,10 +26,9 @@ from space.family import Arch, Family
 
 def make_config(given: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of a new run from what the user gave, checked."""
-    for name in ("seed", "target_params"):
+    for name, want in (("seed", "where to start, such as 21M"), ("target_params", "such as 5M")):
         if given.get(name) is None:
-            raise refuse(flag(name), "nothing", "where to start" if name == "seed" else "a size",
-                         "such as 21M" if name == "seed" else "such as 5M")  # fmt: skip
+            raise refuse(flag(name), "nothing", want)
     effort = given.get("effort", "normal")
     settings = with_effort(effort, given)
     settings.setdefault("threads", usable_cpus())
@@ -141,17 +139,12 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
 def with_steps(
     config: RunConfig, given: Mapping[str, Any], family: Family, seed: Arch, dataset: Dataset
 ) -> RunConfig:
-    """Set the steps by the length of the way from seed to target, unless the user gave them.
-
-    For a strategy that takes none they are rounds, as many as the effort has.
-    """
+    """Set the usual steps from seed to target, unless the user gave a number."""
     if "steps" in given:
         return config
-    if not get_strategy(config.strategy).stepwise:
-        return dataclasses.replace(config, steps=ROUNDS[config.effort])
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    start = family.count_params(seed, context)
-    return dataclasses.replace(config, steps=steps_of(config.effort, start, config.target_params))
+    steps = usual_steps(config, family.count_params(seed, context))
+    return dataclasses.replace(config, steps=steps)
 
 
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.config import ROUNDS, RunConfig, steps_of
+from nas.config import RunConfig
 from nas.data import Dataset
 from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
 from nas.jobs import Result
@@ -15,10 +15,9 @@ from nas.judging import losses_of
 from nas.resolve import Earlier, answers, lineage, read_earlier, start_of
 from nas.run import MORE, Incumbent, Run
 from nas.scoring import places
-from nas.search.constraints import band_at, bounds_at, requirements_of
+from nas.search.constraints import band_at, bounds_at, requirements_of, usual_steps
 from nas.search.ledger import Row
 from nas.search.selection import Scored, paired_error, rank
-from nas.search.strategies import get_strategy
 from space import Context
 from space.family import Family
 from space.neighbours import listed
@@ -158,9 +157,7 @@ def steps_from(earlier: Earlier, config: RunConfig, family: Family, dataset: Dat
     seed_params = family.count_params(family.arch(config.seed_arch), context)
     start = start_of(earlier, band_at(seed_params, config, config.steps))
     params = seed_params if start is None else start.params
-    if not get_strategy(config.strategy).stepwise:
-        return ROUNDS[config.effort]
-    return steps_of(config.effort, params, config.target_params)
+    return usual_steps(config, params)
 
 
 def reused_words(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ MEASURE_COST = 250.0
 """A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
 
 
+@dataclass(kw_only=True)
 class Timings:
     """A run's timings: `rows` is its `measurements.csv`, `asked` all that it wanted to know.
 
@@ -35,31 +36,22 @@ class Timings:
     `rest` ends the process that jobs run in, so that the next one starts in a fresh one.
     """
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        family: Family,
-        context: Context,
-        folder: Path,
-        cache: Path,
-        console: Console,
-        fingerprints: Mapping[str, Mapping[str, Any]],
-        table: DeviceTable | None,
-        do: Callable[..., Result],
-        rest: Callable[[], None],
-    ) -> None:
-        self.config = config
-        self.family = family
-        self.context = context
-        self.console = console
-        self.fingerprints = fingerprints
-        self.table = table
-        self.primary = primary_setting(config)
-        self.do = do
-        self.rest = rest
-        self.rows = MeasurementTable(folder / "measurements.csv")
-        self.kept = MeasurementCache(cache / "measurements")
+    config: RunConfig
+    family: Family
+    context: Context
+    folder: Path
+    cache: Path
+    console: Console
+    fingerprints: Mapping[str, Mapping[str, Any]]
+    table: DeviceTable | None
+    do: Callable[..., Result]
+    rest: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        """Open the run's own table and the cache of earlier runs."""
+        self.primary = primary_setting(self.config)
+        self.rows = MeasurementTable(self.folder / "measurements.csv")
+        self.kept = MeasurementCache(self.cache / "measurements")
         self.asked: set[MeasurementKey] = set()
         self.reused = 0
 

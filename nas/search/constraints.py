@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from nas.config import NO_SLOWER_SLACK, RunConfig
+from nas.config import NO_SLOWER_SLACK, ROUNDS, RunConfig, steps_of
 from nas.requirement import COUNTED, LATENCIES, Requirement, Setting, parse_requirement
+from nas.search.strategies import get_strategy
 from space.neighbours import Band
 
 PACE = ("speedup", "images_per_s", *LATENCIES)
@@ -72,6 +73,16 @@ class StepBounds:
     def describe(self) -> str:
         """Say what is required, in the words of the command line."""
         return " and ".join(r.text for r in self.requirements)
+
+
+def usual_steps(config: RunConfig, params: int) -> int:
+    """Return the steps from a number of parameters to the target, where the user gave none.
+
+    As many as the way is long; for a strategy that takes none, the effort's number of rounds.
+    """
+    if not get_strategy(config.strategy).stepwise:
+        return ROUNDS[config.effort]
+    return steps_of(config.effort, params, config.target_params)
 
 
 def band_at(seed_params: int, config: RunConfig, step: int) -> Band:

@@ -35,6 +35,7 @@ from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore, open_store
 from nas.files import read_json, write_json
 from nas.measure.throughput import measure
+from nas.rates import INHERIT_LR
 from nas.requirement import Setting
 from nas.training.loop import place, train
 from nas.training.weights import load_weights, save_weights
@@ -197,7 +198,7 @@ def train_module(
         index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
         return loss(net(inputs), index, prob, tail, batch.truth.to(device))
 
-    settings = proxy_settings(epochs, "inherit", batch_size=batch_size)
+    settings = proxy_settings(epochs, INHERIT_LR, batch_size=batch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed)
         history = train(

@@ -46,6 +46,7 @@ from nas.distill.store import LabelStore, open_store
 from nas.files import write_atomic
 from nas.measure.fingerprint import take_fingerprint
 from nas.progress import Console
+from nas.rates import SCRATCH_LR
 from space import Context, InputError, get_family
 from space.errors import refuse
 from space.family import Arch
@@ -100,7 +101,7 @@ class Study:
         if not told.exists():
             score = train_and_score(
                 FAMILY, arch_of(student), self.context(self.data), store=self.store,
-                dataset=self.data, settings=proxy_settings(self.epochs, "scratch"), init="scratch",
+                dataset=self.data, settings=proxy_settings(self.epochs, SCRATCH_LR), init="scratch",
                 random_seed=random_seed, device="cpu", loss=loss, topk=topk, out_weights=kept,
             )  # fmt: skip
             write_atomic(told, json.dumps(score.to_dict()).encode())
@@ -127,7 +128,7 @@ class Study:
             parent = {
                 "init": "inherit", "parent_arch": arch, "parent_weights": kept,
             }  # fmt: skip
-        settings = proxy_settings(TUNE_EPOCHS, "scratch")  # the same recipe for all
+        settings = proxy_settings(TUNE_EPOCHS, SCRATCH_LR)  # the same recipe for all
         out = self.weights / "tuned.safetensors"
         score = train_and_score(
             FAMILY, arch, ctx, store=self.store, dataset=self.data, settings=settings,

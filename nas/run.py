@@ -20,7 +20,7 @@ from nas.jobs import Job, Result
 from nas.judging import judged
 from nas.measure.device_table import DeviceTable
 from nas.progress import Console
-from nas.rates import SCRATCH_LR, peak_lr
+from nas.rates import peak_lr
 from nas.requirement import Requirement
 from nas.resolve import Earlier
 from nas.rundir import RunDir
@@ -297,6 +297,10 @@ class Run:
             "epochs": epochs,
             "batch_size": self.config.batch_size,
             "init": init,
+            "lr": peak_lr(
+                "scratch" if init == "scratch" else "inherit",
+                self.family.count_params(arch, self.context),
+            ),
             "parent": None
             if parent is None
             else {
@@ -317,7 +321,6 @@ class Run:
 
     def spec_digest(self, spec: Mapping[str, Any]) -> str:
         """Return a name for everything that decides a cached training, this machine included."""
-        arch = self.family.arch(spec["arch"])
         whole = {
             **{k: v for k, v in spec.items() if k not in ("dataset", "store", "out", "checkpoint")},
             "dataset": self.dataset.fingerprint,
@@ -327,9 +330,6 @@ class Run:
             # More labels than a training comes to change nothing.
             "label_epochs": min(spec["label_epochs"], spec["first_epoch"] + spec["epochs"]),
         }
-        lr = peak_lr("scratch", self.family.count_params(arch, self.context))
-        if spec["init"] == "scratch" and lr != SCRATCH_LR:  # or the key stays what it was
-            whole["lr"] = lr
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]

@@ -22,7 +22,7 @@ from nas.distill.recalibrate import first_inputs, recalibrate
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore
 from nas.jobs import Tick, no_tick
-from nas.rates import INITS, peak_lr
+from nas.rates import INITS
 from nas.training.loop import TrainSettings, place, train
 from nas.training.weights import load_into, load_weights, save_weights
 from space import Context
@@ -32,17 +32,10 @@ from space.family import Arch, Array, Family
 EVAL_BATCH = 64
 
 
-def proxy_settings(
-    epochs: int, init: str, *, batch_size: int = 32, params: int = 0
-) -> TrainSettings:
-    """Give the proxy's recipe for `epochs` epochs from "scratch" or "inherit".
-
-    `params`, the size of the net, lowers the learning rate of large ones (0: as of a small one).
-    """
+def proxy_settings(epochs: int, lr: float, *, batch_size: int = 32) -> TrainSettings:
+    """Give the proxy's recipe for `epochs` epochs at a peak rate (`nas.rates.peak_lr`)."""
     warmup = min(1.0, 0.2 * epochs)
-    return TrainSettings(
-        epochs=epochs, lr=peak_lr(init, max(params, 1)), warmup_epochs=warmup, batch_size=batch_size
-    )
+    return TrainSettings(epochs=epochs, lr=lr, warmup_epochs=warmup, batch_size=batch_size)
 
 
 @dataclass(frozen=True, eq=False)

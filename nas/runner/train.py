@@ -117,12 +117,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
         context,
         store=store,
         dataset=dataset,
-        settings=proxy_settings(
-            spec["epochs"],
-            init,
-            batch_size=spec["batch_size"],
-            params=family.count_params(arch, context),
-        ),
+        settings=proxy_settings(spec["epochs"], spec["lr"], batch_size=spec["batch_size"]),
         init=init,
         random_seed=spec["random_seed"],
         device=spec["device"],

@@ -11,7 +11,7 @@ from benchmarks._estimates import Row
 from nas.command import default_cache
 from nas.config import parse_count
 from nas.contract import contract
-from nas.session import Outcome
+from nas.work import Outcome
 from space.errors import InputError
 
 

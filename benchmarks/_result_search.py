@@ -18,7 +18,7 @@ from nas.finish import nearest_published
 from nas.jobs import Result
 from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
-from nas.session import Outcome
+from nas.work import Outcome
 from space.errors import InputError, refuse
 from space.family import Arch
 from space.neighbours import Band

@@ -24,7 +24,7 @@ from benchmarks.pareto import pareto
 from nas.contract import contract
 from nas.files import write_atomic
 from nas.progress import Console
-from nas.session import Outcome
+from nas.work import Outcome
 from space.errors import InputError
 
 COLUMNS = (

@@ -31,6 +31,7 @@ from nas.distill.proxy import start_model
 from nas.distill.replay import Batch, holdout_batches
 from nas.distill.store import LabelStore
 from nas.jobs import Job
+from nas.rates import INHERIT_LR
 from nas.runner import run_job
 from nas.training.weights import load_weights, save_weights, weights_digest
 from space import Context, get_family
@@ -316,10 +317,10 @@ def test_a_training_starts_from_what_is_wanted_most(
     for chosen in ({"order": str(order)}, {"order": None}, {}):
         out = tmp_path / f"out{len(losses)}"
         result = job(
-            "train", arch=FAMILY.to_dict(child), init="inherit", epochs=1, shared=False,
+            "train", arch=FAMILY.to_dict(child), init="inherit", lr=INHERIT_LR, epochs=1,
             parent={"arch": FAMILY.to_dict(ARCH), "weights": str(parent), **chosen},
-            checkpoint=False, first_epoch=0, beyond="cycle", label_epochs=None, test=False,
-            out=str(out),
+            shared=False, checkpoint=False, first_epoch=0, beyond="cycle", label_epochs=None,
+            test=False, out=str(out),
         )  # fmt: skip
         assert result.ok, result.reason
         losses.append(result.values["soft_loss"])

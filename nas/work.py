@@ -1,0 +1,200 @@
+"""A run's work from the seed to the report, as far as time allows, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nas import finish, stage
+from nas.campaign import band_text, contract_steps
+from nas.executor import OutOfTime
+from nas.files import write_json
+from nas.milestones import write_family
+from nas.report import write_report
+from nas.reuse import answered, begun_at, reused_words
+from nas.run import Incumbent, Run
+from nas.scoring import confirm
+from nas.tables import StepRow
+from nas.trust import trust_in_time
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    `status` is `reached`, `stuck`, `unverified` (only predictions of another device speak for the
+    finalists) or `stopped` (out of time); `exit_code` 0 or 3; `message` one
+    sentence; `folder` the run's; `result` the content of `result.json`.
+    """
+
+    status: str
+    exit_code: int
+    message: str
+    folder: Path
+    result: Mapping[str, Any]
+
+
+def work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
+    """Do the run's work from the seed to the report, as far as time allows."""
+    console, config = bench.console, bench.config
+    steps: list[StepRow] = []
+    best = None
+    incumbents: list[Incumbent] = []
+    reused: dict[str, Any] | None = None
+    message, status, final, path = "", "stopped", None, None
+    started = time.monotonic()
+    stage.announce(bench, fresh=fresh)
+    console.start(stage.expected_cost(bench))
+    try:
+        seed = stage.prepare_seed(bench)
+        start, known = seed, []
+        if bench.earlier is not None:
+            known = answered(bench, bench.earlier, seed)
+            start = seed if known else begun_at(bench, bench.earlier, seed)
+            reused = reused_words(bench, bench.earlier, seed, start, known)
+            console.line(f"replay: {reused['says']}")
+        if known:
+            incumbents, stuck, path = known, None, [[seed], known]
+        else:
+            incumbents, stuck, path = contract_steps(bench, start, steps)
+        best = incumbents[0]
+        if stuck is not None:
+            status, message = "stuck", stuck.message
+        else:
+            incumbents = confirm(bench, incumbents)
+            picked = finish.pick_winner(bench, incumbents)
+            if isinstance(picked, str):
+                status, message = "stuck", picked
+            elif isinstance(picked, finish.Unverified):
+                status, message, best = (
+                    "unverified",
+                    _unverified(bench, picked),
+                    picked.finalists[0],
+                )
+            else:
+                winner, measured, verdicts = picked
+                compared = finish.compare(bench, seed, winner, measured, verdicts)
+                if isinstance(compared, str):
+                    status, message = "stuck", compared
+                else:
+                    status, final, best = "reached", compared, winner
+    except OutOfTime:
+        taken = steps[-1].step if steps else 0  # a step without a survivor leaves no row
+        where = f"at step {taken + 1} of {config.steps}"
+        if taken == config.steps:
+            where = "in the final comparison"
+        message = (
+            f"out of time (--max-hours): stopped {where}; --resume {bench.folder.path} goes on"
+        )
+        best = stage.best_so_far(bench, taken)
+    finally:
+        console.stop()
+        with contextlib.suppress(Exception):
+            bench.executor.close()
+    if final is not None:
+        message = _reached(bench, final)
+    exit_code = 0 if status == "reached" else 3
+    result: dict[str, Any] = {
+        "status": status,
+        "exit_code": exit_code,
+        "message": message,
+        "winner": None if final is None or best is None else best.key,
+        "path": [] if path is None else [i[0].key for i in path],
+        "final": final,
+        "reused": reused,
+        "trust": None,
+        "work": dataclasses.asdict(bench.work()),
+        "finalists": [_finalist(i) for i in incumbents if i.parent is not None],
+        "seconds": round(time.monotonic() - started, 1),
+        "seed_images_per_s": _seed_pace(bench),
+    }
+    if best is not None and best.key != bench.key(bench.seed_arch):
+        if final is not None:
+            weights = bench.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
+            score = _score(final)
+            if weights.exists():  # gone when a finished run is opened again
+                finish.write_best(bench, best, weights, score, "final")
+        elif best.weights.exists():  # a replay's answers may have scores only
+            images = len(bench.dataset.holdout.labels)
+            score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
+            finish.write_best(bench, best, best.weights, score, "gate")
+    bench.ledger.write_csv(bench.folder.path / "ledger.csv")
+    write_family(bench.folder.path)
+    write_json(bench.folder.result_json, result)
+    write_report(bench.folder.path)
+    if trust is not None and final is not None:
+        result["trust"] = trust_in_time(bench, seed, trust)
+        result["work"] = dataclasses.asdict(bench.work())
+        write_json(bench.folder.result_json, result)
+        write_report(bench.folder.path)
+    elif trust is not None:
+        said = f"trust: no report is made of a run that is {status}"
+        if status == "stopped":
+            said += f"; --resume {bench.folder.path} --trust {trust} goes on"
+        console.line(said)
+    if status not in ("stopped", "unverified"):
+        stage.tidy(bench)
+    return Outcome(status, exit_code, message, bench.folder.path, result)
+
+
+def _finalist(of: Incumbent) -> dict[str, Any]:
+    """Return what is known of a finalist: its losses from the first and the second random seed."""
+    return {
+        "key": of.key,
+        "ratio": of.ratio,
+        "soft_loss": of.soft_loss,
+        "soft_loss_again": of.second_loss,
+    }
+
+
+def _seed_pace(bench: Run) -> float | None:
+    """Return the seed's measured images/s: what kind of moment the machine had."""
+    found = (r.images_per_s for r in bench.ledger.rows if r.step == 0)
+    return next(found, None)
+
+
+def _reached(bench: Run, final: Mapping[str, Any]) -> str:
+    winner = final["winner"]
+    band = bench.band(bench.config.steps)
+    said = (
+        f"reached: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
+        f"{winner['ratio']:.2f}x the seed's throughput "
+        f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
+        f"test top-1 {winner['top1']:.1%} +- {winner['top1_se']:.1%}"
+    )
+    for verdict in final["requirements"]:
+        if ": undecided at " in verdict:
+            said += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
+    if bench.timings.reused:
+        said += f"; {bench.timings.reused} measurements were taken from the cache of earlier runs"
+    return said
+
+
+def _unverified(bench: Run, found: finish.Unverified) -> str:
+    """Say what is left to do before anything is promised."""
+    command = finish.write_finalists(bench, found.finalists)
+    return (
+        f"unverified: {len(found.finalists)} finalists meet the requirements by prediction only; "
+        f"measure them on their device: {command}; then go on here with: python -m nas.contract "
+        f"--resume {bench.folder.path} --finalists finalists.csv"
+    )
+
+
+def _score(final: Mapping[str, Any]) -> dict[str, Any]:
+    winner = final["winner"]
+    return {
+        "kind": "final",
+        "soft_loss": winner["soft_loss"],
+        "soft_loss_se": winner["soft_loss_se"],
+        "metric": winner["metric"],
+        "metric_se": winner["metric_se"],
+        "holdout_top1": winner["holdout_top1"],
+        "test_top1": winner["top1"],
+        "test_top1_se": winner["top1_se"],
+        "test_n": winner["test_n"],
+    }

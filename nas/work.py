@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,96 +39,52 @@ class Outcome:
     result: Mapping[str, Any]
 
 
+@dataclass
+class _Course:
+    """How far a run has come: what there is to tell when time runs out in the middle."""
+
+    status: str = "stopped"
+    message: str = ""
+    seed: Incumbent | None = None
+    steps: list[StepRow] = field(default_factory=list)
+    incumbents: list[Incumbent] = field(default_factory=list)
+    path: Sequence[Sequence[Incumbent]] = ()
+    best: Incumbent | None = None
+    final: dict[str, Any] | None = None
+    reused: dict[str, Any] | None = None
+
+
 def work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
     """Do the run's work from the seed to the report, as far as time allows."""
-    console, config = bench.console, bench.config
-    steps: list[StepRow] = []
-    best = None
-    incumbents: list[Incumbent] = []
-    reused: dict[str, Any] | None = None
-    message, status, final, path = "", "stopped", None, None
+    console = bench.console
+    course = _Course()
     started = time.monotonic()
     stage.announce(bench, fresh=fresh)
     console.start(stage.expected_cost(bench))
     try:
-        seed = stage.prepare_seed(bench)
-        start, known = seed, []
-        if bench.earlier is not None:
-            known = answered(bench, bench.earlier, seed)
-            start = seed if known else begun_at(bench, bench.earlier, seed)
-            reused = reused_words(bench, bench.earlier, seed, start, known)
-            console.line(f"replay: {reused['says']}")
-        if known:
-            incumbents, stuck, path = known, None, [[seed], known]
-        else:
-            incumbents, stuck, path = contract_steps(bench, start, steps)
-        best = incumbents[0]
-        if stuck is not None:
-            status, message = "stuck", stuck.message
-        else:
-            incumbents = confirm(bench, incumbents)
-            picked = finish.pick_winner(bench, incumbents)
-            if isinstance(picked, str):
-                status, message = "stuck", picked
-            elif isinstance(picked, finish.Unverified):
-                status, message, best = (
-                    "unverified",
-                    _unverified(bench, picked),
-                    picked.finalists[0],
-                )
-            else:
-                winner, measured, verdicts = picked
-                compared = finish.compare(bench, seed, winner, measured, verdicts)
-                if isinstance(compared, str):
-                    status, message = "stuck", compared
-                else:
-                    status, final, best = "reached", compared, winner
+        _follow(bench, course)
     except OutOfTime:
-        taken = steps[-1].step if steps else 0  # a step without a survivor leaves no row
-        where = f"at step {taken + 1} of {config.steps}"
-        if taken == config.steps:
+        taken = course.steps[-1].step if course.steps else 0  # none for a step without a survivor
+        where = f"at step {taken + 1} of {bench.config.steps}"
+        if taken == bench.config.steps:
             where = "in the final comparison"
-        message = (
+        course.message = (
             f"out of time (--max-hours): stopped {where}; --resume {bench.folder.path} goes on"
         )
-        best = stage.best_so_far(bench, taken)
+        course.best = stage.best_so_far(bench, taken)
     finally:
         console.stop()
         with contextlib.suppress(Exception):
             bench.executor.close()
-    if final is not None:
-        message = _reached(bench, final)
-    exit_code = 0 if status == "reached" else 3
-    result: dict[str, Any] = {
-        "status": status,
-        "exit_code": exit_code,
-        "message": message,
-        "winner": None if final is None or best is None else best.key,
-        "path": [] if path is None else [i[0].key for i in path],
-        "final": final,
-        "reused": reused,
-        "trust": None,
-        "work": dataclasses.asdict(bench.work()),
-        "finalists": [_finalist(i) for i in incumbents if i.parent is not None],
-        "seconds": round(time.monotonic() - started, 1),
-        "seed_images_per_s": _seed_pace(bench),
-    }
-    if best is not None and best.key != bench.key(bench.seed_arch):
-        if final is not None:
-            weights = bench.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
-            score = _score(final)
-            if weights.exists():  # gone when a finished run is opened again
-                finish.write_best(bench, best, weights, score, "final")
-        elif best.weights.exists():  # a replay's answers may have scores only
-            images = len(bench.dataset.holdout.labels)
-            score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
-            finish.write_best(bench, best, best.weights, score, "gate")
+    result = _result(bench, course, time.monotonic() - started)
+    _keep_best(bench, course)
     bench.ledger.write_csv(bench.folder.path / "ledger.csv")
     write_family(bench.folder.path)
     write_json(bench.folder.result_json, result)
     write_report(bench.folder.path)
-    if trust is not None and final is not None:
-        result["trust"] = trust_in_time(bench, seed, trust)
+    status, message = course.status, result["message"]
+    if trust is not None and course.final is not None and course.seed is not None:
+        result["trust"] = trust_in_time(bench, course.seed, trust)
         result["work"] = dataclasses.asdict(bench.work())
         write_json(bench.folder.result_json, result)
         write_report(bench.folder.path)
@@ -139,7 +95,77 @@ def work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
         console.line(said)
     if status not in ("stopped", "unverified"):
         stage.tidy(bench)
-    return Outcome(status, exit_code, message, bench.folder.path, result)
+    return Outcome(status, result["exit_code"], message, bench.folder.path, result)
+
+
+def _follow(bench: Run, course: _Course) -> None:
+    """Go from the seed through the steps to the final comparison, noting in `course` each thing."""
+    seed = course.seed = stage.prepare_seed(bench)
+    start, known = seed, []
+    if bench.earlier is not None:
+        known = answered(bench, bench.earlier, seed)
+        start = seed if known else begun_at(bench, bench.earlier, seed)
+        course.reused = reused_words(bench, bench.earlier, seed, start, known)
+        bench.console.line(f"replay: {course.reused['says']}")
+    stuck = None
+    if known:
+        course.incumbents, course.path = known, [[seed], known]
+    else:
+        course.incumbents, stuck, course.path = contract_steps(bench, start, course.steps)
+    course.best = course.incumbents[0]
+    if stuck is not None:
+        course.status, course.message = "stuck", stuck.message
+        return
+    course.incumbents = confirm(bench, course.incumbents)
+    picked = finish.pick_winner(bench, course.incumbents)
+    if isinstance(picked, str):
+        course.status, course.message = "stuck", picked
+        return
+    if isinstance(picked, finish.Unverified):
+        course.best = picked.finalists[0]
+        course.status, course.message = "unverified", _unverified(bench, picked)
+        return
+    winner, measured, verdicts = picked
+    compared = finish.compare(bench, seed, winner, measured, verdicts)
+    if isinstance(compared, str):
+        course.status, course.message = "stuck", compared
+        return
+    course.best, course.final = winner, compared
+    course.status, course.message = "reached", _reached(bench, compared)
+
+
+def _result(bench: Run, course: _Course, seconds: float) -> dict[str, Any]:
+    """Return the content of `result.json`, but for the trust report."""
+    won = None if course.final is None else course.best
+    return {
+        "status": course.status,
+        "exit_code": 0 if course.status == "reached" else 3,
+        "message": course.message,
+        "winner": None if won is None else won.key,
+        "path": [incumbents[0].key for incumbents in course.path],
+        "final": course.final,
+        "reused": course.reused,
+        "trust": None,
+        "work": dataclasses.asdict(bench.work()),
+        "finalists": [_finalist(i) for i in course.incumbents if i.parent is not None],
+        "seconds": round(seconds, 1),
+        "seed_images_per_s": _seed_pace(bench),
+    }
+
+
+def _keep_best(bench: Run, course: _Course) -> None:
+    """Leave the best arch as a model, with the final weights where they were trained."""
+    best = course.best
+    if best is None or best.key == bench.key(bench.seed_arch):
+        return
+    if course.final is not None:
+        weights = bench.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
+        if weights.exists():  # gone when a finished run is opened again
+            finish.write_best(bench, best, weights, _score(course.final), "final")
+    elif best.weights.exists():  # a replay's answers may have scores only
+        images = len(bench.dataset.holdout.labels)
+        score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
+        finish.write_best(bench, best, best.weights, score, "gate")
 
 
 def _finalist(of: Incumbent) -> dict[str, Any]:

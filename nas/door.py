@@ -168,6 +168,9 @@ def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Datas
             reach,
             f"the smallest contraction of {config.seed} has {floor:,}",
         )
+    most = len(dataset.classes) - 1
+    if config.topk is not None and config.topk > most:
+        raise refuse(flag("topk"), config.topk, f"1 to {most} (classes - 1)")
 
 
 def check_requirements(

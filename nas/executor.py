@@ -192,3 +192,9 @@ class InlineExecutor:
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def __enter__(self) -> InlineExecutor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

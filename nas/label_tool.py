@@ -76,6 +76,7 @@ def build(
     dataset = prepared(asked, cache, console)
     with LocalExecutor(threads=threads) as worker:
         do = _doer(worker, console)
+        labelling.check(do, dataset, request)
         console.start(float(len(dataset.train) * teacher_epochs))
         try:
             taught = labelling.teach(do, dataset, cache, **taught_by)  # type: ignore[arg-type]
@@ -87,13 +88,14 @@ def build(
         begun = labelling.begin(
             do, dataset, info, request, place, named=out is not None, made_by=made_by, part=part
         )
-    if clean is not None:
-        console.line(
-            f"clean: {begun['dropped']} of {len(dataset.train)} images dropped, listed in "
-            f"{begun['folder']}/dropped.csv"
-        )
-    _announce(begun, console)
-    _make(begun, dataset, info, part, processes, device, threads, console)
+        if clean is not None:
+            console.line(
+                f"clean: {begun['dropped']} of {len(dataset.train)} images dropped, listed in "
+                f"{begun['folder']}/dropped.csv"
+            )
+        _announce(begun, console)
+        workers = [worker, *(LocalExecutor(threads=threads) for _ in range(1, processes))]
+        _make(begun, dataset, info, part, device, workers, console)
     return {
         **begun,
         "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"]),
@@ -137,18 +139,17 @@ def _make(
     dataset: Dataset,
     info: Mapping[str, Any],
     part: tuple[int, int],
-    processes: int,
     device: str,
-    threads: int,
+    workers: Sequence[LocalExecutor],
     console: Console,
 ) -> None:
-    """Let so many processes make disjoint pieces, and wait for all."""
+    """Let every worker make pieces of its own, and wait for all; ends the workers."""
     at, parts = part
     jobs = [
         labelling.build_job(
-            begun, dataset, info, part=(at + parts * one, parts * processes), device=device
+            begun, dataset, info, part=(at + parts * one, parts * len(workers)), device=device
         )
-        for one in range(processes)
+        for one in range(len(workers))
     ]
     console.start(sum(job.units for job in jobs), unit="images")
     lock = Lock()
@@ -157,7 +158,6 @@ def _make(
         with lock:
             console.advance(units)
 
-    workers = [LocalExecutor(threads=threads) for _ in jobs]
     pool = ThreadPoolExecutor(len(jobs))
     try:
         waiting = [

@@ -84,6 +84,12 @@ def classes_from_teacher(
     return Path(made["folder"])
 
 
+def check(do: Do, dataset: Dataset, request: Mapping[str, Any]) -> None:
+    """Refuse, before there is a teacher, what could not be labelled as asked. Raises InputError."""
+    spec = {"dataset": str(dataset.folder), "request": dict(request)}
+    _values(do(Job("check-labels", "check-labels", spec)), "soft labels")
+
+
 def begin(
     do: Do,
     dataset: Dataset,

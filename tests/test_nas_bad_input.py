@@ -71,6 +71,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "family": ([*GOAL, "--family", "resnext"], "resnext"),
     "proxied above shortlist": ([*GOAL, "--proxied", "50"], "--proxied"),
     "steps": ([*GOAL, "--steps", "0"], "--steps"),
+    "a label of every class": ([*GOAL, "--topk", "10"], "--topk: got 10, want 1 to 9"),
     "hours": ([*GOAL, "--max-hours", "-2"], "--max-hours"),
     "conflict": ([*GOAL, "--labels", "x", "--teacher", "resnet18"], "--labels with --teacher"),
     "unknown flag": ([*GOAL, "--target-flops", "1G"], "--target-flops"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from space_cases import FAMILY, meta_build, random_arch, random_context
 
-from nas.executor import LocalExecutor
+from nas.executor import InlineExecutor, LocalExecutor
 from nas.inherit import compare, main, table
 from nas.jobs import Result
 from nas.training.weights import load_weights, save_weights
@@ -118,10 +118,20 @@ def test_the_table_says_what_changed_and_only_that(
     assert sum(line.startswith("patch_embed") for line in everything) == 4
 
 
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs run here: a process of its own takes seconds to start."""
+    monkeypatch.setattr("nas.inherit.LocalExecutor", lambda threads: InlineExecutor())
+
+
 @pytest.mark.parametrize("criterion", ["prefix", "l1", "l2"])
 def test_the_childs_weights_are_written(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], criterion: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    criterion: str,
 ) -> None:
+    if criterion != "l1":
+        inline(monkeypatch)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parent = FAMILY.build(FAMILY.arch(ARCH), CTX)
@@ -147,6 +157,7 @@ def test_the_childs_weights_are_written(
     assert zeros == (32 if criterion == "prefix" else 0)
     source = "stages.2.blocks.2.mlp.norm.weight"
     assert torch.equal(state["stages.2.blocks.1.mlp.norm.weight"], parent.state_dict()[source])
+    inline(monkeypatch)
     # A parent on its own comes out as it went in, and another head is the child's own.
     assert main([names[0], names[0], *flags]) == 0
     assert all(torch.equal(v, load_weights(out)[k]) for k, v in parent.state_dict().items())
@@ -172,8 +183,12 @@ def test_the_childs_weights_are_written(
     ],
 )
 def test_bad_input_is_one_line_and_two(
-    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    inline(monkeypatch)
     try:
         status = main(flags)
     except SystemExit as left:  # argparse's own
@@ -186,8 +201,9 @@ def test_bad_input_is_one_line_and_two(
 
 
 def test_weights_of_another_arch_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inline(monkeypatch)
     save_weights(tmp_path / "p.safetensors", {"a": torch.zeros(2)})
     flags = ["--weights", str(tmp_path / "p.safetensors"), "--out", str(tmp_path / "c.safetensors")]
     assert main([written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD), *flags]) == 2

@@ -25,6 +25,7 @@ from nas.distill.augment import default_spec, eval_batch
 from nas.distill.labelling import disagreements
 from nas.distill.replay import Replay
 from nas.distill.store import dropped_keys, open_store
+from nas.executor import InlineExecutor
 from nas.labels import build, main, merge, verify
 from nas.training.weights import save_weights
 from space.errors import InputError
@@ -77,8 +78,12 @@ def test_the_command_builds_tells_and_verifies(
 
 
 def test_damage_ends_in_a_line_each_and_status_2(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
     for name, data in contents(store).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -157,6 +162,9 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VISION_CONTRACTION_CACHE", str(cache))
+    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
+    if "--teacher" not in arguments:  # whose training may take hours
+        monkeypatch.setattr("nas.labelling.teach", lambda *_, **__: pytest.fail("taught"))
     if arguments[:1] == ["build"]:
         given = {f: v for f, v in zip(*[iter(flags())] * 2, strict=True) if f not in arguments}
         arguments = [*arguments, *(part for pair in given.items() for part in pair), "--out", "s"]
@@ -181,24 +189,24 @@ def test_another_store_in_the_folder_is_left_alone(
     assert contents(store) == before
 
 
-def start(out: Path, cache: Path, *extra: str) -> subprocess.Popen[bytes]:
+def start(out: Path, cache: Path, epochs: int, *extra: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "nas.labels", "build", "--data", "digits", "--out", str(out),
-               "--cache-dir", str(cache), "--quiet", *flags(epochs=30), *extra]  # fmt: skip
+               "--cache-dir", str(cache), "--quiet", *flags(epochs=epochs), *extra]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
 
 
-def kill_and_resume(cache: Path, tmp_path: Path, kills: int) -> None:
+def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> None:
     whole, out = tmp_path / "whole", tmp_path / "s"
-    process = start(whole, cache)
+    process = start(whole, cache, epochs)
     assert process.wait(timeout=300) == 0
     want = contents(whole)
     draw = random.Random(0)
     landed = 0
     for _ in range(kills):
-        process = start(out, cache, "--processes", str(draw.choice([1, 1, 2])))
+        process = start(out, cache, epochs, "--processes", str(draw.choice([1, 1, 2])))
         seen = len(list(out.rglob("*.bin")))
         # Some die while libraries load, most between and inside pieces.
         deadline = time.monotonic() + 60
@@ -223,19 +231,19 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int) -> None:
             for path in sorted(out.rglob("*.bin"))[:: draw.randint(2, 5)]:
                 path.unlink()  # it was done too soon for more kills: make it less done
     assert landed >= kills // 2
-    process = start(out, cache)
+    process = start(out, cache, epochs)
     assert process.wait(timeout=300) == 0
     assert contents(out) == want
     assert not [p for p in out.rglob("*") if p.name.startswith(".part")]
 
 
 def test_a_killed_build_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
-    kill_and_resume(cache, tmp_path, 2)
+    kill_and_resume(cache, tmp_path, 2, 8)
 
 
 @pytest.mark.slow
 def test_thirty_kills_resume_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
-    kill_and_resume(cache, tmp_path, 30)
+    kill_and_resume(cache, tmp_path, 30, 30)
 
 
 def folder_of_digits(root: Path, *, classes: bool) -> Path:
@@ -261,7 +269,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_images_without_classes_are_labelled_and_teach(
-    cache: Path, teacher: str, tmp_path: Path
+    cache: Path, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = folder_of_digits(tmp_path / "loose", classes=False)
     options = {**SIZES, "proxy_images": None}
@@ -274,6 +282,7 @@ def test_images_without_classes_are_labelled_and_teach(
     assert batch.truth.unique().tolist() == [-1]
     assert int(batch.index.max()) < 7
     assert verify(tmp_path / "s", teacher=10, cache_dir=cache) == []
+    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
     with pytest.raises(InputError, match=r"--teacher: got auto for .* which has no labels"):
         build(str(data), out=tmp_path / "t", cache_dir=cache, **options)
     with pytest.raises(InputError, match="--clean: got images without labels"):

@@ -18,7 +18,13 @@ from nas.distill.build import labelled_keys, start_store
 from nas.distill.codec import make_codec
 from nas.distill.keytable import keys_digest
 from nas.distill.presets import preset_spec
-from nas.distill.spec import TEACHER_BATCH, StoreSpec, default_topk, store_id
+from nas.distill.spec import (
+    TEACHER_BATCH,
+    StoreSpec,
+    check_precision,
+    default_topk,
+    store_id,
+)
 from nas.distill.store import LabelStore
 from nas.distill.teacher import TeacherInfo
 from nas.jobs import Tick, no_tick
@@ -80,6 +86,17 @@ def augment_of(request: LabelRequest, dataset: Dataset) -> AugmentSpec:
         k: tuple(v) if isinstance(v, list) else v for k, v in request.changes.items()
     }
     return replace(spec, **changes)
+
+
+def check_request(request: LabelRequest, dataset: Dataset) -> None:
+    """Refuse what can be refused before there is a teacher, whose training may take long."""
+    augment_of(request, dataset)
+    check_precision(request.precision, request.device)
+    if request.clean is not None and not dataset.labelled:
+        raise refuse("--clean", "images without labels", "labels that a teacher can contradict")
+    if dataset.labelled:
+        classes = dataset.num_classes
+        make_codec(request.codec, request.topk or default_topk(classes), classes)
 
 
 def begin_store(

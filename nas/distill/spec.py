@@ -22,6 +22,14 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")
 
 
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a precision that a teacher cannot have on a device ("cpu", "cuda:1", ...)."""
+    if precision not in PRECISIONS:
+        raise refuse("--precision", precision, f"one of {', '.join(PRECISIONS)}")
+    if precision != "float32" and device.split(":")[0] != "cuda":
+        raise refuse("--precision", precision, "float32 on a CPU", "or --device cuda")
+
+
 @dataclass(frozen=True)
 class StoreSpec:
     """All that decides the content of a store, but for the number of epochs.
@@ -52,10 +60,7 @@ class StoreSpec:
     def __post_init__(self) -> None:
         if not 1 <= self.topk < self.num_classes:
             raise refuse("top-K", self.topk, f"1 to {self.num_classes - 1} (classes - 1)")
-        if self.precision not in PRECISIONS:
-            raise refuse("--precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        if self.precision != "float32" and self.device != "cuda":
-            raise refuse("--precision", self.precision, "float32 on a CPU", "or --device cuda")
+        check_precision(self.precision, self.device)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON."""

@@ -55,6 +55,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], Tick], Values]] = {
     "count": measuring.count,
     "teacher": labels.teacher,
     "relabel": labels.relabel,
+    "check-labels": labels.check_labels,
     "begin-labels": labels.begin_labels,
     "labels": labels.build_labels,
     "open-labels": labels.open_labels,

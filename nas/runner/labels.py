@@ -52,6 +52,15 @@ def relabel(spec: Mapping[str, Any], tick: Tick) -> Values:
     return {"folder": str(made.folder)}
 
 
+def check_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+    """Refuse what can be refused before there is a teacher."""
+    from nas.data import open_dataset
+    from nas.distill.labelling import LabelRequest, check_request
+
+    check_request(LabelRequest.from_dict(spec["request"]), open_dataset(Path(spec["dataset"])))
+    return {}
+
+
 def begin_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
     """Begin a label store, or find it begun: folder, id, and what is still to be made."""
     from nas.data import open_dataset

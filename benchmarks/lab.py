@@ -277,6 +277,7 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
                 "img_size": given.img_size,
                 "proxy_images": None,
                 "effort": "smoke",
+                "bench_max_blocks": 120,
                 "steps": 1,
                 "seed_epochs": given.seed_epochs,
                 "teacher_epochs": given.teacher_epochs,
@@ -292,9 +293,11 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     cache = default_cache() if given.cache_dir is None else given.cache_dir
     folder = RunDir(folder_of(given))
     dataset = read_data(config, cache, console)
-    asked = {**config.to_dict(), "target_params": 0}
+    # What a training does not depend on may differ between the benchmarks that share a folder.
+    loose = {"target_params": 0, "bench_max_blocks": 0}
+    asked = {**config.to_dict(), **loose}
     if folder.run_json.exists():
-        held = {**folder.open()["config"], "target_params": 0}
+        held = {**folder.open()["config"], **loose}
         asked = json.loads(json.dumps(asked))
         changed = sorted(k for k in {*asked, *held} if held.get(k) != asked.get(k))
         if changed:

@@ -40,6 +40,7 @@ from nas.command import Parser, guarded
 from nas.files import write_atomic, write_json
 from nas.jobs import Result
 from nas.progress import Console
+from nas.requirement import Requirement
 
 Floats = npt.NDArray[np.float64]
 
@@ -178,11 +179,17 @@ def compare(
 
 
 def relative_pace(lab: Lab, own: Side, rival: Side) -> tuple[float, float, float] | None:
-    """Return the contracted arch's throughput relative to a rival's and its interval."""
+    """Return the contracted arch's throughput relative to a rival's and its interval.
+
+    Timing goes on while the interval straddles 1, as the gate of a run does.
+    """
     run = lab.run
     if own.arch is None or rival.arch is None or run.key(own.arch) == run.key(rival.arch):
         return None
-    measured = run.timings.measure(own.arch, "final", reference=rival.arch)
+    faster = Requirement("speedup", 1.0, run.timings.primary)
+    measured = run.timings.measure(
+        own.arch, "final", reference=rival.arch, requirements=[faster], step=0
+    )
     run.executor.close()
     if isinstance(measured, Result):
         return None

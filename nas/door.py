@@ -148,7 +148,10 @@ def with_steps(
 
 
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
-    """Refuse a budget that no contraction of the seed can meet, with the reachable range."""
+    """Refuse a budget that no contraction of the seed can meet, with the reachable range.
+
+    And labels of more classes than there are to choose from.
+    """
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     seed_params = family.count_params(seed, context)
     floor = family.count_params(family.floor(seed, context), context)
@@ -169,7 +172,7 @@ def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Datas
             f"the smallest contraction of {config.seed} has {floor:,}",
         )
     most = len(dataset.classes) - 1
-    if config.topk is not None and config.topk > most:
+    if config.labels is None and config.topk is not None and config.topk > most:
         raise refuse(flag("topk"), config.topk, f"1 to {most} (classes - 1)")
 
 

@@ -94,6 +94,8 @@ def build(
                 f"{begun['folder']}/dropped.csv"
             )
         _announce(begun, console)
+        if processes > 1:
+            worker.close()  # what a teacher's training left in a GPU's memory is for the others
         workers = [worker, *(LocalExecutor(threads=threads) for _ in range(1, processes))]
         _make(begun, dataset, info, part, device, workers, console)
     return {
@@ -158,18 +160,23 @@ def _make(
         with lock:
             console.advance(units)
 
-    pool = ThreadPoolExecutor(len(jobs))
     try:
-        waiting = [
-            pool.submit(labelling.build, _plain(worker, tick), job)
-            for worker, job in zip(workers, jobs, strict=True)
-        ]
-        for one in waiting:
-            one.result()
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            try:
+                waiting = [
+                    pool.submit(labelling.build, _plain(worker, tick), job)
+                    for worker, job in zip(workers, jobs, strict=True)
+                ]
+                for one in waiting:
+                    one.result()
+            except BaseException:  # do not finish what runs
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in workers:
+                    worker.close()
+                raise
     finally:
         for worker in workers:
             worker.close()
-        pool.shutdown(wait=True)
         console.stop()
 
 

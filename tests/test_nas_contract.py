@@ -21,7 +21,6 @@ import pytest
 from conftest import SMALL_ARCH, Finished
 
 from nas.contract import contract, main
-from nas.executor import InlineExecutor
 from nas.measure.table import read_measurements
 from nas.search.ledger import COLUMNS
 from space import Context, get_family
@@ -252,7 +251,7 @@ def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_p
     assert last["status"] == "stopped"
     assert "--max-hours" in last["message"]
     assert "Traceback" not in said
-    outcome = contract(out=folder, resume=True, cache_dir=finished.cache, executor=InlineExecutor())
+    outcome = contract(out=folder, resume=True, cache_dir=finished.cache)
     assert outcome.status == "reached"
 
 

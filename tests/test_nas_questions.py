@@ -133,7 +133,7 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
     strategy: str, finished: Finished, tmp_path: Path
 ) -> None:
     """Children of the seed, all on the same batches; its budget is that of the contraction."""
-    given = settings(finished, strategy=strategy, anchors=False, proxied=1)
+    given = settings(finished, strategy=strategy, anchors=False)
     outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
     assert outcome.status == "reached"
     rows = [r for r in ledger(tmp_path / "run") if r["step"] != "0"]

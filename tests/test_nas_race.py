@@ -18,6 +18,7 @@ from nas.gates import Candidate
 from nas.jobs import Job, Result
 from nas.judging import judged, losses_of, per_image
 from nas.race import MORE, Entrant, race, remembered, rungs_of
+from nas.rates import SCRATCH_LR
 from nas.run import CHECKPOINT, Incumbent, Run
 from space.errors import InputError
 
@@ -237,6 +238,7 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
     from nas.runner import run_job
 
     spec = json.loads(next(iter(_specs(finished))))
+    assert (spec["init"], spec["lr"]) == ("scratch", SCRATCH_LR)
     told = {**spec, "epochs": 2, "checkpoint": False, "shared": False, "test": False}
     whole = run_job(Job("train", "whole", {**told, "out": str(tmp_path / "whole")}))
     first = run_job(Job("train", "first", {**told, "rung": 1, "out": str(tmp_path / "first")}))

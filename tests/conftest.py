@@ -41,8 +41,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     cache = base / "cache"
     flags = [
         *("--seed", str(base / "small.json"), "--target-params", "400K", "--effort", "smoke"),
-        *("--steps", "2", "--threads", "1", "--img-size", "32", "--proxy-images", "200"),
-        *("--teacher-epochs", "2", "--final-epochs", "1", "--cache-dir", str(cache)),
+        *("--steps", "2", "--shortlist", "4", "--threads", "1", "--img-size", "32"),
+        *("--proxy-images", "200", "--teacher-epochs", "2", "--final-epochs", "1"),
+        *("--cache-dir", str(cache)),
     ]
     folder = base / "finished"
     assert main([*flags, "--out", str(folder), "--quiet"]) == 0

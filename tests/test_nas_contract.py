@@ -145,6 +145,8 @@ def run_process(arguments: list[str], **more: object) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Where the tests themselves run in the background, Ctrl-C may be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **more,  # type: ignore[call-overload]
     )
 
@@ -169,15 +171,25 @@ def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return folder, time.monotonic() - started
 
 
-@pytest.mark.parametrize(
-    "instant",
-    [
-        pytest.param(0.25, marks=pytest.mark.slow),
-        0.5,
-        pytest.param(0.7, marks=pytest.mark.slow),
-        pytest.param(0.85, marks=pytest.mark.slow),
-    ],
-)
+def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+    process = run_process([*flags, "--out", str(folder), "--quiet"])
+    until = time.monotonic() + 300
+    while not list(folder.glob("work/s1-*")) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "result.json").exists()
+    again = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+    assert run_process(again).wait(timeout=300) == 0
+    assert_same_answer(folder, finished.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instant", [0.25, 0.5, 0.7, 0.85])
 def test_a_killed_run_resumes_to_the_same_answer(
     finished: Finished, undisturbed: tuple[Path, float], tmp_path: Path, instant: float
 ) -> None:

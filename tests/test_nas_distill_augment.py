@@ -233,7 +233,9 @@ def all_replayed() -> list[NDArray[np.float32]]:
     return [replayed(replace(spec, img_size=size), side, 4).numpy() for spec, (size, side) in pairs]
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
+@pytest.mark.parametrize(
+    "method", ["spawn", "fork", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
 def test_processes_of_any_start_method_replay_to_the_bit(method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")

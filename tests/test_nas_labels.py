@@ -53,8 +53,17 @@ def flags(**changes: Any) -> list[str]:
     return [part for k, v in values.items() for part in ("--" + k.replace("_", "-"), str(v))]
 
 
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs run here: a process of its own takes seconds to start."""
+    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
+
+
 def test_the_command_builds_tells_and_verifies(
-    cache: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path,
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     common = ["--cache-dir", str(cache), "--quiet", "--json"]
     out = str(tmp_path / "s")
@@ -71,6 +80,7 @@ def test_the_command_builds_tells_and_verifies(
     assert main(["verify", out, "--teacher", "20", *common]) == 0
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     # A second run has nothing to do, and says so before it starts.
+    inline(monkeypatch)
     assert (
         main(["build", "--data", "digits", "--out", out, *flags(), "--cache-dir", str(cache)]) == 0
     )
@@ -83,7 +93,7 @@ def test_damage_ends_in_a_line_each_and_status_2(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
+    inline(monkeypatch)
     for name, data in contents(store).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -119,7 +129,10 @@ def test_machines_build_parts_and_merge(cache: Path, store: Path, tmp_path: Path
     assert contents(tmp_path / "all") == contents(store)
 
 
-def test_a_subset_of_images_is_labelled_where_asked(cache: Path, tmp_path: Path) -> None:
+def test_a_subset_of_images_is_labelled_where_asked(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inline(monkeypatch)
     made = build("digits", out=tmp_path / "s", limit=40, cache_dir=cache, **SIZES)
     assert made["images"] == 40
     dataset = prepare(DataSpec("digits", 16, 120), cache)
@@ -162,7 +175,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VISION_CONTRACTION_CACHE", str(cache))
-    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
+    inline(monkeypatch)
     if "--teacher" not in arguments:  # whose training may take hours
         monkeypatch.setattr("nas.labelling.teach", lambda *_, **__: pytest.fail("taught"))
     if arguments[:1] == ["build"]:
@@ -180,8 +193,9 @@ def test_bad_input_is_one_line(
 
 
 def test_another_store_in_the_folder_is_left_alone(
-    cache: Path, store: Path, capsys: pytest.CaptureFixture[str]
+    cache: Path, store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inline(monkeypatch)
     before = contents(store)
     arguments = ["build", "--data", "digits", "--out", str(store), "--cache-dir", str(cache)]
     assert main([*arguments, "--quiet", *flags(), "--salt", "5"]) == 2
@@ -271,6 +285,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_images_without_classes_are_labelled_and_teach(
     cache: Path, teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    inline(monkeypatch)
     data = folder_of_digits(tmp_path / "loose", classes=False)
     options = {**SIZES, "proxy_images": None}
     made = build(str(data), teacher=teacher, out=tmp_path / "s", cache_dir=cache, **options)
@@ -282,7 +297,6 @@ def test_images_without_classes_are_labelled_and_teach(
     assert batch.truth.unique().tolist() == [-1]
     assert int(batch.index.max()) < 7
     assert verify(tmp_path / "s", teacher=10, cache_dir=cache) == []
-    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
     with pytest.raises(InputError, match=r"--teacher: got auto for .* which has no labels"):
         build(str(data), out=tmp_path / "t", cache_dir=cache, **options)
     with pytest.raises(InputError, match="--clean: got images without labels"):

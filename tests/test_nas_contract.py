@@ -253,9 +253,9 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--final-epochs", "8", "--json"]
+    arguments = [*flags, "--out", str(folder), "--final-epochs", "2", "--json"]
     started = time.monotonic()
-    process = run_process([*arguments, "--max-hours", str(9 / 3600)])
+    process = run_process([*arguments, "--max-hours", str(7 / 3600)])
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 3, said
     assert time.monotonic() - started < 120  # "in time", on a busy machine too

@@ -131,7 +131,9 @@ def anchors_of(ask: Ask) -> list[tuple[str, Arch]]:
     return anchors_in(FAMILY, [ask.seed], ask.context, ask.band)
 
 
-@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "nsga2" else n for n in SEEDED]
+)
 def test_what_was_decided_is_listed_again_only_when_nothing_else_is_left(name: str) -> None:
     strategy, rng = get_strategy(name), random.Random(1)
     ctx = Context(48, 10)

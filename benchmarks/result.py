@@ -186,6 +186,7 @@ def relative_pace(lab: Lab, own: Side, rival: Side) -> tuple[float, float, float
     run = lab.run
     if own.arch is None or rival.arch is None or run.key(own.arch) == run.key(rival.arch):
         return None
+    # As a step's question: a kept timing that leaves it open is made once more, longer.
     faster = Requirement("speedup", 1.0, run.timings.primary)
     measured = run.timings.measure(
         own.arch, "final", reference=rival.arch, requirements=[faster], step=0

@@ -82,20 +82,19 @@ def work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
     write_family(bench.folder.path)
     write_json(bench.folder.result_json, result)
     write_report(bench.folder.path)
-    status, message = course.status, result["message"]
     if trust is not None and course.final is not None and course.seed is not None:
         result["trust"] = trust_in_time(bench, course.seed, trust)
         result["work"] = dataclasses.asdict(bench.work())
         write_json(bench.folder.result_json, result)
         write_report(bench.folder.path)
     elif trust is not None:
-        said = f"trust: no report is made of a run that is {status}"
-        if status == "stopped":
+        said = f"trust: no report is made of a run that is {course.status}"
+        if course.status == "stopped":
             said += f"; --resume {bench.folder.path} --trust {trust} goes on"
         console.line(said)
-    if status not in ("stopped", "unverified"):
+    if course.status not in ("stopped", "unverified"):
         stage.tidy(bench)
-    return Outcome(status, result["exit_code"], message, bench.folder.path, result)
+    return Outcome(course.status, result["exit_code"], course.message, bench.folder.path, result)
 
 
 def _follow(bench: Run, course: _Course) -> None:

@@ -182,6 +182,7 @@ def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert list(folder.glob("work/s1-*")), "its first candidate was in training"
     assert not (folder / "result.json").exists()
     again = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
     assert run_process(again).wait(timeout=300) == 0

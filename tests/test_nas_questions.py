@@ -124,11 +124,12 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
     assert not [key for kind, key in counting.jobs if kind == "train"]
 
 
+RIVALS = [s for s in strategy_names() if s not in ("contraction", "uniform")]
+
+
 @pytest.mark.parametrize(
-    "strategy",
-    [s if s == "tpe" else pytest.param(s, marks=pytest.mark.slow)
-     for s in strategy_names() if s not in ("contraction", "uniform")],
-)  # fmt: skip
+    "strategy", [s if s == "tpe" else pytest.param(s, marks=pytest.mark.slow) for s in RIVALS]
+)
 def test_a_rival_looks_inside_the_targets_band_from_the_start(
     strategy: str, finished: Finished, tmp_path: Path
 ) -> None:
@@ -143,11 +144,17 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
     assert {r["parent"] for r in rows} == {seed["key"]}
     kept = {r["key"] for r in rows if r["stage"] == "kept"}
     assert {f["key"] for f in outcome.result["finalists"]} <= kept
-    if strategy == "tpe":  # that its lists repeat themselves is a test of the strategies
-        return
-    again = contract(**given, out=tmp_path / "again", executor=InlineExecutor())
-    assert [r["key"] for r in ledger(tmp_path / "again")][1:] == [r["key"] for r in rows]
-    assert again.result["winner"] == outcome.result["winner"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", RIVALS)
+def test_a_rivals_run_repeats_itself(strategy: str, finished: Finished, tmp_path: Path) -> None:
+    given = settings(finished, strategy=strategy, anchors=False)
+    once, again = (
+        contract(**given, out=tmp_path / name, executor=InlineExecutor()) for name in ("a", "b")
+    )
+    assert [r["key"] for r in ledger(tmp_path / "a")] == [r["key"] for r in ledger(tmp_path / "b")]
+    assert again.result["winner"] == once.result["winner"]
 
 
 def test_frozen_parts_are_never_moved(finished: Finished, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any, cast
 import numpy as np
 
 from nas.run import derived_seed
-from nas.search.selection import Timed, spread
+from nas.search.selection import Timed, pick
 from nas.search.strategies import Ask, Seen, Strategy
 from space.draws import sample_band
 from space.errors import refuse
 from space.family import Arch, Array, Context, Family
 from space.freeze import freeze
-from space.neighbours import Band
+from space.neighbours import Band, Shortlisted
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Settings:
     proxied: int
     beam: int
     budget: int
+    choose: str = "near"
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ def replay(
     Strategies are asked as `nas.campaign` asks them, anchors off. Throughput plays no part: all
     that is listed passes, and losses are those of the table whatever the step. A stepwise strategy
     takes its steps, then lists more in the last one; the others take steps until the budget is
-    spent. Ends early when nothing new is listed. An arch that is listed in two steps of
-    contraction counts twice, as a run trains it twice.
+    spent. In the last step, what was listed and not scored comes before what is listed anew. Ends
+    early when nothing new is listed. An arch that is listed in two steps of contraction counts
+    twice, as a run trains it twice.
     """
     family, context = lattice.family, lattice.context
     incumbents, beside = [lattice.seed], dict[str, float]()
@@ -127,7 +129,16 @@ def replay(
     done: list[Scored] = []
     tried: set[str] = set()
     step, draw = 1, 0
+    left: list[str] = []
+    by_key: dict[str, Shortlisted] = {}
     while len(done) < settings.budget:
+        if left:
+            chosen = _chosen(lattice, left, settings, derived_seed(random_seed, "left", draw))
+            chosen = chosen[: settings.budget - len(done)]
+            done += [Scored(step, key, losses[key]) for key in chosen]
+            seen += [_seen(step, by_key[key], key, losses[key]) for key in chosen]
+            left = [key for key in left if key not in chosen]
+            continue
         band = lattice.bands[min(step, settings.steps) - 1 if strategy.stepwise else -1]
         listed = strategy.shortlist(
             Ask(
@@ -142,11 +153,7 @@ def replay(
         by_key = {family.key(each.arch, context): each for each in listed}
         keys = list(by_key)
         if not keys:
-            skipped = tried - {scored.key for scored in done}
-            if not skipped:
-                break
-            tried -= skipped  # what was listed and not scored, now that nothing else is left
-            continue
+            break
         chosen = keys[: settings.proxied or len(keys)]  # a strategy's best guesses come first
         if strategy.stepwise:
             seed = derived_seed(random_seed, "spread", step, draw)
@@ -154,8 +161,7 @@ def replay(
         chosen = chosen[: settings.budget - len(done)]
         done += [Scored(step, key, losses[key]) for key in chosen]
         for key, each in by_key.items():
-            loss = losses[key] if key in chosen else None
-            seen.append(Seen(step, each.arch, key, each.params, 0.0, loss, 1.0))
+            seen.append(_seen(step, each, key, losses[key] if key in chosen else None))
         scored = {key: losses[key] for key in chosen}
         if not strategy.stepwise:
             beside |= scored
@@ -163,6 +169,7 @@ def replay(
         last = step >= settings.steps
         if strategy.stepwise and last:  # the same parents, more of their contractions
             draw, tried = draw + 1, tried | set(keys)
+            left = [key for key in keys if key not in chosen]
             continue
         kept = sorted(scored, key=lambda k: (scored[k], k))
         incumbents = [lattice.archs[k] for k in kept[: settings.beam]]
@@ -170,14 +177,18 @@ def replay(
     return done
 
 
+def _seen(step: int, of: Shortlisted, key: str, loss: float | None) -> Seen:
+    return Seen(step, of.arch, key, of.params, 0.0, loss, 1.0)
+
+
 def _chosen(
     lattice: Lattice, keys: Sequence[str], settings: Settings, random_seed: int
 ) -> list[str]:
-    """Choose which of the listed archs are scored: best spread, all as fast as each other."""
+    """Choose which of the listed archs are scored, all as fast as each other."""
     if not settings.proxied:
         return list(keys)
     timed = [Timed(key, _numbers(lattice, key), 1.0, False) for key in keys]
-    return spread(timed, settings.proxied, random_seed=random_seed)
+    return pick(timed, settings.proxied, settings.choose, random_seed=random_seed)
 
 
 def _numbers(lattice: Lattice, key: str) -> tuple[float, ...]:

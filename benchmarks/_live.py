@@ -11,6 +11,7 @@ from benchmarks._estimates import Row
 from nas.command import default_cache
 from nas.config import parse_count
 from nas.contract import contract
+from nas.judging import paired_difference
 from nas.work import Outcome
 from space.errors import InputError
 
@@ -18,11 +19,10 @@ from space.errors import InputError
 def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
     """Run contraction and the best rival once each; return rows of how they ended.
 
-    The rival takes as many steps as train about what contraction trained (GMACs, from its ledger),
-    so the two last equally long but for what the machine does meanwhile; what either really trained
-    and its seconds stand beside. Children inherit from their parents; nobody races, as races would
-    save unequal shares; the same slots are free. `told`: what the replays found, with `median`
-    evaluations by strategy and the `frozen` slots.
+    The rival takes as many rounds as train about what contraction trained (GMACs, from its
+    ledger), so that the two last equally long but for what the machine does meanwhile; the seconds
+    of either stand beside. Children inherit from their parents; the same slots are free. `told`:
+    what the replays found, with `median` evaluations by strategy and the `frozen` slots.
     """
     rivals = {n: m for n, m in told["median"].items() if n != "contraction"}
     rows, own = _ran(given, told, "contraction", given.steps)
@@ -30,15 +30,32 @@ def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
         best = min(rivals, key=lambda n: (rivals[n], n))
         each = (given.proxied or given.shortlist) * given.proxy_epochs
         steps = max(1, round(_searched(own) / (each * own.result["final"]["winner"]["macs"])))
-        rows += _ran(given, told, best, steps)[0]
+        more, other = _ran(given, told, best, steps)
+        rows += [*more, _difference(own, other, best, given.command)]
     return rows
+
+
+def _candidates(of: Outcome) -> list[dict[str, str]]:
+    with (of.folder / "ledger.csv").open(newline="") as text:
+        return [row for row in csv.DictReader(text) if int(row["step"]) > 0]
 
 
 def _searched(of: Outcome) -> float:
     """Return what the candidates of a finished run trained, in MACs x epochs."""
-    with (of.folder / "ledger.csv").open(newline="") as text:
-        rows = [row for row in csv.DictReader(text) if int(row["step"]) > 0 and row["epochs"]]
-    return float(sum(int(row["macs"]) * float(row["epochs"]) for row in rows))
+    return sum(int(row["macs"]) * float(row["epochs"] or 0) for row in _candidates(of))
+
+
+def _difference(own: Outcome, other: Outcome, name: str, command: str) -> Row:
+    """Compare the two winners over the same test images."""
+    keys = [each.result["winner"] for each in (own, other)]
+    called = f"live: test top-1, contraction - {name}"
+    if keys[0] == keys[1]:
+        return Row(called, 0.0, 0.0, 0.0, 0, "test images", "the same arch: a tie", command)
+    a, b = (e.folder / "work" / f"final-{e.result['winner']}" for e in (own, other))
+    found = paired_difference(a, b, "top1", 0)
+    note = "paired over images; one run each, so nothing is said of other random seeds"
+    return Row(called, found["difference"], found["lo"], found["hi"], int(found["n"]),
+               "test images", note, command)  # fmt: skip
 
 
 def _ran(
@@ -49,11 +66,11 @@ def _ran(
     settings: dict[str, Any] = {
         "seed": given.seed, "target_params": parse_count("--target-params", given.target_params),
         "data": given.data, "img_size": given.img_size, "seed_epochs": given.seed_epochs,
-        "teacher_epochs": given.teacher_epochs, "final_epochs": given.truth_epochs, "steps": steps,
-        "shortlist": given.shortlist, "proxied": given.proxied or given.shortlist,
-        "beam": given.beam, "proxy_epochs": given.proxy_epochs, "strategy": name, "racing": False,
-        "anchors": False, "freeze": tuple(told["frozen"]), "random_seed": given.random_seed,
-        "device": given.device,
+        "teacher_epochs": given.teacher_epochs, "final_epochs": given.truth_epochs,
+        "steps": steps, "shortlist": given.shortlist, "proxied": given.proxied or given.shortlist,
+        "beam": given.beam, "proxy_epochs": given.proxy_epochs, "strategy": name,
+        "choose": given.choose, "anchors": False, "freeze": tuple(told["frozen"]),
+        "random_seed": given.random_seed, "device": given.device,
     }  # fmt: skip
     ended = contract(
         out=folder, resume=(folder / "run.json").exists(), max_hours=given.live_hours,
@@ -68,11 +85,13 @@ def _ran(
         lo, hi = (won[key] + z * won[f"{key}_se"] for z in (-1.96, 1.96))
         rows.append(Row(f"live, {name}: {key} of the winner", won[key], lo, hi, 1, "run",
                         "interval over images only", given.command))  # fmt: skip
-    gmacs = ended.result["work"]["train_gmacs"]
-    note = f"{steps} steps; final trainings included"
-    rows.append(Row(f"live, {name}: GMACs trained", gmacs, gmacs, gmacs, 1, "run", note,
-                    given.command))  # fmt: skip
-    seconds = float(ended.result["seconds"])
-    rows.append(Row(f"live, {name}: seconds", seconds, seconds, seconds, 1, "run",
-                    "of the process that ended it", given.command))  # fmt: skip
+    taken = _candidates(ended)
+    seconds = sum(float(row["seconds"]) for row in taken)
+    trained = sum(bool(row["epochs"]) for row in taken)
+    note = f"{steps} steps, {len(taken)} archs timed, {trained} trained"
+    rows.append(Row(f"live, {name}: seconds of the search", seconds, seconds, seconds, 1, "run",
+                    note, given.command))  # fmt: skip
+    gmacs = _searched(ended) / 1e9
+    rows.append(Row(f"live, {name}: GMACs a training image of the search", gmacs, gmacs, gmacs, 1,
+                    "run", "forward passes over all epochs", given.command))  # fmt: skip
     return rows, ended

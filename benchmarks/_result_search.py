@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.lab import Lab
 from nas.command import default_cache
-from nas.config import EFFORTS, parse_count, steps_of
+from nas.config import EFFORTS, SEARCH_CHOICES, parse_count, steps_of
 from nas.contract import contract
 from nas.files import read_json, write_json
 from nas.finish import nearest_published
@@ -79,6 +79,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--effort", default="normal", help=f"of the searches: {', '.join(EFFORTS)} (normal)")
     for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int, help="of the searches (that of the effort)")
+    ways = SEARCH_CHOICES["choose"]
+    add("--choose", choices=ways, default=ways[0], help=f"as nas.contract (default {ways[0]})")
     add("--device", default="cpu", help="default cpu")
     add("--workers", type=int, default=usable_cpus(), help="trainings at a time")
     add("--random-seed", type=int, default=0, help="of what is drawn (default 0)")
@@ -162,7 +164,8 @@ def search(
     `deadline` is on `time.monotonic()`. A search that stays stuck gives the best it had.
     """
     strategy = "random" if role == RANDOM else "contraction"
-    folder = lab.run.folder.path / f"search-{target.text}-{strategy}-{given.effort}"
+    way = "-spread" if strategy == "contraction" and given.choose == "spread" else ""
+    folder = lab.run.folder.path / f"search-{target.text}-{strategy}-{given.effort}{way}"
     hours = (deadline - time.monotonic()) / 3600
     finished = (folder / "result.json").exists()
     if hours <= 0.01 and not finished:
@@ -172,6 +175,8 @@ def search(
         "cache_dir": default_cache() if given.cache_dir is None else given.cache_dir,
     }  # fmt: skip
     settings = {**search_settings(lab, given, target), "strategy": strategy}
+    if strategy == "contraction":
+        settings["choose"] = given.choose
     if (folder / "run.json").exists():
         outcome = contract(resume=True, **common, **settings)
     else:

@@ -7,6 +7,7 @@ A `prune` job leaves pruned.safetensors, timed beside the seed; a `train` job go
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -228,6 +229,12 @@ def load_job(spec: Mapping[str, Any], part: Path) -> Values:
     return {"loads": loads_in_timm(spec["timm"], state)}
 
 
+def one_line(text: str, most: int = 240) -> str:
+    """Give a message in one line, without the lines that draw tables; of a long one, its end."""
+    words = " ".join(re.sub(r"[\u2500-\u257f]+|-{4,}", " ", text).split())
+    return words if len(words) <= most else "... " + words[-most:].partition(" ")[2]
+
+
 JOBS = {"prune": prune_job, "train": train_job, "load": load_job}
 
 
@@ -241,8 +248,7 @@ def main(path: Path) -> int:
     try:
         result = {"ok": True, "values": JOBS[spec["kind"]](spec, part)}
     except Exception as error:
-        text = " ".join(str(error).split())[:240]
-        result = {"ok": False, "reason": f"{type(error).__name__}: {text}"}
+        result = {"ok": False, "reason": f"{type(error).__name__}: {one_line(str(error))}"}
     write_json(part / "result.json", result)
     shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)

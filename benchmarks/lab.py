@@ -294,7 +294,7 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     folder = RunDir(folder_of(given))
     dataset = read_data(config, cache, console)
     # What a training does not depend on may differ between the benchmarks that share a folder.
-    loose = {"target_params": 0, "bench_max_blocks": 0}
+    loose = {"target_params": 0, "bench_max_blocks": 0, "choose": ""}
     asked = {**config.to_dict(), **loose}
     if folder.run_json.exists():
         held = {**folder.open()["config"], **loose}

@@ -39,7 +39,7 @@ from benchmarks._searches import FIXED, World, searches
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy_rank import CRITERION, PROXY_SEED
 from nas.command import Parser, guarded
-from nas.config import steps_of
+from nas.config import EFFORTS, SEARCH_CHOICES, steps_of
 from nas.files import read_json, write_atomic, write_json
 from nas.progress import Console
 from nas.search.constraints import band_at
@@ -179,9 +179,10 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
     with opened(given, console) as lab:
         run = lab.run
         if given.steps is None:
-            given.steps = steps_of("normal", run.start_params, run.config.target_params)
+            given.steps = steps_of(given.effort, run.start_params, run.config.target_params)
         settings = Settings(
-            given.steps, given.shortlist, given.proxied, given.beam, given.evaluations
+            given.steps, given.shortlist, given.proxied, given.beam, given.evaluations,
+            given.choose,
         )  # fmt: skip
         stepped = replace(run.config, steps=given.steps)
         bands = tuple(
@@ -224,7 +225,9 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
         for name, all_of in found.items()
     }
     told = {
-        "steps": settings.steps, "archs": len(lattice.archs), "final": len(lattice.final),
+        "steps": settings.steps, "shortlist": settings.shortlist, "proxied": settings.proxied,
+        "beam": settings.beam, "choose": settings.choose,
+        "archs": len(lattice.archs), "final": len(lattice.final),
         "in_reach": in_reach,
         "table_epochs": epochs, "images": given.images, "sd": sd[0], "best": losses[best],
         "budget": settings.budget,
@@ -301,10 +304,14 @@ def build_parser() -> Parser:
     add("--table-epochs", type=int, choices=(0, 1, 2, 3), help=epochs)
     add("--sd-archs", type=int, default=12, help="for the deviation (default %(default)s)")
     add("--sd-seeds", type=int, default=5, help="random seeds of those (default %(default)s)")
-    add("--steps", type=int, help="of contraction (default: those of a run at effort normal)")
-    add("--shortlist", type=int, default=6, help="archs listed a step (default %(default)s)")
-    add("--proxied", type=int, default=0, help="of them scored, 0: all (default %(default)s)")
-    add("--beam", type=int, default=2, help="default %(default)s")
+    efforts = f"whose steps and sizes a search has: {', '.join(EFFORTS)} (default %(default)s)"
+    add("--effort", choices=tuple(EFFORTS), default="normal", help=efforts)
+    add("--steps", type=int, help="of contraction (default: those of the effort)")
+    add("--shortlist", type=int, help="archs listed a step (default: the effort's)")
+    add("--proxied", type=int, help="of them scored, 0: all (default: the effort's)")
+    add("--beam", type=int, help="default: the effort's")
+    ways = SEARCH_CHOICES["choose"]
+    add("--choose", choices=ways, default=ways[0], help="as nas.contract (default %(default)s)")
     add("--evaluations", type=int, default=60, help="what a search may spend (default %(default)s)")
     add("--replays", type=int, default=50, help="random seeds a strategy (default %(default)s)")
     add("--strategies", type=_names, default=strategy_names(), help="default: all, with commas")
@@ -328,8 +335,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.command = " ".join(["python -m benchmarks.search_efficiency", *argv])
 
     def work() -> int:
-        for name, least in (("sd_archs", 2), ("sd_seeds", 2), ("steps", 1), ("shortlist", 1),
-                            ("beam", 1), ("evaluations", 1), ("replays", 2)):  # fmt: skip
+        for name in ("shortlist", "proxied", "beam"):
+            if getattr(given, name) is None:
+                setattr(given, name, EFFORTS[given.effort][name])
+        for name, least in (
+            ("sd_archs", 2), ("sd_seeds", 2), ("steps", 1), ("shortlist", 1), ("proxied", 0),
+            ("beam", 1), ("evaluations", 1), ("replays", 2),
+        ):  # fmt: skip
             if getattr(given, name) is not None and getattr(given, name) < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise refuse(flag, getattr(given, name), f"an integer >= {least}")

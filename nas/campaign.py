@@ -115,7 +115,9 @@ def _step(
                 _close_step(run, step, own, counted, ranked, steps)
                 return ranked
         failed += len(passed)
-    return _stuck(run, step, band_text(own.band.lo, own.band.hi), counted, tried, failed, bounds)
+    by = counted_bound(run, [p.arch for p in parents], own.band)
+    where = band_text(own.band.lo, own.band.hi)
+    return _stuck(run, step, where, counted, tried, failed, bounds, by)
 
 
 def _count(run: Run, parent: Arch, band: Band) -> int:
@@ -124,6 +126,14 @@ def _count(run: Run, parent: Arch, band: Band) -> int:
     if key not in run.counted:
         run.counted[key] = count_contractions(run.family, parent, run.context, band)
     return run.counted[key]
+
+
+def counted_bound(run: Run, parents: Sequence[Arch], band: Band) -> str:
+    """Say which counted bound keeps a band empty: without it there would be contractions."""
+    heavier = replace(band, max_macs=None)
+    if band.max_macs is not None and any(_count(run, parent, heavier) for parent in parents):
+        return "multiply-adds"
+    return "parameters"
 
 
 def _seen(run: Run, step: int, tried: Collection[str]) -> tuple[Seen, ...]:
@@ -213,6 +223,7 @@ def _stuck(
     tried: set[str],
     failed: int,
     bounds: Mapping[str, StepBounds],
+    by: str,
 ) -> Stuck:
     """Name the constraint that binds and how far off the nearest candidate was."""
     run.ledger.write_csv(run.folder.path / "ledger.csv")
@@ -220,8 +231,8 @@ def _stuck(
     where = f"stuck at step {step} of {run.config.steps}: "
     if not tried:
         return Stuck(
-            f"{where}the parameter budget binds: {counted} contractions of the incumbent fall in "
-            f"{band}; widen --params-tolerance or raise --steps"
+            f"{where}the budget of {by} binds: {counted} contractions of the incumbent fall in "
+            f"{band}; widen --params-tolerance, loosen the bound or raise --steps"
         )
     slow = [r for r in rows if r.stage == "throughput" and r.state == "pruned"]
     if slow:

@@ -81,6 +81,7 @@ SEARCH_CHOICES: Mapping[str, tuple[str, ...]] = {
     "proxy_init": ("inherit", "scratch"),
     "importance": ("prefix", "l1", "l2", "taylor"),
     "metric": ("top1", "balanced_accuracy", "macro_f1"),
+    "choose": ("near", "spread"),
     "strategy": ("contraction", "random", "uniform", "evolution", "tpe", "nsga2", "gp"),
 }
 """What the settings about scores and their candidates may be; see `nas.search`, `nas.distill`."""
@@ -124,6 +125,7 @@ class RunConfig:
     augment: str = "default"
     seed_weights: str | None = None
     strategy: str = "contraction"
+    choose: str = "near"
     freeze: tuple[str, ...] = ()
     metric: str = "top1"
     proxy_init: str = "inherit"
@@ -177,7 +179,7 @@ def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
             "the settings of this version",
             "start a new run in another folder",
         )
-    settings = dict(data)
+    settings = {"choose": "spread", **data}  # as it was before there was a choice
     for name in ("require", "device_table", "freeze"):
         settings[name] = tuple(settings.get(name, ()))
     return RunConfig(**settings)

@@ -165,6 +165,12 @@ def build_parser() -> Parser:
         "(default: contraction); all but the first look inside the target's band at once",
     )
     size.add_argument(
+        "--choose",
+        metavar="HOW",
+        help="which of contraction's candidates are trained: near (the nearest to their parent "
+        "first) or spread (those that differ most) (default: near)",
+    )
+    size.add_argument(
         "--importance",
         metavar="NAME",
         help="which units and blocks of its parent a child takes: prefix (the first ones), l1, l2 "

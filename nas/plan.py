@@ -15,16 +15,16 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from nas.campaign import lighter_band, run_requirement
+from nas.campaign import counted_bound, lighter_band, run_requirement
 from nas.finish import nearest_published
 from nas.jobs import Job, Result
 from nas.race import rungs_of
 from nas.run import Incumbent, Run, Work, derived_seed
 from nas.scoring import places
 from nas.search.constraints import PACE, StepBounds, bounds_at
-from nas.search.selection import Timed, spread
+from nas.search.selection import Timed, pick
 from nas.search.strategies import Ask, Seen
-from nas.stage import TEACHER_COST, label_epochs, measure_seed
+from nas.stage import label_epochs, measure_seed, teacher_cost
 from nas.trust import trust_work
 from space.draws import sample_band
 from space.errors import refuse
@@ -236,7 +236,7 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
         found.append(
             PlannedStep(
                 step, bounds.band.lo, bounds.band.hi, counted, likely, share,
-                _binds(counted, share), timings, len(chosen), gmacs,
+                _binds(run, bounds, counted, share), timings, len(chosen), gmacs,
             )
         )  # fmt: skip
         if not chosen and strategy.stepwise:
@@ -283,7 +283,7 @@ def _chosen(run: Run, step: int, passed: Sequence[Shortlisted], pace: Pace) -> l
         ratio = predicted_ratio(run, pace, each.macs)
         timed.append(Timed(run.key(each.arch), features, ratio, each.anchor is not None))
     seed = derived_seed(run.config.random_seed, "spread", step)
-    keys = set(spread(timed, run.config.proxied, random_seed=seed))
+    keys = set(pick(timed, run.config.proxied, run.config.choose, random_seed=seed))
     return [each for each in passed if run.key(each.arch) in keys]
 
 
@@ -306,9 +306,9 @@ def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) ->
     return sum(_odds(predicted_ratio(run, pace, m), need, pace) for m in macs) / len(macs)
 
 
-def _binds(counted: int, share: float | None) -> str:
+def _binds(run: Run, bounds: StepBounds, counted: int, share: float | None) -> str:
     if counted == 0:
-        return "parameters: nothing in the band"
+        return f"{counted_bound(run, [run.seed_arch], bounds.band)}: nothing in the band"
     if share is None:
         return "parameters"
     return "throughput (estimate)" if share < SCARCE else "parameters, then throughput (estimate)"
@@ -339,7 +339,9 @@ def _hours(run: Run, work: Work, pace: Pace) -> float:
     """Estimate the hours of a run that finds nothing in the cache."""
     config = run.config
     images = len(run.dataset.train.labels)
-    teacher = images * (config.teacher_epochs + label_epochs(run) / 3) * TEACHER_COST
+    teacher = 0.0
+    if config.labels is None:
+        teacher = images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
     # Every training is scored on the holdout, at a third of the cost of training on an image.
     rungs = len(rungs_of(config.proxy_epochs)) if config.racing else 1
     scored = len(run.dataset.holdout.labels) * rungs / 3 * work.train_gmacs
@@ -356,7 +358,9 @@ def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
     pixels = sum(len(s.labels) for s in splits) * 3 * run.context.img_size**2
     classes = run.context.num_classes
     topk = config.topk or min(100 if classes > 10_000 else 10, classes - 1)
-    labels = len(data.train.labels) * label_epochs(run) * (4 * topk + 24)
+    labels = 0  # a store of the user's own is there already
+    if config.labels is None:
+        labels = len(data.train.labels) * label_epochs(run) * (4 * topk + 24)
     weights = 4 * run.start_params
     for step in steps:
         weights += 4 * step.band_hi  # the milestone

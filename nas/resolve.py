@@ -16,6 +16,7 @@ from typing import Any
 from nas.config import RunConfig, config_from_dict, flag
 from nas.files import read_json
 from nas.rundir import SCHEMA
+from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.ledger import Ledger, Row
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -86,11 +87,21 @@ def replayed_config(given: Mapping[str, Any]) -> RunConfig:
     lent = config.measurements
     if "measurements" not in given and lent is not None and not Path(lent).exists():
         config = replace(config, measurements=None)
-    # A new pace replaces the old one: the earlier run's bounds belong to its own question.
-    pace = ("min_throughput", "min_speedup", "require")
-    if any(name in given for name in pace):
+    # A new pace replaces the old one there; all other bounds stand. New bounds replace all.
+    if "require" in given:
         config = replace(config, min_throughput=None, min_speedup=None, require=())
+    elif "min_throughput" in given or "min_speedup" in given:
+        config = replace(config, min_throughput=None, min_speedup=None)
+        here = bench_setting(config)
+        kept = [r for r in requirements_of(config) if r.metric not in PACE or r.setting != here]
+        config = replace(config, require=tuple(r.text for r in kept))
     return replace(config, **dict(given))
+
+
+def set_aside(earlier: RunConfig, config: RunConfig) -> tuple[str, ...]:
+    """Return the earlier run's requirements that a replay does not hold its answers to."""
+    now = {required.text for required in requirements_of(config)}
+    return tuple(r.text for r in requirements_of(earlier) if r.text not in now)
 
 
 def read_earlier(

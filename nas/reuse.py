@@ -12,7 +12,7 @@ from nas.data import Dataset
 from nas.gates import Candidate, add_row, gate, measured_of, ratio_of, row_of
 from nas.jobs import Result
 from nas.judging import losses_of
-from nas.resolve import Earlier, answers, lineage, read_earlier, start_of
+from nas.resolve import Earlier, answers, lineage, read_earlier, set_aside, start_of
 from nas.run import MORE, Incumbent, Run
 from nas.scoring import places
 from nas.search.constraints import band_at, bounds_at, requirements_of, usual_steps
@@ -168,6 +168,13 @@ def reused_words(
                  for row in bench.ledger.rows) if known else 0  # fmt: skip
     if known:
         says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
+        if scores == 1:
+            says += ", and no choice; a run of its own would look further"
+        lengths = {row.epochs for row in bench.ledger.rows
+                   if row.step == bench.config.steps and row.soft_loss is not None}  # fmt: skip
+        if len(lengths) > 1:
+            epochs = " and ".join(f"{e:g}" for e in sorted(lengths))
+            says += f"; they were trained {epochs} epochs and are compared as they are"
     elif start is not seed:
         says = (
             f"none of the {len(earlier.scored)} archs scored in {earlier.folder} meets the new "
@@ -176,6 +183,9 @@ def reused_words(
         )
     else:
         says = f"nothing in {earlier.folder} helps; {bench.config.steps} steps from the seed"
+    dropped = set_aside(earlier.config, bench.config)
+    if dropped:
+        says += f"; its {' and '.join(dropped)} not asked for any more"
     return {
         "run": str(earlier.folder),
         "scores": scores,

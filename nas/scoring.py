@@ -15,7 +15,7 @@ from nas.jobs import Job
 from nas.judging import losses_of
 from nas.race import Entrant, Ran, race, remembered, trained
 from nas.run import MORE, Incumbent, Run, derived_seed
-from nas.search.selection import Scored, Timed, paired_error, rank, spread
+from nas.search.selection import Scored, Timed, paired_error, pick, rank
 
 IMPORTANCE_IMAGES = 256
 """Training images that the importance of units and blocks is judged on."""
@@ -53,27 +53,28 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
 def choose(run: Run, step: int, passed: Sequence[Candidate]) -> list[Candidate]:
     """Choose those to train; the others become rows.
 
-    Best spread where the list is a rule's; a strategy that learns has put its best guess first.
+    As `--choose` says where the list is a rule's; a strategy that learns puts its best guess first.
     """
     config = run.config
     how = f"among the first {config.proxied}"
-    chosen = [c.key for c in passed[: config.proxied]]
+    keys = [c.key for c in passed[: config.proxied]]
     if run.strategy.stepwise:
-        how = f"among the {config.proxied} best spread"
-        chosen = spread(
+        if config.choose == "spread":
+            how = f"among the {config.proxied} best spread"
+        keys = pick(
             [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
-            config.proxied,
+            config.proxied, config.choose,
             random_seed=derived_seed(config.random_seed, "spread", step),
-        )
+        )  # fmt: skip
     for candidate in passed:
-        if candidate.key not in chosen:
+        if candidate.key not in keys:
             row = row_of(
                 run, step, candidate, stage="selection", state="pruned",
                 reason=f"fast enough, but not {how}",
             )  # fmt: skip
             add_row(run, row, candidate.of.arch)
     by_key = {c.key: c for c in passed}
-    return [by_key[key] for key in chosen]
+    return [by_key[key] for key in keys]
 
 
 def _features(run: Run, candidate: Candidate) -> tuple[float, ...]:

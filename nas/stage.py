@@ -24,6 +24,14 @@ TEACHER_COST = 0.35
 """GMACs of training the auto teacher on one image at 48 px, forward and backward (roughly)."""
 
 
+def teacher_cost(run: Run) -> float:
+    """Return about how many GMACs a training of the auto teacher spends on one image.
+
+    It is convolutional: they go with the pixels. Another teacher's are not known before it runs.
+    """
+    return TEACHER_COST * (run.context.img_size / 48) ** 2
+
+
 def label_epochs(run: Run) -> int:
     """Return how many epochs of labels the longest training replays."""
     config = run.config
@@ -36,8 +44,9 @@ def expected_cost(run: Run) -> float:
     images = len(run.dataset.train.labels)
     seed = run.image_cost(run.seed_arch)
     params = run.family.count_params(run.seed_arch, run.context)
-    cost = images * (config.teacher_epochs + label_epochs(run) / 3) * TEACHER_COST
-    cost += images * config.seed_epochs * seed
+    cost = images * config.seed_epochs * seed
+    if config.labels is None:
+        cost += images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
     for step in range(1, config.steps + 1):
         # MACs fall about as fast as parameters along a contraction.
         share = (config.target_params / params) ** (step / config.steps)
@@ -218,7 +227,7 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
     if config.labels is not None:
         folder = config.labels
     else:
-        cost = float(images * config.teacher_epochs) * TEACHER_COST
+        cost = float(images * config.teacher_epochs) * teacher_cost(run)
         taught = labelling.teach(
             lambda job: run.do(job, cost=cost), data, run.cache,
             teacher=config.teacher, teacher_epochs=config.teacher_epochs,
@@ -263,7 +272,7 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
         run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by
     )
     job = labelling.build_job(begun, data, info, part=(1, 1), device=config.device)
-    labelling.build(lambda job: run.do(job, cost=job.units / 3 * TEACHER_COST), job)
+    labelling.build(lambda job: run.do(job, cost=job.units / 3 * teacher_cost(run)), job)
     return str(begun["folder"])
 
 

@@ -246,12 +246,18 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         "regret": own.regret,
         "says": (
             f"over {len(archs)} archs of the last band, trained {LONGER} times longer on {SEEDS} "
-            f"random seeds, the proxy ranks with tau {own.estimate:.2f} [{own.lo:.2f}, "
-            f"{own.hi:.2f}] where noise permits {limit.estimate:.2f} [{limit.lo:.2f}, "
-            f"{limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind the best, {verdict} one "
-            f"standard deviation of a random seed; {in_words(kept, by_arch)}{gone}"
+            f"random seeds, the proxy{_from(init)} ranks with tau {own.estimate:.2f} "
+            f"[{own.lo:.2f}, {own.hi:.2f}] where noise permits {limit.estimate:.2f} "
+            f"[{limit.lo:.2f}, {limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind "
+            f"the best, {verdict} one standard deviation of a random seed; "
+            f"{in_words(kept, by_arch)}{gone}"
         ),
     }
+
+
+def _from(init: str) -> str:
+    """Say what the report's proxies start from: a run of several steps had nearer parents."""
+    return " from the seed's weights" if init == "inherit" else ""
 
 
 def _with_config(run: Run, **changes: Any) -> Run:

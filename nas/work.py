@@ -192,6 +192,9 @@ def _reached(bench: Run, final: Mapping[str, Any]) -> str:
         f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
         f"test top-1 {winner['top1']:.1%} +- {winner['top1_se']:.1%}"
     )
+    if final["metric"] != "top1" and winner["metric"] is not None:
+        name = final["metric"].replace("_", " ")
+        said += f", {name} {winner['metric']:.1%} +- {winner['metric_se']:.1%}"
     for verdict in final["requirements"]:
         if ": undecided at " in verdict:
             said += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"

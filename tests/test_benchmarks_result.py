@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,8 +149,23 @@ def test_a_contracted_arch_that_misses_says_so() -> None:
     fine = ResultRow("x", None, None, None, 0, params=4_900_000, ratio=1.1, ratio_lo=1.0,
                      ratio_hi=1.2)  # fmt: skip
     assert shortcomings(fine, own, rival, target) == ""
+    other = Side("random", target.published_arch)
+    beside = dataclasses.replace(row, params_rival=5_000_000)
+    assert (
+        shortcomings(beside, own, other, target) == "larger by 2.0%; slower: 0.900x its throughput"
+    )
+    assert shortcomings(dataclasses.replace(fine, params_rival=4_900_000), own, other, target) == ""
     stuck = Side("contracted", target.published_arch, "stuck: too slow")
     assert shortcomings(fine, stuck, rival, target) == "stuck: too slow"
+
+
+def test_a_tools_message_becomes_one_line() -> None:
+    table = "Profiling\n-----\n\u250f\u2513\n\u2503 params \u2503 6.8M \u2503\nNOT satisfied!"
+    assert _rivals_train.one_line(table) == "Profiling params 6.8M NOT satisfied!"
+    long = _rivals_train.one_line("word " * 100 + "the end")
+    assert len(long) <= 245
+    assert long.startswith("... word")
+    assert long.endswith("the end")
 
 
 def test_the_budget_lets_in_what_fits_by_the_pace_so_far() -> None:

@@ -17,19 +17,22 @@ import torch
 from conftest import SMALL_ARCH, Finished
 from safetensors.numpy import save_file
 
+from nas.campaign import counted_bound
 from nas.config import RunConfig
 from nas.contract import contract, main, plan
 from nas.executor import InlineExecutor
 from nas.jobs import Job, Result
 from nas.measure.watch import Disturbance
 from nas.progress import Console
-from nas.resolve import lineage, read_earlier, replayed_config
+from nas.resolve import lineage, read_earlier, replayed_config, set_aside
 from nas.reuse import earlier_of
 from nas.rundir import SCHEMA
+from nas.search.constraints import bench_setting, requirements_of
 from nas.search.ledger import Ledger, Row
 from nas.search.strategies import strategy_names
 from space import Context, get_family
 from space.errors import InputError
+from space.neighbours import Band
 
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=10)
@@ -298,6 +301,35 @@ def test_a_replay_needs_no_file_that_only_the_earlier_run_was_given(tmp_path: Pa
     assert replayed_config(asked).measurements == str(lent)
 
 
+def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> None:
+    bounds = ("macs<=900000000", "peak_mem_mb<=300@cpu", "speedup>=3@cpu:onnxruntime:float32:b1")
+    own = "images_per_s>=50@cpu:eager:float32:b16"
+    kept_run(tmp_path / "first", [], min_speedup=1.5, require=(*bounds, own))
+    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
+    before = replayed_config(asked)
+    assert (before.min_speedup, before.require) == (1.5, (*bounds, own))
+    faster = replayed_config({**asked, "min_speedup": 2.0})
+    texts = {r.text for r in requirements_of(faster)}
+    want = {r.text for r in requirements_of(before) if r.setting != bench_setting(before)}
+    want |= {r.text for r in requirements_of(before) if r.metric == "peak_mem_mb"}
+    assert texts == {*want, "speedup>=2@cpu:eager:float32:b16"}
+    assert set(set_aside(before, faster)) == {"speedup>=1.5@cpu:eager:float32:b16", own}
+    anew = replayed_config({**asked, "require": ("params<=350000",)})
+    assert (anew.min_speedup, anew.require) == (None, ("params<=350000",))
+
+
+@pytest.mark.parametrize(("asked", "lo", "by"), [
+    (1_000_000, 4_500_000, "multiply-adds"), (None, 4_500_000, "parameters"),
+    (1_000_000, 30_000_000, "parameters"),
+])  # fmt: skip
+def test_what_keeps_a_band_empty_is_named(asked: int | None, lo: int, by: str) -> None:
+    seed = FAMILY.seed("21M")
+    here = SimpleNamespace(
+        key=lambda arch: FAMILY.key(arch, CTX), counted={}, family=FAMILY, context=CTX
+    )
+    assert counted_bound(cast(Any, here), [seed], Band(lo, lo + 500_000, asked)) == by
+
+
 def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     original: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +344,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     for name in ("train_gmacs", "timings", "trainings"):
         own = getattr(made.work, name) - getattr(made.trust, name)
         assert own == pytest.approx(work[name], rel=0.25), name
-    from space.neighbours import Band, count_contractions
+    from space.neighbours import count_contractions
 
     seed = FAMILY.seed(finished.flags[1])
     for step in made.steps:
@@ -423,6 +455,7 @@ def test_classes_may_count_alike(finished: Finished, tmp_path: Path) -> None:
     outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
     assert outcome.status == "reached"
     assert outcome.result["final"]["winner"]["metric"] is not None
+    assert "balanced accuracy" in outcome.message
     scored = [r for r in ledger(tmp_path / "run") if r["state"] == "complete"]
     assert all(r["metric"] for r in scored)
     assert "balanced accuracy" in (tmp_path / "run" / "report.md").read_text()

@@ -23,7 +23,7 @@ from nas.search.constraints import (
     settings_of,
     tightened,
 )
-from nas.search.selection import Scored, Timed, paired_error, rank, spread, unpaired_error
+from nas.search.selection import Scored, Timed, paired_error, pick, rank, spread, unpaired_error
 
 
 def config(**changes: object) -> RunConfig:
@@ -151,6 +151,24 @@ def test_spread_chooses_distinct_keys_anchors_first_in_any_input_order(
     anchors = {t.key for t in timed if t.anchor}
     first = min(len(anchors), (count + 1) // 2)
     assert set(chosen[:first]) <= anchors
+
+
+@settings(max_examples=200, derandomize=True)
+@given(rows=timed_lists, count=st.integers(1, 8))
+def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_places(
+    rows: list[tuple[int, int, float, bool]], count: int
+) -> None:
+    timed = as_timed(rows)
+    chosen = pick(timed, count, "near", random_seed=0)
+    assert len(chosen) == len(set(chosen)) == min(count, len(timed))
+    anchors = [t.key for t in timed if t.anchor]
+    others = [t.key for t in timed if not t.anchor]
+    mine = [k for k in chosen if k in others]
+    assert mine == others[: len(mine)]
+    assert [k for k in chosen if k in anchors] == anchors[: len(chosen) - len(mine)]
+    if len(anchors) >= (count + 1) // 2 and len(others) >= count // 2:
+        assert len(mine) == count // 2
+    assert pick(timed, count, "spread", random_seed=3) == spread(timed, count, random_seed=3)
 
 
 @settings(max_examples=100, derandomize=True)

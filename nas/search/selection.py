@@ -20,6 +20,20 @@ class Timed:
     anchor: bool
 
 
+def pick(timed: Sequence[Timed], count: int, how: str, *, random_seed: int) -> list[str]:
+    """Choose `count` of the listed candidates that passed: `how` is "near" or "spread".
+
+    "near": in the order of the list, which a rule made nearest first; anchors come first, up to
+    half of the places. "spread": see `spread`. Returns keys.
+    """
+    if how == "spread":
+        return spread(timed, count, random_seed=random_seed)
+    anchors = [t.key for t in timed if t.anchor]
+    first = anchors[: (count + 1) // 2]
+    rest = [t.key for t in timed if not t.anchor]
+    return [*first, *rest, *anchors[len(first) :]][:count]
+
+
 def spread(timed: Sequence[Timed], count: int, *, random_seed: int) -> list[str]:
     """Choose `count` candidates that lie far apart, by farthest-point sampling.
 

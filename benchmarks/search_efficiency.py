@@ -39,7 +39,7 @@ from benchmarks._searches import FIXED, World, searches
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy_rank import CRITERION, PROXY_SEED
 from nas.command import Parser, guarded
-from nas.config import EFFORTS, SEARCH_CHOICES, steps_of
+from nas.config import EFFORTS, ROUNDS, SEARCH_CHOICES, steps_of
 from nas.files import read_json, write_atomic, write_json
 from nas.progress import Console
 from nas.search.constraints import band_at
@@ -135,7 +135,9 @@ def rows_of(
     found: Mapping[str, Sequence[Sequence[Scored]]],
     lattice: Lattice,
     goal: float,
+    best: float,
     settings: Settings,
+    effort: str,
     command: str,
 ) -> list[Row]:
     """Return the strategies' rows: evaluations needed, how often they were enough, differences."""
@@ -156,6 +158,7 @@ def rows_of(
         hits = int(np.isfinite(after).sum())
         rows.append(Row(f"{name}: reached within {settings.budget} evaluations", *share(hits, n), n,
                         "searches", "exact interval", command))  # fmt: skip
+        rows.append(_at_the_end(name, found[name], lattice, best, settings, effort, command))
     own = needed.get("contraction")
     for name, after in needed.items():
         if own is None or name == "contraction":
@@ -166,6 +169,28 @@ def rows_of(
         rows.append(Row(f"{name} - contraction", *gap, len(own), "searches",
                         f"{note} needs fewer", command))  # fmt: skip
     return rows
+
+
+def _at_the_end(
+    name: str,
+    searched: Sequence[Sequence[Scored]],
+    lattice: Lattice,
+    best: float,
+    settings: Settings,
+    effort: str,
+    command: str,
+) -> Row:
+    """Tell how far behind the best a search is when a run of the effort would end."""
+    rounds = settings.steps if get_strategy(name).stepwise else ROUNDS[effort]
+    own = min(settings.budget, rounds * (settings.proxied or settings.shortlist))
+    behind = np.array([best_so_far(one, lattice, own)[-1] for one in searched]) - best
+    there = behind[np.isfinite(behind)]
+    note = f"{len(behind) - len(there)} searches have no arch of the last band by then"
+    mean, lo, hi = math.nan, math.nan, math.nan
+    if len(there):
+        mean, lo, hi = bootstrap(there, lambda v: float(v.mean()), random_seed=0)
+    return Row(f"{name}: behind the best after the {own} trainings of a run, mean nats", mean, lo,
+               hi, len(there), "searches", note, command)  # fmt: skip
 
 
 def _median(values: Floats) -> float:
@@ -218,7 +243,7 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
     rows = [
         Row(f"one standard deviation over {what}, nats", *sd, len(lattice.final), "archs",
             f"{in_reach} of {len(lattice.final)} archs are within it of the best", given.command),
-        *rows_of(found, lattice, goal, settings, given.command),
+        *rows_of(found, lattice, goal, losses[best], settings, given.effort, given.command),
     ]  # fmt: skip
     curves = {
         name: [best_so_far(one, lattice, settings.budget) for one in all_of]

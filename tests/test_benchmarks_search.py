@@ -438,13 +438,17 @@ def test_searches_that_end_short_are_censored_at_the_budget(lattice: Lattice) ->
     inside, settings = min(lattice.final), Settings(4, 5, 0, 2, 20)
     quick, never = [Scored(1, inside, 0.0)], [Scored(1, inside, 5.0)]
     found = {"contraction": [quick] * 6, "random": [never] * 6}
-    rows = {r.name: r for r in rows_of(found, lattice, 0.0, settings, "c")}
+    rows = {r.name: r for r in rows_of(found, lattice, 0.0, -1.0, settings, "smoke", "c")}
     assert rows["contraction: evaluations to within one sd, median"].estimate == 1.0
     late = rows["random: evaluations to within one sd, median"]
     assert (late.estimate, late.lo, late.hi) == (20.0, 20.0, 20.0)
     assert late.note == "censored at the budget"
     assert rows["random: reached within 20 evaluations"].estimate == 0.0
     assert rows["random - contraction"].estimate == 19.0
+    # Four steps of five, and two rounds of five: the best is at -1.
+    assert rows["contraction: behind the best after the 20 trainings of a run, mean nats"].lo == 1.0
+    ended = rows["random: behind the best after the 10 trainings of a run, mean nats"]
+    assert (ended.estimate, ended.n) == (6.0, 6)
 
 
 def test_the_deviation_over_seeds_is_found_again_without_common_shifts() -> None:

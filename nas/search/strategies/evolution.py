@@ -70,7 +70,8 @@ class Evolution(FromSeed):
         """Say the sizes that the published ones become."""
         return (
             f"{self.summary}: random until {_enough(ask)} are scored, populations of the last "
-            f"{_population(ask)} scored, genes mutated with probability {MUTATED}"
+            f"{_population(ask)} scored, genes mutated with probability {MUTATED} (published: 100 "
+            "scored, populations of 100, 25 parents)"
         )
 
 

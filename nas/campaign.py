@@ -107,6 +107,7 @@ def _step(
             if candidate is not None:
                 passed.append(candidate)
         chosen = choose(run, step, passed) if passed else []
+        run.ledger.write_csv(run.folder.path / "ledger.csv")  # for those who look in
         scored = score(run, step, chosen, first_epoch=run.first_epoch(step)) if chosen else []
         if scored:
             beside = [] if strategy.stepwise else [i for i in incumbents if i is not seed]

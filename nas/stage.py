@@ -311,6 +311,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         reason="the seed",
     )
     run.ledger.add(row, family.to_dict(arch), {"params": 0.0, "throughput": 0.0})
+    run.ledger.write_csv(run.folder.path / "ledger.csv")
 
 
 def incumbent_of(run: Run, row: Row) -> Incumbent:

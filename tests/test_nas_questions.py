@@ -24,6 +24,7 @@ from nas.executor import InlineExecutor
 from nas.jobs import Job, Result
 from nas.measure.watch import Disturbance
 from nas.progress import Console
+from nas.report import status
 from nas.resolve import lineage, read_earlier, replayed_config, set_aside
 from nas.reuse import earlier_of
 from nas.rundir import SCHEMA
@@ -125,6 +126,23 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
     assert again.result["winner"] == first.result["winner"]
     assert (folder / "ledger.csv").read_bytes() == before
     assert not [key for kind, key in counting.jobs if kind == "train"]
+
+
+def test_status_tells_what_is_decided_while_a_step_trains(
+    finished: Finished, tmp_path: Path
+) -> None:
+    folder, told = tmp_path / "run", []
+
+    class Looking(InlineExecutor):
+        def run(self, job: Job, **more: Any) -> Result:
+            if job.kind == "train" and job.key.startswith("s1-"):
+                told.append(status(folder))
+            return super().run(job, **more)
+
+    contract(**settings(finished, steps=1), out=folder, executor=Looking())
+    assert told
+    assert "0 of 1 steps done, 1 candidates decided (0 complete, 1 pruned, 0 failed)" in told[0]
+    assert "left:  step 1, the final training and test" in told[0]
 
 
 RIVALS = [s for s in strategy_names() if s not in ("contraction", "uniform")]

@@ -197,7 +197,7 @@ def _draw(
     options = family.moves(seed)
     n = 4096
     table = {field: values[rng.integers(0, len(values), n)] for field, values in options.items()}
-    fits = family.valid_many(table)
+    fits = family.valid_many(table, ctx)
     params = family.count_params_many(table, ctx)
     chosen = np.flatnonzero(fits & (params >= lo) & (params <= hi))
     if not len(chosen):

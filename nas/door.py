@@ -150,9 +150,10 @@ def with_steps(
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
     """Refuse a budget that no contraction of the seed can meet, with the reachable range.
 
-    And labels of more classes than there are to choose from.
+    And a seed that images of this size do not fit, and labels of more classes than there are to choose from.
     """
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    family.check(seed, context)
     seed_params = family.count_params(seed, context)
     floor = family.count_params(family.floor(seed, context), context)
     band = band_at(seed_params, config, config.steps)

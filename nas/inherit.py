@@ -87,7 +87,7 @@ def compare(
         elif found is None:
             layer = Layer(called, was.get(keys[0]), now[keys[0]], "new", True)
         else:
-            words = "resampled" if found.blend is not None else "" if old == home else old
+            words = "resampled" if found.blends else "" if old == home else old
             layer = Layer(called, was[found.source], now[keys[0]], words, not whole)
         placed.append((at, layer))
     placed += _dropped(was, slicing, _modules(now), set(old_blocks) - set(taken.values()), places)
@@ -128,7 +128,7 @@ def _is_whole(
     key: str, home: str, found: Slice | None, was: Mapping[str, Shape], now: Mapping[str, Shape]
 ) -> bool:
     """Tell whether a tensor is all of the parent's, each number in its place."""
-    if found is None or found.blend is not None or _module(found.source) != home:
+    if found is None or found.blends or _module(found.source) != home:
         return False
     same = was[found.source] == now[key]
     return same and all(np.array_equal(rows, np.arange(len(rows))) for rows in found.index)

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from space._slicing import Blend, Index, first, of_heads, picked, same
 from space.family import Array, Member, Slice
 
-Index = npt.NDArray[np.int64]
-Blend = npt.NDArray[np.float64]
 Named = tuple[str, tuple[str, ...]]
 """A key of the state_dict and the axis name of each of its dimensions."""
 
@@ -139,49 +137,18 @@ def block_names(depths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(f"{name}.{j}" for j in range(n)) for name, n in stages.items()}
 
 
-def _chosen(count: int, order: Array | None) -> Index:
-    """Choose units: the most wanted (or first) `count`, ascending, so that all are just all."""
-    first = np.arange(count) if order is None else np.sort(order[:count])
-    return first.astype(np.int64)
-
-
-def _first(child: int, parent: int, order: Array | None = None) -> Index:
-    """Map channels to the parent's chosen ones; what is grown has no source."""
-    index = np.full(child, -1, dtype=np.int64)
-    taken = min(child, parent)
-    index[:taken] = _chosen(taken, order)
-    return index
-
-
-def _same(child: int, parent: int) -> Index:
-    """Map positions that mean something by themselves: all of them, or none."""
-    return np.arange(child) if child == parent else np.full(child, -1, dtype=np.int64)
-
-
 def _head_axes(child: Net, parent: Net, stage: int, order: Array | None) -> dict[str, Index]:
     """Map what is made of heads: rows of the fused projection, its channels, rows of biases.
 
-    As many of the parent's heads as hold the child's channels are chosen; their channels keep their
-    place among each other. Heads of the parent's size are thereby whole heads of the parent, and
-    those of another size are cut from neighbouring ones, with the biases of the head that held
-    their first channel. Rows are [head][q|k|v][channel of the head] in timm.
+    Rows are [head][q|k|v][channel of the head] in timm.
     """
     dim, head_dim, theirs = child.dims[stage], child.head_dim, parent.head_dim
-    number = min(parent.dims[stage] // theirs, -(-dim // theirs))
-    heads = _chosen(number, order)
-    kept = (heads[:, None] * theirs + np.arange(theirs)).reshape(-1)[:dim]
-    channels = np.full(dim, -1, dtype=np.int64)
-    channels[: len(kept)] = kept
+    channels, heads = of_heads(dim, head_dim, parent.dims[stage], theirs, order)
     row = np.arange(3 * dim)
     part = row // head_dim % 3
     of = channels[row // (3 * head_dim) * head_dim + row % head_dim]
     rows = of // theirs * 3 * theirs + part * theirs + of % theirs
-    first = channels[np.arange(dim // head_dim) * head_dim]
-    return {
-        "qkv": np.where(of >= 0, rows, np.int64(-1)),
-        "inner": channels,
-        "heads": np.where(first >= 0, first // theirs, np.int64(-1)),
-    }
+    return {"qkv": np.where(of >= 0, rows, np.int64(-1)), "inner": channels, "heads": heads}
 
 
 def _offsets(child: Net, parent: Net, stage: int) -> tuple[Index, Blend | None]:
@@ -205,26 +172,6 @@ def _offsets(child: Net, parent: Net, stage: int) -> tuple[Index, Blend | None]:
     return index, np.asarray(np.kron(line, line), dtype=np.float64)
 
 
-def spread(child: int, parent: int) -> list[int | None]:
-    """Pick a parent block for each of the child's: evenly, the first and last kept.
-
-    A single block is the first; blocks beyond the parent's depth have no source.
-    """
-    if child >= parent:
-        return [j if j < parent else None for j in range(child)]
-    if child == 1:
-        return [0]
-    gaps = child - 1
-    return [(2 * j * (parent - 1) + gaps) // (2 * gaps) for j in range(child)]
-
-
-def _picked(child: int, parent: int, order: Array | None) -> list[int | None]:
-    """Pick a parent block for each of the child's: the wanted ones, or spread evenly."""
-    if order is None or child >= parent:
-        return spread(child, parent)
-    return [int(j) for j in _chosen(child, order)]
-
-
 def _axes(
     stage: int | None, block: str, parent: Net, child: Net, order: Mapping[str, Array]
 ) -> dict[str, Index]:
@@ -232,20 +179,20 @@ def _axes(
     axes = {k: np.arange(int(k)) for k in ("1", "3")}
     for i in range(4):
         name = f"dim{i + 1}"
-        axes[name] = _first(child.dims[i], parent.dims[i], order.get(name))
+        axes[name] = first(child.dims[i], parent.dims[i], order.get(name))
     if stage is None:
-        axes["stem"] = _first(child.dims[0] // 2, parent.dims[0] // 2, order.get("stem"))
+        axes["stem"] = first(child.dims[0] // 2, parent.dims[0] // 2, order.get("stem"))
         for i in (1, 2, 3):
             name = f"stages.{i}.downsample.hidden"
-            axes[name] = _first(child.dims[i], parent.dims[i], order.get(name))
-        axes["chans"] = _same(child.in_chans, parent.in_chans)
-        axes["classes"] = _same(child.num_classes, parent.num_classes)
+            axes[name] = first(child.dims[i], parent.dims[i], order.get(name))
+        axes["chans"] = same(child.in_chans, parent.in_chans)
+        axes["classes"] = same(child.num_classes, parent.num_classes)
     elif stage == 0:
-        axes["expand"] = _first(child.expand, parent.expand, order.get(f"{block}.expand"))
+        axes["expand"] = first(child.expand, parent.expand, order.get(f"{block}.expand"))
     else:
         axes |= _head_axes(child, parent, stage, order.get(f"{block}.heads"))
         wanted = order.get(f"{block}.hidden")
-        axes["hidden"] = _first(child.hidden[stage - 1], parent.hidden[stage - 1], wanted)
+        axes["hidden"] = first(child.hidden[stage - 1], parent.hidden[stage - 1], wanted)
     return axes
 
 
@@ -268,7 +215,8 @@ def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Sli
     ) -> None:
         index = tuple(axes[name] for name in names)
         if all((i >= 0).any() for i in index):
-            found[to] = Slice(source, index, blend if "offsets" in names else None)
+            blends = {} if blend is None or "offsets" not in names else {1: blend}
+            found[to] = Slice(source, index, blends)
 
     axes = _axes(None, "", parent, child, order)
     for key, names in _outside_blocks():
@@ -278,7 +226,7 @@ def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Sli
         if stage > 0:
             offsets, blend = _offsets(child, parent, stage)
         group = f"stages.{stage}.blocks"
-        picked = _picked(child.depths[stage], parent.depths[stage], order.get(group))
+        picked = picked(child.depths[stage], parent.depths[stage], order.get(group))
         for j, source in enumerate(picked):
             if source is None:
                 continue

@@ -87,7 +87,7 @@ def _inside(
 ) -> npt.NDArray[np.bool_]:
     """Tell which archs of a table can be built and lie in the band."""
     params = family.count_params_many(table, ctx)
-    inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table)
+    inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table, ctx)
     if band.max_macs is not None:
         inside &= family.count_macs_many(table, ctx) <= band.max_macs
     return np.asarray(inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import importlib.metadata
@@ -66,13 +67,13 @@ class Slice:
 
     `source`: key in the parent's state_dict. `index`: one int64 array per dimension of the child's
     tensor (none for a 0-d tensor): the parent's position to copy from, -1 to keep the child's own.
-    `blend`: float64 [child, parent], the last dimension's values as weighted sums of the parent's,
-    in place of its index, which then names the nearest position.
+    `blends`: by dimension, float64 [child, parent]: its values as weighted sums of the parent's, in
+    place of its index, which then names the nearest position; where that is -1, the child's own.
     """
 
     source: str
     index: tuple[npt.NDArray[np.int64], ...]
-    blend: npt.NDArray[np.float64] | None = None
+    blends: Mapping[int, npt.NDArray[np.float64]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,14 @@ class Family(ABC):
         }
 
     @abstractmethod
-    def valid_many(self, table: Table) -> npt.NDArray[np.bool_]:
-        """Tell which archs can be built; any shape that broadcasts to the table's."""
+    def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
+        """Tell which archs can be built (in `ctx`); any shape that broadcasts to the table's."""
+
+    def check(self, arch: Arch, ctx: Context) -> None:
+        """Refuse an arch that cannot be built in `ctx`; families say why. Raises `InputError`."""
+        if not self.valid_many(self.table([arch]), ctx)[0]:
+            want = f"an image size that {self.label(arch)} can be built for"
+            raise refuse("--img-size", ctx.img_size, want)
 
     @abstractmethod
     def scaled(self, arch: Arch, factor: float) -> Arch:

@@ -148,7 +148,7 @@ def _descended(family: Family, arch: Arch, ctx: Context) -> Arch:
         for field, values in family.moves(arch).items():
             table = {**family.table([arch]), field: values}
             params = family.count_params_many(table, ctx)
-            params = np.where(family.valid_many(table), params, np.iinfo(np.int64).max)
+            params = np.where(family.valid_many(table, ctx), params, np.iinfo(np.int64).max)
             if int(params.min()) < family.count_params(arch, ctx):
                 value = values[int(np.argmin(params))].tolist()
                 arch = family.arch({**family.to_dict(arch), field: value})

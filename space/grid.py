@@ -98,7 +98,7 @@ def walk(
         meshed = mesh([a.values for a in axes], cut, slots=True)
         table = {a.field: column for a, column in zip(axes, meshed, strict=True)}
         params = family.count_params_many(table, ctx)
-        inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table)
+        inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table, ctx)
         if band.max_macs is not None:
             inside &= family.count_macs_many(table, ctx) <= band.max_macs
         yield cut, inside

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from space._ratios import apart, shortest_ratio
 from space._tinyvit_slicing import Net, block_names, members, slices
 from space.checks import read_int, read_ints, read_ratio
 from space.errors import refuse, refuse_multiple
@@ -142,22 +142,6 @@ def _count(
     return out
 
 
-def _shortest_ratio(ratio: float, widths: tuple[int, ...]) -> str:
-    """Write the shortest decimal that builds the same hidden widths int(width * ratio).
-
-    Ratios that build equal nets get equal text: it depends on the hidden widths alone.
-    """
-    hidden = [int(w * ratio) for w in widths]
-    low = max(Fraction(h, w) for h, w in zip(hidden, widths, strict=True))
-    for digits in range(18):
-        scaled = math.ceil(low * 10**digits)
-        for numerator in (scaled, scaled + 1):  # a float product may fall just short
-            value = numerator / 10**digits
-            if [int(w * value) for w in widths] == hidden:
-                return f"{value:.{digits}f}"
-    return "h" + "-".join(map(str, hidden))
-
-
 def _own(arch: Arch) -> TinyVitArch:
     assert isinstance(arch, TinyVitArch), f"not a TinyViT: {arch!r}"
     return arch
@@ -255,8 +239,8 @@ class TinyVit(Family):
         """Name the net as built in `ctx`, e.g. "d64-128-160-320_n2-2-6-2_w2-3-2_r4_m4_e32"."""
         a = _own(arch)
         d, n, w = ("-".join(map(str, v)) for v in (a.embed_dims, a.depths, _windows(a, ctx)))
-        r = _shortest_ratio(a.mbconv_expand_ratio, a.embed_dims[:1])
-        m = _shortest_ratio(a.mlp_ratio, a.embed_dims[1:])
+        r = shortest_ratio(a.mbconv_expand_ratio, a.embed_dims[:1])
+        m = shortest_ratio(a.mlp_ratio, a.embed_dims[1:])
         return f"d{d}_n{n}_w{w}_r{r}_m{m}_e{a.head_dim}"
 
     def count_params_many(self, table: Table, ctx: Context) -> npt.NDArray[np.int64]:
@@ -304,7 +288,7 @@ class TinyVit(Family):
         shape = np.broadcast_shapes(*(np.shape(v) for v in terms.values()))
         return {name: np.broadcast_to(value, shape) for name, value in terms.items()}
 
-    def valid_many(self, table: Table) -> npt.NDArray[np.bool_]:
+    def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
         """Tell which archs can be built: heads divide stages 2 to 4, D1 is even."""
         dims, head_dim = table["embed_dims"], table["head_dim"]
         ok = dims[..., 0] % 2 == 0
@@ -327,8 +311,7 @@ class TinyVit(Family):
         moves, a = super().moves(arch), _own(arch)
         narrowest = min(NOTCH, *a.embed_dims)
         for field in ("mbconv_expand_ratio", "mlp_ratio"):
-            gap = getattr(a, field) - moves[field]
-            moves[field] = moves[field][(gap == 0) | (gap * narrowest >= 1)]
+            moves[field] = apart(getattr(a, field), moves[field], narrowest)
         return moves
 
     def scaled(self, arch: Arch, factor: float) -> TinyVitArch:

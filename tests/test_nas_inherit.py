@@ -55,7 +55,7 @@ def test_every_layer_of_random_pairs_is_told_as_it_is(seed: int) -> None:
         source = slicing.get(key)
         if source is not None:
             assert layer.was == was[source.source]
-            assert (layer.origin == "resampled") == (source.blend is not None)
+            assert (layer.origin == "resampled") == bool(source.blends)
             if layer.was != layer.now:
                 assert layer.changed
         else:

@@ -17,7 +17,7 @@ from space_cases import (
 )
 
 from space import Arch, Context
-from space._tinyvit_slicing import spread
+from space._slicing import spread
 from space.family import Slice
 
 SMALL = {
@@ -293,7 +293,7 @@ def test_any_order_of_all_units_is_the_net_itself() -> None:
         order = random_order(arch, ctx, np.random.default_rng(seed))
         for key, s in FAMILY.slicing(arch, arch, ctx, ctx, order).items():
             assert s.source == key
-            assert s.blend is None
+            assert not s.blends
             assert all((i == np.arange(len(i))).all() for i in s.index)
 
 
@@ -386,23 +386,24 @@ def test_biases_between_the_parents_offsets_are_blended(
 ) -> None:
     a, b = (small(window_sizes=[7, w, 7], depths=[1] * 4) for w in (theirs, ours))
     s, window, parent_window = blend_of(a, b, here, there)
-    assert s.blend is not None
-    assert s.blend.dtype == np.float64
-    assert s.blend.shape == (window**2, parent_window**2)
+    assert set(s.blends) == {1}
+    blend = s.blends[1]
+    assert blend.dtype == np.float64
+    assert blend.shape == (window**2, parent_window**2)
     assert (s.index[1] >= 0).all()
-    assert (s.blend >= 0).all()
-    np.testing.assert_allclose(s.blend.sum(1), 1, rtol=0, atol=1e-12)
+    assert (blend >= 0).all()
+    np.testing.assert_allclose(blend.sum(1), 1, rtol=0, atol=1e-12)
     rng = np.random.default_rng(0)
     # The oracle: linear interpolation along one axis and then the other; it holds the ends, too.
     table = rng.normal(size=(parent_window, parent_window))
     at, known = np.arange(window) * there / here, np.arange(parent_window)
     rows = np.stack([np.interp(at, known, column) for column in table.T], axis=1)
     want = np.stack([np.interp(at, known, row) for row in rows])
-    got = (s.blend @ table.reshape(-1)).reshape(window, window)
+    got = (blend @ table.reshape(-1)).reshape(window, window)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
     # A table that falls with distance still does.
     falling = -rng.random(size=table.shape).cumsum(0).cumsum(1)
-    got = (s.blend @ falling.reshape(-1)).reshape(window, window)
+    got = (blend @ falling.reshape(-1)).reshape(window, window)
     assert (np.diff(got, axis=0) <= 1e-12).all()
     assert (np.diff(got, axis=1) <= 1e-12).all()
 
@@ -411,6 +412,6 @@ def test_nothing_is_blended_where_offsets_meet() -> None:
     for here, there, ours, theirs in [(224, 224, 7, 14), (224, 224, 14, 7), (112, 224, 14, 14)]:
         a, b = (small(window_sizes=[7, w, 7], depths=[1] * 4) for w in (theirs, ours))
         s, window, parent_window = blend_of(a, b, here, there)
-        assert s.blend is None
+        assert not s.blends
         side = np.minimum(np.arange(window) * there // here, parent_window - 1)
         assert s.index[1].tolist() == [x * parent_window + y for x in side for y in side]

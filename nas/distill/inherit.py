@@ -31,8 +31,7 @@ def inherit(
     """Copy a parent's weights into `model`, in place, as `slicing` says.
 
     Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own
-    value there, as does a key without a slice. A last dimension with a blend is summed up in
-    float64. A parent's file that does not fit is refused.
+    value there, as does a key without a slice. A dimension with a blend is summed up in float64. A parent's file that does not fit is refused.
     """
     copied = 0
     state = model.state_dict()
@@ -57,8 +56,8 @@ def _copy(target: torch.Tensor, parent: torch.Tensor, source: Slice) -> int:
         if rows.max(initial=-1) >= parent.shape[dim]:
             raise _foreign(f"{source.source} of shape {tuple(parent.shape)}")
         index = torch.from_numpy(rows)
-        if source.blend is not None and dim == target.ndim - 1:
-            value = _blended(value, source)
+        if dim in source.blends:
+            value = _blended(value, dim, source)
         else:
             value = value.index_select(dim, index.clamp(min=0))
         known = known & (index >= 0).view([-1 if d == dim else 1 for d in range(target.ndim)])
@@ -67,12 +66,12 @@ def _copy(target: torch.Tensor, parent: torch.Tensor, source: Slice) -> int:
     return int(known.sum())
 
 
-def _blended(value: torch.Tensor, source: Slice) -> torch.Tensor:
-    """Give the last dimension as weighted sums: [..., parent] -> [..., child] in float64."""
-    assert source.blend is not None
-    if value.shape[-1] != source.blend.shape[1]:
-        raise _foreign(f"{source.source} with {value.shape[-1]} values a row")
-    return value.double() @ torch.from_numpy(source.blend).T
+def _blended(value: torch.Tensor, dim: int, source: Slice) -> torch.Tensor:
+    """Give a dimension as weighted sums: [.., parent, ..] -> [.., child, ..] in float64."""
+    weights = torch.from_numpy(source.blends[dim])
+    if value.shape[dim] != weights.shape[1]:
+        raise _foreign(f"{source.source} with {value.shape[dim]} values along dimension {dim}")
+    return torch.movedim(torch.movedim(value.double(), dim, -1) @ weights.T, -1, dim)
 
 
 def _foreign(got: str) -> InputError:
@@ -97,6 +96,8 @@ def checkpoint_context(
     tried = ""
     for size in dict.fromkeys((ctx.img_size, *_PUBLISHED_SIZES)):
         candidate = replace(ctx, img_size=size, num_classes=classes)
+        if not family.valid_many(family.table([arch]), candidate)[0]:
+            continue
         mismatch = first_mismatch(_shapes(family, arch, candidate), state)
         if not mismatch:
             return candidate

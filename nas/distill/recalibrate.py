@@ -104,7 +104,7 @@ def is_whole(
     source: Slice | None,
 ) -> bool:
     """Tell whether a tensor is all of the parent's of the same name, each number in its place."""
-    if source is None or source.source != key or source.blend is not None:
+    if source is None or source.source != key or source.blends:
         return False
     if state[key].shape != parent_state[key].shape:
         return False

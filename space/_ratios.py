@@ -1,0 +1,36 @@
+"""Ratios of hidden channels: equal nets get equal text, and proposed ratios build different nets."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from space.family import Array
+
+
+def shortest_ratio(ratio: float, widths: tuple[int, ...]) -> str:
+    """Write the shortest decimal that builds the same hidden widths int(width * ratio).
+
+    Ratios that build equal nets get equal text: it depends on the hidden widths alone.
+    """
+    hidden = [int(w * ratio) for w in widths]
+    low = max(Fraction(h, w) for h, w in zip(hidden, widths, strict=True))
+    for digits in range(18):
+        scaled = math.ceil(low * 10**digits)
+        for numerator in (scaled, scaled + 1):  # a float product may fall just short
+            value = numerator / 10**digits
+            if [int(w * value) for w in widths] == hidden:
+                return f"{value:.{digits}f}"
+    return "h" + "-".join(map(str, hidden))
+
+
+def apart(ratio: float, proposed: Array, narrowest: int) -> Array:
+    """Keep the proposed ratios that build other hidden widths than `ratio`, whatever the width.
+
+    A rung so close below a ratio off the ladder that a net of width `narrowest` or more could come
+    out the same is left out; the ratio itself stays.
+    """
+    gap = ratio - proposed
+    return np.asarray(proposed[(gap == 0) | (gap * narrowest >= 1)])

@@ -150,7 +150,8 @@ def with_steps(
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
     """Refuse a budget that no contraction of the seed can meet, with the reachable range.
 
-    And a seed that images of this size do not fit, and labels of more classes than there are to choose from.
+    And a seed that images of this size do not fit, and labels of more classes than there are to
+    choose from.
     """
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     family.check(seed, context)

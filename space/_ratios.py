@@ -1,4 +1,4 @@
-"""Ratios of hidden channels: equal nets get equal text, and proposed ratios build different nets."""
+"""Ratios of hidden channels: equal nets get equal text, proposed ones build different nets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a child's positions are chosen among its parent's: what the slicing of every family shares."""
+"""How a child's positions are chosen among its parent's: what all families' slicing shares."""
 
 from __future__ import annotations
 

@@ -226,8 +226,8 @@ def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Sli
         if stage > 0:
             offsets, blend = _offsets(child, parent, stage)
         group = f"stages.{stage}.blocks"
-        picked = picked(child.depths[stage], parent.depths[stage], order.get(group))
-        for j, source in enumerate(picked):
+        taken = picked(child.depths[stage], parent.depths[stage], order.get(group))
+        for j, source in enumerate(taken):
             if source is None:
                 continue
             block = f"{group}.{source}"

@@ -302,9 +302,5 @@ class Vit(Family):
         """Give the blocks that a child may lack: "blocks"."""
         return block_names(_own(arch).depth)
 
-    def parts(self) -> dict[str, tuple[str, ...]]:
-        """Name the two ends by the slots that shape them."""
-        return {"stem": ("patch_size", "embed_dim"), "block": ("embed_dim", "head_dim", "mlp_ratio")}
-
 
 FAMILY = Vit()

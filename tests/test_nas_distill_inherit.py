@@ -70,8 +70,9 @@ def naive(child: dict[str, torch.Tensor], parent: dict[str, torch.Tensor], slici
                 value = parent[source.source][at]
                 if source.blends:
                     lines = [
-                        enumerate(source.blends[dim][i].tolist()) if dim in source.blends else
-                        [(at[dim], 1.0)]
+                        enumerate(source.blends[dim][i].tolist())
+                        if dim in source.blends
+                        else [(at[dim], 1.0)]
                         for dim, i in enumerate(place)
                     ]
                     value = sum(

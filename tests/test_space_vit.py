@@ -266,9 +266,7 @@ def test_the_published_small_and_tiny_are_contractions_of_base() -> None:
             assert any(name.startswith("published:deit") for name in names)
             listed = shortlist(FAMILY, [base], IMAGENET, band, 8, random_seed=0)
             assert child in [one.arch for one in listed]
-    assert contains(
-        FAMILY, FAMILY.seed("deit_tiny_distilled"), FAMILY.seed("deit_tiny"), IMAGENET
-    )
+    assert contains(FAMILY, FAMILY.seed("deit_tiny_distilled"), FAMILY.seed("deit_tiny"), IMAGENET)
 
 
 @pytest.mark.parametrize("img_size", [48, 224])
@@ -419,11 +417,9 @@ def test_reordering_a_group_everywhere_changes_nothing_that_the_net_says() -> No
     for name, members in FAMILY.groups(arch, CTX).items():
         for m in members:
             rows = [np.flatnonzero(m.unit == unit) for unit in order[name]]
-            if m.key.endswith("qkv.weight") or m.key.endswith("qkv.bias"):
-                if m.dim == 0:  # inside queries, keys and values: each head keeps its place there
-                    third = len(m.unit) // 3
-                    rows = [r[(r >= part * third) & (r < (part + 1) * third)]
-                            for part in range(3) for r in rows]  # fmt: skip
+            if "qkv" in m.key and m.dim == 0:  # heads keep their place inside q, k and v
+                thirds = np.split(np.arange(len(m.unit)), 3)
+                rows = [np.intersect1d(r, third) for third in thirds for r in rows]
             moved[m.key] = moved[m.key].index_select(m.dim, torch.from_numpy(np.concatenate(rows)))
     again = FAMILY.build(arch, CTX).double().eval()
     again.load_state_dict(moved)

@@ -31,7 +31,8 @@ def inherit(
     """Copy a parent's weights into `model`, in place, as `slicing` says.
 
     Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own
-    value there, as does a key without a slice. A dimension with a blend is summed up in float64. A parent's file that does not fit is refused.
+    value there, as does a key without a slice. A dimension with a blend is summed up in float64. A
+    parent's file that does not fit is refused.
     """
     copied = 0
     state = model.state_dict()

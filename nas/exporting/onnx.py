@@ -1,4 +1,4 @@
-"""ONNX files of fixed batch and resolution, by torch's exporter; int8 by ONNX Runtime's tools."""
+"""ONNX files of fixed resolution, by torch's exporter; int8 by ONNX Runtime's tools."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ OPSET = 20
 """Old enough for the runtimes of deployed boards (ONNX Runtime 1.17 and later)."""
 
 
-def export_onnx(model: nn.Module, images: Tensor, target: Path) -> Path:
+def export_onnx(model: nn.Module, images: Tensor, target: Path, *, any_batch: bool = False) -> Path:
     """Write a network in eval mode as `target`, for images of exactly this shape `[n, c, h, w]`.
 
-    The input is called `images`, the output `logits`. Weights are inside the file. What the
-    exporter raises comes through.
+    With `any_batch` the number of images is left open (two or more are given). The input is called
+    `images`, the output `logits`. Weights are inside the file. What the exporter raises comes
+    through.
     """
     aside = target.with_name(target.name + ".part")
+    open_batch = ({0: torch.export.Dim("batch")},) if any_batch else None
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
@@ -36,6 +38,7 @@ def export_onnx(model: nn.Module, images: Tensor, target: Path) -> Path:
             opset_version=OPSET,
             input_names=["images"],
             output_names=["logits"],
+            dynamic_shapes=open_batch,
             verbose=False,
         )
         assert program is not None

@@ -55,11 +55,13 @@ def prepare(
     setting: Setting,
     threads: int | None = None,
     calibration: Sequence[Images] | None = None,
+    staged: Path | None = None,
 ) -> Prepared:
     """Make a private copy of a network ready in the setting's runtime, and compare its logits.
 
     It is timed on `setting.batch` images of noise. `calibration` are images `[n, c, h, w]` in
-    batches of that size, for int8 runtimes. Refuses a runtime that is not installed or does not
+    batches of that size, for int8 runtimes; `staged` is a file of the network to run instead of one
+    made here. Refuses a runtime that is not installed or does not
     serve the setting; whatever the network or the runtime raises comes through.
     """
     runtime = check_setting(setting)
@@ -78,7 +80,7 @@ def prepare(
             wanted = oracle(images.to(setting.device)).float().cpu().numpy()
             del oracle
     with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
-        order = Order(own, images, setting, threads, Path(folder), given)
+        order = Order(own, images, setting, threads, Path(folder), given, staged)
         ready = runtime.prepare(order)
         parity = 0.0 if wanted is None else difference(ready.logits(images.numpy()), wanted)
     agrees = None

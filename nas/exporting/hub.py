@@ -1,0 +1,151 @@
+"""A folder in the Hugging Face hub's layout, which timm loads by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nas.exporting.model import Left
+
+USAGE = """\
+```python
+import json, timm
+from PIL import Image
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+best = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax().item()
+print(json.load(open("{folder}/config.json"))["label_names"][best])
+```"""
+"""A prediction on an image file; `{folder}` is where the export lies, or a hub's name."""
+
+BACKBONE = """\
+```python
+backbone = timm.create_model("local-dir:{folder}", pretrained=True, features_only=True)
+maps = backbone(images)   # strides: {strides}; channels: {channels}
+```"""
+
+
+def export_timm(left: Left, out: Path) -> Path:
+    """Write config.json, model.safetensors and README.md (the model card) as the folder `out`.
+
+    The folder appears whole or not at all; one that is there is replaced.
+    """
+    from timm.models import save_for_hf
+
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _, kwargs = left.call
+    save_for_hf(
+        left.build(),
+        str(part),
+        model_config={"label_names": left.classes},
+        model_args=kwargs,
+        safe_serialization=True,
+    )
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] |= left.preprocessing
+    (part / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (part / "README.md").write_text(card(left, out), encoding="utf-8")
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def strides_of(left: Left) -> tuple[list[int], list[int]]:
+    """Return the strides and channels of the feature maps that timm gives out."""
+    import timm
+
+    name, kwargs = left.call
+    info = timm.create_model(name, features_only=True, **kwargs).feature_info
+    return list(info.reduction()), list(info.channels())
+
+
+def card(left: Left, out: Path) -> str:
+    """Write the model card: arch, data, scores, throughput with its device, lineage, usage."""
+    told, config = left.told, left.run.get("config", {})
+    pace, score = told.get("throughput", {}), told.get("score", {})
+    strides, channels = strides_of(left)
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-classification",
+        "tags: [image-classification, timm]",
+        "---",
+        f"# {left.family.label(left.arch)}",
+        "",
+        _sentence(left, config),
+        "",
+        *_bullets("Scores", _scores(score)),
+        *_bullets("Throughput", _pace(pace)),
+        *_bullets("Lineage", _lineage(left, config)),
+        "## A prediction",
+        "",
+        USAGE.format(folder=out.name),
+        "",
+        "## As a backbone",
+        "",
+        BACKBONE.format(folder=out.name, strides=strides, channels=channels),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _sentence(left: Left, config: Any) -> str:
+    told, size = left.told, left.context.img_size
+    parts = f"{told['params']:,} parameters, {told['macs'] / 1e6:,.0f} M multiply-adds"
+    data = config.get("data")
+    where = f" Trained on `{Path(str(data)).name}`." if data else ""
+    many = left.context.num_classes
+    return f"{parts}, for images of {size} x {size} pixels and {many} classes.{where}"
+
+
+def _bullets(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _scores(score: Any) -> list[str]:
+    found = []
+    for name, key in (("test top-1", "test_top1"), ("holdout top-1", "holdout_top1"),
+                      ("holdout top-1", "top1")):  # fmt: skip
+        value, error = score.get(key), score.get(f"{key}_se")
+        if isinstance(value, int | float):
+            spread = f" +- {error:.1%}" if isinstance(error, int | float) else ""
+            many = f" on {score['test_n']} images" if key == "test_top1" else ""
+            found.append(f"{name}: {value:.1%}{spread}{many}")
+    if isinstance(score.get("soft_loss"), int | float):
+        found.append(f"soft loss on the holdout: {score['soft_loss']:.4f}")
+    return found
+
+
+def _pace(pace: Any) -> list[str]:
+    if "images_per_s" not in pace:
+        return []
+    where = f"{pace['runtime']}, {pace['dtype']}, batch {pace['batch']}, {pace['threads']} threads"
+    interval = f"[{pace['images_per_s_lo']:.1f}, {pace['images_per_s_hi']:.1f}]"
+    lines = [
+        f"{pace['images_per_s']:.1f} images/s {interval} on {pace['device']} ({where}; "
+        f"device fingerprint {pace['fingerprint']})"
+    ]
+    if isinstance(pace.get("ratio"), int | float):
+        lines.append(f"{pace['ratio']:.2f} times the seed's, timed in turns with it")
+    return lines
+
+
+def _lineage(left: Left, config: Any) -> list[str]:
+    if not config:
+        return []
+    seed = Path(str(config.get("seed", ""))).stem
+    target = config.get("target_params")
+    return [
+        f"contracted from the seed {seed} of family {left.family.name} to {target:,} parameters"
+        if isinstance(target, int) else f"contracted from the seed {seed}",
+        f"strategy {config.get('strategy')}, random seed {config.get('random_seed')}",
+    ]  # fmt: skip

@@ -1,0 +1,24 @@
+"""A network as a program of torch's own: `torch.export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+def export_program(model: nn.Module, images: Tensor, target: Path) -> Path:
+    """Write a network in eval mode as a `.pt2` archive, for any number of images of this size.
+
+    Two or more `images` `[n, c, h, w]` are given. `torch.export.load(file).module()` is the network
+    again. What torch raises comes through.
+    """
+    assert len(images) > 1, "one image would fix the number"
+    shapes = ({0: torch.export.Dim("batch")},)
+    with torch.no_grad():
+        program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    aside = target.with_name(f"{target.stem}.part{target.suffix}")
+    torch.export.save(program, aside)
+    aside.replace(target)
+    return target

@@ -64,7 +64,7 @@ def strides_of(left: Left) -> tuple[list[int], list[int]]:
     import timm
 
     name, kwargs = left.call
-    info = timm.create_model(name, features_only=True, **kwargs).feature_info
+    info: Any = timm.create_model(name, features_only=True, **kwargs).feature_info
     return list(info.reduction()), list(info.channels())
 
 

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from timm.models import tiny_vit
+from timm.models import deit, tiny_vit, vision_transformer
 
 from space import Context, get_family
 from space.tinyvit import TinyVitArch
@@ -52,6 +52,8 @@ def on_meta() -> Iterator[None]:
         for kind, fill in (
             (tiny_vit.Attention, "_init_buffers"),
             (tiny_vit.TinyVit, "init_weights"),
+            (deit.VisionTransformerDistilled, "init_weights"),
+            (vision_transformer.VisionTransformer, "init_weights"),
             (torch.nn.Conv2d, "reset_parameters"),
             (torch.nn.Linear, "reset_parameters"),
         ):

@@ -39,8 +39,9 @@ def export_timm(left: Left, out: Path) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     _, kwargs = left.call
+    model = left.build()
     save_for_hf(
-        left.build(),
+        model,
         str(part),
         model_config={"label_names": left.classes},
         model_args=kwargs,
@@ -49,7 +50,7 @@ def export_timm(left: Left, out: Path) -> Path:
     config = json.loads((part / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= left.preprocessing
     (part / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (part / "README.md").write_text(card(left, out), encoding="utf-8")
+    (part / "README.md").write_text(card(left, model, out), encoding="utf-8")
     old = out.with_name(f"{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -59,20 +60,17 @@ def export_timm(left: Left, out: Path) -> Path:
     return out
 
 
-def strides_of(left: Left) -> tuple[list[int], list[int]]:
-    """Return the strides and channels of the feature maps that timm gives out."""
-    import timm
-
-    name, kwargs = left.call
-    info: Any = timm.create_model(name, features_only=True, **kwargs).feature_info
-    return list(info.reduction()), list(info.channels())
+def strides_of(model: Any) -> tuple[list[int], list[int]]:
+    """Return the strides and channels of a timm network's feature maps, alike ones once."""
+    found = dict.fromkeys((f["reduction"], f["num_chs"]) for f in model.feature_info)
+    return [stride for stride, _ in found], [channels for _, channels in found]
 
 
-def card(left: Left, out: Path) -> str:
+def card(left: Left, model: Any, out: Path) -> str:
     """Write the model card: arch, data, scores, throughput with its device, lineage, usage."""
     told, config = left.told, left.run.get("config", {})
     pace, score = told.get("throughput", {}), told.get("score", {})
-    strides, channels = strides_of(left)
+    strides, channels = strides_of(model)
     lines = [
         "---",
         "library_name: timm",

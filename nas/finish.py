@@ -20,6 +20,7 @@ from nas.search.constraints import requirements_of
 from space import get_family
 from space.errors import InputError
 from space.family import Arch
+from space.neighbours import contains
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,20 @@ def final_training(run: Run, arch: Arch, seed: Incumbent) -> Result:
 
 
 def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
-    """Return the published arch nearest in size to `params`, as built in this run's context."""
+    """Return the published arch nearest in size to `params`, as built in this run's context.
+
+    Contractions of the seed come first: only they find a start for all that they have. Where none
+    of the published archs can be built for these images, the seed stands there itself.
+    """
     # Whatever a run froze, what its authors released stays what a result is compared with.
+    family, context = get_family(run.config.family), run.context
+    fits = [p for p in family.published if family.valid_many(family.table([p.arch]), context).all()]
+    below = [p for p in fits if contains(family, run.seed_arch, p.arch, context)]
+    if not fits:
+        return run.config.seed, run.seed_arch
     published = min(
-        get_family(run.config.family).published,
-        key=lambda p: abs(math.log(run.family.count_params(p.arch, run.context) / params)),
+        below or fits,
+        key=lambda p: abs(math.log(family.count_params(p.arch, context) / params)),
     )
     return published.name, published.arch
 

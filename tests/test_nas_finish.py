@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from nas.finish import nearest_published
 from nas.judging import paired_difference
 from nas.progress import Console
 from nas.stage import weak_teacher
+from space import Context, get_family
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -45,6 +49,28 @@ def test_the_paired_difference_is_that_of_the_accuracies_with_its_interval(
     other = paired_difference(tmp_path / "a", tmp_path / "b", "balanced_accuracy", 5)
     assert other["lo"] < other["difference"] < other["hi"]
     assert other["hi"] - other["lo"] == pytest.approx(found["hi"] - found["lo"], rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("family", "seed", "img_size", "params", "beside"),
+    [
+        ("tinyvit", "21M", 224, 5_000_000, "5M"),
+        ("tinyvit", "21M", 224, 12_000_000, "11M"),
+        ("tinyvit", "11M", 224, 9_500_000, "5M"),  # not itself
+        ("tinyvit", "5M", 224, 2_500_000, "5M"),  # nothing is smaller
+        ("vit", "deit_small", 48, 5_600_000, "deit_tiny"),  # has no token to start from
+        ("vit", "deit_small_distilled", 48, 5_800_000, "deit_tiny_distilled"),
+        ("vit", "vit_base_patch8", 48, 20_000_000, "vit_small_patch8"),  # 32 does not fill 48
+        ("vit", "deit_tiny", 36, 3_000_000, "deit_tiny"),  # nothing fits: the seed itself
+    ],
+)
+def test_a_winner_is_compared_with_a_published_contraction_of_its_seed(
+    family: str, seed: str, img_size: int, params: int, beside: str
+) -> None:
+    of, ctx = get_family(family), Context(img_size, 10)
+    config = SimpleNamespace(family=family, seed=seed)
+    run = SimpleNamespace(config=config, context=ctx, seed_arch=of.seed(seed))
+    assert nearest_published(cast(Any, run), params) == (beside, of.seed(beside))
 
 
 class Terminal(io.StringIO):

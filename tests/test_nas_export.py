@@ -76,7 +76,7 @@ def write_run(folder: Path, family_name: str, arch_dict: dict[str, Any]) -> Path
     return folder
 
 
-@pytest.fixture(scope="module", params=["tinyvit", "vit"])
+@pytest.fixture(scope="module", params=["tinyvit", pytest.param("vit", marks=pytest.mark.slow)])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     arch = TINY if request.param == "tinyvit" else VIT
     return write_run(tmp_path_factory.mktemp("export") / "run", request.param, arch)

@@ -272,6 +272,16 @@ def test_what_no_run_left_is_refused_in_one_line(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize("value", [None, [], {"images_per_s": "fast"}, {"test_top1": 1}])
+def test_a_card_is_written_of_whatever_is_told(tmp_path: Path, value: Any) -> None:
+    run = write_run(tmp_path / "run", "tinyvit", TINY)
+    for key in ("throughput", "score"):
+        edited(key, value)(run)
+    (run / "run.json").write_text(json.dumps({"config": value}))
+    assert main([str(run), "--to", "timm", "--out", str(tmp_path / "model")]) == 0
+    assert "3 classes" in (tmp_path / "model" / "README.md").read_text("utf-8")
+
+
 def test_what_timm_is_called_with_comes_from_the_arch_not_from_the_file(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "tinyvit", TINY)
     want = logits_of(run, images(1))

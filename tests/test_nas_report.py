@@ -48,7 +48,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "+2.0 points [-0.4, +4.4]", "no difference from the published 5M", "287 holdout images",
         "AMD EPYC family 25/1/1", "batch 32, float32, 48 px", "it is not accuracy",
         "at least 1.5x the seed's throughput", "![", "out of memory | 4 |", "1,234,567",
-        "python -m benchmarks.pareto", "strict=True", "0.4123 and 0.4322", "embed_dims[2] 384->256",
+        "python -m nas.export", "strict=True", "0.4123 and 0.4322", "embed_dims[2] 384->256",
     ):  # fmt: skip
         assert needed in text, needed
     table = final_table(run)
@@ -59,6 +59,22 @@ def test_a_finished_run(tmp_path: Path) -> None:
     lines = status(run)
     assert lines.splitlines()[0].endswith(": reached")
     assert "4 of 4 steps done, 32 candidates decided (16 complete, 12 pruned, 4 failed)" in lines
+
+
+@pytest.mark.parametrize("status", ["reached", "stuck"])
+def test_what_to_do_next_names_a_family_that_is_not_the_default(
+    tmp_path: Path, status: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    for name in ("run.json", "result.json"):
+        data = json.loads((run / name).read_text())
+        data |= {"status": status} if name == "result.json" else {}
+        if name == "run.json":
+            data["config"]["family"] = "vit"
+        (run / name).write_text(json.dumps(data))
+    write_report(run)
+    text = (run / "report.md").read_text()
+    assert "python -m nas.contract --family vit --seed " in text
 
 
 @pytest.mark.parametrize(

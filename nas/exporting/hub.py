@@ -68,8 +68,10 @@ def strides_of(model: Any) -> tuple[list[int], list[int]]:
 
 def card(left: Left, model: Any, out: Path) -> str:
     """Write the model card: arch, data, scores, throughput with its device, lineage, usage."""
-    told, config = left.told, left.run.get("config", {})
-    pace, score = told.get("throughput", {}), told.get("score", {})
+    config, pace, score = (
+        value if isinstance(value, dict) else {}
+        for value in (left.run.get("config"), left.told.get("throughput"), left.told.get("score"))
+    )
     strides, channels = strides_of(model)
     lines = [
         "---",
@@ -97,8 +99,9 @@ def card(left: Left, model: Any, out: Path) -> str:
 
 
 def _sentence(left: Left, config: Any) -> str:
-    told, size = left.told, left.context.img_size
-    parts = f"{told['params']:,} parameters, {told['macs'] / 1e6:,.0f} M multiply-adds"
+    size, counted = left.context.img_size, (left.arch, left.context)
+    params, macs = left.family.count_params(*counted), left.family.count_macs(*counted)
+    parts = f"{params:,} parameters, {macs / 1e6:,.0f} M multiply-adds"
     data = config.get("data")
     where = f" Trained on `{Path(str(data)).name}`." if data else ""
     many = left.context.num_classes
@@ -116,7 +119,7 @@ def _scores(score: Any) -> list[str]:
         value, error = score.get(key), score.get(f"{key}_se")
         if isinstance(value, int | float):
             spread = f" +- {error:.1%}" if isinstance(error, int | float) else ""
-            many = f" on {score['test_n']} images" if key == "test_top1" else ""
+            many = f" on {score.get('test_n', '?')} images" if key == "test_top1" else ""
             found.append(f"{name}: {value:.1%}{spread}{many}")
     if isinstance(score.get("soft_loss"), int | float):
         found.append(f"soft loss on the holdout: {score['soft_loss']:.4f}")
@@ -124,13 +127,15 @@ def _scores(score: Any) -> list[str]:
 
 
 def _pace(pace: Any) -> list[str]:
-    if "images_per_s" not in pace:
+    real = ("images_per_s", "images_per_s_lo", "images_per_s_hi")
+    if not all(isinstance(pace.get(name), int | float) for name in real):
         return []
-    where = f"{pace['runtime']}, {pace['dtype']}, batch {pace['batch']}, {pace['threads']} threads"
+    told = {name: pace.get(name, "?") for name in ("runtime", "dtype", "batch", "threads")}
+    where = "{runtime}, {dtype}, batch {batch}, {threads} threads".format(**told)
     interval = f"[{pace['images_per_s_lo']:.1f}, {pace['images_per_s_hi']:.1f}]"
     lines = [
-        f"{pace['images_per_s']:.1f} images/s {interval} on {pace['device']} ({where}; "
-        f"device fingerprint {pace['fingerprint']})"
+        f"{pace['images_per_s']:.1f} images/s {interval} on {pace.get('device', '?')} ({where}; "
+        f"device fingerprint {pace.get('fingerprint', '?')})"
     ]
     if isinstance(pace.get("ratio"), int | float):
         lines.append(f"{pace['ratio']:.2f} times the seed's, timed in turns with it")

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from nas.config import RunConfig
 from nas.report.charts import conditions_line, counted, holdout_images, image_size
 from nas.report.files import RunFiles, number, section
 from nas.report.tables import (
@@ -156,19 +157,21 @@ def next_commands(run: RunFiles) -> tuple[str, str]:
         target = number(config, "target_params") or 0
         seed = shlex.quote(str(run.folder / "best.json"))
         further = (
-            f"python -m nas.contract --seed {seed} --target-params {short_count(target * 0.8)} "
-            f"--data {shlex.quote(str(config.get('data', 'digits')))}"
+            f"python -m nas.contract{_family(config)} --seed {seed} --target-params "
+            f"{short_count(target * 0.8)} --data {shlex.quote(str(config.get('data', 'digits')))}"
         )
         if config.get("img_size"):
             further += f" --img-size {config['img_size']}"
         if config.get("teacher", "auto") != "auto":
             further += f" --teacher {shlex.quote(str(config['teacher']))}"
-        return f"python -m benchmarks.pareto {folder}", further
+        out = shlex.quote(f"{run.folder.name}-timm")
+        return f"python -m nas.export {folder} --to timm --out {out}", further
     if status == "unverified":
         return f"{resume} --finalists finalists.csv", f"python -m nas.contract --status {folder}"
     if status == "stuck":
         again = (
-            f"python -m nas.contract --seed {shlex.quote(str(config.get('seed', '21M')))} "
+            f"python -m nas.contract{_family(config)} --seed "
+            f"{shlex.quote(str(config.get('seed', '21M')))} "
             f"--target-params {short_count(number(config, 'target_params'))} --effort high"
         )
         bound = number(config, "min_speedup")
@@ -176,6 +179,12 @@ def next_commands(run: RunFiles) -> tuple[str, str]:
             again += f" --min-speedup {1 + (bound - 1) / 2:.3g}"
         return again, f"python -m benchmarks.pareto {folder}"
     return resume, f"python -m nas.contract --status {folder}"
+
+
+def _family(config: Mapping[str, Any]) -> str:
+    """Return the flag that names the family, where it is not the default."""
+    name = str(config.get("family", RunConfig.family))
+    return "" if name == RunConfig.family else f" --family {shlex.quote(name)}"
 
 
 def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:

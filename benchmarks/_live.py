@@ -87,7 +87,7 @@ def _ran(
                         "interval over images only", given.command))  # fmt: skip
     taken = _candidates(ended)
     seconds = sum(float(row["seconds"]) for row in taken)
-    trained = sum(bool(row["epochs"]) for row in taken)
+    trained = sum(float(row["epochs"] or 0) > 0 for row in taken)
     note = f"{steps} steps, {len(taken)} archs timed, {trained} trained"
     rows.append(Row(f"live, {name}: seconds of the search", seconds, seconds, seconds, 1, "run",
                     note, given.command))  # fmt: skip

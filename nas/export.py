@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -71,16 +73,35 @@ def _checked(given: argparse.Namespace) -> Path:
 
 
 def export(given: argparse.Namespace) -> dict[str, Any]:
-    """Export, read back, compare and time; return what is told."""
+    """Export beside the place, read back, compare, move there, time; return what is told.
+
+    What was there before stays until the new one has been compared.
+    """
     out = _checked(given)
     left = left_by(Path(given.source))
+    try:
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as beside:
+            told = _exported(given, left, Path(beside) / out.name)
+            if out.is_dir():
+                os.replace(out, Path(beside) / "earlier")
+            os.replace(Path(beside) / out.name, out)
+    except OSError as error:
+        raise refuse("--out", given.out, "a place to write to", error.strerror or "") from error
+    told |= {"out": str(out)}
+    if given.to == "onnx" and given.measure:
+        told |= _timed(left, out, given.batch)
+    return told
+
+
+def _exported(given: argparse.Namespace, left: Left, out: Path) -> dict[str, Any]:
+    """Write the form that is asked for as `out`, and compare what it says with the network."""
     import torch
 
     ctx = left.context
     shape = (max(2, given.batch), ctx.in_chans, ctx.img_size, ctx.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     told: dict[str, Any] = {
-        "to": given.to, "out": str(out), "key": left.family.key(left.arch, ctx),
+        "to": given.to, "key": left.family.key(left.arch, ctx),
         "params": left.family.count_params(left.arch, ctx),
     }  # fmt: skip
     model = left.build()
@@ -88,18 +109,14 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
         from nas.exporting.hub import export_timm
 
         export_timm(left, out)
-        told["difference"] = _differs(model, _timm_again(out), images, 0.0, out)
-        return told
+        return {**told, "difference": _differs(model, _timm_again(out), images, 0.0)}
     network = model
     if given.fused:
         network = left.build()
         told["folded"] = _fuse(network, images)
-        told["folding_difference"] = _differs(model, network, images, FUSED_TOLERANCE, out)
+        told["folding_difference"] = _differs(model, network, images, FUSED_TOLERANCE)
     again = _onnx(network, images, out) if given.to == "onnx" else _program(network, images, out)
-    told["difference"] = _differs(model, again, images, TOLERANCE, out)
-    if given.to == "onnx" and given.measure:
-        told |= _timed(left, model, out, given.batch)
-    return told
+    return {**told, "difference": _differs(model, again, images, TOLERANCE)}
 
 
 def _fuse(network: nn.Module, images: Tensor) -> int:
@@ -143,13 +160,9 @@ def _program(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor]
 
 
 def _differs(
-    model: nn.Module,
-    again: Callable[[Tensor], Tensor],
-    images: Tensor,
-    most: float,
-    out: Path,
+    model: nn.Module, again: Callable[[Tensor], Tensor], images: Tensor, most: float
 ) -> float:
-    """Compare on batches of one, two and more; what differs too much is not left there."""
+    """Compare on batches of one, two and more; what differs too much is refused."""
     import torch
 
     largest = 0.0
@@ -159,18 +172,17 @@ def _differs(
             scale = max(float(wanted.abs().max()), 1e-12)
             largest = max(largest, float((found - wanted).abs().max()) / scale)
     if not largest <= most:
-        if out.is_file():
-            out.unlink()
         want = f"at most {most:g} of the largest logit"
-        raise refuse(str(out), f"logits that differ by {largest:.2g}", want, "it is not left there")
+        raise refuse("--to", f"logits that differ by {largest:.2g}", want, "nothing is written")
     return largest
 
 
-def _timed(left: Left, model: nn.Module, out: Path, batch: int) -> dict[str, Any]:
+def _timed(left: Left, out: Path, batch: int) -> dict[str, Any]:
     """Time the exported file in turns with the network in eager mode."""
     from nas.measure.throughput import measure_prepared, prepare
     from nas.requirement import Setting
 
+    model = left.build()
     settings = (Setting("cpu", "onnxruntime", batch=batch), Setting("cpu", "eager", batch=batch))
     file, eager = (
         prepare(model, ctx=left.context, setting=s, staged=out if at == 0 else None)

@@ -251,6 +251,7 @@ OVERLAY = "timm.kwargs.pretrained_cfg_overlay"
         (edited("num_classes", 4), "a list of 4 names"),
         (edited(f"{OVERLAY}.mean", [0.5, "x", 0.5]), "mean"),
         (edited(f"{OVERLAY}.crop_pct", None), "crop_pct"),
+        (edited(f"{OVERLAY}.crop_pct", float("inf")), "crop_pct"),
         (edited(f"{OVERLAY}.interpolation", "cubic; rm"), "interpolation"),
         (edited("timm.kwargs", {}), "no input size"),
         (edited("arch.head_dim", 16), "want the weights of best.json"),
@@ -321,8 +322,48 @@ def test_places_and_flags_that_cannot_be_are_refused(
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
 
 
-def test_an_earlier_export_is_replaced_whole(tmp_path: Path) -> None:
+def test_an_earlier_export_is_replaced_whole_and_its_neighbours_left_alone(tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run", "tinyvit", TINY), tmp_path / "model"
+    for name in ("model.old", "model.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
     for _ in range(2):
         assert main([str(run), "--to", "timm", "--out", str(out)]) == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "run"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.old", "model.part", "run"]
+    assert (tmp_path / "model.old" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(("to", "name"), [("timm", "model"), ("torch", "net.pt2")])
+def test_what_says_something_else_is_not_written_over_what_was_there(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    to: str,
+    name: str,
+) -> None:
+    run, out = write_run(tmp_path / "run", "tinyvit", TINY), tmp_path / name
+    arguments = [str(run), "--to", to, "--out", str(out)]
+    assert main(arguments) == 0
+
+    def contents() -> list[tuple[str, bytes]]:
+        return [(str(p), p.read_bytes()) for p in sorted(tmp_path.rglob("*")) if p.is_file()]
+
+    before = contents()
+    again = f"nas.export._{'timm_again' if to == 'timm' else 'program'}"
+    monkeypatch.setattr(again, lambda *_: lambda x: torch.zeros(len(x), 3))
+    assert main(arguments) == 2
+    assert "logits that differ by" in capsys.readouterr().err
+    assert contents() == before
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", "tinyvit", TINY)
+    for place in ("/proc/model", str(tmp_path / "run" / "best.json" / "model")):
+        assert main([str(run), "--to", "timm", "--out", place]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: --out: got ")
+        assert said.count("\n") == 1
+    assert main([str(tmp_path / "nowhere"), "--to", "timm", "--out", str(tmp_path / "m")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

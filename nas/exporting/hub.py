@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +27,23 @@ maps = backbone(images)   # strides: {strides}; channels: {channels}
 
 
 def export_timm(left: Left, out: Path) -> Path:
-    """Write config.json, model.safetensors and README.md (the model card) as the folder `out`.
-
-    The folder appears whole or not at all; one that is there is replaced.
-    """
+    """Write config.json, model.safetensors and README.md (the model card) in a new folder `out`."""
     from timm.models import save_for_hf
 
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    out.mkdir()
     _, kwargs = left.call
     model = left.build()
     save_for_hf(
         model,
-        str(part),
+        str(out),
         model_config={"label_names": left.classes},
         model_args=kwargs,
         safe_serialization=True,
     )
-    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= left.preprocessing
-    (part / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (part / "README.md").write_text(card(left, model, out), encoding="utf-8")
-    old = out.with_name(f"{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(part, out)
-    shutil.rmtree(old, ignore_errors=True)
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (out / "README.md").write_text(card(left, model, out), encoding="utf-8")
     return out
 
 

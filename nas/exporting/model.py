@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +125,10 @@ def _check(found: Left) -> None:
     for name, count in numbers.items():
         value = overlay.get(name)
         values = value if count and isinstance(value, list) else [value]
-        real = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        real = all(type(v) in (int, float) and math.isfinite(v) for v in values)
         if not real or (count and len(values) != count):
             raise refuse(name, value, f"{count} numbers" if count else "a number")
-    if overlay.get("interpolation") not in ("bicubic", "bilinear", "nearest", "random"):
+    if overlay.get("interpolation") not in ("bicubic", "bilinear", "nearest"):
         raise refuse("interpolation", overlay.get("interpolation"), "bicubic, bilinear or nearest")
     if not found.weights.is_file():
         raise refuse("weights", f"no {found.weights.name}", "the file beside it", "restore it")

@@ -18,7 +18,5 @@ def export_program(model: nn.Module, images: Tensor, target: Path) -> Path:
     shapes = ({0: torch.export.Dim("batch")},)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=shapes)
-    aside = target.with_name(f"{target.stem}.part{target.suffix}")
-    torch.export.save(program, aside)
-    aside.replace(target)
+    torch.export.save(program, target)
     return target

@@ -16,7 +16,7 @@ from space.draws import sample_band
 from space.errors import refuse
 from space.family import Arch, Array, Context, Family
 from space.freeze import freeze
-from space.neighbours import Band, Shortlisted
+from space.neighbours import Band
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,11 @@ def replay(
     tried: set[str] = set()
     step, draw = 1, 0
     left: list[str] = []
-    by_key: dict[str, Shortlisted] = {}
     while len(done) < settings.budget:
         if left:
             chosen = _chosen(lattice, left, settings, derived_seed(random_seed, "left", draw))
             chosen = chosen[: settings.budget - len(done)]
             done += [Scored(step, key, losses[key]) for key in chosen]
-            seen += [_seen(step, by_key[key], key, losses[key]) for key in chosen]
             left = [key for key in left if key not in chosen]
             continue
         band = lattice.bands[min(step, settings.steps) - 1 if strategy.stepwise else -1]
@@ -161,7 +159,8 @@ def replay(
         chosen = chosen[: settings.budget - len(done)]
         done += [Scored(step, key, losses[key]) for key in chosen]
         for key, each in by_key.items():
-            seen.append(_seen(step, each, key, losses[key] if key in chosen else None))
+            loss = losses[key] if key in chosen else None
+            seen.append(Seen(step, each.arch, key, each.params, 0.0, loss, 1.0))
         scored = {key: losses[key] for key in chosen}
         if not strategy.stepwise:
             beside |= scored
@@ -175,10 +174,6 @@ def replay(
         incumbents = [lattice.archs[k] for k in kept[: settings.beam]]
         step, draw, tried = step + 1, 0, set()
     return done
-
-
-def _seen(step: int, of: Shortlisted, key: str, loss: float | None) -> Seen:
-    return Seen(step, of.arch, key, of.params, 0.0, loss, 1.0)
 
 
 def _chosen(

@@ -133,10 +133,10 @@ def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
     """
     # Whatever a run froze, what its authors released stays what a result is compared with.
     family, context = get_family(run.config.family), run.context
-    fits = [p for p in family.published if family.valid_many(family.table([p.arch]), context).all()]
-    below = [p for p in fits if contains(family, run.seed_arch, p.arch, context)]
+    fits = [p for p in family.published if family.fits(p.arch, context)]
     if not fits:
         return run.config.seed, run.seed_arch
+    below = [p for p in fits if contains(family, run.seed_arch, p.arch, context)]
     published = min(
         below or fits,
         key=lambda p: abs(math.log(family.count_params(p.arch, context) / params)),

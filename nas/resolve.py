@@ -24,7 +24,7 @@ from space.neighbours import Band
 
 NEW_QUESTION = (
     "target_params", "params_tolerance", "min_throughput", "min_speedup", "require", "steps",
-    "shortlist", "proxied", "beam", "draws", "final_epochs", "replay",
+    "shortlist", "proxied", "beam", "choose", "draws", "final_epochs", "replay",
 )  # fmt: skip
 """Settings that a replay may change; all others decide what the earlier scores mean."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,14 @@ def chosen(count: int, order: Array | None) -> Index:
     """Choose units: the most wanted (or first) `count`, ascending, so that all are just all."""
     first = np.arange(count) if order is None else np.sort(order[:count])
     return first.astype(np.int64)
+
+
+def check_order(order: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
+    """Assert that every order is one of a group (by its size) of the parent, and whole."""
+    for name, wanted in order.items():
+        assert name in sizes, f"order of {name}, which the parent has not"
+        whole = sorted(np.asarray(wanted).tolist()) == list(range(sizes[name]))
+        assert whole, f"order of {name} is not a permutation of {sizes[name]}"
 
 
 def first(child: int, parent: int, order: Array | None = None) -> Index:

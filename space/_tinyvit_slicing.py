@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from space._slicing import Blend, Index, first, of_heads, picked, same
+from space._slicing import Blend, Index, check_order, first, of_heads, picked, same
 from space.family import Array, Member, Slice
 
 Named = tuple[str, tuple[str, ...]]
@@ -196,18 +196,9 @@ def _axes(
     return axes
 
 
-def _check(order: Mapping[str, Array], parent: Net) -> None:
-    """Assert that every order is one of a group of the parent, and whole."""
-    sizes = _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()}
-    for name, wanted in order.items():
-        assert name in sizes, f"order of {name}, which the parent has not"
-        whole = sorted(np.asarray(wanted).tolist()) == list(range(sizes[name]))
-        assert whole, f"order of {name} is not a permutation of {sizes[name]}"
-
-
 def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Slice]:
     """Map the child's state_dict onto the parent's; keys without any source are left out."""
-    _check(order, parent)
+    check_order(order, _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()})
     found: dict[str, Slice] = {}
 
     def add(

@@ -137,9 +137,13 @@ class Family(ABC):
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
         """Tell which archs can be built (in `ctx`); any shape that broadcasts to the table's."""
 
+    def fits(self, arch: Arch, ctx: Context) -> bool:
+        """Tell whether an arch can be built in `ctx`."""
+        return bool(self.valid_many(self.table([arch]), ctx)[0])
+
     def check(self, arch: Arch, ctx: Context) -> None:
         """Refuse an arch that cannot be built in `ctx`; families say why. Raises `InputError`."""
-        if not self.valid_many(self.table([arch]), ctx)[0]:
+        if not self.fits(arch, ctx):
             want = f"an image size that {self.label(arch)} can be built for"
             raise refuse("--img-size", ctx.img_size, want)
 
@@ -155,9 +159,19 @@ class Family(ABC):
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
         """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net."""
 
-    @abstractmethod
     def build(self, arch: Arch, ctx: Context) -> torch.nn.Module:
-        """Build the net, freshly initialised, on the default device (imports torch)."""
+        """Build the net as timm does, freshly initialised from torch's global generator.
+
+        On the default device; imports torch. Raises `InputError` where `ctx` does not fit.
+        """
+        import timm
+        import torch
+
+        self.check(arch, ctx)
+        name, kwargs = self.timm_call(arch, ctx)
+        model = timm.create_model(name, pretrained=False, **kwargs)
+        assert isinstance(model, torch.nn.Module)
+        return model
 
     @abstractmethod
     def slicing(

@@ -217,8 +217,8 @@ def anchors_in(
     for p in family.published:
         params = family.count_params(p.arch, ctx)
         light = band.max_macs is None or family.count_macs(p.arch, ctx) <= band.max_macs
-        built = bool(family.valid_many(family.table([p.arch]), ctx)[0])
-        if band.lo <= params <= band.hi and params < largest and light and built:
+        small = band.lo <= params <= band.hi and params < largest
+        if small and light and family.fits(p.arch, ctx):
             anchors.append((f"published:{p.name}", p.arch))
     for parent in parents:
         scaled = list(dict.fromkeys(family.scaled(parent, k / 512) for k in range(511, 0, -1)))

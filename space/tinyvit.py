@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,6 @@ from space.checks import read_int, read_ints, read_ratio
 from space.errors import refuse, refuse_multiple
 from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
 from space.ladder import Factor, Ladder
-
-if TYPE_CHECKING:
-    import torch
 
 WRITTEN_AT = 224  # pixels at which window sizes are written
 NOTCH = 32  # channels
@@ -381,16 +378,6 @@ class TinyVit(Family):
             "num_classes": ctx.num_classes,
             "in_chans": ctx.in_chans,
         }
-
-    def build(self, arch: Arch, ctx: Context) -> torch.nn.Module:
-        """Build timm's TinyVit, freshly initialised from torch's global generator."""
-        import timm
-        import torch
-
-        name, kwargs = self.timm_call(arch, ctx)
-        model = timm.create_model(name, pretrained=False, **kwargs)
-        assert isinstance(model, torch.nn.Module)
-        return model
 
     def slicing(
         self,

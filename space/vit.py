@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,6 @@ from space.checks import read_int, read_ratio
 from space.errors import refuse, refuse_multiple
 from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
 from space.ladder import Factor, Ladder
-
-if TYPE_CHECKING:
-    import torch
 
 NOTCH = 32  # channels
 LEAST_RATIO = 2.0
@@ -233,7 +230,7 @@ class Vit(Family):
             for patch in moves["patch_size"].tolist():
                 least = VitArch(math.lcm(dim, head_dim), 1, head_dim, ratio, patch, False)
                 reached = least.embed_dim <= a.embed_dim
-                if reached and self.valid_many(self.table([least]), ctx)[0]:
+                if reached and self.fits(least, ctx):
                     found.append(least)
         return min(found, key=lambda x: self.count_params(x, ctx))
 
@@ -261,17 +258,6 @@ class Vit(Family):
             "num_classes": ctx.num_classes,
             "in_chans": ctx.in_chans,
         }
-
-    def build(self, arch: Arch, ctx: Context) -> torch.nn.Module:
-        """Build timm's VisionTransformer, freshly initialised from torch's global generator."""
-        import timm
-        import torch
-
-        self.check(arch, ctx)
-        name, kwargs = self.timm_call(arch, ctx)
-        model = timm.create_model(name, pretrained=False, **kwargs)
-        assert isinstance(model, torch.nn.Module)
-        return model
 
     def slicing(
         self,

@@ -319,6 +319,17 @@ def test_a_replay_needs_no_file_that_only_the_earlier_run_was_given(tmp_path: Pa
     assert replayed_config(asked).measurements == str(lent)
 
 
+def test_a_run_of_before_there_was_a_choice_goes_on_as_it_was(tmp_path: Path) -> None:
+    kept_run(tmp_path / "first", [])
+    path = tmp_path / "first" / "run.json"
+    told = json.loads(path.read_text())
+    assert told["config"].pop("choose") == "near"
+    path.write_text(json.dumps(told))
+    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
+    assert replayed_config(asked).choose == "spread"
+    assert replayed_config({**asked, "choose": "near"}).choose == "near"
+
+
 def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> None:
     bounds = ("macs<=900000000", "peak_mem_mb<=300@cpu", "speedup>=3@cpu:onnxruntime:float32:b1")
     own = "images_per_s>=50@cpu:eager:float32:b16"

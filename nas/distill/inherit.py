@@ -97,7 +97,7 @@ def checkpoint_context(
     tried = ""
     for size in dict.fromkeys((ctx.img_size, *_PUBLISHED_SIZES)):
         candidate = replace(ctx, img_size=size, num_classes=classes)
-        if not family.valid_many(family.table([arch]), candidate)[0]:
+        if not family.fits(arch, candidate):
             continue
         mismatch = first_mismatch(_shapes(family, arch, candidate), state)
         if not mismatch:

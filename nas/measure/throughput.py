@@ -61,8 +61,8 @@ def prepare(
 
     It is timed on `setting.batch` images of noise. `calibration` are images `[n, c, h, w]` in
     batches of that size, for int8 runtimes; `staged` is a file of the network to run instead of one
-    made here. Refuses a runtime that is not installed or does not
-    serve the setting; whatever the network or the runtime raises comes through.
+    made here. Refuses a runtime that is not installed or does not serve the setting; whatever the
+    network or the runtime raises comes through.
     """
     runtime = check_setting(setting)
     threads = torch.get_num_threads() if threads is None else threads

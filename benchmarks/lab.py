@@ -266,7 +266,7 @@ def folder_of(given: argparse.Namespace) -> Path:
 @contextmanager
 def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     """Open the bench that the flags ask for: prepare or take over data, teacher, labels, seed."""
-    from nas.config import parse_count
+    from nas.config import config_from_dict, parse_count
 
     config = make_config(
         resolved(
@@ -297,8 +297,9 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     loose = {"target_params": 0, "bench_max_blocks": 0, "choose": ""}
     asked = {**config.to_dict(), **loose}
     if folder.run_json.exists():
-        held = {**folder.open()["config"], **loose}
-        asked = json.loads(json.dumps(asked))
+        # A folder of before there was a setting goes on as it was.
+        known = config_from_dict(folder.open()["config"]).to_dict()
+        held, asked = (json.loads(json.dumps({**c, **loose})) for c in (known, asked))
         changed = sorted(k for k in {*asked, *held} if held.get(k) != asked.get(k))
         if changed:
             folder.release()

@@ -75,6 +75,7 @@ LABEL_CHOICES: Mapping[str, tuple[str, ...]] = {
     "missing_labels": ("refuse", "skip"),
     "codec": ("plain", "packed"),
     "augment": ("default", "22k", "1k", "finetune", "batched"),
+    "distill": ("sparse", "soft", "hard", "token"),
 }
 """What the settings about soft labels may be; see `nas.distill`."""
 SEARCH_CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -123,6 +124,7 @@ class RunConfig:
     topk: int | None = None
     codec: str = "packed"
     augment: str = "default"
+    distill: str = "sparse"
     seed_weights: str | None = None
     strategy: str = "contraction"
     choose: str = "near"

@@ -104,10 +104,16 @@ def prepared(spec: DataSpec, cache: Path, console: Console) -> Dataset:
 def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Console) -> Dataset:
     """Give images without ground truth the classes that the teacher sees; others stay as they are.
 
-    With `--labels` the teacher is the one that the store was made by. Raises InputError.
+    With `--labels` the teacher is the one that the store was made by. Raises InputError, also where
+    trainings should learn from ground truth that is not there.
     """
     if dataset.labelled:
         return dataset
+    if config.distill != "sparse":
+        raise refuse(
+            flag("distill"), f"{config.distill} on images without ground truth",
+            "sparse, which learns from the teacher alone", "or sort the images by class",
+        )  # fmt: skip
     asked: dict[str, Any] = {
         "teacher": config.teacher,
         "teacher_epochs": config.teacher_epochs,
@@ -229,6 +235,29 @@ def ask_fingerprints(
             raise refuse(named, device, "a device that works", result.reason or "")
         found[device] = result.values["fingerprint"]
     return found
+
+
+def check_token(
+    config: RunConfig,
+    worker: LocalExecutor | InlineExecutor,
+    family: Family,
+    seed: Arch,
+    dataset: Dataset,
+) -> None:
+    """Refuse to teach a distillation token that the seed has not; the worker builds it and looks.
+
+    Candidates may lose theirs: they learn on their one head (`nas.distill.teaching`).
+    """
+    if config.distill != "token":
+        return
+    context = {"img_size": dataset.img_size, "num_classes": len(dataset.classes)}
+    spec = {"family": family.name, "arch": family.to_dict(seed), "context": context}
+    result = worker.run(Job("heads", "heads", spec))
+    if not result.ok or not result.values["token"]:
+        raise refuse(
+            flag("distill"), f"token for {config.seed}", "a seed with a distillation token",
+            result.reason or "hard learns from the teacher's class without one",
+        )  # fmt: skip
 
 
 def read_device_table(

@@ -121,6 +121,16 @@ def build_parser() -> Parser:
         help="default, 22k, 1k, finetune or batched (default: default)",
     )
     data.add_argument(
+        "--distill",
+        metavar="KIND",
+        help="what seed, candidates and winner learn: sparse (the teacher's stored labels alone), "
+        "or half from the true labels and half from the teacher's: soft (KL, batchmean), hard (its "
+        "best class) or token (hard, on the distillation token's own head; candidates that lose "
+        "their token learn hard on their one head) (default: sparse). Half and temperature 1 are "
+        "the defaults of DeiT's code; its paper's usual soft distillation is 0.1 and 3. Scores "
+        "stay the loss against the teacher's labels",
+    )
+    data.add_argument(
         "--seed-weights",
         metavar="FILE|TAG",
         help="start the seed from a checkpoint or a timm tag (default: from scratch)",

@@ -14,6 +14,7 @@ from nas.door import (
     ask_fingerprints,
     check_possible,
     check_requirements,
+    check_token,
     make_config,
     read_data,
     read_device_table,
@@ -63,10 +64,12 @@ def plan(
         folder.create()
         worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
         try:
+            fingerprints = ask_fingerprints(config, worker, device_table)
+            check_token(config, worker, family, seed_arch, dataset)
             bench = Run(
                 config=config, family=family, seed_arch=seed_arch, dataset=dataset, folder=folder,
                 executor=worker, console=console, cache=cache, deadline=None,
-                fingerprints=ask_fingerprints(config, worker, device_table), table=device_table,
+                fingerprints=fingerprints, table=device_table,
             )  # fmt: skip
             made = make_plan(bench, trust=trust)
             bench.ledger.close()

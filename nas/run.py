@@ -248,7 +248,8 @@ class Run:
         losses; see `nas.runner` for the values. `rung` stops after so many of the `epochs`, and
         `before` goes on from an earlier rung: its epochs and its folder. `random_seed` is the
         run's own unless it is given; `images` trains on a fixed subset of that size;
-        `hard_weight` is the share of the loss that goes by the true labels.
+        `hard_weight` is the share of the loss that goes by the true labels, the rest by soft ones,
+        in place of the run's own `--distill`.
         """
         spec = self.train_spec(
             arch, epochs=epochs, init=init, parent=parent, first_epoch=first_epoch, test=test
@@ -262,6 +263,7 @@ class Run:
             done = before[0]
             spec["continue_from"] = {"epochs": done, "checkpoint": str(before[1] / CHECKPOINT)}
         if hard_weight:
+            spec.pop("distill", None)
             spec["hard_weight"] = hard_weight
         each = len(self.dataset.train.labels)
         if images is not None and images < each:
@@ -289,8 +291,11 @@ class Run:
         test: bool,
     ) -> dict[str, Any]:
         """Return everything that decides the outcome of a training, as plain JSON."""
+        # What was trained before there was a choice keeps its key.
+        distill = self.config.distill
         return {
             **self.network(arch),
+            **({} if distill == "sparse" else {"distill": distill}),
             "dataset": str(self.dataset.folder),
             "store": self.store["folder"],
             "store_id": self.store["id"],

@@ -15,6 +15,7 @@ from nas.door import (
     ask_fingerprints,
     check_possible,
     check_requirements,
+    check_token,
     make_config,
     read_data,
     read_device_table,
@@ -124,6 +125,7 @@ def _start(
     bench: Run | None = None
     try:
         fingerprints = ask_fingerprints(config, worker, device_table)
+        check_token(config, worker, family, seed_arch, dataset)
         if device_table is not None:
             write_rows(folder.path / DEVICE_ROWS, device_table.rows)
         folder.write_run(

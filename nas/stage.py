@@ -71,6 +71,7 @@ def announce(run: Run, *, fresh: bool) -> None:
         f"effort {config.effort}: {config.steps} steps, {config.shortlist} timed and "
         f"{config.proxied} trained a step, beam {config.beam}; epochs: seed {config.seed_epochs}, "
         f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}"
+        + ("" if config.distill == "sparse" else f"; all by {config.distill} distillation")
     )
     run.console.line(
         f"device {config.device}, {config.threads} threads, timing {run.primary.text}; "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from space._resize import LINES, square
 from space._slicing import Blend, Index, check_order, first, of_heads, picked, same
 from space.family import Array, Member, Slice
 
@@ -226,3 +227,25 @@ def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Sli
             for key, names in _block(stage):
                 add(f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blend)
     return found
+
+
+def resized(found: Mapping[str, Slice], parent: Net, child: Net, how: str) -> dict[str, Slice]:
+    """Give a slicing between two sizes of one net with its tables resized the way called `how`.
+
+    "own" is the slicing as it is. Otherwise a bias table is resized as if it were an image
+    [window, window], whatever its offsets are in the image: the official `load_pretrained`
+    (microsoft/Cream, TinyViT/utils.py) and timm's `checkpoint_filter_fn`. Of equal windows the
+    tables are copied.
+    """
+    result = dict(found)
+    if how == "own":
+        return result
+    for stage, names in enumerate(block_names(child.depths).values()):
+        if stage == 0:
+            continue
+        index, blend = square(child.windows[stage - 1], parent.windows[stage - 1], LINES[how])
+        for name in names:
+            key = f"{name}.attn.attention_biases"
+            heads = found[key].index[0]
+            result[key] = Slice(key, (heads, index), {} if blend is None else {1: blend})
+    return result

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from space._resize import LINES, Line, bicubic, square
 from space._slicing import Blend, Index, check_order, first, of_heads, picked, same
 from space.family import Array, Member, Slice
 
@@ -17,8 +18,6 @@ HEADS = ("qkv", "inner")
 """Axes that are made of heads."""
 UNITS = ("dim", "hidden", *HEADS)
 """Axes of which a child takes a part by choice."""
-CUBIC = -0.75
-"""The constant of torch's bicubic interpolation."""
 
 
 @dataclass(frozen=True)
@@ -112,24 +111,6 @@ def block_names(depth: int) -> dict[str, tuple[str, ...]]:
     return {"blocks": tuple(f"blocks.{j}" for j in range(depth))}
 
 
-def bicubic(child: int, parent: int) -> Blend:
-    """Give the weights [child, parent] that resize a line as torch does, without antialiasing.
-
-    `F.interpolate(..., mode="bicubic", align_corners=False)`; beyond its ends a line goes on as it
-    ends.
-    """
-    at = (np.arange(child) + 0.5) * parent / child - 0.5
-    low = np.floor(at).astype(np.int64)
-    weights = np.zeros((child, parent), dtype=np.float64)
-    for tap in (-1, 0, 1, 2):
-        away = np.abs(at - (low + tap))
-        near = ((CUBIC + 2) * away - (CUBIC + 3)) * away**2 + 1
-        far = CUBIC * (((away - 5) * away + 8) * away - 4)
-        source = np.clip(low + tap, 0, parent - 1)
-        np.add.at(weights, (np.arange(child), source), np.where(away <= 1, near, far))
-    return weights
-
-
 def kernel(child: int, parent: int) -> Blend:
     """Give the weights [child, parent] that resize a line of a patch projection.
 
@@ -142,25 +123,21 @@ def kernel(child: int, parent: int) -> Blend:
     return np.asarray(np.linalg.pinv(bicubic(child, parent)).T)
 
 
-def _tokens(child: Net, parent: Net) -> tuple[Index, Blend | None]:
+def _tokens(child: Net, parent: Net, line: Line = bicubic) -> tuple[Index, Blend | None]:
     """Map positions: [class, distillation, grid row by row]; a grid of another size is resized.
 
-    Source: DeiT resizes the grid and leaves the others as they are.
+    Source: DeiT resizes the grid and leaves the others as they are, and timm does too.
     """
     prefix = np.array([i if i < parent.prefix else -1 for i in range(child.prefix)])
-    near = np.minimum(
-        ((np.arange(child.grid) + 0.5) * parent.grid / child.grid).astype(np.int64), parent.grid - 1
-    )
-    grid = parent.prefix + (near[:, None] * parent.grid + near[None, :]).reshape(-1)
-    index = np.concatenate([prefix, grid]).astype(np.int64)
-    if child.grid == parent.grid:
+    grid, weights = square(child.grid, parent.grid, line)
+    index = np.concatenate([prefix, parent.prefix + grid]).astype(np.int64)
+    if weights is None:
         return index, None
     blend = np.zeros((len(index), parent.prefix + parent.grid**2), dtype=np.float64)
     for i, source in enumerate(prefix.tolist()):
         if source >= 0:
             blend[i, source] = 1
-    line = bicubic(child.grid, parent.grid)
-    blend[child.prefix :, parent.prefix :] = np.kron(line, line)
+    blend[child.prefix :, parent.prefix :] = weights
     return index, blend
 
 
@@ -219,3 +196,14 @@ def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Sli
         for key, names in _block():
             add(f"{name}.{key}", f"{block}.{key}", names, axes)
     return found
+
+
+def resized(found: Mapping[str, Slice], parent: Net, child: Net, how: str) -> dict[str, Slice]:
+    """Give a slicing between two sizes of one net with its positions resized the way called `how`.
+
+    "own" is the slicing as it is, and the same as "published". Position embeddings alone differ.
+    """
+    blend = None if how == "own" else _tokens(child, parent, LINES[how])[1]
+    if blend is None:
+        return dict(found)
+    return {**found, "pos_embed": replace(found["pos_embed"], blends={1: blend})}

@@ -98,6 +98,7 @@ class Family(ABC):
     input_kind: ClassVar[str] = "image"
     output_kind: ClassVar[str] = "logits"
     training_kind: ClassVar[str] = "per-candidate"
+    resizes: ClassVar[tuple[str, ...]] = ("own",)  # names that `resized` knows
 
     # -- what each family writes ---------------------------------------------------------------
     @abstractmethod
@@ -159,17 +160,18 @@ class Family(ABC):
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
         """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net."""
 
-    def build(self, arch: Arch, ctx: Context) -> torch.nn.Module:
+    def build(self, arch: Arch, ctx: Context, **options: Any) -> torch.nn.Module:
         """Build the net as timm does, freshly initialised from torch's global generator.
 
-        On the default device; imports torch. Raises `InputError` where `ctx` does not fit.
+        On the default device; imports torch. `options` go to timm over the call's own, such as
+        `drop_path_rate`. Raises `InputError` where `ctx` does not fit.
         """
         import timm
         import torch
 
         self.check(arch, ctx)
         name, kwargs = self.timm_call(arch, ctx)
-        model = timm.create_model(name, pretrained=False, **kwargs)
+        model = timm.create_model(name, pretrained=False, **{**kwargs, **options})
         assert isinstance(model, torch.nn.Module)
         return model
 
@@ -188,6 +190,18 @@ class Family(ABC):
         and its blocks by group (see `blocks`), most wanted first; without it, the first units and
         whichever blocks the family prefers. What is kept stays in the parent's order.
         """
+
+    def resized(
+        self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str
+    ) -> dict[str, Slice]:
+        """Map the state_dict of an arch onto that of the same arch in another context.
+
+        `how`: one of `resizes`, the way in which tables of positions change their size. "own" is
+        what `slicing` does; a family with other ways extends this. Another name: `InputError`.
+        """
+        if how not in self.resizes:
+            raise refuse("--resize", how, f"one of {', '.join(self.resizes)}")
+        return self.slicing(arch, arch, ctx_parent, ctx_child)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
         """Give the groups of units that a child may take a part of, with all that they run through.

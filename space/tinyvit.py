@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from space._ratios import apart, shortest_ratio
-from space._tinyvit_slicing import Net, block_names, members, slices
+from space._tinyvit_slicing import Net, block_names, members, resized, slices
 from space.checks import read_int, read_ints, read_ratio
 from space.errors import refuse, refuse_multiple
 from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
@@ -170,6 +170,7 @@ class TinyVit(Family):
     """
 
     name = "tinyvit"
+    resizes = ("own", "published", "timm")
     factors = (
         Factor("D", "embed_dims", (Ladder(step=NOTCH, up=1),) * 4),
         Factor("N", "depths", (Ladder(step=1),) * 4),
@@ -316,10 +317,7 @@ class TinyVit(Family):
         a = _own(arch)
         unit = math.lcm(NOTCH, a.head_dim)
         d = [max(unit, math.floor(v * factor / unit + 0.5) * unit) for v in a.embed_dims]
-        dims = (d[0], d[1], d[2], d[3])
-        return TinyVitArch(
-            dims, a.depths, a.window_sizes, a.mbconv_expand_ratio, a.mlp_ratio, a.head_dim
-        )
+        return replace(a, embed_dims=(d[0], d[1], d[2], d[3]))
 
     def floor(self, arch: Arch, ctx: Context) -> TinyVitArch:
         """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
@@ -397,6 +395,16 @@ class TinyVit(Family):
         """
         nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
         return slices(*nets, order or {})
+
+    def resized(
+        self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str
+    ) -> dict[str, Slice]:
+        """Map the state_dict of an arch onto that of the same arch in another context.
+
+        `how`: "own" keeps the meaning of offsets, "published" and "timm" resize tables as images.
+        """
+        found = super().resized(arch, ctx_parent, ctx_child, how)
+        return resized(found, _net(_own(arch), ctx_parent), _net(_own(arch), ctx_child), how)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
         """Give the groups of units that a child may take a part of.

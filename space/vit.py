@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from space._ratios import apart, shortest_ratio
-from space._vit_slicing import Net, block_names, members, slices
+from space._vit_slicing import Net, block_names, members, resized, slices
 from space.checks import read_int, read_ratio
 from space.errors import refuse, refuse_multiple
 from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
@@ -93,6 +93,7 @@ class Vit(Family):
     """
 
     name = "vit"
+    resizes = ("own", "published", "timm")
     factors = (
         Factor("D", "embed_dim", (Ladder(step=NOTCH),), scalar=True),
         Factor("N", "depth", (Ladder(step=1),), scalar=True),
@@ -276,6 +277,17 @@ class Vit(Family):
         """
         nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
         return slices(*nets, order or {})
+
+    def resized(
+        self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str
+    ) -> dict[str, Slice]:
+        """Map the state_dict of an arch onto that of the same arch in another context.
+
+        `how`: "own" and "published" resize position embeddings as DeiT does, "timm" as
+        `timm.layers.resample_abs_pos_embed`: antialiased. Those of tokens are copied by both.
+        """
+        found = super().resized(arch, ctx_parent, ctx_child, how)
+        return resized(found, _net(_own(arch), ctx_parent), _net(_own(arch), ctx_child), how)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
         """Give the groups of units that a child may take a part of.

@@ -112,6 +112,14 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "bench device unknown": ([*GOAL, "--bench-device", "tpu"], "tpu"),
     "device table missing": ([*GOAL, "--device-table", "/no/such.csv"], "/no/such.csv"),
     "finalists of a new run": ([*GOAL, "--finalists", "x.csv"], "--finalists"),
+    "distillation unknown": (
+        [*GOAL, "--distill", "warm"],
+        "--distill: got warm, want one of sparse",
+    ),
+    "a token that the seed has not": (
+        [*GOAL, "--distill", "token"],
+        "--distill: got token for 21M, want a seed with a distillation token; hard learns",
+    ),
     "measurements missing": ([*GOAL, "--measurements", "/no/such.csv"], "/no/such.csv"),
 }
 
@@ -161,6 +169,21 @@ def test_a_bad_data_folder_is_one_line(
     out = tmp_path / "run"
     arguments = [*GOAL, "--data", str(data), "--out", str(out), "--quiet"]
     refused(capsys, [*arguments, "--cache-dir", str(tmp_path / "cache")])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "token"])
+def test_true_labels_that_are_not_there_cannot_be_learnt(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image_folder(tmp_path / "sorted", classes=1, each=60)
+    (tmp_path / "data").mkdir()
+    for path in (tmp_path / "sorted").rglob("*.png"):
+        path.rename(tmp_path / "data" / path.name)
+    flags = [*GOAL, "--data", str(tmp_path / "data"), "--distill", kind, "--quiet"]
+    out = tmp_path / "run"
+    line = refused(capsys, [*flags, "--out", str(out), "--cache-dir", str(tmp_path / "cache")])
+    assert f"--distill: got {kind} on images without ground truth" in line
     assert not out.exists()
 
 

@@ -17,7 +17,7 @@ from timm.data.mixup import Mixup
 
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill.augment import AugmentSpec, borrowed_generators, default_spec
-from nas.distill.mixing import draws, mix, partners
+from nas.distill.mixing import draws, mix, partners, shares
 from nas.distill.presets import PRESETS, preset_spec
 from space.errors import InputError
 
@@ -72,6 +72,19 @@ def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
     some = [5, 3, 40]
     part = mix(views[some], theirs[some], own[some].tolist(), other[some].tolist(), spec)
     assert torch.equal(part, mixed[some])
+
+
+@pytest.mark.parametrize("spec", [
+    BOTH, replace(PLAIN, mixup_alpha=0.2), replace(PLAIN, cutmix_alpha=1.0),
+    replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
+])  # fmt: skip
+def test_shares_are_what_is_left_of_an_image(spec: AugmentSpec) -> None:
+    """White mixed into black: the mean of an input is the partner's share."""
+    own, other = codes(60).tolist(), codes(60, 1).tolist()
+    mixed = mix(torch.zeros(60, 3, 16, 24), torch.ones(60, 3, 16, 24), own, other, spec)
+    found = shares(own, other, (16, 24), spec)
+    assert np.allclose(1 - mixed.mean((1, 2, 3)).numpy(), found, atol=1e-6)
+    assert np.array_equal(shares(other, own, (16, 24), spec), found)
 
 
 def test_draws_follow_the_distributions_of_timm() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from label_cases import built
 
+from nas.config import LABEL_CHOICES
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill import proxy
 from nas.distill.augment import default_spec, eval_batch
@@ -27,7 +28,10 @@ from nas.distill.proxy import (
 )
 from nas.distill.replay import holdout_batches
 from nas.distill.store import LabelStore
+from nas.distill.teaching import DistillLoss
+from nas.jobs import no_tick
 from nas.rates import SCRATCH_LR
+from nas.runner.train import train as train_job
 from nas.training.loop import Diverged
 from nas.training.weights import load_weights, weights_digest
 from space import Context, get_family
@@ -231,6 +235,111 @@ def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
     )}  # fmt: skip
     assert len(scores | {plain.soft_loss}) == 4
     assert all(math.isfinite(score) for score in scores)
+
+
+KINDS = LABEL_CHOICES["distill"]
+VIT = get_family("vit")
+TOKEN = VIT.arch(
+    {
+        "embed_dim": 32,
+        "depth": 2,
+        "head_dim": 16,
+        "mlp_ratio": 2.0,
+        "patch_size": 8,
+        "dist_token": 1,
+    }
+)
+PLAIN = replace(TOKEN, dist_token=False)
+
+
+def learn(dataset: Dataset, store: LabelStore, arch: Any, kind: str | None, **changes: Any) -> Any:
+    """Train a ViT as `run` does."""
+    options: dict[str, Any] = {
+        "settings": SETTINGS, "init": "scratch", "random_seed": 0, "device": "cpu",
+        "loss": None if kind is None else DistillLoss(kind), **changes,
+    }  # fmt: skip
+    return train_and_score(VIT, arch, CTX, store=store, dataset=dataset, **options)
+
+
+def test_every_kind_of_distillation_trains_and_is_scored_alike(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    scores = {}
+    for kind in KINDS:
+        out = tmp_path / f"{kind}.safetensors"
+        scores[kind] = learn(dataset, store, TOKEN, kind, out_weights=out)
+        # As anybody has it who loads the weights: both heads' mean, the plain cross-entropy.
+        net = VIT.build(TOKEN, CTX)
+        net.load_state_dict(load_weights(out))
+        batches = holdout_batches(dataset, store, 50)
+        found = proxy.evaluate(net, batches, dataset.holdout.labels, "cpu")
+        np.testing.assert_array_equal(found.soft_loss.mean(), np.float32(scores[kind].soft_loss))
+        assert not scores[kind].notes
+    assert len({score.soft_loss for score in scores.values()}) == len(KINDS)
+    default = answer(learn(dataset, store, TOKEN, None))
+    assert default == {**answer(scores["sparse"]), "weights_digest": None}
+
+
+def test_a_race_by_token_in_rungs_ends_like_one_run(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    whole = learn(dataset, store, TOKEN, "token", out_weights=tmp_path / "w.safetensors")
+    position = tmp_path / "position.safetensors"
+    learn(dataset, store, TOKEN, "token", checkpoint=position, stop_after=1)
+    last = learn(
+        dataset, store, TOKEN, "token", checkpoint=position, out_weights=tmp_path / "r.safetensors"
+    )
+    assert answer(last) == answer(whole)
+
+
+def test_a_net_that_has_lost_its_token_learns_hard(dataset: Dataset, store: LabelStore) -> None:
+    found = learn(dataset, store, PLAIN, "token")
+    assert "no distillation token here: hard distillation on its one head" in found.notes
+    assert {**answer(found), "notes": []} == answer(learn(dataset, store, PLAIN, "hard"))
+
+
+def test_of_mixed_images_the_classes_of_both_are_learnt(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    mixed = built(tmp_path / "s", dataset, changes=changes, epochs=2, topk=4)
+    seen: list[torch.Tensor] = []
+    learns = DistillLoss.__call__
+
+    def watched(self: DistillLoss, outputs: Any, target: torch.Tensor, taught: Any) -> Any:
+        seen.append(target)
+        return learns(self, outputs, target, taught)
+
+    monkeypatch.setattr(DistillLoss, "__call__", watched)
+    assert math.isfinite(learn(dataset, mixed, TOKEN, "hard").soft_loss)
+    shares = torch.cat(seen)
+    assert shares.shape == (2 * len(dataset.train), 10)
+    assert torch.allclose(shares.sum(1), torch.ones(len(shares)))
+    assert ((shares > 0).sum(1) == 2).any()
+    seen.clear()
+    learn(dataset, mixed, TOKEN, "sparse")
+    assert all(target.ndim == 1 for target in seen), "nothing is counted that nobody asks for"
+
+
+def test_a_job_says_how_it_learns_only_where_that_is_not_sparse(
+    dataset: Dataset, store: LabelStore, tmp_path: Path
+) -> None:
+    spec = {
+        "family": "vit", "arch": VIT.to_dict(TOKEN), "context": {"img_size": 32, "num_classes": 10},
+        "dataset": str(dataset.folder), "store": str(store.folder), "shared": False,
+        "init": "scratch", "checkpoint": False, "epochs": 2, "lr": SCRATCH_LR, "batch_size": 16,
+        "random_seed": 0, "device": "cpu", "first_epoch": 0, "missing": "refuse",
+        "beyond": "refuse", "label_epochs": 3, "test": False,
+    }  # fmt: skip
+    assert not train_job({**spec, "out": str(tmp_path / "token"), "distill": "token"}, no_tick)[
+        "notes"
+    ]
+    for name, more in {"sparse": {}, "token": {"distill": "token"}}.items():
+        told = train_job({**spec, **more, "out": str(tmp_path / name)}, no_tick)
+        want = learn(dataset, store, TOKEN, name, label_epochs=3, beyond="refuse")
+        assert told["soft_loss"] == want.soft_loss
+    lost = {**spec, "arch": VIT.to_dict(PLAIN), "distill": "token", "out": str(tmp_path / "lost")}
+    assert "no distillation token" in train_job(lost, no_tick)["notes"][0]
 
 
 def test_images_without_a_label_are_skipped_only_where_asked(

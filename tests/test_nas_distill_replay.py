@@ -17,7 +17,7 @@ from nas.distill import pieces as pieces_module
 from nas.distill.augment import Augmenter, eval_batch
 from nas.distill.keytable import raw_keys
 from nas.distill.labels import top_labels
-from nas.distill.mixing import partners
+from nas.distill.mixing import mix, partners
 from nas.distill.replay import Batch, Replay, batch_sizes, epoch_order, holdout_batches
 from nas.distill.store import LabelStore
 from nas.distill.views import Views, make_plan
@@ -77,6 +77,34 @@ def test_inputs_and_labels_are_what_the_teacher_saw_and_said(
         assert batch.index.dtype == torch.int64
         seen += len(batch.rows)
     assert seen == len(dataset.train)
+
+
+def test_true_classes_are_mixed_as_the_images_are(dataset: Dataset, store: LabelStore) -> None:
+    """Trained on classes of a colour each, the mean colour of an input is its target."""
+    split, mixes = dataset.train, store.spec.augment.mixes
+    given = replay(dataset, store)
+    plan = make_plan(store.codes(1), given._table, store.spec.augment)
+    for rows in given.batches(1):
+        found = given.truth(1, rows)
+        if not mixes:
+            assert torch.equal(found, torch.from_numpy(np.asarray(split.labels[rows])))
+            continue
+        colours = np.zeros((len(split), 16, 16, 3), dtype=np.float32)
+        assert (found.dtype, found.shape) == (torch.float32, (len(rows), 10))
+        assert torch.allclose(found.sum(1), torch.ones(len(rows)))
+        recipe = plan.of(given._at[rows])
+        assert recipe.partner_rows is not None
+        assert recipe.partner_codes is not None
+        for kind in range(10):
+            colours[:] = (split.labels == kind)[:, None, None, None]
+            views = torch.from_numpy(colours[recipe.rows]).permute(0, 3, 1, 2)
+            theirs = torch.from_numpy(colours[recipe.partner_rows]).permute(0, 3, 1, 2)
+            at = np.flatnonzero(recipe.partner_rows >= 0)
+            views[at] = mix(
+                views[at], theirs[at], recipe.codes[at].tolist(),
+                recipe.partner_codes[at].tolist(), store.spec.augment,
+            )  # fmt: skip
+            assert torch.allclose(views.mean((1, 2, 3)), found[:, kind], atol=1e-5)
 
 
 def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from nas.progress import Console
 from nas.report import status
 from nas.resolve import lineage, read_earlier, replayed_config, set_aside
 from nas.reuse import earlier_of
-from nas.rundir import SCHEMA
+from nas.run import Run
+from nas.rundir import SCHEMA, resumed_config
 from nas.search.constraints import bench_setting, requirements_of
 from nas.search.ledger import Ledger, Row
 from nas.search.strategies import strategy_names
@@ -330,6 +331,98 @@ def test_a_run_of_before_there_was_a_choice_goes_on_as_it_was(tmp_path: Path) ->
     assert replayed_config({**asked, "choose": "near"}).choose == "near"
 
 
+def test_a_run_of_before_there_was_distillation_by_kind_goes_on_as_it_was(tmp_path: Path) -> None:
+    """Sparse: for a resume, for a replay, and in the keys of what is trained."""
+    kept_run(tmp_path / "first", [])
+    path = tmp_path / "first" / "run.json"
+    told = json.loads(path.read_text())
+    assert told["config"].pop("distill") == "sparse"
+    path.write_text(json.dumps(told))
+    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
+    assert replayed_config(asked).distill == "sparse"
+    assert resumed_config(told, {}).distill == "sparse"
+    for other in (lambda: replayed_config({**asked, "distill": "soft"}),
+                  lambda: resumed_config(told, {"distill": "soft"})):  # fmt: skip
+        with pytest.raises(InputError, match="--distill: got soft"):
+            other()
+
+
+def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path) -> None:
+    arch = FAMILY.arch(SMALL_ARCH)
+
+    def asked(distill: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The spec of a job, and its key's."""
+        config = RunConfig(seed="small", target_params=300_000, distill=distill)
+        run = cast(Any, object.__new__(Run))
+        run.config, run.family, run.context, run.trained = config, FAMILY, CTX, {}
+        run.dataset = SimpleNamespace(
+            folder="data", fingerprint="d", train=SimpleNamespace(labels=[0])
+        )
+        run.store = {"folder": "store", "id": "s", "use_epochs": 3}
+        run.folder, run.fingerprint = SimpleNamespace(path=tmp_path), {"id": "here"}
+        jobs: list[Job] = []
+
+        def do(job: Job, **more: Any) -> Result:
+            jobs.append(job)
+            return Result(job.key, False, {}, "seen enough")
+
+        run.do = do
+        run.train(arch, "a", out=tmp_path / "a", epochs=2, init="scratch", **more)
+        spec = run.train_spec(
+            arch, epochs=2, init="scratch", parent=None, first_epoch=0, test=False
+        )
+        return dict(jobs[0].spec), {"digest": run.spec_digest(spec), **spec}
+
+    before, key = asked("sparse")
+    assert "distill" not in before
+    assert "distill" not in key
+    keys = {key["digest"]}
+    for kind in ("soft", "hard", "token"):
+        spec, key = asked(kind)
+        assert spec == {**before, "distill": kind}
+        keys.add(key["digest"])
+        assert asked(kind, hard_weight=1.0)[0] == {**before, "hard_weight": 1.0}
+    assert len(keys) == 4
+
+
+@pytest.mark.slow
+def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Seed, candidates, second seeds, trust and the final comparison learn alike."""
+    small = {"embed_dim": 64, "depth": 4, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8}
+    seed = tmp_path / "seed.json"
+    seed.write_text(json.dumps({**small, "dist_token": True}))
+    jobs: list[Job] = []
+
+    class Watching(InlineExecutor):
+        def run(self, job: Job, **more: Any) -> Result:
+            jobs.append(job)
+            return super().run(job, **more)
+
+    given = settings(
+        finished, seed=str(seed), family="vit", distill="token", target_params="110K", beam=2,
+        shortlist=6, proxied=6, steps=1, choose="spread", params_tolerance=0.3,
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    outcome = contract(**given, out=folder, executor=Watching(), trust=3)
+    assert outcome.status == "reached"
+    trained = [job for job in jobs if job.kind == "train"]
+    alone = [job for job in trained if job.key.startswith("trust-hard-")]
+    assert len(alone) == 3
+    for job in trained:
+        assert job.spec.get("distill") == (None if job in alone else "token"), job.key
+    lost = set()
+    for job in trained:
+        told = json.loads((Path(job.spec["out"]) / "result.json").read_text())["values"]
+        says = any("no distillation token" in note for note in told["notes"])
+        assert says == (job not in alone and not job.spec["arch"]["dist_token"]), job.key
+        lost |= {job.key} if says else set()
+    assert any(key.startswith("s1-") for key in lost)
+    assert {r["name"] for r in table(folder / "trust.csv")} >= {"proxy (inherit), hard labels"}
+    assert "`--distill token`" in (folder / "report.md").read_text()
+
+
 def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> None:
     bounds = ("macs<=900000000", "peak_mem_mb<=300@cpu", "speedup>=3@cpu:onnxruntime:float32:b1")
     own = "images_per_s>=50@cpu:eager:float32:b16"
@@ -418,6 +511,11 @@ def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(
 
     with pytest.raises(InputError, match=r"--batch-size: got 65536, .*out of memory\?$"):
         plan(**settings(finished, batch_size=65536, steps=1), executor=Full())
+
+
+def test_a_token_that_the_seed_has_not_cannot_be_planned(finished: Finished) -> None:
+    with pytest.raises(InputError, match=r"--distill: got token for .*hard learns"):
+        plan(**settings(finished, distill="token"), executor=InlineExecutor())
 
 
 def test_trust_is_checked_at_the_door(finished: Finished, tmp_path: Path) -> None:

@@ -72,6 +72,23 @@ def draws(
         ]
 
 
+def shares(
+    codes: Sequence[int], partner_codes: Sequence[int], size: tuple[int, int], spec: AugmentSpec
+) -> NDArray[np.float64]:
+    """Give how much of each mixed input is its own image, [n]; the rest is its partner's.
+
+    mixup's lambda, or the share of the pixels that CutMix's box leaves, by which timm mixes labels.
+    """
+    area = size[0] * size[1]
+    return np.array(
+        [
+            share if box is None else 1.0 - (box[1] - box[0]) * (box[3] - box[2]) / area
+            for share, box in draws(codes, partner_codes, size, spec)
+        ],
+        dtype=np.float64,
+    )
+
+
 @lru_cache(maxsize=4096)  # both of a pair ask, mostly one after the other
 def _drawn(
     low: int, high: int, size: tuple[int, int], spec: AugmentSpec

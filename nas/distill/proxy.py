@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nas.distill.losses import SoftLoss, sparse_soft_cross_entropy
 from nas.distill.recalibrate import first_inputs, recalibrate
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore
+from nas.distill.teaching import DistillLoss, Taught, set_token_training
 from nas.jobs import Tick, no_tick
 from nas.rates import INITS
 from nas.training.loop import TrainSettings, place, train
@@ -119,7 +120,7 @@ def train_and_score(
     beyond: str = "cycle",
     label_epochs: int | None = None,
     topk: int | None = None,
-    loss: SoftLoss | None = None,
+    loss: SoftLoss | DistillLoss | None = None,
     tick: Tick = no_tick,
 ) -> ProxyScore:
     """Train an arch on stored labels and score it on the holdout; no teacher in memory.
@@ -132,7 +133,8 @@ def train_and_score(
     with per-image scores beside them (`<stem>.holdout.safetensors`). `checkpoint` and `stop_after`
     as in `nas.training.loop.train`; `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) as in
     `Replay`. The score is always the plain cross-entropy, whatever `loss` (by default the same)
-    trains. Raises `Diverged`, `InputError`.
+    trains; one that teaches a distillation token teaches the one head of a net without. Raises
+    `Diverged`, `InputError`.
     """
     started = time.perf_counter()
     loss = SoftLoss() if loss is None else loss
@@ -150,14 +152,32 @@ def train_and_score(
         device=device,
     )  # fmt: skip
 
+    notes, learns = list(replay.notes), loss
+    if isinstance(loss, DistillLoss):
+        learns = loss.on(model)
+        set_token_training(model, learns.kind == "token")
+    if learns != loss:
+        notes.append(f"no distillation token here: {learns.kind} distillation on its one head")
+
     def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, index, prob, tail = _placed(batch, device)
-        return loss(net(inputs), index, prob, tail, batch.truth.to(device))
+        truth = batch.truth.to(device)
+        if isinstance(learns, DistillLoss):
+            return learns(net(inputs), truth, Taught(index=index, prob=prob, tail=tail))
+        return learns(net(inputs), index, prob, tail, truth)
+
+    def batches(epoch: int) -> Iterator[Batch]:
+        for batch in replay.epoch(epoch):
+            if isinstance(learns, DistillLoss) and learns.needs_truth:
+                # Of mixed images the classes of both, as the teacher's labels are of both.
+                yield replace(batch, truth=replay.truth(epoch, batch.rows.numpy()))
+            else:
+                yield batch
 
     with torch.random.fork_rng(devices=[]):  # what a net may draw (dropout) is the job's own, too
         torch.manual_seed(random_seed)
         history = train(
-            model, lambda epoch: replay.epoch(first_epoch + epoch), step_loss, settings,
+            model, lambda epoch: batches(first_epoch + epoch), step_loss, settings,
             steps_per_epoch=replay.steps_per_epoch, device=device, tick=tick,
             checkpoint=checkpoint, stop_after=stop_after,
         )  # fmt: skip
@@ -187,7 +207,7 @@ def train_and_score(
         weights_digest=digest,
         weights=str(out_weights) if out_weights is not None else None,
         per_image=str(per_image) if per_image is not None else None,
-        notes=replay.notes,
+        notes=tuple(notes),
     )
 
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 import nas.data
 from nas.data import Split
-from nas.distill.augment import AugmentSpec, eval_batch
+from nas.distill.augment import eval_batch
 from nas.distill.keytable import raw_keys, words
 from nas.distill.labels import Labels
+from nas.distill.mixing import shares
 from nas.distill.store import LabelStore, dropped_keys
-from nas.distill.views import Plan, Recipe, Views, make_augmenter, make_plan
+from nas.distill.stream import Inputs, stream
+from nas.distill.views import NOBODY, Plan, make_plan
 from space.errors import refuse
 
 Rows = NDArray[np.int64]
@@ -69,38 +69,6 @@ def epoch_order(split: Split, rows: Rows, random_seed: int, epoch: int) -> Rows:
     return by_key[np.argsort(draws, kind="stable")]
 
 
-class _Inputs(Dataset[Tensor]):
-    """Makes whole batches, here or in loader workers, which are sent nothing but recipes: what a
-    worker holds does not grow with the data set."""
-
-    def __init__(self, pixels: Any, spec: AugmentSpec, device: str) -> None:
-        self._pixels, self._spec, self._device = pixels, spec, device
-        self._views: Views | None = None
-
-    def __getitem__(self, recipe: Any) -> Tensor:
-        if self._views is None:
-            augmenter = make_augmenter(self._spec, self._device)
-            self._views = Views(self._pixels, augmenter, self._spec)
-        return self._views.inputs(recipe)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_views": None}
-        name = getattr(self._pixels, "filename", None)
-        if name is not None and _mapped(name).shape == self._pixels.shape:
-            state["_pixels"] = str(name)  # mapped pixels go by path
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if isinstance(state["_pixels"], str):
-            state["_pixels"] = _mapped(state["_pixels"])
-        self.__dict__.update(state)
-
-
-def _mapped(name: Any) -> NDArray[np.uint8]:
-    pixels: NDArray[np.uint8] = np.load(name, mmap_mode="r", allow_pickle=False)
-    return pixels
-
-
 class Replay:
     """The training side of a store: the same inputs and labels in every run that asks.
 
@@ -149,7 +117,7 @@ class Replay:
         )  # fmt: skip
         batched = self._spec.engine == "batched"
         self._workers = 0 if batched else workers
-        self._inputs = _Inputs(split.pixels, self._spec, device if batched else "cpu")
+        self._inputs = Inputs(split.pixels, self._spec, device if batched else "cpu")
         raw = raw_keys(split.keys)
         self._at = store.keys.rows(raw)
         self._table = np.full(len(store.keys), -1, dtype=np.int64)
@@ -184,11 +152,14 @@ class Replay:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Replay one epoch."""
+        return self.made(epoch, self.batches(epoch))
+
+    def made(self, epoch: int, batches: Sequence[Rows]) -> Iterator[Batch]:
+        """Replay batches of one's own choice, rows of the split that `present` names."""
         labels = self._store.epoch(self._stored(epoch))
-        batches = self.batches(epoch)
         plan = self._planned(epoch)
         recipes = [plan.of(self._at[rows]) for rows in batches]
-        for rows, made in zip(batches, self._made(recipes), strict=True):
+        for rows, made in zip(batches, stream(self._inputs, recipes, self._workers), strict=True):
             said = labels[self._at[rows]]
             yield _batch(made, said if self._topk is None else said.best(self._topk),
                          self._split.labels[rows], rows)  # fmt: skip
@@ -196,6 +167,26 @@ class Replay:
     def inputs(self, epoch: int, rows: Rows) -> Tensor:
         """Make the inputs of rows in an epoch: float32 [n, 3, S, S]."""
         return self._inputs[self._planned(epoch).of(self._at[rows])]
+
+    def truth(self, epoch: int, rows: Rows) -> Tensor:
+        """Give the true classes of rows in an epoch, int64 [n] (-1: none).
+
+        Of a store that mixes images their shares, float32 [n, C], as the inputs are mixed.
+        """
+        own = np.asarray(self._split.labels[rows])
+        recipe = self._planned(epoch).of(self._at[rows])
+        if recipe.partner_rows is None or recipe.partner_codes is None or (own < 0).all():
+            return torch.from_numpy(own)
+        mixed = np.flatnonzero(recipe.partner_rows != NOBODY)
+        share = np.ones(len(rows))
+        share[mixed] = shares(
+            recipe.codes[mixed].tolist(), recipe.partner_codes[mixed].tolist(),
+            (self._spec.img_size, self._spec.img_size), self._spec,
+        )  # fmt: skip
+        found = np.zeros((len(rows), self._store.spec.num_classes), dtype=np.float32)
+        found[np.arange(len(rows)), own] = share
+        found[mixed, self._split.labels[recipe.partner_rows[mixed]]] += 1 - share[mixed]
+        return torch.from_numpy(found)
 
     def labels(self, epoch: int, rows: Rows) -> Labels:
         """Read the labels of rows in an epoch."""
@@ -244,19 +235,6 @@ class Replay:
         )
         steps = len(batch_sizes(max(counts), self._batch_size))
         return max(1, min(steps, min(counts) // 2))
-
-    def _made(self, recipes: list[Recipe]) -> Iterator[Tensor]:
-        if self._workers == 0:
-            return (self._inputs[recipe] for recipe in recipes)
-        loader: DataLoader[Tensor] = DataLoader(
-            self._inputs,
-            batch_size=None,
-            sampler=cast(Any, recipes),
-            num_workers=self._workers,
-            multiprocessing_context="spawn",
-            generator=torch.Generator(),  # the loader's own, so that the global one stays put
-        )
-        return iter(loader)
 
 
 def _usable(

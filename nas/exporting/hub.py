@@ -132,6 +132,15 @@ def _pace(pace: Any) -> list[str]:
 def _lineage(left: Left, config: Any) -> list[str]:
     if not config:
         return []
+    recipe = config.get("recipe")
+    if isinstance(recipe, dict):
+        origin = Path(str(config.get("arch_from", "?")))
+        start = Path(str(config.get("init", "?"))).name
+        return [
+            f"arch of {'/'.join(origin.parts[-2:])}, trained from {start}",
+            f"recipe {recipe.get('name')}, {recipe.get('epochs')} epochs, whole batches of "
+            f"{recipe.get('batch_size')}, random seed {config.get('random_seed')}",
+        ]
     seed = Path(str(config.get("seed", ""))).stem
     target = config.get("target_params")
     return [

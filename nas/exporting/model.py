@@ -26,7 +26,7 @@ PREPROCESSING = ("crop_pct", "interpolation", "mean", "std")
 class Left:
     """A model that a run left: what its JSON tells, its weights, and the run's own account.
 
-    `run` is the `run.json` beside it, empty where there is none.
+    `run` is the `run.json` (or `train.json`) beside it, empty where there is none.
     """
 
     path: Path
@@ -141,9 +141,10 @@ def _check(found: Left) -> None:
 
 
 def _run(path: Path) -> Mapping[str, Any]:
-    """Read the account of the run that a model lies in, where there is one."""
+    """Read the account of the run or training that a model lies in, where there is one."""
     for folder in (path.parent, path.parent.parent):
-        if (folder / "run.json").is_file():
-            data = read_json(folder / "run.json", "the run.json of a run")
-            return data if isinstance(data, dict) else {}
+        for name in ("run.json", "train.json"):
+            if (folder / name).is_file():
+                data = read_json(folder / name, f"the {name} of a run")
+                return data if isinstance(data, dict) else {}
     return {}

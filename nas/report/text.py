@@ -213,6 +213,12 @@ def caveats(run: RunFiles) -> list[str]:
         f"{images if images is not None else 'the'} holdout images that the search chose by. It "
         "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen.",
     ]
+    distill = config.get("distill", "sparse")
+    if distill != "sparse":
+        said.append(
+            f"Trainings learned half from the true labels and half from the teacher (`--distill "
+            f"{distill}`); scores are the soft loss against the teacher's labels all the same."
+        )
     trusted = section(run.result, "trust").get("says")
     if trusted:
         said.append(f"Put to the test (`trust.csv`): {trusted}.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nas.jobs import Job, Result, Tick, no_tick
-from nas.runner import importance, labels, measuring, pace, score, train, zero_cost
+from nas.runner import heads, importance, labels, measuring, pace, score, train, zero_cost
 from space.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ _KINDS: dict[str, Callable[[Mapping[str, Any], Tick], Values]] = {
     "train": train.train,
     "score": score.score,
     "pace": pace.pace,
+    "heads": heads.heads,
     "zero-cost": zero_cost.zero_cost,
     "importance": importance.importance,
     "inherit": importance.inherit_weights,

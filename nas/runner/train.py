@@ -78,6 +78,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
     from nas.distill.losses import SoftLoss
     from nas.distill.proxy import evaluate_test, mean_se, proxy_settings, train_and_score
     from nas.distill.store import open_store
+    from nas.distill.teaching import DistillLoss
     from nas.measure.macs import fvcore_macs
 
     if (out / "result.json").is_file():  # another run finished it while this one waited
@@ -110,6 +111,11 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
     if before is not None:
         images = spec.get("images") or len(dataset.train)
         tick = _without(tick, float(before["epochs"] * images))
+    # Absent from the jobs of before there was a choice, as from those that stay with sparse.
+    loss: SoftLoss | DistillLoss = SoftLoss(hard_weight=spec.get("hard_weight", 0.0))
+    if "distill" in spec:
+        assert "hard_weight" not in spec, "one loss"
+        loss = DistillLoss(spec["distill"])
     weights = part / "weights.safetensors"
     score = train_and_score(
         family,
@@ -127,7 +133,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
         parent_order=order,
         first_epoch=spec["first_epoch"],
         images_per_epoch=spec.get("images"),
-        loss=SoftLoss(hard_weight=spec.get("hard_weight", 0.0)),
+        loss=loss,
         out_weights=weights,
         checkpoint=checkpoint,
         stop_after=rung,

@@ -34,15 +34,20 @@ class Position:
 
 
 def save_checkpoint(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, position: Position
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: Position,
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write model, optimizer, random state and position atomically into one file."""
+    """Write model, optimizer, random state, position and `more` atomically into one file."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"optimizer.{names[id(parameter)]}.{key}"] = value
+    tensors |= {f"more.{k}": v for k, v in (more or {}).items()}
     tensors["rng.cpu"] = torch.get_rng_state()
     if _on_cuda(model):
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -57,8 +62,10 @@ def load_checkpoint_into(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     plan: Mapping[str, Any],
+    more: Mapping[str, torch.Tensor] | None = None,
 ) -> Position:
-    """Put model, optimizer and random state back; refuse another training's file, or damage."""
+    """Put model, optimizer, random state and `more` back, in place; refuse another training's file,
+    or damage."""
     text = read_metadata(path, name=_NAME).get(_KEY)
     if text is None:
         raise refuse(_NAME, path, "a file that this toolkit's training wrote", "remove it")
@@ -79,6 +86,8 @@ def load_checkpoint_into(
         found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         if found:
             optimizer.state[parameter] = {k: _like(v, parameter) for k, v in found.items()}
+    for name, tensor in (more or {}).items():
+        tensor.copy_(tensors[f"more.{name}"])
     torch.set_rng_state(tensors["rng.cpu"])
     if "rng.cuda" in tensors and _on_cuda(model):
         torch.cuda.set_rng_state(tensors["rng.cuda"])

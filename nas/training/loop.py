@@ -1,6 +1,7 @@
-"""The one loop for everything that trains: teacher, proxy, and later the full recipe.
+"""How everything trains: the step that all share, and the loop of teachers and proxies.
 
-What differs between them - batches and loss - is passed in.
+What differs between them - batches and loss - is passed in. Full trainings (`nas.trainer`) take the
+same step in a loop of their own, which stops and goes on inside an epoch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,24 +153,27 @@ def train(
     """
     place(model, device)
     optimizer = make_optimizer(model, settings)
-    scaler = _make_scaler(settings, device)
+    stepper = Stepper(
+        model, optimizer, device=device, dtype=amp_dtype(settings, device),
+        clip_norm=settings.clip_norm,
+    )  # fmt: skip
     plan = {**asdict(settings), "steps_per_epoch": steps_per_epoch}
     done: list[Epoch] = []
     if checkpoint is not None and checkpoint.exists():
         position = load_checkpoint_into(checkpoint, model, optimizer, plan)
         done = [Epoch(**record) for record in position.extra["epochs"]]
-        scaler.load_state_dict(position.extra["scaler"])
+        stepper.scaler.load_state_dict(position.extra["scaler"])
         tick(float(sum(e.images for e in done)))
     last = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
     for epoch in range(len(done), last):
         model.train()
         record = _train_epoch(
-            model, optimizer, scaler, epoch_batches(epoch), step_loss, settings,
-            epoch=epoch, steps_per_epoch=steps_per_epoch, device=device, tick=tick,
+            model, stepper, epoch_batches(epoch), step_loss, settings,
+            epoch=epoch, steps_per_epoch=steps_per_epoch, tick=tick,
         )  # fmt: skip
         done.append(record)
         if checkpoint is not None:
-            extra = {"epochs": [asdict(e) for e in done], "scaler": scaler.state_dict()}
+            extra = {"epochs": [asdict(e) for e in done], "scaler": stepper.scaler.state_dict()}
             save_checkpoint(checkpoint, model, optimizer, Position(len(done), plan, extra))
     model.train()
     return History(tuple(done))
@@ -177,64 +181,126 @@ def train(
 
 def _train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,
+    stepper: Stepper,
     batches: Iterable[B],
     step_loss: Callable[[nn.Module, B], torch.Tensor],
     settings: TrainSettings,
     *,
     epoch: int,
     steps_per_epoch: int,
-    device: str,
     tick: Tick,
 ) -> Epoch:
     """One pass over the batches of an epoch."""
     started = time.perf_counter()
     total_steps = settings.epochs * steps_per_epoch
     warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
-    dtype = amp_dtype(settings, device)
-    every = check_every(device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    images = 0
+    stepper.begin()
     step = epoch * steps_per_epoch
     for batch in batches:
         rate = lr_at(
             step, total_steps=total_steps, warmup_steps=warmup_steps,
             lr=settings.lr, min_lr=min(settings.min_lr, settings.lr),
         )  # fmt: skip
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with _autocast(device, dtype):
-            losses = step_loss(model, batch)
-        assert losses.ndim == 1, "step_loss returns one loss per image"
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(losses.mean()).backward()
-        if settings.clip_norm is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        # A non-finite sum stays so: on a GPU a late look still sees what happened before.
-        loss_sum += losses.detach().sum(dtype=torch.float64)
-        if step % every == 0 and not math.isfinite(float(loss_sum)):
-            raise Diverged(step, float(loss_sum))
-        scaler.step(optimizer)
-        scaler.update()
-        images += len(losses)
+        tick(float(stepper.take(model, (batch,), step_loss, rate, step=step)))
         step += 1
-        tick(float(len(losses)))
     assert step == (epoch + 1) * steps_per_epoch, "an epoch has as many batches as announced"
-    total = float(loss_sum)
-    if not math.isfinite(total):
-        raise Diverged(step - 1, total)
+    total, images = stepper.end(step - 1)
     return Epoch(total / max(images, 1), images, time.perf_counter() - started)
+
+
+class Stepper:
+    """Takes optimizer steps, and remembers the loss since `begin`.
+
+    `dtype` is that of mixed precision, or None for full precision. The loss is looked at on every
+    step on the CPU, every 32nd on a GPU, which has to be waited for. `everyone` sums a number over
+    all processes that train together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: str,
+        dtype: torch.dtype | None,
+        clip_norm: float | None,
+        everyone: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self._everyone = everyone
+        kind = device.split(":")[0]
+        self.scaler: Any = torch.amp.GradScaler(kind, enabled=dtype is torch.float16)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._device, self._dtype, self._clip = device, dtype, clip_norm
+        self._every = check_every(device)
+        self.begin()
+
+    def begin(self, loss_sum: float = 0.0, images: int = 0) -> None:
+        """Forget the loss so far, or go on from one."""
+        self.loss_sum = torch.full((), loss_sum, dtype=torch.float64, device=self._device)
+        self.images = images
+
+    def take(
+        self,
+        network: nn.Module,
+        batches: Sequence[B],
+        step_loss: Callable[[nn.Module, B], torch.Tensor],
+        rate: float,
+        *,
+        step: int,
+        share: float | None = None,
+        before: Callable[[int], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> int:
+        """Take one step on the mean loss of one batch, or of several that are seen in turn.
+
+        `rate` is the learning rate, of which each group takes its `lr_scale`. `share` weighs a sum
+        of losses (one over the whole batch's images); None means the mean of the one batch.
+        `before(i)` is entered around the i-th batch. Returns the images seen here. Raises
+        `Diverged` where the loss is looked at and is not finite.
+        """
+        assert share is not None or len(batches) == 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        seen = 0
+        for at, batch in enumerate(batches):
+            with contextlib.nullcontext() if before is None else before(at):
+                with _autocast(self._device, self._dtype):
+                    losses = step_loss(network, batch)
+                assert losses.ndim == 1, "step_loss returns one loss per image"
+                if at == 0:
+                    self.optimizer.zero_grad(set_to_none=True)
+                mean = losses.mean() if share is None else losses.sum() * share
+                self.scaler.scale(mean).backward()
+            # A non-finite sum stays so: on a GPU a late look still sees what happened before.
+            self.loss_sum += losses.detach().sum(dtype=torch.float64)
+            seen += len(losses)
+        if self._clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        if step % self._every == 0:
+            self.look(step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.images += seen
+        return seen
+
+    def look(self, step: int) -> float:
+        """Return the sum of losses since `begin`; raises `Diverged` when it is not finite."""
+        total = self.total()
+        if not math.isfinite(total):
+            raise Diverged(step, total)
+        return total
+
+    def total(self) -> float:
+        """Return the sum of losses since `begin`, of all processes that train together."""
+        return float(self.loss_sum if self._everyone is None else self._everyone(self.loss_sum))
+
+    def end(self, step: int) -> tuple[float, int]:
+        """Return the sum of losses and the images since `begin`; raises `Diverged`."""
+        return self.look(step), self.images
 
 
 def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     if dtype is None:
         return contextlib.nullcontext()
-    return torch.autocast("cuda", dtype=dtype)
-
-
-def _make_scaler(settings: TrainSettings, device: str) -> Any:
-    """Gradient scaler; does nothing unless training in float16."""
-    enabled = amp_dtype(settings, device) is torch.float16
-    return torch.amp.GradScaler("cuda", enabled=enabled)
+    return torch.autocast(device.split(":")[0], dtype=dtype)

@@ -1,0 +1,381 @@
+"""Train a model for real: `python -m nas.train --arch RUN/best.json --data DATA --out DIR`.
+
+By a recipe with published values, each of which --set overrides; alone or under torchrun; from
+true labels, a label store or a teacher that is asked while training. Killed at any moment, it goes
+on: --resume DIR. The folder's best.json is what nas.export takes. Exit status 3: it diverged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nas.command import Parser, default_cache, guarded
+from nas.config import RunConfig, parse_share
+from nas.data.values import EMBEDDED
+from nas.door import prepared
+from nas.files import read_json
+from nas.measure.fingerprint import take_fingerprint, usable_cpus
+from nas.progress import Console
+from nas.provenance import dataset_card, git_commit, versions
+from nas.trainer.values import AMPS, TrainConfig, read_config
+from nas.training.recipe import CHOICES, PRESETS, Recipe, changed, find_recipe
+from space import Context, get_family
+from space.errors import InputError, refuse
+
+if TYPE_CHECKING:
+    from nas.trainer.ranks import Ranks
+    from nas.trainer.work import Machine
+
+EXIT_FINISHED, EXIT_DIVERGED = 0, 3
+REFERENCE = Context(224, 1000)
+"""Where a net's size is counted to choose what a recipe publishes by size."""
+
+
+def build_parser() -> Parser:
+    """Return the parser."""
+    parser = Parser(
+        prog="python -m nas.train", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    what = parser.add_argument_group("what")
+    add = what.add_argument
+    add("--arch", metavar="ARCH", help="a published name (5M), a JSON file with an arch, or a run")
+    add("--family", metavar="NAME", help=f"of a published name (default: {RunConfig.family})")
+    add(
+        "--data",
+        help="as in nas.contract: digits, fractals, a folder, torch/..., hfds/..., wds/...",
+    )
+    add("--labels", metavar="STORE", help="learn from stored labels (python -m nas.labels build)")
+    add(
+        "--teacher",
+        metavar="NET",
+        help="ask a teacher while training: auto, a timm name, MODEL:FILE",
+    )
+    add("--distill", choices=CHOICES["distill"], help="how (default: the recipe's, else sparse "
+        "with --labels and soft with --teacher)")  # fmt: skip
+    add("--init", default="scratch", metavar="WEIGHTS", help="scratch, a file, or a timm tag")
+    add("--resize", default="own", metavar="HOW", help="positions of another image size: own, or "
+        "as the family offers: published, timm")  # fmt: skip
+    add("--head-map", metavar="FILE", help="for each class the old one it starts from, -1 for none")
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("--recipe", default="small", metavar="NAME",
+        help=f"{', '.join(PRESETS)}, or a JSON file (default: small)")  # fmt: skip
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value")
+    add("--epochs", type=int, help="short for --set epochs=N")
+    add("--batch-size", type=int, help="the whole batch, of all processes and turns")
+    add("--img-size", type=int, metavar="PX", help="default: the recipe's, or the data's")
+    add("--random-seed", type=int, default=0)
+    data = parser.add_argument_group("data")
+    add = data.add_argument
+    add("--proxy-images", type=int, metavar="N", help="use so many images only (default: all)")
+    add("--max-broken", default="1%", metavar="SHARE")
+    add("--no-pixel-cache", dest="pixel_cache", action="store_false",
+        help="decode files each time instead of keeping their pixels")  # fmt: skip
+    add("--missing", choices=("refuse", "skip"), default="refuse", help="images without a label")
+    add("--teacher-epochs", type=int, default=15, help="of the auto teacher")
+    add("--cache-dir", metavar="DIR")
+    machine = parser.add_argument_group("machine (may change on --resume)")
+    add = machine.add_argument
+    add("--device", default="cpu", help="cpu or cuda; under torchrun each process has its own GPU")
+    add("--threads", type=int, help="torch's, a process (default: the cores, shared)")
+    add("--workers", type=int, help="loader processes of each process (default: 0; 8 with a GPU)")
+    add("--accumulate", type=int, metavar="N", help="turns in which a process sees its share of a "
+        "batch (default: 1)")  # fmt: skip
+    add("--amp", choices=AMPS, help="mixed precision (default: auto: on GPUs)")
+    add("--compile", action="store_true", default=None, help="torch.compile")
+    add("--grad-checkpointing", action="store_true", default=None, help="less memory, more time")
+    add("--save-steps", type=int, metavar="N", help="steps between checkpoints (default: 500)")
+    add("--keep-every", type=int, metavar="N", help="keep a model every N epochs (default: none)")
+    run = parser.add_argument_group("run")
+    add = run.add_argument
+    add("--out", metavar="DIR", help="a new folder")
+    add("--resume", metavar="DIR", help="go on with a training")
+    add("--plan", action="store_true", help="print every value, and stop")
+    add("--evaluate", metavar="MODEL", help="evaluate a model of a run or training on --data")
+    add("--split", choices=("test", "holdout"), default="test", help="for --evaluate")
+    add("--quiet", action="store_true")
+    add("--json", action="store_true", help="end with one line of JSON")
+    return parser
+
+
+def resolve_arch(name: str, family: str | None) -> tuple[str, dict[str, Any], str]:
+    """Find an arch by published name, in a JSON file or in a run: (family, arch, where it is from).
+
+    Raises InputError.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "best.json"
+        name = str(path)
+    if path.suffix == ".json" and path.is_file():
+        told = read_json(path, "an arch")
+        if family is None and isinstance(told, dict) and "family" in told:
+            family = str(told["family"])
+        name = str(path.resolve())
+    found = get_family(family or RunConfig.family)
+    try:
+        arch = found.seed(name)
+    except InputError as error:
+        raise InputError(str(error).replace("--seed", "--arch")) from None
+    return found.name, found.to_dict(arch), name
+
+
+def make_config(given: argparse.Namespace) -> TrainConfig:
+    """Resolve what the flags say. Raises InputError."""
+    for flag in ("arch", "data", "out"):
+        if getattr(given, flag) is None and not (flag == "out" and given.plan):
+            raise refuse(f"--{flag}", "nothing", f"what --help says of --{flag}")
+    family, arch, arch_from = resolve_arch(given.arch, given.family)
+    params = get_family(family).count_params(get_family(family).arch(arch), REFERENCE)
+    recipe = find_recipe(given.recipe, params, given.set)
+    return TrainConfig(
+        family=family, arch=arch, arch_from=arch_from, data=_path(given.data, data=True),
+        recipe=_fitted(recipe, given), img_size=given.img_size, proxy_images=given.proxy_images,
+        max_broken=parse_share("--max-broken", given.max_broken), pixel_cache=given.pixel_cache,
+        labels=None if given.labels is None else _path(given.labels), missing=given.missing,
+        teacher=given.teacher, teacher_epochs=given.teacher_epochs,
+        init=given.init if given.init == "scratch" else _path(given.init), resize=given.resize,
+        head_map=None if given.head_map is None else _path(given.head_map),
+        random_seed=given.random_seed,
+    )  # fmt: skip
+
+
+def _fitted(recipe: Recipe, given: argparse.Namespace) -> Recipe:
+    """Put the short flags into the recipe, and what stored labels decide."""
+    changes: dict[str, Any] = {}
+    for name in ("epochs", "batch_size", "distill"):
+        if getattr(given, name) is not None:
+            changes[name] = getattr(given, name)
+    taught = given.labels is not None or given.teacher is not None
+    if "distill" not in changes and recipe.distill == "none" and taught:
+        changes["distill"] = "sparse" if given.labels is not None else "soft"
+    named = {text.partition("=")[0].strip().replace("-", "_") for text in given.set}
+    if given.labels is not None:  # what is stored is augmented and mixed already
+        stored = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
+        changes |= {k: v for k, v in stored.items() if k not in named}
+    if "epochs" in changes and "warmup_epochs" not in named:
+        changes["warmup_epochs"] = min(recipe.warmup_epochs, 0.2 * changes["epochs"])
+    return changed(recipe, changes)
+
+
+def _path(text: str, *, data: bool = False) -> str:
+    """Make a path absolute, so that a resume may start elsewhere; names stay names."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() and not (data and text in EMBEDDED) else text
+
+
+def _machine(given: argparse.Namespace, before: Mapping[str, Any], ranks: Ranks) -> Machine:
+    """Resolve what the training runs on: what is given now, else what it began with."""
+    from nas.trainer.work import Machine, resolve_amp
+
+    asked = {
+        "threads": given.threads, "workers": given.workers, "turns": given.accumulate,
+        "compile": given.compile, "grad_checkpointing": given.grad_checkpointing,
+        "save_steps": given.save_steps, "keep_every": given.keep_every,
+        "amp": None if given.amp is None else resolve_amp(given.amp, ranks.device),
+    }  # fmt: skip
+    usual = {
+        "threads": max(1, usable_cpus() // ranks.world), "amp": resolve_amp("auto", ranks.device),
+        "workers": 0 if ranks.device == "cpu" else max(0, min(8, usable_cpus() // ranks.world - 1)),
+    }  # fmt: skip
+    # The number of threads decides bits: a resumed training keeps it, unless told otherwise.
+    known = {f.name for f in dataclasses.fields(Machine)}
+    kept = {k: v for k, v in before.items() if k in known}
+    given_now = {k: v for k, v in asked.items() if v is not None}
+    return Machine(**{**usual, **kept, **given_now})
+
+
+def describe(config: TrainConfig, world: int) -> list[str]:
+    """Say every value that decides the training, in lines."""
+    recipe = config.recipe
+    family, arch = config.of
+    peak, least, first = recipe.rates()
+    values = {k: v for k, v in recipe.to_dict().items() if k != "name"}
+    told = ", ".join(f"{k}={'none' if v is None else v}" for k, v in values.items())
+    return [
+        f"arch: {family.name} {family.label(arch)} (of {config.arch_from})",
+        f"recipe {recipe.name}: {told}",
+        f"rates for whole batches of {recipe.batch_size}: peak {peak:g}, least {least:g}, "
+        f"first {first:g}; {world} process{'es' if world > 1 else ''}",
+    ]
+
+
+def train(given: argparse.Namespace) -> dict[str, Any]:
+    """Train, or go on; returns what `result.json` holds."""
+    import torch
+
+    from nas.trainer.batches import Share, check_parts
+    from nas.trainer.folder import Folder
+    from nas.trainer.ranks import together, world_of
+    from nas.trainer.work import Work
+
+    told: dict[str, Any] = {}
+    main = world_of()[0] == 0
+    console = Console(quiet=given.quiet or not main)
+    if given.resume is not None:
+        folder = Folder(Path(given.resume))
+        told = folder.told()
+        config = read_config(told["config"])
+    else:
+        config = make_config(given)
+        folder = Folder(Path(given.out))
+        if main and folder.path.exists() and any(folder.path.iterdir()):
+            folder.begin({})  # refuses before any work
+    finished = folder.path / "result.json"
+    if given.resume is not None and finished.is_file():
+        result: dict[str, Any] = read_json(finished, "a finished training")
+        if result["status"] == "finished":
+            return result
+    take_fingerprint(given.device, 1)  # refuses a device that is not there
+    turns = given.accumulate or told.get("machine", {}).get("turns", 1)
+    share = Share(*world_of()[:2], turns)
+    check_parts("batch_size", config.recipe.batch_size, share, even=config.recipe.mixes)
+    cache = Path(given.cache_dir) if given.cache_dir else default_cache()
+    with together(given.device) as ranks:
+        machine = _machine(given, told.get("machine", {}), ranks)
+        torch.set_num_threads(machine.threads)
+        for line in describe(config, ranks.world):
+            console.line(line)
+        dataset = prepared(config.data_spec, cache, console)
+        work = Work(config, machine, dataset, folder, ranks, cache, console.line)
+        if main:
+            settings = work.settings() | {
+                "dataset": dataset_card(dataset), "versions": versions(), "git": git_commit(),
+                "fingerprint": dataclasses.asdict(take_fingerprint(ranks.device, machine.threads)),
+            }  # fmt: skip
+            if not told:
+                folder.begin(settings)
+        ranks.wait()
+        steps, images = work.source.steps_per_epoch, work.source.images_per_epoch
+        console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
+        try:
+            console.start(float(config.teacher_epochs * len(dataset.train)), "images")
+            teacher = work.teacher(console.advance)
+            console.stop()
+            console.start(float(images * config.recipe.epochs), "images")
+            return work.train(teacher, console.advance, _pace(config, work.ctx))
+        finally:
+            console.stop()
+
+
+def _pace(config: TrainConfig, ctx: Context) -> Any:
+    """Take over the throughput that a run measured of this arch, if it is the same net."""
+    path = Path(config.arch_from)
+    if not path.is_file():
+        return None
+    told = read_json(path, "an arch")
+    same = (told.get("img_size"), told.get("num_classes")) == (ctx.img_size, ctx.num_classes)
+    return told.get("throughput") if same else None
+
+
+def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate a model that a run or a training left, on a split of a data set."""
+    from nas.data import DataSpec
+    from nas.distill.presets import preset_spec
+    from nas.exporting.model import left_by
+    from nas.trainer.evaluation import evaluate
+    from nas.trainer.values import ALL_IMAGES
+
+    if given.data is None:
+        raise refuse("--data", "nothing", "the data set to evaluate on")
+    left = left_by(Path(given.evaluate))
+    console = Console(quiet=given.quiet)
+    spec = DataSpec(
+        given.data, given.img_size or left.context.img_size, given.proxy_images or ALL_IMAGES,
+        parse_share("--max-broken", given.max_broken), given.random_seed,
+        pixel_cache=given.pixel_cache,
+    )  # fmt: skip
+    cache = Path(given.cache_dir) if given.cache_dir else default_cache()
+    dataset = prepared(spec, cache, console)
+    if dataset.num_classes != left.context.num_classes:
+        raise refuse("--data", f"{dataset.name} with {dataset.num_classes} classes",
+                     f"the {left.context.num_classes} classes of {left.path}")  # fmt: skip
+    split = getattr(dataset, given.split)
+    console.start(float(len(split)), "images")
+    try:
+        outcome = evaluate(
+            left.build(), split, preset_spec("default", dataset),
+            num_classes=dataset.num_classes, tick=console.advance,
+        )  # fmt: skip
+    finally:
+        console.stop()
+    (top1, se), (top5, se5) = outcome.top(1), outcome.top(5)
+    table = outcome.by_class(dataset.classes)
+    if given.out is not None:
+        try:
+            Path(given.out).write_text(table, encoding="utf-8")
+        except OSError as error:
+            raise refuse("--out", given.out, "a CSV file to write", error.strerror or "") from None
+    console.line(
+        f"{given.split}: top-1 {top1:.2%} +- {se:.2%}, top-5 {top5:.2%} +- {se5:.2%} on "
+        f"{len(split)} images"
+    )
+    for line in table.splitlines() if given.out is None else ():
+        console.line(line)
+    return {
+        "split": given.split, "n": len(split), "top1": top1, "top1_se": se, "top5": top5,
+        "top5_se": se5, "loss": outcome.mean_loss,
+    }  # fmt: skip
+
+
+def _say(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
+    """Say how it ended; a divergence also where little is to be said."""
+    if result["status"] == "diverged":
+        kept = [str(result[k]) for k in ("checkpoint", "best") if result[k]]
+        print(
+            f"diverged: the loss became {result['loss']} by step {result['step']} "
+            f"(epoch {result['epochs'] + 1}); good and kept: {', '.join(kept) or 'nothing yet'}; "
+            "start anew with a lower --set lr=..., or a stricter --set clip_norm=...",
+            file=sys.stderr,
+        )
+    if result["status"] == "diverged" or quiet:
+        return
+    print(
+        f"best epoch {result['epoch']} ({result['weights']} weights): test top-1 "
+        f"{result['test_top1']:.2%} +- {result['test_top1_se']:.2%}, top-5 "
+        f"{result['test_top5']:.2%} on {result['test_n']} images; {result['params']:,} parameters"
+    )
+    print(f"export it with: python -m nas.export {folder} --to timm --out DIR")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and work. Returns the exit status: 0, 2 for bad input, 3 diverged."""
+
+    def work() -> int:
+        given = build_parser().parse_args(argv)
+        with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
+            if given.evaluate is not None:
+                result = evaluate_model(given)
+            elif given.plan:
+                config = make_config(given)
+                print("\n".join(describe(config, 1)))
+                result = {"status": "planned", **config.to_dict()}
+            else:
+                result = train(given)
+                from nas.trainer.ranks import world_of
+
+                if world_of()[0]:
+                    return EXIT_DIVERGED if result["status"] == "diverged" else EXIT_FINISHED
+                _say(result, given.resume or given.out, given.quiet)
+        if given.json:
+            print(json.dumps(result))
+        return EXIT_DIVERGED if result.get("status") == "diverged" else EXIT_FINISHED
+
+    return guarded(work)
+
+
+def entry() -> NoReturn:
+    """Console-script entry: exit with the status of `main`."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

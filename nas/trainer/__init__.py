@@ -1,0 +1,1 @@
+"""Full training: its batches and processes, its folder, its evaluation."""

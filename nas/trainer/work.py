@@ -1,0 +1,365 @@
+"""A full training from settings and data to the models that it leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.data import Dataset
+from nas.distill.augment import AugmentSpec
+from nas.distill.presets import preset_spec
+from nas.distill.replay import Replay
+from nas.distill.store import open_store
+from nas.distill.teacher import load_teacher, make_teacher, parse_teacher
+from nas.distill.teaching import set_token_training
+from nas.files import write_json
+from nas.jobs import Tick
+from nas.trainer.batches import LiveBatches, ReplayBatches, Share, Source
+from nas.trainer.evaluation import Outcome, evaluate
+from nas.trainer.fit import Course, Row, fit
+from nas.trainer.folder import RESULT, Board, Folder, write_model
+from nas.trainer.ranks import Ranks
+from nas.trainer.start import build, start_from
+from nas.trainer.values import TrainConfig
+from nas.training.loop import Diverged
+from nas.training.recipe import Recipe
+from nas.training.weights import load_into, load_weights
+from space import Context
+from space.errors import refuse
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a training runs on, which may change when it goes on.
+
+    `turns`: parts of its share that a process sees before a step (gradient accumulation);
+    `workers`: loader processes of each; `keep_every`: epochs between models that stay.
+    """
+
+    threads: int
+    workers: int = 0
+    turns: int = 1
+    amp: str = "none"
+    compile: bool = False
+    grad_checkpointing: bool = False
+    save_steps: int | None = 500
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, flag in (("threads", "--threads"), ("turns", "--accumulate")):
+            if getattr(self, name) < 1:
+                raise refuse(flag, getattr(self, name), "an integer >= 1")
+        if self.workers < 0:
+            raise refuse("--workers", self.workers, "an integer >= 0")
+        for name, flag in (("save_steps", "--save-steps"), ("keep_every", "--keep-every")):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise refuse(flag, value, "an integer >= 1")
+
+
+def resolve_amp(asked: str, device: str) -> str:
+    """Choose mixed precision for a device. Raises InputError."""
+    cuda = device.startswith("cuda")
+    if asked == "auto":
+        if not cuda:
+            return "none"
+        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+    if asked == "fp16" and not cuda:
+        raise refuse("--amp", f"fp16 on {device}", "a GPU", "bf16 works here, too")
+    return asked
+
+
+def augment_of(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
+    """Resolve a recipe's augmentation of single images. Raises InputError."""
+    name = {"official": "finetune"}.get(recipe.augment, recipe.augment)
+    changes: dict[str, Any] = {
+        key: getattr(recipe, key)
+        for key in ("color_jitter", "erase_prob")
+        if getattr(recipe, key) is not None
+    }
+    if recipe.policy is not None:
+        changes["policy"] = None if recipe.policy == "none" else recipe.policy
+    return replace(preset_spec(name, dataset), **changes)
+
+
+class Work:
+    """One process's part in a full training."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        machine: Machine,
+        dataset: Dataset,
+        folder: Folder,
+        ranks: Ranks,
+        cache: Path,
+        say: Say,
+    ) -> None:
+        self.config, self.machine, self.dataset = config, machine, dataset
+        self.folder, self.ranks, self._cache, self._say = folder, ranks, cache, say
+        self.recipe = config.recipe
+        self.family, self.arch = config.of
+        if not dataset.labelled:
+            raise refuse("--data", f"{dataset.name}, whose images have no classes",
+                         "images by class", "a folder for each class")  # fmt: skip
+        self.ctx = Context(dataset.img_size, dataset.num_classes)
+        self.family.check(self.arch, self.ctx)
+        self.share = Share(ranks.rank, ranks.world, machine.turns)
+        self.spec = augment_of(self.recipe, dataset)
+        self.model = self._model()
+        self.source = self._source()
+
+    def _model(self) -> nn.Module:
+        recipe, config = self.recipe, self.config
+        model = build(
+            self.family, self.arch, self.ctx, drop_path=recipe.drop_path,
+            drop_rate=recipe.drop_rate, seed=config.random_seed,
+        )  # fmt: skip
+        if config.init != "scratch":
+            note = start_from(
+                model, self.family, self.arch, self.ctx, config.init, resize=config.resize,
+                head_map=None if config.head_map is None else Path(config.head_map),
+            )  # fmt: skip
+            self._say(f"start: {note}")
+        if recipe.distill == "token":
+            set_token_training(model, True)
+        if self.machine.grad_checkpointing:
+            switch = getattr(model, "set_grad_checkpointing", None)
+            if switch is None:
+                raise refuse("--grad-checkpointing", type(model).__name__, "a net that offers it")
+            switch(True)
+        return model
+
+    def _source(self) -> Source:
+        recipe, machine = self.recipe, self.machine
+        if self.config.labels is None:
+            return LiveBatches(
+                self.dataset.train, self.spec, batch_size=recipe.batch_size,
+                repeats=recipe.repeats, random_seed=self.config.random_seed,
+                workers=machine.workers, device=self.ranks.device,
+            )  # fmt: skip
+        store = open_store(Path(self.config.labels), use=self.dataset)
+        self.spec = store.spec.augment
+        replay = Replay(
+            self.dataset.train, store, recipe.batch_size, self.config.random_seed,
+            machine.workers, missing=self.config.missing, device=self.ranks.device,
+        )  # fmt: skip
+        for note in replay.notes:
+            self._say(f"labels: {note}")
+        self._say(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
+        return ReplayBatches(replay, self.share)
+
+    def teacher(self, tick: Tick) -> Callable[[Tensor], Tensor] | None:
+        """Make the teacher that is asked while training, or find it in the cache."""
+        config = self.config
+        if config.teacher is None:
+            return None
+        made = make_teacher(
+            parse_teacher(config.teacher), self.dataset, self._cache,
+            random_seed=config.random_seed, epochs=config.teacher_epochs,
+            device=self.ranks.device, threads=self.machine.threads, tick=tick,
+        )  # fmt: skip
+        for note in made.notes:
+            self._say(note)
+        said = f"{made.holdout_top1:.1%} +- {made.holdout_top1_se:.1%} on the holdout"
+        self._say(f"teacher: {made.id}, {said}")
+        return load_teacher(made, self.ranks.device)
+
+    def plan(self) -> dict[str, Any]:
+        """Collect what decides the weights, as plain JSON."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "key": self.family.key(self.arch, self.ctx),
+            "data": self.dataset.fingerprint,
+            "steps_per_epoch": self.source.steps_per_epoch,
+            "random_seed": self.config.random_seed,
+            "labels": self.config.labels is not None,
+            "teacher": self.config.teacher,
+        }
+
+    def train(
+        self, teacher: Callable[[Tensor], Tensor] | None, tick: Tick, throughput: Any = None
+    ) -> dict[str, Any]:
+        """Train, keep the best by the holdout, test it once; returns what `result.json` holds."""
+        blocks = tuple(b for group in self.family.blocks(self.arch).values() for b in group)
+        if self.recipe.layer_decay is not None and not blocks:
+            raise refuse("layer_decay", self.recipe.layer_decay, "none for this family",
+                         "it names no blocks")  # fmt: skip
+        course = Course(
+            model=self.model, source=self.source, recipe=self.recipe,
+            holdout=self.dataset.holdout, spec=self.spec, num_classes=self.ctx.num_classes,
+            ranks=self.ranks, turns=self.machine.turns, random_seed=self.config.random_seed,
+            plan=self.plan(), checkpoint=self.folder.checkpoint, blocks=blocks, teacher=teacher,
+            amp=self.machine.amp, compile=self.machine.compile,
+            save_steps=self.machine.save_steps,
+        )  # fmt: skip
+        report = _Report(self, throughput)
+        began = time.monotonic()
+        try:
+            rows = fit(course, report, tick)
+        except Diverged as error:
+            return self._diverged(error, report)
+        finally:
+            report.close()
+        result = self._finish(rows, throughput)
+        result["seconds_here"] = time.monotonic() - began
+        if self.ranks.main:
+            write_json(self.folder.path / RESULT, result)
+        return result
+
+    def _diverged(self, error: Diverged, report: _Report) -> dict[str, Any]:
+        """Say how far the training came; what was good stays."""
+        good = "checkpoint.safetensors" if self.folder.checkpoint.exists() else None
+        best = "best.safetensors" if (self.folder.path / "best.json").exists() else None
+        result = {
+            "status": "diverged", "step": error.step, "loss": str(error.loss),
+            "epochs": len(report.rows), "checkpoint": good, "best": best,
+        }  # fmt: skip
+        if self.ranks.main:
+            write_json(self.folder.path / RESULT, result)
+        return result
+
+    def _finish(self, rows: list[Row], throughput: Any) -> dict[str, Any]:
+        """Leave the last weights, test the best ones, and tell."""
+        best = self._best_row(rows)
+        if self.ranks.main:
+            self.leave("last", self.model.state_dict(), self.score(rows[-1], "raw"), throughput)
+        self.ranks.wait()
+        state = load_weights(self.folder.path / "best.safetensors", name="best weights")
+        load_into(self.model, state)
+        tested = evaluate(
+            self.model, self.dataset.test, self.spec, num_classes=self.ctx.num_classes,
+            device=self.ranks.device, ranks=self.ranks,
+        )  # fmt: skip
+        score = self.score(best, best["best_of"]) | tested_score(tested)
+        if self.ranks.main:
+            self.leave("best", state, score, throughput)
+            by_class = tested.by_class(self.dataset.classes)
+            (self.folder.path / "test_classes.csv").write_text(by_class, encoding="utf-8")
+        return {
+            "status": "finished", "key": self.family.key(self.arch, self.ctx),
+            "params": self.family.count_params(self.arch, self.ctx),
+            "recipe": self.recipe.name, "epochs": len(rows),
+            "train_seconds": sum(row["seconds"] for row in rows),
+            "images_per_s": sum(r["images"] for r in rows) / sum(r["seconds"] for r in rows),
+            "peak_mem_bytes": max(row["peak_mem_bytes"] for row in rows),
+            **{k: v for k, v in score.items() if k != "kind"},
+        }  # fmt: skip
+
+    @staticmethod
+    def _best_row(rows: list[Row]) -> Row:
+        def merit(row: Row) -> tuple[float, float]:
+            prefix = "" if row["best_of"] == "raw" else "ema_"
+            return row[f"{prefix}holdout_top1"], -row[f"{prefix}holdout_loss"]
+
+        found = rows[0]
+        for row in rows[1:]:  # of equal ones the first, as it was kept
+            found = row if merit(row) > merit(found) else found
+        return found
+
+    def score(self, row: Row, which: str) -> dict[str, Any]:
+        """Tell what is known of an epoch's weights, "raw" or "ema"."""
+        prefix = "" if which == "raw" else "ema_"
+        names = ("holdout_loss", "holdout_top1", "holdout_top1_se", "holdout_top5")
+        return {
+            "kind": "trained", "epoch": row["epoch"], "weights": which,
+            "recipe": self.recipe.name, **{name: row[f"{prefix}{name}"] for name in names},
+            "holdout_n": len(self.dataset.holdout),
+        }  # fmt: skip
+
+    def leave(
+        self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any], throughput: Any
+    ) -> None:
+        """Write a model under the folder."""
+        write_model(
+            self.folder.path / stem, state, family=self.family, arch=self.arch, ctx=self.ctx,
+            dataset=self.dataset, score=score, throughput=throughput,
+        )  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """Give what `train.json` holds beside versions."""
+        return {"config": self.config.to_dict(), "machine": asdict(self.machine)}
+
+    @property
+    def say(self) -> Say:
+        """Where lines go."""
+        return self._say
+
+
+def tested_score(tested: Outcome) -> dict[str, Any]:
+    """Tell how a split went, under the names of a test."""
+    (top1, se), (top5, se5) = tested.top(1), tested.top(5)
+    return {
+        "test_top1": top1, "test_top1_se": se, "test_top5": top5, "test_top5_se": se5,
+        "test_loss": tested.mean_loss, "test_n": len(tested.truth),
+    }  # fmt: skip
+
+
+class _Report:
+    """What happens after every epoch: log, curve, models, a line."""
+
+    def __init__(self, work: Work, throughput: Any) -> None:
+        self._work, self._throughput = work, throughput
+        self._board: Board | None = None
+        self.rows: list[Row] = []
+
+    def __call__(
+        self,
+        rows: list[Row],
+        weights: Callable[[], Mapping[str, Tensor]],
+        outcome: Outcome,
+        best: str | None,
+    ) -> None:
+        work, row = self._work, rows[-1]
+        self.rows = rows
+        if not work.ranks.main:
+            return
+        which = row["best_of"]
+        if best is not None:
+            work.leave("best", weights(), work.score(row, which), self._throughput)
+        every = work.machine.keep_every
+        if every is not None and row["epoch"] % every == 0:
+            stem = f"epochs/epoch-{row['epoch']:04d}"
+            work.leave(stem, weights(), work.score(row, which), self._throughput)
+        if self._board is None:
+            self._board = Board(work.folder.path, row["epoch"])
+            if self._board.writer is None:
+                work.say('log: no TensorBoard here; pip install "vision-contraction[train]"')
+        self._board.add(row)
+        work.folder.write_log(rows)
+        work.say(line_of(row, work.recipe.epochs, best is not None))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def line_of(row: Row, epochs: int, best: bool) -> str:
+    """Say how an epoch went."""
+    parts = [
+        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}",
+        f"holdout {row['holdout_loss']:.4f}",
+        f"top-1 {row['holdout_top1']:.1%} +- {row['holdout_top1_se']:.1%}",
+    ]
+    if "ema_holdout_top1" in row:
+        parts.append(f"averaged {row['ema_holdout_top1']:.1%}")
+    left = row["seconds"] * (epochs - row["epoch"])
+    parts += [f"lr {row['lr']:.2e}", f"{row['images_per_s']:.0f} images/s"]
+    if left:
+        parts.append(f"about {_duration(left)} left")
+    return ", ".join(parts) + (" *" if best else "")
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,346 @@
+"""What a student learns: every kind equals its definition and timm's, from a teacher or a store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from timm.task import LogitDistillationTask, TokenDistillationTask
+from torch import Tensor, nn
+
+from nas.config import LABEL_CHOICES
+from nas.distill.losses import dense_target
+from nas.distill.teaching import (
+    DISTILL,
+    DistillLoss,
+    Taught,
+    both_heads,
+    fuse,
+    has_token,
+    set_token_training,
+)
+from space import Context, get_family
+from space.errors import InputError
+
+VIT = get_family("vit")
+SMALL = {
+    "embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8,
+    "dist_token": True,
+}  # fmt: skip
+BATCH, CLASSES = 8, 12
+
+
+def drawn(seed: int, *shape: int, spread: float = 2.0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def heads(seed: int, classes: int = CLASSES) -> tuple[Tensor, Tensor]:
+    return drawn(seed, BATCH, classes), drawn(seed + 100, BATCH, classes)
+
+
+def classes_of(seed: int, classes: int = CLASSES) -> Tensor:
+    return torch.randint(classes, (BATCH,), generator=torch.Generator().manual_seed(seed))
+
+
+def stored(seed: int, topk: int, classes: int = CLASSES) -> tuple[Taught, Taught]:
+    """The same teacher twice: as a store keeps it, and as logits of an evenly spread tail."""
+    prob, index = drawn(seed + 200, BATCH, classes).softmax(1).topk(topk, dim=1)
+    tail = 1 - prob.sum(1)
+    dense = dense_target(index, prob, tail, classes).log()
+    return Taught(index=index, prob=prob, tail=tail), Taught(logits=dense + 3.0)
+
+
+def oracle(loss: DistillLoss, outputs: Any, target: Tensor, teacher: Tensor) -> Tensor:
+    """Ten lines in float64, image by image; `teacher` are dense logits [B, C]."""
+    found = []
+    for i, said in enumerate(teacher.double()):
+        one, two = (
+            o[i].double() for o in (outputs if isinstance(outputs, tuple) else [outputs] * 2)
+        )
+        if loss.kind != "token":
+            one = two = (one + two) / 2
+        t, classes = loss.temperature, len(said)
+        truth = torch.zeros(classes, dtype=torch.float64)
+        known = target.ndim == 2 or int(target[i]) >= 0
+        if target.ndim == 2:
+            truth = target[i].double()
+        elif known:
+            truth += loss.label_smoothing / classes
+            truth[target[i]] += 1 - loss.label_smoothing
+        p = (said / t).softmax(0)
+        soft = t**2 * (p * (p.log() - (two / t).log_softmax(0))).sum()
+        soft = soft / classes if loss.reduction == "numel" else soft
+        hard = -two.log_softmax(0)[said.argmax()]
+        own = -(truth * one.log_softmax(0)).sum()
+        share = loss.alpha if known else 1.0
+        told = {"soft": soft, "hard": hard, "token": hard if loss.token_loss == "hard" else soft}
+        whole = {"none": own, "sparse": -(said.softmax(0) * one.log_softmax(0)).sum()}
+        found.append(whole.get(loss.kind, (1 - share) * own + share * told.get(loss.kind, own)))
+    return torch.stack(found)
+
+
+LOSSES = [
+    DistillLoss("none", label_smoothing=0.1),
+    DistillLoss("sparse", temperature=4.0),
+    *(DistillLoss("soft", 0.3, t, r) for t in (1.0, 3.0) for r in ("batchmean", "numel")),
+    DistillLoss("soft", 0.0),
+    DistillLoss("hard", 0.7, label_smoothing=0.1),
+    DistillLoss("hard", 1.0),
+    DistillLoss("token", 0.4, label_smoothing=0.1),
+    *(DistillLoss("token", 0.5, 2.5, r, "soft") for r in ("batchmean", "numel")),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda each: f"{each.kind}-{each.alpha}")
+@pytest.mark.parametrize("mixed", [False, True])
+def test_every_kind_equals_its_definition(loss: DistillLoss, mixed: bool) -> None:
+    for seed in range(4):
+        outputs: Any = heads(seed) if seed % 2 or loss.kind == "token" else heads(seed)[0]
+        target = classes_of(seed)
+        if mixed:
+            other = nn.functional.one_hot(target.flip(0), CLASSES)
+            target = 0.7 * nn.functional.one_hot(target, CLASSES) + 0.3 * other
+        elif loss.kind != "none":
+            target[[1, 4]] = -1
+        kept, dense = stored(seed, 5)
+        assert dense.logits is not None
+        for taught in (kept, dense):
+            found = loss(outputs, target, taught)
+            want = oracle(loss, outputs, target, dense.logits)
+            assert (found.dtype, found.shape) == (torch.float32, (BATCH,))
+            assert torch.allclose(found.double(), want, rtol=1e-5, atol=2e-6)
+
+
+def learned(loss: Callable[..., Tensor], outputs: Any) -> tuple[Tensor, list[Tensor]]:
+    """The mean over a batch, and its gradients."""
+    leaves = [o.clone().requires_grad_() for o in outputs]
+    value = loss(*leaves)
+    value.backward()  # type: ignore[no-untyped-call]
+    return value.detach(), [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+
+
+class Says(nn.Module):
+    """A net that says the same of all images: timm's tasks take nets, not logits."""
+
+    num_classes, in_chans = CLASSES, 3
+    pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # noqa: RUF012
+
+    def __init__(self, *outputs: Tensor) -> None:
+        super().__init__()
+        self.outputs = nn.ParameterList([nn.Parameter(each.clone()) for each in outputs])
+
+    def set_distilled_training(self, enable: bool = True) -> None: ...
+
+    def forward(self, images: Tensor) -> Any:
+        return self.outputs[0] if len(self.outputs) == 1 else tuple(self.outputs)
+
+
+@pytest.mark.parametrize(("kind", "alpha", "heat", "smoothing"), [
+    ("logit", 0.5, 1.0, 0.0), ("logit", 0.3, 4.0, 0.1), ("logit", 1.0, 2.0, 0.0),
+    ("soft", 0.5, 1.0, 0.0), ("soft", 0.2, 3.0, 0.1),
+    ("hard", 0.5, 1.0, 0.1), ("hard", 0.9, 1.0, 0.0),
+])  # fmt: skip
+def test_values_and_gradients_are_those_of_timms_tasks(
+    kind: str, alpha: float, heat: float, smoothing: float
+) -> None:
+    for seed in range(3):
+        outputs = heads(seed)[:1] if kind == "logit" else heads(seed)
+        target, teacher = classes_of(seed), drawn(seed + 7, BATCH, CLASSES)
+        shared: dict[str, Any] = {
+            "student_model": Says(*outputs), "teacher_model": Says(teacher),
+            "criterion": nn.CrossEntropyLoss(label_smoothing=smoothing),
+            "task_loss_weight": 1 - alpha, "temperature": heat, "verbose": False,
+        }  # fmt: skip
+        if kind == "logit":
+            task: Any = LogitDistillationTask(**shared)
+            loss = DistillLoss("soft", alpha, heat, label_smoothing=smoothing)
+        else:
+            task = TokenDistillationTask(**shared, distill_type=kind)
+            loss = DistillLoss("token", alpha, heat, token_loss=kind, label_smoothing=smoothing)
+        told = task(torch.zeros(BATCH, 3, 4, 4), target)["loss"]
+        told.backward()
+        wanted = [p.grad for p in shared["student_model"].outputs]
+        taught = Taught(logits=teacher)
+        value, grads = learned(
+            lambda *o, loss=loss, target=target, taught=taught: loss(
+                o[0] if len(o) == 1 else o, target, taught
+            ).mean(),
+            outputs,
+        )
+        assert torch.allclose(value, told.detach(), rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(grads, wanted, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["soft", "token"])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_numel_is_batchmean_over_the_classes(kind: str, classes: int) -> None:
+    mean = DistillLoss(kind, 1.0, 3.0, "batchmean", "soft")
+    outputs, target = heads(0, classes), classes_of(0, classes)
+    taught = Taught(logits=drawn(9, BATCH, classes))
+    by_mean, by_numel = (
+        each(outputs, target, taught) for each in (mean, replace(mean, reduction="numel"))
+    )
+    assert torch.equal(by_numel, by_mean / classes)
+    # The code of DeiT, of one batch.
+    student = outputs[1] if kind == "token" else fuse(outputs, "logits")
+    assert taught.logits is not None
+    theirs = nn.functional.kl_div(
+        (student / 3).log_softmax(1), (taught.logits / 3).log_softmax(1), reduction="sum",
+        log_target=True,
+    ) * 9 / student.numel()  # fmt: skip
+    assert torch.allclose(by_numel.mean(), theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda each: f"{each.kind}-{each.alpha}")
+@pytest.mark.parametrize("topk", [1, 5, CLASSES - 1])
+def test_stored_labels_teach_what_the_teacher_does(loss: DistillLoss, topk: int) -> None:
+    for seed in range(3):
+        outputs, target = heads(seed), classes_of(seed)
+        kept, dense = stored(seed, topk)
+        assert torch.equal(kept.best(), dense.best())
+        found = [
+            learned(lambda *o, t=taught: loss(o, target, t).mean(), outputs)  # noqa: B023
+            for taught in (kept, dense)
+        ]
+        assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+        for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda each: f"{each.kind}-{each.alpha}")
+def test_autocast_lowers_no_kind(loss: DistillLoss) -> None:
+    outputs = tuple(o.bfloat16() for o in heads(0))
+    target = classes_of(0)
+    for taught in stored(0, 3):
+        want = loss((outputs[0].float(), outputs[1].float()), target, taught)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = loss((outputs[0], outputs[1]), target, taught)
+        assert found.dtype == torch.float32
+        assert torch.equal(found, want)
+
+
+def test_each_head_learns_from_its_own_teacher_alone() -> None:
+    """Under hard distillation with a token: the class head knows no teacher, the other no truth."""
+    outputs, target = heads(3), classes_of(3)
+    grads = []
+    for truth, seed in ((target, 1), (target, 2), (target.flip(0), 1)):
+        taught = Taught(logits=drawn(seed, BATCH, CLASSES))
+        _, found = learned(
+            lambda *o, y=truth, t=taught: DistillLoss("token")(o, y, t).mean(), outputs
+        )
+        grads.append(found)
+    same, other_teacher, other_truth = grads
+    assert torch.equal(same[0], other_teacher[0])
+    assert not torch.equal(same[1], other_teacher[1])
+    assert torch.equal(same[1], other_truth[1])
+    assert not torch.equal(same[0], other_truth[0])
+
+
+def test_hard_distillation_needs_no_token() -> None:
+    (logits, other), target = heads(4), classes_of(4)
+    taught = Taught(logits=drawn(5, BATCH, CLASSES))
+    loss = DistillLoss("hard", 0.5)
+    entropy = nn.functional.cross_entropy
+    want = (entropy(logits, target) + entropy(logits, taught.best())) / 2
+    assert torch.allclose(loss(logits, target, taught).mean(), want)
+    both = loss((logits, other), target, taught)
+    assert torch.equal(both, loss((logits + other) / 2, target, taught))
+
+
+def test_an_image_of_unknown_class_is_the_teachers_alone() -> None:
+    outputs, known = heads(6), classes_of(6)
+    unknown = torch.full_like(known, -1)
+    taught = Taught(logits=drawn(7, BATCH, CLASSES))
+    for loss in LOSSES:
+        if loss.kind == "none":
+            with pytest.raises(AssertionError, match="need their class"):
+                loss(outputs, unknown, None)
+            continue
+        alone = replace(loss, alpha=1.0)
+        assert torch.equal(loss(outputs, unknown, taught), alone(outputs, known, taught))
+        with pytest.raises(AssertionError, match="takes a teacher"):
+            loss(outputs, known, None)
+    with pytest.raises(AssertionError, match="two heads"):
+        DistillLoss("token")(outputs[0], known, taught)
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    ({"kind": "mse"}, "--distill: got mse, want one of none, sparse"),
+    ({"alpha": 1.5}, "--distill-alpha"), ({"alpha": math.nan}, "--distill-alpha"),
+    ({"temperature": 0.0}, "--temperature"), ({"temperature": math.inf}, "--temperature"),
+    ({"reduction": "mean"}, "--kl-reduction"), ({"token_loss": "none"}, "--token-loss"),
+    ({"label_smoothing": 1.0}, "--label-smoothing"),
+])  # fmt: skip
+def test_losses_that_do_not_exist_are_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        DistillLoss(**change)
+
+
+def test_the_choices_of_a_run_are_kinds_that_learn_from_a_teacher() -> None:
+    assert LABEL_CHOICES["distill"] == DISTILL[1:]
+    assert [kind for kind in DISTILL if not DistillLoss(kind).needs_truth] == ["sparse"]
+
+
+def small(token: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return VIT.build(VIT.arch({**SMALL, "dist_token": token}), Context(32, CLASSES))
+
+
+def test_evaluation_is_the_mean_of_both_heads_logits() -> None:
+    net = small()
+    # What drops in training only would tell the heads of training from those of evaluation.
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    inputs = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        for module in (net, *list(net.modules())[3:5]):
+            module.train()
+        for training in (True, False):
+            set_token_training(net, training)
+            modes = [m.training for m in net.modules()]
+            one, other = both_heads(net, inputs)
+            assert [m.training for m in net.modules()] == modes
+            assert net.distilled_training == training
+            assert not torch.allclose(one, other)
+            net.eval()
+            assert torch.equal(net(inputs), fuse((one, other), "logits"))
+            net.train()
+        set_token_training(net, True)
+        assert isinstance(net(inputs), tuple)
+        set_token_training(net, False)
+        assert isinstance(net(inputs), Tensor)
+
+
+def test_late_fusion_is_the_mean_of_softmaxes_and_may_choose_otherwise() -> None:
+    one, other = heads(8)
+    late = fuse((one, other), "softmax")
+    assert torch.allclose(late.exp(), (one.softmax(1) + other.softmax(1)) / 2, atol=1e-6)
+    assert torch.equal(fuse((one, other), "logits"), (one + other) / 2)
+    sure = torch.tensor([[8.0, 0.0, 0.0]]), torch.tensor([[-9.0, 0.4, 0.5]])
+    assert int(fuse(sure, "softmax").argmax()) == 0, "one head is sure, the other does not mind"
+    assert int(fuse(sure, "logits").argmax()) == 2
+    assert fuse((one.bfloat16(), other.bfloat16()), "softmax").dtype == torch.float32
+    with pytest.raises(InputError, match="--fusion: got mean"):
+        fuse(sure, "mean")
+
+
+def test_a_net_without_a_token_is_refused_or_learns_on_its_one_head() -> None:
+    net, plain = small(), small(token=False)
+    assert has_token(net)
+    assert not has_token(plain)
+    set_token_training(plain, False)
+    for act in (lambda: set_token_training(plain, True), lambda: both_heads(plain, torch.zeros(1))):
+        with pytest.raises(InputError, match=r"--distill: got token .*; hard distils") as refusal:
+            act()
+        assert "\n" not in str(refusal.value)
+    for kind in DISTILL:
+        loss = DistillLoss(kind, 0.3, 2.0)
+        assert loss.on(net) == loss
+        assert loss.on(plain) == (replace(loss, kind="hard") if kind == "token" else loss)
+    assert DistillLoss("token", token_loss="soft").on(plain).kind == "soft"

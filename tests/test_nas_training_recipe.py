@@ -1,0 +1,143 @@
+"""Recipes: published values, what the rates are, and every way of overriding one wrongly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.scheduler.cosine_lr import CosineLRScheduler
+
+from nas.trainer.fit import rate_at
+from nas.training.recipe import PRESETS, Recipe, changed, find_recipe, read_recipe
+from space.errors import InputError
+
+M5, M11, M21 = 5_392_764, 10_996_972, 21_198_568
+
+# What the authors publish: epochs, whole batch, peak, least and first rate at that batch, warm-up,
+# weight decay, layer decay, batch norms, drop path of 5M/11M/21M, mixup, CutMix, clipping.
+PUBLISHED: dict[str, tuple[Any, ...]] = {
+    "tinyvit-22k-distill":
+        (90, 4096, 2e-3, 4e-5, 4e-6, 5, 0.01, None, "train", (0, 0, 0.1), 0, 0, 5.0),
+    "tinyvit-22k-1k": (30, 1024, 5e-4, 2e-5, 1e-6, 5, 1e-8, 0.8, "eval", (0, 0, 0.1), 0, 0, 5.0),
+    "tinyvit-1k":
+        (300, 1024, 1e-3, 1e-5, 1e-6, 20, 0.05, None, "train", (0, 0.1, 0.2), 0.8, 1.0, 5.0),
+    "tinyvit-384": (30, 1024, 4e-5, 4e-7, 4e-8, 5, 1e-8, None, "eval", (0.1,) * 3, 0, 0, 5.0),
+    "tinyvit-512": (30, 1024, 4e-5, 4e-7, 4e-8, 5, 1e-8, None, "eval", (0.1,) * 3, 0, 0, 5.0),
+    "deit": (300, 1024, 1e-3, 1e-5, 1e-6, 5, 0.05, None, "train", (0.1,) * 3, 0.8, 1.0, None),
+    "deit-token": (300, 1024, 1e-3, 1e-5, 1e-6, 5, 0.05, None, "train", (0.1,) * 3, 0.8, 1.0, None),
+    "deit-384": (30, 512, 5e-6, 5e-6, 1e-6, 5, 1e-8, None, "train", (0.1,) * 3, 0.8, 1.0, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_values(name: str) -> None:
+    epochs, batch, peak, least, first, warm, wd, layer, bn, drops, mixup, cutmix, clip = PUBLISHED[
+        name
+    ]
+    for params, drop in zip((M5, M11, M21), drops, strict=True):
+        r = find_recipe(name, params)
+        assert (r.epochs, r.batch_size, r.warmup_epochs) == (epochs, batch, warm)
+        assert r.rates() == pytest.approx((peak, least, first), rel=1e-12)
+        assert (r.weight_decay, r.layer_decay, r.bn, r.drop_path) == (wd, layer, bn, drop)
+        assert (r.mixup, r.cutmix, r.clip_norm, r.mix_mode) == (mixup, cutmix, clip, "batch")
+        assert (r.label_smoothing, r.augment, r.eps, r.beta1, r.beta2) == (
+            0.1, "official", 1e-8, 0.9, 0.999,
+        )  # fmt: skip
+        deit = name.startswith("deit")
+        assert (r.repeats, r.ema_decay, r.schedule) == (
+            (3, 0.99996, "epoch") if deit else (1, None, "step")
+        )
+    assert set(PRESETS) == {*PUBLISHED, "small"}
+
+
+@given(batch=st.integers(2, 8192), name=st.sampled_from(sorted(PRESETS)))
+def test_rates_scale_with_the_whole_batch_as_each_recipe_says(batch: int, name: str) -> None:
+    recipe = changed(PRESETS[name], {"batch_size": batch})
+    peak, least, first = recipe.rates()
+    scale = batch / recipe.lr_batch if recipe.lr_batch else 1.0
+    assert peak == pytest.approx(recipe.lr * scale)
+    ends = scale if recipe.lr_scales == "all" else 1.0  # DeiT's command scales the peak alone
+    assert (least, first) == pytest.approx((recipe.min_lr * ends, recipe.warmup_lr * ends))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PRESETS)), epochs=st.integers(2, 40), steps=st.integers(1, 30),
+    share=st.floats(0, 0.9),
+)  # fmt: skip
+def test_the_schedules_trace_is_timms_from_the_first_step_to_the_last(
+    name: str, epochs: int, steps: int, share: float
+) -> None:
+    warm = float(int(share * epochs))
+    recipe = changed(PRESETS[name], {"epochs": epochs, "warmup_epochs": warm})
+    peak, least, first = recipe.rates()
+    by_epoch = recipe.schedule == "epoch"
+    clock = 1 if by_epoch else steps
+    oracle = CosineLRScheduler(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak),
+        t_initial=epochs * clock, lr_min=least, warmup_t=int(warm * clock), warmup_lr_init=first,
+        t_in_epochs=by_epoch,
+    )  # fmt: skip
+    for step in range(epochs * steps):
+        wanted = oracle._get_lr(step // steps if by_epoch else step)[0]
+        assert rate_at(recipe, step, steps) == pytest.approx(wanted, rel=1e-9, abs=1e-18)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("weigth_decay=0.1", "did you mean weight_decay?"),
+        ("weight_decay", "key=value"),
+        ("weight_decay=lots", "a number"),
+        ("epochs=2.5", "an integer"),
+        ("bn=frozen", "one of train, eval"),
+        ("distill=mild", "one of none, sparse, soft, hard, token"),
+        ("label_smoothing=1", "below 1"),
+        ("lr=nan", "finite"),
+        ("warmup_epochs=1000", "at most the 300 epochs"),
+        ("ema_warmup=maybe", "true or false"),
+        ("batch_size=1", ">= 2"),
+        ("img_size=8", "16 to 1024"),
+    ],
+)
+def test_a_wrong_override_is_one_line_with_the_remedy(override: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        find_recipe("tinyvit-1k", M5, [override])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean tinyvit-1k"):
+        find_recipe("tinyvit1k", M5)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_saved_recipe_reads_back_and_every_value_can_be_overridden(
+    name: str, tmp_path: Path
+) -> None:
+    recipe = find_recipe(name, M21)
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    assert find_recipe(str(path), M5) == recipe
+    path.write_text(json.dumps({"recipe": recipe.to_dict()}))
+    assert find_recipe(str(path), M5) == recipe
+    assert read_recipe(recipe.to_dict()) == recipe
+    for field in fields(Recipe):
+        value = getattr(recipe, field.name)
+        text = f"{field.name}={'none' if value is None else value}"
+        found = find_recipe(name, M21, [text])
+        if field.name == "policy" and value is None:
+            assert found.policy == "none"  # off, where None is the pipeline's own
+        else:
+            assert found == recipe, text
+    short = recipe.to_dict()
+    del short["epochs"]
+    with pytest.raises(InputError, match="epochs"):
+        read_recipe(short)

@@ -12,11 +12,11 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nas.command import Parser, default_cache, guarded
+from nas.command import EXIT_BAD_INPUT, Parser, default_cache, guarded
 from nas.config import RunConfig, parse_share
 from nas.data.values import EMBEDDED
 from nas.door import prepared
@@ -30,6 +30,8 @@ from space import Context, get_family
 from space.errors import InputError, refuse
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from nas.trainer.ranks import Ranks
     from nas.trainer.work import Machine
 
@@ -61,8 +63,8 @@ def build_parser() -> Parser:
     add("--distill", choices=CHOICES["distill"], help="how (default: the recipe's, else sparse "
         "with --labels and soft with --teacher)")  # fmt: skip
     add("--init", default="scratch", metavar="WEIGHTS", help="scratch, a file, or a timm tag")
-    add("--resize", default="own", metavar="HOW", help="positions of another image size: own, or "
-        "as the family offers: published, timm")  # fmt: skip
+    add("--resize", metavar="HOW", help="positions of another image size: published (default where "
+        "the family has it), timm, or own")  # fmt: skip
     add("--head-map", metavar="FILE", help="for each class the old one it starts from, -1 for none")
     how = parser.add_argument_group("how")
     add = how.add_argument
@@ -101,6 +103,8 @@ def build_parser() -> Parser:
     add("--plan", action="store_true", help="print every value, and stop")
     add("--evaluate", metavar="MODEL", help="evaluate a model of a run or training on --data")
     add("--split", choices=("test", "holdout"), default="test", help="for --evaluate")
+    add("--fusion", choices=("logits", "softmax"), default="logits",
+        help="for --evaluate, of two heads: the mean of logits, or of probabilities")  # fmt: skip
     add("--quiet", action="store_true")
     add("--json", action="store_true", help="end with one line of JSON")
     return parser
@@ -134,6 +138,7 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
         if getattr(given, flag) is None and not (flag == "out" and given.plan):
             raise refuse(f"--{flag}", "nothing", f"what --help says of --{flag}")
     family, arch, arch_from = resolve_arch(given.arch, given.family)
+    usual = "published" if "published" in get_family(family).resizes else "own"
     params = get_family(family).count_params(get_family(family).arch(arch), REFERENCE)
     recipe = find_recipe(given.recipe, params, given.set)
     return TrainConfig(
@@ -142,7 +147,7 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
         max_broken=parse_share("--max-broken", given.max_broken), pixel_cache=given.pixel_cache,
         labels=None if given.labels is None else _path(given.labels), missing=given.missing,
         teacher=given.teacher, teacher_epochs=given.teacher_epochs,
-        init=given.init if given.init == "scratch" else _path(given.init), resize=given.resize,
+        init=given.init if given.init == "scratch" else _path(given.init), resize=given.resize or usual,
         head_map=None if given.head_map is None else _path(given.head_map),
         random_seed=given.random_seed,
     )  # fmt: skip
@@ -302,7 +307,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     console.start(float(len(split)), "images")
     try:
         outcome = evaluate(
-            left.build(), split, preset_spec("default", dataset),
+            _fused(left.build(), given.fusion), split, preset_spec("default", dataset),
             num_classes=dataset.num_classes, tick=console.advance,
         )  # fmt: skip
     finally:
@@ -324,6 +329,15 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         "split": given.split, "n": len(split), "top1": top1, "top1_se": se, "top5": top5,
         "top5_se": se5, "loss": outcome.mean_loss,
     }  # fmt: skip
+
+
+def _fused(model: nn.Module, how: str) -> Callable[[Tensor], Tensor]:
+    """Give a net whose two heads, if it has two, are fused as asked."""
+    from nas.distill.teaching import both_heads, fuse, has_token
+
+    if how == "logits" or not has_token(model):
+        return model
+    return lambda inputs: fuse(both_heads(model, inputs), how)
 
 
 def _say(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
@@ -369,7 +383,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(result))
         return EXIT_DIVERGED if result.get("status") == "diverged" else EXIT_FINISHED
 
-    return guarded(work)
+    return guarded(lambda: _once(work))
+
+
+def _once(work: Callable[[], int]) -> int:
+    """Do the work; of several processes the first alone says what was refused."""
+    from nas.trainer.ranks import world_of
+
+    try:
+        return work()
+    except InputError:
+        if world_of()[0] == 0:
+            raise
+        return EXIT_BAD_INPUT
 
 
 def entry() -> NoReturn:

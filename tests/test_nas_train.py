@@ -332,6 +332,30 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
         if kind == "token":
             assert {"dist_token", "head_dist.weight"} <= weights(out).keys()
     capsys.readouterr()
+    losses = []
+    for how in ("logits", "softmax"):  # of one head both are the same
+        again = ["--evaluate", str(tmp_path / "store"), "--data", "digits", "--proxy-images", "200",
+                 "--cache-dir", str(cache), "--fusion", how, "--quiet", "--json"]  # fmt: skip
+        assert train.main(again) == 0
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert (losses[0] == losses[1]) == (kind != "token")
+
+
+def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(
+    cache: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "mixed"
+    labels.build(
+        "digits", epochs=1, out=store, teacher_epochs=1, img_size=32, proxy_images=200, threads=1,
+        cache_dir=cache, changes={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    )  # fmt: skip
+    found = []
+    for alpha in ("0", "1"):
+        out = tmp_path / alpha
+        more = ["--labels", str(store), "--distill", "hard", "--set", f"distill_alpha={alpha}"]
+        assert train.main(flags(cache, arch_file(tmp_path), out, *more)) == 0
+        found.append(float(rows(out)[0]["train_loss"]))
+    assert found[0] != found[1]
 
 
 BAD: list[tuple[list[str], str]] = [

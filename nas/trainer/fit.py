@@ -7,7 +7,7 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,17 @@ def rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     return cosine_at(step, total=total, warmup=warmup, lr=peak, min_lr=least, first=first)
 
 
+def best_of(rows: Sequence[Row]) -> Row:
+    """Return the epoch whose better weights, averaged or not, are the best on the holdout: by
+    top-1, then loss; of equal ones the first, which was kept."""
+
+    def merit(row: Row) -> tuple[float, float]:
+        prefix = "" if row["best_of"] == "raw" else "ema_"
+        return row[f"{prefix}holdout_top1"], -row[f"{prefix}holdout_loss"]
+
+    return max(rows, key=merit)
+
+
 def part_seed(random_seed: int, step: int, part: int) -> int:
     """Seed of what a part of a step draws: the same for one process in turns and for several."""
     text = f"{random_seed}/{step}/{part}".encode()
@@ -143,11 +154,11 @@ class _Loop:
             self._model.compile()
         network = c.ranks.wrap(self._model)
         while epoch < c.recipe.epochs:
-            row, raw, outcome, which = self._epoch(network, epoch, start, seconds)
+            row, weights, outcome, which = self._epoch(network, epoch, start, seconds)
             self._rows.append(row)
             epoch, start, seconds = epoch + 1, 0, 0.0
-            best = self._is_best()
-            report(self._rows, raw, outcome, which if best else None)
+            best = best_of(self._rows) is row
+            report(self._rows, weights, outcome, which if best else None)
             self._save(epoch, 0, 0.0, 0, 0.0)
         return self._rows
 
@@ -203,15 +214,6 @@ class _Loop:
         best = max(told, key=lambda one: one[:2])
         row["best_of"], chosen = best[2], best[3]
         return row, lambda: chosen.state_dict(), best[4], best[2]
-
-    def _is_best(self) -> bool:
-        """Tell whether the last row's better weights are the best so far, by top-1, then loss."""
-
-        def merit(row: Row) -> tuple[float, float]:
-            prefix = "" if row["best_of"] == "raw" else "ema_"
-            return row[f"{prefix}holdout_top1"], -row[f"{prefix}holdout_loss"]
-
-        return all(merit(self._rows[-1]) > merit(row) for row in self._rows[:-1])
 
     def _take(self, network: nn.Module, parts: list[Part], rate: float, step: int) -> None:
         c = self._c

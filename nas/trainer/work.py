@@ -22,7 +22,7 @@ from nas.files import write_json
 from nas.jobs import Tick
 from nas.trainer.batches import LiveBatches, ReplayBatches, Share, Source
 from nas.trainer.evaluation import Outcome, evaluate
-from nas.trainer.fit import Course, Row, fit
+from nas.trainer.fit import Course, Row, best_of, fit
 from nas.trainer.folder import RESULT, Board, Folder, write_model
 from nas.trainer.ranks import Ranks
 from nas.trainer.start import build, start_from
@@ -229,7 +229,7 @@ class Work:
 
     def _finish(self, rows: list[Row], throughput: Any) -> dict[str, Any]:
         """Leave the last weights, test the best ones, and tell."""
-        best = self._best_row(rows)
+        best = best_of(rows)
         if self.ranks.main:
             self.leave("last", self.model.state_dict(), self.score(rows[-1], "raw"), throughput)
         self.ranks.wait()
@@ -253,17 +253,6 @@ class Work:
             "peak_mem_bytes": max(row["peak_mem_bytes"] for row in rows),
             **{k: v for k, v in score.items() if k != "kind"},
         }  # fmt: skip
-
-    @staticmethod
-    def _best_row(rows: list[Row]) -> Row:
-        def merit(row: Row) -> tuple[float, float]:
-            prefix = "" if row["best_of"] == "raw" else "ema_"
-            return row[f"{prefix}holdout_top1"], -row[f"{prefix}holdout_loss"]
-
-        found = rows[0]
-        for row in rows[1:]:  # of equal ones the first, as it was kept
-            found = row if merit(row) > merit(found) else found
-        return found
 
     def score(self, row: Row, which: str) -> dict[str, Any]:
         """Tell what is known of an epoch's weights, "raw" or "ema"."""

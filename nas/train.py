@@ -147,7 +147,8 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
         max_broken=parse_share("--max-broken", given.max_broken), pixel_cache=given.pixel_cache,
         labels=None if given.labels is None else _path(given.labels), missing=given.missing,
         teacher=given.teacher, teacher_epochs=given.teacher_epochs,
-        init=given.init if given.init == "scratch" else _path(given.init), resize=given.resize or usual,
+        init=given.init if given.init == "scratch" else _path(given.init),
+        resize=given.resize or usual,
         head_map=None if given.head_map is None else _path(given.head_map),
         random_seed=given.random_seed,
     )  # fmt: skip

@@ -74,10 +74,12 @@ def build_parser() -> Parser:
     add("--epochs", type=int, help="short for --set epochs=N")
     add("--batch-size", type=int, help="the whole batch, of all processes and turns")
     add("--img-size", type=int, metavar="PX", help="default: the recipe's, or the data's")
-    add("--random-seed", type=int, default=0)
+    add("--random-seed", type=int, default=0, help="of weights, order and views (default: 0)")
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--proxy-images", type=int, metavar="N", help="use so many images only (default: all)")
+    add("--data-seed", type=int, default=0, metavar="N", help="of the images held out; a store's "
+        "or a run's --random-seed (default: 0)")  # fmt: skip
     add("--max-broken", default="1%", metavar="SHARE")
     add("--no-pixel-cache", dest="pixel_cache", action="store_false",
         help="decode files each time instead of keeping their pixels")  # fmt: skip
@@ -150,7 +152,7 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
         init=given.init if given.init == "scratch" else _path(given.init),
         resize=given.resize or usual,
         head_map=None if given.head_map is None else _path(given.head_map),
-        random_seed=given.random_seed,
+        random_seed=given.random_seed, data_seed=given.data_seed,
     )  # fmt: skip
 
 
@@ -296,7 +298,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     console = Console(quiet=given.quiet)
     spec = DataSpec(
         given.data, given.img_size or left.context.img_size, given.proxy_images or ALL_IMAGES,
-        parse_share("--max-broken", given.max_broken), given.random_seed,
+        parse_share("--max-broken", given.max_broken), given.data_seed,
         pixel_cache=given.pixel_cache,
     )  # fmt: skip
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()

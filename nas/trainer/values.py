@@ -23,7 +23,8 @@ class TrainConfig:
 
     `arch` is one of `family`, `arch_from` what the user called it; `labels` a store and `teacher` a
     net that is asked while training (one of them at most); `init` "scratch" or weights, their
-    position tables resized as `resize` names; `head_map` a file of old classes. Raises InputError.
+    position tables resized as `resize` names; `head_map` a file of old classes. `random_seed` is
+    that of weights, order and views, `data_seed` of the images held out. Raises InputError.
     """
 
     family: str
@@ -43,6 +44,7 @@ class TrainConfig:
     resize: str = "own"
     head_map: str | None = None
     random_seed: int = 0
+    data_seed: int = 0
 
     def __post_init__(self) -> None:
         family = get_family(self.family)
@@ -65,8 +67,10 @@ class TrainConfig:
         if self.head_map is not None and self.init == "scratch":
             raise refuse("--head-map", f"{self.head_map} with --init scratch", "weights to map",
                          "--init FILE")  # fmt: skip
-        if self.random_seed < 0:
-            raise refuse("--random-seed", self.random_seed, "an integer >= 0")
+        for name in ("random_seed", "data_seed"):
+            if getattr(self, name) < 0:
+                flag = f"--{name.replace('_', '-')}"
+                raise refuse(flag, getattr(self, name), "an integer >= 0")
         if self.labels is not None and self.recipe.mixes:
             raise refuse("--labels", f"beside the recipe's mixup={self.recipe.mixup:g} and cutmix="
                          f"{self.recipe.cutmix:g}", "no mixing but the store's own",
@@ -90,7 +94,7 @@ class TrainConfig:
         """Say which data is asked for: all of it, unless `proxy_images` says otherwise."""
         return DataSpec(
             self.data, self.img_size or self.recipe.img_size, self.proxy_images or ALL_IMAGES,
-            self.max_broken, self.random_seed, pixel_cache=self.pixel_cache,
+            self.max_broken, self.data_seed, pixel_cache=self.pixel_cache,
         )  # fmt: skip
 
 

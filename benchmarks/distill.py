@@ -10,6 +10,7 @@ Tables 2 and 4). Trainings are those of `nas.train`, kept in --folder and gone o
 from __future__ import annotations
 
 import argparse
+import csv
 import subprocess
 import sys
 import time
@@ -31,13 +32,15 @@ from nas.progress import Console
 from space.errors import refuse
 
 STUDENT = {
-    "embed_dim": 96, "depth": 6, "head_dim": 32, "mlp_ratio": 2.0, "patch_size": 8,
+    "embed_dim": 96, "depth": 4, "head_dim": 32, "mlp_ratio": 2.0, "patch_size": 8,
     "dist_token": False,
 }  # fmt: skip
 TRANSFORMER = {**STUDENT, "embed_dim": 160, "depth": 8}
 HEADS = ("class", "distillation", "both")
 CONV_EPOCHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15)
 """Lengths of the convolutional teacher's training among which one of equal accuracy is sought."""
+
+TIMED_EPOCHS = 4
 
 Ints = npt.NDArray[np.int64]
 
@@ -76,10 +79,19 @@ def build_parser() -> Parser:
     add("--transformer-epochs", type=int, default=60)
     add("--random-seeds", default="0,1,2")
     add("--jobs", type=int, default=2, help="trainings at a time, of one thread each (2)")
+    add("--rounds", type=int, default=5, help="of timing (5)")
     add("--no-teachers", dest="teachers", action="store_false", help="leave the second part out")
     add("--folder", type=Path, help="where trainings go (default: results/runs/distill-DATA)")
     add("--out", type=Path, help="default: results/distill_DATA.csv")
     return parser
+
+
+def _seeds(text: str) -> list[int]:
+    """Read --random-seeds; raises InputError."""
+    parts = text.split(",")
+    if len(parts) < 2 or not all(part.strip().isdecimal() for part in parts):
+        raise refuse("--random-seeds", text, "two or more integers, such as 0,1,2")
+    return [int(part) for part in parts]
 
 
 class Bench:
@@ -93,7 +105,7 @@ class Bench:
         spec = DataSpec(given.data, given.img_size, given.proxy_images or 10**9)
         self.dataset: Dataset = prepare(spec, default_cache(), lambda _: None)
         self.truth: Ints = np.asarray(self.dataset.test.labels, dtype=np.int64)
-        self.seeds = [int(text) for text in given.random_seeds.split(",")]
+        self.seeds = _seeds(given.random_seeds)
         for token in (False, True):
             arch = {**STUDENT, "dist_token": token}
             write_json(self.arch(token), {"family": "vit", "arch": arch})
@@ -108,9 +120,10 @@ class Bench:
         path = self.folder / "labels"
         told = self.folder / "labels.json"
         if not told.is_file():
+            self.teacher("auto", self.given.teacher_epochs)  # one for all, so not part of the time
             began = time.monotonic()
             build_labels(
-                self.given.data, epochs=self.given.epochs, out=path, threads=2,
+                self.given.data, epochs=self.given.epochs, out=path, threads=1,
                 teacher_epochs=self.given.teacher_epochs, img_size=self.given.img_size,
                 proxy_images=self.given.proxy_images or 10**9,
             )  # fmt: skip
@@ -121,22 +134,29 @@ class Bench:
         """Do a training, go on with it, or take it over."""
         out = self.folder / name
         given = self.given
+        images = ["--proxy-images", str(given.proxy_images)] if given.proxy_images else []
+        asked = [
+            *("--arch", str(arch), "--data", given.data, "--img-size", str(given.img_size)),
+            *("--epochs", str(epochs), "--random-seed", str(seed), "--threads", "1"),
+            *("--out", str(out), *images, *flags),
+        ]
+        told = out.with_name(f"{out.name}.flags.json")
+        if told.is_file() and read_json(told, "the flags of a training") != asked:
+            raise refuse(
+                str(out), "a training with other flags", "the same", "name another --folder"
+            )
+        write_json(told, asked)
         if (out / "result.json").is_file():
             return out
-        start = ["--resume", str(out)]
-        if not (out / "train.json").is_file():
-            images = ["--proxy-images", str(given.proxy_images)] if given.proxy_images else []
-            start = [
-                *("--arch", str(arch), "--data", given.data, "--img-size", str(given.img_size)),
-                *("--epochs", str(epochs), "--random-seed", str(seed), "--threads", "1"),
-                *("--out", str(out), *images, *flags),
-            ]
+        start = ["--resume", str(out)] if (out / "train.json").is_file() else asked
         done = subprocess.run(
             [sys.executable, "-m", "nas.train", *start, "--quiet"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise refuse(name, done.stderr.strip().splitlines()[-1], "a training that ends")
+            said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            (out / "result.json").unlink(missing_ok=True)
+            raise refuse(name, said[-1], "a training that ends")
         return out
 
     def heads(self, out: Path) -> dict[str, Ints]:
@@ -211,7 +231,7 @@ def _percent(label: str, table: npt.ArrayLike, note: str, command: str) -> Row:
 def _ratio(label: str, ratios: Sequence[float], note: str, command: str) -> Row:
     """Make a row of a median with its range."""
     middle = float(np.median(ratios))
-    return Row(label, middle, min(ratios), max(ratios), len(ratios), "random seeds", note, command)
+    return Row(label, middle, min(ratios), max(ratios), len(ratios), "rounds", note, command)
 
 
 def together(
@@ -229,9 +249,40 @@ def together(
         return list(pool.map(work, tasks))
 
 
-def table_of(
-    bench: Bench, store: Path, seconds: float, command: str
-) -> tuple[list[Row], list[Ints]]:
+def costs_of(bench: Bench, store: Path, seconds: float, command: str) -> list[Row]:
+    """Time an epoch of every method, one training at a time, in turns: ratios within a round."""
+    every = methods(store, bench.given.teacher_epochs)
+    spent: dict[str, list[tuple[float, float]]] = {}
+    for turn in range(bench.given.rounds):
+        for method in every if turn % 2 == 0 else reversed(every):
+            name = f"time-{method.name}-{turn}".replace(" ", "-")
+            out = bench.train(name, bench.arch(method.token), 0, TIMED_EPOCHS, method.flags)
+            log = list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+            # The first epoch warms up.
+            quickest = min(float(row["seconds"]) for row in log[1:])
+            spent.setdefault(method.name, []).append(
+                (quickest, float(log[-1]["peak_mem_bytes"]) / 1e6)
+            )
+    rows = []
+    for name, costs in spent.items():
+        pairs = list(zip(costs, spent["none"], strict=True))
+        note = f"median and range; {np.median([c[0] for c in costs]):.2f} s"
+        if name == "sparse replay":
+            note += f", and {seconds:.0f} s once for the labels of {bench.given.epochs} epochs"
+        rows.append(
+            _ratio(f"an epoch, x none: {name}", [a[0] / b[0] for a, b in pairs], note, command)
+        )
+        rows.append(
+            _ratio(
+                f"peak memory less none's, MB: {name}", [a[1] - b[1] for a, b in pairs],
+                f"of the process; median and range; {np.median([c[1] for c in costs]):.0f} MB",
+                command,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table_of(bench: Bench, store: Path, command: str) -> tuple[list[Row], list[Ints]]:
     """Train every method with every random seed, and tell (DeiT's Table 3); returns rows and what
     the students of no teacher predict."""
     given = bench.given
@@ -240,12 +291,9 @@ def table_of(
     every = methods(store, given.teacher_epochs)
     done = together(bench, [(m.name, m, seed) for seed in bench.seeds for m in every])
     said: dict[tuple[str, str], list[Ints]] = {}
-    spent: dict[str, list[tuple[float, float]]] = {}
     for name, _, out in done:
         for head, predicted in bench.heads(out).items():
             said.setdefault((name, head), []).append(predicted)
-        result = read_json(out / "result.json", "a finished training")
-        spent.setdefault(name, []).append((result["train_seconds"], result["peak_mem_bytes"]))
     right = {of: np.array(each) == bench.truth for of, each in said.items()}
     plain = right["none", "class"].astype(np.float64)
     rows = []
@@ -256,18 +304,6 @@ def table_of(
         if name != "none":
             note = "paired over seeds and images"
             rows.append(_percent(f"points over none: {label}", hits - plain, note, command))
-    for name, costs in spent.items():
-        pairs = list(zip(costs, spent["none"], strict=True))
-        note = f"median and range; {np.median([c[0] for c in costs]):.0f} s"
-        if name == "sparse replay":
-            note += f", and {seconds:.0f} s once for teacher and labels"
-        rows.append(_ratio(f"time, x none: {name}", [a[0] / b[0] for a, b in pairs], note, command))
-        rows.append(
-            _ratio(
-                f"peak memory, x none: {name}", [a[1] / b[1] for a, b in pairs],
-                f"median and range; {np.median([c[1] for c in costs]) / 1e6:.0f} MB", command,
-            )
-        )  # fmt: skip
     return rows, said["none", "class"]
 
 
@@ -283,6 +319,7 @@ def teachers_of(bench: Bench, untaught: list[Ints], command: str) -> list[Row]:
     }
     found = {"convolutional": tried[epochs], "transformer": (wanted, transformer)}
     rows = []
+    note_of_one = "paired over seeds and images; one teacher of each kind"
     for kind, (top1, predicted) in found.items():
         estimate, lo, hi = (100 * x for x in share(int((predicted == truth).sum()), len(truth)))
         note = f"{100 * top1:.1f} on the holdout, by which it was chosen"
@@ -307,6 +344,16 @@ def teachers_of(bench: Bench, untaught: list[Ints], command: str) -> list[Row]:
         rows.append(
             _percent(f"points, convolutional less transformer: {way}", apart, note, command)
         )
+    for way in ("hard", "token"):
+        for other, (_, predicted) in found.items():
+            own, rival = (
+                (np.array(students[f"{kind} {way}"]) == predicted).astype(np.float64)
+                for kind in (other, next(k for k in found if k != other))
+            )
+            label = (
+                f"points of agreement with the {other} teacher, its own students less the other's"
+            )
+            rows.append(_percent(f"{label}: {way}", own - rival, note_of_one, command))
     for name, several in students.items():
         for other, (_, predicted) in found.items():
             alike = np.array(several) == predicted
@@ -333,7 +380,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         bench = Bench(given)
         store, seconds = bench.store()
-        rows, untaught = table_of(bench, store, seconds, command)
+        rows, untaught = table_of(bench, store, command)
+        rows += costs_of(bench, store, seconds, command)
         if given.teachers:
             rows += teachers_of(bench, untaught, command)
         for row in rows:

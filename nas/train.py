@@ -25,14 +25,14 @@ from nas.measure.fingerprint import take_fingerprint, usable_cpus
 from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
 from nas.trainer.values import AMPS, TrainConfig, read_config
-from nas.training.recipe import CHOICES, PRESETS, Recipe, changed, find_recipe
+from nas.training.recipe import CHOICES, PIPELINE, PRESETS, Recipe, changed, find_recipe
 from space import Context, get_family
 from space.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nas.trainer.ranks import Ranks
+    from nas.trainer.folder import Folder
     from nas.trainer.work import Machine
 
 EXIT_FINISHED, EXIT_DIVERGED = 0, 3
@@ -88,14 +88,15 @@ def build_parser() -> Parser:
     add("--cache-dir", metavar="DIR")
     machine = parser.add_argument_group("machine (may change on --resume)")
     add = machine.add_argument
-    add("--device", default="cpu", help="cpu or cuda; under torchrun each process has its own GPU")
+    add("--device", help="cpu (default) or cuda; under torchrun each process has its own GPU")
     add("--threads", type=int, help="torch's, a process (default: the cores, shared)")
     add("--workers", type=int, help="loader processes of each process (default: 0; 8 with a GPU)")
     add("--accumulate", type=int, metavar="N", help="turns in which a process sees its share of a "
         "batch (default: 1)")  # fmt: skip
     add("--amp", choices=AMPS, help="mixed precision (default: auto: on GPUs)")
-    add("--compile", action="store_true", default=None, help="torch.compile")
-    add("--grad-checkpointing", action="store_true", default=None, help="less memory, more time")
+    switch = argparse.BooleanOptionalAction
+    add("--compile", action=switch, help="torch.compile")
+    add("--grad-checkpointing", action=switch, help="less memory, more time")
     add("--save-steps", type=int, metavar="N", help="steps between checkpoints (default: 500)")
     add("--keep-every", type=int, metavar="N", help="keep a model every N epochs (default: none)")
     run = parser.add_argument_group("run")
@@ -142,10 +143,9 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
     family, arch, arch_from = resolve_arch(given.arch, given.family)
     usual = "published" if "published" in get_family(family).resizes else "own"
     params = get_family(family).count_params(get_family(family).arch(arch), REFERENCE)
-    recipe = find_recipe(given.recipe, params, given.set)
     return TrainConfig(
         family=family, arch=arch, arch_from=arch_from, data=_path(given.data, data=True),
-        recipe=_fitted(recipe, given), img_size=given.img_size, proxy_images=given.proxy_images,
+        recipe=_fitted(given, params), img_size=given.img_size, proxy_images=given.proxy_images,
         max_broken=parse_share("--max-broken", given.max_broken), pixel_cache=given.pixel_cache,
         labels=None if given.labels is None else _path(given.labels), missing=given.missing,
         teacher=given.teacher, teacher_epochs=given.teacher_epochs,
@@ -156,21 +156,22 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
     )  # fmt: skip
 
 
-def _fitted(recipe: Recipe, given: argparse.Namespace) -> Recipe:
-    """Put the short flags into the recipe, and what stored labels decide."""
+def _fitted(given: argparse.Namespace, params: int) -> Recipe:
+    """Find the recipe, with the short flags in it and what stored labels decide."""
+    short = [
+        f"{name}={getattr(given, name)}"
+        for name in ("epochs", "batch_size", "distill")
+        if getattr(given, name) is not None
+    ]
+    recipe = find_recipe(given.recipe, params, [*given.set, *short])
+    named = {text.partition("=")[0].strip().replace("-", "_") for text in [*given.set, *short]}
     changes: dict[str, Any] = {}
-    for name in ("epochs", "batch_size", "distill"):
-        if getattr(given, name) is not None:
-            changes[name] = getattr(given, name)
     taught = given.labels is not None or given.teacher is not None
-    if "distill" not in changes and recipe.distill == "none" and taught:
+    if "distill" not in named and recipe.distill == "none" and taught:
         changes["distill"] = "sparse" if given.labels is not None else "soft"
-    named = {text.partition("=")[0].strip().replace("-", "_") for text in given.set}
     if given.labels is not None:  # what is stored is augmented and mixed already
         stored = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
         changes |= {k: v for k, v in stored.items() if k not in named}
-    if "epochs" in changes and "warmup_epochs" not in named:
-        changes["warmup_epochs"] = min(recipe.warmup_epochs, 0.2 * changes["epochs"])
     return changed(recipe, changes)
 
 
@@ -180,25 +181,31 @@ def _path(text: str, *, data: bool = False) -> str:
     return str(path.resolve()) if path.exists() and not (data and text in EMBEDDED) else text
 
 
-def _machine(given: argparse.Namespace, before: Mapping[str, Any], ranks: Ranks) -> Machine:
+def _machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machine:
     """Resolve what the training runs on: what is given now, else what it began with."""
+    from nas.trainer.ranks import local_world
     from nas.trainer.work import Machine, resolve_amp
 
-    asked = {
-        "threads": given.threads, "workers": given.workers, "turns": given.accumulate,
-        "compile": given.compile, "grad_checkpointing": given.grad_checkpointing,
-        "save_steps": given.save_steps, "keep_every": given.keep_every,
-        "amp": None if given.amp is None else resolve_amp(given.amp, ranks.device),
-    }  # fmt: skip
-    usual = {
-        "threads": max(1, usable_cpus() // ranks.world), "amp": resolve_amp("auto", ranks.device),
-        "workers": 0 if ranks.device == "cpu" else max(0, min(8, usable_cpus() // ranks.world - 1)),
-    }  # fmt: skip
-    # The number of threads decides bits: a resumed training keeps it, unless told otherwise.
     known = {f.name for f in dataclasses.fields(Machine)}
     kept = {k: v for k, v in before.items() if k in known}
+    device = given.device or str(kept.get("device", "cpu"))
+    take_fingerprint(device, 1)  # refuses a device that is not there
+    asked = {
+        "device": device, "threads": given.threads, "workers": given.workers,
+        "turns": given.accumulate, "compile": given.compile,
+        "grad_checkpointing": given.grad_checkpointing, "save_steps": given.save_steps,
+        "keep_every": given.keep_every,
+    }  # fmt: skip
+    cores = usable_cpus() // local_world()
+    usual = {
+        "threads": max(1, cores),
+        "workers": 0 if device == "cpu" else max(0, min(8, cores - 1)),
+    }
+    # The number of threads decides bits: a resumed training keeps it, unless told otherwise.
     given_now = {k: v for k, v in asked.items() if v is not None}
-    return Machine(**{**usual, **kept, **given_now})
+    moved = kept.get("device", device) != device
+    amp = given.amp or ("auto" if moved else str(kept.get("amp", "auto")))
+    return Machine(**{**usual, **kept, **given_now, "amp": resolve_amp(amp, device)})
 
 
 def describe(config: TrainConfig, world: int) -> list[str]:
@@ -206,8 +213,12 @@ def describe(config: TrainConfig, world: int) -> list[str]:
     recipe = config.recipe
     family, arch = config.of
     peak, least, first = recipe.rates()
-    values = {k: v for k, v in recipe.to_dict().items() if k != "name"}
-    told = ", ".join(f"{k}={'none' if v is None else v}" for k, v in values.items())
+    words = dict.fromkeys(PIPELINE, "default")
+    told = ", ".join(
+        f"{k}={words.get(k, 'none') if v is None else v}"
+        for k, v in recipe.to_dict().items()
+        if k != "name"
+    )
     return [
         f"arch: {family.name} {family.label(arch)} (of {config.arch_from})",
         f"recipe {recipe.name}: {told}",
@@ -216,62 +227,105 @@ def describe(config: TrainConfig, world: int) -> list[str]:
     ]
 
 
-def train(given: argparse.Namespace) -> dict[str, Any]:
-    """Train, or go on; returns what `result.json` holds."""
-    import torch
+def _only_machine(given: argparse.Namespace) -> None:
+    """Refuse flags beside --resume that would change what was asked."""
+    free = {
+        "resume", "cache_dir", "quiet", "json", "device", "threads", "workers", "accumulate", "amp",
+        "compile", "grad_checkpointing", "save_steps", "keep_every",
+    }  # fmt: skip
+    usual = vars(build_parser().parse_args([]))
+    for name, value in vars(given).items():
+        if name not in free and value != usual[name]:
+            flag = "--no-pixel-cache" if name == "pixel_cache" else f"--{name.replace('_', '-')}"
+            raise refuse(flag, f"{value} beside --resume", "what the training began with",
+                         "start a new one with another --out")  # fmt: skip
 
+
+def train(arch: str, data: str, out: str | Path, **flags: Any) -> dict[str, Any]:
+    """Train an arch on a data set into a new folder, as the command does; quietly.
+
+    `flags` are the command's, by name: `recipe="tinyvit-1k"`, `set=["lr=1e-4"]`, `compile=True`.
+    Returns what `result.json` holds. Raises InputError.
+    """
+    words = ["--arch", arch, "--data", data, "--out", str(out), "--quiet"]
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words += [flag] if each is True else [] if each in (None, False) else [flag, str(each)]
+    return run(build_parser().parse_args(words))
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Train, or go on; returns what `result.json` holds."""
     from nas.trainer.batches import Share, check_parts
     from nas.trainer.folder import Folder
-    from nas.trainer.ranks import together, world_of
-    from nas.trainer.work import Work
+    from nas.trainer.ranks import world_of
 
+    rank, world, _ = world_of()
+    console = Console(quiet=given.quiet or rank > 0)
     told: dict[str, Any] = {}
-    main = world_of()[0] == 0
-    console = Console(quiet=given.quiet or not main)
     if given.resume is not None:
+        _only_machine(given)
         folder = Folder(Path(given.resume))
         told = folder.told()
         config = read_config(told["config"])
+        result = folder.result()
+        if result is not None and result["status"] == "finished":
+            return result
     else:
         config = make_config(given)
         folder = Folder(Path(given.out))
-        if main and folder.path.exists() and any(folder.path.iterdir()):
-            folder.begin({})  # refuses before any work
-    finished = folder.path / "result.json"
-    if given.resume is not None and finished.is_file():
-        result: dict[str, Any] = read_json(finished, "a finished training")
-        if result["status"] == "finished":
-            return result
-    take_fingerprint(given.device, 1)  # refuses a device that is not there
-    turns = given.accumulate or told.get("machine", {}).get("turns", 1)
-    share = Share(*world_of()[:2], turns)
+        if rank == 0:
+            folder.check_new()
+    machine = _machine(given, told.get("machine", {}))
+    share = Share(rank, world, machine.turns)
     check_parts("batch_size", config.recipe.batch_size, share, even=config.recipe.mixes)
+    for line in describe(config, world):
+        console.line(line)
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
-    with together(given.device) as ranks:
-        machine = _machine(given, told.get("machine", {}), ranks)
-        torch.set_num_threads(machine.threads)
-        for line in describe(config, ranks.world):
-            console.line(line)
-        dataset = prepared(config.data_spec, cache, console)
-        work = Work(config, machine, dataset, folder, ranks, cache, console.line)
-        if main:
-            settings = work.settings() | {
-                "dataset": dataset_card(dataset), "versions": versions(), "git": git_commit(),
-                "fingerprint": dataclasses.asdict(take_fingerprint(ranks.device, machine.threads)),
-            }  # fmt: skip
-            if not told:
-                folder.begin(settings)
-        ranks.wait()
-        steps, images = work.source.steps_per_epoch, work.source.images_per_epoch
-        console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
-        try:
+    return _together(config, machine, folder, told, cache, console)
+
+
+def _together(
+    config: TrainConfig,
+    machine: Machine,
+    folder: Folder,
+    told: Mapping[str, Any],
+    cache: Path,
+    console: Console,
+) -> dict[str, Any]:
+    """Join the other processes, prepare, train."""
+    import torch
+
+    from nas.trainer.ranks import together
+    from nas.trainer.work import Work
+
+    torch.set_num_threads(machine.threads)
+    with together(machine.device) as ranks, contextlib.ExitStack() as stack:
+        stack.callback(console.stop)
+        with ranks.all_or_none():
+            dataset = prepared(config.data_spec, cache, console)
+            work = Work(config, machine, dataset, folder, ranks, cache, console.line)
             console.start(float(config.teacher_epochs * len(dataset.train)), "images")
             teacher = work.teacher(console.advance)
             console.stop()
-            console.start(float(images * config.recipe.epochs), "images")
-            return work.train(teacher, console.advance, _pace(config, work.ctx))
-        finally:
-            console.stop()
+            if ranks.main:
+                stack.enter_context(folder.held())
+                started = {
+                    "dataset": dataset_card(dataset), "versions": versions(), "git": git_commit(),
+                    "fingerprint": dataclasses.asdict(
+                        take_fingerprint(ranks.device, machine.threads)
+                    ),
+                }  # fmt: skip
+                folder.write({**started, **told, **work.settings()})
+        ranks.same("teacher and labels", work.taught_by(), "one cache, or one store, for all")
+        steps, images = work.source.steps_per_epoch, work.source.images_per_epoch
+        kept = {k: v for k, v in dataclasses.asdict(machine).items() if v is not None}
+        console.line("machine: " + ", ".join(f"{k}={v}" for k, v in kept.items()))
+        console.line(f"augmentation: {json.dumps(work.spec.to_dict())}")
+        console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
+        console.start(float(images * config.recipe.epochs), "images")
+        return work.train(teacher, console.advance, _pace(config, work.ctx))
 
 
 def _pace(config: TrainConfig, ctx: Context) -> Any:
@@ -290,28 +344,39 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     from nas.distill.presets import preset_spec
     from nas.exporting.model import left_by
     from nas.trainer.evaluation import evaluate
+    from nas.trainer.ranks import world_of
     from nas.trainer.values import ALL_IMAGES
+    from nas.training.loop import place
 
+    if world_of()[1] > 1:
+        raise refuse("--evaluate", "several processes", "one", "start it without torchrun")
     if given.data is None:
         raise refuse("--data", "nothing", "the data set to evaluate on")
     left = left_by(Path(given.evaluate))
+    size = left.context.img_size
+    if given.img_size not in (None, size):
+        raise refuse("--img-size", given.img_size, f"the model's own {size}", "leave it out")
+    device = given.device or "cpu"
+    take_fingerprint(device, 1)  # refuses a device that is not there
     console = Console(quiet=given.quiet)
     spec = DataSpec(
-        given.data, given.img_size or left.context.img_size, given.proxy_images or ALL_IMAGES,
+        given.data, size, ALL_IMAGES if given.proxy_images is None else given.proxy_images,
         parse_share("--max-broken", given.max_broken), given.data_seed,
         pixel_cache=given.pixel_cache,
     )  # fmt: skip
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
     dataset = prepared(spec, cache, console)
-    if dataset.num_classes != left.context.num_classes:
-        raise refuse("--data", f"{dataset.name} with {dataset.num_classes} classes",
-                     f"the {left.context.num_classes} classes of {left.path}")  # fmt: skip
+    if list(dataset.classes) != left.classes:
+        theirs, own = (", ".join(map(str, c[:3])) for c in (left.classes, dataset.classes))
+        raise refuse("--data", f"{dataset.num_classes} classes ({own}, ...)",
+                     f"the {len(left.classes)} of {left.path} ({theirs}, ...)")  # fmt: skip
     split = getattr(dataset, given.split)
+    model = place(left.build(), device)
     console.start(float(len(split)), "images")
     try:
         outcome = evaluate(
-            _fused(left.build(), given.fusion), split, preset_spec("default", dataset),
-            num_classes=dataset.num_classes, tick=console.advance,
+            _fused(model, given.fusion), split, preset_spec("default", dataset),
+            num_classes=dataset.num_classes, device=device, tick=console.advance,
         )  # fmt: skip
     finally:
         console.stop()
@@ -349,7 +414,7 @@ def _say(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
         kept = [str(result[k]) for k in ("checkpoint", "best") if result[k]]
         print(
             f"diverged: the loss became {result['loss']} by step {result['step']} "
-            f"(epoch {result['epochs'] + 1}); good and kept: {', '.join(kept) or 'nothing yet'}; "
+            f"(epoch {result['epoch']}); good and kept: {', '.join(kept) or 'nothing yet'}; "
             "start anew with a lower --set lr=..., or a stricter --set clip_norm=...",
             file=sys.stderr,
         )
@@ -376,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print("\n".join(describe(config, 1)))
                 result = {"status": "planned", **config.to_dict()}
             else:
-                result = train(given)
+                result = run(given)
                 from nas.trainer.ranks import world_of
 
                 if world_of()[0]:

@@ -190,12 +190,15 @@ def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: floa
         stderr=subprocess.DEVNULL,
     ) as process:  # fmt: skip
         waited = time.monotonic()
-        while not (out / "train.json").exists() and process.poll() is None:
+        while not (out / "checkpoint.safetensors").exists():
+            assert process.poll() is None
             assert time.monotonic() - waited < 120
             time.sleep(0.01)
         time.sleep(delay)
+        assert process.poll() is None, "it was to be killed while it trains"
         process.send_signal(signal.SIGKILL)
         process.wait()
+    assert not (out / "result.json").exists()
     assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
 
 
@@ -206,10 +209,10 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
     trial: int, cache: Path, tmp_path: Path
 ) -> None:
     arch = arch_file(tmp_path)
-    more = ["--batch-size", "8", "--save-steps", "2", "--set", "drop_path=0.1"]
+    more = ["--batch-size", "8", "--save-steps", "2", "--set", "drop_path=0.1", "--epochs", "8"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert train.main(flags(cache, arch, whole, *more)) == 0
-    delay = random.Random(trial).uniform(0.1, 1.5)
+    delay = random.Random(trial).uniform(0.0, 1.0)
     killed_and_resumed(flags(cache, arch, out, *more), out, cache, delay)
     assert equal(weights(whole), weights(out))
     assert equal(weights(whole, "best"), weights(out, "best"))
@@ -263,6 +266,64 @@ def test_a_divergence_stops_with_the_last_good_checkpoint(
     good = load_file(out / "checkpoint.safetensors")
     assert all(bool(torch.isfinite(v).all()) for v in good.values() if v.is_floating_point())
     assert json.loads((out / "result.json").read_text())["status"] == "diverged"
+
+
+def test_gradients_that_are_not_numbers_leave_the_good_models(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.fit import _Loop
+
+    out, loss = tmp_path / "out", _Loop._step_loss
+    last = [False]
+
+    def poisoned(self: Any, network: Any, part: Any) -> torch.Tensor:
+        found = loss(self, network, part)
+        if last[0]:  # the loss is fine, its gradients are not
+            found.register_hook(lambda g: g * float("nan"))
+        return found
+
+    take = _Loop._take
+
+    def late(self: Any, *args: Any) -> None:
+        last[0] = args[-1] == 2 * self._c.source.steps_per_epoch - 1
+        take(self, *args)
+
+    monkeypatch.setattr(_Loop, "_step_loss", poisoned)
+    monkeypatch.setattr(_Loop, "_take", late)
+    more = ["--set", "clip_norm=none", "--epochs", "3"]
+    assert train.main(flags(cache, arch_file(tmp_path), out, *more)) == 3
+    assert "(epoch 2)" in capsys.readouterr().err
+    for name in ("best", "checkpoint"):
+        kept = load_file(out / f"{name}.safetensors")
+        assert all(bool(torch.isfinite(v).all()) for v in kept.values() if v.is_floating_point())
+    assert json.loads((out / "best.json").read_text())["score"]["epoch"] == 1
+
+
+def test_what_is_not_a_number_is_wrong_and_ties_are_not(cache: Path) -> None:
+    from nas.data import DataSpec, prepare
+    from nas.distill.augment import default_spec
+    from nas.trainer.evaluation import evaluate
+
+    digits = prepare(DataSpec("digits", 32, 200), cache, lambda _: None)
+
+    def constant(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda inputs: torch.full((len(inputs), 10), value)
+
+    spec = default_spec(digits)
+    for value, top1 in ((float("nan"), 0.0), (0.0, 1.0)):
+        found = evaluate(constant(value), digits.test, spec, num_classes=10)
+        assert found.top(1)[0] == top1
+
+
+def test_sums_over_processes_are_taken_on_ones_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import distributed
+
+    from nas.trainer.ranks import Ranks
+
+    seen = []
+    monkeypatch.setattr(distributed, "all_reduce", lambda t: seen.append(t.device.type))
+    assert Ranks(0, 2, "meta").sum(torch.tensor(1.0)).device.type == "meta"  # a GPU's stand-in
+    assert seen == ["meta"]
 
 
 def test_less_memory_and_mixed_precision_change_no_more_than_they_must(
@@ -358,6 +419,105 @@ def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(
     assert found[0] != found[1]
 
 
+def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.fit import _Loop
+
+    arch, first, out = arch_file(tmp_path), tmp_path / "first", tmp_path / "out"
+    assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
+    take = _Loop._take
+
+    def failing(self: Any, *args: Any) -> None:
+        if args[-1] == 5:
+            raise Stop
+        take(self, *args)
+
+    more = ["--init", str(first / "best.safetensors"), "--amp", "bf16", "--save-steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "_take", failing)
+        with pytest.raises(Stop):
+            train.main(flags(cache, arch, out, *more))
+    (first / "best.safetensors").unlink()
+    resume = ["--resume", str(out), "--cache-dir", str(cache), "--quiet"]
+    for flag in (
+        ["--epochs", "9"],
+        ["--set", "lr=1"],
+        ["--data", "fractals"],
+        ["--no-pixel-cache"],
+    ):
+        assert train.main([*resume, *flag]) == 2
+        assert "beside --resume" in capsys.readouterr().err
+    assert json.loads((out / "train.json").read_text())["machine"]["amp"] == "bf16"
+    assert train.main([*resume, "--amp", "none", "--accumulate", "2"]) == 0
+    told = json.loads((out / "train.json").read_text())["machine"]
+    assert (told["amp"], told["turns"], told["save_steps"]) == ("none", 2, 1)
+    assert train.find_recipe(str(out / "train.json"), 1).epochs == 2
+
+
+def test_two_processes_do_not_write_one_folder(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.folder import Folder
+
+    out = tmp_path / "out"
+    with Folder(out).held():
+        assert train.main(flags(cache, arch_file(tmp_path), out)) == 2
+    err = capsys.readouterr().err
+    assert "no other process" in err
+    assert err.count("\n") == 1
+    assert train.main(flags(cache, arch_file(tmp_path), out)) == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {}, {"config": {}, "machine": {}}, {"config": {"recipe": {}}, "machine": {}},
+        {"config": 3, "machine": {}},
+    ],
+)  # fmt: skip
+def test_a_damaged_account_is_one_line(
+    damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(damage))
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_is_evaluated_on_its_own_classes_and_size_only(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["--evaluate", str(finished.folder), "--cache-dir", str(finished.cache), "--quiet"]
+    assert train.main([*start, "--data", "digits", "--img-size", "48"]) == 2
+    assert "the model's own 32" in capsys.readouterr().err
+    assert train.main([*start, "--data", "fractals", "--proxy-images", "300"]) == 2
+    assert "classes" in capsys.readouterr().err
+    assert train.main(start) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_python_users_get_what_the_command_does(cache: Path, tmp_path: Path) -> None:
+    result = train.train(
+        str(arch_file(tmp_path)), "digits", tmp_path / "out", img_size=32, proxy_images=200,
+        epochs=1, threads=1, cache_dir=cache, set=["lr=1e-4", "erase_prob=none"],
+    )  # fmt: skip
+    assert result["status"] == "finished"
+    told = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert told["config"]["recipe"]["lr"] == 1e-4
+    assert told["augment"]["erase_prob"] == 0.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_in_half_precision_and_goes_on(cache: Path, tmp_path: Path) -> None:
+    arch, out = arch_file(tmp_path), tmp_path / "out"
+    more = ["--device", "cuda", "--amp", "fp16", "--save-steps", "2", "--set", "ema_decay=0.9"]
+    assert train.main(flags(cache, arch, out, *more)) == 0
+    (out / "result.json").unlink()
+    assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
+    assert json.loads((out / "train.json").read_text())["machine"]["device"] == "cuda"
+
+
 BAD: list[tuple[list[str], str]] = [
     (["--set", "weigth_decay=0.1"], "did you mean weight_decay?"),
     (["--recipe", "tinyvit-2k"], "did you mean tinyvit-1k?"),
@@ -419,6 +579,8 @@ def test_a_folder_of_something_else_and_processes_that_do_not_divide_are_refused
     assert "new or empty" in capsys.readouterr().err
     assert train.main(["--resume", str(tmp_path / "nothing")]) == 2
     assert "train.json" in capsys.readouterr().err
+    for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     assert train.main(flags(cache, arch, tmp_path / "o")) == 2

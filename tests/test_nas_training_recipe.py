@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from nas.trainer.fit import rate_at
-from nas.training.recipe import PRESETS, Recipe, changed, find_recipe, read_recipe
+from nas.training.recipe import PIPELINE, PRESETS, Recipe, changed, find_recipe, read_recipe
 from space.errors import InputError
 
 M5, M11, M21 = 5_392_764, 10_996_972, 21_198_568
@@ -101,6 +101,7 @@ def test_the_schedules_trace_is_timms_from_the_first_step_to_the_last(
         ("label_smoothing=1", "below 1"),
         ("lr=nan", "finite"),
         ("warmup_epochs=1000", "at most the 300 epochs"),
+        ("erase_prob=often", "a number"),
         ("ema_warmup=maybe", "true or false"),
         ("batch_size=1", ">= 2"),
         ("img_size=8", "16 to 1024"),
@@ -110,6 +111,20 @@ def test_a_wrong_override_is_one_line_with_the_remedy(override: str, said: str) 
     with pytest.raises(InputError) as error:
         find_recipe("tinyvit-1k", M5, [override])
     assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_shorter_training_warms_up_for_a_fifth_at_most() -> None:
+    assert find_recipe("tinyvit-1k", M5, ["epochs=50"]).warmup_epochs == 10
+    assert find_recipe("tinyvit-1k", M5, ["epochs=300"]).warmup_epochs == 20
+    assert find_recipe("tinyvit-1k", M5, ["epochs=50", "warmup_epochs=20"]).warmup_epochs == 20
+
+
+@pytest.mark.parametrize("saved", [[], {"lr": 1}, {"config": 3}, {"epochs": {}}])
+def test_a_damaged_recipe_is_one_line(saved: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(saved))
+    with pytest.raises(InputError) as error:
+        find_recipe(str(tmp_path / "r.json"), M5)
     assert "\n" not in str(error.value)
 
 
@@ -126,17 +141,17 @@ def test_a_saved_recipe_reads_back_and_every_value_can_be_overridden(
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe.to_dict()))
     assert find_recipe(str(path), M5) == recipe
-    path.write_text(json.dumps({"recipe": recipe.to_dict()}))
-    assert find_recipe(str(path), M5) == recipe
+    for saved in ({"recipe": recipe.to_dict()}, {"config": {"recipe": recipe.to_dict()}}):
+        path.write_text(json.dumps(saved))
+        assert find_recipe(str(path), M5) == recipe
     assert read_recipe(recipe.to_dict()) == recipe
     for field in fields(Recipe):
         value = getattr(recipe, field.name)
-        text = f"{field.name}={'none' if value is None else value}"
-        found = find_recipe(name, M21, [text])
-        if field.name == "policy" and value is None:
-            assert found.policy == "none"  # off, where None is the pipeline's own
-        else:
-            assert found == recipe, text
+        none = "default" if field.name in PIPELINE else "none"
+        text = f"{field.name}={none if value is None else value}"
+        assert find_recipe(name, M21, [text]) == recipe, text
+    off = find_recipe(name, M21, [f"{key}=none" for key in PIPELINE])
+    assert (off.least_crop, off.policy, off.color_jitter, off.erase_prob) == (1.0, "none", 0.0, 0.0)
     short = recipe.to_dict()
     del short["epochs"]
     with pytest.raises(InputError, match="epochs"):

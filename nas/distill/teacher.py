@@ -256,13 +256,13 @@ def _read(folder: Path) -> TeacherInfo:
 
 
 def load_teacher(
-    info: TeacherInfo, device: str = "cpu", precision: str = "float32"
+    info: TeacherInfo, device: str = "cpu", precision: str = "float32", *, stay: bool = False
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Open a teacher: student-normalised [B, 3, S, S] -> logits float32 [B, C] on the CPU.
 
-    Always eval mode; `precision` "bfloat16" or "float16" runs the net under autocast, whose logits
-    become float32 before anything else is done with them. Weights that are not those of `info` are
-    refused.
+    Always eval mode; with `stay` the logits stay on the teacher's device; `precision` "bfloat16" or
+    "float16" runs the net under autocast, whose logits become float32 before anything else is done
+    with them. Weights that are not those of `info` are refused.
     """
     path = Path(info.folder) / "weights.safetensors"
     state = load_weights(path, name="teacher")
@@ -279,7 +279,7 @@ def load_teacher(
         autocast = torch.autocast(device.split(":")[0], dtype=kind, enabled=kind != torch.float32)
         with torch.no_grad(), autocast:
             out: torch.Tensor = net(_to(inputs, device))
-        return out.float().cpu()
+        return out.float() if stay else out.float().cpu()
 
     return logits
 

@@ -77,7 +77,8 @@ def evaluate(
     """Evaluate on a labelled split, each process on its share of the images; all get the whole.
 
     A module is put through train() into eval mode, which drops what it may have cached of older
-    weights, and stays there. Float32. A class that ties with the true one does not come before it.
+    weights, and stays there. Float32. A class that ties with the true one does not come before it;
+    outputs that are not numbers are wrong.
     """
     if isinstance(network, nn.Module):
         network.train().eval()
@@ -97,7 +98,7 @@ def evaluate(
         found = torch.stack(
             [
                 functional.cross_entropy(logits, truth, reduction="none").double(),
-                (logits > theirs).sum(1).double(),
+                (~(logits <= theirs)).sum(1).double(),  # what is not a number comes before all
                 logits.argmax(1).double(),
             ],
             dim=1,

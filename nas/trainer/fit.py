@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import resource
 import sys
 import time
@@ -149,7 +150,10 @@ class _Loop:
     def run(self, report: Report) -> list[Row]:
         """Train to the end of the recipe."""
         c = self._c
-        epoch, start, seconds = self._resume()
+        with c.ranks.all_or_none():
+            epoch, start, seconds = self._resume()
+        at, remedy = f"epoch {epoch}, step {start}", "a folder that all machines share"
+        c.ranks.same("checkpoint", at, remedy)
         if c.compile:
             self._model.compile()
         network = c.ranks.wrap(self._model)
@@ -179,14 +183,13 @@ class _Loop:
             self._take(network, parts, rate, step)
             at += 1
             if c.save_steps is not None and at % c.save_steps == 0 and at < steps:
-                # On a GPU the loss may not have been looked at yet: what is kept must be good.
-                total = self._stepper.look(step)
+                total = self._good(step)
                 images = int(c.ranks.sum(torch.tensor(float(self._stepper.images))))
                 spent = before + time.perf_counter() - began
                 self._save(epoch, at, total, images, spent)
         assert at == steps, f"{at} of {steps} steps"
-        total, seen = self._stepper.end((epoch + 1) * steps - 1)
-        images = int(c.ranks.sum(torch.tensor(float(seen), device=c.ranks.device)))
+        total = self._good((epoch + 1) * steps - 1)
+        images = int(c.ranks.sum(torch.tensor(float(self._stepper.images))))
         spent = before + time.perf_counter() - began
         row: Row = {
             "epoch": epoch + 1, "lr": rate, "train_loss": total / max(images, 1),
@@ -210,10 +213,24 @@ class _Loop:
                 f"{prefix}holdout_loss": outcome.mean_loss, f"{prefix}holdout_top1": top1,
                 f"{prefix}holdout_top1_se": se, f"{prefix}holdout_top5": top5,
             }  # fmt: skip
+            if not math.isfinite(outcome.mean_loss):
+                raise Diverged((epoch + 1) * steps - 1, outcome.mean_loss)
             told.append((top1, -outcome.mean_loss, which, model, outcome))
         best = max(told, key=lambda one: one[:2])
         row["best_of"], chosen = best[2], best[3]
         return row, lambda: chosen.state_dict(), best[4], best[2]
+
+    def _good(self, step: int) -> float:
+        """Return the sum of losses, or raise `Diverged`: what is kept must be good.
+
+        On a GPU the loss may not have been looked at yet; and a loss may be finite whose gradients
+        are not.
+        """
+        total = self._stepper.look(step)
+        sums = torch.stack([p.detach().float().sum() for p in self._model.parameters()])
+        if not bool(torch.isfinite(sums).all()):
+            raise Diverged(step, math.nan)
+        return total
 
     def _take(self, network: nn.Module, parts: list[Part], rate: float, step: int) -> None:
         c = self._c
@@ -247,9 +264,8 @@ class _Loop:
         inputs = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
         taught = part.taught.to(device) if part.taught is not None else None
         if taught is None and self._c.teacher is not None:
-            taught = Taught(logits=self._c.teacher(inputs).to(device))
-        loss = self._loss(network(inputs), target.to(device, non_blocking=True), taught)
-        return loss
+            taught = Taught(logits=self._c.teacher(inputs))
+        return self._loss(network(inputs), target.to(device, non_blocking=True), taught)
 
     def _more(self) -> dict[str, Tensor]:
         if self._ema is None:
@@ -280,7 +296,8 @@ class _Loop:
         )
         extra = found.extra
         self._rows = list(extra["rows"])
-        self._stepper.scaler.load_state_dict(extra["scaler"])
+        if extra["scaler"] and self._stepper.scaler.is_enabled():
+            self._stepper.scaler.load_state_dict(extra["scaler"])
         main = c.ranks.main  # sums over processes count what was before once
         self._stepper.begin(extra["loss_sum"] if main else 0.0, extra["images"] if main else 0)
         steps = c.source.steps_per_epoch
@@ -297,4 +314,4 @@ def peak_memory(device: str) -> int:
     return int(most) * (1 if sys.platform == "darwin" else 1024)
 
 
-__all__ = ["AMP", "Course", "Diverged", "Row", "fit", "part_seed", "peak_memory", "rate_at"]
+__all__ = ["AMP", "Course", "Diverged", "Row", "best_of", "fit", "part_seed", "rate_at"]

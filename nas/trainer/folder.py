@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -26,9 +28,10 @@ LOG_COLUMNS = (
     "ema_holdout_loss", "ema_holdout_top1", "ema_holdout_top1_se", "ema_holdout_top5", "best_of",
     "images", "images_per_s", "seconds", "peak_mem_bytes",
 )  # fmt: skip
-SETTINGS, CHECKPOINT, LOG, CURVE, RESULT = (
-    "train.json", "checkpoint.safetensors", "log.csv", "curve.png", "result.json",
+SETTINGS, CHECKPOINT, LOG, CURVE, RESULT, LOCK = (
+    "train.json", "checkpoint.safetensors", "log.csv", "curve.png", "result.json", ".lock",
 )  # fmt: skip
+PARTS = ("config", "machine")
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
@@ -43,13 +46,17 @@ class Folder:
         """Where the training stands."""
         return self.path / CHECKPOINT
 
-    def begin(self, told: Mapping[str, Any]) -> None:
-        """Make the folder and say what is asked. Raises InputError where something else lies."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+    def check_new(self) -> None:
+        """Refuse a place where something else lies."""
+        used = self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir())
+        if used or (self.path.exists() and not self.path.is_dir()):
             remedy = "name another folder"
             if (self.path / SETTINGS).is_file():
                 remedy = f"go on with it: --resume {self.path}; or {remedy}"
             raise refuse("--out", self.path, "a folder that is new or empty", remedy)
+
+    def write(self, told: Mapping[str, Any]) -> None:
+        """Make the folder and say what is asked. Raises InputError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / SETTINGS, dict(told))
@@ -58,11 +65,39 @@ class Folder:
 
     def told(self) -> dict[str, Any]:
         """Read what was asked. Raises InputError."""
-        remove_leftovers(self.path)
         data = read_json(self.path / SETTINGS, "the folder of a training by nas.train")
-        if not isinstance(data, dict) or "config" not in data:
+        if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in PARTS):
             raise refuse(str(self.path / SETTINGS), "another format", "what nas.train wrote")
         return data
+
+    def result(self) -> dict[str, Any] | None:
+        """Read how a training ended, if it has. Raises InputError."""
+        if not (self.path / RESULT).is_file():
+            return None
+        data = read_json(self.path / RESULT, "how a training ended")
+        if not isinstance(data, dict) or data.get("status") not in ("finished", "diverged"):
+            raise refuse(str(self.path / RESULT), "another format", "what nas.train wrote",
+                         "remove it, and --resume")  # fmt: skip
+        return data
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only process that writes here. Raises InputError where another one is."""
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            want = "one that no other process does"
+            raise refuse("training", self.path, want, "wait for it, or end it") from None
+        except OSError as error:
+            got = f"{self.path} ({error.strerror})"
+            raise refuse("--out", got, "a place to write to") from None
+        try:
+            remove_leftovers(self.path)
+            yield
+        finally:
+            lock.release()
 
     def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Draw `log.csv` and `curve.png` anew from all epochs."""
@@ -153,7 +188,7 @@ def write_model(
     throughput: Mapping[str, Any] | None,
 ) -> None:
     """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and what is known of it."""
-    data = weights_bytes(state, {})
+    data = weights_bytes(state, {"epoch": str(score["epoch"])})
     stem.parent.mkdir(exist_ok=True)
     write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
     model, kwargs = family.timm_call(arch, ctx)

@@ -7,14 +7,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from space.errors import refuse
+from space.errors import InputError, refuse
 
 WAIT = datetime.timedelta(hours=2)
-"""How long processes wait for each other: the first prepares data and teacher for all."""
+"""How long processes wait for each other: one of them prepares data and teacher for all."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,38 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum a tensor over all processes; with one, it is the tensor itself."""
+        """Sum a tensor over all processes, on this one's device; with one, it is the tensor."""
         if self.world == 1:
             return value
-        total = value.clone()
+        total = value.detach().to(self.device, copy=True)
         distributed.all_reduce(total)
         return total
+
+    def gather(self, value: str) -> list[str]:
+        """Give all processes what each says."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        distributed.all_gather_object(found, value)
+        return [str(each) for each in found]
+
+    def same(self, name: str, value: str, remedy: str) -> None:
+        """Refuse what differs between processes. All of them call this."""
+        found = self.gather(value)
+        if len(set(found)) > 1:
+            raise refuse(name, " and ".join(dict.fromkeys(found)), "one for all processes", remedy)
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Do what may be refused; what one process refuses, all refuse, with its words."""
+        said = ""
+        try:
+            yield
+        except InputError as error:
+            said = str(error) or "refused"
+        for rank, text in enumerate(self.gather(said)):
+            if text:
+                raise InputError(text if rank == 0 else f"process {rank}: {text}")
 
     def wait(self) -> None:
         """Wait for all."""
@@ -61,13 +88,23 @@ def world_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int
     found = []
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
         text = environment.get(name, str(default))
-        if not text.isdigit():
+        if not (text.isascii() and text.isdecimal()):
             raise refuse(name, text, "an integer >= 0", "start with torchrun, or unset it")
         found.append(int(text))
     rank, world, local = found
     if not rank < max(world, 1):
         raise refuse("RANK", rank, f"less than WORLD_SIZE={world}", "start with torchrun")
+    missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in environment]
+    if world > 1 and missing:
+        raise refuse(", ".join(missing), "nothing", "where the first of the processes listens",
+                     "start with torchrun, or unset WORLD_SIZE")  # fmt: skip
     return rank, max(world, 1), local
+
+
+def local_world(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many of the processes share this machine."""
+    text = environment.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isascii() and text.isdecimal() and int(text) else 1
 
 
 @contextmanager
@@ -82,8 +119,9 @@ def together(device: str) -> Iterator[Ranks]:
         return
     cuda = device.startswith("cuda")
     if cuda:
-        if local >= torch.cuda.device_count():
-            got = f"{torch.cuda.device_count()} GPUs for local process {local}"
+        here = local_world()
+        if here > torch.cuda.device_count():
+            got = f"{torch.cuda.device_count()} GPUs for {here} processes here"
             raise refuse("--device", got, "a GPU for each process", "start fewer with torchrun")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)

@@ -93,7 +93,8 @@ class TrainConfig:
     def data_spec(self) -> DataSpec:
         """Say which data is asked for: all of it, unless `proxy_images` says otherwise."""
         return DataSpec(
-            self.data, self.img_size or self.recipe.img_size, self.proxy_images or ALL_IMAGES,
+            self.data, self.recipe.img_size if self.img_size is None else self.img_size,
+            ALL_IMAGES if self.proxy_images is None else self.proxy_images,
             self.max_broken, self.data_seed, pixel_cache=self.pixel_cache,
         )  # fmt: skip
 
@@ -104,4 +105,8 @@ def read_config(value: Mapping[str, Any]) -> TrainConfig:
     if not isinstance(value, Mapping) or not known.issuperset(value):
         odd = ", ".join(sorted(set(value) - known)) if isinstance(value, Mapping) else value
         raise refuse("train.json", odd, "the settings of this version", "start a new training")
-    return TrainConfig(**{**value, "recipe": read_recipe(value["recipe"])})
+    try:
+        return TrainConfig(**{**value, "recipe": read_recipe(value["recipe"])})
+    except (KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise refuse("train.json", why, "the settings of this version", "restore it") from None

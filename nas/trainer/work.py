@@ -29,7 +29,7 @@ from nas.trainer.start import build, start_from
 from nas.trainer.values import TrainConfig
 from nas.training.loop import Diverged
 from nas.training.recipe import Recipe
-from nas.training.weights import load_into, load_weights
+from nas.training.weights import load_into, load_weights, read_metadata
 from space import Context
 from space.errors import refuse
 
@@ -40,10 +40,12 @@ Say = Callable[[str], None]
 class Machine:
     """What a training runs on, which may change when it goes on.
 
-    `turns`: parts of its share that a process sees before a step (gradient accumulation);
-    `workers`: loader processes of each; `keep_every`: epochs between models that stay.
+    `device` as asked (a process under torchrun has its own GPU); `turns`: parts of its share that a
+    process sees before a step (gradient accumulation); `workers`: loader processes of each;
+    `keep_every`: epochs between models that stay. Raises InputError.
     """
 
+    device: str
     threads: int
     workers: int = 0
     turns: int = 1
@@ -85,6 +87,8 @@ def augment_of(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
         for key in ("color_jitter", "erase_prob")
         if getattr(recipe, key) is not None
     }
+    if recipe.least_crop is not None:
+        changes["scale"] = (recipe.least_crop, 1.0)
     if recipe.policy is not None:
         changes["policy"] = None if recipe.policy == "none" else recipe.policy
     return replace(preset_spec(name, dataset), **changes)
@@ -104,7 +108,7 @@ class Work:
         say: Say,
     ) -> None:
         self.config, self.machine, self.dataset = config, machine, dataset
-        self.folder, self.ranks, self._cache, self._say = folder, ranks, cache, say
+        self.folder, self.ranks, self._cache, self.say = folder, ranks, cache, say
         self.recipe = config.recipe
         self.family, self.arch = config.of
         if not dataset.labelled:
@@ -115,6 +119,8 @@ class Work:
         self.share = Share(ranks.rank, ranks.world, machine.turns)
         self.spec = augment_of(self.recipe, dataset)
         self.model = self._model()
+        self._teacher_digest: str | None = None
+        self._store_id: str | None = None
         self.source = self._source()
 
     def _model(self) -> nn.Module:
@@ -123,12 +129,13 @@ class Work:
             self.family, self.arch, self.ctx, drop_path=recipe.drop_path,
             drop_rate=recipe.drop_rate, seed=config.random_seed,
         )  # fmt: skip
-        if config.init != "scratch":
+        # A training that goes on has its weights in its checkpoint.
+        if config.init != "scratch" and not self.folder.checkpoint.exists():
             note = start_from(
                 model, self.family, self.arch, self.ctx, config.init, resize=config.resize,
                 head_map=None if config.head_map is None else Path(config.head_map),
             )  # fmt: skip
-            self._say(f"start: {note}")
+            self.say(f"start: {note}")
         if recipe.distill == "token":
             set_token_training(model, True)
         if self.machine.grad_checkpointing:
@@ -147,14 +154,14 @@ class Work:
                 workers=machine.workers, device=self.ranks.device,
             )  # fmt: skip
         store = open_store(Path(self.config.labels), use=self.dataset)
-        self.spec = store.spec.augment
+        self.spec, self._store_id = store.spec.augment, store.id
         replay = Replay(
             self.dataset.train, store, recipe.batch_size, self.config.random_seed,
             machine.workers, missing=self.config.missing, device=self.ranks.device,
         )  # fmt: skip
         for note in replay.notes:
-            self._say(f"labels: {note}")
-        self._say(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
+            self.say(f"labels: {note}")
+        self.say(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
         return ReplayBatches(replay, self.share)
 
     def teacher(self, tick: Tick) -> Callable[[Tensor], Tensor] | None:
@@ -164,14 +171,21 @@ class Work:
             return None
         made = make_teacher(
             parse_teacher(config.teacher), self.dataset, self._cache,
-            random_seed=config.random_seed, epochs=config.teacher_epochs,
+            # Not the training's own seed, so that several of them have one teacher.
+            random_seed=config.data_seed, epochs=config.teacher_epochs,
             device=self.ranks.device, threads=self.machine.threads, tick=tick,
         )  # fmt: skip
         for note in made.notes:
-            self._say(note)
+            self.say(note)
         said = f"{made.holdout_top1:.1%} +- {made.holdout_top1_se:.1%} on the holdout"
-        self._say(f"teacher: {made.id}, {said}")
-        return load_teacher(made, self.ranks.device)
+        self.say(f"teacher: {made.id}, {said}")
+        self._teacher_digest = made.digest
+        kind = {"bf16": "bfloat16", "fp16": "float16"}.get(self.machine.amp, "float32")
+        return load_teacher(made, self.ranks.device, kind, stay=True)
+
+    def taught_by(self) -> str:
+        """Name the labels and the teacher."""
+        return f"labels {self._store_id}, teacher {self._teacher_digest}"
 
     def plan(self) -> dict[str, Any]:
         """Collect what decides the weights, as plain JSON."""
@@ -181,8 +195,8 @@ class Work:
             "data": self.dataset.fingerprint,
             "steps_per_epoch": self.source.steps_per_epoch,
             "random_seed": self.config.random_seed,
-            "labels": self.config.labels is not None,
-            "teacher": self.config.teacher,
+            "labels": self._store_id,
+            "teacher": self._teacher_digest,
         }
 
     def train(
@@ -206,7 +220,7 @@ class Work:
         try:
             rows = fit(course, report, tick)
         except Diverged as error:
-            return self._diverged(error, report)
+            return self._diverged(error)
         finally:
             report.close()
         result = self._finish(rows, throughput)
@@ -215,13 +229,14 @@ class Work:
             write_json(self.folder.path / RESULT, result)
         return result
 
-    def _diverged(self, error: Diverged, report: _Report) -> dict[str, Any]:
+    def _diverged(self, error: Diverged) -> dict[str, Any]:
         """Say how far the training came; what was good stays."""
         good = "checkpoint.safetensors" if self.folder.checkpoint.exists() else None
         best = "best.safetensors" if (self.folder.path / "best.json").exists() else None
         result = {
             "status": "diverged", "step": error.step, "loss": str(error.loss),
-            "epochs": len(report.rows), "checkpoint": good, "best": best,
+            "epoch": error.step // self.source.steps_per_epoch + 1,
+            "checkpoint": good, "best": best,
         }  # fmt: skip
         if self.ranks.main:
             write_json(self.folder.path / RESULT, result)
@@ -229,11 +244,15 @@ class Work:
 
     def _finish(self, rows: list[Row], throughput: Any) -> dict[str, Any]:
         """Leave the last weights, test the best ones, and tell."""
-        best = best_of(rows)
         if self.ranks.main:
             self.leave("last", self.model.state_dict(), self.score(rows[-1], "raw"), throughput)
         self.ranks.wait()
-        state = load_weights(self.folder.path / "best.safetensors", name="best weights")
+        kept = self.folder.path / "best.safetensors"
+        with self.ranks.all_or_none():
+            state = load_weights(kept, name="best weights")
+            # The file says itself which epoch it is of, wherever a kill fell.
+            told = read_metadata(kept, name="best weights").get("epoch")
+        best = best_of(rows) if told is None else rows[int(told) - 1]
         load_into(self.model, state)
         tested = evaluate(
             self.model, self.dataset.test, self.spec, num_classes=self.ctx.num_classes,
@@ -275,12 +294,10 @@ class Work:
 
     def settings(self) -> dict[str, Any]:
         """Give what `train.json` holds beside versions."""
-        return {"config": self.config.to_dict(), "machine": asdict(self.machine)}
-
-    @property
-    def say(self) -> Say:
-        """Where lines go."""
-        return self._say
+        return {
+            "config": self.config.to_dict(), "machine": asdict(self.machine),
+            "augment": self.spec.to_dict(),
+        }  # fmt: skip
 
 
 def tested_score(tested: Outcome) -> dict[str, Any]:

@@ -36,10 +36,10 @@ class Recipe:
     "all" the two ends of the schedule scale with it. `schedule` says whether rates change with
     every step or every epoch. `layer_decay` gives earlier blocks smaller rates (None: off).
     `bn` "eval" leaves batch norms' statistics as they are. `augment` "default" is the data's own,
-    "official" that of TinyViT and DeiT, "batched" works on whole batches; the fields from `policy`
-    on override it where they are not None. `repeats` shows an image so many times an epoch, each
-    view another. `ema_decay` None means no average of weights. `img_size` None: the data's.
-    Raises InputError.
+    "official" that of TinyViT and DeiT, "batched" works on whole batches; `least_crop` (a share of
+    the area) to `erase_prob` override it where they are not None. `repeats` shows an image so many
+    times an epoch, each view another. `ema_decay` None means no average of weights. `img_size`
+    None: the data's. Raises InputError.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Recipe:
     label_smoothing: float = 0.1
     img_size: int | None = None
     augment: str = "official"
+    least_crop: float | None = None
     policy: str | None = None
     color_jitter: float | None = None
     erase_prob: float | None = None
@@ -96,7 +97,7 @@ class Recipe:
         for name in ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise refuse(name, 1, "a share below 1")
-        for name in ("layer_decay", "ema_decay", "erase_prob", "color_jitter"):
+        for name in ("layer_decay", "ema_decay", "erase_prob", "color_jitter", "least_crop"):
             if getattr(self, name) is not None:
                 _real(self, name, 0, 1)
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -182,13 +183,17 @@ _DROP_PATH: Mapping[str, tuple[float, float, float]] = {
     "tinyvit-1k": (0.0, 0.1, 0.2),
 }
 """Published for 5M, 11M and 21M parameters; a net takes that of the size nearest to its own."""
+WARMUP_SHARE = 0.2
+PIPELINE = ("least_crop", "policy", "color_jitter", "erase_prob")
+"""Values that override the pipeline's: None, or "default", leaves them to it; "none" is off."""
 _SIZES = (5_392_764, 10_996_972, 21_198_568)
 
 
 def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe:
     """Give a preset (or the recipe of a JSON file) for a net of `params` parameters, overridden.
 
-    `overrides` are "key=value". Raises InputError, naming the nearest key for a misspelt one.
+    `overrides` are "key=value". Where they change the epochs and not the warm-up, it is a fifth of
+    them at most. Raises InputError, naming the nearest key for a misspelt one.
     """
     if name in PRESETS:
         recipe = PRESETS[name]
@@ -197,7 +202,10 @@ def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe
             recipe = replace(recipe, drop_path=_DROP_PATH[name][near])
     elif name.endswith(".json") or Path(name).is_file():
         read = read_json(Path(name), "a recipe")
-        recipe = read_recipe(read.get("recipe", read) if isinstance(read, dict) else read)
+        if isinstance(read, dict):  # a recipe, or the train.json of a training
+            inner = read.get("config", read)
+            read = inner.get("recipe", inner) if isinstance(inner, dict) else inner
+        recipe = read_recipe(read)
     else:
         close = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"did you mean {close[0]}?" if close else ""
@@ -208,6 +216,10 @@ def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe
         if not equals:
             raise refuse("--set", text, "key=value, such as --set weight_decay=0.1")
         changes[_known(key.strip().replace("-", "_"))] = value.strip()
+    if "epochs" in changes and "warmup_epochs" not in changes:
+        epochs = _typed("epochs", changes["epochs"])
+        if epochs != recipe.epochs:  # a shorter training warms up for a fifth of it at most
+            changes["warmup_epochs"] = min(recipe.warmup_epochs, WARMUP_SHARE * epochs)
     return changed(recipe, changes)
 
 
@@ -242,8 +254,13 @@ def _known(key: str) -> str:
 def _typed(key: str, value: Any) -> Any:
     """Read a value as its field's type: "none" stands for off where a field allows it."""
     kind = next(str(f.type) for f in fields(Recipe) if f.name == key)
-    if key == "policy" and isinstance(value, str):
-        return value  # of which "none" is one
+    if key in PIPELINE and isinstance(value, str):
+        if value.lower() == "default":
+            return None
+        if key == "policy":
+            return value  # of which "none" is one
+        if value.lower() in ("none", "off"):
+            return 1.0 if key == "least_crop" else 0.0
     none = value is None or (isinstance(value, str) and value.lower() in ("none", "off"))
     if none and "None" in kind:
         return None

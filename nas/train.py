@@ -275,8 +275,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     else:
         config = make_config(given)
         folder = Folder(Path(given.out))
-        if rank == 0:
-            folder.check_new()
+        folder.check_new()
     machine = _machine(given, told.get("machine", {}))
     share = Share(rank, world, machine.turns)
     check_parts("batch_size", config.recipe.batch_size, share, even=config.recipe.mixes)

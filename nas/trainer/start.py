@@ -22,9 +22,17 @@ def build(
 ) -> nn.Module:
     """Build a net with fresh weights, which follow from `seed` alone, and its regularisation."""
     options: dict[str, Any] = {"drop_path_rate": drop_path, "drop_rate": drop_rate}
+    asked = {name: value for name, value in options.items() if value}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family.build(arch, ctx, **{k: v for k, v in options.items() if v})
+        try:
+            return family.build(arch, ctx, **asked)
+        except TypeError as error:
+            if not asked:
+                raise
+            told = ", ".join(f"{name}={value:g}" for name, value in asked.items())
+            raise refuse("drop_path, drop_rate", told, f"0 for family {family.name}",
+                         f"its net takes none ({error})") from None  # fmt: skip
 
 
 def read_head_map(path: Path, num_classes: int) -> list[int]:

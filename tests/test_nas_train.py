@@ -627,3 +627,7 @@ def test_a_runs_winner_trained_on_is_exported_and_read_back(
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "Trained on `digits`" in card
     assert "recipe small" in card
+    # What was exported teaches.
+    taught = tmp_path / "taught"
+    more = ["--teacher", str(tmp_path / "hub"), "--distill", "hard"]
+    assert train.main(flags(finished.cache, arch_file(tmp_path), taught, *more)) == 0

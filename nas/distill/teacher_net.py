@@ -115,7 +115,8 @@ def _from_folder(folder: str) -> Source:
     state = load_checkpoint(folder, name="--teacher")
     preprocess = {**config, **config.get("pretrained_cfg", {})}
     classes = int(preprocess.get("num_classes", 0)) or 1
-    kwargs = dict(config.get("model_args", {}))
+    # The classes are told apart below, as the data may have others.
+    kwargs = {k: v for k, v in config.get("model_args", {}).items() if k != "num_classes"}
     source = _with_config(name, kwargs, state, classes, preprocess, always_resize=True)
     load_checked(source, classes)
     return source

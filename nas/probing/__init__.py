@@ -1,0 +1,1 @@
+"""What a trained backbone is worth elsewhere: linear probe, k-NN, and a small segmentation."""

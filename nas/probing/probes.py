@@ -6,9 +6,11 @@ it.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +52,6 @@ def linear_probe(train: Side, holdout: Side, test: Side, tick: Tick = no_tick) -
 
     Of equal ones the one of least cross-entropy on the holdout is taken. `tick` gets 1 in all.
     """
-    import threadpoolctl  # comes with scikit-learn
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -62,11 +63,12 @@ def linear_probe(train: Side, holdout: Side, test: Side, tick: Tick = no_tick) -
     # Each fit begins where the last one, under a stronger penalty, has ended.
     model = LogisticRegression(max_iter=MOST_ITERATIONS, tol=1e-3, warm_start=True)
     best, right, chosen = (-1.0, 0.0), np.zeros(len(test.labels), dtype=bool), ""
+    pools: Any = importlib.import_module("threadpoolctl")  # scikit-learn's own; has no types
     work = train.features.size * len(np.unique(train.labels))
     threads = 1 if work <= SMALL_FIT else None
     for strength in STRENGTHS:
         model.set_params(C=strength)
-        with warnings.catch_warnings(), threadpoolctl.threadpool_limits(threads, user_api="blas"):
+        with warnings.catch_warnings(), pools.threadpool_limits(threads, user_api="blas"):
             warnings.simplefilter("ignore", ConvergenceWarning)  # `chosen` tells
             model.fit(fit_on, train.labels)
         likely = model.predict_proba(chosen_on)

@@ -187,7 +187,7 @@ def _need(arguments: Mapping[str, Any]) -> None:
 
 
 def _farewell(outcome: Outcome, seconds: float) -> None:
-    """Print the final table, the paths and the next two commands."""
+    """Print the final table, the paths and the next commands."""
     from nas.report import final_table, next_commands
 
     print(final_table(outcome.folder))

@@ -627,6 +627,12 @@ def test_a_runs_winner_trained_on_is_exported_and_read_back(
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "Trained on `digits`" in card
     assert "recipe small" in card
+    # The run itself names a training that its flags allow.
+    from nas.report import next_commands
+
+    said = next(c for c in next_commands(finished.folder) if "nas.train" in c).split()[3:]
+    planned = train.make_config(train.build_parser().parse_args(said))
+    assert planned.init == str(finished.folder / "best.safetensors")
     # What was exported teaches.
     taught = tmp_path / "taught"
     more = ["--teacher", str(tmp_path / "hub"), "--distill", "hard"]

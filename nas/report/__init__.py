@@ -38,6 +38,6 @@ def status(run: Path) -> str:
     return status_lines(read_run(run))
 
 
-def next_commands(run: Path) -> tuple[str, str]:
-    """Return the two commands that make most sense after this run."""
+def next_commands(run: Path) -> tuple[str, ...]:
+    """Return the commands that make most sense after this run, the first first."""
     return _next_commands(read_run(run))

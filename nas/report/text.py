@@ -147,8 +147,8 @@ def status_lines(run: RunFiles) -> str:
     return "\n".join(lines)
 
 
-def next_commands(run: RunFiles) -> tuple[str, str]:
-    """Return the two commands that make most sense after this run."""
+def next_commands(run: RunFiles) -> tuple[str, ...]:
+    """Return the commands that make most sense after this run, the first first."""
     folder = shlex.quote(str(run.folder))
     resume = f"python -m nas.contract --resume {folder}"
     status = run.result.get("status")
@@ -164,8 +164,13 @@ def next_commands(run: RunFiles) -> tuple[str, str]:
             further += f" --img-size {config['img_size']}"
         if config.get("teacher", "auto") != "auto":
             further += f" --teacher {shlex.quote(str(config['teacher']))}"
-        out = shlex.quote(f"{run.folder.name}-timm")
-        return f"python -m nas.export {folder} --to timm --out {out}", further
+        out, trained = (shlex.quote(f"{run.folder.name}-{end}") for end in ("timm", "trained"))
+        data = shlex.quote(str(config.get("data", "digits")))
+        train = f"python -m nas.train --arch {folder} --data {data}"
+        if config.get("img_size"):
+            train += f" --img-size {config['img_size']}"
+        train += f" --init {folder}/best.safetensors --out {trained}"
+        return f"python -m nas.export {folder} --to timm --out {out}", train, further
     if status == "unverified":
         return f"{resume} --finalists finalists.csv", f"python -m nas.contract --status {folder}"
     if status == "stuck":

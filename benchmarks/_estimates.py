@@ -16,6 +16,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from nas.files import write_atomic
+from space.errors import refuse
 
 Floats = npt.NDArray[np.float64]
 Interval = tuple[float, float, float]
@@ -101,6 +102,14 @@ def share(hits: int, n: int) -> Interval:
     lo = 0.0 if hits == 0 else float(stats.beta.ppf(tail, hits, n - hits + 1))
     hi = 1.0 if hits == n else float(stats.beta.ppf(1 - tail, hits + 1, n - hits))
     return hits / n, lo, hi
+
+
+def seeds_of(text: str) -> list[int]:
+    """Read what --random-seeds says. Raises InputError."""
+    parts = text.split(",")
+    if len(set(parts)) < 2 or not all(part.strip().isdecimal() for part in parts):
+        raise refuse("--random-seeds", text, "two or more different integers, such as 0,1,2")
+    return [int(part) for part in parts]
 
 
 def _percentiles(drawn: Floats) -> tuple[float, float]:

@@ -30,7 +30,8 @@ from benchmarks._rivals_prune import (
 from nas.data import open_dataset
 from nas.distill.augment import eval_batch
 from nas.distill.losses import SoftLoss
-from nas.distill.proxy import EVAL_BATCH, evaluate, mean_se, proxy_settings
+from nas.distill.outputs import EVAL_BATCH, outputs
+from nas.distill.proxy import evaluate, mean_se, proxy_settings
 from nas.distill.recalibrate import first_inputs, recalibrate
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore, open_store
@@ -213,14 +214,12 @@ def evaluate_test(model: nn.Module, dataset: Any, store: LabelStore, device: str
     """Tell of every test image whether its class came first, bool [n]."""
     place(model, device).train()  # drops what eval mode may have cached
     model.eval()
-    split, hits = dataset.test, []
-    for start in range(0, len(split), EVAL_BATCH):
-        rows = slice(start, start + EVAL_BATCH)
-        inputs = eval_batch(split.pixels[rows], store.spec.augment)
-        with torch.no_grad():
-            logits = model(inputs.to(device, memory_format=torch.channels_last)).float().cpu()
-        hits.append(logits.argmax(1) == torch.from_numpy(np.array(split.labels[rows])))
-    return torch.cat(hits)
+    split = dataset.test
+    said = [
+        logits.argmax(1).cpu()
+        for _, logits in outputs(model, split, store.spec.augment, device=device)
+    ]
+    return torch.cat(said) == torch.from_numpy(np.array(split.labels))
 
 
 def load_job(spec: Mapping[str, Any], part: Path) -> Values:

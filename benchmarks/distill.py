@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks._estimates import Row, crossed, in_words, share, write_rows
+from benchmarks._estimates import Row, crossed, in_words, seeds_of, share, write_rows
 from nas.command import Parser, default_cache, guarded
 from nas.data import Dataset, DataSpec, prepare
 from nas.files import read_json, write_json
 from nas.label_tool import build as build_labels
 from nas.progress import Console
+from space.checks import read_int
 from space.errors import refuse
 
 STUDENT = {
@@ -86,26 +87,20 @@ def build_parser() -> Parser:
     return parser
 
 
-def _seeds(text: str) -> list[int]:
-    """Read --random-seeds; raises InputError."""
-    parts = text.split(",")
-    if len(parts) < 2 or not all(part.strip().isdecimal() for part in parts):
-        raise refuse("--random-seeds", text, "two or more integers, such as 0,1,2")
-    return [int(part) for part in parts]
-
-
 class Bench:
     """The trainings of one data set, done or taken over, and what they say of its test images."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.given = given
+        self.seeds = seeds_of(given.random_seeds)
+        read_int("--jobs", given.jobs, 1, 64)
+        read_int("--rounds", given.rounds, 1, 1000)
         name = Path(given.data).name
         self.folder: Path = given.folder or Path(f"results/runs/distill-{name}")
         self.folder.mkdir(parents=True, exist_ok=True)
         spec = DataSpec(given.data, given.img_size, given.proxy_images or 10**9)
         self.dataset: Dataset = prepare(spec, default_cache(), lambda _: None)
         self.truth: Ints = np.asarray(self.dataset.test.labels, dtype=np.int64)
-        self.seeds = _seeds(given.random_seeds)
         for token in (False, True):
             arch = {**STUDENT, "dist_token": token}
             write_json(self.arch(token), {"family": "vit", "arch": arch})

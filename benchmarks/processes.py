@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._estimates import Row, in_words, write_rows
+from benchmarks._estimates import Row, in_words, seeds_of, write_rows
 from nas.command import Parser, guarded
 from nas.files import write_json
 from nas.progress import Console
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         words = argv if argv is not None else sys.argv[1:]
         command = " ".join(["python -m benchmarks.processes", *words])
-        seeds = [int(text) for text in given.random_seeds.split(",")]
+        seeds = seeds_of(given.random_seeds)
         rows: list[Row] = []
         drop = ("--set", "drop_path=0.1", "--set", "mixup=0.8")
         turns = train(given, "vit-drop-turns", "vit", *drop, "--accumulate", "2")

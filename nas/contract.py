@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nas.command import EXIT_BAD_INPUT, default_cache, guarded
 from nas.config import parse_count, parse_share
@@ -201,10 +201,5 @@ def _farewell(outcome: Outcome, seconds: float) -> None:
         print(f"  {command}")
 
 
-def entry() -> NoReturn:
-    """Console-script entry: exit with the status of `main`."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

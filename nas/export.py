@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nas.command import Parser, guarded
 from nas.exporting.model import Left, left_by
@@ -227,10 +227,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def entry() -> NoReturn:
-    """Console-script entry: exit with the status of `main`."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

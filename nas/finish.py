@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.files import read_json, write_json
-from nas.gates import REFERENCE_CONTEXT, shown, told
+from nas.gates import shown, told
 from nas.jobs import Result
 from nas.judging import paired_difference
 from nas.measure.measurement import Measurement
@@ -17,7 +17,7 @@ from nas.milestones import write_model
 from nas.run import Incumbent, Run
 from nas.scoring import with_order
 from nas.search.constraints import requirements_of
-from space import get_family
+from space import REFERENCE_CONTEXT, get_family
 from space.errors import InputError
 from space.family import Arch
 from space.neighbours import contains

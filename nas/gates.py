@@ -11,12 +11,9 @@ from nas.requirement import Requirement
 from nas.run import Incumbent, Run
 from nas.search.constraints import StepBounds
 from nas.search.ledger import Row
-from space import Context
+from space import REFERENCE_CONTEXT
 from space.family import Arch
 from space.neighbours import Shortlisted
-
-REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
-"""Where `params_1000` is counted."""
 
 UNITS = {"speedup": "x the seed", "images_per_s": " images/s", "peak_mem_mb": " MB"}
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -298,10 +298,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _work(build_parser().parse_args(argv)))
 
 
-def entry() -> NoReturn:
-    """Console-script entry: exit with the status of `main`."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

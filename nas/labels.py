@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from nas.command import Parser, default_cache, guarded
 from nas.config import LABEL_CHOICES, parse_share
@@ -179,10 +179,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def entry() -> NoReturn:
-    """Console-script entry: exit with the status of `main`."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

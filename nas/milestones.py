@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.exporting.leave import model_json, preprocessing_of
 from nas.files import read_json, write_atomic, write_json
-from nas.gates import REFERENCE_CONTEXT
 from nas.measure.measurement import Measurement
 from nas.run import Incumbent, Run
 
@@ -22,6 +22,8 @@ FAMILY_COLUMNS = (
 )  # fmt: skip
 """Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
 is the run's own where that is not top-1."""
+PASSING = ("load", "when", "seconds")
+"""What a measurement says of its moment, not of the model."""
 
 
 def write_model(
@@ -31,42 +33,24 @@ def write_model(
 
     `role` names the measurement that is quoted. Returns what the JSON holds.
     """
-    model, kwargs = run.family.timm_call(of.arch, run.context)
     measured = run.timings.measure(of.arch, role, reference=run.seed_arch)
     assert isinstance(measured, Measurement)
-    dataset = run.dataset
-    overlay = {
-        "input_size": [run.context.in_chans, dataset.img_size, dataset.img_size],
-        "crop_pct": dataset.crop_pct,
-        "interpolation": dataset.interpolation,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "num_classes": run.context.num_classes,
-    }
     target = stem.with_name(f"{stem.name}.safetensors")
     target.parent.mkdir(exist_ok=True)
     aside = target.with_name(f".{target.name}.tmp")
     shutil.copyfile(weights, aside)
     aside.replace(target)
-    conditions = measured.to_dict()
-    told = {
-        "family": run.family.name,
-        "arch": run.family.to_dict(of.arch),
-        "key": of.key,
-        "params": run.family.count_params(of.arch, run.context),
-        "params_1000": run.family.count_params(of.arch, REFERENCE_CONTEXT),
-        "macs": run.family.count_macs(of.arch, run.context),
-        "img_size": run.context.img_size,
-        "num_classes": run.context.num_classes,
-        "throughput": {
-            **{k: v for k, v in conditions.items() if k not in ("load", "when", "seconds")},
+    told = model_json(
+        run.family, of.arch, run.context,
+        classes=run.dataset.classes,
+        sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
+        score=score,
+        throughput={
+            **{k: v for k, v in measured.to_dict().items() if k not in PASSING},
             "reference": run.key(run.seed_arch),
         },
-        "score": dict(score),
-        "classes": list(dataset.classes),
-        "timm": {"model": model, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
-        "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
-    }
+        preprocessing=preprocessing_of(run.dataset),
+    )  # fmt: skip
     write_json(stem.with_name(f"{stem.name}.json"), told)
     return told
 

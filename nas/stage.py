@@ -9,7 +9,7 @@ from typing import Any
 
 from nas import labelling
 from nas.config import RunConfig, flag
-from nas.gates import REFERENCE_CONTEXT, shown
+from nas.gates import shown
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.requirement import Requirement, Setting
@@ -17,6 +17,7 @@ from nas.run import MORE, Incumbent, Run
 from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.ledger import Row
 from nas.timings import MEASURE_COST
+from space import REFERENCE_CONTEXT
 from space.errors import InputError, refuse
 from space.family import Arch
 

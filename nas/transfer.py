@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nas.command import Parser, default_cache, guarded
 from nas.data import Dataset, DataSpec
@@ -359,10 +359,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def entry() -> NoReturn:
-    """Console-script entry: exit with the status of `main`."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

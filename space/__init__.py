@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from space.errors import InputError
-from space.family import Arch, Context, Family, family_names, get_family
+from space.family import REFERENCE_CONTEXT, Arch, Context, Family, family_names, get_family
 
-__all__ = ["Arch", "Context", "Family", "InputError", "family_names", "get_family"]
+__all__ = [
+    "REFERENCE_CONTEXT",
+    "Arch",
+    "Context",
+    "Family",
+    "InputError",
+    "family_names",
+    "get_family",
+]

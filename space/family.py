@@ -48,6 +48,10 @@ class Context:
         read_int("in_chans", self.in_chans, 1, 4096)
 
 
+REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
+"""Where sizes are quoted, as papers do, so that archs of different data can be compared."""
+
+
 class Arch:
     """One immutable, hashable point of a family's space; each family has its own dataclass."""
 

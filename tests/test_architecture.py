@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("space", "nas", "benchmarks")
 VALUES = {"nas.config", "nas.jobs", "nas.files", "nas.rates", "nas.requirement"}
 ENTRIES = {
-    "nas.contract", "nas.export", "nas.inherit", "nas.labels", "nas.train", "nas.transfer",
-    "nas.worker",
+    "nas.contract", "nas.evaluation", "nas.export", "nas.inherit", "nas.labels", "nas.train",
+    "nas.train_flags", "nas.transfer", "nas.worker",
 }  # fmt: skip
 
 # room -> rooms of our own that it may import (itself aside); see docs/architecture.md
@@ -25,7 +25,14 @@ ROOMS: dict[str, set[str]] = {
     "nas.measure": {"space", "nas.values", "nas.exporting"},
     "nas.search": {"space", "nas.values"},
     "nas.distill": {"space", "nas.values", "nas.data", "nas.training"},
-    "nas.trainer": {"space", "nas.values", "nas.data", "nas.training", "nas.distill"},
+    "nas.trainer": {
+        "space",
+        "nas.values",
+        "nas.data",
+        "nas.training",
+        "nas.distill",
+        "nas.exporting",
+    },
     "nas.probing": {
         "space",
         "nas.values",
@@ -41,6 +48,7 @@ ROOMS: dict[str, set[str]] = {
         "space",
         "nas.values",
         "nas.data",
+        "nas.exporting",
         "nas.measure",
         "nas.search",
         "nas.executor",

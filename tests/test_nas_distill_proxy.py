@@ -271,7 +271,7 @@ def test_every_kind_of_distillation_trains_and_is_scored_alike(
         # As anybody has it who loads the weights: both heads' mean, the plain cross-entropy.
         net = VIT.build(TOKEN, CTX)
         net.load_state_dict(load_weights(out))
-        batches = holdout_batches(dataset, store, 50)
+        batches = holdout_batches(dataset, store, proxy.EVAL_BATCH)
         found = proxy.evaluate(net, batches, dataset.holdout.labels, "cpu")
         np.testing.assert_array_equal(found.soft_loss.mean(), np.float32(scores[kind].soft_loss))
         assert not scores[kind].notes

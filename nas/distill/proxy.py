@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from nas.data import Dataset, Split
-from nas.distill.augment import AugmentSpec, eval_batch
+from nas.distill.augment import AugmentSpec
 from nas.distill.inherit import inherit
 from nas.distill.losses import SoftLoss, sparse_soft_cross_entropy
+from nas.distill.outputs import EVAL_BATCH, outputs
 from nas.distill.recalibrate import first_inputs, recalibrate
 from nas.distill.replay import Batch, Replay, holdout_batches
 from nas.distill.store import LabelStore
@@ -29,8 +30,6 @@ from nas.training.weights import load_into, load_weights, save_weights
 from space import Context
 from space.errors import refuse
 from space.family import Arch, Array, Family
-
-EVAL_BATCH = 64
 
 
 def proxy_settings(epochs: int, lr: float, *, batch_size: int = 32) -> TrainSettings:
@@ -301,15 +300,13 @@ def evaluate_test(
     split = dataset.test
     loss = np.empty(len(split), dtype=np.float32)
     predicted = np.zeros(len(split), dtype=np.int64)
-    for start in range(0, len(split), EVAL_BATCH):
-        rows = slice(start, start + EVAL_BATCH)
-        inputs = eval_batch(split.pixels[rows], augment)
-        labels = torch.from_numpy(np.array(split.labels[rows]))
-        with torch.no_grad():
-            logits = model(inputs.to(device, memory_format=torch.channels_last)).float().cpu()
-        loss[rows] = nn.functional.cross_entropy(logits, labels, reduction="none").numpy()
+    truth = torch.from_numpy(np.array(split.labels, dtype=np.int64))
+    for rows, said in outputs(model, split, augment, device=device):
+        logits = said.cpu()
+        at = torch.from_numpy(rows)
+        loss[rows] = nn.functional.cross_entropy(logits, truth[at], reduction="none").numpy()
         predicted[rows] = logits.argmax(1).numpy()
-        tick(float(len(labels)))
+        tick(float(len(rows)))
     return Evaluation(loss, predicted, np.array(split.labels, dtype=np.int64))
 
 

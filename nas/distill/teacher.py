@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from nas.data import Dataset, Split
 from nas.data.files import digest_of
-from nas.distill.augment import Augmenter, AugmentSpec, augmentation_code, default_spec, eval_batch
+from nas.distill.augment import Augmenter, AugmentSpec, augmentation_code, default_spec
+from nas.distill.outputs import outputs
 from nas.distill.replay import batch_sizes, epoch_order
 from nas.distill.teacher_net import (
     Source,
@@ -322,11 +323,8 @@ def _step_loss(
 def _correct(net: nn.Module, split: Split, augment: AugmentSpec, device: str) -> Any:
     """Tell for each image whether the net is right: bool [n]."""
     net.eval()
-    found = []
-    for start in range(0, len(split), EVAL_BATCH):
-        inputs = eval_batch(split.pixels[start : start + EVAL_BATCH], augment)
-        with torch.no_grad():
-            found.append(net(_to(inputs, device)).argmax(1).cpu().numpy())
+    said = outputs(net, split, augment, device=device, batch_size=EVAL_BATCH)
+    found = [logits.argmax(1).cpu().numpy() for _, logits in said]
     return np.concatenate(found) == split.labels
 
 

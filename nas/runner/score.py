@@ -28,7 +28,8 @@ def score(spec: Mapping[str, Any], tick: Tick) -> Values:
     """
     from nas.data import open_dataset
     from nas.distill.importance import load_order
-    from nas.distill.proxy import EVAL_BATCH, evaluate, mean_se, start_model, subset_by_key
+    from nas.distill.outputs import EVAL_BATCH
+    from nas.distill.proxy import evaluate, mean_se, start_model, subset_by_key
     from nas.distill.recalibrate import first_inputs
     from nas.distill.replay import Replay, holdout_batches
     from nas.distill.store import open_store

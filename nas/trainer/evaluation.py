@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from nas.data import Split
-from nas.distill.augment import AugmentSpec, eval_batch
+from nas.distill.augment import AugmentSpec
+from nas.distill.outputs import outputs
 from nas.jobs import Tick, no_tick
 from nas.trainer.ranks import Ranks
 
@@ -69,7 +70,6 @@ def evaluate(
     spec: AugmentSpec,
     *,
     num_classes: int,
-    batch_size: int = 64,
     device: str = "cpu",
     ranks: Ranks = ALONE,
     tick: Tick = no_tick,
@@ -86,13 +86,9 @@ def evaluate(
     # One table for all processes to add up: each row is filled by one of them.
     table = torch.zeros((n, 3), dtype=torch.float64, device=device)
     mine = np.arange(ranks.rank, n, ranks.world)
-    for start in range(0, len(mine), batch_size):
-        rows = mine[start : start + batch_size]
-        inputs = eval_batch(split.pixels[rows], spec)
-        truth = torch.from_numpy(np.asarray(split.labels[rows], dtype=np.int64)).to(device)
-        with torch.no_grad():
-            placed = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
-            logits = network(placed).float()
+    labels = torch.from_numpy(np.array(split.labels, dtype=np.int64))
+    for rows, logits in outputs(network, split, spec, device=device, rows=mine):
+        truth = labels[torch.from_numpy(rows)].to(device)
         assert logits.shape[1] == num_classes, (logits.shape, num_classes)
         theirs = logits.gather(1, truth[:, None])
         found = torch.stack(

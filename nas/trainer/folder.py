@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from nas.data import Dataset
+from nas.exporting.leave import model_json, preprocessing_of
 from nas.files import read_json, remove_leftovers, write_atomic, write_json
 from nas.training.weights import weights_bytes
 from space import Context
@@ -191,27 +192,12 @@ def write_model(
     data = weights_bytes(state, {"epoch": str(score["epoch"])})
     stem.parent.mkdir(exist_ok=True)
     write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
-    model, kwargs = family.timm_call(arch, ctx)
-    overlay = {
-        "input_size": [ctx.in_chans, ctx.img_size, ctx.img_size],
-        "crop_pct": dataset.crop_pct,
-        "interpolation": dataset.interpolation,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "num_classes": ctx.num_classes,
-    }
-    told = {
-        "family": family.name,
-        "arch": family.to_dict(arch),
-        "key": family.key(arch, ctx),
-        "params": family.count_params(arch, ctx),
-        "macs": family.count_macs(arch, ctx),
-        "img_size": ctx.img_size,
-        "num_classes": ctx.num_classes,
-        "throughput": dict(throughput) if throughput is not None else None,
-        "score": dict(score),
-        "classes": list(dataset.classes),
-        "timm": {"model": model, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    told = model_json(
+        family, arch, ctx,
+        classes=dataset.classes,
+        sha256=hashlib.sha256(data).hexdigest(),
+        score=score,
+        throughput=throughput,
+        preprocessing=preprocessing_of(dataset),
+    )  # fmt: skip
     write_json(stem.with_name(f"{stem.name}.json"), told)

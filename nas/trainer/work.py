@@ -27,7 +27,7 @@ from nas.trainer.folder import RESULT, Board, Folder, write_model
 from nas.trainer.ranks import Ranks
 from nas.trainer.start import build, start_from
 from nas.trainer.values import TrainConfig
-from nas.training.loop import Diverged
+from nas.training.loop import Diverged, half_precision
 from nas.training.recipe import Recipe
 from nas.training.weights import load_into, load_weights, read_metadata
 from space import Context
@@ -73,7 +73,7 @@ def resolve_amp(asked: str, device: str) -> str:
     if asked == "auto":
         if not cuda:
             return "none"
-        return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
+        return "bf16" if half_precision(device) is torch.bfloat16 else "fp16"
     if asked == "fp16" and not cuda:
         raise refuse("--amp", f"fp16 on {device}", "a GPU", "bf16 works here, too")
     return asked

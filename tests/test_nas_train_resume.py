@@ -1,0 +1,234 @@
+"""`nas.train`: it goes on where it stopped, whoever trains, and ends alike."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nas import train
+from nas.training.recipe import find_recipe
+from tests.train_cases import arch_file, equal, flags, rows, run, weights
+
+
+class Stop(Exception):
+    """The power fails."""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(
+    cache: Path, tmp_path: Path
+) -> None:
+    arch = arch_file(tmp_path)
+    drop = ["--set", "drop_path=0.2", "--set", "repeats=3", "--set", "mixup=0.8"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main(flags(cache, arch, one, *drop, "--accumulate", "2")) == 0
+    done = run(*flags(cache, arch, two, *drop), torchrun=2)
+    assert done.returncode == 0, done.stderr
+    assert equal(weights(one), weights(two))
+    assert [r["train_loss"] for r in rows(one)] == [r["train_loss"] for r in rows(two)]
+    assert [r["holdout_loss"] for r in rows(one)] == [r["holdout_loss"] for r in rows(two)]
+
+
+def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = arch_file(tmp_path)
+    more = ["--set", "drop_path=0.2", "--set", "ema_decay=0.9", "--set", "mixup=0.8",
+            "--batch-size", "16"]  # fmt: skip
+    whole = tmp_path / "whole"
+    assert train.main(flags(cache, arch, whole, *more)) == 0
+
+    from nas.trainer.fit import _Loop
+
+    take = _Loop._take
+    rng = random.Random(0)
+    steps = 2 * (int(float(rows(whole)[0]["images"])) // 16)
+    for trial in range(10):
+        out = tmp_path / f"cut{trial}"
+        fatal = rng.randrange(steps)
+
+        def failing(self: Any, *args: Any, fatal: int = fatal) -> None:
+            if args[-1] == fatal:
+                raise Stop
+            take(self, *args)
+
+        save = ["--save-steps", str(rng.randint(1, 4))]
+        with monkeypatch.context() as patch:
+            patch.setattr(_Loop, "_take", failing)
+            with pytest.raises(Stop):
+                train.main(flags(cache, arch, out, *more, *save))
+        assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
+        for name in ("last", "best"):
+            assert equal(weights(whole, name), weights(out, name)), (trial, fatal)
+        timeless = [
+            [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s", "peak_mem_bytes")}
+             for r in rows(each)] for each in (whole, out)
+        ]  # fmt: skip
+        assert timeless[0] == timeless[1]
+
+
+def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: float) -> None:
+    """Kill -9 some time after the first checkpoint, then go on."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "nas.train", *arguments], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        waited = time.monotonic()
+        while not (out / "checkpoint.safetensors").exists():
+            assert process.poll() is None
+            assert time.monotonic() - waited < 120
+            time.sleep(0.01)
+        time.sleep(delay)
+        assert process.poll() is None, "it was to be killed while it trains"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (out / "result.json").exists()
+    assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    "trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
+)
+def test_killed_at_any_moment_it_ends_in_the_same_weights(
+    trial: int, cache: Path, tmp_path: Path
+) -> None:
+    arch = arch_file(tmp_path)
+    more = ["--batch-size", "8", "--save-steps", "2", "--set", "drop_path=0.1", "--epochs", "8"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert train.main(flags(cache, arch, whole, *more)) == 0
+    delay = random.Random(trial).uniform(0.0, 1.0)
+    killed_and_resumed(flags(cache, arch, out, *more), out, cache, delay)
+    assert equal(weights(whole), weights(out))
+    assert equal(weights(whole, "best"), weights(out, "best"))
+
+
+def test_a_divergence_stops_with_the_last_good_checkpoint(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.fit import _Loop
+
+    out, loss = tmp_path / "out", _Loop._step_loss
+    calls = 0
+
+    def poisoned(self: Any, network: Any, part: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        found = loss(self, network, part)
+        return found * float("nan") if calls == 7 else found
+
+    monkeypatch.setattr(_Loop, "_step_loss", poisoned)
+    arguments = flags(cache, arch_file(tmp_path), out, "--save-steps", "1", "--batch-size", "16")
+    assert train.main(arguments) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("diverged: the loss became nan by step 6 ")
+    assert said.count("\n") == 1
+    assert "checkpoint.safetensors" in said
+    good = load_file(out / "checkpoint.safetensors")
+    assert all(bool(torch.isfinite(v).all()) for v in good.values() if v.is_floating_point())
+    assert json.loads((out / "result.json").read_text())["status"] == "diverged"
+
+
+def test_gradients_that_are_not_numbers_leave_the_good_models(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.fit import _Loop
+
+    out, loss = tmp_path / "out", _Loop._step_loss
+    last = [False]
+
+    def poisoned(self: Any, network: Any, part: Any) -> torch.Tensor:
+        found = loss(self, network, part)
+        if last[0]:  # the loss is fine, its gradients are not
+            found.register_hook(lambda g: g * float("nan"))
+        return found
+
+    take = _Loop._take
+
+    def late(self: Any, *args: Any) -> None:
+        last[0] = args[-1] == 2 * self._c.source.steps_per_epoch - 1
+        take(self, *args)
+
+    monkeypatch.setattr(_Loop, "_step_loss", poisoned)
+    monkeypatch.setattr(_Loop, "_take", late)
+    more = ["--set", "clip_norm=none", "--epochs", "3"]
+    assert train.main(flags(cache, arch_file(tmp_path), out, *more)) == 3
+    assert "(epoch 2)" in capsys.readouterr().err
+    for name in ("best", "checkpoint"):
+        kept = load_file(out / f"{name}.safetensors")
+        assert all(bool(torch.isfinite(v).all()) for v in kept.values() if v.is_floating_point())
+    assert json.loads((out / "best.json").read_text())["score"]["epoch"] == 1
+
+
+def test_sums_over_processes_are_taken_on_ones_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import distributed
+
+    from nas.trainer.ranks import Ranks
+
+    seen = []
+    monkeypatch.setattr(distributed, "all_reduce", lambda t: seen.append(t.device.type))
+    assert Ranks(0, 2, "meta").sum(torch.tensor(1.0)).device.type == "meta"  # a GPU's stand-in
+    assert seen == ["meta"]
+
+
+def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.fit import _Loop
+
+    arch, first, out = arch_file(tmp_path), tmp_path / "first", tmp_path / "out"
+    assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
+    take = _Loop._take
+
+    def failing(self: Any, *args: Any) -> None:
+        if args[-1] == 5:
+            raise Stop
+        take(self, *args)
+
+    more = ["--init", str(first / "best.safetensors"), "--amp", "bf16", "--save-steps", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Loop, "_take", failing)
+        with pytest.raises(Stop):
+            train.main(flags(cache, arch, out, *more))
+    (first / "best.safetensors").unlink()
+    resume = ["--resume", str(out), "--cache-dir", str(cache), "--quiet"]
+    for flag in (
+        ["--epochs", "9"],
+        ["--set", "lr=1"],
+        ["--data", "fractals"],
+        ["--no-pixel-cache"],
+    ):
+        assert train.main([*resume, *flag]) == 2
+        assert "beside --resume" in capsys.readouterr().err
+    assert json.loads((out / "train.json").read_text())["machine"]["amp"] == "bf16"
+    assert train.main([*resume, "--amp", "none", "--accumulate", "2"]) == 0
+    told = json.loads((out / "train.json").read_text())["machine"]
+    assert (told["amp"], told["turns"], told["save_steps"]) == ("none", 2, 1)
+    assert find_recipe(str(out / "train.json"), 1).epochs == 2
+
+
+def test_two_processes_do_not_write_one_folder(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nas.trainer.folder import Folder
+
+    out = tmp_path / "out"
+    with Folder(out).held():
+        assert train.main(flags(cache, arch_file(tmp_path), out)) == 2
+    err = capsys.readouterr().err
+    assert "no other process" in err
+    assert err.count("\n") == 1
+    assert train.main(flags(cache, arch_file(tmp_path), out)) == 0

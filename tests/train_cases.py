@@ -1,0 +1,59 @@
+"""What the tests of `nas.train` share: small archs, flags, and what a training left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import SMALL_ARCH
+
+VIT = {
+    "embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8,
+    "dist_token": False,
+}  # fmt: skip
+
+
+Train = Callable[..., int]
+
+
+def arch_file(folder: Path, family: str = "vit", **changes: Any) -> Path:
+    arch = {**(VIT if family == "vit" else SMALL_ARCH), **changes}
+    path = folder / "arch.json"
+    path.write_text(json.dumps({"family": family, "arch": arch}))
+    return path
+
+
+def flags(cache: Path, arch: Path | str, out: Path, *more: str) -> list[str]:
+    return [
+        *("--arch", str(arch), "--data", "digits", "--img-size", "32", "--proxy-images", "200"),
+        *("--epochs", "2", "--threads", "1", "--cache-dir", str(cache), "--out", str(out)),
+        *("--quiet", *more),
+    ]
+
+
+def run(*arguments: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)] if torchrun else []
+    return subprocess.run(
+        [sys.executable, *start, "-m", "nas.train", *arguments],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((out / "log.csv").read_text().splitlines()))
+
+
+def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return dict(load_file(out / f"{name}.safetensors"))
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -74,7 +74,7 @@ def _find(name: str, family: Family) -> list[Net]:
     if name.lstrip().startswith("{"):
         try:
             mapping = json.loads(name)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise refuse("--arch", name[:60], "an arch's factors as JSON", str(error)) from None
         return [Net(name, family, family.arch(_factors(mapping, name)))]
     if path.is_dir():
@@ -117,10 +117,9 @@ def _pareto_set(folder: Path, family: Family) -> list[Net]:
     """Return the scored archs of a run that no other one beats in size, speed and score."""
     if not (folder / "run.json").is_file():
         raise refuse("--arch", folder, "a run's folder (with a run.json)")
-    from nas.search.ledger import Ledger
+    from nas.search.ledger import read_ledger
 
-    read_run(folder)  # refuses a damaged one in its own words
-    ledger = Ledger(folder / "study.db", create=False)
+    ledger = read_ledger(folder, read_run(folder).run)  # refuses a damaged one in its own words
     rows = [r for r in ledger.rows if r.soft_loss is not None and r.images_per_s is not None]
     if not rows:
         raise refuse("--arch", folder, "a run with a scored candidate", "let it go on first")

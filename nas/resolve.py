@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nas.config import RunConfig, config_from_dict, flag
+from nas.config import RunConfig, flag
 from nas.files import read_json
-from nas.rundir import SCHEMA
+from nas.rundir import SCHEMA, settings_of
 from nas.search.constraints import PACE, bench_setting, requirements_of
-from nas.search.ledger import Ledger, Row
+from nas.search.ledger import Row, read_ledger
 from space.errors import InputError, refuse
 from space.family import Arch, Family
 from space.neighbours import Band
@@ -66,7 +66,7 @@ def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
     data = read_json(path, "the run.json of a run")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
         raise refuse(str(path), "another format", f"schema {SCHEMA}", "replay a newer run")
-    return config_from_dict(data["config"]), data
+    return settings_of(data["config"]), data
 
 
 def replayed_config(given: Mapping[str, Any]) -> RunConfig:
@@ -118,7 +118,7 @@ def read_earlier(
             "--replay", f"a run on data with fingerprint {known}", f"the data at hand, {dataset}",
             "restore the data",
         )  # fmt: skip
-    ledger = Ledger(folder / "study.db", create=False)
+    ledger = read_ledger(folder, data)
     try:
         scored = tuple(
             (row, family.arch(ledger.arch(row.step, row.key)))
@@ -140,9 +140,12 @@ def _milestones(folder: Path, family: Family) -> tuple[Milestone, ...]:
         told = read_json(path, "a model of a run")
         weights = path.with_suffix(".safetensors")
         if weights.is_file():
-            score = told["score"]
-            arch = family.arch(told["arch"])
-            found.append(Milestone(arch, told["params"], score["step"], weights, score))
+            try:
+                arch, score = family.arch(told["arch"]), told["score"]
+                found.append(Milestone(arch, int(told["params"]), score["step"], weights, score))
+            except (KeyError, TypeError, ValueError) as error:
+                got = f"{type(error).__name__}: {error}"
+                raise refuse(str(path), got, "a model of a run", "restore it") from None
     return tuple(found)
 
 

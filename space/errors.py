@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class InputError(ValueError):
     """Bad input from outside: one line that says name, got, want and remedy.
@@ -16,11 +18,17 @@ def refuse(name: str, got: object, want: str, remedy: str = "") -> InputError:
 
     Returns "NAME: got GOT, want WANT; REMEDY" on one line (line breaks in `got` are folded).
     """
-    shown = " ".join(str(got).split()) if str(got).strip() else repr(got)
+    shown = without_passwords(" ".join(str(got).split())) if str(got).strip() else repr(got)
     if len(shown) > 200:
         shown = shown[:197] + "..."
     line = f"{name}: got {shown}, want {want}"
-    return InputError(f"{line}; {remedy}" if remedy else line)
+    return InputError(without_passwords(f"{line}; {remedy}" if remedy else line))
+
+
+def without_passwords(text: str) -> str:
+    """Return a text with the passwords of its addresses taken out: `postgresql://me:x@host/db`."""
+    text = re.sub(r"(\b[\w.+-]+://[^\s:/?#@]*):\S*@", r"\1@", text)
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1...", text, flags=re.IGNORECASE)
 
 
 def refuse_multiple(name: str, got: int, unit: int, unit_name: str = "") -> InputError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,10 +11,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from nas.cells import unguard
 from nas.files import read_json
 from space.errors import refuse
 
 T = TypeVar("T")
+
+TABLES = ("ledger.csv", "steps.csv", "family.csv")
+"""What is drawn for readers. No decision reads it, but reports and benchmarks do."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Candidate:
     stage: str | None
     state: str | None
     reason: str | None
+    log: str | None
 
     @property
     def name(self) -> str:
@@ -126,7 +132,8 @@ class RunFiles:
         if not keys or not isinstance(keys, list):
             first = [self.seed.key] if self.seed else []
             keys = first + [s.incumbent for s in self.steps if s.incumbent and s.step > 0]
-        found = (self.candidate(key) for key in dict.fromkeys(keys))
+        named = (key for key in keys if isinstance(key, str))
+        found = (self.candidate(key) for key in dict.fromkeys(named))
         return tuple(row for row in found if row is not None)
 
 
@@ -138,14 +145,34 @@ def read_run(folder: Path) -> RunFiles:
         )
     if not (folder / "run.json").is_file():
         raise refuse("RUN", folder, "a folder with a run.json", "give the --out folder of a run")
+    result = _mapping(folder / "result.json", optional=True)
+    _check_tables(folder, section(result, "tables"))
     return RunFiles(
         folder=folder,
         run=_mapping(folder / "run.json"),
         ledger=_rows(folder / "ledger.csv", Candidate),
         steps=_rows(folder / "steps.csv", Step),
-        result=_mapping(folder / "result.json", optional=True),
+        result=result,
         best=_mapping(folder / "best.json", optional=True),
     )
+
+
+def table_digests(folder: Path) -> dict[str, str]:
+    """Hash the tables that lie in a run's folder, for its `result.json`: name -> sha256."""
+    there = [folder / name for name in TABLES if (folder / name).is_file()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in there}
+
+
+def _check_tables(folder: Path, told: Mapping[str, Any]) -> None:
+    """Refuse tables of a finished run that are not those that it drew."""
+    found = table_digests(folder)
+    for name in TABLES:
+        if name in told and found.get(name) != told[name]:
+            got = "content that its checksum in result.json does not fit"
+            raise refuse(
+                str(folder / name), got if name in found else "no such file",
+                "the table as the run drew it", "restore it",
+            )  # fmt: skip
 
 
 def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -173,7 +200,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
                 raise refuse(
                     f"{path} line {reader.line_num}", "another number of cells", str(len(columns))
                 )
-            rows.append(row)
+            rows.append({name: unguard(cell) for name, cell in row.items()})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise refuse(str(path), error, "a readable CSV file") from None
     if not columns:

@@ -1,0 +1,442 @@
+"""A study in PostgreSQL: the rows of SQLite, many runs side by side, through outages, no password
+on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from conftest import Finished
+from postgres_server import DATABASE, PASSWORD, USER, Server, serving, why_not
+from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
+
+from benchmarks.throughput_nets import _pareto_set
+from nas.contract import main
+from nas.resolve import read_earlier
+from nas.run import Run
+from nas.search import storage
+from nas.search.ledger import Ledger, Row, ledger_of, read_ledger
+from nas.search.storage import Shared, StudyAway, check_reachable, new_shared, resumed_shared
+from nas.work import Outcome
+from space import get_family
+from space.errors import InputError, refuse, without_passwords
+
+ARCH = {"embed_dims": [64, 128], "mlp_ratio": 4.0, "head_dim": 32}
+BOUNDS = {"params": -5.0, "throughput": 0.25}
+needs_server = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+
+
+def rows(count: int, tag: str = "k") -> list[Row]:
+    ends = [
+        {"state": "complete", "stage": "kept", "soft_loss": 0.1 + 0.2},
+        {"stage": "throughput", "reason": "zu langsam: 3 % \x00 'quoted' \U0001f600"},
+        {"state": "failed", "stage": "proxy", "violation": float("inf")},
+    ]
+    return [
+        Row(n, f"{tag}{n}", "", "", "", 1, "", 10**9 + n, 2, 3, **ends[n % 3]) for n in range(count)
+    ]  # type: ignore[arg-type]
+
+
+def fill(ledger: Ledger, wanted: list[Row]) -> None:
+    for row in wanted:
+        ledger.add(row, ARCH, BOUNDS)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def _no_passwords_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PGPASSWORD", raising=False)
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "no.pgpass"))
+
+
+@needs_server
+def test_rows_are_those_of_sqlite(server: Server, tmp_path: Path) -> None:
+    shared = new_shared(server.url(), tmp_path / "a run, ünïcode")
+    kept = {"storage": json.loads(json.dumps(shared.to_json()))}
+    assert PASSWORD not in str(kept)
+    assert PASSWORD not in repr(shared)
+    ledgers = [Ledger(tmp_path / "study.db", create=True), Ledger(shared, create=True)]
+    for ledger in ledgers:
+        fill(ledger, rows(7))
+        fill(ledger, rows(7))  # again: nothing
+        ledger.write_csv(tmp_path / f"{len(list(tmp_path.iterdir()))}.csv")
+        ledger.close()
+    written = [path.read_bytes() for path in tmp_path.glob("*.csv")]
+    assert len(written) == 2
+    assert len(set(written)) == 1
+    os.environ["PGPASSWORD"] = PASSWORD  # taken back by the fixture's monkeypatch
+    try:
+        again = read_ledger(tmp_path, kept)
+    finally:
+        del os.environ["PGPASSWORD"]
+    assert again.rows == rows(7)
+    assert again.arch(3, "k3") == ARCH
+    again.close()
+
+
+TWO = """
+import sys
+sys.path[:0] = [sys.argv[1]]
+from test_nas_storage import fill, rows
+from nas.search.ledger import Ledger
+from nas.search.storage import Shared
+tag, url, password = sys.argv[2:]
+ledger = Ledger(Shared(url, "study-" + tag, password), create=True)
+fill(ledger, rows(12, tag))
+"""
+
+
+@needs_server
+def test_two_runs_begin_and_write_in_an_empty_database_at_once(server: Server) -> None:
+    server.sql("CREATE DATABASE empty")
+    url = server.url(None, "empty")
+    tests = str(Path(__file__).parent)
+    both = [
+        subprocess.Popen([sys.executable, "-c", TWO, tests, tag, url, PASSWORD]) for tag in "xy"
+    ]
+    assert [process.wait(120) for process in both] == [0, 0]
+    for tag in "xy":
+        ledger = Ledger(Shared(url, f"study-{tag}", PASSWORD), create=False)
+        assert ledger.rows == rows(12, tag)
+        ledger.close()
+    assert len(server_studies(server, "empty")) == 2
+
+
+def server_studies(server: Server, database: str = DATABASE) -> list[str]:
+    if server.sql("SELECT to_regclass('studies')", database) == [(None,)]:
+        return []
+    found = server.sql("SELECT study_name FROM studies ORDER BY study_name", database)
+    return [str(name) for (name,) in found]
+
+
+@needs_server
+def test_the_drivers_process_has_no_torch(server: Server) -> None:
+    script = (
+        "import sys\nsys.modules['torch'] = None\n"
+        "from nas.search.ledger import Ledger, Row\nfrom nas.search.storage import *\n"
+        "shared = new_shared(sys.argv[1], Path('x'))\ncheck_reachable(shared)\n"
+        "Ledger(shared, create=True).add(Row(1, 'a', '', '', '', 1, '', 1, 1, 1), {'d': 1}, {})\n"
+    )
+    subprocess.run([sys.executable, "-c", script, server.url()], check=True, timeout=120)
+
+
+@needs_server
+def test_an_outage_is_waited_out_or_ends_in_one_line_and_nothing_is_doubled(tmp_path: Path) -> None:
+    wanted = rows(6)
+    with serving() as server:
+        shared = new_shared(server.url(), tmp_path)
+        ledger = Ledger(shared, create=True, wait_s=30)
+        fill(ledger, wanted[:1])
+        server.stop()
+        server.start()
+        fill(ledger, wanted[:2])  # restarted between rows: nobody notices
+        server.kill()
+        later = threading.Timer(2, server.start)
+        later.start()
+        fill(ledger, wanted[:3])  # away for a moment
+        later.join()
+        server.stop()
+        ledger._wait_s = 0.5
+        with pytest.raises(StudyAway) as adding:
+            fill(ledger, wanted[:4])
+        with pytest.raises(StudyAway) as opening:
+            check_reachable(shared)
+        for refusal in (adding, opening):
+            line = str(refusal.value)
+            assert "Connection refused" in line
+            assert "--resume" in line
+            assert "\n" not in line
+        server.start()
+        fill(ledger, wanted[:4])
+        again = ledger_of(tmp_path, shared)
+        fill(again, wanted)
+        again.close()
+        assert again.rows == wanted
+        assert server.sql("SELECT count(*) FROM trials") == [(6,)]
+        assert Ledger(shared, create=False).rows == wanted
+        # Deleted under our hands, by the dashboard's button.
+        other = Ledger(shared, create=False)
+        other.remove()
+        with pytest.raises(InputError, match="without the study"):
+            fill(ledger, rows(7))
+        with pytest.raises(InputError, match="without the study"):
+            Ledger(shared, create=False)
+
+
+@pytest.mark.parametrize("where", ["file", pytest.param("server", marks=needs_server)])
+def test_a_row_whose_answer_was_lost_is_there_once(
+    where: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    place: storage.Where = tmp_path / "study.db"
+    if where == "server":
+        place = new_shared(request.getfixturevalue("server").url(), tmp_path)
+    ledger = Ledger(place, create=True)
+    fill(ledger, rows(1))
+    lost = []
+
+    @event.listens_for(ledger._storage.scoped_session, "after_commit")
+    def _cut(session: object) -> None:
+        if ledger._adding and len(lost) < 1:
+            lost.append(session)
+            raise OperationalError("COMMIT", {}, Exception("server closed the connection"))
+
+    fill(ledger, rows(3))
+    assert lost
+    ledger.close()
+    assert Ledger(place, create=False).rows == rows(3)
+
+
+def reach_and_begin(shared: Shared) -> None:
+    check_reachable(shared)
+    Ledger(shared, create=True)
+
+
+@needs_server
+def test_what_the_server_refuses_is_one_line_at_once_without_the_password(
+    server: Server, tmp_path: Path
+) -> None:
+    server.sql("CREATE ROLE guest LOGIN PASSWORD 'guest/word'")
+    server.sql("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    guest = server.url(None).replace(f"{USER}@", "guest:guest%2Fword@")
+    cases = [
+        (server.url("wr0ng/word"), "authentication failed", "PGPASSWORD"),
+        (server.url(None), "no password supplied", "PGPASSWORD"),
+        (server.url(database="nowhere"), "does not exist", "createdb"),
+        (guest.replace("/runs", "/other"), "permission denied", "GRANT CREATE"),
+        (server.url() + "?sslmode=require", "SSL", "server"),
+        (server.url() + "?foo=bar", "foo", "server"),
+        (server.url() + "?port=1&port=2", "ports", "postgresql://"),
+        (server.url() + "?prepare_threshold=x", "TypeError", "postgresql://"),
+    ]
+    server.sql("CREATE DATABASE other")
+    for url, said, remedy in cases:
+        shared = new_shared(url, tmp_path)
+        started = time.monotonic()
+        with pytest.raises(InputError) as refusal:
+            reach_and_begin(shared)
+        line = str(refusal.value)
+        assert said in line
+        assert remedy in line
+        assert "\n" not in line
+        assert "word" not in line.replace("password", "")
+        assert time.monotonic() - started < 12
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("sqlite:///all.db", "study.db of its own"),
+        ("mysql://me:pa55@host/db", "mysql://..."),
+        ("postgresql+asyncpg://me:pa55@host/db", "postgresql+asyncpg"),
+        ("me:pa55@host/db", "cannot be read"),
+        ("postgresql://me:pa55@host:port/db", "cannot be read"),
+        ("postgresql://me:pa@pa55@host/db", "more than one @"),
+        ("postgresql://me:pa55@host", "without a database"),
+        ("postgresql://me@host/db?sslpassword=pa55", "sslpassword"),
+        ("", "cannot be read"),
+    ],
+)
+def test_an_address_that_is_none_is_refused_without_repeating_it(address: str, said: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        new_shared(address, Path("run"))
+    assert said in str(refusal.value)
+    assert "pa55" not in str(refusal.value)
+
+
+def test_without_a_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(InputError, match=r"pip install 'vision-contraction\[postgres\]'"):
+        check_reachable(new_shared("postgresql://me:pa55@127.0.0.1:1/db", Path("run")))
+
+
+def test_what_run_json_keeps_and_what_a_resume_may_say(tmp_path: Path) -> None:
+    given = "postgres://me:p%40ss@host:5433/db?sslmode=require&password=ignored"
+    shared = new_shared(given, tmp_path / "my run")
+    kept = shared.to_json()
+    assert kept["url"] == "postgresql://me@host:5433/db?sslmode=require"
+    assert kept["study"].startswith("my-run-")
+    assert shared.password == "p@ss"
+    assert new_shared(given, tmp_path / "my run").study != shared.study
+    path = tmp_path / "run.json"
+    assert resumed_shared(kept, None, path) == Shared(kept["url"], kept["study"])
+    assert resumed_shared(kept, given, path) == Shared(kept["url"], kept["study"], "p@ss")
+    moved = resumed_shared(kept, "postgresql://me@other/db", path)
+    assert moved == Shared("postgresql://me@other/db", kept["study"], begin=False)
+    assert resumed_shared(None, None, path) is None
+    with pytest.raises(InputError, match="drop --storage"):
+        resumed_shared(None, given, path)
+    for bad in ([], {"url": 1}, {"url": "x://y", "study": "z"}, "text"):
+        with pytest.raises(InputError):
+            resumed_shared(bad, None, path)
+
+
+def test_refusals_and_records_tell_no_passwords() -> None:
+    for secret in ("pa55", "pa55/w", "pa55@w", "pa55:w", "pa55?w#"):
+        for text in (
+            f"--storag postgresql://me:{secret}@host/db",
+            f"--storage=postgresql+psycopg://me:{secret}@host:5432/db?sslmode=require",
+            f"postgresql://host/db?user=me&password={secret.split('@')[0]}&x=1",
+        ):
+            assert "pa55" not in without_passwords(text)
+            assert "pa55" not in str(refuse(text, text + " " * 200 + text, "x"))
+    for plain in ("--data images@home --seed 21M", "file:///a/b@c", "https://host/x:y"):
+        assert without_passwords(plain) == plain
+
+
+def test_a_mistyped_flag_does_not_tell_the_password(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--storag", "postgresql://me:pa55@host/db", "--seed", "5M"])
+    assert end.value.code == 2
+    assert "pa55" not in capsys.readouterr().err
+
+
+@needs_server
+def test_the_dashboard_serves_the_studies(server: Server, tmp_path: Path) -> None:
+    pytest.importorskip("optuna_dashboard")
+    shared = new_shared(server.url(), tmp_path / "watched")
+    ledger = Ledger(shared, create=True)
+    fill(ledger, rows(3))
+    port = server.port + 1 if server.port < 65_000 else server.port - 1
+    # As the README says it; the password by the environment.
+    process = subprocess.Popen(
+        [
+            sys.executable, "-c", "from optuna_dashboard._cli import main; main()",
+            shared.url.replace("://", "+psycopg://"),
+            "--host", "127.0.0.1", "--port", str(port), "--server", "wsgiref",
+        ],
+        env={**os.environ, "PGPASSWORD": PASSWORD}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/studies", timeout=5) as r:
+                    told = json.load(r)
+                break
+            except OSError:
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.3)
+    finally:
+        process.terminate()
+        process.wait(30)
+    names = json.dumps(told)
+    assert all(name in names for name in server_studies(server))
+    assert shared.study in names
+
+
+def files_with(folder: Path, text: str) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
+
+
+@needs_server
+def test_a_whole_run_in_a_shared_database(
+    server: Server,
+    tmp_path: Path,
+    finished: Finished,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The password is nowhere on disk; status, resuming, reading work; refusals leave none."""
+    folder = tmp_path / "run"
+    before = server_studies(server)
+    arguments = [*finished.flags, "--out", str(folder), "--storage", server.url()]
+    monkeypatch.setattr(sys, "argv", ["nas.contract", *arguments])
+    assert main(arguments) == 0
+    assert not (folder / "study.db").exists()
+    (study,) = set(server_studies(server)) - set(before)
+    told = json.loads((folder / "run.json").read_text())
+    assert told["storage"] == {"url": server.url(None), "study": study}
+    assert f"--storage {server.url(None)}" in told["command"]
+    assert main(["--status", str(folder)]) == 0
+    # A resume asks the database; the password is given again, or in the environment.
+    drawn = (folder / "ledger.csv").read_bytes()
+    (folder / "result.json").unlink()
+    resume = ["--resume", str(folder), "--cache-dir", str(finished.cache)]
+    assert main(resume) == 2
+    assert "no password supplied" in capfd.readouterr().err
+    assert main([*resume, "--storage", server.url()]) == 0
+    (folder / "result.json").unlink()
+    monkeypatch.setenv("PGPASSWORD", PASSWORD)
+    assert main(resume) == 0
+    assert (folder / "ledger.csv").read_bytes() == drawn
+    assert server_studies(server).count(study) == 1
+    ledger = read_ledger(folder, told)
+    assert len(ledger.rows) == len(drawn.splitlines()) - 1
+    ledger.close()
+    # So do a replay and a benchmark that read it.
+    family = get_family(told["config"]["family"])
+    scored = read_earlier(folder, family, told["dataset"]["fingerprint"]).scored
+    assert scored
+    assert {net.arch for net in _pareto_set(folder, family) if net.found} <= {a for _, a in scored}
+    monkeypatch.delenv("PGPASSWORD")
+    # Refused before there was a row: neither a folder nor a study.
+    refused = tmp_path / "refused"
+    more = ["--out", str(refused), "--storage", server.url(), "--seed-weights", str(folder)]
+    assert main([*finished.flags, *more]) == 2
+    assert not refused.exists()
+    assert set(server_studies(server)) == {*before, study}
+    capture = capfd.readouterr()
+    for secret in (PASSWORD, quote(PASSWORD, safe=""), quote(PASSWORD, safe=" +")):
+        assert secret not in capture.out + capture.err
+        for place in (tmp_path, finished.cache):
+            assert not files_with(place, secret)
+
+
+@needs_server
+def test_an_outage_before_the_first_row_keeps_the_run(
+    tmp_path: Path,
+    finished: Finished,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was trained by then is worth keeping; any other refusal there leaves nothing."""
+    folder = tmp_path / "run"
+    resume = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+    with serving() as server:
+        begun = [*finished.flags, "--out", str(folder), "--storage", server.url(), "--quiet"]
+
+        def first_row(bench: Run, trust: object, *, fresh: bool) -> Outcome:
+            bench.ledger._wait_s = 0.5
+            if fresh:
+                assert len(server_studies(server)) == 1
+                server.kill()
+            fill(bench.ledger, rows(1))
+            return Outcome("stopped", 3, "", folder, {})
+
+        def refused(bench: Run, trust: object, *, fresh: bool) -> Outcome:
+            assert len(server_studies(server)) == 1
+            raise refuse("--steps", 1, "another number")
+
+        monkeypatch.setattr("nas.session.work", refused)
+        assert main(begun) == 2
+        assert not folder.exists()
+        assert server_studies(server) == []
+        capfd.readouterr()
+        monkeypatch.setattr("nas.session.work", first_row)
+        assert main(begun) == 2
+        error = capfd.readouterr().err
+        assert len(error.splitlines()) == 1, error
+        assert "--resume" in error
+        assert (folder / "run.json").exists()
+        assert main([*resume, "--storage", server.url()]) == 2
+        server.start()
+        assert main([*resume, "--storage", server.url()]) == 3
+        assert server.sql("SELECT count(*) FROM trials") == [(1,)]

@@ -29,7 +29,7 @@ from nas.executor import LocalExecutor
 from nas.jobs import Job
 from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
-from nas.run import Incumbent, Run
+from nas.run import Incumbent, Run, Task
 from nas.rundir import RunDir
 from nas.scoring import with_order
 from space import get_family
@@ -81,10 +81,10 @@ class Trained:
         return self._array("test", "correct", None)
 
     def _array(self, split: str, name: str, rung: int | None) -> Losses:
-        from safetensors.numpy import load_file
+        from nas.seals import load_arrays
 
         folder = self.folders[max(self.folders) if rung is None else rung]
-        return np.asarray(load_file(folder / f"{split}.safetensors")[name], dtype=np.float64)
+        return np.asarray(load_arrays(folder / f"{split}.safetensors")[name], dtype=np.float64)
 
 
 class Lab:
@@ -181,7 +181,7 @@ class Lab:
             "random_seed": of.random_seed, "recalibrate": of.recalibrate, "images": of.images,
             "out": str(folder),
         }  # fmt: skip
-        result = run.do(Job("score", name, spec), out=folder)
+        result = run.do_all([Task(Job("score", name, spec), folder, 0.0)])[0]
         if not result.ok:
             return Trained(of, name, {}, {}, result.seconds, result.reason)
         return Trained(of, name, {0: folder}, {0: result.values}, result.seconds)

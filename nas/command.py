@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from space.errors import InputError
+from nas.files import disk_refusal
+from space.errors import InputError, without_passwords
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 130, 141, 143
 
@@ -21,7 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with one line and exit status 2."""
-        self.exit(EXIT_BAD_INPUT, f"error: {message} (see --help)\n")
+        self.exit(EXIT_BAD_INPUT, f"error: {without_passwords(message)} (see --help)\n")
 
 
 def default_cache() -> Path:
@@ -34,9 +35,25 @@ def default_cache() -> Path:
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Do a command's work; returns its exit status. Bad input is one line on standard error and 2,
-    Ctrl-C 130; SIGTERM leaves through `SystemExit` with 143, so that what is open is closed."""
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    """Do a command's work; returns its exit status. Bad input, and a disk that is full or may not
+    be written to, is one line on standard error and 2, Ctrl-C 130; SIGTERM leaves through
+    `SystemExit` with 143, so that what is open is closed. A second signal ends the process at once:
+    whatever is on disk is whole at any moment."""
+    signalled = False
+
+    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+        nonlocal signalled
+        status = EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_TERMINATED
+        if signalled:
+            os._exit(status)
+        signalled = True
+        if signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(status)
+
+    # A shell that starts us in the background may have had SIGINT ignored: so it stays.
+    heard = [s for s in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(s) != signal.SIG_IGN]
+    previous = {each: signal.signal(each, leave) for each in heard}
     try:
         return work()
     except InputError as error:
@@ -47,9 +64,12 @@ def guarded(work: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our lines has enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        refused = disk_refusal(error)
+        if refused is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(EXIT_TERMINATED)
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -12,6 +12,7 @@ from typing import Any
 
 from nas.command import EXIT_BAD_INPUT, default_cache, guarded
 from nas.config import parse_count, parse_share
+from nas.executor.means import Means
 from nas.flags import build_parser
 from nas.plan import Plan
 from nas.planning import plan as plan_run
@@ -33,9 +34,11 @@ def contract(
     cache_dir: str | Path | None = None,
     finalists: str | Path | None = None,
     trust: int | None = None,
+    storage: str | None = None,
     quiet: bool = True,
     console: Any = None,
     executor: Any = None,
+    means: Means | None = None,
     **settings: Any,
 ) -> Outcome:
     """Contract `seed` to `target_params` and leave everything in the run folder `out`.
@@ -43,9 +46,11 @@ def contract(
     `settings` are the fields of `nas.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`,
     ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
     only settings that equal its own may be given. `trust` archs are trained longer afterwards, for
-    a report on how far the scores can be trusted (`nas.trust`). Raises `InputError` (a
-    `ValueError` of one line) on bad input. A run that ends stuck or out of time is an `Outcome`,
-    not an error.
+    a report on how far the scores can be trusted (`nas.trust`). `means` say where jobs run and how
+    many at once (`nas.executor.means`), which changes no answer. `storage` is the address of a
+    PostgreSQL database for the study, in place of a `study.db` in the folder. Raises `InputError`
+    (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is an
+    `Outcome`, not an error.
     """
     given = dict(settings)
     if seed is not None:
@@ -66,6 +71,8 @@ def contract(
         executor=executor,
         finalists=None if finalists is None else Path(finalists),
         trust=trust,
+        storage=storage,
+        means=means,
     )
 
 
@@ -99,8 +106,9 @@ def plan(
 
 _SESSION = (
     "out", "resume", "finalists", "plan", "trust", "status", "max_hours", "cache_dir", "quiet",
-    "json",
+    "json", "storage",
 )  # fmt: skip
+_MEANS = tuple(field.name for field in dataclasses.fields(Means))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     session_given = {k: arguments.pop(k) for k in _SESSION if k in arguments}
     out = session_given.get("out")
     try:
+        named = [name for name in _MEANS if name in arguments]
+        session_given["means"] = Means(**{name: arguments.pop(name) for name in named})
         if "status" in session_given:
             from nas.report import status
 
@@ -168,6 +178,8 @@ def _run(
         cache_dir=session_given.get("cache_dir"),
         finalists=session_given.get("finalists"),
         trust=session_given.get("trust"),
+        storage=session_given.get("storage"),
+        means=session_given["means"],
         quiet=quiet,
         **arguments,
     )

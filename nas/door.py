@@ -11,8 +11,9 @@ from nas import labelling
 from nas.config import RunConfig, flag, with_effort
 from nas.data import Dataset, DataSpec, open_dataset, prepare
 from nas.data.values import EMBEDDED
-from nas.executor import InlineExecutor, LocalExecutor
-from nas.jobs import Job, Result
+from nas.executor import Executor, LocalExecutor
+from nas.executor.means import Means
+from nas.jobs import Job, Needs, Result
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import usable_cpus
 from nas.measure.runtimes import check_setting
@@ -33,6 +34,13 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     settings = with_effort(effort, given)
     settings.setdefault("threads", usable_cpus())
     return RunConfig(**settings)
+
+
+def with_threads(given: Mapping[str, Any], means: Means) -> dict[str, Any]:
+    """Share the usable cores among several workers, unless the threads of each were named."""
+    if means.workers is None or "threads" in given or means.executor != "local":
+        return dict(given)
+    return {**given, "threads": max(1, usable_cpus() // means.workers)}
 
 
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def check_requirements(
 
 
 def ask_fingerprints(
-    config: RunConfig, worker: LocalExecutor | InlineExecutor, table: DeviceTable | None
+    config: RunConfig, worker: Executor, table: DeviceTable | None
 ) -> dict[str, Mapping[str, Any]]:
     """Have the worker look at every device; one that is not there, or not working, is refused.
 
@@ -227,7 +235,7 @@ def ask_fingerprints(
     timed = [setting.device for setting in settings_of(config) if setting != elsewhere]
     found: dict[str, Mapping[str, Any]] = {}
     for device in dict.fromkeys((config.device, *timed)):
-        result = worker.run(Job("hello", "hello", {"device": device}))
+        result = worker.run(Job("hello", "hello", {"device": device}, needs=Needs(timed=True)))
         if not result.ok:
             if result.values.get("input_error"):
                 raise InputError(result.reason)
@@ -239,7 +247,7 @@ def ask_fingerprints(
 
 def check_token(
     config: RunConfig,
-    worker: LocalExecutor | InlineExecutor,
+    worker: Executor,
     family: Family,
     seed: Arch,
     dataset: Dataset,

@@ -1,15 +1,41 @@
-"""Files that are whole or not there: write aside, sync, rename."""
+"""Files that are whole or not there (write aside, sync, rename); JSON that tells of changes."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from space.errors import refuse
+from space.errors import InputError, refuse
+from space.seal import sealed, unsealed
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What a full, read-only or broken disk says: of the machine, never of a candidate."""
+
+
+def disk_refusal(error: BaseException) -> InputError | None:
+    """Return a refusal in one line where an error is the disk's, else None.
+
+    Libraries wrap what the system said in errors of their own; its words remain.
+    """
+    code = error.errno if isinstance(error, OSError) else None
+    said = " ".join(str(error).split())
+    if code is None:
+        found = re.search(r"os error (\d+)|\[Errno (\d+)\]", said)
+        code = int(found[1] or found[2]) if found else None
+        if code is None and re.search(r"no space left|disk is full|quota exceeded", said, re.I):
+            code = errno.ENOSPC
+    if code not in WRITE_ERRORS:
+        return None
+    named = getattr(error, "filename", None)
+    where = str(named) if isinstance(named, (str, Path)) else "a file"
+    return refuse(where, os.strerror(code), "room and permission to write", "see to it, then go on "
+                  "with --resume; nothing is lost")  # fmt: skip
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -29,20 +55,25 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain JSON atomically: two spaces, keys in the order given, NaN refused."""
-    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    """Write plain JSON atomically: two spaces, keys in the order given, NaN refused.
+
+    An object gets a seal (`space.seal`), by which `read_json` knows when it was changed.
+    """
+    told = sealed(value) if isinstance(value, dict) else value
+    write_atomic(path, (json.dumps(told, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON that this toolkit wrote; a missing or damaged file is refused in one line."""
+    """Read JSON, of this toolkit or a user; a missing, unreadable or changed file is refused."""
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise refuse(str(path), "no such file", what) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise refuse(
             str(path), f"{type(error).__name__}: {error}", what, "restore the file or start anew"
         ) from None
+    return unsealed(str(path), value)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -50,3 +81,23 @@ def remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             leftover.unlink()
+
+
+def member(folder: Path, name: object, what: str, *, links: bool = False) -> Path:
+    """Find a file that a folder's own JSON names; one that lies elsewhere is refused.
+
+    No absolute path, no way up, and, unless `links` may, no link that leads out: what is copied or
+    read by such a name stays inside.
+    """
+    want = f"the name of a file inside {folder}"
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise refuse(what, repr(name), want)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise refuse(what, name, want)
+    try:
+        inside = (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name of no text
+        raise refuse(what, f"{name!r} ({error})", want) from None
+    if not inside and not links:
+        raise refuse(what, f"{name}, a link that leads out", want)
+    return folder / name

@@ -14,7 +14,7 @@ from nas.jobs import Result
 from nas.judging import paired_difference
 from nas.measure.measurement import Measurement
 from nas.milestones import write_model
-from nas.run import Incumbent, Run
+from nas.run import Incumbent, Run, Task
 from nas.scoring import with_order
 from nas.search.constraints import requirements_of
 from space import REFERENCE_CONTEXT, get_family
@@ -111,10 +111,10 @@ def write_finalists(run: Run, finalists: Sequence[Incumbent]) -> str:
     )
 
 
-def final_training(run: Run, arch: Arch, seed: Incumbent) -> Result:
-    """Train an arch for the final comparison: from the seed's weights (or from scratch), longer."""
+def final_training(run: Run, arch: Arch, seed: Incumbent) -> Task:
+    """Describe a training of the final comparison: from the seed's weights (or scratch), longer."""
     key = run.key(arch)
-    return run.train(
+    return run.training(
         arch,
         f"final-{key}",
         out=run.folder.job_folder(f"final-{key}"),
@@ -183,7 +183,12 @@ def compare(
 
     Returns the `final` part of `result.json`, or a sentence when the winner's training failed.
     """
-    trained = final_training(run, winner.arch, seed)
+    params = run.family.count_params(winner.arch, run.context)
+    name, arch = nearest_published(run, params)
+    itself = run.key(arch) == winner.key
+    timed = None if itself else run.timings.measure(arch, "final", reference=run.seed_arch)
+    sides = [winner.arch] if timed is None or isinstance(timed, Result) else [winner.arch, arch]
+    trained, *others = run.train_all([final_training(run, each, seed) for each in sides])
     if not trained.ok:
         return f"the winner's final training failed: {trained.reason}"
     final: dict[str, Any] = {
@@ -194,17 +199,15 @@ def compare(
         "requirements": list(verdicts),
         "fvcore_macs": trained.values.get("fvcore_macs"),
     }
-    name, arch = nearest_published(run, final["winner"]["params"])
-    if run.key(arch) == winner.key:
+    if timed is None:
         final["published"] = {**final["winner"], "name": name}
         final["note"] = f"the winner is the published {name} itself: a tie"
         return final
-    timed = run.timings.measure(arch, "final", reference=run.seed_arch)
-    beside = final_training(run, arch, seed)
-    if isinstance(timed, Result) or not beside.ok:
-        failure = timed.reason if isinstance(timed, Result) else beside.reason
+    if isinstance(timed, Result) or not others[0].ok:
+        failure = timed.reason if isinstance(timed, Result) else others[0].reason
         final["note"] = f"the published {name} could not be compared: {failure}"
         return final
+    beside = others[0]
     final["published"] = _side(run, name, arch, timed, beside.values)
     final["paired"] = paired_difference(
         run.folder.job_folder(f"final-{winner.key}"),

@@ -251,6 +251,53 @@ def build_parser() -> Parser:
         help="reuse the measurements of equal fingerprint from another run's measurements.csv",
     )
     device.add_argument("--random-seed", type=int, metavar="N", help="of every draw (default: 0)")
+    means = parser.add_argument_group(
+        "what works on it (changes no answer; may differ on --resume)"
+    )
+    means.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="jobs at a time (default: 1, or one a GPU with --device cuda); the cores are shared "
+        "among them unless --threads says how many each has",
+    )
+    means.add_argument(
+        "--executor",
+        metavar="NAME",
+        help="local (processes of this machine) or ray (a cluster; needs the extra [ray]) "
+        "(default: local)",
+    )
+    means.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="of a running cluster: HOST:PORT or auto (default: one of this machine alone)",
+    )
+    means.add_argument(
+        "--measure-on",
+        metavar="RESOURCE",
+        help="with Ray, time on nodes that have this resource, such as orin (default: here)",
+    )
+    means.add_argument(
+        "--retries",
+        type=int,
+        metavar="N",
+        help="how often a job is tried again whose worker or node died (default: 2)",
+    )
+    means.add_argument(
+        "--job-memory-gb",
+        type=float,
+        metavar="GB",
+        help="memory that a job may take; more is its failure (default: no limit)",
+    )
+    means.add_argument(
+        "--gpu-share", type=float, metavar="SHARE", help="of a GPU that a job takes (default: 1)"
+    )
+    means.add_argument(
+        "--job-minutes",
+        type=float,
+        metavar="M",
+        help="a job that takes longer is ended and counts as lost (default: no limit)",
+    )
     process = parser.add_argument_group("the run")
     process.add_argument(
         "--out", metavar="DIR", help="run folder (default: results/runs/DATE-TIME-SEED-TARGET)"
@@ -283,6 +330,14 @@ def build_parser() -> Parser:
         metavar="N",
         help="afterwards train N kept and rejected candidates about 10x longer on several random "
         "seeds, and report how far the proxy scores can be trusted",
+    )
+    process.add_argument(
+        "--storage",
+        metavar="URL",
+        help="keep the study in a PostgreSQL database that many runs share: "
+        "postgresql://USER@HOST:PORT/DATABASE (default: study.db in the run folder). A password in "
+        "it is never written down: on --resume it comes from --storage given again, PGPASSWORD or "
+        "~/.pgpass",
     )
     process.add_argument("--status", metavar="DIR", help="tell where a run stands, and exit")
     process.add_argument("--max-hours", type=float, metavar="H", help="stop in time, exit status 3")

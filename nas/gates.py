@@ -8,7 +8,7 @@ from typing import Any
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
 from nas.requirement import Requirement
-from nas.run import Incumbent, Run
+from nas.run import Incumbent, Run, log_of
 from nas.search.constraints import StepBounds
 from nas.search.ledger import Row
 from space import REFERENCE_CONTEXT
@@ -108,7 +108,8 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
             reason = measured.reason or "failed"
             if setting != run.primary:
                 reason = f"{setting.text}: {reason}"
-            row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason)
+            row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason,
+                         log=log_of(f"gate-{candidate.key}"))  # fmt: skip
             add_row(run, replace(row, seconds=round(row.seconds + measured.seconds, 3)), arch)
             return None
         guessed = run.timings.predicts(setting, arch)

@@ -15,6 +15,22 @@ def no_tick(units: float) -> None:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a job asks of the place that it runs on.
+
+    `reads` and `leaves` name what it reads and leaves of the file system, as dotted paths into its
+    specification: `dataset`, `parent.weights`. A place with other files is given the former, and
+    gives back the latter. Without `leaves` a job stays on the driver's machine, but for one that
+    is `timed`: it belongs to the device that is measured, and is `alone` there.
+    """
+
+    reads: tuple[str, ...] = ()
+    leaves: str | None = None
+    timed: bool = False
+    alone: bool = False
+
+
+@dataclass(frozen=True)
 class Job:
     """One piece of work that a worker can do alone.
 
@@ -26,6 +42,7 @@ class Job:
     key: str
     spec: Mapping[str, Any]
     units: float = 0.0
+    needs: Needs = Needs()
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from nas import labelling
 from nas.command import default_cache
 from nas.data import Dataset, DataSpec
 from nas.door import prepared
-from nas.executor import LocalExecutor
-from nas.jobs import Job, Result, Tick
+from nas.executor import Executor, LocalExecutor
+from nas.jobs import Job, Result
 from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from space.errors import InputError, refuse
+
+RETRIES = 2
+"""How often a process that died goes on with its pieces."""
 
 
 def build(
@@ -74,7 +75,7 @@ def build(
         "precision": precision, "device": device, "threads": threads,
     }  # fmt: skip
     dataset = prepared(asked, cache, console)
-    with LocalExecutor(threads=threads) as worker:
+    with LocalExecutor(threads=threads, workers=processes, retries=RETRIES) as worker:
         do = _doer(worker, console)
         labelling.check(do, dataset, request)
         console.start(float(len(dataset.train) * teacher_epochs))
@@ -94,10 +95,8 @@ def build(
                 f"{begun['folder']}/dropped.csv"
             )
         _announce(begun, console)
-        if processes > 1:
-            worker.close()  # what a teacher's training left in a GPU's memory is for the others
-        workers = [worker, *(LocalExecutor(threads=threads) for _ in range(1, processes))]
-        _make(begun, dataset, info, part, device, workers, console)
+        worker.rest()  # what a teacher's training left in a GPU's memory is for all
+        _make(begun, dataset, info, part, device, processes, worker, console)
     return {
         **begun,
         "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"]),
@@ -116,9 +115,9 @@ def _data_dict(spec: DataSpec) -> dict[str, Any]:
     }
 
 
-def _doer(worker: LocalExecutor, console: Console, tick: Tick | None = None) -> labelling.Do:
+def _doer(worker: Executor, console: Console) -> labelling.Do:
     def do(job: Job) -> Result:
-        return worker.run(job, tick=tick or console.advance, heartbeat=console.refresh)
+        return worker.run(job, tick=console.advance, heartbeat=console.refresh)
 
     return do
 
@@ -142,46 +141,26 @@ def _make(
     info: Mapping[str, Any],
     part: tuple[int, int],
     device: str,
-    workers: Sequence[LocalExecutor],
+    processes: int,
+    executor: Executor,
     console: Console,
 ) -> None:
-    """Let every worker make pieces of its own, and wait for all; ends the workers."""
+    """Make the pieces side by side."""
     at, parts = part
     jobs = [
         labelling.build_job(
-            begun, dataset, info, part=(at + parts * one, parts * len(workers)), device=device
+            begun, dataset, info, part=(at + parts * one, parts * processes), device=device
         )
-        for one in range(len(workers))
+        for one in range(processes)
     ]
     console.start(sum(job.units for job in jobs), unit="images")
-    lock = Lock()
-
-    def tick(units: float) -> None:
-        with lock:
-            console.advance(units)
-
     try:
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            try:
-                waiting = [
-                    pool.submit(labelling.build, _plain(worker, tick), job)
-                    for worker, job in zip(workers, jobs, strict=True)
-                ]
-                for one in waiting:
-                    one.result()
-            except BaseException:  # do not finish what runs
-                pool.shutdown(wait=False, cancel_futures=True)
-                for worker in workers:
-                    worker.close()
-                raise
+        for result in executor.stream(
+            jobs, tick=lambda _, units: console.advance(units), heartbeat=console.refresh
+        ):
+            labelling.check_built(result)
     finally:
-        for worker in workers:
-            worker.close()
         console.stop()
-
-
-def _plain(worker: LocalExecutor, tick: Tick) -> labelling.Do:
-    return lambda job: worker.run(job, tick=tick)
 
 
 def info(store: str | Path) -> Mapping[str, Any]:

@@ -139,7 +139,12 @@ def build_job(
 
 def build(do: Do, job: Job) -> None:
     """Make a part of a store. Raises InputError."""
-    _values(do(job), "soft labels")
+    check_built(do(job))
+
+
+def check_built(result: Result) -> None:
+    """Refuse a part of a store that was not made, with its reason. Raises InputError."""
+    _values(result, "soft labels")
 
 
 def open_for(

@@ -22,7 +22,7 @@ from nas.door import (
     with_classes,
     with_steps,
 )
-from nas.executor import InlineExecutor, LocalExecutor
+from nas.executor import Executor, LocalExecutor
 from nas.plan import Plan, make_plan
 from nas.progress import Console
 from nas.run import Run
@@ -39,7 +39,7 @@ def plan(
     cache: Path,
     quiet: bool,
     console: Console | None,
-    executor: LocalExecutor | InlineExecutor | None,
+    executor: Executor | None,
     trust: int | None = None,
 ) -> tuple[Plan, str]:
     """Plan a run in a folder that goes away again; see `nas.contract.plan`."""

@@ -7,17 +7,15 @@ have reached a rung, in the order of keys, so they depend on results alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from nas.files import read_json, write_json
 from nas.jobs import Result
 from nas.judging import losses_of
-from nas.run import CHECKPOINT, MORE, RUNG, Incumbent, Run
+from nas.run import CHECKPOINT, MORE, RUNG, Incumbent, Run, Task
 from nas.search.racing import share_saved, survivors
-from space.errors import refuse
 from space.family import Arch
 
 ALPHA = 0.05
@@ -79,26 +77,25 @@ def race(
     `stored_epochs` is how many epochs of labels there are.
     """
     rungs = rungs_of(epochs) if run.config.racing and len(entrants) > keep else [epochs]
+    lane = _Lane(run, epochs, first_epoch)
     ended: dict[str, Ran] = {}
     racing = list(entrants)
     seconds = dict.fromkeys((e.key for e in entrants), 0.0)
     earlier: int | None = None
-    for rung in rungs:
-        last = rung == rungs[-1]
+    for rung, coming in zip(rungs, [*rungs[1:], None], strict=True):
+        last = coming is None
+        results = run.train_all(
+            [lane.task(e, rung, earlier) for e in racing], remember=True,
+            ahead=partial(lane.leading, racing, rung, coming, keep),
+        )  # fmt: skip
         ran = []
-        for entrant in racing:
-            folder = _folder(run, entrant, None if last else rung)
-            before = None if earlier is None else _folder(run, entrant, earlier)
-            result = trained(
-                run, entrant.arch, folder.name, out=folder, epochs=epochs,
-                init=run.config.proxy_init, parent=entrant.parent, first_epoch=first_epoch,
-                rung=None if last else rung,
-                before=None if before is None or earlier is None else (earlier, before),
-            )  # fmt: skip
-            if before is not None:
-                _forget(before)
+        for entrant, result in zip(racing, results, strict=True):
+            if earlier is not None:
+                _forget(lane.folder(entrant, earlier))
             seconds[entrant.key] += result.seconds
-            ran.append(Ran(entrant, result, rung, seconds[entrant.key], folder))
+            ran.append(
+                Ran(entrant, result, rung, seconds[entrant.key], lane.folder(entrant, rung))
+            )  # fmt: skip
         for each in ran:
             if last or not each.result.ok:
                 ended[each.entrant.key] = each
@@ -111,6 +108,8 @@ def race(
             said = f"stopped after {rung} of {epochs} epochs: {reason}"
             ended[key] = replace(alive[key], stopped=said)
             _forget(alive[key].folder)
+            assert coming is not None
+            run.discard([lane.folder(alive[key].entrant, coming)])
         racing = [e for e in racing if e.key in decision.stay]
         earlier = rung
     ran = [ended[e.key] for e in entrants]
@@ -119,24 +118,44 @@ def race(
     return _prolonged(run, ran, epochs, first_epoch, stored_epochs)
 
 
-def trained(run: Run, arch: Arch, name: str, *, out: Path, **more: Any) -> Result:
-    """Train, or take over that it failed: an outcome, which a resumed run finds as it was."""
-    return remembered(out, lambda: run.train(arch, name, out=out, **more))
+@dataclass(frozen=True)
+class _Lane:
+    """How every entrant of a race is trained: by rungs of a schedule of `epochs`."""
 
+    run: Run
+    epochs: int
+    first_epoch: int
 
-def remembered(out: Path, work: Callable[[], Result]) -> Result:
-    """Do a job that leaves `out`; that it failed is kept beside it, for a resumed run to find."""
-    kept = out.with_name(f"{out.name}.failed.json")
-    if kept.exists():
-        told = read_json(kept, "why a job failed")
-        if not isinstance(told, dict) or not {"reason", "seconds"} <= told.keys():
-            raise refuse(str(kept), "another format", "why a job failed", "remove it")
-        return Result(out.name, False, {}, told["reason"], told["seconds"])
-    result = work()
-    if not result.ok:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, {"reason": result.reason, "seconds": result.seconds})
-    return result
+    def folder(self, entrant: Entrant, rung: int) -> Path:
+        """Return the folder of an entrant's job: of a rung, or of the whole length."""
+        cut = "" if rung == self.epochs else f"{RUNG}{rung}"
+        return self.run.folder.job_folder(f"{entrant.name}{cut}")
+
+    def task(self, entrant: Entrant, rung: int, before: int | None) -> Task:
+        """Describe an entrant's training up to a rung, from an earlier one."""
+        folder = self.folder(entrant, rung)
+        return self.run.training(
+            entrant.arch, folder.name, out=folder, epochs=self.epochs,
+            init=self.run.config.proxy_init, parent=entrant.parent, first_epoch=self.first_epoch,
+            rung=None if rung == self.epochs else rung,
+            before=None if before is None else (before, self.folder(entrant, before)),
+        )  # fmt: skip
+
+    def leading(
+        self,
+        entrants: Sequence[Entrant],
+        rung: int,
+        coming: int | None,
+        keep: int,
+        found: Mapping[str, Result],
+    ) -> list[Task]:
+        """Describe the coming rung's jobs of those that lead so far: they may well go on."""
+        if coming is None:
+            return []
+        by_job = {self.folder(entrant, rung).name: entrant for entrant in entrants}
+        done = [name for name, result in found.items() if result.ok]
+        done.sort(key=lambda name: (found[name].values["soft_loss"], name))
+        return [self.task(by_job[name], coming, rung) for name in done[:keep]]
 
 
 def _prolonged(
@@ -151,34 +170,32 @@ def _prolonged(
         return list(ran)
     # Where stored epochs run out, they are taken from the start again.
     start = first_epoch + epochs if first_epoch + epochs + more <= stored_epochs else 0
-    found = []
-    for each in ran:
-        if each not in through:
-            found.append(each)
-            continue
+    length = min(more, stored_epochs)
+    tasks = []
+    for each in through:
         own = replace(each.entrant.parent, arch=each.entrant.arch, key=each.entrant.key,
                       weights=each.folder / "weights.safetensors", order=None)  # fmt: skip
         folder = run.folder.job_folder(f"{each.entrant.name}{MORE}")
-        result = trained(
-            run, each.entrant.arch, folder.name, out=folder, epochs=min(more, stored_epochs),
-            init="inherit", parent=own, first_epoch=start,
-        )  # fmt: skip
-        if not result.ok:  # all are compared by what they had, equally long
-            return list(ran)
-        found.append(
-            replace(
-                each, result=result, epochs=epochs + min(more, stored_epochs),
-                seconds=each.seconds + result.seconds, folder=folder,
+        tasks.append(
+            run.training(
+                each.entrant.arch, folder.name, out=folder, epochs=length, init="inherit",
+                parent=own, first_epoch=start,
             )
         )  # fmt: skip
+    results = run.train_all(tasks, remember=True)
+    if not all(result.ok for result in results):
+        return list(ran)  # all are compared by what they had, equally long
+    longer = {
+        each.entrant.key: replace(
+            each, result=result, epochs=epochs + length, seconds=each.seconds + result.seconds,
+            folder=task.out,
+        )
+        for each, task, result in zip(through, tasks, results, strict=True)
+    }  # fmt: skip
+    found = [longer.get(each.entrant.key, each) for each in ran]
     for each in through:
         run.folder.drop_weights(each.folder.name)
     return found
-
-
-def _folder(run: Run, entrant: Entrant, rung: int | None) -> Path:
-    """Return the folder of an entrant's job: of a rung, or of the whole length."""
-    return run.folder.job_folder(entrant.name if rung is None else f"{entrant.name}{RUNG}{rung}")
 
 
 def _forget(folder: Path) -> None:

@@ -7,16 +7,17 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nas.config import RunConfig
 from nas.data import Dataset
-from nas.executor import InlineExecutor, LocalExecutor
-from nas.files import read_json
-from nas.jobs import Job, Result
+from nas.executor import Executor
+from nas.executor.means import LOGS
+from nas.files import read_json, write_json
+from nas.jobs import Job, Needs, Result
 from nas.judging import judged
 from nas.measure.device_table import DeviceTable
 from nas.progress import Console
@@ -25,11 +26,12 @@ from nas.requirement import Requirement
 from nas.resolve import Earlier
 from nas.rundir import RunDir
 from nas.search.constraints import band_at, primary_setting, settings_of
-from nas.search.ledger import Ledger
+from nas.search.ledger import ledger_of
+from nas.search.storage import Shared
 from nas.search.strategies import get_strategy
 from nas.timings import Timings
 from space import Context
-from space.errors import InputError
+from space.errors import InputError, refuse
 from space.family import Arch, Family
 from space.neighbours import Band
 
@@ -42,6 +44,9 @@ RUNG = "-rung"
 """Between the name of a raced training and the epochs after which one of its jobs stops."""
 MORE = "-more"
 """What the job of an entrant is called that trains on the epochs which others saved."""
+
+READS = ("dataset", "store", "parent.weights", "parent.order", "continue_from.checkpoint")
+"""What a training reads of the file system (`nas.jobs.Needs`)."""
 
 SPENT = ("weights.safetensors", CHECKPOINT)
 """Files of a finished job that may be gone: nothing starts from them any more."""
@@ -67,6 +72,20 @@ class Incumbent:
     step: int = 0
     parent: Incumbent | None = None
     second_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that leaves the folder `out`, and its share of the progress bar."""
+
+    job: Job
+    out: Path
+    cost: float
+
+
+def log_of(job: str) -> str:
+    """Name the log of a job, as its row does: a path in the run's folder."""
+    return f"{LOGS}/{job}.log"
 
 
 def derived_seed(*parts: object) -> int:
@@ -101,13 +120,14 @@ class Run:
         seed_arch: Arch,
         dataset: Dataset,
         folder: RunDir,
-        executor: LocalExecutor | InlineExecutor,
+        executor: Executor,
         console: Console,
         cache: Path,
         deadline: float | None,
         fingerprints: Mapping[str, Mapping[str, Any]],
         table: DeviceTable | None = None,
         earlier: Earlier | None = None,
+        storage: Shared | None = None,
     ) -> None:
         self.config = config
         self.family = family
@@ -137,11 +157,9 @@ class Run:
         self.timings = Timings(
             config=config, family=family, context=self.context, folder=folder.path, cache=cache,
             console=console, fingerprints=fingerprints, table=table, do=self.do,
-            rest=lambda: self.executor.close(),
+            rest=lambda: self.executor.rest(),
         )  # fmt: skip
-        # A run that was killed early may have its run.json and no study yet.
-        study = folder.path / "study.db"
-        self.ledger = Ledger(study, create=not study.exists())
+        self.ledger = ledger_of(folder.path, storage)
 
     def key(self, arch: Arch) -> str:
         """Return the arch's key in this run's context."""
@@ -190,41 +208,93 @@ class Run:
 
     # Jobs
 
-    def do(self, job: Job, *, out: Path | None = None, cost: float = 0.0) -> Result:
-        """Do a job, or take over what an earlier process of this run finished.
+    def do(self, job: Job, *, cost: float = 0.0) -> Result:
+        """Do a job that leaves nothing behind.
 
-        `out` is the folder that the job leaves, whole or not at all, with its `result.json`.
         `cost` is its share of the progress bar. Failures that depend on the moment (the deadline)
-        raise; failures of the job are results.
+        raise, and bad input; failures of the job are results.
         """
-        if out is not None and (out / "result.json").is_file():
-            data = read_json(out / "result.json", "a finished job's result")
-            needed = data.get("files", [])
-            if all((out / name).is_file() for name in needed if name not in SPENT):
-                self.console.advance(cost)
-                return Result(job.key, True, data["values"], None, data["seconds"])
-            shutil.rmtree(out)
-        self.console.describe(job.key)
-        moved = 0.0
+        (result,) = self._stream([job], {job.key: cost})
+        return result
 
-        def tick(units: float) -> None:
-            nonlocal moved
-            step = cost * units / job.units if job.units else 0.0
-            step = min(step, cost - moved)
-            moved += step
+    def do_all(
+        self,
+        tasks: Sequence[Task],
+        *,
+        remember: bool = False,
+        ahead: Callable[[Mapping[str, Result]], Sequence[Task]] | None = None,
+    ) -> list[Result]:
+        """Do jobs that leave folders, side by side where the executor can; results in their order.
+
+        Each leaves its folder whole or not at all, with its `result.json`; what an earlier process
+        of this run finished is taken over, and that a job failed too where it is to `remember`.
+        `ahead` says, by the results so far, which jobs idle workers may do in case that they are
+        asked for next.
+        """
+        found: dict[str, Result] = {}
+        open_tasks = {}
+        for task in tasks:
+            known = failed_before(task.out) if remember else None
+            known = known or self._finished(task)
+            if known is None:
+                open_tasks[task.job.key] = task
+            else:
+                self.console.advance(task.cost)
+                found[task.job.key] = known
+        costs = {key: task.cost for key, task in open_tasks.items()}
+        for result in self._stream([task.job for task in open_tasks.values()], costs):
+            found[result.key] = result
+            if remember and not result.ok:
+                keep_failure(open_tasks[result.key].out, result)
+            if ahead is not None and len(found) < len(tasks):
+                more = [task for task in ahead(found) if not _left(task.out)]
+                self.executor.ahead(task.job for task in more)
+        return [found[task.job.key] for task in tasks]
+
+    def discard(self, folders: Sequence[Path]) -> None:
+        """Forget jobs that ran ahead, or may have in an earlier process, and were not chosen."""
+        self.executor.forget([folder.name for folder in folders])
+        for folder in folders:
+            for left in (folder, folder.with_name(f"{folder.name}.part")):
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _stream(self, jobs: Sequence[Job], costs: Mapping[str, float]) -> Iterator[Result]:
+        """Do jobs, move the bar on as they go, and give their results as they end."""
+        moved = dict.fromkeys(costs, 0.0)
+        units = {job.key: job.units for job in jobs}
+
+        def tick(key: str, done: float) -> None:
+            step = costs[key] * done / units[key] if units[key] else 0.0
+            step = min(step, costs[key] - moved[key])
+            moved[key] += step
             self.console.advance(step)
 
-        result = self.executor.run(
-            job, tick=tick, deadline=self.deadline, heartbeat=self.console.refresh
-        )
-        self.console.advance(cost - moved)
-        if not result.ok and result.values.get("input_error"):
-            raise InputError(result.reason)
-        return result
+        if jobs:
+            others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+            self.console.describe(f"{jobs[0].key}{others}")
+        for result in self.executor.stream(
+            jobs, tick=tick, deadline=self.deadline, heartbeat=self.console.refresh
+        ):
+            self.console.advance(costs[result.key] - moved[result.key])
+            if not result.ok and result.values.get("input_error"):
+                raise InputError(result.reason)
+            yield result
+
+    def _finished(self, task: Task) -> Result | None:
+        """Take over what an earlier process of this run finished, if its files are there."""
+        out = task.out
+        if not _left(out):
+            return None
+        data = read_json(out / "result.json", "a finished job's result")
+        needed = data.get("files", [])
+        if all((out / name).is_file() for name in needed if name not in SPENT):
+            return Result(task.job.key, True, data["values"], None, data["seconds"])
+        shutil.rmtree(out)
+        return None
 
     # Training
 
-    def train(
+    def training(
         self,
         arch: Arch,
         name: str,
@@ -240,11 +310,11 @@ class Run:
         before: tuple[int, Path] | None = None,
         images: int | None = None,
         hard_weight: float = 0.0,
-    ) -> Result:
-        """Train an arch on the stored labels and score it on the holdout (job `train`).
+    ) -> Task:
+        """Describe a training of an arch on the stored labels, scored on the holdout (`train`).
 
         `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. With `test`, the test
-        split is evaluated too, once. The folder `out` then holds the weights and the per-image
+        split is evaluated too, once. In the end the folder `out` holds weights and per-image
         losses; see `nas.runner` for the values. `rung` stops after so many of the `epochs`, and
         `before` goes on from an earlier rung: its epochs and its folder. `random_seed` is the
         run's own unless it is given; `images` trains on a fixed subset of that size;
@@ -269,16 +339,34 @@ class Run:
         if images is not None and images < each:
             spec["images"] = each = images
         images = each * ((epochs if rung is None else rung) - done)
-        cost = images * self.image_cost(arch)
-        self.trained[name] = cost
         shared = self.folder.path not in out.parents
         spec = {**spec, "out": str(out), "shared": shared}
-        job = Job("train", name, spec, units=float(images))
-        result = self.do(job, out=out, cost=cost)
+        reads = [r for r in READS if _named(spec, r)]
+        # Weights that the user named stay where they are, and so does the job.
+        needs = Needs() if init.startswith("file:") else Needs(tuple(reads), "out")
+        job = Job("train", name, spec, float(images), needs)
+        return Task(job, out, images * self.image_cost(arch))
+
+    def train(self, arch: Arch, name: str, **more: Any) -> Result:
+        """Train one arch; see `training`."""
+        return self.train_all([self.training(arch, name, **more)])[0]
+
+    def train_all(
+        self,
+        tasks: Sequence[Task],
+        **options: Any,
+    ) -> list[Result]:
+        """Do trainings, as `do_all` does; they count as work, and are judged by the metric."""
+        for task in tasks:
+            self.trained[task.job.key] = task.cost
+        results = self.do_all(tasks, **options)
+        return [self._judged(*each) for each in zip(tasks, results, strict=True)]
+
+    def _judged(self, task: Task, result: Result) -> Result:
         if not result.ok or self.config.metric == "top1":
             return result
         classes = len(self.dataset.classes)
-        return replace(result, values=judged(result.values, out, self.config.metric, classes))
+        return replace(result, values=judged(result.values, task.out, self.config.metric, classes))
 
     def train_spec(
         self,
@@ -338,6 +426,40 @@ class Run:
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _failure(out: Path) -> Path:
+    return out.with_name(f"{out.name}.failed.json")
+
+
+def failed_before(out: Path) -> Result | None:
+    """Return that the job of `out` failed, if it did: an outcome. Raises InputError."""
+    kept = _failure(out)
+    if not kept.exists():
+        return None
+    told = read_json(kept, "why a job failed")
+    if not isinstance(told, dict) or not {"reason", "seconds"} <= told.keys():
+        raise refuse(str(kept), "another format", "why a job failed", "remove it")
+    return Result(out.name, False, {}, told["reason"], told["seconds"])
+
+
+def keep_failure(out: Path, result: Result) -> None:
+    """Keep beside `out` that its job failed, for a resumed run to find."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(_failure(out), {"reason": result.reason, "seconds": result.seconds})
+
+
+def _left(out: Path) -> bool:
+    """Tell whether a job left its folder."""
+    return (out / "result.json").is_file()
+
+
+def _named(spec: Mapping[str, Any], dotted: str) -> bool:
+    """Tell whether a specification names something there: `parent.weights`."""
+    value: Any = spec
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value is not None
 
 
 def _file_digest(init: str) -> str | None:

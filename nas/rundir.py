@@ -12,8 +12,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nas.config import RunConfig, config_from_dict, flag
+from nas.executor.means import LOGS, RECORD, WORKER_LOG
 from nas.files import read_json, remove_leftovers, write_json
-from space.errors import refuse
+from space.errors import InputError, refuse
 
 SCHEMA = 1
 
@@ -53,7 +54,7 @@ class RunDir:
         fresh = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            ours = {".lock", "worker.log"}  # what a start that was killed leaves behind
+            ours = {".lock", WORKER_LOG, LOGS, RECORD}  # what a start that was killed leaves behind
             held = [p.name for p in self.path.iterdir() if p.name not in ours]
         except OSError as error:
             raise refuse("--out", self.path, "a folder to write in", _why(error)) from None
@@ -114,7 +115,11 @@ class RunDir:
             for name in ("run.json", "study.db", "measurements.csv", "device_table.csv"):
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
-            shutil.rmtree(self.work, ignore_errors=True)
+            for name in (RECORD, WORKER_LOG):
+                with contextlib.suppress(OSError):
+                    (self.path / name).unlink()
+            for place in (self.work, self.path / LOGS):
+                shutil.rmtree(place, ignore_errors=True)
 
     def job_folder(self, key: str) -> Path:
         """Return where a job leaves its result."""
@@ -134,12 +139,23 @@ def _why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def settings_of(config: Any) -> RunConfig:
+    """Read the settings in a `run.json`; ill-typed ones are refused in one line."""
+    try:
+        return config_from_dict(config)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise refuse("run.json: config", got, "the settings of a run", "restore it") from None
+
+
 def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of an earlier run, refusing flags that would change its answer.
 
     `given` holds only the settings that the user named on this command line.
     """
-    config = config_from_dict(run["config"])
+    config = settings_of(run["config"])
     for name, value in given.items():
         before = getattr(config, name)
         if isinstance(before, tuple):

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from nas.gates import Candidate, add_row, measured_of, ratio_of, row_of
 from nas.jobs import Job
 from nas.judging import losses_of
-from nas.race import Entrant, Ran, race, remembered, trained
-from nas.run import MORE, Incumbent, Run, derived_seed
+from nas.race import Entrant, Ran, race
+from nas.run import MORE, Incumbent, Run, derived_seed, failed_before, keep_failure, log_of
 from nas.search.selection import Scored, Timed, paired_error, pick, rank
 
 IMPORTANCE_IMAGES = 256
@@ -43,8 +43,9 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
             "out": str(path),
         }
         job = Job("importance", f"order-{incumbent.key}", spec)
-        result = remembered(path, lambda: run.do(job))
+        result = failed_before(path) or run.do(job)
         if not result.ok:
+            keep_failure(path, result)
             run.console.line(f"note: no order of importance, the first units: {result.reason}")
             return incumbent
     return replace(incumbent, order=path)
@@ -103,7 +104,8 @@ def score(run: Run, step: int, chosen: Sequence[Candidate], *, first_epoch: int)
         candidate = by_key[each.entrant.key]
         candidate = replace(candidate, seconds=candidate.seconds + each.seconds)
         reason = each.result.reason or "failed"
-        row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason)
+        row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason,
+                     log=log_of(each.folder.name))  # fmt: skip
         add_row(run, row, candidate.of.arch)
     return scored
 
@@ -166,7 +168,7 @@ def decide(
             soft_loss=told["soft_loss"], soft_loss_se=told["soft_loss_se"],
             top1=told["top1"], top1_se=told["top1_se"],
             metric=told.get("metric"), metric_se=told.get("metric_se"), epochs=ran.epochs,
-            stage=stage, state=state, reason=reason,
+            stage=stage, state=state, reason=reason, log=log_of(ran.folder.name),
         )  # fmt: skip
         add_row(run, row, candidate.of.arch)
         if key not in kept:
@@ -212,24 +214,30 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     config = run.config
     losses: dict[str, npt.NDArray[np.float64]] = {}
     second: dict[str, float] = {}
+    tasks = []
     for each in finalists:
-        # As long as the second one: without the epochs that a race gave it besides.
-        first = each.weights.parent
-        losses[each.key] = losses_of(first.with_name(first.name.removesuffix(MORE)), config.metric)
         name = f"s{each.step}-{each.key}-again"
-        folder = run.folder.job_folder(name)
-        result = trained(
-            run, each.arch, name, out=folder, epochs=config.proxy_epochs, init=config.proxy_init,
-            parent=None if each.parent is None else with_order(run, each.parent),
-            first_epoch=run.first_epoch(each.step),
-            random_seed=derived_seed(config.random_seed, "again"),
+        tasks.append(
+            run.training(
+                each.arch, name, out=run.folder.job_folder(name), epochs=config.proxy_epochs,
+                init=config.proxy_init,
+                parent=None if each.parent is None else with_order(run, each.parent),
+                first_epoch=run.first_epoch(each.step),
+                random_seed=derived_seed(config.random_seed, "again"),
+            )
         )  # fmt: skip
+    results = run.train_all(tasks, remember=True)
+    for each, task, result in zip(finalists, tasks, results, strict=True):
         if not result.ok:
             run.console.line(f"note: {each.key}: the second random seed failed: {result.reason}")
             continue
+        # As long as the second one: without the epochs that a race gave it besides.
+        first = each.weights.parent
+        first = first.with_name(first.name.removesuffix(MORE))
+        both = [losses_of(folder, config.metric) for folder in (first, task.out)]
+        losses[each.key] = (both[0] + both[1]) / 2
         second[each.key] = result.values["soft_loss"]
-        losses[each.key] = (losses[each.key] + losses_of(folder, config.metric)) / 2
-        run.folder.drop_weights(name)
+        run.folder.drop_weights(task.out.name)
     if len(second) < len(finalists):
         return list(finalists)
     scored = [Scored(i.key, float(losses[i.key].mean()), 0.0, i.ratio) for i in finalists]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nas import finish
+from nas.config import RunConfig
 from nas.door import (
     ask_fingerprints,
     check_possible,
@@ -22,8 +23,11 @@ from nas.door import (
     resolved,
     with_classes,
     with_steps,
+    with_threads,
 )
-from nas.executor import InlineExecutor, LocalExecutor
+from nas.executor import Executor
+from nas.executor.make import make_executor
+from nas.executor.means import Means
 from nas.measure.device_table import DeviceTable
 from nas.measure.rows import read_rows, write_rows
 from nas.measure.table import MeasurementRow, read_measurements
@@ -34,13 +38,12 @@ from nas.resolve import replayed_config
 from nas.reuse import earlier_of, steps_from
 from nas.run import Run
 from nas.rundir import RunDir, resumed_config
+from nas.search.storage import StudyAway, check_reachable, new_shared, resumed_shared
 from nas.trust import check_band, named_archs
 from nas.work import Outcome, work
 from space import get_family
-from space.errors import InputError, refuse
+from space.errors import InputError, refuse, without_passwords
 from space.freeze import freeze
-
-Executor = LocalExecutor | InlineExecutor
 
 DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
 """What a run with `--device-table` keeps of it: its own copy, and its finalists' measurements."""
@@ -58,6 +61,8 @@ def run(
     executor: Executor | None,
     finalists: Path | None = None,
     trust: int | None = None,
+    storage: str | None = None,
+    means: Means | None = None,
 ) -> Outcome:
     """Start or continue a run; see `nas.contract.contract`."""
     # Results and records must be on disk before the deadline: a few seconds are theirs.
@@ -67,12 +72,23 @@ def run(
     if resume:
         if out is None:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
-        return _resume(given, RunDir(out), deadline, cache, console, executor, finalists, trust)
+        return _resume(
+            given,
+            RunDir(out),
+            deadline,
+            cache,
+            console,
+            executor,
+            finalists,
+            trust,
+            storage,
+            means or Means(),
+        )
     if finalists is not None:
         raise refuse(
             "--finalists", finalists, "an earlier run's --resume", "name the run: --resume DIR"
         )
-    return _start(given, out, deadline, cache, console, executor, trust)
+    return _start(given, out, deadline, cache, console, executor, trust, storage, means or Means())
 
 
 def _start(
@@ -83,13 +99,15 @@ def _start(
     console: Console,
     executor: Executor | None,
     trust: int | None,
+    storage: str | None,
+    means: Means,
 ) -> Outcome:
     if "replay" in given:
         config = replayed_config(given)
         family = get_family(config.family)
         seed_arch = family.arch(config.seed_arch)
     else:
-        config = make_config(given)
+        config = make_config(with_threads(given, means))
         family = get_family(config.family)
         seed_arch = family.seed(config.seed)
     family = freeze(family, seed_arch, config.freeze)
@@ -103,6 +121,9 @@ def _start(
     folder = RunDir(out)
     if folder.run_json.exists():
         folder.create()  # refuses, before the data is read
+    shared = None if storage is None else new_shared(storage, out)
+    if shared is not None:
+        check_reachable(shared)
     dataset = with_classes(config, read_data(config, cache, console), cache, console)
     if "replay" not in given:
         config = with_steps(config, given, family, seed_arch, dataset)
@@ -121,7 +142,7 @@ def _start(
     check_requirements(config, family, seed_arch, dataset, device_table)
     folder.create()
     own = executor is None
-    worker = executor or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
+    worker = executor or _executor(means, config, folder)
     bench: Run | None = None
     try:
         fingerprints = ask_fingerprints(config, worker, device_table)
@@ -131,7 +152,8 @@ def _start(
         folder.write_run(
             {
                 "config": config.to_dict(),
-                "command": " ".join(sys.argv),
+                "command": without_passwords(" ".join(sys.argv)),
+                **({} if shared is None else {"storage": shared.to_json()}),
                 "git": git_commit(),
                 "versions": versions(),
                 "fingerprint": dict(fingerprints[config.device]),
@@ -152,13 +174,17 @@ def _start(
             fingerprints=fingerprints,
             table=device_table,
             earlier=earlier,
+            storage=shared,
         )
         _adopt(bench, rows, named=given.get("measurements") is not None)
         return work(bench, trust, fresh=True)
-    except InputError:
+    except InputError as error:
         worker.close()
-        if bench is None or not bench.ledger.rows:
+        if bench is None:
             folder.discard()  # refused before there was anything to keep
+        elif not bench.ledger.rows and not isinstance(error, StudyAway):
+            bench.ledger.remove()
+            folder.discard()
         raise
     except (KeyboardInterrupt, SystemExit):
         _say_interrupted(folder, console)
@@ -176,8 +202,10 @@ def _resume(
     cache: Path,
     console: Console,
     executor: Executor | None,
-    finalists: Path | None = None,
-    trust: int | None = None,
+    finalists: Path | None,
+    trust: int | None,
+    storage: str | None,
+    means: Means,
 ) -> Outcome:
     data = folder.open()
     own = executor is None
@@ -187,6 +215,7 @@ def _resume(
         family = get_family(config.family)
         seed_arch = family.arch(config.seed_arch)
         family = freeze(family, seed_arch, config.freeze)
+        shared = resumed_shared(data.get("storage"), storage, folder.run_json)
         known_archs = None if trust is None else named_archs(folder.path, trust)
         if folder.result_json.exists():
             result = finish.read_result(folder.result_json)
@@ -209,7 +238,7 @@ def _resume(
             )
         if known_archs is None:
             check_band(trust, config, family, seed_arch, dataset)
-        worker = worker or LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
+        worker = worker or _executor(means, config, folder)
         tables = [folder.path / DEVICE_ROWS] if config.device_table else []
         config, device_table = read_device_table(config, tables, family, seed_arch, dataset)
         _take_finalists(folder, device_table, finalists)
@@ -229,6 +258,7 @@ def _resume(
             fingerprints=fingerprints,
             table=device_table,
             earlier=earlier_of(config, family, dataset),
+            storage=shared,
         )
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
@@ -240,6 +270,11 @@ def _resume(
         if own and worker is not None:
             worker.close()
         folder.release()
+
+
+def _executor(means: Means, config: RunConfig, folder: RunDir) -> Executor:
+    """Make the run's executor, whose logs go to its folder."""
+    return make_executor(means, threads=config.threads, device=config.device, folder=folder.path)
 
 
 def _same_device(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

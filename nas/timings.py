@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.config import RunConfig
-from nas.jobs import Job, Result
+from nas.jobs import Job, Needs, Result
 from nas.measure.cache import MeasurementCache
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import Fingerprint
@@ -26,6 +26,10 @@ from space.family import Arch, Family
 
 MEASURE_COST = 250.0
 """A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
+
+
+TIMED = Needs(timed=True, alone=True)
+"""A measuring job has its device to itself."""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +111,7 @@ class Timings:
             "random_seed": self.config.random_seed,
         }
         name = f"{role}-{asked.arch_key}"
-        result = self.do(Job("measure", name, spec), cost=MEASURE_COST)
+        result = self.do(Job("measure", name, spec, needs=TIMED), cost=MEASURE_COST)
         if not result.ok:
             return result
         measured = Measurement.from_dict(result.values)
@@ -131,12 +135,12 @@ class Timings:
     def _weigh(self, name: str, spec: Mapping[str, Any]) -> Result:
         """Weigh a network in a process that did nothing else, from the file that is deployed."""
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            staged = self.do(Job("stage", f"stage-{name}", {**spec, "out": folder}))
+            staged = self.do(Job("stage", f"stage-{name}", {**spec, "out": folder}, needs=TIMED))
             if not staged.ok:
                 return staged
             self.rest()
             told = {**spec, "staged": staged.values["file"]}
-            return self.do(Job("peak-memory", f"memory-{name}", told))
+            return self.do(Job("peak-memory", f"memory-{name}", told, needs=TIMED))
 
     def _question(
         self, arch: Arch, role: str, reference: Arch | None, setting: Setting

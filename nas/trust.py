@@ -9,7 +9,6 @@ compares.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nas.cells import Writer
 from nas.config import RunConfig
 from nas.data import Dataset
 from nas.executor import OutOfTime
 from nas.files import read_json, write_atomic, write_json
 from nas.jobs import Job, Result
 from nas.judging import losses_of
-from nas.race import trained
 from nas.run import Incumbent, Run, Work, derived_seed
 from nas.scoring import with_order
 from nas.search.constraints import band_at
@@ -95,7 +94,7 @@ def ranked(
 def write_rows(path: Path, rows: Sequence[TrustRow], **more: str) -> None:
     """Write the table as CSV; `more` are further columns, the same in every row."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow([*(f.name for f in dataclasses.fields(TrustRow)), *more])
     for row in rows:
         cells = [round(v, 5) if isinstance(v, float) else v for v in dataclasses.astuple(row)]
@@ -136,6 +135,8 @@ def named_archs(folder: Path, number: int) -> list[Any] | None:
     if not path.exists():
         return None
     known = read_json(path, "the archs of --trust")
+    if isinstance(known, dict):  # with a seal; a list alone is an older version's
+        known = known.get("archs")
     if not isinstance(known, list):
         raise refuse(str(path), "another format", "the archs of --trust", "remove it")
     if len(known) != number:
@@ -168,7 +169,8 @@ def listed(run: Run, number: int) -> list[Arch]:
         )  # fmt: skip
     if len(archs) < number:
         raise _too_many(number, len(archs))
-    write_json(run.folder.path / "trust.json", [run.family.to_dict(arch) for arch in archs])
+    told = {"archs": [run.family.to_dict(arch) for arch in archs]}
+    write_json(run.folder.path / "trust.json", told)
     return archs
 
 
@@ -203,12 +205,10 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     trainings.append(_Training(run, "trust-hard", config.proxy_epochs, hard=1.0))
     failed: dict[str, str] = {}
     for each in trainings:
-        for arch in archs:
+        for arch, reason in each.do([a for a in archs if run.key(a) not in failed], parent):
             key = run.key(arch)
-            reason = None if key in failed else each.do(arch, parent)
-            if reason is not None:
-                failed[key] = f"{run.family.label(arch)}: {reason}"
-                run.console.line(f"trust: left out, cannot be trained: {failed[key]}")
+            failed[key] = f"{run.family.label(arch)}: {reason}"
+            run.console.line(f"trust: left out, cannot be trained: {failed[key]}")
         if len(archs) - len(failed) < LEAST:
             left = f"{len(archs) - len(failed)} of {number} archs that can be trained"
             raise refuse("--trust", left, f"at least {LEAST}", next(iter(failed.values()), ""))
@@ -282,18 +282,21 @@ class _Training:
         """Return where its result lies."""
         return self.run.folder.job_folder(f"{self.role}-{self.run.key(arch)}")
 
-    def do(self, arch: Arch, parent: Incumbent) -> str | None:
-        """Train an arch as the run's proxies are, and return why it failed, if it did."""
-        out = self.folder(arch)
-        result = trained(
-            self.run, arch, out.name, out=out, epochs=self.epochs,
-            init=self.run.config.proxy_init, parent=parent, random_seed=self.random_seed,
-            hard_weight=self.hard,
-        )  # fmt: skip
-        if not result.ok:
-            return result.reason or "failed"
-        self.run.folder.drop_weights(out.name)
-        return None
+    def do(self, archs: Sequence[Arch], parent: Incumbent) -> list[tuple[Arch, str]]:
+        """Train archs as the run's proxies are, and return those that failed, and why."""
+        outs = [self.folder(arch) for arch in archs]
+        tasks = [
+            self.run.training(
+                arch, out.name, out=out, epochs=self.epochs, init=self.run.config.proxy_init,
+                parent=parent, random_seed=self.random_seed, hard_weight=self.hard,
+            )
+            for arch, out in zip(archs, outs, strict=True)
+        ]  # fmt: skip
+        results = self.run.train_all(tasks, remember=True)
+        for out in outs:
+            self.run.folder.drop_weights(out.name)
+        done = zip(archs, results, strict=True)
+        return [(arch, result.reason or "failed") for arch, result in done if not result.ok]
 
 
 def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:

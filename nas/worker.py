@@ -6,6 +6,8 @@ driver that is killed leaves no orphan. Everything that libraries print goes to 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -13,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import datetime, timezone
 from typing import Any, TextIO
 
 from nas.jobs import Job
@@ -30,8 +33,9 @@ def _watch(jobs: queue.Queue[dict[str, Any]]) -> None:
 class _Ticker:
     """Sends finished units to the driver, at most a few times a second."""
 
-    def __init__(self, out: TextIO) -> None:
+    def __init__(self, out: TextIO, which: dict[str, Any]) -> None:
         self._out = out
+        self._which = which
         self._units = 0.0
         self._last = time.monotonic()
 
@@ -44,8 +48,61 @@ class _Ticker:
 
     def flush(self) -> None:
         if self._units:
-            send(self._out, {"tick": self._units})
+            send(self._out, {**self._which, "tick": self._units})
             self._units = 0.0
+
+
+def _usable() -> list[int] | None:
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return None
+
+
+def _settle(cores: list[int] | None) -> None:
+    """Move this process, all of its threads, to some cores; what is timed has them all."""
+    if not cores:
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cores)
+
+
+def _limit(memory_bytes: int | None) -> None:
+    """Let too much memory be this process's end, not the driver's nor another worker's."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("900")
+    if memory_bytes is not None:
+        with contextlib.suppress(ImportError, ValueError, OSError):
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+
+
+class _Output:
+    """Lets what libraries print during a job go to the job's own log, and back afterwards."""
+
+    def __init__(self) -> None:
+        self._usual = os.dup(2)
+
+    def begin(self, path: str | None, what: str) -> None:
+        """Open a job's log; without a place to write, everything stays as it is."""
+        if path is None:
+            return
+        with contextlib.suppress(OSError):
+            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            os.write(log, f"-- {what}\n".encode())
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+
+    def end(self) -> None:
+        """Go back to the worker's own log."""
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os.dup2(self._usual, 1)
+        os.dup2(self._usual, 2)
 
 
 def send(out: TextIO, message: dict[str, Any]) -> None:
@@ -63,30 +120,30 @@ def main() -> int:
     threading.Thread(target=_watch, args=(jobs,), daemon=True).start()
 
     hello = jobs.get()
+    cores, every = hello.get("cores"), _usable()
+    _settle(cores)
+    _limit(hello.get("memory_bytes"))
     import torch
 
     torch.set_num_threads(int(hello["threads"]))
     from nas.runner import run_job
 
+    output = _Output()
     send(out, {"ready": os.getpid()})
     while True:
         message = jobs.get()
         job = Job(message["kind"], message["key"], message["spec"], message["units"])
-        ticker = _Ticker(out)
+        which = {"key": job.key, "attempt": message.get("attempt")}
+        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        told = f"{moment} {job.kind} {job.key}, attempt {which['attempt']}, process {os.getpid()}"
+        output.begin(message.get("log"), told)
+        if cores:
+            _settle(every if message.get("timed") else cores)
+        ticker = _Ticker(out, which)
         result = run_job(job, ticker)
         ticker.flush()
-        send(
-            out,
-            {
-                "result": {
-                    "key": result.key,
-                    "ok": result.ok,
-                    "values": dict(result.values),
-                    "reason": result.reason,
-                    "seconds": result.seconds,
-                }
-            },
-        )
+        output.end()
+        send(out, {**which, "result": dataclasses.asdict(result)})
 
 
 if __name__ == "__main__":

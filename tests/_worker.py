@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nas import runner, worker
@@ -56,7 +58,61 @@ def _fork(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {"child": child}
 
 
-runner._KINDS.update(fork=_fork)
+def _meet(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    """Come to a place and wait until others are there too: they run at the same time."""
+    mine = Path(spec["mine"])
+    with mine.open("a") as out:
+        out.write("x")
+    until = time.monotonic() + 60
+    while not all(Path(other).exists() for other in spec["others"]):
+        assert time.monotonic() < until, "nobody came"
+        time.sleep(0.02)
+    return {"pid": os.getpid()}
+
+
+def _flaky(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    """Die the first few times."""
+    tick(3.0)
+    counter = Path(spec["counter"])
+    with counter.open("a") as out:
+        out.write("x")
+    if len(counter.read_text()) <= spec["deaths"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"lives": len(counter.read_text())}
+
+
+def _during(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    began = time.monotonic()
+    time.sleep(spec["seconds"])
+    return {"began": began, "ended": time.monotonic()}
+
+
+def _cores(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    import torch
+
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    threads = [int(t) for t in os.listdir("/proc/self/task")]
+    return {"cores": sorted(set().union(*(os.sched_getaffinity(t) for t in threads)))}
+
+
+def _hog(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    import torch
+
+    return {"sum": float(torch.ones(int(spec["bytes"]) // 4).sum())}
+
+
+def _full(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/weights")
+
+
+def _noise(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+    print(spec["say"])
+    os.system(f"echo {spec['say']} of a child")
+    return {}
+
+
+runner._KINDS.update(meet=_meet, flaky=_flaky, during=_during, cores=_cores, hog=_hog)
+runner._KINDS.update(fork=_fork, full=_full, noise=_noise)
 runner._KINDS.update(echo=_echo, **{"raise": _raise}, refuse=_refuse, die=_die, sleep=_sleep)
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def flags(**changes: Any) -> list[str]:
 
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs run here: a process of its own takes seconds to start."""
-    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda threads: InlineExecutor())
+    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda **_: InlineExecutor())
 
 
 def test_the_command_builds_tells_and_verifies(

@@ -17,9 +17,9 @@ from nas import scoring
 from nas.gates import Candidate
 from nas.jobs import Job, Result
 from nas.judging import judged, losses_of, per_image
-from nas.race import MORE, Entrant, race, remembered, rungs_of
+from nas.race import MORE, Entrant, race, rungs_of
 from nas.rates import SCRATCH_LR
-from nas.run import CHECKPOINT, Incumbent, Run
+from nas.run import CHECKPOINT, Incumbent, Run, Task, failed_before, keep_failure
 from space.errors import InputError
 
 HERE = Path(__file__).parent
@@ -57,8 +57,30 @@ class Bench:
     def _drop(self, name: str) -> None:
         (self.root / name / "weights.safetensors").unlink(missing_ok=True)
 
-    def train(self, arch: Any, name: str, **more: Any) -> Result:
-        key = str(arch)
+    def training(self, arch: Any, name: str, *, out: Path, **more: Any) -> Task:
+        return Task(Job("train", name, {"key": str(arch), **more}), out, 0.0)
+
+    def discard(self, folders: Any) -> None:
+        assert not any(folder.exists() for folder in folders), "nothing ran ahead here"
+
+    def train_all(self, tasks: Any, *, remember: bool, ahead: Any = None) -> list[Result]:
+        """Do the jobs one by one; what `ahead` names must be jobs of those that are done."""
+        found: dict[str, Result] = {}
+        for task in tasks:
+            more = {k: v for k, v in task.job.spec.items() if k != "key"}
+            known = failed_before(task.out) if remember else None
+            result = known or self.train(
+                task.job.spec["key"], task.job.key, out=task.out, **more
+            )  # fmt: skip
+            if remember and not result.ok:
+                keep_failure(task.out, result)
+            found[task.job.key] = result
+            if ahead is not None:
+                done = {t.job.spec["key"] for t in tasks if t.job.key in found}
+                assert {t.job.spec["key"] for t in ahead(found)} <= done
+        return [found[task.job.key] for task in tasks]
+
+    def train(self, key: str, name: str, **more: Any) -> Result:
         self.diary.append({"key": key, "name": name, **more})
         if key in self.failing and not (self.fails_late and more.get("before") is None):
             return Result(name, False, {}, "out of memory")
@@ -198,21 +220,17 @@ def test_an_arch_trained_again_holds_one_place(tmp_path: Path, rows: list[dict[s
 
 
 def test_that_a_job_failed_is_kept_and_success_is_not_in_its_way(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def work(ok: bool) -> Result:
-        calls.append(1)
-        return Result("order", ok, {}, None if ok else "out of memory", 2.0)
-
     out = tmp_path / "work" / "l1-x.json"
-    assert not remembered(out, lambda: work(False)).ok
-    again = remembered(out, lambda: work(True))
-    assert (again.ok, again.reason, again.seconds, len(calls)) == (False, "out of memory", 2.0, 1)
-    assert remembered(out.with_name("l1-y.json"), lambda: work(True)).ok
+    assert failed_before(out) is None
+    keep_failure(out, Result("order", False, {}, "out of memory", 2.0))
+    again = failed_before(out)
+    assert again is not None
+    assert (again.ok, again.reason, again.seconds) == (False, "out of memory", 2.0)
+    assert failed_before(out.with_name("l1-y.json")) is None
     for damaged in ("[]", "{}", "{"):
         out.with_name("l1-x.json.failed.json").write_text(damaged)
         with pytest.raises(InputError, match=r"l1-x\.json\.failed\.json"):
-            remembered(out, lambda: work(True))
+            failed_before(out)
 
 
 def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:

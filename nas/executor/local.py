@@ -1,4 +1,4 @@
-"""Where jobs run: a worker process of this machine, which may die without taking the run along."""
+"""Worker processes of this machine, each pinned to its cores or GPU, which may die alone."""
 
 from __future__ import annotations
 
@@ -10,83 +10,299 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
 import nas
-from nas.jobs import Job, Result, Tick, no_tick
+from nas.executor.pool import Ended, Event, Lost, Pool, Ticked
+from nas.jobs import Job, Result
+
+START_S = 300.0
+"""How long a worker may take to load its libraries before a job's limit begins."""
+
+Said = tuple["_Worker", "dict[str, Any] | None"]
+"""A worker's line, or None at the end of its output."""
 
 
-class OutOfTime(Exception):
-    """The deadline came before the job was done; the job's work is lost, nothing else."""
+def worker_environment(threads: int) -> dict[str, str]:
+    """Return what a process that does jobs needs of its environment, beside what there is."""
+    return {
+        # One pool of the asked size; nested pools would change the bits and the timings.
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        # Threads that spin while they wait can starve each other when other processes take
+        # the cores; asleep at once, they are slow on a quiet machine. A short spin lies
+        # between: see `python -m benchmarks.waiting`.
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+    }
 
 
-class LocalExecutor:
-    """Runs jobs one after another in a process of its own, on a fixed number of threads.
+def package_path() -> str:
+    """Return a PYTHONPATH by which a child finds this very package."""
+    root = str(Path(nas.__file__).resolve().parent.parent)
+    return os.pathsep.join(
+        [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    )
 
-    A job that raises, runs out of memory or kills its process is a failed `Result` with a reason
-    in one line; the next job gets a fresh process. `log` receives what the worker prints;
-    `command` starts a worker other than `nas.worker`.
+
+class LocalExecutor(Pool):
+    """Runs jobs in `workers` processes of this machine, on a fixed number of threads each.
+
+    A worker that dies takes nothing else along, and the next job gets a fresh one; with several,
+    each is pinned to cores of its own as far as there are enough (but not while it times), and to
+    one of `gpus` (their indices) in turn. A job is ended after `limit_s` seconds. `log` receives
+    what workers print; with `logs`, a folder, what they print during a job goes to `<its key>.log`
+    there. `command` starts a worker other than `nas.worker`; one may not take more than
+    `memory_bytes` (data, not files that are mapped). See `Pool` for `retries` and `record`.
     """
 
     def __init__(
-        self, *, threads: int, log: Path | None = None, command: Sequence[str] | None = None
+        self,
+        *,
+        threads: int,
+        workers: int = 1,
+        gpus: Sequence[int] = (),
+        limit_s: float | None = None,
+        retries: int = 0,
+        log: Path | None = None,
+        logs: Path | None = None,
+        record: Path | None = None,
+        command: Sequence[str] | None = None,
+        memory_bytes: int | None = None,
     ) -> None:
+        places = LocalPlaces(
+            threads=threads, workers=workers, gpus=gpus, limit_s=limit_s, log=log, logs=logs,
+            command=command, memory_bytes=memory_bytes,
+        )  # fmt: skip
+        super().__init__(places, retries=retries, record=record)
+
+
+@dataclass
+class _Task:
+    job: Job
+    attempt: int
+    since: float
+
+
+class LocalPlaces:
+    """The worker processes of a `LocalExecutor`; started when they are needed."""
+
+    def __init__(
+        self,
+        *,
+        threads: int,
+        workers: int,
+        gpus: Sequence[int],
+        limit_s: float | None,
+        log: Path | None,
+        logs: Path | None,
+        command: Sequence[str] | None,
+        memory_bytes: int | None,
+    ) -> None:
+        self._said: Queue[Said] = Queue()
+        self._limit_s = limit_s
+        cores = _cores(threads, workers)
+        self._workers = [
+            _Worker(
+                f"worker {number}", command=command, threads=threads, cores=cores[number],
+                gpu=gpus[number % len(gpus)] if gpus else None, log=log, logs=logs, said=self._said,
+                memory_bytes=memory_bytes,
+            )
+            for number in range(workers)
+        ]  # fmt: skip
+
+    def idle(self) -> int:
+        """Return how many workers have nothing to do."""
+        return sum(worker.task is None for worker in self._workers)
+
+    def start(self, job: Job, attempt: int) -> None:
+        """Give a job to an idle worker."""
+        idle = [worker for worker in self._workers if worker.task is None]
+        # One that runs already has its libraries loaded.
+        worker = next((w for w in idle if w.alive), idle[0])
+        worker.take(_Task(job, attempt, time.monotonic()))
+
+    def cancel(self, key: str, attempt: int) -> None:
+        """End the worker that does this."""
+        for worker in self._doing(key, attempt):
+            worker.end()
+
+    def _doing(self, key: str, attempt: int) -> list[_Worker]:
+        return [
+            w for w in self._workers if w.task is not None
+            and (w.task.job.key, w.task.attempt) == (key, attempt)
+        ]  # fmt: skip
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return what the workers said, and which of them died or took too long."""
+        events: list[Event] = []
+        with contextlib.suppress(Empty):
+            events += self._heard(*self._said.get(timeout=timeout_s))
+            while True:
+                events += self._heard(*self._said.get_nowait())
+        for worker in self._workers:
+            task = worker.task
+            if task is None:
+                continue
+            seconds = time.monotonic() - task.since
+            limit = self._limit_s
+            if limit is not None and seconds > (limit if worker.ready else max(limit, START_S)):
+                worker.end()
+                reason = f"no end after {limit:g} s (--job-minutes)"
+                events.append(Lost(task.job.key, task.attempt, reason, worker.name, seconds, True))
+            elif worker.gone():
+                events.append(worker.died())
+        return events
+
+    def _heard(self, worker: _Worker, message: dict[str, Any] | None) -> list[Event]:
+        task = worker.task
+        if task is None:
+            return []
+        if message is None:
+            return [worker.died()] if worker.ended() else []
+        if message.get("attempt") not in (None, task.attempt) or (
+            message.get("key") not in (None, task.job.key)
+        ):
+            return []
+        if "ready" in message:  # its start is not the job's time
+            task.since = time.monotonic()
+            worker.ready = True
+            return []
+        if "tick" in message:
+            return [Ticked(task.job.key, task.attempt, float(message["tick"]))]
+        if "result" in message:
+            worker.task = None
+            result = Result(**message["result"])
+            return [Ended(task.job.key, task.attempt, result, worker.name)]
+        return []
+
+    def rest(self) -> None:
+        """End the workers that are idle: the next job gets a fresh one."""
+        for worker in self._workers:
+            if worker.task is None:
+                worker.end()
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers:
+            worker.end()
+
+
+def _cores(threads: int, workers: int) -> list[list[int] | None]:
+    """Deal the usable cores out; a single worker, or too many of them, may use all."""
+    try:
+        usable = sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return [None] * workers
+    if workers == 1 or workers * threads > len(usable):
+        return [None] * workers
+    return [usable[n * threads : (n + 1) * threads] for n in range(workers)]
+
+
+class _Worker:
+    """One process that does one job at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        command: Sequence[str] | None,
+        threads: int,
+        cores: list[int] | None,
+        gpu: int | None,
+        log: Path | None,
+        logs: Path | None,
+        said: Queue[Said],
+        memory_bytes: int | None,
+    ) -> None:
+        self._memory_bytes = memory_bytes
+        self.name = name
+        self.task: _Task | None = None
         self._command = [sys.executable, "-m", "nas.worker"] if command is None else list(command)
         self._threads = threads
+        self._cores = cores
+        self._gpu = gpu
         self._log = log
+        self._logs = logs
+        self._said = said
         self._process: subprocess.Popen[str] | None = None
-        self._messages: Queue[dict[str, Any] | None] = Queue()
+        self._silent_since: float | None = None
+        self._generation = 0
+        self.ready = False
 
-    def run(
-        self,
-        job: Job,
-        *,
-        tick: Tick = no_tick,
-        deadline: float | None = None,
-        heartbeat: Callable[[], None] | None = None,
-    ) -> Result:
-        """Run one job and wait for its result.
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
 
-        `deadline` is on `time.monotonic()`; past it the worker is killed and `OutOfTime` raised.
-        `heartbeat` is called a few times a second while waiting.
-        """
-        started = time.monotonic()
-        process = self._worker()
-        message = {"kind": job.kind, "key": job.key, "spec": dict(job.spec), "units": job.units}
-        try:
+    def take(self, task: _Task) -> None:
+        """Begin a job, in a fresh process where there is none."""
+        self.task = task
+        job = task.job
+        log = None if self._logs is None else self._logs / f"{job.key}.log"
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        message = {
+            "kind": job.kind, "key": job.key, "spec": dict(job.spec), "units": job.units,
+            "attempt": task.attempt, "log": None if log is None else str(log),
+            "timed": job.needs.timed,
+        }  # fmt: skip
+        process = self._running()
+        # A worker that is dead already is found out by `poll`.
+        with contextlib.suppress(OSError):
             assert process.stdin is not None
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-        except OSError:
-            return self._died(job, started)
-        while True:
-            if deadline is not None and time.monotonic() >= deadline:
-                self.close()
-                raise OutOfTime(job.key)
-            if heartbeat is not None:
-                heartbeat()
-            gone = process.poll() is not None
-            try:
-                answer = self._messages.get(timeout=1.0 if gone else 0.2)
-            except Empty:
-                if gone:  # a child of the worker's may still hold its end of the pipe
-                    return self._died(job, started)
-                continue
-            if answer is None:
-                return self._died(job, started)
-            if "tick" in answer:
-                tick(float(answer["tick"]))
-            elif "result" in answer:
-                return Result(**answer["result"])
 
-    def close(self) -> None:
-        """End the worker process, if there is one."""
-        process, self._process = self._process, None
+    def gone(self) -> bool:
+        """Tell whether the process ended and nothing more will be heard of it.
+
+        A child of the worker's may hold its end of the pipe, so its output may never end.
+        """
+        if self._process is None or self._process.poll() is None:
+            self._silent_since = None
+            return False
+        now = time.monotonic()
+        if self._silent_since is None:
+            self._silent_since = now
+        return now - self._silent_since > 1.0
+
+    def ended(self) -> bool:
+        """Wait for a process whose output ended; True unless it still runs somehow."""
+        if self._process is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5.0)
+        return self._process.poll() is not None
+
+    def died(self) -> Lost:
+        """Say how the process ended, and clear it away."""
+        assert self._process is not None
+        assert self.task is not None
+        task = self.task
+        code = self._process.wait()
+        self.end()
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = "; out of memory?" if -code == signal.SIGKILL else ""
+            reason = f"the worker was killed by {name}{hint}"
+        else:
+            reason = f"the worker ended with status {code}"
+        if self._log is not None:
+            log = self._log if self._logs is None else self._logs / f"{task.job.key}.log"
+            reason += f" (see {log.name})"
+        return Lost(task.job.key, task.attempt, reason, self.name, time.monotonic() - task.since)
+
+    def end(self) -> None:
+        """End the process, if there is one, with all that it started."""
+        process, self._process, self.task = self._process, None, None
+        self._silent_since = None
         if process is None:
             return
+        self._generation += 1
         # The whole group: a child that a library forked would hold our pipe open for ever.
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -96,28 +312,17 @@ class LocalExecutor:
                 with contextlib.suppress(OSError):
                     stream.close()
 
-    def __enter__(self) -> LocalExecutor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _worker(self) -> subprocess.Popen[str]:
+    def _running(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is None:
             return self._process
-        self.close()
-        root = str(Path(nas.__file__).resolve().parent.parent)
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        environment = {
+        task = self.task
+        self.end()
+        self.task = task
+        environment: Mapping[str, str] = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            # One pool of the asked size; nested pools would change the bits and the timings.
-            "OMP_NUM_THREADS": str(self._threads),
-            "MKL_NUM_THREADS": str(self._threads),
-            # Threads that spin while they wait can starve each other when other processes take
-            # the cores; asleep at once, they are slow on a quiet machine. A short spin lies
-            # between: see `python -m benchmarks.waiting`.
-            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
+            "PYTHONPATH": package_path(),
+            **worker_environment(self._threads),
+            **({} if self._gpu is None else {"CUDA_VISIBLE_DEVICES": str(self._gpu)}),
         }
         log: IO[bytes] | int = subprocess.DEVNULL
         if self._log is not None:
@@ -138,63 +343,29 @@ class LocalExecutor:
                 log.close()
         assert process.stdin is not None
         with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps({"threads": self._threads}) + "\n")
+            hello = {
+                "threads": self._threads, "cores": self._cores, "memory_bytes": self._memory_bytes
+            }  # fmt: skip
+            process.stdin.write(json.dumps(hello) + "\n")
             process.stdin.flush()
-        self._messages = Queue()
-        threading.Thread(target=_read, args=(process.stdout, self._messages), daemon=True).start()
         self._process = process
+        self.ready = False
+        threading.Thread(
+            target=self._read, args=(process.stdout, self._generation), daemon=True
+        ).start()
         return process
 
-    def _died(self, job: Job, started: float) -> Result:
-        assert self._process is not None
-        code = self._process.wait()
-        self.close()
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = "; out of memory?" if -code == signal.SIGKILL else ""
-            reason = f"the worker was killed by {name}{hint}"
-        else:
-            reason = f"the worker ended with status {code}"
-        if self._log is not None:
-            reason += f" (see {self._log.name})"
-        return Result(job.key, False, {}, reason, time.monotonic() - started)
-
-
-def _read(stream: IO[str] | None, messages: Queue[dict[str, Any] | None]) -> None:
-    """Pass the worker's lines on; `None` says that there will be no more."""
-    assert stream is not None
-    try:
-        for line in stream:
-            with contextlib.suppress(ValueError):
-                messages.put(json.loads(line))
-    except (OSError, ValueError):
-        pass  # the stream was closed under us: the same end
-    messages.put(None)
-
-
-class InlineExecutor:
-    """Runs jobs in this process: for tests and debuggers. A crash takes the run along."""
-
-    def run(
-        self,
-        job: Job,
-        *,
-        tick: Tick = no_tick,
-        deadline: float | None = None,
-        heartbeat: Callable[[], None] | None = None,
-    ) -> Result:
-        """Run one job here; the deadline is looked at before it starts only."""
-        if deadline is not None and time.monotonic() >= deadline:
-            raise OutOfTime(job.key)
-        from nas.runner import run_job
-
-        return run_job(job, tick)
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-    def __enter__(self) -> InlineExecutor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _read(self, stream: IO[str] | None, generation: int) -> None:
+        """Pass the process's lines on, until there are no more or another process has begun."""
+        assert stream is not None
+        try:
+            for line in stream:
+                with contextlib.suppress(ValueError):
+                    message = json.loads(line)
+                    if generation != self._generation:
+                        return
+                    self._said.put((self, message))
+        except (OSError, ValueError):
+            pass  # the stream was closed under us: the same end
+        if generation == self._generation:
+            self._said.put((self, None))

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nas.files import disk_refusal
 from nas.jobs import Job, Result, Tick, no_tick
 from nas.runner import heads, importance, labels, measuring, pace, score, train, zero_cost
 from space.errors import InputError
@@ -28,6 +29,9 @@ def run_job(job: Job, tick: Tick = no_tick) -> Result:
     except MemoryError:
         return Result(job.key, False, {}, "out of memory", _since(started))
     except Exception as error:
+        full = disk_refusal(error)
+        if full is not None:  # no candidate's fault: the run stops, and goes on where there is room
+            return Result(job.key, False, {"input_error": True}, str(full), _since(started))
         log.debug("job %s failed", job.key, exc_info=True)
         traceback.print_exc()
         return Result(job.key, False, {}, _reason(error), _since(started))

@@ -1,0 +1,432 @@
+"""The process that talks to Ray for a driver: jobs as JSON lines in, answers as JSON lines out.
+
+It is a process of its own so that nothing that happens to a cluster can happen to the driver, and
+it ends when the driver does. Run by `nas.executor.ray`, as `python -m nas.executor.bridge`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from nas.executor.local import worker_environment
+from nas.executor.node import Piece, bring_home, do_here, node_place
+from nas.executor.ship import at, content_name, pack, quick_name
+
+WAIT_S, BOARD_S, NODES_S = 0.1, 1.0, 2.0
+
+OBJECT_STORE_BYTES = 2 << 30
+"""Of a cluster of this machine alone: what is on its way between its processes."""
+
+
+class Board:
+    """An actor that tasks tell of their progress, and the bridge asks."""
+
+    def __init__(self) -> None:
+        self._units: dict[tuple[str, int], float] = {}
+        self._begun: list[tuple[str, int]] = []
+
+    def begin(self, key: str, attempt: int) -> None:
+        """Take note that an attempt runs now."""
+        self._begun.append((key, attempt))
+
+    def add(self, key: str, attempt: int, units: float) -> None:
+        """Add finished units."""
+        self._units[key, attempt] = self._units.get((key, attempt), 0.0) + units
+
+    def take(self) -> tuple[list[tuple[str, int]], list[tuple[str, int, float]]]:
+        """Return what was said since the last time."""
+        begun, units = self._begun, [(*of, n) for of, n in self._units.items()]
+        self._begun, self._units = [], {}
+        return begun, units
+
+
+def work(
+    told: Mapping[str, Any],
+    boxes: Sequence[tuple[str, str, str, str | None, bool, list[Any]]],
+    board: Any,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Do a job: the body of every Ray task. A box holds a reference, fetched where missing."""
+    import ray
+
+    if options["memory_bytes"]:
+        _at_most(options["memory_bytes"])
+    key, attempt = told["key"], told["attempt"]
+    board.begin.remote(key, attempt)
+    get: Any = ray.get
+    pieces = [
+        Piece(dotted, path, name, single, spent, partial(get, box[0]))
+        for dotted, path, name, single, spent, box in boxes
+    ]
+    node = ray.get_runtime_context().get_node_id()
+    held, last = 0.0, time.monotonic()
+
+    def said(units: float) -> None:
+        nonlocal held, last
+        held += units
+        if time.monotonic() - last >= BOARD_S:
+            board.add.remote(key, attempt, held)
+            held, last = 0.0, time.monotonic()
+
+    return do_here(
+        told, pieces, node_place(node, options["session"]), threads=options["threads"],
+        token=options["token"], said=said,
+    )  # fmt: skip
+
+
+def _at_most(size: int) -> None:
+    """Limit the memory of this process, so that too much is the job's failure and nobody else's."""
+    import resource
+
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_DATA, (size, resource.RLIM_INFINITY))
+
+
+class Bench:
+    """An actor that has a whole node to itself and times there, in a process of its own."""
+
+    def __init__(self, threads: int) -> None:
+        from nas.executor.local import LocalExecutor
+
+        self._executor = LocalExecutor(threads=threads)
+        self._staged: list[str] = []
+
+    def do(self, told: Mapping[str, Any]) -> dict[str, Any]:
+        """Do a measuring job; what it stages for a later one stays on this node."""
+        import shutil
+        import socket
+
+        from nas.jobs import Job
+
+        spec = told["spec"]
+        if told["kind"] == "stage":
+            os.makedirs(spec["out"], exist_ok=True)
+            self._staged.append(spec["out"])
+        result = self._executor.run(Job(told["kind"], told["key"], spec, told["units"]))
+        if told["kind"] == "peak-memory":
+            while self._staged:
+                shutil.rmtree(self._staged.pop(), ignore_errors=True)
+        answer = {"result": dataclasses.asdict(result), "files": {}, "log": b""}
+        return {**answer, "where": socket.gethostname()}
+
+    def rest(self) -> None:
+        """Let the next job have a fresh process."""
+        self._executor.rest()
+
+
+def forget_session(session: str) -> None:
+    """Remove from a node what a session sent to it."""
+    import shutil
+
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    shutil.rmtree(node_place(node, session), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        node_place(node, session).parent.rmdir()
+
+
+@dataclass(frozen=True)
+class _Running:
+    told: Mapping[str, Any]
+    since: float
+
+
+class Bridge:
+    """A connection to a cluster and the tasks that run there for one driver."""
+
+    def __init__(self, hello: Mapping[str, Any], out: TextIO) -> None:
+        import ray
+
+        self._ray = ray
+        self._hello = hello
+        self._out = out
+        self._tasks: dict[Any, _Running] = {}
+        self._boxes: dict[str, tuple[str, str, list[Any]]] = {}
+        self._slots = -1
+        self._bench: Any = None
+        root = Path(__file__).resolve().parent.parent.parent
+        own = hello["address"] is None
+        more: dict[str, Any] = {"address": hello["address"]}
+        if own:
+            more = {
+                "num_cpus": hello["cpus"],
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+            }
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            namespace=f"contraction-{hello['session']}",
+            runtime_env={
+                # The driver's own version of the code, on every node.
+                "py_modules": [str(root / "nas"), str(root / "space")],
+                "env_vars": worker_environment(hello["threads"]),
+            },
+            **more,
+        )
+        here = ray.get_runtime_context().get_node_id()
+        actor: Any = ray.remote(Board)
+        self._board = actor.options(
+            num_cpus=0, max_restarts=-1, scheduling_strategy=self._at(here, soft=True)
+        ).remote()  # fmt: skip
+        task: Any = ray.remote(work)
+        self._task = task.options(max_retries=0, **self._resources())
+
+    def bench(self, told: Mapping[str, Any]) -> None:
+        """Start a measuring job where there is what is measured; it waits until nobody works there.
+
+        Raises ValueError where no node has the resource.
+        """
+        if self._bench is None:
+            name = self._hello["measure_on"]
+            alive = [n for n in self._nodes() if n["Alive"] and n["Resources"].get(name, 0) >= 1]
+            if not alive:
+                raise ValueError(f"no node with the resource {name}")
+            node = min(alive, key=lambda n: str(n["NodeID"]))
+            actor: Any = self._ray.remote(Bench)
+            self._bench = actor.options(
+                num_cpus=node["Resources"].get("CPU", 0), resources={name: 1}, max_restarts=0,
+                scheduling_strategy=self._at(node["NodeID"], soft=False),
+            ).remote(self._hello["threads"])  # fmt: skip
+        self._tasks[self._bench.do.remote(told)] = _Running(told, time.monotonic())
+
+    def rest(self) -> None:
+        """Let the next measuring job have a fresh process."""
+        if self._bench is not None:
+            self._bench.rest.remote()
+
+    def _leave_bench(self) -> None:
+        """Give the measured node back to everybody."""
+        if self._bench is not None:
+            self._ray.kill(self._bench)
+            self._bench = None
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        nodes: Any = self._ray.nodes  # not typed
+        found: list[dict[str, Any]] = nodes()
+        return found
+
+    def _at(self, node: str, *, soft: bool) -> Any:
+        strategies = self._ray.util.scheduling_strategies
+        return strategies.NodeAffinitySchedulingStrategy(node, soft=soft)
+
+    @property
+    def busy(self) -> bool:
+        """Whether tasks run."""
+        return bool(self._tasks)
+
+    def _resources(self) -> dict[str, Any]:
+        """Return what a task declares."""
+        hello = self._hello
+        found: dict[str, Any] = {"num_cpus": hello["threads"]}
+        if hello["gpu_share"]:
+            found["num_gpus"] = hello["gpu_share"]
+        if hello["memory_bytes"]:
+            found["memory"] = hello["memory_bytes"]
+        return found
+
+    def say(self, **message: Any) -> None:
+        """Write one message as one line."""
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
+
+    def start(self, told: Mapping[str, Any]) -> None:
+        """Start an attempt as a task."""
+        self._leave_bench()
+        boxes = [self._box(told["spec"], dotted) for dotted in told["reads"]]
+        options = {k: self._hello[k] for k in ("session", "threads", "token", "memory_bytes")}
+        ref = self._task.remote(
+            {k: v for k, v in told.items() if k != "reads"}, boxes, self._board, options
+        )  # fmt: skip
+        self._tasks[ref] = _Running(told, time.monotonic())
+
+    def _box(
+        self, spec: Mapping[str, Any], dotted: str
+    ) -> tuple[str, str, str, str | None, bool, list[Any]]:
+        """Have what a job reads on its way: in the object store once, under its content's name."""
+        path = Path(at(spec, dotted))
+        state = quick_name(path)
+        known = self._boxes.get(str(path))
+        if known is None or known[0] != state:
+            data = pack(path)
+            known = (state, content_name(path), [self._ray.put(data)])
+            self._boxes[str(path)] = known
+        spent = dotted.endswith(".checkpoint")
+        return dotted, str(path), known[1], path.name if path.is_file() else None, spent, known[2]
+
+    def cancel(self, key: str, attempt: int) -> None:
+        """End an attempt, whatever it does."""
+        for ref, running in list(self._tasks.items()):
+            if (running.told["key"], running.told["attempt"]) == (key, attempt):
+                del self._tasks[ref]
+                with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
+                    self._ray.cancel(ref, force=True)
+
+    def harvest(self) -> None:
+        """Bring home what is done, and tell what was lost."""
+        if not self._tasks:
+            return
+        ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=WAIT_S)
+        for ref in ready:
+            running = self._tasks.pop(ref)
+            told = running.told
+            which = {"key": told["key"], "attempt": told["attempt"]}
+            try:
+                answer = self._ray.get(ref)
+            except self._ray.exceptions.RayError as error:
+                seconds = time.monotonic() - running.since
+                self.say(**which, lost=_in_one_line(error), seconds=seconds)
+                if told["leaves"] is None:
+                    self._bench = None  # it died with its node, or will be made anew
+                continue
+            if told["leaves"] is None:
+                self.say(**which, result=answer["result"], where=answer["where"])
+                continue
+            out = Path(at(told["spec"], told["leaves"]))
+            log = None if told["log"] is None else Path(told["log"])
+            try:
+                result = bring_home(out, answer, log)
+            except OSError as error:  # the driver's disk is full, say: not the node's fault
+                self.say(**which, broken=f"{out}: {error.strerror or error}")
+                continue
+            self._let_go(told)
+            self.say(**which, result=result, where=answer["where"])
+
+    def _let_go(self, told: Mapping[str, Any]) -> None:
+        """Let go of what no other job reads."""
+        for dotted in told["reads"]:
+            if dotted.endswith(".checkpoint"):
+                self._boxes.pop(at(told["spec"], dotted), None)
+
+    def ask_board(self) -> None:
+        """Tell the driver of progress, and of attempts that began."""
+        if not self._tasks:
+            return
+        try:
+            begun, units = self._ray.get(self._board.take.remote(), timeout=5.0)
+        except (self._ray.exceptions.RayError, TimeoutError):
+            return
+        for key, attempt in begun:
+            self.say(key=key, attempt=attempt, begun=True)
+        for key, attempt, done in units:
+            self.say(key=key, attempt=attempt, tick=done)
+
+    def count_slots(self) -> None:
+        """Tell the driver how many jobs the cluster takes at a time."""
+        asked = self._resources()
+        names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+        slots = 0
+        for node in self._nodes():
+            if node["Alive"]:
+                has = node["Resources"]
+                slots += int(min(has.get(names[k], 0) / v for k, v in asked.items() if v))
+        if slots != self._slots:
+            self._slots = slots
+            self.say(slots=slots)
+
+    def end(self) -> None:
+        """Remove what was sent to the nodes, as far as they answer, and leave the cluster."""
+        ray = self._ray
+        with contextlib.suppress(Exception):
+            sweep: Any = ray.remote(forget_session)
+            refs = [
+                sweep.options(
+                    num_cpus=0,
+                    scheduling_strategy=self._at(node["NodeID"], soft=False),
+                ).remote(self._hello["session"])
+                for node in self._nodes()
+                if node["Alive"]
+            ]
+            ray.wait(refs, num_returns=len(refs), timeout=5.0)
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Say what Ray says, shortly."""
+    cause = getattr(error, "cause", None)
+    known = cause if isinstance(cause, BaseException) else error
+    text = " ".join(str(known).split())
+    return f"{type(known).__name__}: {text[:160]}"
+
+
+def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
+    for line in sys.stdin:
+        with contextlib.suppress(ValueError):
+            orders.put(json.loads(line))
+    orders.put(None)
+
+
+def main() -> int:
+    """Serve a driver until its end of the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    hello = json.loads(sys.stdin.readline())
+    if hello["address"] is None:  # nobody else is to reach a cluster of our own
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        bridge = Bridge(hello, out)
+    except Exception as error:  # whatever keeps us from a cluster is one line
+        print(json.dumps({"refused": _in_one_line(error)}), file=out, flush=True)
+        return 1
+    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    bridge.say(ready=os.getpid())
+    board_at = nodes_at = 0.0
+    while True:
+        try:
+            while True:
+                order = orders.get(timeout=0.0 if bridge.busy else WAIT_S)
+                if order is None:
+                    bridge.end()
+                    return 0
+                _obey(bridge, order)
+        except queue.Empty:
+            pass
+        bridge.harvest()
+        now = time.monotonic()
+        if now - board_at >= BOARD_S:
+            board_at = now
+            bridge.ask_board()
+        if now - nodes_at >= NODES_S:
+            nodes_at = now
+            bridge.count_slots()
+
+
+def _obey(bridge: Bridge, order: Mapping[str, Any]) -> None:
+    if "cancel" in order:
+        bridge.cancel(*order["cancel"])
+        return
+    if "rest" in order:
+        bridge.rest()
+        return
+    told = order.get("start") or order["bench"]
+    try:
+        if "bench" in order:
+            bridge.bench(told)
+        else:
+            bridge.start(told)
+    except (OSError, ValueError) as error:  # what it reads is gone; nobody can measure
+        reason = f"{type(error).__name__}: {error}"
+        bridge.say(key=told["key"], attempt=told["attempt"], lost=reason, seconds=0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

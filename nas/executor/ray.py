@@ -1,0 +1,323 @@
+"""Jobs as Ray tasks: on a running cluster, or on one of this machine that lives as long as we do.
+
+The driver talks to `nas.executor.bridge`, a process of its own, and imports no Ray. What a job
+leaves comes back and is put in place on the driver's machine; a job that leaves nothing there, or
+whose files only this machine has, runs in a worker process here, as without Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from queue import Empty, Queue
+from typing import IO, TYPE_CHECKING, Any
+
+from nas.executor.local import LocalPlaces, package_path
+from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
+from nas.jobs import Job, Result
+from space.errors import refuse
+
+if TYPE_CHECKING:
+    from nas.executor.means import Means
+
+RECONNECTS, CONNECT_S = 3, 90.0
+"""How often a broken connection is made again, and how long that may take."""
+
+
+class RayExecutor(Pool):
+    """Runs jobs on a Ray cluster; see `nas.executor.pool.Pool`.
+
+    Raises InputError where Ray is not installed; a cluster that does not answer is refused when
+    the first job needs it.
+    """
+
+    def __init__(
+        self,
+        *,
+        means: Means,
+        threads: int,
+        device: str = "cpu",
+        log: Path | None = None,
+        logs: Path | None = None,
+        record: Path | None = None,
+    ) -> None:
+        if importlib.util.find_spec("ray") is None:
+            raise refuse("--executor", "ray, which is not installed", "an installed executor",
+                         "pip install 'vision-contraction[ray]'")  # fmt: skip
+        here = LocalPlaces(
+            threads=threads, workers=1, gpus=(), limit_s=means.limit_s, log=log, logs=logs,
+            command=None, memory_bytes=means.memory_bytes,
+        )  # fmt: skip
+        places = RayPlaces(means, threads=threads, device=device, log=log, logs=logs, here=here)
+        super().__init__(places, retries=means.retries, copies=True, record=record)
+
+
+class RayPlaces:
+    """The places of a cluster, and one here."""
+
+    def __init__(
+        self,
+        means: Means,
+        *,
+        threads: int,
+        device: str,
+        log: Path | None,
+        logs: Path | None,
+        here: LocalPlaces,
+    ) -> None:
+        self._means = means
+        self._threads = threads
+        self._gpu_share = means.gpu_share if device.startswith("cuda") else 0.0
+        self._log = log
+        self._logs = logs
+        self._here = here
+        self._waiting: list[tuple[Job, int]] = []
+        self._bridge: _Bridge | None = None
+        self._far: dict[tuple[str, int], tuple[Job, float]] = {}
+        self._slots = 1
+        self._breaks = 0
+        self._token: Path | None = None
+
+    def idle(self) -> int:
+        """Return how many more jobs the cluster takes; a few wait there already."""
+        ahead = max(1, self._slots // 4) if self._means.ray_address is not None else 0
+        return max(0, self._slots + ahead - len(self._far) - len(self._waiting))
+
+    def start(self, job: Job, attempt: int) -> None:
+        """Start an attempt, there or here."""
+        timed_there = job.needs.timed and self._means.measure_on is not None
+        if job.needs.leaves is None and not timed_there:
+            self._waiting.append((job, attempt))
+            self._start_here()
+            return
+        self._far[job.key, attempt] = (job, time.monotonic())
+        self._order({"bench" if timed_there else "start": self._told(job, attempt)})
+
+    def _told(self, job: Job, attempt: int) -> dict[str, Any]:
+        log = None if self._logs is None else str(self._logs / f"{job.key}.log")
+        return {
+            "kind": job.kind, "key": job.key, "spec": dict(job.spec), "units": job.units,
+            "attempt": attempt, "log": log, "reads": list(job.needs.reads),
+            "leaves": job.needs.leaves,
+        }  # fmt: skip
+
+    def _start_here(self) -> None:
+        while self._waiting and self._here.idle():
+            self._here.start(*self._waiting.pop(0))
+
+    def cancel(self, key: str, attempt: int) -> None:
+        """End an attempt."""
+        self._waiting = [w for w in self._waiting if (w[0].key, w[1]) != (key, attempt)]
+        if self._far.pop((key, attempt), None) is None:
+            self._here.cancel(key, attempt)
+        elif self._bridge is not None:
+            self._bridge.send({"cancel": [key, attempt]})
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return what happened, there and here."""
+        events = self._here.poll(0.0 if self._far else timeout_s)
+        self._start_here()
+        if self._far:
+            events += self._heard(timeout_s)
+            events += self._late()
+        return events
+
+    def _heard(self, timeout_s: float) -> list[Event]:
+        assert self._bridge is not None
+        events: list[Event] = []
+        for message in self._bridge.take(timeout_s):
+            if message is None:
+                return [*events, *self._broken()]
+            if "slots" in message:
+                self._slots = int(message["slots"])
+                continue
+            if "key" not in message:
+                continue
+            event = self._event(message)
+            if event is not None:
+                events.append(event)
+        return events
+
+    def _event(self, message: Mapping[str, Any]) -> Event | None:
+        key, attempt = message["key"], message["attempt"]
+        if (key, attempt) not in self._far:
+            return None
+        if "tick" in message:
+            return Ticked(key, attempt, float(message["tick"]))
+        if "begun" in message:
+            self._far[key, attempt] = (self._far[key, attempt][0], time.monotonic())
+            return Begun(key, attempt)
+        if "broken" in message:
+            raise refuse(message["broken"], "what a job left", "a place to write", "--resume")
+        self._breaks = 0
+        del self._far[key, attempt]
+        if "lost" in message:
+            return Lost(key, attempt, message["lost"], "cluster", message["seconds"])
+        return Ended(key, attempt, Result(**message["result"]), message["where"])
+
+    def _late(self) -> list[Event]:
+        """Give up attempts that take longer than they may."""
+        limit = self._means.limit_s
+        events: list[Event] = []
+        for (key, attempt), (_, since) in list(self._far.items()):
+            seconds = time.monotonic() - since
+            if limit is not None and seconds > limit:
+                self.cancel(key, attempt)
+                reason = f"no end after {limit:g} s (--job-minutes)"
+                events.append(Lost(key, attempt, reason, "cluster", seconds, late=True))
+        return events
+
+    def _broken(self) -> list[Event]:
+        """Everything out there is lost with the connection; the next start makes a new one."""
+        said = self._end_bridge()
+        self._breaks += 1
+        if self._breaks > RECONNECTS:
+            raise self._away(said)
+        far, self._far = self._far, {}
+        now = time.monotonic()
+        reason = "the connection to the cluster broke"
+        return [Lost(*which, reason, "cluster", now - since) for which, (_, since) in far.items()]
+
+    def _order(self, message: Mapping[str, Any]) -> None:
+        if self._bridge is None:
+            self._bridge = self._connect()
+        self._bridge.send(message)
+
+    def _connect(self) -> _Bridge:
+        """Start a bridge and wait until it stands. Raises InputError."""
+        until = time.monotonic() + CONNECT_S
+        said = "no answer"
+        first = self._breaks == 0
+        while True:
+            bridge = _Bridge(self._hello(), self._log)
+            answer = bridge.first(until - time.monotonic())
+            if answer is not None and "ready" in answer:
+                return bridge
+            bridge.end()
+            said = said if answer is None else str(answer.get("refused", said))
+            if first or time.monotonic() >= until:
+                raise self._away(said)
+            time.sleep(2.0)  # a cluster that was lost may be on its way back
+
+    def _away(self, said: str) -> Exception:
+        named = self._means.ray_address or "a cluster of this machine"
+        want = "a cluster that answers"
+        return refuse("--ray-address", f"{named} ({said})", want, "start it, then --resume")
+
+    def _hello(self) -> dict[str, Any]:
+        if self._token is None and not self._means.ship:
+            folder = Path.cwd() if self._logs is None else self._logs
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                handle, name = tempfile.mkstemp(prefix=".seen-", suffix=".tmp", dir=folder)
+                os.close(handle)
+                self._token = Path(name)
+        return {
+            "address": self._means.ray_address,
+            "cpus": (self._means.workers or 1) * self._threads,
+            "threads": self._threads,
+            "gpu_share": self._gpu_share,
+            "memory_bytes": self._means.memory_bytes,
+            "measure_on": self._means.measure_on,
+            "session": uuid.uuid4().hex[:12],
+            "token": None if self._token is None else str(self._token),
+        }
+
+    def _end_bridge(self) -> str:
+        bridge, self._bridge = self._bridge, None
+        return "" if bridge is None else bridge.end()
+
+    def rest(self) -> None:
+        """Let the worker here end, and the one that times; the cluster's others stay."""
+        self._here.rest()
+        if self._bridge is not None and self._means.measure_on is not None:
+            self._bridge.send({"rest": True})
+
+    def close(self) -> None:
+        """Leave the cluster and end the worker here."""
+        self._far.clear()
+        self._waiting.clear()
+        self._here.close()
+        self._end_bridge()
+        if self._token is not None:
+            self._token.unlink(missing_ok=True)
+            self._token = None
+
+
+class _Bridge:
+    """The process that talks to Ray."""
+
+    def __init__(self, hello: Mapping[str, Any], log: Path | None) -> None:
+        environment = {**os.environ, "PYTHONPATH": package_path()}
+        errors: IO[bytes] | int = subprocess.DEVNULL if log is None else log.open("ab")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "nas.executor.bridge"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+                encoding="utf-8", env=environment, start_new_session=True,
+            )  # fmt: skip
+        finally:
+            if not isinstance(errors, int):
+                errors.close()
+        self._said: Queue[dict[str, Any] | None] = Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.send(hello)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        try:
+            for line in self._process.stdout:
+                with contextlib.suppress(ValueError):
+                    self._said.put(json.loads(line))
+        except (OSError, ValueError):
+            pass
+        self._said.put(None)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a line; a bridge that is gone is found out by `take`."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+
+    def first(self, timeout_s: float) -> dict[str, Any] | None:
+        """Return the first thing that it says, None if it ends or is silent."""
+        try:
+            return self._said.get(timeout=max(1.0, timeout_s))
+        except Empty:
+            return None
+
+    def take(self, timeout_s: float) -> list[dict[str, Any] | None]:
+        """Return what it said; None among it: it ended."""
+        found: list[dict[str, Any] | None] = []
+        with contextlib.suppress(Empty):
+            found.append(self._said.get(timeout=timeout_s))
+            while True:
+                found.append(self._said.get_nowait())
+        return found
+
+    def end(self) -> str:
+        """Let it leave the cluster, or make it; returns how it ended."""
+        with contextlib.suppress(OSError, ValueError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=15.0)
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        code = self._process.wait()
+        with contextlib.suppress(OSError):
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+        return f"its process ended with status {code}"

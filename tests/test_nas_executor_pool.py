@@ -1,0 +1,249 @@
+"""Several workers: side by side, again where one died, ahead where one is idle, each job once."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nas.executor import LocalExecutor, OutOfTime
+from nas.executor.make import make_executor, workers_for
+from nas.executor.means import Means
+from nas.executor.pool import ATTEMPT_COLUMNS
+from nas.jobs import Job, Needs
+from space.errors import InputError
+from tests.test_nas_executor import WORKER, alive
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[LocalExecutor]:
+    with LocalExecutor(
+        threads=1, workers=2, retries=2, command=WORKER, log=tmp_path / "worker.log",
+        logs=tmp_path / "logs", record=tmp_path / "attempts.csv",
+    ) as made:  # fmt: skip
+        yield made
+
+
+def attempts(folder: Path) -> list[dict[str, str]]:
+    with (folder / "attempts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(tuple(row) == ATTEMPT_COLUMNS for row in rows)
+    return rows
+
+
+def meeting(folder: Path, name: str, *others: str, **more: Any) -> Job:
+    """A job that ends only when the others have begun."""
+    spec = {"mine": str(folder / name), "others": [str(folder / other) for other in others]}
+    return Job("meet", name, spec, **more)
+
+
+def came(folder: Path, name: str) -> int:
+    """How often a meeting's job was begun."""
+    return len((folder / name).read_text()) if (folder / name).exists() else 0
+
+
+def test_jobs_run_side_by_side_and_results_stream_as_they_end(
+    two: LocalExecutor, tmp_path: Path
+) -> None:
+    jobs = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a"), Job("echo", "c", {})]
+    results = {result.key: result for result in two.stream(jobs)}
+    assert all(result.ok for result in results.values())
+    assert results["a"].values["pid"] != results["b"].values["pid"]
+    assert results["c"].values["pid"] in {results[k].values["pid"] for k in "ab"}
+    assert sorted(row["job"] for row in attempts(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("deaths", range(4))
+def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
+    two: LocalExecutor, tmp_path: Path, deaths: int
+) -> None:
+    ticks: list[float] = []
+    spec = {"counter": str(tmp_path / "counter"), "deaths": deaths}
+    jobs = [Job("flaky", "flaky", spec, units=3.0), Job("echo", "other", {"say": 1})]
+    results = {
+        result.key: result
+        for result in two.stream(jobs, tick=lambda key, units: ticks.append(units))
+    }
+    assert results["other"].ok, "a death takes nothing else along"
+    rows = [row for row in attempts(tmp_path) if row["job"] == "flaky"]
+    lost = [row for row in rows if row["outcome"] == "lost"]
+    assert len(lost) == min(deaths, 3)
+    assert [int(row["attempt"]) for row in rows] == list(range(1, len(rows) + 1))
+    if deaths <= 2:
+        assert results["flaky"].values == {"lives": deaths + 1}
+    else:
+        reason = results["flaky"].reason
+        assert reason is not None
+        assert "killed by SIGKILL" in reason
+        assert reason.endswith("; 3 attempts")
+        assert "flaky.log" in reason
+    assert sum(ticks) <= 3.0, "work done twice is not progress"
+
+
+def test_a_job_that_hangs_is_ended_and_tried_again(tmp_path: Path) -> None:
+    executor = LocalExecutor(
+        threads=1, retries=1, limit_s=3.0, command=WORKER, record=tmp_path / "attempts.csv"
+    )
+    with executor:
+        pid_file = tmp_path / "pid"
+        spec = {"seconds": 600, "pid_file": str(pid_file)}
+        result = executor.run(Job("sleep", "long", spec))
+        assert not result.ok
+        assert result.reason is not None
+        assert "no end after 3 s (--job-minutes); 2 attempts" in result.reason
+        assert not alive(int(pid_file.read_text()))
+        assert [row["outcome"] for row in attempts(tmp_path)] == ["late", "late"]
+        assert executor.run(Job("echo", "after", {})).ok
+
+
+def test_who_must_be_alone_is_alone(two: LocalExecutor) -> None:
+    alone = {"t1", "t2"}
+    jobs = [
+        Job("during", key, {"seconds": 0.3}, needs=Needs(alone=key in alone))
+        for key in ("a", "b", "t1", "c", "t2", "d", "e")
+    ]
+    spans = {r.key: (r.values["began"], r.values["ended"]) for r in two.stream(jobs)}
+    for one, other in itertools.combinations(spans, 2):
+        if {one, other} & alone:
+            (a, b), (c, d) = spans[one], spans[other]
+            assert b <= c or d <= a, f"{one} and {other} overlap"
+
+
+def test_what_a_job_prints_is_in_its_own_log(two: LocalExecutor, tmp_path: Path) -> None:
+    jobs = [Job("noise", key, {"say": f"this is {key}"}) for key in "abcd"]
+    assert all(result.ok for result in two.stream(jobs))
+    for key in "abcd":
+        text = (tmp_path / "logs" / f"{key}.log").read_text()
+        assert f"noise {key}, attempt 1" in text
+        assert [line for line in text.splitlines() if "this is" in line] == [
+            f"this is {key} of a child", f"this is {key}",
+        ] or f"this is {key}" in text  # fmt: skip
+        assert not any(f"this is {other}" in text for other in set("abcd") - {key})
+
+
+def test_an_idle_worker_runs_ahead_and_its_work_counts_once_if_it_is_chosen(
+    two: LocalExecutor, tmp_path: Path
+) -> None:
+    """The long job ends only when the one that is ahead has begun."""
+    ticks: dict[str, float] = {}
+
+    def tick(key: str, units: float) -> None:
+        ticks[key] = ticks.get(key, 0.0) + units
+
+    long, short = meeting(tmp_path, "long", "chosen"), Job("echo", "short", {})
+    chosen = meeting(tmp_path, "chosen")
+    other = meeting(tmp_path, "other")
+    found = []
+    for result in two.stream([long, short], tick=tick):
+        found.append(result.key)
+        if result.key == "short":
+            two.ahead([chosen, other])
+    assert found == ["short", "long"]
+    two.forget(["other"])
+    assert [r.ok for r in two.stream([chosen], tick=tick)] == [True]
+    assert came(tmp_path, "chosen") == 1, "it was done ahead, and not again"
+    assert "chosen" not in ticks
+    assert came(tmp_path, "other") <= 1
+    assert [r.key for r in two.stream([other])] == ["other"], "what was forgotten can be asked for"
+
+
+def test_who_stops_listening_ends_what_runs(two: LocalExecutor, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    sleep = Job("sleep", "long", {"seconds": 600, "pid_file": str(pid_file)})
+    for result in two.stream([sleep, Job("echo", "a", {})]):
+        assert result.key == "a"
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.02)
+        break
+    until = time.monotonic() + 20
+    while alive(int(pid_file.read_text())) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(int(pid_file.read_text()))
+    assert two.run(Job("echo", "after", {})).ok
+    spare = [row for row in attempts(tmp_path) if row["outcome"] == "spare"]
+    assert [row["job"] for row in spare] == ["long"]
+
+
+def test_a_deadline_ends_all(two: LocalExecutor, tmp_path: Path) -> None:
+    files = [tmp_path / f"pid{n}" for n in range(2)]
+    jobs = [
+        Job("sleep", f.name, {"seconds": 600, "pid_file": str(f)}) for f in files
+    ]  # fmt: skip
+    with pytest.raises(OutOfTime):
+        list(two.stream(jobs, deadline=time.monotonic() + 8.0))
+    for file in files:
+        assert not file.exists() or not alive(int(file.read_text()))
+    assert two.run(Job("echo", "after", {})).ok
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core"
+)
+def test_workers_have_cores_of_their_own_but_for_timing(two: LocalExecutor, tmp_path: Path) -> None:
+    both = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]  # both workers stand
+    assert all(r.ok for r in two.stream(both))
+    every = sorted(os.sched_getaffinity(0))
+    seen = set()
+    for number in range(12):
+        seen.add(tuple(two.run(Job("cores", f"c{number}", {})).values["cores"]))
+    assert seen <= {(every[0],), (every[1],)}
+    timed = two.run(Job("cores", "timed", {}, needs=Needs(timed=True, alone=True)))
+    assert timed.values["cores"] == every
+    assert len(two.run(Job("cores", "after", {})).values["cores"]) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of data are Linux's")
+def test_too_much_memory_is_the_jobs_failure_alone(tmp_path: Path) -> None:
+    with LocalExecutor(threads=1, command=WORKER, memory_bytes=4_000_000_000) as executor:
+        small = executor.run(Job("hog", "small", {"bytes": 1e8}))
+        assert small.ok, small.reason
+        large = executor.run(Job("hog", "large", {"bytes": 8e9}))
+        assert not large.ok
+        assert large.reason is not None
+        assert "memory" in large.reason
+        assert executor.run(Job("echo", "after", {})).ok
+
+
+def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
+    result = two.run(Job("full", "full", {}))
+    assert result.values == {"input_error": True}
+    assert result.reason is not None
+    assert result.reason.startswith("/somewhere/weights: got No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"workers": 0}, "--workers"),
+        ({"retries": -1}, "--retries"),
+        ({"job_minutes": 0.0}, "--job-minutes"),
+        ({"job_minutes": float("nan")}, "--job-minutes"),
+        ({"job_memory_gb": -1.0}, "--job-memory-gb"),
+        ({"gpu_share": 0.0}, "--gpu-share"),
+        ({"gpu_share": 1.5}, "--gpu-share"),
+        ({"executor": "slurm"}, "--executor"),
+        ({"ray_address": "auto"}, "--ray-address"),
+        ({"measure_on": "orin"}, "--measure-on"),
+    ],
+)
+def test_means_that_make_no_sense_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Means(**given)
+
+
+def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert workers_for(Means(), "cuda") == (3, [2, 5, 7])
+    assert workers_for(Means(gpu_share=0.5), "cuda") == (6, [2, 5, 7])
+    assert workers_for(Means(workers=2), "cuda") == (2, [2, 5, 7])
+    assert workers_for(Means(), "cuda:1") == (1, [])
+    assert workers_for(Means(), "cpu") == (1, [])
+    with make_executor(Means(workers=3), threads=1) as made:
+        assert isinstance(made, LocalExecutor)

@@ -1,0 +1,98 @@
+"""A Ray cluster of three nodes, disturbed while a contraction runs on it: one try of a campaign.
+
+Runs in a network of its own that has loopback only, as another address would be reachable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks._chaos_arena import Started, kill, orphans, start
+from benchmarks._chaos_faults import one_line
+from nas.command import EXIT_BAD_INPUT
+
+CPUS = 1
+
+
+def make_cluster() -> Any:
+    """Return a cluster: a head and two nodes, `others`, of one core each."""
+    from ray.cluster_utils import Cluster
+
+    made: Any = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False}
+    )
+    made.others = [made.add_node(num_cpus=CPUS) for _ in range(2)]
+    return made
+
+
+def on(cluster: Any) -> list[str]:
+    """Return the flags by which a run uses a cluster, its nodes being sent all files."""
+    return ["--executor", "ray", "--ray-address", cluster.address]
+
+
+def remove_in_every_step(cluster: Any, run: Started, out: Path) -> int:
+    """Kill a node once in every step, while a job runs there, and add another; return how often."""
+    removed = 0
+    while run.process.poll() is None:
+        time.sleep(0.05)
+        try:
+            text = (out / "attempts.csv").read_text()
+        except OSError:
+            continue
+        if f"s{removed + 1}-" in text:
+            victim = cluster.others.pop(0)
+            cluster.remove_node(victim, allow_graceful=False)
+            cluster.others.append(cluster.add_node(num_cpus=CPUS))
+            removed += 1
+    return removed
+
+
+def main(path: str) -> None:
+    """Do what a file orders, and tell in another how it went."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    order = json.loads(Path(path).read_text())
+    out, log = Path(order["out"]), Path(order["told"]).with_name("run.log")
+    cluster = make_cluster()
+    wrong: list[str] = []
+    run = start([*order["begin"], *on(cluster)], log)
+    if order["act"] == "node":
+        removed = remove_in_every_step(cluster, run, out)
+        if removed < 2:
+            wrong.append(f"only {removed} nodes removed")
+    else:
+        while run.process.poll() is None and not _under_way(out):
+            time.sleep(0.1)
+        time.sleep(order["after"] / 10)
+        if order["act"] == "driver":
+            kill([run.process.pid])
+            run.end()
+        else:
+            cluster.remove_node(cluster.head_node, allow_graceful=False)
+            code = run.end()
+            said = run.said()
+            wrong += (
+                [f"status {code} without its head"] if code != EXIT_BAD_INPUT else one_line(said)
+            )
+            cluster.shutdown()
+            cluster = make_cluster()
+        wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
+        run = start([*order["again"], *on(cluster)], log)
+    code = run.end()
+    if code:
+        wrong.append(f"status {code}: {run.said().strip().splitlines()[-1:]}")
+    late = time.monotonic() - run.since
+    wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
+    Path(order["told"]).write_text(json.dumps({"wrong": wrong, "late_s": late}))
+    cluster.shutdown()
+
+
+def _under_way(out: Path) -> bool:
+    """Tell whether candidates are trained."""
+    try:
+        return "s1-" in (out / "attempts.csv").read_text()
+    except OSError:
+        return False

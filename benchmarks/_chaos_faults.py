@@ -1,0 +1,394 @@
+"""The faults of a chaos campaign: how each disturbs, and what must hold afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks._chaos_arena import (
+    Arena,
+    Kind,
+    Started,
+    differences,
+    kill,
+    leftovers,
+    orphans,
+    start,
+    tagged,
+)
+from nas.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED
+
+GRACE_S = 5.0
+CLOCK = """
+import random, time
+_real, _now, _state = time.time, random.Random({seed}), [0.0]
+def _jumping():
+    if _now.random() < 0.02:
+        _state[0] -= _now.choice([0.5, 60.0, 3600.0, 86400.0])
+    return _real() + _state[0]
+time.time = _jumping
+time.time_ns = lambda: int(_jumping() * 1e9)
+"""
+
+
+@dataclass
+class Try:
+    """What went wrong in a try, and how much later it ended than an undisturbed one."""
+
+    wrong: list[str] = field(default_factory=list)
+    late_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A way to disturb; `tries` of it by default. `solo`: nothing else goes on meanwhile."""
+
+    tries: int
+    kinds: Callable[[Arena], list[Kind]]
+    do: Callable[[Arena, Path, random.Random], Try]
+    solo: bool = False
+
+
+def _run(arena: Arena) -> list[Kind]:
+    return [arena.contract()]
+
+
+def one_line(said: str) -> list[str]:
+    """Say what is wrong with a refusal: it is one line, without a traceback."""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    wrong = [] if len(errors) == 1 else [f"{len(errors)} lines of refusal"]
+    return wrong + (["a traceback"] if "Traceback" in said else [])
+
+
+def gone_on(arena: Arena, kind: Kind, folder: Path, begun: float) -> Try:
+    """Go on with what was disturbed, as a user would, and compare it with an undisturbed one."""
+    out, cache = folder / "out", folder / "cache"
+    truth, seconds = arena.truth(kind)
+    started = (out / "run.json").exists() or kind.name not in ("run", "run-21M")
+    command = kind.again(out, cache) if started else kind.begin(out, cache)
+    again = start(command, folder / "again.log")
+    code = again.end()
+    late = time.monotonic() - begun - seconds
+    wrong = [] if code == 0 else [f"status {code}: {again.said().strip().splitlines()[-1:]}"]
+    if code == 0:
+        wrong += [f"another {name}" for name in differences(kind, truth, out)]
+        wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+    wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
+    return Try(wrong, late)
+
+
+def disturbed(
+    make: Callable[[Arena, random.Random], Kind],
+    act: Callable[[Started, random.Random], list[str]],
+    *,
+    goes_on: bool = False,
+) -> Callable[[Arena, Path, random.Random], Try]:
+    """Return a try: begin, act at a random instant, and go on unless it `goes_on` by itself."""
+
+    def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
+        kind = make(arena, rng)
+        truth, seconds = arena.truth(kind)
+        out, cache = folder / "out", folder / "cache"
+        process = start(kind.begin(out, cache), folder / "first.log")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.end(rng.uniform(0.02, 0.95) * seconds)
+        wrong = act(process, rng)
+        if not goes_on:
+            wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
+            found = gone_on(arena, kind, folder, process.since)
+            return Try(wrong + found.wrong, found.late_s)
+        code = process.end()
+        late = time.monotonic() - process.since - seconds
+        if code:
+            wrong.append(f"status {code}: {process.said().strip().splitlines()[-1:]}")
+        else:
+            wrong += [f"another {name}" for name in differences(kind, truth, out)]
+            wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+        wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
+        return Try(wrong, late)
+
+    return do
+
+
+def some_workers(arena: Arena, rng: random.Random) -> Kind:
+    """Return a small contraction with one worker or two."""
+    return arena.contract("--workers", str(rng.choice([1, 2])))
+
+
+def kill_driver(process: Started, rng: random.Random) -> list[str]:
+    """Kill the driver alone."""
+    kill([process.process.pid])
+    process.end()
+    return []
+
+
+def kill_all(process: Started, rng: random.Random) -> list[str]:
+    """Kill everything at once, as a machine does that loses its power."""
+    kill([process.process.pid])
+    kill(list(tagged(process.tag)))
+    process.end()
+    return []
+
+
+def kill_worker(process: Started, rng: random.Random) -> list[str]:
+    """Kill one of the workers, as soon as there is one."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.process.poll() is None:
+        workers = [pid for pid, words in tagged(process.tag).items() if "nas.worker" in words]
+        if workers:
+            kill([rng.choice(sorted(workers))])
+            break
+        time.sleep(0.05)
+    return []
+
+
+def terminate(process: Started, rng: random.Random) -> list[str]:
+    """Ask it to end as schedulers do, and kill it after a grace period."""
+    kill([process.process.pid], signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.end(GRACE_S)
+        return [] if code in (0, EXIT_TERMINATED, -signal.SIGTERM) else [f"SIGTERM: status {code}"]
+    kill_all(process, rng)
+    return ["it did not end within its grace period"]
+
+
+def interrupt_twice(process: Started, rng: random.Random) -> list[str]:
+    """Press Ctrl-C, and again."""
+    kill([process.process.pid], signal.SIGINT)
+    time.sleep(rng.uniform(0.0, 0.4))
+    kill([process.process.pid], signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.end(20.0)
+        # Before our own handlers stand, Python's own ends it with a traceback.
+        early = "KeyboardInterrupt" in process.said() and code in (1, -signal.SIGINT)
+        good = code in (0, EXIT_INTERRUPTED) or early
+        return [] if good else [f"Ctrl-C: status {code}"]
+    kill_all(process, rng)
+    return ["it did not end on Ctrl-C"]
+
+
+def either(process: Started, rng: random.Random) -> list[str]:
+    """Kill the driver or everything."""
+    return rng.choice([kill_driver, kill_all])(process, rng)
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: int) -> Iterator[None]:
+    """Have a disk of so many bytes at a place; raises OSError where that is not allowed."""
+    place.mkdir(parents=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", str(place)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if made.returncode:
+        raise OSError(made.stderr.strip())
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False, capture_output=True)
+
+
+def remount(place: Path, how: str) -> None:
+    """Change a disk that `small_disk` made."""
+    subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True, capture_output=True)
+
+
+def disk_full(arena: Arena, folder: Path, rng: random.Random) -> Try:
+    """Run out of disk at some write, be given room, and go on."""
+    kind = arena.contract()
+    arena.truth(kind)
+    used = arena.folder / kind.name
+    places = (used, arena.folder / "undisturbed-cache")
+    whole = sum(p.stat().st_size for f in places for p in f.rglob("*") if p.is_file())
+    disk = folder / "disk"
+    with small_disk(disk, max(65536, int(rng.uniform(0.02, 1.1) * whole))):
+        return _refused_then_on(arena, kind, disk, lambda: remount(disk, "size=2g"))
+
+
+def read_only(arena: Arena, folder: Path, rng: random.Random) -> Try:
+    """Begin on a disk that may not be written to, be allowed to, and go on."""
+    kind = arena.contract()
+    disk = folder / "disk"
+    with small_disk(disk, 2 << 30):
+        remount(disk, "ro")
+        return _refused_then_on(arena, kind, disk, lambda: remount(disk, "rw"))
+
+
+def _refused_then_on(arena: Arena, kind: Kind, disk: Path, mend: Callable[[], None]) -> Try:
+    told = disk.with_name("first.log")
+    process = start(kind.begin(disk / "out", disk / "cache"), told)
+    code = process.end()
+    wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
+    wrong += one_line(process.said()) if code else []
+    wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
+    mend()
+    begun = time.monotonic()
+    found = gone_on(arena, kind, disk, begun) if code else Try()
+    return Try(wrong + found.wrong)
+
+
+def locked(arena: Arena, folder: Path, rng: random.Random) -> Try:
+    """Have another process hold the study's lock for long, let go, and go on."""
+    kind = arena.contract()
+    _, seconds = arena.truth(kind)
+    out, cache = folder / "out", folder / "cache"
+    process = start(kind.begin(out, cache), folder / "first.log")
+    time.sleep(rng.uniform(0.3, 0.8) * seconds)
+    while not (out / "study.db").exists() and process.process.poll() is None:
+        time.sleep(0.05)
+    holder = sqlite3.connect(out / "study.db", isolation_level=None, timeout=30)
+    try:
+        holder.execute("BEGIN EXCLUSIVE")
+        code = process.end()
+    finally:
+        holder.close()
+    wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
+    wrong += one_line(process.said()) if code else []
+    found = gone_on(arena, kind, folder, time.monotonic())
+    return Try(wrong + found.wrong)
+
+
+def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
+    """Let the wall clock jump back again and again, in driver and workers."""
+    kind = arena.contract("--workers", "2")
+    truth, seconds = arena.truth(arena.contract())
+    place = folder / "clock"
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(CLOCK.format(seed=rng.randrange(1 << 30)))
+    paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+    out, cache = folder / "out", folder / "cache"
+    process = start(
+        kind.begin(out, cache), folder / "first.log", PYTHONPATH=os.pathsep.join(paths)
+    )  # fmt: skip
+    code = process.end()
+    late = time.monotonic() - process.since - seconds
+    if code:
+        return Try([f"status {code}: {process.said().strip().splitlines()[-1:]}"], late)
+    wrong = [f"another {name}" for name in differences(kind, truth, out)]
+    wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+    return Try(wrong, late)
+
+
+def damaged(arena: Arena, folder: Path, rng: random.Random) -> Try:
+    """Kill a run, damage one of its files, resume; if that is refused, mend the file and resume."""
+    kind = arena.contract()
+    truth, seconds = arena.truth(kind)
+    out, cache = folder / "out", folder / "cache"
+    process = start(kind.begin(out, cache), folder / "first.log")
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.end(rng.uniform(0.3, 0.95) * seconds)
+    kill_all(process, rng)
+    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock")
+    if not (out / "run.json").exists():
+        return gone_on(arena, kind, folder, time.monotonic())
+    victim = rng.choice(files)
+    whole = victim.read_bytes()
+    hurt = bytearray(whole)
+    how = rng.choice(["flip", "cut", "zero"])
+    if whole and how == "flip":
+        hurt[rng.randrange(len(hurt))] ^= 1 << rng.randrange(8)
+    elif whole and how == "cut":
+        del hurt[rng.randrange(len(hurt)) :]
+    elif whole:
+        at = rng.randrange(len(hurt))
+        hurt[at : at + 64] = bytes(len(hurt[at : at + 64]))
+    kept = folder / "kept"
+    shutil.copytree(out, kept)
+    victim.write_bytes(bytes(hurt))
+    what = f"{how} in {victim.relative_to(out)}"
+    again = start(kind.again(out, cache), folder / "again.log")
+    code = again.end()
+    if code == 0:
+        return Try([f"{what}: another {name}" for name in differences(kind, truth, out)])
+    wrong = [] if code == EXIT_BAD_INPUT else [f"{what}: status {code}"]
+    wrong += [f"{what}: {text}" for text in one_line(again.said())]
+    shutil.rmtree(out)
+    kept.rename(out)
+    return Try(wrong + gone_on(arena, kind, folder, time.monotonic()).wrong)
+
+
+def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
+    """Return a try on a Ray cluster of three nodes, in a network of its own (loopback only)."""
+
+    def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
+        kind = arena.contract()
+        truth, seconds = arena.truth(kind)
+        out, cache = folder / "out", folder / "cache"
+        told = folder / "cluster.json"
+        order = {
+            "act": act, "begin": kind.begin(out, cache), "again": kind.again(out, cache),
+            "out": str(out), "after": rng.uniform(0.2, 0.9) * seconds, "told": str(told),
+        }  # fmt: skip
+        (folder / "order.json").write_text(json.dumps(order))
+        code = f"from benchmarks._chaos_cluster import main; main({str(folder / 'order.json')!r})"
+        inside = f'ip link set lo up && exec {sys.executable} -c "$0"'
+        with (folder / "first.log").open("w") as log:
+            done = subprocess.run(
+                ["unshare", "-n", "sh", "-c", inside, code], stdout=log, stderr=log,
+                timeout=600, check=False,
+            )  # fmt: skip
+        if done.returncode or not told.exists():
+            return Try([f"the cluster ended with status {done.returncode}"])
+        found = json.loads(told.read_text())
+        wrong = list(found["wrong"])
+        wrong += [f"another {name}" for name in differences(kind, truth, out)]
+        wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+        return Try(wrong, found["late_s"])
+
+    return do
+
+
+FAULTS: dict[str, Fault] = {
+    "kill -9 of the driver": Fault(20, _run, disturbed(some_workers, kill_driver)),
+    "kill -9 of a worker": Fault(
+        20, _run,
+        disturbed(some_workers, kill_worker, goes_on=True),
+    ),
+    "kill -9 of everything at once": Fault(15, _run, disturbed(some_workers, kill_all)),
+    "kill -9 of the label builder": Fault(
+        15, lambda a: [a.labels()],
+        disturbed(
+            lambda a, rng: a.labels("--processes", str(rng.choice([1, 2]))), either
+        ),
+    ),
+    "kill -9 of a label builder's worker": Fault(
+        5, lambda a: [a.labels()],
+        disturbed(
+            lambda a, rng: a.labels("--processes", str(rng.choice([1, 2]))), kill_worker,
+            goes_on=True
+        ),
+    ),
+    "kill -9 of the trainer": Fault(
+        15, lambda a: [a.training()], disturbed(lambda a, rng: a.training(), kill_driver)
+    ),
+    "SIGTERM, then SIGKILL after 5 s": Fault(10, _run, disturbed(some_workers, terminate)),
+    "Ctrl-C twice": Fault(10, _run, disturbed(some_workers, interrupt_twice)),
+    "the clock jumps back": Fault(5, _run, clock_back),
+    "the disk is full": Fault(10, _run, disk_full),
+    "the disk is read-only": Fault(2, _run, read_only),
+    "the database is locked": Fault(3, _run, locked),
+    "a file of the run is damaged": Fault(30, _run, damaged),
+    "Ray: a node removed in every step": Fault(3, _run, cluster("node"), solo=True),
+    "Ray: the driver killed": Fault(3, _run, cluster("driver"), solo=True),
+    "Ray: the head lost": Fault(2, _run, cluster("head"), solo=True),
+    "kill -9 of the driver, TinyViT-21M": Fault(
+        10, lambda a: [published(a)],
+        disturbed(lambda a, rng: published(a), kill_driver), solo=True,
+    ),
+}  # fmt: skip
+
+
+def published(arena: Arena) -> Kind:
+    """Return the headline contraction: TinyViT-21M to 5M on digits, at effort smoke."""
+    return arena.contract(seed="21M", size=("--target-params", "5M"))

@@ -170,8 +170,8 @@ def interrupt_twice(process: Started, rng: random.Random) -> list[str]:
     kill([process.process.pid], signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         code = process.end(20.0)
-        # Before our own handlers stand, Python's own ends it with a traceback.
-        early = "KeyboardInterrupt" in process.said() and code in (1, -signal.SIGINT)
+        # Before our own handlers stand, Python's own ends it in its own way.
+        early = "data: " not in process.said() and code in (1, -signal.SIGINT)
         good = code in (0, EXIT_INTERRUPTED) or early
         return [] if good else [f"Ctrl-C: status {code}"]
     kill_all(process, rng)

@@ -150,8 +150,8 @@ def place_files(out: Path, files: Mapping[str, bytes]) -> None:
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).write_bytes(data)
         os.chmod(aside, 0o755)
-        for file in aside.rglob("*"):
-            with file.open("rb") as content, contextlib.suppress(OSError):
+        for name in files:
+            with (aside / name).open("rb") as content, contextlib.suppress(OSError):
                 os.fsync(content.fileno())
         aside.replace(out)
     except BaseException:

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("space", "nas", "benchmarks")
-VALUES = {"nas.config", "nas.jobs", "nas.files", "nas.rates", "nas.requirement"}
+VALUES = {
+    "nas.cells", "nas.config", "nas.files", "nas.jobs", "nas.rates", "nas.requirement", "nas.seals",
+}  # fmt: skip
 ENTRIES = {
     "nas.contract", "nas.evaluation", "nas.export", "nas.inherit", "nas.labels", "nas.train",
     "nas.train_flags", "nas.transfer", "nas.worker",

@@ -1,0 +1,536 @@
+"""Files that were flipped, cut or overwritten: refused in one line, or the same answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from nas.contract import main
+from nas.data import DataSpec, open_dataset, prepare
+from nas.data.files import digest_of
+from nas.distill.importance import load_order
+from nas.distill.proxy import Evaluation
+from nas.distill.store import open_store
+from nas.distill.teacher import _read, load_teacher
+from nas.exporting.model import left_by
+from nas.files import read_json, write_json
+from nas.finish import read_result
+from nas.judging import per_image
+from nas.measure.table import read_measurements
+from nas.report.files import read_run
+from nas.resolve import _milestones, earlier_config
+from nas.seals import load_arrays
+from nas.trainer.folder import Folder
+from nas.training.checkpoint import Position, load_checkpoint_into, save_checkpoint
+from nas.training.weights import load_checkpoint, load_weights, read_metadata, save_weights
+from nas.trust import named_archs
+from space import get_family
+from space.errors import InputError
+from space.seal import SEAL, sealed, unsealed
+from tests.conftest import Finished
+from tests.label_cases import built, teacher_info
+
+KINDS = ("flip", "zero", "noise", "cut", "behead", "drop", "insert", "swap")
+
+
+def damaged(raw: bytes, kind: str, at: int, size: int, rng: random.Random) -> bytes:
+    """Damage `size` bytes from `at` on."""
+    end = min(len(raw), at + size)
+    if kind == "flip":
+        return raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :]
+    if kind == "zero":
+        return raw[:at] + b"\0" * (end - at) + raw[end:]
+    if kind == "noise":
+        return raw[:at] + rng.randbytes(end - at) + raw[end:]
+    if kind == "cut":
+        return raw[:at]
+    if kind == "behead":
+        return raw[end:]
+    if kind == "drop":
+        return raw[:at] + raw[end:]
+    if kind == "insert":
+        return raw[:at] + rng.randbytes(size) + raw[at:]
+    other = rng.randrange(len(raw))  # swap
+    a, b = sorted((at, other))
+    size = min(size, b - a, len(raw) - b)
+    return raw[:a] + raw[b : b + size] + raw[a + size : b] + raw[a : a + size] + raw[b + size :]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A file, and what its reader makes of it: plain values, arrays or tensors."""
+
+    path: Path
+    read: Callable[[], Any]
+    prefix_will_do: bool = False  # a torn end was never used
+
+
+def same(a: Any, b: Any) -> bool:
+    """Compare what readers give; of an object only what was there: a seal that lost its name is
+    a further value that nobody asks for."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(key in b and same(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    return type(a) is type(b) and bool(a == b)
+
+
+def unsealed_by_hand(before: bytes, after: bytes) -> bool:
+    """Tell whether damage took the seal out and left JSON: what a user does who means it."""
+    try:
+        old, new = json.loads(before), json.loads(after)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(old, dict) and SEAL in old and SEAL not in new
+
+
+def check(case: Case, kind: str, at: int, size: int, rng: random.Random) -> None:
+    raw, good = case.path.read_bytes(), case.read()
+    bad = damaged(raw, kind, at % len(raw), size, rng)
+    case.path.write_bytes(bad)
+    refusal = found = None
+    try:
+        found = case.read()
+    except InputError as error:
+        refusal = str(error)
+    finally:
+        case.path.write_bytes(raw)
+    where = f"{case.path.name}: {kind} of {size} bytes at {at % len(raw)}"
+    if refusal is not None:
+        assert "\n" not in refusal, where
+        assert len(refusal) > 20, where
+    elif case.prefix_will_do:
+        assert same(good[: len(found)], found), where
+        assert len(found) >= len(good) - 1 or kind == "cut", where
+    else:
+        assert same(good, found) or unsealed_by_hand(raw, bad), where
+
+
+# A finished run
+
+
+def of_run(folder: Path) -> list[Case]:
+    """Every file of a run that somebody reads back."""
+    family = get_family("tinyvit")
+
+    def model(path: Path) -> Callable[[], Any]:
+        def read() -> Any:
+            left = left_by(path)
+            return {"told": dict(left.told), "arch": left.arch, "net": load_weights(left.weights)}
+
+        return read
+
+    def told(path: Path) -> Callable[[], Any]:
+        return lambda: read_json(path, "a file")
+
+    def tables() -> Any:
+        files = read_run(folder)
+        return files.ledger, files.steps
+
+    cases = [
+        Case(folder / "run.json", lambda: earlier_config(folder)),
+        Case(folder / "result.json", lambda: read_result(folder / "result.json")),
+        Case(folder / "ledger.csv", tables),
+        Case(folder / "steps.csv", tables),
+        Case(folder / "family.csv", tables),
+        Case(
+            folder / "measurements.csv",
+            lambda: read_measurements(folder / "measurements.csv"), prefix_will_do=True,
+        ),
+        Case(folder / "best.json", model(folder)),
+        Case(folder / "best.json", lambda: family.seed(str(folder / "best.json"))),
+        Case(folder / "best.safetensors", model(folder)),
+    ]  # fmt: skip
+    for path in sorted((folder / "family").glob("*.json")):
+        cases.append(Case(path, lambda: [m.__dict__ for m in _milestones(folder, family)]))
+        cases.append(Case(path.with_suffix(".safetensors"), model(path)))
+    for path in sorted((folder / "work").rglob("*")):
+        if path.name.endswith(".json"):
+            cases.append(Case(path, load_order_or_json(path)))
+        if path.name in ("holdout.safetensors", "test.safetensors"):
+            cases.append(Case(path, scores(path)))
+        elif path.suffix == ".safetensors":
+            cases.append(Case(path, lambda p=path: load_weights(p)))  # type: ignore[misc]
+    return cases
+
+
+def load_order_or_json(path: Path) -> Callable[[], Any]:
+    if "order" in json.loads(path.read_text()):
+        return lambda: load_order(path)
+    return lambda: read_json(path, "a finished job's result")
+
+
+def scores(path: Path) -> Callable[[], Any]:
+    return lambda: vars(per_image(path.parent, path.stem))
+
+
+@pytest.fixture(scope="module")
+def run(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("damage") / "run"
+    shutil.copytree(finished.folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cases(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    folder = tmp_path_factory.mktemp("others")
+    return [*of_run(run), *of_training(folder / "train"), *of_cache(folder)]
+
+
+def test_every_json_and_table_of_a_run_has_a_case(run: Path) -> None:
+    """What is drawn for eyes only needs none."""
+    for_eyes = {"report.md", "pareto.png", "pareto.svg", "worker.log", ".lock", "trust.csv"}
+    elsewhere = {"study.db", "attempts.csv"}  # tests/test_nas_ledger.py; a log that nobody reads
+    known = {case.path for case in of_run(run)}
+    for path in run.rglob("*"):
+        if path.is_file() and path.name not in for_eyes | elsewhere and path.suffix != ".log":
+            assert path in known, path
+
+
+# A full training, and what the cache keeps
+
+
+class Tiny:
+    """A model and its optimizer after two steps, saved; read back into fresh ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.plan = path, {"recipe": "r", "random_seed": 3}
+        model, optimizer, more = self.fresh()
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+        position = Position(2, self.plan, {"rows": [{"epoch": 1, "loss": 0.25}]})
+        save_checkpoint(path, model, optimizer, position, more)
+
+    def fresh(self) -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]:
+        torch.manual_seed(1)
+        model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1), {"ema": torch.ones(4)}
+
+    def read(self) -> Any:
+        model, optimizer, more = self.fresh()
+        with torch.random.fork_rng(devices=[]):
+            position = load_checkpoint_into(self.path, model, optimizer, self.plan, more)
+            state = torch.get_rng_state()
+        moments = [dict(optimizer.state[p]) for p in model.parameters()]
+        return [dict(model.state_dict()), moments, more, state, position.epoch, position.extra]
+
+
+def of_training(folder: Path) -> list[Case]:
+    folder.mkdir()
+    kept = Folder(folder)
+    write_json(folder / "train.json", {"config": {"epochs": 3, "lr": 0.125}, "machine": {"n": 1}})
+    write_json(folder / "result.json", {"status": "finished", "test_top1": 0.75, "params": 7})
+    tiny = Tiny(folder / "checkpoint.safetensors")
+    weights = folder / "best.safetensors"
+    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
+    save_weights(weights, state, {"epoch": "2"})
+    holdout = folder / "holdout.safetensors"
+    truth = np.arange(5)
+    Evaluation(np.linspace(0, 1, 5, dtype=np.float32), truth[::-1].copy(), truth).save(holdout)
+    write_json(folder / "trust.json", {"archs": [{"depth": 1}, {"depth": 2}]})
+    return [
+        Case(folder / "train.json", kept.told),
+        Case(folder / "result.json", kept.result),
+        Case(tiny.path, tiny.read),
+        Case(weights, lambda: load_weights(weights)),
+        Case(weights, lambda: read_metadata(weights)),
+        Case(weights, lambda: load_checkpoint(str(weights))),
+        Case(holdout, lambda: load_arrays(holdout)),
+        Case(folder / "trust.json", lambda: named_archs(folder, 2)),
+    ]
+
+
+def of_cache(folder: Path) -> list[Case]:
+    """A label store of two pieces and a holdout, a teacher."""
+    dataset = prepare(DataSpec("digits", img_size=16, proxy_images=60), folder / "cache")
+    dropped = "key,name\n" + f"{dataset.train.keys[0]},x\n"
+    store = built(folder / "store", dataset, dropped, epochs=1).folder
+
+    def labels() -> Any:
+        opened = open_store(store)
+        rows = [vars(part[np.arange(len(part))]) for part in (opened.epoch(0), opened.holdout())]
+        keys = opened.keys.raw(slice(None)), opened.holdout_keys.raw(slice(None))
+        return [dict(opened.manifest), rows, keys]
+
+    teacher = folder / "teacher"
+    net = torch.nn.Linear(2, 2)
+    from timm import create_model
+
+    net = create_model("test_vit", num_classes=10)
+    digest = save_weights(teacher / "weights.safetensors", net.state_dict())
+    from dataclasses import asdict
+
+    from nas.distill.teacher import SCHEMA
+
+    told = asdict(teacher_info(model="test_vit", digest=digest, mean=(0.5,) * 3, std=(0.5,) * 3,
+                               student_mean=(0.5,) * 3, student_std=(0.5,) * 3))  # fmt: skip
+    write_json(teacher / "info.json", {"schema": SCHEMA, "info": told})
+
+    def asked() -> Any:
+        return load_teacher(_read(teacher))(torch.ones(1, 3, 160, 160))
+
+    files = [p for p in sorted(store.rglob("*")) if p.is_file() and p.name[0] != "."]
+    assert {p.name for p in files} >= {"manifest.json", "keys.bin", "dropped.csv", "00000.bin"}
+    return [
+        *(Case(path, labels) for path in files),
+        Case(teacher / "info.json", lambda: vars(_read(teacher))),
+        Case(teacher / "weights.safetensors", asked),
+    ]
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.integers(0, 10**6), st.sampled_from(KINDS), st.integers(0, 10**9),
+    st.sampled_from([1, 2, 4, 16, 64, 512, 4096]), st.randoms(use_true_random=False),
+)  # fmt: skip
+def test_damage_is_refused_or_harmless(
+    cases: list[Case], which: int, kind: str, at: int, size: int, rng: random.Random
+) -> None:
+    check(cases[which % len(cases)], kind, at, size, rng)
+
+
+def test_every_file_is_hit_in_every_manner(cases: list[Case]) -> None:
+    rng = random.Random(5)
+    for case in cases:
+        for kind in KINDS:
+            length = case.path.stat().st_size
+            check(case, kind, rng.randrange(length), rng.choice([1, 3, 40, 600]), rng)
+
+
+def small(cases: list[Case]) -> Iterator[Case]:
+    seen = set()
+    for case in cases:
+        alike = (case.path.name, case.path.parent.parent.name)
+        if case.path.stat().st_size < 20_000 and alike not in seen:
+            seen.add(alike)
+            yield case
+
+
+def test_every_digit_of_the_json_is_sealed(cases: list[Case]) -> None:
+    """A digit that became another one is the damage that no parser sees."""
+    hit = 0
+    rng = random.Random(0)
+    for case in small(cases):
+        raw = case.path.read_bytes()
+        if case.path.suffix != ".json":
+            continue
+        digits = [at for at, byte in enumerate(raw) if 48 <= byte < 58]
+        for at in rng.sample(digits, min(40, len(digits))):
+            bad = raw[:at] + bytes([48 + (raw[at] - 47) % 10]) + raw[at + 1 :]
+            try:
+                if json.loads(bad) == json.loads(raw):
+                    continue  # the last of seventeen digits: the same number
+            except ValueError:
+                pass  # a leading zero
+            case.path.write_bytes(bad)
+            try:
+                with pytest.raises(InputError):
+                    case.read()
+            finally:
+                case.path.write_bytes(raw)
+            hit += 1
+    assert hit > 200
+
+
+@pytest.mark.slow
+def test_every_bit_of_every_small_file(cases: list[Case]) -> None:
+    rng = random.Random(1)
+
+    class Bit(random.Random):
+        bit = 0
+
+        def randrange(self, *_: Any) -> int:
+            return self.bit
+
+    one = Bit()
+    for case in small(cases):
+        for at in range(case.path.stat().st_size):
+            one.bit = at % 8
+            check(case, "flip", at, 1, one)
+            if at % 7 == 0:
+                check(case, rng.choice(["cut", "zero", "drop"]), at, 8, rng)
+
+
+# The rows of the table of measurements are chained
+
+
+def test_no_row_of_the_measurements_is_lost_or_moved_unseen(run: Path, tmp_path: Path) -> None:
+    lines = (run / "measurements.csv").read_text().splitlines()
+    path = tmp_path / "m.csv"
+    assert len(lines) > 4
+    rows = read_measurements(run / "measurements.csv")
+
+    def read(some: list[str]) -> Any:
+        path.write_text("\n".join(some) + "\n")
+        return read_measurements(path)
+
+    for at in range(1, len(lines)):
+        if at < len(lines) - 1:  # the end may be torn
+            with pytest.raises(InputError, match=r"m\.csv line"):
+                read(lines[:at] + lines[at + 1 :])
+            with pytest.raises(InputError, match=r"m\.csv line"):
+                read([*lines[:at], lines[at + 1], lines[at], *lines[at + 2 :]])
+        with pytest.raises(InputError, match=r"m\.csv line"):
+            read([*lines[: at + 1], *lines[at:]])
+        assert read(lines[: at + 1]) == rows[:at]
+
+
+# What older versions wrote has no seals
+
+
+def test_files_without_a_seal_are_read_as_before(cases: list[Case]) -> None:
+    for case in cases:
+        raw, good = case.path.read_bytes(), case.read()
+        if case.path.suffix == ".json" and case.path.name != "manifest.json":
+            told = json.loads(raw)
+            assert told.pop(SEAL)
+            case.path.write_text(json.dumps(told))
+        elif case.path.suffix == ".safetensors" and "run" not in case.path.parts:
+            metadata = read_metadata(case.path)
+            assert SEAL not in metadata
+            save_file(load_file(case.path), case.path, metadata)
+        else:
+            continue
+        try:
+            assert same(good, case.read()), case.path
+        finally:
+            case.path.write_bytes(raw)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False,
+                                                                       allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text(), JSON, max_size=4), st.text())
+def test_a_seal_fits_its_value_and_no_other(value: dict[str, Any], key: str) -> None:
+    value.pop(SEAL, None)
+    told = json.loads(json.dumps(sealed(value)))
+    assert unsealed("x", told) == value
+    assert list(told) == [*value, SEAL]
+    assert unsealed("x", value) is value
+    assert told[SEAL] == digest_of(value)
+    if key not in told:
+        with pytest.raises(InputError, match="its seal does not fit"):
+            unsealed("x", {**told, key: 1})
+    for gone in value:
+        with pytest.raises(InputError, match="its seal does not fit"):
+            unsealed("x", {k: v for k, v in told.items() if k != gone})
+
+
+@pytest.mark.parametrize("value", [(1, 2), {3: 4}, {"a": (1, {2: 3})}])
+def test_values_are_sealed_as_they_will_be_read(value: Any, tmp_path: Path) -> None:
+    """JSON has no tuples, and its keys are text."""
+    write_json(tmp_path / "x.json", {"value": value})
+    assert read_json(tmp_path / "x.json", "x") == json.loads(json.dumps({"value": value}))
+
+
+# Through the entry points
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, path
+    path.write_text(text.replace(old, new, 1))
+
+
+def digit(path: Path, after: str) -> None:
+    """Change the first digit behind some words."""
+    text = path.read_text()
+    at = next(i for i in range(text.index(after) + len(after), len(text)) if text[i].isdigit())
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+
+
+HURT: dict[str, Callable[[Path], None]] = {
+    "run.json": lambda run: digit(run / "run.json", '"target_params"'),
+    "measurements.csv": lambda run: digit(run / "measurements.csv", "gate,"),
+    "a job's score": lambda run: digit(job(run) / "result.json", '"soft_loss"'),
+    "result.json": lambda run: digit(run / "result.json", '"seconds"'),
+}
+
+
+def job(run: Path) -> Path:
+    return next(p.parent for p in sorted(run.glob("work/s1-*/result.json")))
+
+
+@pytest.mark.parametrize("what", HURT)
+def test_a_resumed_run_names_the_damaged_file_and_loses_nothing(
+    what: str, finished: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    if what != "result.json":
+        (folder / "result.json").unlink()
+    HURT[what](folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*.json")}
+    flags = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+    assert main(flags) == 2
+    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    named = "result.json" if what.startswith("a job") else what
+    assert f"{named}" in lines[0]
+    assert {p: p.read_bytes() for p in folder.rglob("*.json")} == before
+
+
+def test_a_seed_whose_arch_was_changed_is_refused(
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "best.json"
+    shutil.copyfile(run / "best.json", path)
+    digit(path, '"embed_dims"')
+    with pytest.raises(InputError, match=f'take its "{SEAL}" out'):
+        get_family("tinyvit").seed(str(path))
+    told = json.loads(path.read_text())
+    del told[SEAL]
+    del told["arch"]
+    told["arch"] = json.loads((run / "best.json").read_text())["arch"]
+    path.write_text(json.dumps(told))
+    assert get_family("tinyvit").seed(str(path)) == get_family("tinyvit").seed(
+        str(run / "best.json")
+    )
+
+
+def test_the_tables_of_a_finished_run_are_those_that_it_drew(run: Path) -> None:
+    rows = list(csv.reader((run / "ledger.csv").read_text().splitlines()))
+    assert len(read_run(run).ledger) == len(rows) - 1
+    raw = (run / "ledger.csv").read_bytes()
+    (run / "ledger.csv").unlink()
+    with pytest.raises(InputError, match=r"ledger\.csv: got no such file"):
+        read_run(run)
+    (run / "ledger.csv").write_bytes(raw)
+
+
+def test_the_cache_of_pixels_is_whole_or_refused(tmp_path: Path) -> None:
+    folder = prepare(DataSpec("digits", img_size=16, proxy_images=60), tmp_path).folder
+    for path in sorted(folder.glob("*")):
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1])
+        with pytest.raises(InputError):
+            open_dataset(folder)
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        with pytest.raises(InputError):
+            open_dataset(folder, verify=True)
+        path.write_bytes(raw)
+    assert len(open_dataset(folder, verify=True).train)

@@ -1,0 +1,242 @@
+"""Whatever a user's file or text holds: a value, or one line; never another error, never a hang."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks import fuzz as tool
+from benchmarks._parsers import PARSERS, Parser
+from benchmarks.fuzz import fuzz, judged, main, mutated
+from space.errors import InputError, refuse
+
+NAMES = [parser.name for parser in PARSERS]
+LIMIT_S = 30.0  # of one reading, on a machine that others use
+
+
+def called(name: str) -> Parser:
+    return next(parser for parser in PARSERS if parser.name == name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_valid_files_are_read(name: str) -> None:
+    """Otherwise the mutations of them would be refused at the door."""
+    parser = called(name)
+    seeds = parser.seeds()
+    assert seeds
+    assert seeds == parser.seeds()
+    for data in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            assert parser.read(data, Path(folder)) is not None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.one_of(st.binary(max_size=400), st.text(max_size=200).map(
+    lambda text: text.encode("utf-8", "surrogatepass"))))  # fmt: skip
+def test_any_bytes_are_a_value_or_one_line(name: str, data: bytes) -> None:
+    assert judged(called(name), data, LIMIT_S) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.one_of(
+            st.text(max_size=4),
+            st.sampled_from(["family", "arch", "seal", "config", "recipe", "schema", "files",
+                             "spec", "archs", "order", "info", "networks", "finalists", "path"]),
+        ),
+        inner, max_size=4,
+    ),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if called(n).seeds()[-1][:1] in b"{["])
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(value=JSON)
+def test_any_json_is_a_value_or_one_line(name: str, value: object) -> None:
+    assert judged(called(name), json.dumps(value).encode(), LIMIT_S) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rng=st.randoms(use_true_random=False))
+def test_a_mutated_valid_file_is_a_value_or_one_line(name: str, rng: random.Random) -> None:
+    parser = called(name)
+    seeds = parser.seeds()
+    assert judged(parser, mutated(rng.choice(seeds), seeds, rng), LIMIT_S) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thousand_executions_of_each_parser_find_nothing(name: str) -> None:
+    found = fuzz(called(name), seconds=1.0, random_seed=11, limit_s=LIMIT_S, executions=1000)
+    assert found.crashes == {}
+    assert found.executions >= 1000
+    assert found.lines
+
+
+# What the fuzzer found once: parser, and how a valid file was changed
+
+ONCE: list[tuple[str, object]] = [
+    ("finalists", {"family": [], "finalists": []}),
+    ("finalists", {"family": None, "finalists": []}),
+    ("result", {"status": "reached", "exit_code": 0, "message": "", "path": [[["a"]]]}),
+    ("run", {"schema": 1, "config": {"seed": 1, "target_params": 5, "device": None}}),
+    ("run", {"schema": 1, "config": [["seed", 1]]}),
+    ("run", {"schema": 1, "config": None}),
+    ("teacher", []),
+    ("teacher", {"schema": 1, "info": {"x": 1}}),
+]
+
+
+@pytest.mark.parametrize("at", range(len(ONCE)))
+def test_what_crashed_once_is_refused(at: int, tmp_path: Path) -> None:
+    name, value = ONCE[at]
+    data = json.dumps(value).encode()
+    assert judged(called(name), data, LIMIT_S) is None
+
+
+@pytest.mark.parametrize("size", ["1e999", "1e308", '"x"', "null", "[]"])
+def test_a_size_that_is_none_is_refused(size: str, tmp_path: Path) -> None:
+    (raw,) = called("hub").seeds()
+    for old in (b"[3, 32, 32]", b"[3, 32, 32]"):
+        bad = raw.replace(old, f"[3, 32, {size}]".encode())
+        assert bad != raw
+        parser = called("hub")
+        if size in ("1e308",):
+            assert judged(parser, bad, LIMIT_S) is None
+            continue
+        with pytest.raises(InputError, match=r"config\.json without sound preprocessing"):
+            parser.read(bad, tmp_path)
+
+
+def test_a_manifest_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nested too deeply"):
+        called("manifest").read(b"[" * 100_000, tmp_path)
+
+
+def test_odd_manifests_are_refused(tmp_path: Path) -> None:
+    told = json.loads(called("manifest").seeds()[1])
+    for name, values in {
+        "epochs": (0, -1, "1", None, 1.5), "piece_records": (0, True, [], 2**40),
+        "files": (None, 3, {"../x": ""}, {"keys.bin.": ""}), "libraries": (None, []),
+        "spec": (None, [], {}), "id": (None, "x"), "schema": (None, 99),
+    }.items():  # fmt: skip
+        for value in values:
+            with pytest.raises(InputError) as caught:
+                called("manifest").read(json.dumps({**told, name: value}).encode(), tmp_path)
+            assert "\n" not in str(caught.value)
+        missing = {k: v for k, v in told.items() if k != name}
+        with pytest.raises(InputError):
+            called("manifest").read(json.dumps(missing).encode(), tmp_path)
+    for name, value in (("scale", [0.5]), ("scale", []), ("ratio", [1.0]), ("ratio", 3)):
+        spec = {**told["spec"], "augment": {**told["spec"]["augment"], name: value}}
+        with pytest.raises(InputError, match="augmentation"):
+            called("manifest").read(json.dumps({**told, "spec": spec}).encode(), tmp_path)
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_pickle_is_refused_or_tensors(data: bytes) -> None:
+    head = called("pickle").seeds()[1][:40]
+    for whole in (data, head + data, b"\x80\x02" + data + b"."):
+        assert judged(called("pickle"), whole, LIMIT_S) is None
+
+
+def test_a_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    with pytest.raises(InputError, match="objects in pickles can run code"):
+        called("pickle").read(pickle.dumps({"a": Evil()}, protocol=2), tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# The fuzzer itself
+
+
+def _locked(data: bytes, folder: Path) -> object:
+    """Needs its way found: each byte right shows in the lines that were run."""
+    from space.seal import unsealed
+
+    text = data.decode("utf-8", "replace")
+    if "{" not in text:
+        raise refuse("x", text, "an object")
+    value = json.loads(data) if text.startswith("{") else {}
+    unsealed("x", value)
+    if value.get("a") == -1:
+        raise KeyError("found")
+    return value
+
+
+def test_the_fuzzer_finds_a_planted_crash_and_repeats_itself() -> None:
+    def read(data: bytes, folder: Path) -> object:
+        try:
+            return _locked(data, folder)
+        except (ValueError, RecursionError, AttributeError, TypeError):
+            raise refuse("x", "bad", "an object") from None
+
+    planted = Parser("planted", lambda: [b'{"a": 1, "b": 2}'], read)
+    one, two = (fuzz(planted, seconds=1.0, random_seed=3, executions=2000) for _ in range(2))
+    assert [what.split(" at ")[0] for what in one.crashes] == ["KeyError"]
+    assert json.loads(next(iter(one.crashes.values())))["a"] == -1
+    assert one == two
+    assert any("seal.py" in name for name, _ in one.lines)
+
+
+def test_the_fuzzer_sees_a_hang_and_a_refusal_of_two_lines() -> None:
+    def slow(data: bytes, folder: Path) -> object:
+        import time
+
+        time.sleep(0.02)
+        return data
+
+    def long_winded(data: bytes, folder: Path) -> object:
+        raise InputError("one\ntwo")
+
+    assert judged(Parser("slow", list, slow), b"", 0.01) == "longer than 0.01 s"
+    assert judged(Parser("long", list, long_winded), b"", 9.0) == "a refusal that is not one line"
+
+
+def test_crashes_are_kept_as_hex_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(data: bytes, folder: Path) -> object:
+        if data.startswith(b"a") and len(data) < 3:
+            raise IndexError("short")
+        return data
+
+    monkeypatch.setattr(tool, "PARSERS", (Parser("short", lambda: [b"abcdef"], read),))
+    flags = ["--executions", "300", "--out", str(tmp_path / "out")]
+    assert main(flags) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["crashes"] == 1
+    assert told["executions"] == 300
+    (kept,) = (tmp_path / "out").iterdir()
+    with pytest.raises(IndexError):
+        read(bytes.fromhex(kept.read_text()), tmp_path)
+    assert main([*flags, "--parser", "none"]) == 2
+    assert capsys.readouterr().err.startswith("error: --parser: got none, want one of short")
+
+
+@given(st.randoms(use_true_random=False), st.lists(st.binary(max_size=50), min_size=1, max_size=3))
+def test_mutations_stay_small_and_follow_the_random_state(
+    rng: random.Random, corpus: list[bytes]
+) -> None:
+    state = rng.getstate()
+    first = mutated(corpus[0], corpus, rng)
+    rng.setstate(state)
+    assert mutated(corpus[0], corpus, rng) == first
+    assert len(first) <= 1 << 16

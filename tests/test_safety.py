@@ -1,0 +1,235 @@
+"""Nothing executes what it reads, and no name in a file leads out of its folder."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.data import DataSpec, open_dataset, prepare
+from nas.data.cache import hold
+from nas.data.files import digest_of, read_sealed, write_sealed
+from nas.distill.build import merge_stores
+from nas.distill.store import open_store
+from nas.distill.teacher import _read
+from nas.files import member, write_json
+from nas.measure.bundled import LIST, main
+from space.errors import InputError
+from tests.label_cases import built
+from tests.test_architecture import modules
+
+RUNS_CODE = {
+    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml",
+    "ruamel", "jsonpickle", "code", "codeop",
+}  # fmt: skip
+"""Modules that make objects, or code, of what they read."""
+CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def trees() -> Iterator[tuple[str, ast.AST]]:
+    for module, path in modules().items():
+        yield module, ast.parse(path.read_text())
+
+
+def dotted(node: ast.AST) -> str:
+    """Write a call's name out: torch.load."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def literal(call: ast.Call, name: str) -> object:
+    """Give a keyword's literal value, None where it is absent."""
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            return "unknown"  # **more may hold anything
+        if keyword.arg == name:
+            is_literal = isinstance(keyword.value, ast.Constant)
+            return keyword.value.value if is_literal else "unknown"
+    return None
+
+
+def flaws(tree: ast.AST) -> list[str]:
+    """List what could execute what it reads."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [a.name for a in node.names]
+            if isinstance(node, ast.ImportFrom):
+                if node.module == "pickle" and names == ["UnpicklingError"]:
+                    continue  # an exception, which torch.load raises
+                names = [node.module or ""]
+            found += [f"imports {n}" for n in names if n.split(".")[0] in RUNS_CODE]
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        last = name.split(".")[-1]
+        if name in CALLS or name in {f"builtins.{call}" for call in CALLS}:
+            found.append(f"calls {name}")
+        if name == "torch.load" and literal(node, "weights_only") is not True:
+            found.append("torch.load without weights_only=True")
+        if name in ("np.load", "numpy.load") and literal(node, "allow_pickle") not in (None, False):
+            found.append("numpy.load with allow_pickle")
+        if literal(node, "shell") not in (None, False) and last in (
+            "run", "Popen", "call", "check_call", "check_output",
+        ):  # fmt: skip
+            found.append("shell=True")
+        if name in ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"):
+            found.append(f"calls {name}")
+        if last in ("full_load", "unsafe_load") or name in ("torch.jit.load", "torch.package"):
+            found.append(f"calls {name}")
+    return found
+
+
+def test_nothing_executes_what_it_reads() -> None:
+    seen = {module: flaws(tree) for module, tree in trees()}
+    assert len(seen) > 150
+    assert {module: found for module, found in seen.items() if found} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import pickle", "from joblib import load", "import yaml", "eval('1')", "exec(x)",
+     "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, **more)",
+     "torch.load(p, weights_only=flag)", "np.load(p, allow_pickle=True)",
+     "numpy.load(p, allow_pickle=x)", "subprocess.run(x, shell=True)", "os.system(x)",
+     "torch.jit.load(p)", "from pickle import loads"],
+)  # fmt: skip
+def test_the_law_sees_each_flaw(text: str) -> None:
+    assert len(flaws(ast.parse(text))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["import json", "torch.load(p, weights_only=True)", "np.load(p)", "model.eval()",
+     "np.load(p, allow_pickle=False)", "re.compile('x')", "subprocess.run(['ls'], check=True)",
+     "from pickle import UnpicklingError"],
+)  # fmt: skip
+def test_the_law_lets_the_rest_pass(text: str) -> None:
+    assert flaws(ast.parse(text)) == []
+
+
+# Names in a folder's own JSON
+
+PARTS = st.sampled_from(["..", ".", "a", "b.bin", "sub", "", "/", "~"])
+NAMES = st.one_of(st.text(), st.lists(PARTS, min_size=1, max_size=4).map("/".join))
+
+
+@given(NAMES)
+def test_a_member_lies_in_its_folder_or_is_refused(name: str) -> None:
+    folder = Path("/tmp/no/such/folder")
+    inside = os.path.normpath(os.path.join(folder, name))
+    stays = inside == str(folder) or inside.startswith(f"{folder}{os.sep}")
+    try:
+        found = member(folder, name, "x.json: files")
+    except InputError as error:
+        assert "\n" not in str(error)
+        if name and "\0" not in name and name.isprintable():
+            # What goes up and comes back is refused, too: nobody writes that.
+            assert not stays or ".." in name.split("/")
+    else:
+        assert stays
+        assert os.path.normpath(found) == inside
+
+
+@pytest.mark.parametrize("value", [None, 3, ["a"], {"a": 1}, True])
+def test_a_member_is_text(value: object, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"x\.json: files: got "):
+        member(tmp_path, value, "x.json: files")
+
+
+def test_links_that_lead_out_or_in_circles_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "secret").write_text("x")
+    (folder / "file").write_text("x")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (folder / "up").symlink_to("..", target_is_directory=True)
+    (folder / "in").symlink_to("file")
+    (folder / "circle").symlink_to("circle")
+    assert member(folder, "in", "f") == folder / "in"
+    assert member(folder, "sub/new", "f") == folder / "sub" / "new"
+    for name in ("out", "up/secret"):
+        with pytest.raises(InputError, match="a link that leads out"):
+            member(folder, name, "f")
+        assert member(folder, name, "f", links=True) == folder / name
+    with pytest.raises(InputError, match="circle"):
+        member(folder, "circle/x", "f")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache")
+    return prepare(DataSpec("digits", img_size=16, proxy_images=60), cache).folder
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.bin", "/etc/hostname", "sub/../../out.bin", "manifest.json"]
+)
+def test_a_store_names_its_own_three_files_only(name: str, digits: Path, tmp_path: Path) -> None:
+    """A merge copies them by name: another one would be written anywhere."""
+    folder = built(tmp_path / "store", open_dataset(digits), epochs=1).folder
+    manifest = read_sealed(folder / "manifest.json")
+    manifest["files"][name] = "0" * 64
+    write_sealed(folder / "manifest.json", manifest)
+    before = sorted(tmp_path.rglob("*"))
+    for read in (lambda: open_store(folder), lambda: merge_stores(tmp_path / "all", [folder])):
+        with pytest.raises(InputError, match=r"manifest\.json: files: got ") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_teacher_lies_where_it_is_found(tmp_path: Path) -> None:
+    """Its info.json cannot send a reader to other weights."""
+    info = {
+        "folder": "/elsewhere", "id": "t", "digest": "d", "model": "m", "kwargs": {},
+        "num_classes": 2, "mean": [0.0], "std": [1.0], "input_size": None, "student_mean": [0.0],
+        "student_std": [1.0], "epochs": 1, "holdout_top1": 0.5, "holdout_top1_se": 0.1,
+        "holdout_images": 4, "notes": [],
+    }  # fmt: skip
+    from nas.distill.teacher import SCHEMA
+
+    write_json(tmp_path / "info.json", {"schema": SCHEMA, "info": info})
+    assert _read(tmp_path).folder == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../net.onnx", "/net.onnx", 7, None])
+def test_a_bundle_times_its_own_networks_only(
+    name: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = {"batch": 1, "img_size": 32, "reference": True, "file": name}
+    write_json(tmp_path / LIST, {"networks": [network]})
+    assert main(["--networks", str(tmp_path), "--out", str(tmp_path / "t.csv")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{LIST}: file: got" in line
+
+
+def test_images_that_are_decoded_on_access_stay_in_their_folder(tmp_path: Path) -> None:
+    from nas.data.decoded import DecodedFiles
+
+    (tmp_path / "in").mkdir()
+    shutil.copyfile(__file__, tmp_path / "out.png")
+    for name in ("../out.png", str(tmp_path / "out.png"), "a/../../out.png"):
+        images = DecodedFiles(tmp_path, "train", tmp_path / "in", [name], ["0" * 32], 16, 16)
+        with pytest.raises(InputError, match="want a name inside"):
+            images[0]
+
+
+def test_what_a_cache_folder_describes_is_its_own(digits: Path, tmp_path: Path) -> None:
+    """Its tables have fixed names: none that the description brings along is looked at."""
+    folder = tmp_path / digits.name
+    shutil.copytree(digits, folder)
+    meta = read_sealed(folder / "meta.json")
+    meta["files"]["../../x"] = {"bytes": 1, "sha256": "0" * 64}
+    write_sealed(folder / "meta.json", meta)
+    assert hold(folder)
+    assert open_dataset(folder).fingerprint == meta["fingerprint"]
+    assert digest_of(json.loads("{}")) == digest_of({})

@@ -34,20 +34,22 @@ TAG = "CHAOS_TAG"
 PASSING = ("seconds", "log")
 """Columns of a ledger that tell of a moment, not of a decision (and `trial`: the order)."""
 TIMES = ("seconds", "images_per_s", "peak_mem_bytes")
-LEFTOVERS = (".*.tmp", "*.part", ".*.tmp-journal", ".seen-*", "*.failed.json")
+LEFTOVERS = (".*.tmp", "*.part", ".*.tmp-journal", "*.failed.json")
 
 
 @dataclass(frozen=True)
 class Kind:
     """Something that is disturbed: how it is begun and gone on with, and what is compared then.
 
-    Kinds of one name end alike, whatever they work with.
+    Kinds of one name end alike, whatever they work with. A `warm` one is timed with a cache that
+    has what earlier runs kept.
     """
 
     name: str
     begin: Callable[[Path, Path], list[str]]
     again: Callable[[Path, Path], list[str]]
     outcome: Callable[[Path], Any]
+    warm: bool = False
 
 
 @dataclass
@@ -159,7 +161,9 @@ class Arena:
         write_json(self.folder / "vit.json", {"family": "vit", "arch": VIT})
         self._truths: dict[str, tuple[Any, float]] = {}
 
-    def contract(self, *more: str, seed: str | None = None, size: Sequence[str] = ()) -> Kind:
+    def contract(
+        self, *more: str, seed: str | None = None, size: Sequence[str] = (), warm: bool = False
+    ) -> Kind:
         """Return a small contraction with recorded measurements, or one of a published seed."""
         name = "run" if seed is None else f"run-{seed}"
         small = (
@@ -181,7 +185,7 @@ class Arena:
         def again(out: Path, cache: Path) -> list[str]:
             return ["nas.contract", "--resume", str(out), "--cache-dir", str(cache), *more]
 
-        return Kind(name, begin, again, run_outcome)
+        return Kind(name, begin, again, run_outcome, warm)
 
     def labels(self, *more: str) -> Kind:
         """Return the building of a store of labels."""
@@ -236,9 +240,14 @@ class Arena:
             )
         return self._truths[kind.name]
 
+    def cache(self, kind: Kind) -> Path:
+        """Return the cache of a kind's undisturbed runs."""
+        return self.folder / f"{kind.name}-cache"
+
     def _undisturbed(self, kind: Kind, out: Path, told: Path) -> float:
-        cache = self.folder / "undisturbed-cache"
-        shutil.rmtree(cache, ignore_errors=True)
+        cache = self.cache(kind)
+        if not kind.warm:
+            shutil.rmtree(cache, ignore_errors=True)
         self.say(f"undisturbed: {kind.name}")
         begun = start(kind.begin(out, cache), told)
         code = begun.end()

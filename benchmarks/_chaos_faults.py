@@ -93,13 +93,19 @@ def disturbed(
     act: Callable[[Started, random.Random], list[str]],
     *,
     goes_on: bool = False,
+    warm: bool = False,
 ) -> Callable[[Arena, Path, random.Random], Try]:
-    """Return a try: begin, act at a random instant, and go on unless it `goes_on` by itself."""
+    """Return a try: begin, act at a random instant, and go on unless it `goes_on` by itself.
+
+    A `warm` one finds data, teacher, labels and the trained seed in its cache.
+    """
 
     def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
         kind = make(arena, rng)
         truth, seconds = arena.truth(kind)
         out, cache = folder / "out", folder / "cache"
+        if warm:
+            shutil.copytree(arena.cache(kind), cache)
         process = start(kind.begin(out, cache), folder / "first.log")
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.end(rng.uniform(0.02, 0.95) * seconds)
@@ -209,7 +215,7 @@ def disk_full(arena: Arena, folder: Path, rng: random.Random) -> Try:
     kind = arena.contract()
     arena.truth(kind)
     used = arena.folder / kind.name
-    places = (used, arena.folder / "undisturbed-cache")
+    places = (used, arena.cache(kind))
     whole = sum(p.stat().st_size for f in places for p in f.rglob("*") if p.is_file())
     disk = folder / "disk"
     with small_disk(disk, max(65536, int(rng.uniform(0.02, 1.1) * whole))):
@@ -378,17 +384,17 @@ FAULTS: dict[str, Fault] = {
     "the disk is full": Fault(10, _run, disk_full),
     "the disk is read-only": Fault(2, _run, read_only),
     "the database is locked": Fault(3, _run, locked),
-    "a file of the run is damaged": Fault(30, _run, damaged),
-    "Ray: a node removed in every step": Fault(3, _run, cluster("node"), solo=True),
-    "Ray: the driver killed": Fault(3, _run, cluster("driver"), solo=True),
-    "Ray: the head lost": Fault(2, _run, cluster("head"), solo=True),
+    "a file of the run is damaged": Fault(20, _run, damaged),
+    "Ray: a node removed in every step": Fault(2, _run, cluster("node"), solo=True),
+    "Ray: the driver killed": Fault(2, _run, cluster("driver"), solo=True),
+    "Ray: the head lost": Fault(1, _run, cluster("head"), solo=True),
     "kill -9 of the driver, TinyViT-21M": Fault(
         10, lambda a: [published(a)],
-        disturbed(lambda a, rng: published(a), kill_driver), solo=True,
+        disturbed(lambda a, rng: published(a), kill_driver, warm=True), solo=True,
     ),
 }  # fmt: skip
 
 
 def published(arena: Arena) -> Kind:
     """Return the headline contraction: TinyViT-21M to 5M on digits, at effort smoke."""
-    return arena.contract(seed="21M", size=("--target-params", "5M"))
+    return arena.contract(seed="21M", size=("--target-params", "5M"), warm=True)

@@ -21,11 +21,13 @@ class Needs:
     `reads` and `leaves` name what it reads and leaves of the file system, as dotted paths into its
     specification: `dataset`, `parent.weights`. A place with other files is given the former, and
     gives back the latter. Without `leaves` a job stays on the driver's machine, but for one that
-    is `timed`: it belongs to the device that is measured, and is `alone` there.
+    is `timed`: it belongs to the device that is measured, and is `alone` there. Of the folders in
+    `flat` only the files at their top are read.
     """
 
     reads: tuple[str, ...] = ()
     leaves: str | None = None
+    flat: tuple[str, ...] = ()
     timed: bool = False
     alone: bool = False
 

@@ -11,6 +11,8 @@ from nas.command import default_cache
 from nas.data import Dataset, DataSpec
 from nas.door import prepared
 from nas.executor import Executor, LocalExecutor
+from nas.executor.make import make_executor
+from nas.executor.means import Means
 from nas.jobs import Job, Result
 from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
@@ -44,6 +46,7 @@ def build(
     threads: int | None = None,
     processes: int = 1,
     part: tuple[int, int] = (1, 1),
+    means: Means | None = None,
     cache_dir: str | Path | None = None,
     console: Console | None = None,
 ) -> Mapping[str, Any]:
@@ -51,9 +54,10 @@ def build(
 
     `data`, `teacher` and the sizes are as in `nas.contract`; `augment` names a preset whose fields
     `changes` overrides; `limit` labels so many images; `clean` drops images on which teacher and
-    label disagree; `part` (i, n) makes every n-th piece only, for n machines. Returns the store's
-    `folder`, `id`, `records`, `bytes_per_record` and more. A killed build goes on where it stopped.
-    Raises InputError.
+    label disagree; `part` (i, n) makes every n-th piece only, for n machines; `means` may name a
+    cluster, and `processes` is how many parts are made there. Returns the store's `folder`, `id`,
+    `records`, `bytes_per_record` and more. A killed build goes on where it stopped. Raises
+    InputError.
     """
     console = console if console is not None else Console(quiet=True)
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
@@ -96,7 +100,22 @@ def build(
             )
         _announce(begun, console)
         worker.rest()  # what a teacher's training left in a GPU's memory is for all
-        _make(begun, dataset, info, part, device, processes, worker, console)
+        at, parts = part
+        mine = [(at + parts * one, parts * processes) for one in range(processes)]
+        if means is None or means.executor == "local":
+            _make(begun, dataset, info, mine, device, worker, console)
+        else:
+            # A part comes back from a cluster whole: one that is there is not made again.
+            open_parts = []
+            for each in mine:
+                left = labelling.begin(
+                    do, dataset, info, request, place, named=out is not None, made_by=made_by,
+                    part=each,
+                )  # fmt: skip
+                if left["pieces"]:
+                    open_parts.append(each)
+            with make_executor(means, threads=threads, device=device) as cluster:
+                _make(begun, dataset, info, open_parts, device, cluster, console)
     return {
         **begun,
         "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"]),
@@ -139,20 +158,13 @@ def _make(
     begun: Mapping[str, Any],
     dataset: Dataset,
     info: Mapping[str, Any],
-    part: tuple[int, int],
+    parts: Sequence[tuple[int, int]],
     device: str,
-    processes: int,
     executor: Executor,
     console: Console,
 ) -> None:
     """Make the pieces side by side."""
-    at, parts = part
-    jobs = [
-        labelling.build_job(
-            begun, dataset, info, part=(at + parts * one, parts * processes), device=device
-        )
-        for one in range(processes)
-    ]
+    jobs = [labelling.build_job(begun, dataset, info, part=one, device=device) for one in parts]
     console.start(sum(job.units for job in jobs), unit="images")
     try:
         for result in executor.stream(

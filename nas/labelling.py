@@ -11,7 +11,7 @@ from typing import Any
 
 from nas.data import Dataset
 from nas.data.files import read_sealed
-from nas.jobs import Job, Result
+from nas.jobs import Job, Needs, Result
 from space.errors import InputError, refuse
 
 Do = Callable[[Job], Result]
@@ -134,7 +134,8 @@ def build_job(
         "batch_size": batch_size,
     }
     records = begun["images"] * begun["epochs"] + len(dataset.holdout)
-    return Job("labels", f"labels-{part[0]}-{part[1]}", spec, units=records / part[1])
+    needs = Needs(("dataset", "folder", "info.folder"), "folder", flat=("folder",))
+    return Job("labels", f"labels-{part[0]}-{part[1]}", spec, records / part[1], needs)
 
 
 def build(do: Do, job: Job) -> None:

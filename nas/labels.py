@@ -12,7 +12,9 @@ from typing import Any
 from nas.command import Parser, default_cache, guarded
 from nas.config import LABEL_CHOICES, parse_share
 from nas.data.cache import cache_report, clean_cache, parse_bytes
+from nas.executor.means import EXECUTORS, Means
 from nas.label_tool import build, info, merge, verify
+from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from space.errors import refuse
 
@@ -78,6 +80,10 @@ def build_parser() -> Parser:
                       help="decode files each time instead of keeping their pixels")  # fmt: skip
     make.add_argument("--out", metavar="DIR", help="the store's folder (default: in the cache)")
     make.add_argument("--processes", type=int, default=1, help="of this machine (default: 1)")
+    make.add_argument("--executor", choices=EXECUTORS, default="local",
+                      help="ray: --processes parts are made as tasks of a cluster")  # fmt: skip
+    make.add_argument("--ray-address", metavar="ADDRESS", help="HOST:PORT or auto (default: a "
+                      "cluster of this machine alone)")  # fmt: skip
     make.add_argument("--part", default="1/1", metavar="I/N",
                       help="make every N-th piece: one of N machines (see merge)")  # fmt: skip
     make.add_argument("--threads", type=int, help="torch's, a process; part of the store")
@@ -104,6 +110,11 @@ def build_parser() -> Parser:
     return parser
 
 
+def _means(arguments: argparse.Namespace) -> Means:
+    workers = min(arguments.processes, usable_cpus())
+    return Means(executor=arguments.executor, ray_address=arguments.ray_address, workers=workers)
+
+
 def _build(arguments: argparse.Namespace, console: Console) -> int:
     clean = None if arguments.clean is None else parse_share("--clean", arguments.clean)
     made = build(
@@ -115,7 +126,8 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
         max_broken=parse_share("--max-broken", arguments.max_broken),
         pixel_cache=arguments.pixel_cache, random_seed=arguments.random_seed,
         device=arguments.device, threads=arguments.threads, processes=arguments.processes,
-        part=_part(arguments.part), cache_dir=arguments.cache_dir, console=console,
+        part=_part(arguments.part), means=_means(arguments),
+        cache_dir=arguments.cache_dir, console=console,
     )  # fmt: skip
     console.line(f"store: {made['folder']} ({made['bytes_per_record']:.1f} bytes a record)")
     return _end(arguments, made)

@@ -165,7 +165,7 @@ def test_the_state_of_a_folder_changes_with_it(tmp_path: Path) -> None:
 def test_a_job_that_fails_on_a_node_leaves_nothing_there(tmp_path: Path) -> None:
     told = {
         "kind": "no such kind", "key": "k", "spec": {"out": "/nowhere/out"}, "units": 0.0,
-        "leaves": "out",
+        "leaves": "out", "flat": [],
     }  # fmt: skip
     answer = do_here(told, [], tmp_path / "node", threads=1, token=None, said=lambda _: None)
     assert not answer["result"]["ok"]

@@ -164,6 +164,7 @@ class Bridge:
         more: dict[str, Any] = {"address": hello["address"]}
         if own:
             more = {
+                "address": "local",  # not one that happens to run here
                 "num_cpus": hello["cpus"],
                 "include_dashboard": False,
                 "object_store_memory": OBJECT_STORE_BYTES,
@@ -248,7 +249,9 @@ class Bridge:
     def start(self, told: Mapping[str, Any]) -> None:
         """Start an attempt as a task."""
         self._leave_bench()
-        boxes = [self._box(told["spec"], dotted) for dotted in told["reads"]]
+        boxes = [
+            self._box(told["spec"], dotted, flat=dotted in told["flat"]) for dotted in told["reads"]
+        ]
         options = {k: self._hello[k] for k in ("session", "threads", "token", "memory_bytes")}
         ref = self._task.remote(
             {k: v for k, v in told.items() if k != "reads"}, boxes, self._board, options
@@ -256,15 +259,15 @@ class Bridge:
         self._tasks[ref] = _Running(told, time.monotonic())
 
     def _box(
-        self, spec: Mapping[str, Any], dotted: str
+        self, spec: Mapping[str, Any], dotted: str, *, flat: bool
     ) -> tuple[str, str, str, str | None, bool, list[Any]]:
         """Have what a job reads on its way: in the object store once, under its content's name."""
         path = Path(at(spec, dotted))
-        state = quick_name(path)
+        state = quick_name(path, flat=flat)
         known = self._boxes.get(str(path))
         if known is None or known[0] != state:
-            data = pack(path)
-            known = (state, content_name(path), [self._ray.put(data)])
+            data = pack(path, flat=flat)
+            known = (state, content_name(path, flat=flat), [self._ray.put(data)])
             self._boxes[str(path)] = known
         spent = dotted.endswith(".checkpoint")
         return dotted, str(path), known[1], path.name if path.is_file() else None, spent, known[2]

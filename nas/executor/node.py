@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.executor.ship import arrive, at, left, place_files, put, state_of
+from nas.executor.ship import arrive, at, content_name, copy_of, left, place_files, put, state_of
 from nas.jobs import Job
 
 LOG_BYTES = 1 << 20
@@ -49,14 +49,14 @@ def do_here(
     place: Path,
     *,
     threads: int,
-    token: str | None,
+    token: Sequence[str] | None,
     said: Said,
 ) -> dict[str, Any]:
     """Do a job on this node and return its result, the files it left, its log and where it was.
 
-    `token` is a file of the driver's: where it is seen, so are the driver's files, and nothing
-    travels to here. What the job leaves is written here and handed back in any case, so that an
-    attempt that dies leaves nothing half.
+    `token` is a file of the driver's and its content's name: where it is seen, so are the driver's
+    files, and nothing travels to here. What the job leaves is written here and handed back in any
+    case, so that an attempt that dies leaves nothing half.
     """
     import torch
 
@@ -64,7 +64,7 @@ def do_here(
 
     started = time.monotonic()
     torch.set_num_threads(threads)
-    near = token is not None and Path(token).is_file()
+    near = token is not None and _sees(*token)
     place.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix="job-", dir=place))
     changes: dict[str, Any] = {}
@@ -82,7 +82,7 @@ def do_here(
         work = own / out.name
         arrived = changes.get(dotted) or (str(out) if near and out.is_dir() else None)
         if arrived is not None:  # it goes on with a folder that is there
-            shutil.copytree(arrived, work)
+            copy_of(Path(arrived), work, flat=dotted in told["flat"])
         changes[dotted] = str(work)
         spec = put(told["spec"], changes)
         if "shared" in spec:
@@ -102,6 +102,11 @@ def do_here(
         shutil.rmtree(own, ignore_errors=True)
         for folder in spent:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sees(path: str, name: str) -> bool:
+    file = Path(path)
+    return file.is_file() and content_name(file) == name
 
 
 @contextlib.contextmanager

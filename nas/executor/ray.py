@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from nas.executor.local import LocalPlaces, package_path
 from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
+from nas.executor.ship import content_name
 from nas.jobs import Job, Result
 from space.errors import refuse
 
@@ -87,7 +87,8 @@ class RayPlaces:
         self._far: dict[tuple[str, int], tuple[Job, float]] = {}
         self._slots = 1
         self._breaks = 0
-        self._token: Path | None = None
+        # A node that sees this very file sees all of ours.
+        self._token = None if logs is None else logs.parent / "run.json"
 
     def idle(self) -> int:
         """Return how many more jobs the cluster takes; a few wait there already."""
@@ -110,6 +111,7 @@ class RayPlaces:
             "kind": job.kind, "key": job.key, "spec": dict(job.spec), "units": job.units,
             "attempt": attempt, "log": log, "reads": list(job.needs.reads),
             "leaves": job.needs.leaves,
+            "flat": list(job.needs.flat),
         }  # fmt: skip
 
     def _start_here(self) -> None:
@@ -216,13 +218,9 @@ class RayPlaces:
         return refuse("--ray-address", f"{named} ({said})", want, "start it, then --resume")
 
     def _hello(self) -> dict[str, Any]:
-        if self._token is None and not self._means.ship:
-            folder = Path.cwd() if self._logs is None else self._logs
-            with contextlib.suppress(OSError):
-                folder.mkdir(parents=True, exist_ok=True)
-                handle, name = tempfile.mkstemp(prefix=".seen-", suffix=".tmp", dir=folder)
-                os.close(handle)
-                self._token = Path(name)
+        token = None
+        if self._token is not None and self._token.is_file() and not self._means.ship:
+            token = [str(self._token), content_name(self._token)]
         return {
             "address": self._means.ray_address,
             "cpus": (self._means.workers or 1) * self._threads,
@@ -231,7 +229,7 @@ class RayPlaces:
             "memory_bytes": self._means.memory_bytes,
             "measure_on": self._means.measure_on,
             "session": uuid.uuid4().hex[:12],
-            "token": None if self._token is None else str(self._token),
+            "token": token,
         }
 
     def _end_bridge(self) -> str:
@@ -250,9 +248,6 @@ class RayPlaces:
         self._waiting.clear()
         self._here.close()
         self._end_bridge()
-        if self._token is not None:
-            self._token.unlink(missing_ok=True)
-            self._token = None
 
 
 class _Bridge:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,13 @@ def put(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def content_name(path: Path, skip: Iterable[str] = ()) -> str:
+def content_name(path: Path, *, flat: bool = False) -> str:
     """Return a name for what a file or folder holds: SHA-256 over names and bytes, 32 characters.
 
-    `skip` names files of the folder that stay behind.
+    Here and below, `flat` leaves out what lies in folders of the folder.
     """
     digest = hashlib.sha256()
-    for file in _files(path, frozenset(skip)):
+    for file in _files(path, flat):
         name = "" if file == path else file.relative_to(path).as_posix()
         digest.update(f"{name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as content:
@@ -61,29 +61,29 @@ def content_name(path: Path, skip: Iterable[str] = ()) -> str:
     return digest.hexdigest()[:32]
 
 
-def quick_name(path: Path) -> str:
+def quick_name(path: Path, *, flat: bool = False) -> str:
     """Return a name for the state of a file or folder: sizes and times of change, 32 characters."""
     digest = hashlib.sha256(str(path).encode())
-    for file in _files(path, frozenset()):
+    for file in _files(path, flat):
         stat = file.stat()
         digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
     return digest.hexdigest()[:32]
 
 
-def _files(path: Path, skip: frozenset[str]) -> list[Path]:
+def _files(path: Path, flat: bool = False) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(path)
-    found = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    return sorted(p for p in found if p.relative_to(path).as_posix() not in skip)
+    found = path.iterdir() if flat else path.rglob("*")
+    return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
 
 
-def pack(path: Path) -> bytes:
+def pack(path: Path, *, flat: bool = False) -> bytes:
     """Return a file or folder as an uncompressed tar; hidden files (locks, leftovers) stay."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as tar:
-        for file in _files(path, frozenset()):
+        for file in _files(path, flat):
             name = path.name if file == path else file.relative_to(path).as_posix()
             tar.add(file, arcname=name, recursive=False)
     return out.getvalue()
@@ -111,12 +111,20 @@ def arrive(place: Path, name: str, load: Callable[[], bytes], *, single: str | N
     return folder if single is None else folder / single
 
 
+def copy_of(folder: Path, target: Path, *, flat: bool) -> None:
+    """Copy a folder."""
+    for file in _files(folder, flat):
+        there = target / file.relative_to(folder)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, there)
+
+
 def state_of(folder: Path) -> dict[str, tuple[int, int]]:
     """Return size and time of change of every file in a folder, {} where there is none."""
     if not folder.is_dir():
         return {}
     found = {}
-    for file in _files(folder, frozenset()):
+    for file in _files(folder):
         stat = file.stat()
         found[file.relative_to(folder).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return found

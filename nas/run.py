@@ -83,6 +83,9 @@ class Task:
     cost: float
 
 
+Ahead = Callable[[Mapping[str, Result], int], Sequence[Task]]
+
+
 def log_of(job: str) -> str:
     """Name the log of a job, as its row does: a path in the run's folder."""
     return f"{LOGS}/{job}.log"
@@ -222,14 +225,14 @@ class Run:
         tasks: Sequence[Task],
         *,
         remember: bool = False,
-        ahead: Callable[[Mapping[str, Result]], Sequence[Task]] | None = None,
+        ahead: Ahead | None = None,
     ) -> list[Result]:
         """Do jobs that leave folders, side by side where the executor can; results in their order.
 
         Each leaves its folder whole or not at all, with its `result.json`; what an earlier process
         of this run finished is taken over, and that a job failed too where it is to `remember`.
-        `ahead` says, by the results so far, which jobs idle workers may do in case that they are
-        asked for next.
+        `ahead` says, by the results so far and how many jobs may run at once, which jobs idle
+        workers may do in case that they are asked for next.
         """
         found: dict[str, Result] = {}
         open_tasks = {}
@@ -246,8 +249,9 @@ class Run:
             found[result.key] = result
             if remember and not result.ok:
                 keep_failure(open_tasks[result.key].out, result)
-            if ahead is not None and len(found) < len(tasks):
-                more = [task for task in ahead(found) if not _left(task.out)]
+            room = self.executor.room
+            if ahead is not None and room > 1 and len(found) < len(tasks):
+                more = [task for task in ahead(found, room) if not _left(task.out)]
                 self.executor.ahead(task.job for task in more)
         return [found[task.job.key] for task in tasks]
 

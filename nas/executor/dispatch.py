@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 SLOW = 3.0
 """A job this many times slower than its kind's median is started once more elsewhere."""
 
+HUNG, LEAST_HUNG_S = 20.0, 900.0
+"""One that takes this many times as long as usual, and so many seconds at least, hangs."""
+
 LEAST_KNOWN = 5
 """Finished jobs of a kind that a median needs."""
 
@@ -165,6 +168,17 @@ class Dispatcher:
             if entry.losses <= self._retries and now - since > SLOW * usual * entry.units:
                 yield key, entry
 
+    def hung(self, now: float) -> list[Start]:
+        """Name the attempts that take so much longer than others did that they will never end."""
+        found = []
+        for key, entry in self._active.items():
+            usual = self._usual.get(entry.kind)
+            if usual is None or not entry.units:
+                continue
+            limit = max(LEAST_HUNG_S, HUNG * usual * entry.units)
+            found += [Start(key, n) for n, since in entry.running.items() if now - since > limit]
+        return found
+
     def begun(self, key: str, attempt: int, now: float) -> None:
         """Take note that an attempt waited at its place until now."""
         entry = self._entries.get(key)
@@ -180,7 +194,7 @@ class Dispatcher:
             paces = self._paces.setdefault(entry.kind, [])
             paces.append((now - entry.running[attempt]) / entry.units)
             del paces[:-101]
-            if self._copies and len(paces) >= LEAST_KNOWN:
+            if len(paces) >= LEAST_KNOWN:
                 self._usual[entry.kind] = statistics.median_high(paces)
         self.drop(key)
         return True

@@ -114,6 +114,10 @@ class LocalPlaces:
             for number in range(workers)
         ]  # fmt: skip
 
+    def room(self) -> int:
+        """Return how many workers there are."""
+        return len(self._workers)
+
     def idle(self) -> int:
         """Return how many workers have nothing to do."""
         return sum(worker.task is None for worker in self._workers)

@@ -21,7 +21,7 @@ KeyTick = Callable[[str, float], None]
 ATTEMPT_COLUMNS = ("job", "attempt", "where", "when", "seconds", "outcome", "reason")
 """Columns of `attempts.csv`; `outcome` is `done`, `failed`, `lost`, `late` or `spare`."""
 
-POLL_S = 0.2
+POLL_S, HUNG_EVERY_S = 0.2, 5.0
 
 Self = TypeVar("Self", bound="Pool")
 
@@ -78,6 +78,9 @@ Event = Ticked | Begun | Ended | Lost
 class Places(Protocol):
     """Where attempts run. Nothing blocks but `poll`, and that no longer than it is told."""
 
+    def room(self) -> int:
+        """Return how many attempts may run at once."""
+
     def idle(self) -> int:
         """Return how many attempts could start now."""
 
@@ -124,7 +127,13 @@ class Pool:
         self._jobs: dict[str, Job] = {}
         self._results: dict[str, Result] = {}
         self._early: dict[str, float] = {}
-        self._said: dict[tuple[str, int], float] = {}
+        self._said: dict[str, dict[int, float]] = {}
+        self._looked = time.monotonic()
+
+    @property
+    def room(self) -> int:
+        """How many jobs may run at once."""
+        return self._places.room()
 
     def run(
         self,
@@ -222,13 +231,13 @@ class Pool:
 
     def _clear(self, key: str) -> None:
         self._jobs.pop(key, None)
-        for known in [k for k in self._said if k[0] == key]:
-            del self._said[known]
+        self._said.pop(key, None)
 
     def _turn(self, wanted: set[str], tick: KeyTick) -> None:
         """Start what can start, and take note of what happened."""
         for start in self._queue.next(time.monotonic(), self._places.idle()):
             self._places.start(self._jobs[start.key], start.attempt)
+        self._end_hung()
         for event in self._places.poll(POLL_S):
             if isinstance(event, Ticked):
                 self._ticked(event, wanted, tick)
@@ -239,14 +248,25 @@ class Pool:
             else:
                 self._lost(event)
 
+    def _end_hung(self) -> None:
+        """End what will never end; it counts as lost, whatever limit the user gave."""
+        now = time.monotonic()
+        if now - self._looked < HUNG_EVERY_S:
+            return
+        self._looked = now
+        for start in self._queue.hung(now):
+            self._places.cancel(start.key, start.attempt)
+            reason = "far longer than other jobs of its kind: it hangs"
+            self._lost(Lost(start.key, start.attempt, reason, "", late=True))
+
     def _ticked(self, event: Ticked, wanted: set[str], tick: KeyTick) -> None:
         # Of several attempts the one that is furthest counts: work done twice is not progress.
         key = event.key
         if key not in self._jobs:
             return
-        before = max((v for k, v in self._said.items() if k[0] == key), default=0.0)
-        own = self._said.get((key, event.attempt), 0.0) + event.units
-        self._said[key, event.attempt] = own
+        said = self._said.setdefault(key, {})
+        before = max(said.values(), default=0.0)
+        own = said[event.attempt] = said.get(event.attempt, 0.0) + event.units
         more = max(0.0, own - before)
         if key in wanted:
             tick(key, more)
@@ -301,6 +321,8 @@ class Pool:
 
 class InlineExecutor:
     """Runs jobs in this process: for tests and debuggers. A crash takes the run along."""
+
+    room = 1
 
     def run(
         self,

@@ -90,6 +90,10 @@ class RayPlaces:
         # A node that sees this very file sees all of ours.
         self._token = None if logs is None else logs.parent / "run.json"
 
+    def room(self) -> int:
+        """Return how many jobs the cluster takes at a time, as far as is known."""
+        return self._slots
+
     def idle(self) -> int:
         """Return how many more jobs the cluster takes; a few wait there already."""
         ahead = max(1, self._slots // 4) if self._means.ray_address is not None else 0

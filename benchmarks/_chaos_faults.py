@@ -350,7 +350,7 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
         wrong = list(found["wrong"])
         wrong += [f"another {name}" for name in differences(kind, truth, out)]
         wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
-        return Try(wrong, found["late_s"])
+        return Try(wrong, found["took_s"] - seconds)
 
     return do
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import math
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from nas.cells import Writer
 from nas.files import write_atomic
 from space.errors import refuse
 
@@ -43,7 +43,7 @@ class Row:
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """Write rows, dataclasses of one kind, as CSV; None and NaN are empty cells."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow([f.name for f in dataclasses.fields(rows[0])])
     for row in rows:
         writer.writerow([_cell(v) for v in dataclasses.astuple(row)])

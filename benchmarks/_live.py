@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from nas.command import default_cache
 from nas.config import parse_count
 from nas.contract import contract
 from nas.judging import paired_difference
+from nas.report.files import read_table
 from nas.work import Outcome
 from space.errors import InputError
 
@@ -36,8 +36,8 @@ def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
 
 
 def _candidates(of: Outcome) -> list[dict[str, str]]:
-    with (of.folder / "ledger.csv").open(newline="") as text:
-        return [row for row in csv.DictReader(text) if int(row["step"]) > 0]
+    _, rows = read_table(of.folder / "ledger.csv")
+    return [row for row in rows if int(row["step"]) > 0]
 
 
 def _searched(of: Outcome) -> float:

@@ -9,7 +9,6 @@ equal seconds, on the machine as it is and beside a process that is busy on one 
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import busy_core
+from nas.cells import Writer
 from nas.command import Parser, guarded
 from nas.files import write_atomic
 from nas.measure.fingerprint import take_fingerprint
@@ -228,9 +228,7 @@ def table(rows: Sequence[AgreementRow], given: argparse.Namespace, where: Any) -
     """Write the rows as CSV."""
     out = io.StringIO()
     names = [f.name for f in fields(AgreementRow)]
-    writer = csv.DictWriter(
-        out, [*names, "batch", "img_size", "fingerprint", "device"], lineterminator="\n"
-    )
+    writer = Writer(out, [*names, "batch", "img_size", "fingerprint", "device"])
     writer.writeheader()
     for row in rows:
         values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}

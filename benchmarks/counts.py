@@ -9,7 +9,6 @@ largest seed. Prints a table and, as its last line, JSON.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from nas.cells import Writer
 from space import Context, Family, InputError, get_family
 from space.errors import refuse
 from space.family import Array
@@ -74,7 +74,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = Writer(file, COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
             file.flush()

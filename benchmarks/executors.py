@@ -188,7 +188,7 @@ def watched(given: argparse.Namespace, folder: Path) -> dict[str, dict[int, tupl
             "--params-tolerance", "0.3", "--effort", "smoke", "--steps", "1", "--no-racing",
             "--shortlist", many, "--proxied", many, "--proxy-epochs", "1", "--threads", "1",
             "--img-size", "32", "--proxy-images", "40", "--teacher-epochs", "1",
-            "--final-epochs", "1", "--bench-blocks", "2", "--bench-max-blocks", "2",
+            "--final-epochs", "1", "--bench-blocks", "6", "--bench-max-blocks", "6",
             "--seed-epochs", "1", "--no-measurement-cache",
             "--out", str(out), "--cache-dir", str(folder / "cache"),
         ],

@@ -9,7 +9,6 @@ image by image. The table stands beside what the method's description says a sma
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from nas import stage
+from nas.cells import Writer
 from nas.command import Parser, default_cache, guarded
 from nas.door import ask_fingerprints, make_config, read_data, resolved
 from nas.executor import LocalExecutor
@@ -161,7 +161,7 @@ def _rows(run: Run, given: argparse.Namespace) -> list[FactorRow]:
 
 def _losses(run: Run, arch: Arch, seed: Incumbent) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Train from the seed's weights and return the soft losses of the holdout's images."""
-    from safetensors.numpy import load_file
+    from nas.seals import load_arrays
 
     name = f"notch-{run.key(arch)}"
     out = run.folder.job_folder(name)
@@ -170,7 +170,7 @@ def _losses(run: Run, arch: Arch, seed: Incumbent) -> np.ndarray[tuple[int], np.
     )
     if not trained.ok:
         raise InputError(f"{run.family.label(arch)} cannot be trained: {trained.reason}")
-    return np.asarray(load_file(out / "holdout.safetensors")["soft_loss"], dtype=np.float64)
+    return np.asarray(load_arrays(out / "holdout.safetensors")["soft_loss"], dtype=np.float64)
 
 
 def told(row: FactorRow) -> str:
@@ -273,7 +273,7 @@ def _main(given: argparse.Namespace) -> int:
             "proxy_epochs": run.config.proxy_epochs, "setting": run.primary.text,
             "fingerprint": run.timings.fingerprint_under(run.primary),
         }  # fmt: skip
-        writer = csv.DictWriter(out, [*names, *more], lineterminator="\n")
+        writer = Writer(out, [*names, *more])
         writer.writeheader()
         for row in rows:
             values = {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(row).items()}

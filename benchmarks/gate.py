@@ -10,7 +10,6 @@ the other - stands beside it.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import math
@@ -24,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from nas.cells import Writer
 from nas.command import Parser, guarded
 from nas.files import write_atomic
 from nas.measure.fingerprint import take_fingerprint
@@ -274,10 +274,7 @@ def _main(given: argparse.Namespace) -> int:
     if given.out is not None:
         out = io.StringIO()
         names = [f.name for f in fields(GateRow)]
-        writer = csv.DictWriter(
-            out, [*names, "arch", "img_size", "batch", "fingerprint", "device"],
-            lineterminator="\n",
-        )  # fmt: skip
+        writer = Writer(out, [*names, "arch", "img_size", "batch", "fingerprint", "device"])
         writer.writeheader()
         for row in rows:
             values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}

@@ -20,7 +20,6 @@ last line, JSON.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import resource
@@ -35,6 +34,7 @@ from typing import Any
 import torch
 
 from benchmarks.labels_stock import SMALL, data_for, store_for, teacher_of
+from nas.cells import Writer
 from nas.data import Dataset
 from nas.distill.losses import SoftLoss
 from nas.distill.replay import Batch, Replay
@@ -300,7 +300,7 @@ def _report(arguments: argparse.Namespace) -> int:
         "fingerprint": where.id,
     }  # fmt: skip
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = Writer(text, COLUMNS)
     writer.writeheader()
     for row in rows:
         writer.writerow({**row, **common})

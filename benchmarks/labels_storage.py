@@ -21,7 +21,6 @@ Prints tables and, as its last line, JSON. Ends with 0 when the targets are met:
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import statistics
@@ -38,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import labels_containers as containers
+from nas.cells import Writer
 from nas.distill.codec import CODECS, Codec, make_codec
 from nas.distill.pieces import MAX_RECORDS, SEAL_BYTES
 from nas.distill.store import open_store
@@ -279,7 +279,7 @@ def _shown(value: float) -> str:
 def write_csv(path: Path, rows: Sequence[Row], fingerprint: str) -> None:
     """Write the rows atomically. Raises InputError."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, (*COLUMNS, "fingerprint"), lineterminator="\n")
+    writer = Writer(text, (*COLUMNS, "fingerprint"))
     writer.writeheader()
     writer.writerows({**row, "fingerprint": fingerprint} for row in rows)
     try:

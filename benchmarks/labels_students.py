@@ -22,7 +22,6 @@ Prints tables and, as its last line, JSON; the figure shows part 1.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import os
@@ -37,6 +36,7 @@ import torch
 
 from benchmarks.labels_stock import SMALL
 from nas import labels as label_tool
+from nas.cells import Writer
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill.augment import default_spec
 from nas.distill.codec import make_codec
@@ -264,7 +264,7 @@ def _report(arguments: argparse.Namespace, cache: Path) -> int:
     rows = measure(study, arguments.seeds, few)
     lines = summary(rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = Writer(text, COLUMNS)
     writer.writeheader()
     writer.writerows({**row, "fingerprint": where.id} for row in rows)
     if arguments.out:

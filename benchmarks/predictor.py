@@ -9,7 +9,6 @@ parameters.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nas.cells import Writer
 from nas.command import Parser, guarded
 from nas.config import parse_count
 from nas.files import write_atomic
@@ -130,7 +130,7 @@ def _main(given: argparse.Namespace) -> int:
     if given.out is not None:
         out = io.StringIO()
         names = [f.name for f in fields(PredictorRow)]
-        writer = csv.DictWriter(out, [*names, "fingerprint", "device"], lineterminator="\n")
+        writer = Writer(out, [*names, "fingerprint", "device"])
         writer.writeheader()
         for row in rows:
             values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}

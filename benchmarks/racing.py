@@ -68,7 +68,7 @@ class Replayed:
 
 def read_curves(folder: Path) -> Curves:
     """Read the curves of the long trainings in a lab's folder. Too few: refused."""
-    from safetensors.numpy import load_file
+    from nas.seals import load_arrays
 
     found: dict[tuple[str, str, str], dict[tuple[str, int], dict[int, Path]]] = {}
     for path in sorted((folder / "work").glob("*/holdout.safetensors")):
@@ -96,7 +96,7 @@ def read_curves(folder: Path) -> Curves:
         got = f"{folder} with {len(archs)} whole archs at {len(rungs)} rungs"
         raise refuse("--work", got, want, remedy)
     losses = [
-        [[load_file(group[key, seed][r])["soft_loss"] for r in rungs] for key in archs]
+        [[load_arrays(group[key, seed][r])["soft_loss"] for r in rungs] for key in archs]
         for seed in seeds
     ]
     return Curves(np.array(losses, dtype=np.float64), archs, seeds, rungs)

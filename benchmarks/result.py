@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import io
 import json
@@ -37,6 +36,7 @@ from benchmarks._result_search import (
 )
 from benchmarks._result_statistics import MARGIN, paired_interval, verdict
 from benchmarks.lab import Lab, Trained, Training, opened
+from nas.cells import Writer
 from nas.command import Parser, guarded
 from nas.files import write_atomic, write_json
 from nas.jobs import Result
@@ -282,7 +282,7 @@ def _label(lab: Lab, side: Side) -> str:
 def write(path: Path, rows: Sequence[ResultRow]) -> None:
     """Write the table as CSV."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow([f.name for f in dataclasses.fields(ResultRow)])
     for each in rows:
         cells = [round(v, 5) if isinstance(v, float) else v for v in dataclasses.astuple(each)]

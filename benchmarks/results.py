@@ -9,7 +9,6 @@ data set. The pooled difference is paired over images and seeds: both are resamp
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import sys
@@ -21,9 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.pareto import pareto
+from nas.cells import Writer
 from nas.contract import contract
 from nas.files import write_atomic
 from nas.progress import Console
+from nas.report.files import read_run, read_table
 from nas.work import Outcome
 from space.errors import InputError
 
@@ -37,14 +38,10 @@ COLUMNS = (
 
 def correct_pair(folder: Path, final: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """Return per-image differences in correctness, winner less published [n]; 0 for a tie."""
-    from safetensors.numpy import load_file
+    from nas.seals import load_arrays
 
-    sides = [
-        np.asarray(
-            load_file(folder / "work" / f"final-{final[s]['key']}" / "test.safetensors")["correct"]
-        )
-        for s in ("winner", "published")
-    ]
+    work = [folder / "work" / f"final-{final[s]['key']}" for s in ("winner", "published")]
+    sides = [load_arrays(each / "test.safetensors")["correct"] for each in work]
     return sides[0].astype(np.float64) - sides[1].astype(np.float64)
 
 
@@ -90,16 +87,16 @@ def _run(data: str, random_seed: int, arguments: argparse.Namespace) -> Outcome:
 def _line(
     data: str, random_seed: int, effort: str, outcome: Outcome, speedup: float
 ) -> dict[str, Any]:
-    run = json.loads((outcome.folder / "run.json").read_text())
-    with open(outcome.folder / "ledger.csv", newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    found = read_run(outcome.folder)
+    run, seed = found.run, found.seed
+    assert seed is not None
     line: dict[str, Any] = dict.fromkeys(COLUMNS, "")
     line.update(
         data=data,
         random_seed=random_seed,
         effort=effort,
         status=outcome.status,
-        seed_images_per_s=rows[0]["images_per_s"],
+        seed_images_per_s=seed.images_per_s,
         minutes=round(outcome.result.get("seconds", 0.0) / 60, 1),
         fingerprint=run["fingerprint"]["id"],
         command=f"python -m nas.contract --seed 21M --target-params 5M --min-speedup {speedup} "
@@ -172,12 +169,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = out / "contract.csv"
     lines: list[dict[str, Any]] = []
     if table.exists():  # what is not asked for now keeps its lines
-        with open(table, newline="") as old:
-            lines = [
-                r
-                for r in csv.DictReader(old)
-                if r["data"] not in arguments.data or r["effort"] != arguments.effort
-            ]
+        lines = [
+            r
+            for r in read_table(table)[1]
+            if r["data"] not in arguments.data or r["effort"] != arguments.effort
+        ]
     try:
         for data in arguments.data:
             outcomes = []
@@ -201,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = Writer(text, COLUMNS)
     writer.writeheader()
     writer.writerows(lines)
     write_atomic(table, text.getvalue().encode())

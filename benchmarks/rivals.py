@@ -8,7 +8,6 @@ are shared with `python -m benchmarks.result`, where both are called with the sa
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 import json
@@ -37,6 +36,7 @@ from benchmarks._result_search import (
 from benchmarks._result_statistics import paired_interval, verdict
 from benchmarks.lab import Lab, Training, opened
 from benchmarks.result import FIRST_SEED, Budget
+from nas.cells import Writer
 from nas.command import Parser, guarded
 from nas.files import read_json, write_atomic, write_json
 from nas.jobs import Result
@@ -198,9 +198,9 @@ def with_scores(base: RivalRow, correct: Floats, own: Floats | None) -> RivalRow
 
 
 def _correct(folder: Path) -> Floats:
-    from safetensors.numpy import load_file
+    from nas.seals import load_arrays
 
-    return np.asarray(load_file(folder / "test.safetensors")["correct"], dtype=np.float64)
+    return np.asarray(load_arrays(folder / "test.safetensors")["correct"], dtype=np.float64)
 
 
 def own_row(
@@ -292,7 +292,7 @@ def compare(given: Any, console: Console, work: Work = in_process) -> list[Rival
 def write(path: Path, rows: Sequence[RivalRow]) -> None:
     """Write the table as CSV."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow([f.name for f in dataclasses.fields(RivalRow)])
     for each in rows:
         cells = [round(v, 5) if isinstance(v, float) else v for v in dataclasses.astuple(each)]

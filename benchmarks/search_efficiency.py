@@ -11,7 +11,6 @@ counts say. In the table, children inherit from the seed; in a run, from the ste
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import math
@@ -38,6 +37,7 @@ from benchmarks._live import live
 from benchmarks._searches import FIXED, World, searches
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy_rank import CRITERION, PROXY_SEED
+from nas.cells import Writer
 from nas.command import Parser, guarded
 from nas.config import EFFORTS, ROUNDS, SEARCH_CHOICES, steps_of
 from nas.files import read_json, write_atomic, write_json
@@ -279,7 +279,7 @@ def write_table(
 ) -> None:  # fmt: skip
     """Write every arch of the lattice with its parameters and loss."""
     family, out = lattice.family, io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow(["key", "label", "params", "macs", "last_band", "epochs", "soft_loss",
                      "soft_loss_se", "top1"])  # fmt: skip
     for key, arch in lattice.archs.items():

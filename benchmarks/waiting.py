@@ -11,7 +11,6 @@ GNU OpenMP's default (threads spin for long), `GOMP_SPINCOUNT` of 10,000 and 1,0
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import json
 import os
@@ -21,6 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nas.cells import Writer
 from nas.files import write_atomic
 from nas.measure.fingerprint import take_fingerprint
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--threads and --rounds: want integers >= 1")
     where = take_fingerprint("cpu", arguments.threads)
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = Writer(text)
     writer.writerow(
         ("machine", "setting", "images_per_s", "lo", "hi", "rounds", "threads", "fingerprint")
     )

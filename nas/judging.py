@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nas.seals import load_arrays
 from nas.search.metrics import image_weights, paired, score
+from space.errors import refuse
 
 Z95 = 1.959963984540054
 
@@ -30,10 +32,12 @@ class PerImage:
 
 
 def per_image(folder: Path, split: str) -> PerImage:
-    """Read what a training left of a split, `holdout` or `test`."""
-    from safetensors.numpy import load_file
-
-    kept = load_file(folder / f"{split}.safetensors")
+    """Read what a training left of a split, `holdout` or `test`; damaged: refused."""
+    path = folder / f"{split}.safetensors"
+    kept = load_arrays(path)
+    missing = sorted({"soft_loss", "predicted", "truth"} - kept.keys())
+    if missing:
+        raise refuse(str(path), f"no {', '.join(missing)}", "what a training left per image")
     return PerImage(
         np.asarray(kept["soft_loss"], dtype=np.float64),
         np.asarray(kept["predicted"], dtype=np.int64),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.cells import Writer
 from nas.exporting.leave import model_json, preprocessing_of
 from nas.files import read_json, write_atomic, write_json
 from nas.measure.measurement import Measurement
@@ -76,7 +76,7 @@ def write_milestone(run: Run, step: int, best: Incumbent) -> None:
 def write_family(folder: Path) -> None:
     """Draw `family.csv` from the models in `family/`, and the winner's where there is one."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow(FAMILY_COLUMNS)
     for path in [*sorted((folder / "family").glob("*.json")), folder / "best.json"]:
         if path.exists():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nas.cells import Writer
 from nas.files import write_atomic
 from nas.search.constraints import StepBounds
 from nas.search.ledger import Row
@@ -74,7 +74,7 @@ class StepRow:
 def write_steps(path: Path, steps: Sequence[StepRow]) -> None:
     """Write `steps.csv` atomically."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
+    writer = Writer(out)
     writer.writerow([f.name for f in dataclasses.fields(StepRow)])
     for step in steps:
         writer.writerow(["" if v is None else v for v in dataclasses.astuple(step)])

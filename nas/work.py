@@ -16,6 +16,7 @@ from nas.executor import OutOfTime
 from nas.files import write_json
 from nas.milestones import write_family
 from nas.report import write_report
+from nas.report.files import table_digests
 from nas.reuse import answered, begun_at, reused_words
 from nas.run import Incumbent, Run
 from nas.scoring import confirm
@@ -80,6 +81,7 @@ def work(bench: Run, trust: int | None = None, *, fresh: bool) -> Outcome:
     _keep_best(bench, course)
     bench.ledger.write_csv(bench.folder.path / "ledger.csv")
     write_family(bench.folder.path)
+    result["tables"] = table_digests(bench.folder.path)
     write_json(bench.folder.result_json, result)
     write_report(bench.folder.path)
     if trust is not None and course.final is not None and course.seed is not None:

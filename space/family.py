@@ -21,6 +21,7 @@ import numpy.typing as npt
 from space.checks import read_int
 from space.errors import InputError, refuse
 from space.ladder import Factor
+from space.seal import unsealed
 
 if TYPE_CHECKING:
     import torch
@@ -335,6 +336,7 @@ class Family(ABC):
             raise refuse("--seed", path, want, e.strerror or "it cannot be read") from None
         except (ValueError, RecursionError) as e:
             raise refuse("--seed", path, want, f"it is not JSON: {e}") from None
+        data = unsealed(f"--seed {path}", data)
         if not isinstance(data, dict):
             raise refuse("--seed", path, f"{want}: an object, not a {type(data).__name__}")
         if "arch" in data:
@@ -396,6 +398,8 @@ def get_family(name: str) -> Family:
     Ours are one file each in `space/`, found by its `FAMILY`. Others register an object of type
     `Family` as an entry point in the group `vision_contraction.families`; ours come first.
     """
+    if not isinstance(name, str):  # of a file that names its family
+        raise refuse("--family", repr(name), f"one of {', '.join(family_names())}")
     wanted = name.lower()
     own, others = _own_families(), _other_families()
     if wanted in own:

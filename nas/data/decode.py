@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from nas.data.cuts import content_key
 
@@ -17,6 +18,12 @@ CROP = 0.875
 """Share of the stored side that evaluation looks at (timm's default)."""
 SIZES = (48, 96, 224)
 _NARROWEST = 100
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is decoded, by content. Not all that Pillow knows: it runs Ghostscript on EPS, say."""
+MOST_PIXELS = 89_478_485
+"""Of an image, as in Pillow, which by itself only warns below twice as many."""
+MOST_BYTES = 1 << 30
+"""Of an image's file."""
 
 
 def store_size_of(img_size: int) -> int:
@@ -30,7 +37,7 @@ def fitted(image: Image.Image, img_size: int, store_size: int) -> NDArray[np.uin
     The centre of `img_size` of it is the centre of `img_size` of the resized image, so stored
     pixels evaluate as timm evaluates the file. Raises ValueError for slivers.
     """
-    image = image.convert("RGB")  # like timm and torchvision, which do not turn by EXIF either
+    image = as_rgb(image)
     wide, high = image.size
     short, long = min(wide, high), max(wide, high)
     if long > _NARROWEST * short:
@@ -49,19 +56,57 @@ def _start(side: int, img_size: int, store_size: int) -> int:
     return min(max(start, 0), side - store_size)
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB as timm and torchvision do, which do not turn by EXIF and drop transparency;
+    but 16 bits are scaled to 8, where Pillow cuts off at 255.
+
+    Of several frames the first. Raises ValueError for numbers without a known white.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known white")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
+            raise ValueError("32-bit pixels have no known white")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_image(path: Path, img_size: int, store_size: int) -> tuple[str, NDArray[np.uint8]]:
     """Read one file: its key (a hash of its bytes) and its pixels. Raises whatever is wrong."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device has no end
+        raise ValueError("not a file")
+    if about.st_size > MOST_BYTES:
+        raise ValueError(f"{about.st_size:,} bytes are too many")
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        _refuse_bomb(image)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        refuse_bomb(image)
         return content_key(data), fitted(image, img_size, store_size)
 
 
-def _refuse_bomb(image: Image.Image) -> None:
-    """Pillow only warns below twice its limit, which is memory enough to end a run."""
+def refuse_bomb(image: Image.Image) -> None:
+    """Raise ValueError for an image of too many pixels, before any of them is decoded."""
     wide, high = image.size
-    if Image.MAX_IMAGE_PIXELS is not None and wide * high > Image.MAX_IMAGE_PIXELS:
+    if wide * high > MOST_PIXELS:
         raise ValueError(f"{wide}x{high} pixels are too many")
+
+
+def why_broken(error: Exception) -> str:
+    """Say in a few words why an image could not be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, Image.DecompressionBombError):
+        return "its pixels are too many"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:80] or type(error).__name__
+
+
+def shown_name(name: str) -> str:
+    """Show a file's name on one line that every terminal takes."""
+    text = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def chosen_img_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, str]:
@@ -80,7 +125,9 @@ def chosen_img_size(sizes: Iterable[tuple[int, int]]) -> tuple[int, str]:
 def header_size(path: Path) -> tuple[int, int] | None:
     """Read an image's width and height from its header; None if there is none."""
     try:
-        with Image.open(path) as image:
+        if not path.is_file():
+            return None
+        with Image.open(path, formats=FORMATS) as image:
             return image.size
     except Exception:  # whatever is wrong is named when the image is decoded
         return None
@@ -88,5 +135,5 @@ def header_size(path: Path) -> tuple[int, int] | None:
 
 def as_rgb_key(image: Any) -> str:
     """Name an image that has no file of its own by its decoded pixels and size."""
-    rgb = image.convert("RGB")
+    rgb = as_rgb(image)
     return content_key(repr(rgb.size).encode() + rgb.tobytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,11 @@ class DecodedFiles:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _read(self, row: int) -> NDArray[np.uint8]:
-        name, path = self._names[row], self._root / self._names[row]
+        name = self._names[row]
+        # Links inside a user's folder may lead anywhere; a name in the cache's table may not.
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise refuse("--data", name, f"a name inside {self._root}", "prepare the data anew")
+        path = self._root / name
         try:
             key, pixels = read_image(path, self._img_size, self._store_size)
         except Exception as error:  # a damaged file raises almost anything in Pillow

@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from nas.files import write_atomic
+from space.seal import SEAL, digest_of
 
-_SEAL = "seal"
-
-
-def digest_of(value: object) -> str:
-    """Hash plain JSON in its canonical form: 32 hex characters (blake2b)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+__all__ = ["digest_of", "file_sha256", "read_sealed", "write_sealed"]
 
 
 def _sealed_bytes(value: Mapping[str, Any], seal: object) -> bytes:
-    return (json.dumps({**value, _SEAL: seal}, sort_keys=True, indent=0) + "\n").encode()
+    return (json.dumps({**value, SEAL: seal}, sort_keys=True, indent=0) + "\n").encode()
 
 
 def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
@@ -31,10 +26,13 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 def read_sealed(path: Path) -> dict[str, Any]:
     """Read what `write_sealed` wrote. Raises OSError, or ValueError if one bit of it changed."""
     raw = path.read_bytes()
-    value = json.loads(raw.decode())
+    try:
+        value = json.loads(raw.decode())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("not a table of values")
-    seal = value.pop(_SEAL, None)
+    seal = value.pop(SEAL, None)
     # The bytes are compared too: a flipped bit in white space changes no value.
     if seal != digest_of(value) or raw != _sealed_bytes(value, seal):
         raise ValueError("its checksum does not fit its content")

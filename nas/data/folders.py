@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.data.cuts import TEST_IMAGES, choose
-from nas.data.decode import chosen_img_size, header_size, read_image, store_size_of
+from nas.data.decode import chosen_img_size, header_size, read_image, store_size_of, why_broken
 from nas.data.files import digest_of
 from nas.data.pixels import Pool, Source
 from nas.data.values import DEFAULT_PROXY_IMAGES, DataSpec
 from nas.jobs import Tick
 from space.errors import refuse
 
-VERSION = 1
+VERSION = 2
 """Of the decoding and the choice of images: another one is another data set."""
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"))
+EXTENSIONS = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+)
 TEST_NAMES = ("val", "valid", "validation", "test", "eval")
 _LOOKED_AT = 101
 _CHUNK = 64
@@ -70,7 +73,8 @@ def folder(spec: DataSpec) -> Source:
     img_size = spec.img_size
     if img_size is None:
         looked = [used[r] for r in choose([f.name for f in used], _labels(used), _LOOKED_AT, "")]
-        sizes = (header_size(file.path) for file in looked)
+        with _quiet():
+            sizes = [header_size(file.path) for file in looked]
         img_size, line = chosen_img_size(size for size in sizes if size is not None)
         notes.append(line)
     return _source(root, spec.name, classes, used, img_size, tuple(notes), spec.pixel_cache)
@@ -114,8 +118,8 @@ def _source(
 
     def fill(pool: Pool, tick: Tick) -> None:
         for file, found in _decoded(used, img_size, store_size):
-            if found is None:
-                pool.broken.append(file.name)
+            if isinstance(found, str):
+                pool.lose(file.name, found)
             else:
                 pool.add(found[0], file.label, file.role, found[1], file.name)
             tick(1.0)
@@ -133,6 +137,14 @@ def _source(
         notes=notes,
         root=None if pixel_cache else root,
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out Pillow's remarks on odd files, one each: what is broken is told in one place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _existing(name: str) -> Path:
@@ -166,7 +178,14 @@ def _class_folders(tree: Path) -> list[str]:
             names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
     except OSError as error:
         raise _unreadable(tree, error) from error
-    return sorted(n for n in names if (tree / n).resolve() not in above)
+    found = sorted(n for n in names if (tree / n).resolve() not in above)
+    for name in found:  # it becomes a class, which tables and models name
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            got = f"{tree} with a folder {os.fsencode(name)!r}"
+            raise refuse("--data", got, "names in UTF-8", "rename it") from None
+    return found
 
 
 def _loose(tree: Path) -> list[Path]:
@@ -281,20 +300,16 @@ def _listing(files: Sequence[_File]) -> str:
 
 def _decoded(
     files: Sequence[_File], img_size: int, store_size: int
-) -> Iterator[tuple[_File, tuple[str, NDArray[np.uint8]] | None]]:
-    """Decode in threads (Pillow releases the interpreter), in order; None for a broken file."""
+) -> Iterator[tuple[_File, tuple[str, NDArray[np.uint8]] | str]]:
+    """Decode in threads (Pillow lets the interpreter go), in order; of a broken file the reason."""
 
-    def one(file: _File) -> tuple[str, NDArray[np.uint8]] | None:
+    def one(file: _File) -> tuple[str, NDArray[np.uint8]] | str:
         try:
             return read_image(file.path, img_size, store_size)
-        except Exception:  # a damaged file raises almost anything in Pillow
-            return None
+        except Exception as error:  # a damaged file raises almost anything in Pillow
+            return why_broken(error)
 
-    with (
-        warnings.catch_warnings(),
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads,
-    ):
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd files, one each
+    with _quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for start in range(0, len(files), _CHUNK):
             chunk = files[start : start + _CHUNK]
             yield from zip(chunk, threads.map(one, chunk), strict=True)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from nas.data.cache import hold, make_room
 from nas.data.cuts import cut, unique_rows
+from nas.data.decode import shown_name
 from nas.data.files import digest_of, read_sealed
 from nas.data.layout import (
     FORMAT,
@@ -36,6 +37,8 @@ from nas.data.values import MEAN, STD, Dataset
 from nas.jobs import Tick
 from space.errors import refuse
 
+_LEFT_OUT = "broken images left out"
+
 
 class Pool:
     """Decoded images in the order in which a source gives them: pixels on disk (or, with `path`
@@ -50,6 +53,7 @@ class Pool:
         self.roles: list[str] = []
         self.names: list[str] = []
         self.broken: list[str] = []
+        self.reasons: list[str] = []
 
     def add(self, key: str, label: int, role: str, pixels: NDArray[np.uint8], name: str) -> None:
         """Append one image, uint8 [S, S, 3], under the name that a user knows it by."""
@@ -61,6 +65,16 @@ class Pool:
         self.labels.append(label)
         self.roles.append(role)
         self.names.append(name)
+
+    def lose(self, name: str, why: str) -> None:
+        """Count an image that could not be read, with the reason in a few words."""
+        self.broken.append(name)
+        self.reasons.append(why)
+
+    def told(self, most: int) -> str:
+        """Name the first broken images and why they are."""
+        pairs = list(zip(self.broken, self.reasons, strict=True))[:most]
+        return ", ".join(f"{shown_name(name)} ({why})" for name, why in pairs)
 
     def pixels(self) -> NDArray[np.uint8] | None:
         """Map all that was added: uint8 [n, S, S, 3]. Ends the adding."""
@@ -124,15 +138,8 @@ def _build(source: Source, folder: Path, random_seed: int, max_broken: float, ti
     pool_path = folder / "pool.raw" if source.root is None else None
     pool = Pool(pool_path, source.store_size)
     source.fill(pool, tick)
-    if len(pool.broken) > max_broken * (len(pool.keys) + len(pool.broken)):
-        first = ", ".join(pool.broken[:3])
-        total = len(pool.keys) + len(pool.broken)
-        raise refuse(
-            "--data",
-            f"{len(pool.broken)} broken images of {total}, e.g. {first}",
-            f"at most {max_broken:.2%} broken",
-            "repair or remove them, or raise --max-broken",
-        )
+    total = len(pool.keys) + len(pool.broken)
+    _check_broken(len(pool.broken), total, max_broken, pool.told(3))
     pixels = pool.pixels()
     kept = unique_rows(pool.keys, pool.roles)
     keys = [pool.keys[r] for r in kept]
@@ -143,7 +150,7 @@ def _build(source: Source, folder: Path, random_seed: int, max_broken: float, ti
     if len(kept) < len(pool.keys):
         notes.append(_note_copies(len(pool.keys) - len(kept)))
     if pool.broken:
-        notes.append(f"{len(pool.broken)} broken images left out, e.g. {pool.broken[0]}")
+        notes.append(f"{len(pool.broken)} {_LEFT_OUT}, e.g. {pool.told(1)}")
     meta: dict[str, Any] = {
         "format": FORMAT,
         "name": source.name,
@@ -181,6 +188,15 @@ def _build(source: Source, folder: Path, random_seed: int, max_broken: float, ti
     write_meta(folder, meta, extra)
 
 
+def _check_broken(broken: int, total: int, most: float, told: str) -> None:
+    """Refuse a larger share of broken images than is tolerated."""
+    if broken > most * total:
+        raise refuse(
+            "--data", f"{broken} broken images of {total}, e.g. {told}",
+            f"at most {most:.2%} broken", "repair or remove them, or raise --max-broken",
+        )  # fmt: skip
+
+
 def cached(
     source: Source, random_seed: int, max_broken: float, cache_dir: Path, tick: Tick
 ) -> Dataset:
@@ -201,7 +217,11 @@ def cached(
                 )
                 return open_dataset(folder)
     tick(float(source.count))
-    return open_dataset(folder)
+    dataset = open_dataset(folder)
+    # What was tolerated when it was decoded may not be now.
+    told = next((n.partition("e.g. ")[2] for n in dataset.notes if _LEFT_OUT in n), "")
+    _check_broken(len(dataset.broken), source.count, max_broken, told)
+    return dataset
 
 
 @contextmanager

@@ -16,14 +16,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.data.cuts import TEST_IMAGES, choose
-from nas.data.decode import as_rgb_key, chosen_img_size, fitted, store_size_of
+from nas.data.decode import (
+    as_rgb_key,
+    chosen_img_size,
+    fitted,
+    refuse_bomb,
+    store_size_of,
+    why_broken,
+)
 from nas.data.folders import proxy_limit
 from nas.data.pixels import Pool, Source
 from nas.data.values import DataSpec
 from nas.jobs import Tick
 from space.errors import refuse
 
-VERSION = 1
+VERSION = 2
 PREFIXES = ("torch", "hfds", "wds")
 _NEEDS = {
     "torch": ("torchvision", "pip install torchvision"),
@@ -44,8 +51,8 @@ class _Side:
     labels: NDArray[np.int64] | None
     streamed: bool
 
-    def read(self, wanted: Sequence[int]) -> Iterator[tuple[Any, Any] | None]:
-        """Give (image, label) of the wanted numbers, rising; None for a broken one."""
+    def read(self, wanted: Sequence[int]) -> Iterator[tuple[Any, Any] | str]:
+        """Give (image, label) of the wanted numbers, rising; of a broken one the reason."""
         if self.streamed:
             chosen = set(wanted)
             try:
@@ -57,11 +64,12 @@ class _Side:
         for at in wanted:
             try:
                 image, label = self.items[at]
+                refuse_bomb(image)
                 image.load()
             except (AttributeError, IndexError, TypeError):
                 raise  # not a damaged image but a data set of another kind
-            except Exception:  # a damaged image raises almost anything
-                yield None
+            except Exception as error:  # a damaged image raises almost anything
+                yield why_broken(error)
             else:
                 yield image, label
 
@@ -92,7 +100,9 @@ def reader(spec: DataSpec, cache_dir: Path) -> Source:
     if img_size is None:
         role = next(iter(sides))
         found = sides[role].read(wanted[role][:_LOOKED_AT])
-        img_size, line = chosen_img_size(item[0].size for item in found if item is not None)
+        img_size, line = chosen_img_size(
+            item[0].size for item in found if not isinstance(item, str)
+        )
         notes.append(line)
     return _source(spec.name, classes, sides, wanted, img_size, tuple(notes))
 
@@ -112,8 +122,8 @@ def _source(
             split = "train" if role == "any" else role  # the split that timm's users know
             for at, item in zip(wanted[role], side.read(wanted[role]), strict=False):
                 shown = f"{split}[{at}]"
-                if item is None:
-                    pool.broken.append(shown)
+                if isinstance(item, str):
+                    pool.lose(shown, item)
                 else:
                     label = _checked_label(item[1], len(classes), name)
                     pixels = fitted(item[0], img_size, store_size)
@@ -201,7 +211,7 @@ def _classes(items: Any, side: _Side, name: str) -> tuple[str, ...]:
         names = [str(number) for number in range(int(side.labels.max()) + 1)]
     else:
         read = side.read(range(side.count))
-        last = max((int(item[1]) for item in read if item is not None), default=0)
+        last = max((int(item[1]) for item in read if not isinstance(item, str)), default=0)
         names = [str(number) for number in range(last + 1)]
     if len(names) < 2:
         raise refuse("--data", f"{name}, which has one class only", "at least two classes")

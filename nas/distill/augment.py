@@ -94,7 +94,11 @@ class AugmentSpec:
         read: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in value.items()
         }
-        return AugmentSpec(**read)
+        try:
+            return AugmentSpec(**read)
+        except (AttributeError, IndexError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise refuse("augmentation", why, "this version's fields") from None
 
     def digest(self) -> str:
         """Hash all fields: 32 hex characters."""
@@ -155,7 +159,7 @@ def _check_policy(spec: AugmentSpec) -> None:
         try:
             assert name, "is empty"
             _timms(spec)[1](Image.new("RGB", (32, 32), (99, 150, 201)))
-        except (AssertionError, ValueError, KeyError, TypeError, IndexError) as error:
+        except Exception as error:  # timm, torch and Pillow have their own kinds
             why = " ".join(str(error).split())[:80]
             raise refuse(
                 "augmentation policy", f"{spec.policy!r} ({type(error).__name__} {why})",

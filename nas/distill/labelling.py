@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nas.cells import Writer
 from nas.data import Dataset
 from nas.distill.augment import AugmentSpec, eval_batch
 from nas.distill.build import labelled_keys, start_store
@@ -25,7 +25,7 @@ from nas.distill.spec import (
     default_topk,
     store_id,
 )
-from nas.distill.store import LabelStore
+from nas.distill.store import LabelStore, read_dropped
 from nas.distill.teacher import TeacherInfo
 from nas.jobs import Tick, no_tick
 from space.errors import refuse
@@ -114,7 +114,7 @@ def begin_store(
     `place` is the store's folder itself if it was `named` by the user, else the folder of stores,
     where it goes by its id. `dropped` is the table that `disagreements` gave. Raises InputError.
     """
-    gone = frozenset(row["key"] for row in csv.DictReader(io.StringIO(dropped or "")))
+    gone = read_dropped(dropped.encode()) if dropped else frozenset()
     train = labelled_keys(dataset.train, request.limit, gone)
     holdout = labelled_keys(dataset.holdout, None, frozenset())
     if not train.shape[1]:
@@ -181,7 +181,7 @@ def disagreements(
             )  # fmt: skip
         tick(float(len(rows)))
     table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
+    writer = Writer(table)
     writer.writerow(CLEAN_COLUMNS)
     writer.writerows(row[1:] for row in sorted(found))
     return table.getvalue(), len(found)

@@ -16,6 +16,7 @@ ones never change.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from nas.distill.spec import (
     library_versions,
     refuse_other,
 )
+from space.checks import read_int
 from space.errors import InputError, refuse
 
 Rows = NDArray[np.int64]
@@ -150,12 +152,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"label store {folder}", f"schema {manifest['schema']}",
                 f"schema {SCHEMA}, which this version reads", "build it anew",
             )  # fmt: skip
+        odd = sorted(dict(manifest["files"]).keys() - {KEYS, HOLDOUT_KEYS, DROPPED})
+        if odd:  # they are hashed and copied by name
+            raise refuse(f"{path}: files", odd[0], f"{KEYS}, {HOLDOUT_KEYS} and {DROPPED} only")
         spec = StoreSpec.from_dict(manifest["spec"])
         if manifest["id"] != digest_of(identity(spec, manifest["libraries"])):
             raise ValueError("its id does not fit its content")
+        for name in ("epochs", "piece_records"):
+            read_int(f"{path}: {name}", manifest[name], 1, 2**31)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(folder, f"{MANIFEST}: {error}") from error
     return manifest
 
@@ -209,5 +216,22 @@ def dropped_keys(store: LabelStore) -> frozenset[str]:
     """List the keys that `--clean` left out on purpose; empty without it."""
     if DROPPED not in store.manifest["files"]:
         return frozenset()
-    with open(store.folder / DROPPED, encoding="utf-8", newline="") as table:
-        return frozenset(row["key"] for row in csv.DictReader(table))
+    try:
+        return read_dropped((store.folder / DROPPED).read_bytes())
+    except OSError as error:
+        raise damaged(store.folder, error) from error
+
+
+def read_dropped(table: bytes) -> frozenset[str]:
+    """Read the keys of a table of dropped images. Raises InputError."""
+    want = "a table with a column `key`, 32 hex characters each"
+    try:
+        rows = list(csv.DictReader(io.StringIO(table.decode("utf-8"), newline=""), strict=True))
+        keys = frozenset(str(row["key"]) for row in rows)
+    except (ValueError, KeyError, csv.Error) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise refuse(DROPPED, got, want, "build the store anew") from None
+    for key in keys:
+        if len(key) != 32 or set(key) - set("0123456789abcdef"):
+            raise refuse(DROPPED, key, want, "build the store anew")
+    return keys

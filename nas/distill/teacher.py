@@ -250,10 +250,16 @@ def _notes(
 
 
 def _read(folder: Path) -> TeacherInfo:
-    data = read_json(folder / "info.json", "a teacher of this toolkit")
-    if data.get("schema") != SCHEMA:
-        raise refuse(str(folder), f"schema {data.get('schema')}", f"schema {SCHEMA}", "delete it")
-    return TeacherInfo.from_dict({"folder": str(folder), **data["info"]})
+    path, what = folder / "info.json", "a teacher of this toolkit"
+    data = read_json(path, what)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        schema = data.get("schema") if isinstance(data, dict) else None
+        raise refuse(str(folder), f"schema {schema}", f"schema {SCHEMA}", "delete it")
+    try:
+        return TeacherInfo.from_dict({**data["info"], "folder": str(folder)})
+    except (KeyError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise refuse(str(path), got, what, "delete the folder") from None
 
 
 def load_teacher(

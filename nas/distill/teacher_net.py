@@ -113,11 +113,16 @@ def _from_folder(folder: str) -> Source:
     if not isinstance(name, str):
         raise refuse("--teacher", path, "a config.json naming an architecture", "see timm's hub")
     state = load_checkpoint(folder, name="--teacher")
-    preprocess = {**config, **config.get("pretrained_cfg", {})}
-    classes = int(preprocess.get("num_classes", 0)) or 1
-    # The classes are told apart below, as the data may have others.
-    kwargs = {k: v for k, v in config.get("model_args", {}).items() if k != "num_classes"}
-    source = _with_config(name, kwargs, state, classes, preprocess, always_resize=True)
+    try:
+        preprocess = {**config, **(config.get("pretrained_cfg") or {})}
+        classes = int(preprocess.get("num_classes", 0)) or 1
+        # The classes are told apart below, as the data may have others.
+        given = config.get("model_args") or {}
+        kwargs = {k: v for k, v in given.items() if k != "num_classes"}
+        source = _with_config(name, kwargs, state, classes, preprocess, always_resize=True)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        got = f"{path / 'config.json'} ({type(error).__name__}: {error})"
+        raise refuse("--teacher", got, "timm's config.json of a model", "see timm's hub") from None
     load_checked(source, classes)
     return source
 

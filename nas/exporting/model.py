@@ -61,6 +61,7 @@ class Left:
         """Build the network in plain timm, with its weights, in eval mode."""
         import timm
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         name, kwargs = self.call
@@ -69,7 +70,7 @@ class Left:
         assert isinstance(model, torch.nn.Module)
         try:
             model.load_state_dict(load_file(self.weights), strict=True)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())[:160]
             raise refuse(str(self.weights), what, f"the weights of {self.path.name}") from None
         return model.train().eval()  # drops what eval mode may have cached

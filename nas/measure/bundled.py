@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nas.files import member, read_json
 from nas.measure.fingerprint import take_fingerprint, usable_cpus
 from nas.measure.rounds import Bounds, Timed, measure_rounds, summary
 from nas.measure.rows import (
@@ -102,10 +103,14 @@ def _main(given: argparse.Namespace) -> int:
 def _networks(folder: Path) -> list[dict[str, Any]]:
     path = folder / LIST
     try:
-        listed: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["networks"]
+        listed: list[dict[str, Any]] = read_json(path, "the list of a bundle")["networks"]
         sizes = {(n["batch"], n["img_size"]) for n in listed}
         beside = {(n["batch"], n["img_size"]) for n in listed if n["reference"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for each in listed:
+            member(folder, each["file"], f"{path}: file", links=True)
+    except InputError:
+        raise
+    except (KeyError, TypeError) as error:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise refuse(str(path), said, "the list of a bundle", "make the bundle again") from None
     if not listed or sizes != beside:
@@ -201,7 +206,7 @@ class _Bench:
         size = network["img_size"]
         rng = np.random.default_rng(0)
         images = rng.standard_normal((network["batch"], 3, size, size), dtype=np.float32)
-        path = self._folder / network["file"]
+        path = member(self._folder, network["file"], f"{LIST}: file", links=True)
         if not path.is_file():
             raise refuse(str(path), "no such file", "an ONNX file of the bundle", "copy it whole")
         opened: Callable[..., Ready] = open_session

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from nas.cells import Writer, unguard
 from nas.files import write_atomic
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Measurement
@@ -138,13 +139,11 @@ def fingerprint_of(row: DeviceRow) -> Fingerprint:
 def write_rows(path: Path, rows: Iterable[DeviceRow]) -> None:
     """Write the whole table, aside first: it is there whole or as it was."""
     out = io.StringIO(newline="")
-    writer = csv.writer(out, lineterminator="\n")
-    # Python's csv leaves a lone carriage return bare, which its reader takes for the line's end.
-    quoting = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    writer.writerow(COLUMNS)
+    writer = Writer(out, COLUMNS)
+    writer.writeheader()
     for row in rows:
-        cells = [_cell(getattr(row, name)) for name in COLUMNS]
-        (quoting if any("\r" in cell for cell in cells) else writer).writerow(cells)
+        values = (getattr(row, name) for name in COLUMNS)
+        writer.writerow([v if isinstance(v, str) else _cell(v) for v in values])
     write_atomic(path, out.getvalue().encode())
 
 
@@ -171,7 +170,7 @@ def read_rows(path: Path, flag: str) -> list[DeviceRow]:
     for number, cells in enumerate(lines, start=2):
         if len(cells) != len(header):
             raise refuse(f"{path} line {number}", f"{len(cells)} cells", f"{len(header)} cells")
-        values = dict(zip(header, cells, strict=True))
+        values = dict(zip(header, map(unguard, cells), strict=True))
         try:
             rows.append(DeviceRow(**{name: _value(name, values[name]) for name in COLUMNS}))
         except ValueError as error:
@@ -201,7 +200,7 @@ def _check(row: DeviceRow, where: str) -> None:
             json.loads(row.spec)
     except InputError as error:
         raise refuse(where, error, "a row as it was written", "measure again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise refuse(f"{where} spec", row.spec[:60], "an arch's factors as JSON") from None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from nas.cells import guard, unguard
 from nas.measure.measurement import Measurement
 from space.errors import InputError, refuse
 
@@ -67,9 +68,12 @@ class MeasurementRow:
 _OWN = ("role", "arch_key", "arch_label", "reference_key")
 _TYPES: dict[str, Any] = get_type_hints(Measurement)
 COLUMNS = (*_OWN, *(field.name for field in fields(Measurement)), "crc32")
-"""The header: what the row is, a `Measurement`'s fields, a checksum of the line before it."""
+"""The header: what the row is, a `Measurement`'s fields, a checksum of the line up to there and of
+the row before it, so that no row can be lost from the middle or moved unseen."""
 
 HEADER = ",".join(COLUMNS)
+_FIRST = f"{zlib.crc32(HEADER.encode()):08x}"
+"""What stands before the first row."""
 
 
 class MeasurementTable:
@@ -84,11 +88,12 @@ class MeasurementTable:
         self._rows: list[MeasurementRow] = []
         self._newest: dict[MeasurementKey, MeasurementRow] = {}
         self._whole_bytes = 0
+        self._last = _FIRST
         if path.exists():
             data = _bytes(path)
             self._whole_bytes = data.rfind(b"\n") + 1
-            for row in _parse(data, path, partial_header=True):
-                self._remember(row)
+            for row, checksum in _parse(data, path, partial_header=True):
+                self._remember(row, checksum)
 
     @property
     def rows(self) -> tuple[MeasurementRow, ...]:
@@ -116,7 +121,8 @@ class MeasurementTable:
 
     def append_row(self, row: MeasurementRow) -> None:
         """Write one row durably, cutting off a torn last line first."""
-        line = format_row(row) + "\n"
+        text = format_row(row, self._last)
+        line = text + "\n"
         fresh = self._whole_bytes == 0
         data = ((HEADER + "\n" if fresh else "") + line).encode()
         existed = self.path.exists()
@@ -132,9 +138,10 @@ class MeasurementTable:
         except OSError as error:
             raise refuse(str(self.path), error, "a writable file") from None
         self._whole_bytes += len(data)
-        self._remember(row)
+        self._remember(row, _checksum_of(text))
 
-    def _remember(self, row: MeasurementRow) -> None:
+    def _remember(self, row: MeasurementRow, checksum: str) -> None:
+        self._last = checksum
         self._rows.append(row)
         self._newest[row.key] = row
 
@@ -149,27 +156,31 @@ def read_measurements(path: Path) -> tuple[MeasurementRow, ...]:
         raise refuse("--measurements", path, "a measurements.csv file", "name the file inside it")
     if not path.exists():
         raise refuse("--measurements", path, "an existing measurements.csv")
-    return tuple(_parse(_bytes(path), path, partial_header=False))
+    return tuple(row for row, _ in _parse(_bytes(path), path, partial_header=False))
 
 
-def format_row(row: MeasurementRow) -> str:
-    """Write a row as its line, without the line break; `parse_row` gives an equal row back."""
+def format_row(row: MeasurementRow, after: str = "") -> str:
+    """Write a row as its line, without the line break; `parse_row` gives an equal row back.
+
+    `after` is the checksum of the row before it.
+    """
     values = [row.role, row.arch_key, row.arch_label, row.reference_key]
     values += [_cell(value) for value in row.measurement.to_dict().values()]
     text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow([_guard(value) for value in values])
+    csv.writer(text, lineterminator="").writerow([guard(value) for value in values])
     line = text.getvalue()
     assert "\n" not in line, "a cell holds a line break"
     assert "\r" not in line, "a cell holds a line break"
-    return f"{line},{zlib.crc32(line.encode()):08x}"
+    return f"{line},{zlib.crc32((after + line).encode()):08x}"
 
 
-def parse_row(line: str) -> MeasurementRow:
+def parse_row(line: str, after: str = "") -> MeasurementRow:
     """Read one line. Raises `ValueError` saying what is wrong with it."""
     body, _, checksum = line.rpartition(",")
-    if checksum != f"{zlib.crc32(body.encode()):08x}":
-        raise ValueError("the checksum does not fit the line")
-    cells = [_unguard(cell) for cell in next(csv.reader([body], strict=True))]
+    # Older tables have checksums of each line alone.
+    if checksum not in {f"{zlib.crc32((one + body).encode()):08x}" for one in (after, "")}:
+        raise ValueError("the checksum does not fit the line, or not behind the one before it")
+    cells = [unguard(cell) for cell in next(csv.reader([body], strict=True))]
     if len(cells) != len(COLUMNS) - 1:
         raise ValueError(f"{len(cells) + 1} cells instead of {len(COLUMNS)}")
     values: dict[str, Any] = {}
@@ -180,7 +191,13 @@ def parse_row(line: str) -> MeasurementRow:
     return MeasurementRow(role, arch_key, arch_label, reference_key, measurement)
 
 
-def _parse(data: bytes, path: Path, *, partial_header: bool) -> Iterable[MeasurementRow]:
+def _checksum_of(line: str) -> str:
+    return line.rpartition(",")[2]
+
+
+def _parse(
+    data: bytes, path: Path, *, partial_header: bool
+) -> Iterable[tuple[MeasurementRow, str]]:
     # A line is whole when its line break is there: `append` writes that last.
     whole, _, torn = data.rpartition(b"\n")
     remedy = "restore the file or start a new one"
@@ -191,9 +208,12 @@ def _parse(data: bytes, path: Path, *, partial_header: bool) -> Iterable[Measure
     lines = whole.split(b"\n")
     if lines[0].decode(errors="replace") != HEADER:
         raise refuse(f"{path} line 1", _shown(lines[0]), f"the columns {HEADER[:40]}...", remedy)
+    last = _FIRST
     for number, line in enumerate(lines[1:], start=2):
         try:
-            yield parse_row(line.decode("utf-8"))
+            row = parse_row(line.decode("utf-8"), last)
+            last = _checksum_of(line.decode("utf-8"))
+            yield row, last
         except InputError as error:
             raise refuse(f"{path} line {number}", error, "a measurement", remedy) from None
         except (ValueError, csv.Error) as error:
@@ -225,15 +245,6 @@ def _sync_folder(folder: Path) -> None:
 def _cell(value: object) -> str:
     # repr of a float is the shortest text that reads back as the same float.
     return "" if value is None else value if isinstance(value, str) else repr(value)
-
-
-def _guard(text: str) -> str:
-    # A spreadsheet runs a cell that starts like a formula; a leading quote makes it text.
-    return "'" + text if text.startswith(("=", "+", "-", "@", "'")) else text
-
-
-def _unguard(text: str) -> str:
-    return text[1:] if text.startswith("'") else text
 
 
 def _value(name: str, text: str) -> Any:

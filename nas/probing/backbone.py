@@ -119,7 +119,7 @@ def _described(folder: Path, source: Path, img_size: int | None) -> Backbone:
         if not all(0 < v < math.inf for v in std) or min(trained_size, channels) < 1:
             raise ValueError("std or input_size")
         sized = "img_size" in given or bool(seen.get("fixed_input_size"))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         got = f"a config.json without sound preprocessing ({type(error).__name__}: {error})"
         raise refuse(str(source), got, _HUB, "export the run again") from None
     if channels != 3:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from nas.cells import Writer
 from nas.probing.metrics import Paired
 
 
@@ -56,7 +56,7 @@ def pair(
 def csv_text(rows: Sequence[Row]) -> str:
     """Lay rows out as CSV; what is None is empty."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+    writer = Writer(out, [field.name for field in fields(Row)])
     writer.writeheader()
     writer.writerows(row.to_dict() for row in rows)
     return out.getvalue()

@@ -59,9 +59,9 @@ def build(network: Mapping[str, Any], ctx: Context) -> nn.Module:
     else:
         model = _timm_model(network["timm"], ctx)
     if network.get("weights") is not None:
-        from safetensors.torch import load_file
+        from nas.training.weights import load_into, load_weights
 
-        model.load_state_dict(load_file(network["weights"]), strict=True)
+        load_into(model, load_weights(Path(network["weights"])))
     return model
 
 

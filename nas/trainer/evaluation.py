@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
+from nas.cells import Writer
 from nas.data import Split
 from nas.distill.augment import AugmentSpec
 from nas.distill.outputs import outputs
@@ -46,7 +46,7 @@ class Outcome:
     def by_class(self, classes: Sequence[str]) -> str:
         """Draw a table by class, as CSV with `CLASS_COLUMNS`."""
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        writer = Writer(out)
         writer.writerow(CLASS_COLUMNS)
         for number, name in enumerate(classes):
             at = self.truth == number

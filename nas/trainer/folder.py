@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from nas.cells import Writer
 from nas.data import Dataset
 from nas.exporting.leave import model_json, preprocessing_of
 from nas.files import read_json, remove_leftovers, write_atomic, write_json
@@ -103,7 +103,7 @@ class Folder:
     def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Draw `log.csv` and `curve.png` anew from all epochs."""
         out = io.StringIO()
-        writer = csv.DictWriter(out, LOG_COLUMNS, lineterminator="\n", extrasaction="ignore")
+        writer = Writer(out, LOG_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(self.path / LOG, out.getvalue().encode())

@@ -18,7 +18,7 @@ from nas.training.weights import (
     read_metadata,
     weights_bytes,
 )
-from space.errors import refuse
+from space.errors import InputError, refuse
 
 _KEY = "nas.training"
 _NAME = "training checkpoint"
@@ -69,29 +69,41 @@ def load_checkpoint_into(
     text = read_metadata(path, name=_NAME).get(_KEY)
     if text is None:
         raise refuse(_NAME, path, "a file that this toolkit's training wrote", "remove it")
-    record = json.loads(text)
-    if record["plan"] != json.loads(json.dumps(plan)):
-        changed = sorted(k for k in plan if plan[k] != record["plan"].get(k))
+    tensors = load_weights(path, name=_NAME)
+    try:
+        record = json.loads(text)
+        _refuse_other(path, record["plan"], plan)
+        weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+        mismatch = first_mismatch(model.state_dict(), weights)
+        if mismatch:
+            raise refuse(_NAME, f"{path}: {mismatch}", "one of this architecture", "remove it")
+        load_into(model, weights, name=_NAME)
+        for name, parameter in model.named_parameters():
+            prefix = f"optimizer.{name}."
+            found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+            if found:
+                optimizer.state[parameter] = {k: _like(v, parameter) for k, v in found.items()}
+        for name, tensor in (more or {}).items():
+            tensor.copy_(tensors[f"more.{name}"])
+        torch.set_rng_state(tensors["rng.cpu"])
+        if "rng.cuda" in tensors and _on_cuda(model):
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        return Position(record["epoch"], record["plan"], record["extra"])
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        # An older version's file has no seal, and may hold anything.
+        got = f"{path} ({type(error).__name__}: {error})"
+        raise refuse(_NAME, got, "a whole one", "remove it") from None
+
+
+def _refuse_other(path: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of a training that was planned otherwise."""
+    if before != json.loads(json.dumps(plan)):
+        changed = sorted(k for k in plan if plan[k] != before.get(k))
         raise refuse(
             _NAME, f"{path} of other settings ({', '.join(changed)})", "the same ones", "remove it"
         )
-    tensors = load_weights(path, name=_NAME)
-    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
-    mismatch = first_mismatch(model.state_dict(), weights)
-    if mismatch:
-        raise refuse(_NAME, f"{path}: {mismatch}", "one of this architecture", "remove it")
-    load_into(model, weights, name=_NAME)
-    for name, parameter in model.named_parameters():
-        prefix = f"optimizer.{name}."
-        found = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        if found:
-            optimizer.state[parameter] = {k: _like(v, parameter) for k, v in found.items()}
-    for name, tensor in (more or {}).items():
-        tensor.copy_(tensors[f"more.{name}"])
-    torch.set_rng_state(tensors["rng.cpu"])
-    if "rng.cuda" in tensors and _on_cuda(model):
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return Position(record["epoch"], record["plan"], record["extra"])
 
 
 def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -14,20 +14,25 @@ import safetensors.torch
 import torch
 
 from nas.files import write_atomic
+from nas.seals import check_tensors, sealed_header
 from space.errors import refuse
+from space.seal import SEAL
 
 State = dict[str, torch.Tensor]
 """A state dict: parameters and persistent buffers by name."""
 
 _PICKLED = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError)
+"""What a safetensors file raises that is not whole."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def weights_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """Serialise to safetensors: equal tensors and metadata give equal bytes.
 
-    safetensors orders tensors itself but leaves metadata in hash order, so the header is rewritten.
+    safetensors orders tensors itself but leaves metadata in hash order, so the header is rewritten,
+    with a seal by which a reader knows when any bit of the file was changed (`nas.seals`).
     """
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
     raw = safetensors.torch.save(tensors)
@@ -36,9 +41,8 @@ def weights_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     header.pop("__metadata__", None)
     ordered = {"__metadata__": {"format": "pt", **{k: metadata[k] for k in sorted(metadata)}}}
     ordered.update(header)
-    text = json.dumps(ordered, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join((struct.pack("<Q", len(text)), text, memoryview(raw)[8 + length :]))
+    body = memoryview(raw)[8 + length :]
+    return b"".join((sealed_header(ordered, body), body))
 
 
 def save_weights(
@@ -51,19 +55,21 @@ def save_weights(
 
 
 def read_metadata(path: Path, *, name: str = "weights") -> dict[str, str]:
-    """Metadata of a safetensors file, without its tensors."""
+    """Metadata of a safetensors file, without its tensors; missing or damaged: refused."""
     try:
+        check_tensors(path)
         with safetensors.safe_open(str(path), "pt") as file:
-            return dict(file.metadata() or {})
-    except (OSError, safetensors.SafetensorError) as error:
+            return {k: v for k, v in (file.metadata() or {}).items() if k != SEAL}
+    except _DAMAGE as error:
         raise _unreadable(name, path, error) from error
 
 
 def load_weights(path: Path, *, name: str = "weights") -> State:
     """Tensors of a safetensors file on the CPU; missing or damaged: refused under `name`."""
     try:
+        check_tensors(path)
         state: State = safetensors.torch.load_file(str(path))
-    except (OSError, safetensors.SafetensorError) as error:
+    except _DAMAGE as error:
         raise _unreadable(name, path, error) from error
     return state
 
@@ -168,18 +174,18 @@ def load_timm_model(tag: str, *, name: str, **kwargs: Any) -> torch.nn.Module:
 
 
 def _load_pickle(path: Path, name: str) -> object:
-    import pickle
+    from pickle import UnpicklingError  # the exception alone: torch.load raises it
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise refuse(
             name,
             path,
             "tensors only (objects in pickles can run code)",
             "save model.state_dict() alone, best as .safetensors",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises almost anything
         raise _unreadable(name, path, error) from error
 
 

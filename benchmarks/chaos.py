@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 import shutil
 import statistics
 import sys
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         words = list(argv if argv is not None else sys.argv[1:])
         done = campaign(given, console)
-        command = " ".join(["python -m benchmarks.chaos", *words])
+        command = " ".join(["python -m benchmarks.chaos", *map(shlex.quote, words)])
         rows = [row_of(name, done[name], command) for name in FAULTS if done.get(name)]
         for row in rows:
             console.line(

@@ -16,7 +16,7 @@ from nas.config import RunConfig
 from nas.data import Dataset
 from nas.executor import Executor
 from nas.executor.means import LOGS
-from nas.files import read_json, write_json
+from nas.files import member, read_json, write_json
 from nas.jobs import Job, Needs, Result
 from nas.judging import judged
 from nas.measure.device_table import DeviceTable
@@ -289,9 +289,13 @@ class Run:
         out = task.out
         if not _left(out):
             return None
-        data = read_json(out / "result.json", "a finished job's result")
-        needed = data.get("files", [])
-        if all((out / name).is_file() for name in needed if name not in SPENT):
+        told = out / "result.json"
+        data = read_json(told, "a finished job's result")
+        if not _is_result(data):
+            want = "a finished job's result"
+            raise refuse(str(told), "another format", want, "remove its folder")
+        needed = [member(out, name, str(told)) for name in data.get("files", [])]
+        if all(path.is_file() for path in needed if path.name not in SPENT):
             return Result(task.job.key, True, data["values"], None, data["seconds"])
         shutil.rmtree(out)
         return None
@@ -451,6 +455,16 @@ def keep_failure(out: Path, result: Result) -> None:
     """Keep beside `out` that its job failed, for a resumed run to find."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(_failure(out), {"reason": result.reason, "seconds": result.seconds})
+
+
+def _is_result(data: Any) -> bool:
+    """Tell whether something read has the form of what a job leaves of itself."""
+    return (
+        isinstance(data, dict)
+        and isinstance(data.get("values"), dict)
+        and isinstance(data.get("seconds"), (int, float))
+        and isinstance(data.get("files", []), list)
+    )
 
 
 def _left(out: Path) -> bool:

@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from scipy import stats
 
 from nas.config import RunConfig
-from nas.jobs import Result
+from nas.jobs import Job, Result
 from nas.progress import Console
-from nas.run import Incumbent, Run
+from nas.run import Incumbent, Run, Task, failed_before, keep_failure
 from nas.rundir import RunDir
 from nas.search.constraints import band_at
 from nas.search.ledger import Row
@@ -294,6 +294,22 @@ class Paper:
 
     def band(self, step: int) -> Any:
         return band_at(FAMILY.count_params(SEED, CTX), self.config, step)
+
+    def training(self, arch: Any, name: str, *, out: Path, **more: Any) -> Task:
+        return Task(Job("train", name, {"arch": arch, **more}), out, 0.0)
+
+    def train_all(self, tasks: Any, *, remember: bool) -> list[Result]:
+        """Do each once: that it failed is kept, as `Run.do_all` does."""
+        found = []
+        for task in tasks:
+            spec = dict(task.job.spec)
+            result = failed_before(task.out) or self.train(
+                spec.pop("arch"), task.job.key, out=task.out, **spec
+            )  # fmt: skip
+            if not result.ok:
+                keep_failure(task.out, result)
+            found.append(result)
+        return found
 
     def train(self, arch: Any, name: str, *, out: Path, **more: Any) -> Result:
         self.asked.append((name, more))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from nas.cells import Writer
 from nas.executor.dispatch import Dispatcher
 from nas.jobs import Job, Result, Tick, no_tick
 
@@ -311,9 +311,9 @@ class Pool:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         row = [key, attempt, where, now, round(seconds, 3), outcome, reason]
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
+        writer = Writer(out, ATTEMPT_COLUMNS)
         if not self._record.exists():
-            writer.writerow(ATTEMPT_COLUMNS)
+            writer.writeheader()
         writer.writerow(row)
         with self._record.open("a", encoding="utf-8") as file:
             file.write(out.getvalue())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import io
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.cells import Writer
 from nas.files import write_atomic
 from nas.search.storage import (
     OPENING_S,
@@ -269,11 +269,10 @@ class Ledger:
     def write_csv(self, path: Path) -> None:
         """Draw `ledger.csv` from the study: one line a candidate, empty cells not measured."""
         out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        writer = Writer(out, COLUMNS)
+        writer.writeheader()
         for number, row in enumerate(self._rows.values()):
-            values = ["" if v is None else v for v in dataclasses.astuple(row)]
-            writer.writerow([number, *values])
+            writer.writerow([number, *dataclasses.astuple(row)])
         write_atomic(path, out.getvalue().encode())
 
     def close(self) -> None:

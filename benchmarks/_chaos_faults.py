@@ -356,35 +356,35 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
 
 
 FAULTS: dict[str, Fault] = {
-    "kill -9 of the driver": Fault(20, _run, disturbed(some_workers, kill_driver)),
+    "kill -9 of the driver": Fault(15, _run, disturbed(some_workers, kill_driver)),
     "kill -9 of a worker": Fault(
-        20, _run,
+        12, _run,
         disturbed(some_workers, kill_worker, goes_on=True),
     ),
-    "kill -9 of everything at once": Fault(15, _run, disturbed(some_workers, kill_all)),
+    "kill -9 of everything at once": Fault(10, _run, disturbed(some_workers, kill_all)),
     "kill -9 of the label builder": Fault(
-        15, lambda a: [a.labels()],
+        18, lambda a: [a.labels()],
         disturbed(
             lambda a, rng: a.labels("--processes", str(rng.choice([1, 2]))), either
         ),
     ),
     "kill -9 of a label builder's worker": Fault(
-        5, lambda a: [a.labels()],
+        8, lambda a: [a.labels()],
         disturbed(
             lambda a, rng: a.labels("--processes", str(rng.choice([1, 2]))), kill_worker,
             goes_on=True
         ),
     ),
     "kill -9 of the trainer": Fault(
-        15, lambda a: [a.training()], disturbed(lambda a, rng: a.training(), kill_driver)
+        27, lambda a: [a.training()], disturbed(lambda a, rng: a.training(), kill_driver)
     ),
-    "SIGTERM, then SIGKILL after 5 s": Fault(10, _run, disturbed(some_workers, terminate)),
-    "Ctrl-C twice": Fault(10, _run, disturbed(some_workers, interrupt_twice)),
-    "the clock jumps back": Fault(5, _run, clock_back),
-    "the disk is full": Fault(10, _run, disk_full),
-    "the disk is read-only": Fault(2, _run, read_only),
-    "the database is locked": Fault(3, _run, locked),
-    "a file of the run is damaged": Fault(20, _run, damaged),
+    "SIGTERM, then SIGKILL after 5 s": Fault(5, _run, disturbed(some_workers, terminate)),
+    "Ctrl-C twice": Fault(5, _run, disturbed(some_workers, interrupt_twice)),
+    "the clock jumps back": Fault(3, _run, clock_back),
+    "the disk is full": Fault(8, _run, disk_full),
+    "the disk is read-only": Fault(1, _run, read_only),
+    "the database is locked": Fault(2, _run, locked),
+    "a file of the run is damaged": Fault(15, _run, damaged),
     "Ray: a node removed in every step": Fault(2, _run, cluster("node"), solo=True),
     "Ray: the driver killed": Fault(2, _run, cluster("driver"), solo=True),
     "Ray: the head lost": Fault(1, _run, cluster("head"), solo=True),

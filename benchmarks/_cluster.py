@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks._estimates import Floats
-from nas.executor.dispatch import Dispatcher
+from nas.executor.dispatch import LEAST_HUNG_S, Dispatcher
+from nas.executor.pool import HUNG_EVERY_S
 from nas.race import rungs_of
 
 Call = tuple[str, tuple[Any, ...], dict[str, Any]]
@@ -64,15 +65,15 @@ NO_FAULTS = Faults(None, None, hang_share=0.0, poison_share=0.0, slow_share=0.0)
 class Cluster:
     """Workers in nodes of `per_node`; a fresh one needs `boot_s` before its first job begins.
 
-    An attempt is ended after `limit_s`, and one that is slow is looked for every `poll_s` while
-    workers are idle.
+    An attempt is ended after `limit_s`: by a person who looks once a day, or as `--job-minutes`
+    says. One that is slow is looked for every `poll_s` while workers are idle.
     """
 
     workers: int
     faults: Faults
     per_node: int = 8
     boot_s: float = 20.0
-    limit_s: float = 3600.0
+    limit_s: float = 86_400.0
     poll_s: float = 5.0
 
 
@@ -93,13 +94,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Policy:
-    """How it is dispatched. `ahead`: none, `keep` (the `keep` best so far, as `nas.race` asks), or
-    `half` (as many of the better ones as will go on)."""
+    """How it is dispatched; by default as a `LocalExecutor` does.
+
+    `ahead`: `half` (as `nas.race` asks: the leading half, no more than there are workers), `keep`
+    (the `keep` best so far) or `none`. With `hung`, what the dispatcher says will never end is
+    ended.
+    """
 
     retries: int = 2
     copies: bool = False
-    ahead: str = "none"
+    ahead: str = "half"
     keep: int = 4
+    hung: bool = True
 
 
 @dataclass
@@ -126,7 +132,9 @@ class Outcome:
 
     `tail_s`: from when the first worker is idle for good until the barrier, over all barriers;
     `tail_idle_s`: worker-seconds that are idle in it. `work_s`: what the counted jobs would take
-    on one usual worker. `ended` says how often each job that was asked for came to its end.
+    on one usual worker. `hung` attempts were ended by the dispatcher's rule, `late` ones by the
+    limit; `wronged` of both would have ended by themselves. `ended` says how often each job that
+    was asked for came to its end.
     """
 
     spent: Spent = field(default_factory=Spent)
@@ -136,6 +144,9 @@ class Outcome:
     work_s: float = 0.0
     given_up: int = 0
     attempts: int = 0
+    hung: int = 0
+    late: int = 0
+    wronged: int = 0
     ended: dict[str, int] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
 
@@ -147,6 +158,7 @@ class _Attempt:
     worker: int
     since: float
     boot_s: float
+    ends: bool
     over: bool = False
 
 
@@ -183,7 +195,7 @@ class _Simulation:
         self._running: dict[tuple[str, int], _Attempt] = {}
         self._doing: dict[int, _Attempt] = {}
         self._events: list[tuple[float, int, str, Any]] = []
-        self._polls = False
+        self._polls = self._looks = False
         for node in range(len(self._slower)):
             self._next_death(node)
 
@@ -254,7 +266,7 @@ class _Simulation:
                 return done
             self._start()
             if self._idle and rung < last and self.policy.ahead != "none":
-                self._lead(done, rung + 1)
+                self._lead(done, rung + 1, len(racing))
                 self._start()
             self._happen()
 
@@ -267,9 +279,11 @@ class _Simulation:
         units = float(self._epochs[self._jobs[key][1]])
         self._ask("add", key, kind="train", units=units, ahead=ahead)
 
-    def _lead(self, done: Sequence[tuple[float, int]], coming: int) -> None:
+    def _lead(self, done: Sequence[tuple[float, int]], coming: int, entrants: int) -> None:
         """Offer the coming rung of those that lead so far to workers that are idle."""
-        leaders = self.policy.keep if self.policy.ahead == "keep" else len(done) // 2
+        leaders = self.policy.keep
+        if self.policy.ahead == "half":
+            leaders = min(self.cluster.workers, max(leaders, entrants // 2))
         leaders = min(leaders, len(done))
         last = done[leaders - 1] if leaders else (-math.inf, 0)
         # Those that no longer lead make room, as far as they have not begun.
@@ -319,6 +333,11 @@ class _Simulation:
         if self.policy.copies and self._idle and self._running and not self._polls:
             self._polls = True
             self._plan(self._now + self.cluster.poll_s, "poll", None)
+        if self.policy.hung and self._running and not self._looks:
+            # Who runs for less is never named, so there is nothing to ask before.
+            self._looks = True
+            oldest = min(attempt.since for attempt in self._running.values())
+            self._plan(max(self._now, oldest + LEAST_HUNG_S) + HUNG_EVERY_S, "look", None)
 
     def _begin(self, key: str, number: int) -> None:
         worker, faults = self._idle.popleft(), self.cluster.faults
@@ -326,8 +345,6 @@ class _Simulation:
         self.out.spent.idle_s += self._now - self._since[worker]
         boot = self.cluster.boot_s if self._fresh[worker] else 0.0
         self._fresh[worker] = False
-        attempt = _Attempt(key, number, worker, self._now, boot)
-        self._running[key, number] = self._doing[worker] = attempt
         candidate, rung = self._jobs[key]
         slower = self._slower[worker // self._per_node]
         seconds = boot + float(self._job_s[candidate, rung] * slower)
@@ -338,11 +355,12 @@ class _Simulation:
             death_s = math.inf
         else:
             death_s = -math.log(1.0 - float(death)) * faults.worker_hours * 3600.0
-        lost_s = min(death_s, self.cluster.limit_s)
-        if hangs < faults.hang_share or seconds > lost_s:
-            self._plan(self._now + lost_s, "lost", attempt)
-        else:
-            self._plan(self._now + seconds, "ended", attempt)
+        end_s = math.inf if hangs < faults.hang_share else seconds
+        ends = math.isfinite(end_s) and end_s <= death_s
+        attempt = _Attempt(key, number, worker, self._now, boot, ends)
+        self._running[key, number] = self._doing[worker] = attempt
+        after, what = min((end_s, "ended"), (death_s, "lost"), (self.cluster.limit_s, "late"))
+        self._plan(self._now + after, what, attempt)
 
     @property
     def _per_node(self) -> int:
@@ -361,6 +379,11 @@ class _Simulation:
         self._now, _, what, of = heapq.heappop(self._events)
         if what == "poll":
             self._polls = False
+        elif what == "look":
+            self._looks = False
+            for start in self._ask("hung", self._now):
+                self.out.hung += 1
+                self._end_late(self._running[start.key, start.attempt])
         elif what == "node":
             self._node_dies(of)
         elif what == "up":
@@ -374,8 +397,15 @@ class _Simulation:
             pass  # it was ended before
         elif what == "lost":
             self._lose(of)
+        elif what == "late":
+            self.out.late += 1
+            self._end_late(of)
         else:
             self._finish(of)
+
+    def _end_late(self, attempt: _Attempt) -> None:
+        self.out.wronged += attempt.ends
+        self._lose(attempt)
 
     def _finish(self, attempt: _Attempt) -> None:
         key = attempt.key

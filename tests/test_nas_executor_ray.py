@@ -52,7 +52,10 @@ def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_pa
     assert log.startswith("-- on ")
 
 
-def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+def test_a_cluster_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.executor.ray.CONNECT_S", 3.0)
     means = Means(executor="ray", ray_address="127.0.0.1:1")
     job_of = {"reads": ("dataset",), "leaves": "out"}
     from nas.jobs import Needs

@@ -165,9 +165,26 @@ def test_the_state_of_a_folder_changes_with_it(tmp_path: Path) -> None:
 def test_a_job_that_fails_on_a_node_leaves_nothing_there(tmp_path: Path) -> None:
     told = {
         "kind": "no such kind", "key": "k", "spec": {"out": "/nowhere/out"}, "units": 0.0,
-        "leaves": "out", "flat": [],
+        "leaves": "out", "flat": [], "pieces": 0,
     }  # fmt: skip
     answer = do_here(told, [], tmp_path / "node", threads=1, token=None, said=lambda _: None)
     assert not answer["result"]["ok"]
     assert answer["files"] == {}
     assert not list((tmp_path / "node").iterdir())
+
+
+def test_a_node_that_sees_no_files_is_no_candidates_fault(tmp_path: Path) -> None:
+    """Then the task is lost, and done elsewhere or with its files sent."""
+    told = {
+        "kind": "open-labels", "key": "k", "spec": {"out": "/nowhere/out", "dataset": "/nowhere/data"},
+        "units": 0.0, "leaves": "out", "flat": [], "pieces": 1,
+    }  # fmt: skip
+    token = (str(tmp_path / "run.json"), "0" * 32)
+    with pytest.raises(FileNotFoundError, match="does not see the driver's files"):
+        do_here(told, [], tmp_path / "node", threads=1, token=token, said=lambda _: None)
+    (tmp_path / "run.json").write_text("{}")  # another run's, under the same path
+    with pytest.raises(FileNotFoundError, match="does not see the driver's files"):
+        do_here(told, [], tmp_path / "node", threads=1, token=token, said=lambda _: None)
+    token = (token[0], content_name(tmp_path / "run.json"))
+    answer = do_here(told, [], tmp_path / "node", threads=1, token=token, said=lambda _: None)
+    assert "/nowhere/data" in answer["result"]["reason"]

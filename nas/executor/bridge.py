@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nas.executor.local import worker_environment
-from nas.executor.node import Piece, bring_home, do_here, node_place
+from nas.executor.node import Piece, bring_home, do_here, node_place, sees
 from nas.executor.ship import at, content_name, pack, quick_name
 
 WAIT_S, BOARD_S, NODES_S = 0.1, 1.0, 2.0
@@ -159,6 +159,7 @@ class Bridge:
         self._boxes: dict[str, tuple[str, str, list[Any]]] = {}
         self._slots = -1
         self._bench: Any = None
+        self._near: dict[str, bool] = {}
         root = Path(__file__).resolve().parent.parent.parent
         own = hello["address"] is None
         more: dict[str, Any] = {"address": hello["address"]}
@@ -249,14 +250,40 @@ class Bridge:
     def start(self, told: Mapping[str, Any]) -> None:
         """Start an attempt as a task."""
         self._leave_bench()
-        boxes = [
-            self._box(told["spec"], dotted, flat=dotted in told["flat"]) for dotted in told["reads"]
-        ]
+        boxes = (
+            []
+            if self._all_near()
+            else [
+                self._box(told["spec"], dotted, flat=dotted in told["flat"])
+                for dotted in told["reads"]
+            ]
+        )
         options = {k: self._hello[k] for k in ("session", "threads", "token", "memory_bytes")}
         ref = self._task.remote(
-            {k: v for k, v in told.items() if k != "reads"}, boxes, self._board, options
+            {**told, "pieces": len(told["reads"])}, boxes, self._board, options
         )  # fmt: skip
         self._tasks[ref] = _Running(told, time.monotonic())
+
+    def _all_near(self) -> bool:
+        """Tell whether every node sees the driver's files, so that none need to travel."""
+        token = self._hello["token"]
+        if token is None:
+            return False
+        alive = {n["NodeID"] for n in self._nodes() if n["Alive"]}
+        asked = alive - self._near.keys()
+        look: Any = self._ray.remote(sees)
+        refs = {
+            node: look.options(num_cpus=0, scheduling_strategy=self._at(node, soft=False)).remote(
+                *token
+            )
+            for node in asked
+        }
+        for node, ref in refs.items():
+            try:
+                self._near[node] = bool(self._ray.get(ref, timeout=30.0))
+            except (self._ray.exceptions.RayError, TimeoutError):
+                self._near[node] = False
+        return all(self._near[node] for node in alive)
 
     def _box(
         self, spec: Mapping[str, Any], dotted: str, *, flat: bool

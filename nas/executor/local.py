@@ -127,6 +127,8 @@ class LocalPlaces:
         idle = [worker for worker in self._workers if worker.task is None]
         # One that runs already has its libraries loaded.
         worker = next((w for w in idle if w.alive), idle[0])
+        if job.needs.timed:  # one device for all that is compared
+            worker = idle[0]
         worker.take(_Task(job, attempt, time.monotonic()))
 
     def cancel(self, key: str, attempt: int) -> None:

@@ -64,7 +64,9 @@ def do_here(
 
     started = time.monotonic()
     torch.set_num_threads(threads)
-    near = token is not None and _sees(*token)
+    near = token is not None and sees(*token)
+    if not near and len(pieces) < told["pieces"]:
+        raise FileNotFoundError(f"{socket.gethostname()} does not see the driver's files")
     place.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix="job-", dir=place))
     changes: dict[str, Any] = {}
@@ -104,7 +106,8 @@ def do_here(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sees(path: str, name: str) -> bool:
+def sees(path: str, name: str) -> bool:
+    """Tell whether a file is here, with the content of that name."""
     file = Path(path)
     return file.is_file() and content_name(file) == name
 

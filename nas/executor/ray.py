@@ -31,7 +31,7 @@ from space.errors import refuse
 if TYPE_CHECKING:
     from nas.executor.means import Means
 
-RECONNECTS, CONNECT_S = 3, 90.0
+RECONNECTS, CONNECT_S = 3, 60.0
 """How often a broken connection is made again, and how long that may take."""
 
 
@@ -210,7 +210,7 @@ class RayPlaces:
             answer = bridge.first(until - time.monotonic())
             if answer is not None and "ready" in answer:
                 return bridge
-            bridge.end()
+            bridge.end(patience_s=0.0)
             said = said if answer is None else str(answer.get("refused", said))
             if first or time.monotonic() >= until:
                 raise self._away(said)
@@ -306,13 +306,13 @@ class _Bridge:
                 found.append(self._said.get_nowait())
         return found
 
-    def end(self) -> str:
-        """Let it leave the cluster, or make it; returns how it ended."""
+    def end(self, patience_s: float = 15.0) -> str:
+        """Let it leave the cluster, or make it after a while; returns how it ended."""
         with contextlib.suppress(OSError, ValueError):
             assert self._process.stdin is not None
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=15.0)
+            self._process.wait(timeout=patience_s)
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()

@@ -9,16 +9,19 @@ status 2. `lost` counts the tries that fail in any of this.
 from __future__ import annotations
 
 import argparse
+import csv
 import random
 import shlex
 import shutil
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks._chaos_arena import Arena
 from benchmarks._chaos_faults import FAULTS, Fault, Try
@@ -78,8 +81,8 @@ def tries_of(given: argparse.Namespace) -> list[tuple[str, Fault, int]]:
     return found
 
 
-def campaign(given: argparse.Namespace, console: Console) -> dict[str, list[Try]]:
-    """Do the tries, several at a time."""
+def campaign(given: argparse.Namespace, console: Console, command: str) -> dict[str, list[Try]]:
+    """Do the tries, several at a time; the table grows with each."""
     read_int("--jobs", given.jobs, 1, 64)
     arena = Arena(given.folder, console.line)
     wanted = tries_of(given)
@@ -107,6 +110,7 @@ def campaign(given: argparse.Namespace, console: Console) -> dict[str, list[Try]
             console.line(f"LOST {folder.name}: {wrong}")
         if not outcome.wrong and not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
+        write(given.out, {name: row_of(name, done[name], command)})
         console.advance(1.0)
 
     side_by_side = [task for task in wanted if not task[1].solo]
@@ -127,6 +131,27 @@ def row_of(name: str, outcomes: Sequence[Try], command: str) -> Row:
     return Row(name, len(outcomes), len(outcomes) - lost, lost, round(median, 1), command)
 
 
+_WRITING = threading.Lock()
+
+
+def write(path: Path, rows: Mapping[str, Row]) -> None:
+    """Put faults' rows into the table, those of other faults staying as they are."""
+    with _WRITING:
+        held: dict[str, Any] = {}
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                for line in csv.DictReader(file):
+                    late = float(line["seconds_to_recover"] or "nan")
+                    held[line["fault"]] = Row(
+                        line["fault"], int(line["tried"]), int(line["survived"]), int(line["lost"]),
+                        late, line["command"],
+                    )  # fmt: skip
+        held.update(rows)
+        names = [name for name in FAULTS if name in held]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, [held[name] for name in names])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Disturb, count, write. Returns the exit status: 1 where anything was lost."""
 
@@ -134,15 +159,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = build_parser().parse_args(argv)
         console = Console()
         words = list(argv if argv is not None else sys.argv[1:])
-        done = campaign(given, console)
         command = " ".join(["python -m benchmarks.chaos", *map(shlex.quote, words)])
+        done = campaign(given, console, command)
         rows = [row_of(name, done[name], command) for name in FAULTS if done.get(name)]
         for row in rows:
             console.line(
                 f"{row.fault:<44} {row.survived} of {row.tried} survived, "
                 f"{row.seconds_to_recover:.1f} s later"
             )
-        write_rows(given.out, rows)
         return 1 if any(row.lost for row in rows) else 0
 
     return guarded(work)

@@ -313,7 +313,7 @@ def build_parser() -> Parser:
     add("--epoch-s", type=float, default=60.0, metavar="S",
         help="seconds a usual candidate's epoch takes (default %(default)s)")  # fmt: skip
     add("--limit-s", type=float, default=Cluster.limit_s, metavar="S",
-        help="after which a person ends what does not end (default %(default)s, a day)")  # fmt: skip
+        help="after which a person ends what does not end (default %(default)s)")  # fmt: skip
     add("--random-seeds", type=_integers, default=(1, 2, 3), help="(default 1,2,3)")
     add("--out", type=Path, default=Path("results/schedule.csv"))
     return parser

@@ -111,7 +111,7 @@ def build_parser() -> Parser:
 
 
 def _means(arguments: argparse.Namespace) -> Means:
-    workers = min(arguments.processes, usable_cpus())
+    workers = max(1, min(arguments.processes, usable_cpus()))
     return Means(executor=arguments.executor, ray_address=arguments.ray_address, workers=workers)
 
 

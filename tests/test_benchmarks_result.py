@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from benchmarks import _rivals_prune, _rivals_train, rivals
 from benchmarks._result_search import PUBLISHED, Side, Target, checked
 from benchmarks._result_statistics import Paired, paired_interval, verdict
 from benchmarks.result import Budget, ResultRow, build_parser, figure, main, shortcomings, write
+from nas.files import read_json
 from nas.training.weights import save_weights
 from space import Context, get_family
 from space.errors import InputError
@@ -380,6 +380,6 @@ def test_a_narrowed_net_is_rebuilt_from_its_shapes_alone(tmp_path: Path) -> None
 def test_a_job_that_ends_without_a_word_is_an_outcome(tmp_path: Path) -> None:
     done = rivals.in_process({"kind": "none", "out": str(tmp_path / "job")}, 1)
     assert done == {"ok": False, "reason": "KeyError: 'none'"}
-    assert json.loads((tmp_path / "job" / "result.json").read_text()) == done
+    assert read_json(tmp_path / "job" / "result.json", "a job's result") == done
     assert rivals.in_process({"kind": "load", "out": str(tmp_path / "job")}, 1) == done
     assert isinstance(build_parser(), argparse.ArgumentParser)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from benchmarks import _label_plan as plan
 from benchmarks import schedule
 from benchmarks._cluster import NO_FAULTS, Cluster, Durations, Faults, Load, Policy, simulate
+from nas.executor.dispatch import LEAST_HUNG_S, LEAST_KNOWN
+from nas.executor.pool import HUNG_EVERY_S
 from nas.race import rungs_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,13 +35,14 @@ POLICIES = st.builds(
     retries=st.integers(0, 2),
     copies=st.booleans(),
     ahead=st.sampled_from(["none", "keep", "half"]),
+    hung=st.booleans(),
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     FAULTS, POLICIES, st.integers(1, 30), st.integers(1, 40), st.integers(1, 3), st.booleans(),
-    st.integers(0, 9),
+    st.integers(0, 9), st.sampled_from([3600.0, 86_400.0]),
 )  # fmt: skip
 def test_every_worker_second_is_booked_once_and_every_job_ends_once(
     faults: Faults,
@@ -49,9 +52,10 @@ def test_every_worker_second_is_booked_once_and_every_job_ends_once(
     steps: int,
     racing: bool,
     random_seed: int,
+    limit_s: float,
 ) -> None:
     load = Load(candidates, min(steps, candidates), epochs=4, racing=racing)
-    cluster = Cluster(workers, faults)
+    cluster = Cluster(workers, faults, limit_s=limit_s)
     out = simulate(load, cluster, policy, USUAL, random_seed=random_seed)
     assert out.spent.total_s == pytest.approx(workers * out.makespan_s)
     assert min(vars(out.spent).values()) >= -1e-6
@@ -60,6 +64,8 @@ def test_every_worker_second_is_booked_once_and_every_job_ends_once(
     assert len([key for key in out.ended if key.endswith("-r0")]) == candidates
     assert out.given_up <= candidates
     assert out.attempts <= (policy.retries + 2) * 2 * candidates * len(rungs_of(4))
+    assert out.wronged <= out.hung + out.late
+    assert policy.hung or out.hung == 0
     assert out.tail_idle_s <= out.spent.idle_s + 1e-6
     assert out.tail_s <= out.makespan_s + 1e-6
     # No slower than the work on one worker at the slowest, no faster than on all of them.
@@ -82,7 +88,7 @@ def test_what_can_be_told_by_hand_is_so(workers: int, copies: bool, ahead: str) 
     assert out.work_s == pytest.approx(work)
     assert out.spent.useful_s == pytest.approx(work)
     assert out.spent.lost_s == out.spent.spare_s == 0
-    assert out.given_up == 0
+    assert out.given_up == out.hung == out.late == 0
     assert work / workers - 1e-9 <= out.makespan_s <= rounds + 1e-9
     if ahead == "none":
         assert out.makespan_s == pytest.approx(rounds)
@@ -97,6 +103,32 @@ def test_a_candidate_that_kills_its_worker_is_given_up_after_its_tries() -> None
         assert out.given_up == 5
         assert out.attempts == 5 * (retries + 1)
         assert out.work_s == out.spent.useful_s == 0
+
+
+@pytest.mark.parametrize("retries", [0, 2])
+def test_where_all_hang_nobody_knows_and_the_limit_ends_them(retries: int) -> None:
+    faults = replace(NO_FAULTS, hang_share=1.0)
+    cluster = Cluster(2, faults, boot_s=0.0, limit_s=5000.0)
+    out = simulate(Load(5), cluster, Policy(retries=retries), EVEN, random_seed=0)
+    assert (out.given_up, out.hung, out.late, out.wronged) == (5, 0, 5 * (retries + 1), 0)
+    assert out.spent.lost_s == pytest.approx(5000.0 * out.late)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 20), st.integers(0, 99), st.sampled_from(["none", "half"]))
+def test_once_some_have_ended_what_hangs_costs_its_bound(
+    workers: int, random_seed: int, ahead: str
+) -> None:
+    """Jobs of 10 to 20 s: a quarter of an hour each, and not one that would have ended."""
+    faults = replace(NO_FAULTS, hang_share=0.1)
+    cluster = Cluster(workers, faults, boot_s=0.0)
+    load = Load(40, epochs=4, epoch_s=10.0)
+    out = simulate(load, cluster, Policy(ahead=ahead), EVEN, random_seed=random_seed)
+    assert out.wronged == 0
+    certain = out.hung * LEAST_HUNG_S + out.late * cluster.limit_s
+    assert certain <= out.spent.lost_s <= certain + out.hung * 2 * HUNG_EVERY_S
+    # A day is lost only by those that began before five had ended.
+    assert out.late <= workers + LEAST_KNOWN - 1
 
 
 def test_a_record_is_read_back(tmp_path: Path) -> None:

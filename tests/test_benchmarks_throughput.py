@@ -80,8 +80,11 @@ def test_one_row_a_network_and_setting(measured: tuple[Path, list[DeviceRow]]) -
         assert row.ratio is not None
         assert row.peak_mem_bytes is None
     assert rows[0].fingerprint == rows[1].fingerprint
+    # Which one is faster is for the machine to say, not for a test.
     assert rows[1].ratio is not None
-    assert rows[1].ratio < 1.1, "the larger one is not faster"
+    assert rows[1].ratio_lo is not None
+    assert rows[1].ratio_hi is not None
+    assert 0 < rows[1].ratio_lo <= rows[1].ratio <= rows[1].ratio_hi
     assert out.with_suffix(".png").stat().st_size > 1000
 
 

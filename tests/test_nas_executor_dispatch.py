@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.executor.dispatch import LEAST_KNOWN, SLOW, Dispatcher
+from nas.executor.dispatch import HUNG, LEAST_HUNG_S, LEAST_KNOWN, SLOW, Dispatcher
 
 NAMES = [f"j{at}" for at in range(8)]
 
@@ -241,3 +241,155 @@ def test_what_waits_for_long_at_its_place_is_not_slow_for_that() -> None:
     queue.begun("late", 1, 100.0)
     assert queue.next(100.0 + SLOW, 3) == []
     assert [(s.key, s.attempt) for s in queue.next(100.1 + SLOW, 3)] == [("late", 2)]
+
+
+PACES = st.floats(0.5, 40.0) | st.floats(0.5, 400.0)
+UNITS = st.sampled_from([0.0, 0.5, 1.0, 4.0])
+EVENT = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from(["k", "other"]), UNITS),
+    st.tuples(st.just("next"), st.integers(1, 4)),
+    st.tuples(st.just("pass"), st.one_of(st.floats(0.0, 100.0), st.floats(500.0, 6000.0))),
+    st.tuples(st.just("finish"), st.integers(0, 99)),
+    st.tuples(st.just("lose"), st.integers(0, 99)),
+    st.tuples(st.just("begun"), st.integers(0, 99)),
+    st.tuples(st.just("edge"), st.integers(0, 99), st.sampled_from([1 - 1e-6, 1 + 1e-6])),
+    st.tuples(st.just("slow"), st.integers(0, 99)),
+    st.tuples(st.just("end the hung")),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(EVENT, min_size=20, max_size=60),
+    st.lists(PACES, min_size=LEAST_KNOWN, max_size=9) | st.lists(PACES, max_size=LEAST_KNOWN),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_those_above_their_bound_are_named_and_no_others(
+    events: list[tuple[object, ...]], finished: list[float], retries: int, copies: bool
+) -> None:
+    """A book-keeper who keeps every duration names the same, whatever happened before."""
+    queue = Dispatcher(retries=retries, copies=copies)
+    paces: dict[str, list[float]] = {"k": [], "other": []}
+    jobs: dict[str, tuple[str, float]] = {}  # kind and units
+    since: dict[tuple[str, int], float] = {}
+    now = 0.0
+
+    def forget(key: str) -> None:
+        for which in [w for w in since if w[0] == key]:
+            del since[which]
+
+    def finish(key: str, attempt: int) -> None:
+        kind, units = jobs[key]
+        if units:
+            paces[kind].append((now - since[key, attempt]) / units)
+        assert queue.finished(key, attempt, now)
+        forget(key)
+
+    def lose(key: str, attempt: int) -> None:
+        del since[key, attempt]
+        if not queue.lost(key, attempt):
+            forget(key)
+
+    def bound_of(key: str) -> float | None:
+        kind, units = jobs[key]
+        known = sorted(paces[kind][-101:])
+        if len(known) < LEAST_KNOWN or not units:
+            return None
+        return max(LEAST_HUNG_S, HUNG * known[len(known) // 2] * units)
+
+    def check() -> None:
+        named = queue.hung(now)
+        assert len(set(named)) == len(named)
+        found = {(start.key, start.attempt) for start in named}
+        for (key, attempt), began in since.items():
+            bound = bound_of(key)
+            # Where nobody knows how long it takes, nothing is said.
+            assert ((key, attempt) in found) == (bound is not None and now - began > bound)
+        assert found <= set(since), "one that does not run"
+
+    for at, seconds in enumerate(finished):
+        jobs[f"usual{at}"] = ("k", 1.0)
+        queue.add(f"usual{at}", kind="k", units=1.0)
+        (start,) = queue.next(now, 1)
+        since[start.key, start.attempt] = now
+        now += seconds
+        finish(start.key, start.attempt)
+    for what, *rest in events:
+        running = sorted(since)
+        if what == "add":
+            key = f"j{len(jobs)}"
+            jobs[key] = (str(rest[0]), rest[1])  # type: ignore[assignment]
+            queue.add(key, kind=str(rest[0]), units=rest[1])  # type: ignore[arg-type]
+        elif what == "next":
+            for start in queue.next(now, rest[0]):  # type: ignore[arg-type]
+                since[start.key, start.attempt] = now
+        elif what == "pass":
+            now += rest[0]  # type: ignore[operator]
+        elif what == "end the hung":
+            for start in queue.hung(now):
+                lose(start.key, start.attempt)
+            assert queue.hung(now) == []
+        elif running:
+            key, attempt = running[rest[0] % len(running)]  # type: ignore[operator]
+            bound = bound_of(key)
+            if what == "edge":  # just before its bound, or just after it
+                if bound is not None:
+                    edge = since[key, attempt] + bound * rest[1]  # type: ignore[operator]
+                    now = max(now, edge)
+            elif what == "slow":  # a copy is made where there may be one
+                if bound is not None:
+                    now = max(now, since[key, attempt] + bound / 2)
+                    for start in queue.next(now, 20):
+                        since[start.key, start.attempt] = now
+            elif what == "finish":
+                finish(key, attempt)
+            elif what == "lose":
+                lose(key, attempt)
+            else:
+                queue.begun(key, attempt, now)
+                since[key, attempt] = now
+        check()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 4), st.booleans(), st.floats(0.5, 200.0), st.sampled_from([0.5, 1.0, 8.0]),
+    st.integers(1, 5),
+)  # fmt: skip
+def test_what_always_hangs_is_given_up_after_its_tries_and_in_bounded_time(
+    retries: int, copies: bool, pace_s: float, units: float, hanging: int
+) -> None:
+    """Each try is ended at its bound, give or take a look; others come through meanwhile."""
+    queue = Dispatcher(retries=retries, copies=copies)
+    now, every = 0.0, 5.0
+    for at in range(LEAST_KNOWN):
+        queue.add(f"usual{at}", kind="k", units=1.0)
+        (start,) = queue.next(now, 1)
+        now += pace_s
+        assert queue.finished(start.key, start.attempt, now)
+    bound = max(LEAST_HUNG_S, HUNG * pace_s * units)
+    names = [f"hangs{at}" for at in range(hanging)]
+    for name in names:
+        queue.add(name, kind="k", units=units)
+    queue.add("good", kind="k", units=units)
+    starts: Counter[str] = Counter()
+    ends: dict[str, float] = {}
+    began = now
+    while not queue.idle:
+        for start in queue.next(now, hanging + 1 - queue.running):
+            starts[start.key] += 1
+            if start.key == "good":
+                ends["good"] = now + units * pace_s
+        for start in queue.hung(now):
+            assert start.key != "good"
+            queue.lost(start.key, start.attempt)
+        now += every
+        if ends.get("good", now + 1) <= now and queue.knows("good"):
+            (attempt,) = queue.attempts_of("good")
+            assert queue.finished("good", attempt, ends["good"])
+        # A copy is made while its first attempt runs, so it ends within a bound of that one.
+        assert now - began <= (retries + 2) * (bound + 3 * every) + every
+    for name in names:
+        assert retries + 1 <= starts[name] <= retries + 1 + copies
+    assert starts["good"] == 1

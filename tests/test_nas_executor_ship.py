@@ -176,8 +176,9 @@ def test_a_job_that_fails_on_a_node_leaves_nothing_there(tmp_path: Path) -> None
 def test_a_node_that_sees_no_files_is_no_candidates_fault(tmp_path: Path) -> None:
     """Then the task is lost, and done elsewhere or with its files sent."""
     told = {
-        "kind": "open-labels", "key": "k", "spec": {"out": "/nowhere/out", "dataset": "/nowhere/data"},
-        "units": 0.0, "leaves": "out", "flat": [], "pieces": 1,
+        "kind": "open-labels", "key": "k", "units": 0.0,
+        "spec": {"out": "/nowhere/out", "dataset": "/nowhere/data"},
+         "leaves": "out", "flat": [], "pieces": 1,
     }  # fmt: skip
     token = (str(tmp_path / "run.json"), "0" * 32)
     with pytest.raises(FileNotFoundError, match="does not see the driver's files"):

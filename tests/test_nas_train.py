@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from nas import labels, train
+from nas.files import read_json
 from nas.train_flags import build_parser, make_config
 from tests.conftest import Finished
 from tests.train_cases import arch_file, flags, rows, weights
@@ -32,7 +33,7 @@ def test_a_training_leaves_models_log_curve_and_board(
     more = ["--set", "ema_decay=0.9", "--set", "ema_warmup=true", "--keep-every", "1", "--json"]
     assert train.main(flags(cache, arch_file(tmp_path), out, *more)) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result == json.loads((out / "result.json").read_text())
+    assert result == read_json(out / "result.json", "a training's result")
     told = json.loads((out / "best.json").read_text())
     model = timm.create_model(told["timm"]["model"], **told["timm"]["kwargs"])
     model.load_state_dict(load_file(out / "best.safetensors"), strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nas import labels, train
+from nas.files import read_json, write_json
 from tests.train_cases import arch_file, flags
 
 
@@ -110,8 +111,8 @@ def test_data_that_changed_under_a_training_is_refused(
     out = tmp_path / "out"
     assert train.main(flags(cache, arch_file(tmp_path), out, "--save-steps", "1")) == 0
     (out / "result.json").unlink()
-    told = json.loads((out / "train.json").read_text())
+    told = read_json(out / "train.json", "a training")
     told["config"]["proxy_images"] = 150
-    (out / "train.json").write_text(json.dumps(told))
+    write_json(out / "train.json", told)
     assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 2
     assert "of other settings (data" in capsys.readouterr().err

@@ -304,6 +304,9 @@ class Bridge:
         for ref, running in list(self._tasks.items()):
             if (running.told["key"], running.told["attempt"]) == (key, attempt):
                 del self._tasks[ref]
+                if running.told["leaves"] is None:  # an actor's work ends with the actor
+                    self._leave_bench()
+                    continue
                 with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
                     self._ray.cancel(ref, force=True)
 
@@ -311,7 +314,9 @@ class Bridge:
         """Bring home what is done, and tell what was lost."""
         if not self._tasks:
             return
-        ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=WAIT_S)
+        ready, others = self._ray.wait(list(self._tasks), num_returns=1, timeout=WAIT_S)
+        if ready and others:  # whatever else is done by now
+            ready += self._ray.wait(others, num_returns=len(others), timeout=0)[0]
         for ref in ready:
             running = self._tasks.pop(ref)
             told = running.told

@@ -161,6 +161,8 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     )  # fmt: skip
     if not quiet:
         print(text)
+        if session_given["means"] != Means():
+            print("note: planned for one worker of this machine, whatever else is given")
     if session_given.get("json"):
         print(json.dumps(dataclasses.asdict(made)))
     return EXIT_REACHED

@@ -38,7 +38,7 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
 
 def with_threads(given: Mapping[str, Any], means: Means) -> dict[str, Any]:
     """Share the usable cores among several workers, unless the threads of each were named."""
-    if means.workers is None or "threads" in given or means.executor != "local":
+    if means.workers is None or "threads" in given or means.ray_address is not None:
         return dict(given)
     return {**given, "threads": max(1, usable_cpus() // means.workers)}
 

@@ -83,7 +83,8 @@ class RunDir:
             raise refuse(
                 str(self.run_json), "another format", f"schema {SCHEMA}", "start a new run"
             )
-        remove_leftovers(self.path)
+        for place in (self.path, self.work, self.path / "family"):
+            remove_leftovers(place)
         return data
 
     def lock(self) -> None:

@@ -293,7 +293,7 @@ def test_those_above_their_bound_are_named_and_no_others(
 
     def bound_of(key: str) -> float | None:
         kind, units = jobs[key]
-        known = sorted(paces[kind][-101:])
+        known = sorted(paces[kind])
         if len(known) < LEAST_KNOWN or not units:
             return None
         return max(LEAST_HUNG_S, HUNG * known[len(known) // 2] * units)

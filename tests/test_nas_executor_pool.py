@@ -247,3 +247,16 @@ def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert workers_for(Means(), "cpu") == (1, [])
     with make_executor(Means(workers=3), threads=1) as made:
         assert isinstance(made, LocalExecutor)
+
+
+def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
+    from nas.door import with_threads
+    from nas.measure.fingerprint import usable_cpus
+
+    assert with_threads({}, Means()) == {}
+    assert with_threads({}, Means(workers=1)) == {"threads": usable_cpus()}
+    assert with_threads({}, Means(workers=10_000)) == {"threads": 1}
+    assert with_threads({"threads": 3}, Means(workers=2)) == {"threads": 3}
+    ray = Means(executor="ray", workers=10_000)
+    assert with_threads({}, ray) == {"threads": 1}
+    assert with_threads({}, Means(executor="ray", workers=2, ray_address="auto")) == {}

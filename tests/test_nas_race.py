@@ -263,7 +263,11 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
     ticks: list[float] = []
     past = {"epochs": 1, "checkpoint": str(tmp_path / "first" / CHECKPOINT)}
     job = Job("train", "second", {**told, "continue_from": past, "out": str(tmp_path / "second")})
+    part = tmp_path / "second.part"  # where a worker was killed while it wrote
+    part.mkdir()
+    (part / f".{CHECKPOINT}.abc123.tmp").write_bytes(b"half")
     second = run_job(job, ticks.append)
+    assert not list((tmp_path / "second").glob(".*")), "left behind by the one that was killed"
     assert whole.ok, whole.reason
     assert first.ok, first.reason
     assert second.ok, second.reason

@@ -346,6 +346,7 @@ def files_with(folder: Path, text: str) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file() and text.encode() in p.read_bytes()]
 
 
+@pytest.mark.slow
 @needs_server
 def test_a_whole_run_in_a_shared_database(
     server: Server,

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from nas.files import read_json, write_json
+from nas.files import read_json, remove_leftovers, write_json
 from nas.jobs import Tick
 from space import Context, get_family
 from space.errors import refuse
@@ -84,6 +84,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
     if (out / "result.json").is_file():  # another run finished it while this one waited
         finished: Values = read_json(out / "result.json", "a finished training")["values"]
         return finished
+    remove_leftovers(part)  # of a worker that was killed
     started = time.monotonic()
     family = get_family(spec["family"])
     context = Context(**spec["context"])

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,11 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed writer left aside in `folder` (not below it)."""
+    """Remove what a killed writer left aside in `folder` (not below it): files and folders."""
     for leftover in folder.glob(".*.tmp"):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+            continue
         with contextlib.suppress(OSError):
             leftover.unlink()
 

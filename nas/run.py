@@ -249,9 +249,10 @@ class Run:
             found[result.key] = result
             if remember and not result.ok:
                 keep_failure(open_tasks[result.key].out, result)
-            room = self.executor.room
-            if ahead is not None and room > 1 and len(found) < len(tasks):
-                more = [task for task in ahead(found, room) if not _left(task.out)]
+            more_to_come = len(found) < len(tasks)
+            if ahead is not None and more_to_come and self.executor.spare:
+                listed = ahead(found, self.executor.room)
+                more = [task for task in listed if not _left(task.out)]
                 self.executor.ahead(task.job for task in more)
         return [found[task.job.key] for task in tasks]
 

@@ -25,9 +25,11 @@ _TICK_EVERY_S = 0.2
 
 def _watch(jobs: queue.Queue[dict[str, Any]]) -> None:
     """Feed jobs to the main thread; leave at once when the driver is gone."""
-    for line in sys.stdin:
-        jobs.put(json.loads(line))
-    os._exit(0)
+    try:
+        for line in sys.stdin:
+            jobs.put(json.loads(line))
+    finally:  # whatever a driver that was killed left of its last line
+        os._exit(0)
 
 
 class _Ticker:

@@ -393,3 +393,16 @@ def test_what_always_hangs_is_given_up_after_its_tries_and_in_bounded_time(
     for name in names:
         assert retries + 1 <= starts[name] <= retries + 1 + copies
     assert starts["good"] == 1
+
+
+def test_a_copy_that_hangs_too_is_named_beside_the_first() -> None:
+    queue = Dispatcher(copies=True)
+    for at in range(LEAST_KNOWN):
+        queue.add(f"usual{at}", kind="k", units=1.0)
+        (start,) = queue.next(0.0, 1)
+        assert queue.finished(start.key, start.attempt, 100.0)
+    queue.add("hangs", kind="k", units=1.0)
+    assert len(queue.next(0.0, 1)) == 1
+    assert len(queue.next(1000.0, 1)) == 1
+    assert [s.attempt for s in queue.hung(HUNG * 100.0 + 1.0)] == [1]
+    assert [s.attempt for s in queue.hung(HUNG * 100.0 + 1001.0)] == [1, 2]

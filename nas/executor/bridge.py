@@ -25,8 +25,11 @@ from typing import Any, TextIO
 from nas.executor.local import worker_environment
 from nas.executor.node import Piece, bring_home, do_here, node_place, sees
 from nas.executor.ship import at, content_name, pack, quick_name
+from nas.files import disk_refusal
 
 WAIT_S, BOARD_S, NODES_S = 0.1, 1.0, 2.0
+DEVICE_S = 60.0
+"""How long a node with the device that is measured may be away."""
 
 OBJECT_STORE_BYTES = 2 << 30
 """Of a cluster of this machine alone: what is on its way between its processes."""
@@ -99,10 +102,13 @@ def _at_most(size: int) -> None:
 class Bench:
     """An actor that has a whole node to itself and times there, in a process of its own."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, hello: Mapping[str, Any], board: Any) -> None:
         from nas.executor.local import LocalExecutor
 
-        self._executor = LocalExecutor(threads=threads)
+        self._executor = LocalExecutor(
+            threads=hello["threads"], retries=hello["retries"], memory_bytes=hello["memory_bytes"]
+        )
+        self._board = board
         self._staged: list[str] = []
 
     def do(self, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +119,7 @@ class Bench:
         from nas.jobs import Job
 
         spec = told["spec"]
+        self._board.begin.remote(told["key"], told["attempt"])
         if told["kind"] == "stage":
             os.makedirs(spec["out"], exist_ok=True)
             self._staged.append(spec["out"])
@@ -192,19 +199,22 @@ class Bridge:
     def bench(self, told: Mapping[str, Any]) -> None:
         """Start a measuring job where there is what is measured; it waits until nobody works there.
 
-        Raises ValueError where no node has the resource.
+        Raises LookupError where no node has the resource, after a while: it may be on its way back.
         """
         if self._bench is None:
             name = self._hello["measure_on"]
-            alive = [n for n in self._nodes() if n["Alive"] and n["Resources"].get(name, 0) >= 1]
-            if not alive:
-                raise ValueError(f"no node with the resource {name}")
+            until = time.monotonic() + DEVICE_S
+            while not (alive := [n for n in self._alive() if n["Resources"].get(name, 0) >= 1]):
+                if time.monotonic() > until:
+                    raise LookupError(f"no node with the resource {name}")
+                self.say(alive=True)
+                time.sleep(1.0)
             node = min(alive, key=lambda n: str(n["NodeID"]))
             actor: Any = self._ray.remote(Bench)
             self._bench = actor.options(
                 num_cpus=node["Resources"].get("CPU", 0), resources={name: 1}, max_restarts=0,
                 scheduling_strategy=self._at(node["NodeID"], soft=False),
-            ).remote(self._hello["threads"])  # fmt: skip
+            ).remote(self._hello, self._board)  # fmt: skip
         self._tasks[self._bench.do.remote(told)] = _Running(told, time.monotonic())
 
     def rest(self) -> None:
@@ -218,10 +228,9 @@ class Bridge:
             self._ray.kill(self._bench)
             self._bench = None
 
-    def _nodes(self) -> list[dict[str, Any]]:
+    def _alive(self) -> list[dict[str, Any]]:
         nodes: Any = self._ray.nodes  # not typed
-        found: list[dict[str, Any]] = nodes()
-        return found
+        return [node for node in nodes() if node["Alive"]]
 
     def _at(self, node: str, *, soft: bool) -> Any:
         strategies = self._ray.util.scheduling_strategies
@@ -269,7 +278,7 @@ class Bridge:
         token = self._hello["token"]
         if token is None:
             return False
-        alive = {n["NodeID"] for n in self._nodes() if n["Alive"]}
+        alive = {n["NodeID"] for n in self._alive()}
         asked = alive - self._near.keys()
         look: Any = self._ray.remote(sees)
         refs = {
@@ -278,11 +287,14 @@ class Bridge:
             )
             for node in asked
         }
-        for node, ref in refs.items():
-            try:
-                self._near[node] = bool(self._ray.get(ref, timeout=30.0))
-            except (self._ray.exceptions.RayError, TimeoutError):
+        if refs:
+            answers = list(refs.values())
+            done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=30.0)
+            for node, ref in refs.items():
                 self._near[node] = False
+                if ref in done:
+                    with contextlib.suppress(self._ray.exceptions.RayError):
+                        self._near[node] = bool(self._ray.get(ref))
         return all(self._near[node] for node in alive)
 
     def _box(
@@ -324,6 +336,10 @@ class Bridge:
             try:
                 answer = self._ray.get(ref)
             except self._ray.exceptions.RayError as error:
+                full = disk_refusal(getattr(error, "cause", None) or error)
+                if full is not None:  # a node's disk, which is no candidate's fault either
+                    self.say(**which, broken=f"a node of the cluster: {full}")
+                    continue
                 seconds = time.monotonic() - running.since
                 self.say(**which, lost=_in_one_line(error), seconds=seconds)
                 if told["leaves"] is None:
@@ -339,8 +355,15 @@ class Bridge:
             except OSError as error:  # the driver's disk is full, say: not the node's fault
                 self.say(**which, broken=f"{out}: {error.strerror or error}")
                 continue
+            self._drop(told["key"])  # no other attempt may write there any more
             self._let_go(told)
             self.say(**which, result=result, where=answer["where"])
+
+    def _drop(self, key: str) -> None:
+        """End all attempts of a job."""
+        for running in list(self._tasks.values()):
+            if running.told["key"] == key:
+                self.cancel(key, running.told["attempt"])
 
     def _let_go(self, told: Mapping[str, Any]) -> None:
         """Let go of what no other job reads."""
@@ -366,10 +389,9 @@ class Bridge:
         asked = self._resources()
         names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
         slots = 0
-        for node in self._nodes():
-            if node["Alive"]:
-                has = node["Resources"]
-                slots += int(min(has.get(names[k], 0) / v for k, v in asked.items() if v))
+        for node in self._alive():
+            has = node["Resources"]
+            slots += int(min(has.get(names[k], 0) / v for k, v in asked.items() if v))
         if slots != self._slots:
             self._slots = slots
             self.say(slots=slots)
@@ -377,6 +399,8 @@ class Bridge:
     def end(self) -> None:
         """Remove what was sent to the nodes, as far as they answer, and leave the cluster."""
         ray = self._ray
+        for running in list(self._tasks.values()):
+            self.cancel(running.told["key"], running.told["attempt"])
         with contextlib.suppress(Exception):
             sweep: Any = ray.remote(forget_session)
             refs = [
@@ -384,8 +408,7 @@ class Bridge:
                     num_cpus=0,
                     scheduling_strategy=self._at(node["NodeID"], soft=False),
                 ).remote(self._hello["session"])
-                for node in self._nodes()
-                if node["Alive"]
+                for node in self._alive()
             ]
             ray.wait(refs, num_returns=len(refs), timeout=5.0)
         with contextlib.suppress(Exception):
@@ -439,6 +462,7 @@ def main() -> int:
         now = time.monotonic()
         if now - board_at >= BOARD_S:
             board_at = now
+            bridge.say(alive=True)
             bridge.ask_board()
         if now - nodes_at >= NODES_S:
             nodes_at = now
@@ -458,7 +482,9 @@ def _obey(bridge: Bridge, order: Mapping[str, Any]) -> None:
             bridge.bench(told)
         else:
             bridge.start(told)
-    except (OSError, ValueError) as error:  # what it reads is gone; nobody can measure
+    except LookupError as error:  # nobody can measure
+        bridge.say(key=told["key"], attempt=told["attempt"], broken=f"--measure-on: {error}")
+    except Exception as error:  # what it reads is gone, or does not fit
         reason = f"{type(error).__name__}: {error}"
         bridge.say(key=told["key"], attempt=told["attempt"], lost=reason, seconds=0.0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,12 +51,14 @@ class Dispatcher:
     beside it. An attempt that is lost (its worker or node died, or it hung) is made again up to
     `retries` times. With `copies`, a job that is far slower than others of its kind is started a
     second time where places are idle; whichever ends first counts, and only that one. Lost copies
-    count as tries too, so that a job has at most `retries + 2` attempts in all.
+    count as tries too, so that a job has at most `retries + 2` attempts in all. Where places have
+    queues of their own (`queues`), an attempt's time begins when it is told to have `begun`.
     Times are seconds on any clock that does not run backwards.
     """
 
-    def __init__(self, *, retries: int = 0, copies: bool = False) -> None:
+    def __init__(self, *, retries: int = 0, copies: bool = False, queues: bool = False) -> None:
         self._retries = retries
+        self._queues = queues
         self._copies = copies
         self._entries: dict[str, _Entry] = {}
         self._heap: list[tuple[bool, int, str]] = []
@@ -70,6 +73,11 @@ class Dispatcher:
     def running(self) -> int:
         """How many attempts run now."""
         return self._running
+
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait."""
+        return len(self._entries) - len(self._active)
 
     @property
     def idle(self) -> bool:
@@ -150,7 +158,7 @@ class Dispatcher:
 
     def _start(self, key: str, entry: _Entry, now: float) -> Start:
         entry.attempts += 1
-        entry.running[entry.attempts] = now
+        entry.running[entry.attempts] = math.inf if self._queues else now
         self._active[key] = entry
         self._running += 1
         return Start(key, entry.attempts)
@@ -185,24 +193,29 @@ class Dispatcher:
         if entry is not None and attempt in entry.running:
             entry.running[attempt] = now
 
-    def finished(self, key: str, attempt: int, now: float) -> bool:
-        """Take note that an attempt ended; False where it does not count (any more)."""
+    def finished(self, key: str, attempt: int, now: float, *, ok: bool = True) -> bool:
+        """Take note that an attempt ended; False where it does not count (any more).
+
+        What ended well (`ok`) tells how long its kind takes.
+        """
         entry = self._entries.get(key)
         if entry is None or attempt not in entry.running:
             return False
-        if entry.units:
+        seconds = now - entry.running[attempt]
+        if entry.units and ok and math.isfinite(seconds):
             paces = self._paces.setdefault(entry.kind, [])
-            paces.append((now - entry.running[attempt]) / entry.units)
+            paces.append(seconds / entry.units)
             del paces[:-101]
             if len(paces) >= LEAST_KNOWN:
                 self._usual[entry.kind] = statistics.median_high(paces)
         self.drop(key)
         return True
 
-    def lost(self, key: str, attempt: int) -> bool:
+    def lost(self, key: str, attempt: int, *, counts: bool = True) -> bool:
         """Take note that an attempt was lost; True where the job goes on (again or elsewhere).
 
-        False: it was the last try, or nobody waits for it; the job is forgotten.
+        False: it was the last try, or nobody waits for it; the job is forgotten. Unless it
+        `counts`, as where a connection broke, it may be made again however often.
         """
         entry = self._entries.get(key)
         if entry is None or attempt not in entry.running:
@@ -211,7 +224,7 @@ class Dispatcher:
         self._running -= 1
         if self._alone == key:
             self._alone = None
-        entry.losses += 1
+        entry.losses += counts
         if entry.running:
             return True
         if entry.losses > self._retries:

@@ -23,8 +23,8 @@ from nas.jobs import Job, Result
 START_S = 300.0
 """How long a worker may take to load its libraries before a job's limit begins."""
 
-Said = tuple["_Worker", "dict[str, Any] | None"]
-"""A worker's line, or None at the end of its output."""
+Said = tuple["_Worker", int, "dict[str, Any] | None"]
+"""A worker's line, or None at the end of its output; the number is that of its process."""
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -163,9 +163,11 @@ class LocalPlaces:
                 events.append(worker.died())
         return events
 
-    def _heard(self, worker: _Worker, message: dict[str, Any] | None) -> list[Event]:
+    def _heard(
+        self, worker: _Worker, generation: int, message: dict[str, Any] | None
+    ) -> list[Event]:
         task = worker.task
-        if task is None:
+        if task is None or generation != worker.generation:
             return []
         if message is None:
             return [worker.died()] if worker.ended() else []
@@ -236,7 +238,7 @@ class _Worker:
         self._said = said
         self._process: subprocess.Popen[str] | None = None
         self._silent_since: float | None = None
-        self._generation = 0
+        self.generation = 0
         self.ready = False
 
     @property
@@ -308,7 +310,7 @@ class _Worker:
         self._silent_since = None
         if process is None:
             return
-        self._generation += 1
+        self.generation += 1
         # The whole group: a child that a library forked would hold our pipe open for ever.
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -355,9 +357,10 @@ class _Worker:
             process.stdin.write(json.dumps(hello) + "\n")
             process.stdin.flush()
         self._process = process
+        self.generation += 1
         self.ready = False
         threading.Thread(
-            target=self._read, args=(process.stdout, self._generation), daemon=True
+            target=self._read, args=(process.stdout, self.generation), daemon=True
         ).start()
         return process
 
@@ -368,10 +371,10 @@ class _Worker:
             for line in stream:
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
-                    if generation != self._generation:
+                    if generation != self.generation:
                         return
-                    self._said.put((self, message))
+                    self._said.put((self, generation, message))
         except (OSError, ValueError):
             pass  # the stream was closed under us: the same end
-        if generation == self._generation:
-            self._said.put((self, None))
+        if generation == self.generation:
+            self._said.put((self, generation, None))

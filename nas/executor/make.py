@@ -9,6 +9,7 @@ from typing import Any
 from nas.executor.local import LocalExecutor
 from nas.executor.means import LOGS, RECORD, WORKER_LOG, Means
 from nas.executor.pool import Pool
+from space.errors import refuse
 
 
 def visible_gpus() -> list[int]:
@@ -45,6 +46,9 @@ def make_executor(
     if folder is not None:
         kept = {"log": folder / WORKER_LOG, "logs": folder / LOGS, "record": folder / RECORD}
     if means.executor == "ray":
+        if device not in ("cpu", "cuda"):
+            want = "cuda, as a cluster deals its GPUs out by itself"
+            raise refuse("--device", f"{device} with --executor ray", want)
         from nas.executor.ray import RayExecutor
 
         return RayExecutor(means=means, threads=threads, device=device, **kept, **more)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nas.cells import Writer
-from nas.executor.dispatch import Dispatcher
+from nas.executor.dispatch import LEAST_HUNG_S, Dispatcher
 from nas.jobs import Job, Result, Tick, no_tick
 
 KeyTick = Callable[[str, float], None]
@@ -61,7 +63,7 @@ class Ended:
 class Lost:
     """An attempt whose worker or node went away, or was slower than allowed: not the job's doing.
 
-    `late` tells the second from the first.
+    `late` tells the second from the first. Unless it `counts`, it takes none of the job's tries.
     """
 
     key: str
@@ -70,6 +72,7 @@ class Lost:
     where: str
     seconds: float = 0.0
     late: bool = False
+    counts: bool = True
 
 
 Event = Ticked | Begun | Ended | Lost
@@ -118,22 +121,29 @@ class Pool:
         *,
         retries: int = 0,
         copies: bool = False,
+        queues: bool = False,
         record: Path | None = None,
     ) -> None:
         self._places = places
         self._retries = retries
-        self._queue = Dispatcher(retries=retries, copies=copies)
+        self._queue = Dispatcher(retries=retries, copies=copies, queues=queues)
         self._record = record
         self._jobs: dict[str, Job] = {}
         self._results: dict[str, Result] = {}
         self._early: dict[str, float] = {}
         self._said: dict[str, dict[int, float]] = {}
+        self._heard: dict[str, float] = {}
         self._looked = time.monotonic()
 
     @property
     def room(self) -> int:
         """How many jobs may run at once."""
         return self._places.room()
+
+    @property
+    def spare(self) -> bool:
+        """Whether a place is idle that nothing waits for."""
+        return self._places.idle() > self._queue.waiting
 
     def run(
         self,
@@ -213,9 +223,11 @@ class Pool:
 
     def close(self) -> None:
         """End everything; what runs is lost. The next job starts anew."""
-        self.forget(list(self._jobs))
-        self._results.clear()
-        self._places.close()
+        try:
+            self.forget(list(self._jobs))
+            self._results.clear()
+        finally:
+            self._places.close()
 
     def __enter__(self: Self) -> Self:
         return self
@@ -232,6 +244,7 @@ class Pool:
     def _clear(self, key: str) -> None:
         self._jobs.pop(key, None)
         self._said.pop(key, None)
+        self._heard.pop(key, None)
 
     def _turn(self, wanted: set[str], tick: KeyTick) -> None:
         """Start what can start, and take note of what happened."""
@@ -255,6 +268,8 @@ class Pool:
             return
         self._looked = now
         for start in self._queue.hung(now):
+            if now - self._heard.get(start.key, -math.inf) < LEAST_HUNG_S:
+                continue  # slow, but alive
             self._places.cancel(start.key, start.attempt)
             reason = "far longer than other jobs of its kind: it hangs"
             self._lost(Lost(start.key, start.attempt, reason, "", late=True))
@@ -264,6 +279,7 @@ class Pool:
         key = event.key
         if key not in self._jobs:
             return
+        self._heard[key] = time.monotonic()
         said = self._said.setdefault(key, {})
         before = max(said.values(), default=0.0)
         own = said[event.attempt] = said.get(event.attempt, 0.0) + event.units
@@ -275,7 +291,8 @@ class Pool:
 
     def _ended(self, event: Ended) -> None:
         others = self._queue.attempts_of(event.key) if self._queue.knows(event.key) else []
-        if not self._queue.finished(event.key, event.attempt, time.monotonic()):
+        now, ok = time.monotonic(), event.result.ok
+        if not self._queue.finished(event.key, event.attempt, now, ok=ok):
             return
         for other in others:
             if other != event.attempt:
@@ -292,7 +309,7 @@ class Pool:
     def _lost(self, event: Lost) -> None:
         if not self._queue.knows(event.key):
             return
-        goes_on = self._queue.lost(event.key, event.attempt)
+        goes_on = self._queue.lost(event.key, event.attempt, counts=event.counts)
         outcome = "late" if event.late else "lost"
         self._write(event.key, event.attempt, event.where, event.seconds, outcome, event.reason)
         if goes_on or self._queue.knows(event.key):
@@ -315,7 +332,8 @@ class Pool:
         if not self._record.exists():
             writer.writeheader()
         writer.writerow(row)
-        with self._record.open("a", encoding="utf-8") as file:
+        # A log: a full disk is found out by what matters.
+        with contextlib.suppress(OSError), self._record.open("a", encoding="utf-8") as file:
             file.write(out.getvalue())
 
 
@@ -323,6 +341,7 @@ class InlineExecutor:
     """Runs jobs in this process: for tests and debuggers. A crash takes the run along."""
 
     room = 1
+    spare = False
 
     def run(
         self,

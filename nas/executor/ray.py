@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,8 +32,12 @@ from space.errors import refuse
 if TYPE_CHECKING:
     from nas.executor.means import Means
 
-RECONNECTS, CONNECT_S = 3, 60.0
-"""How often a broken connection is made again, and how long that may take."""
+RECONNECTS, CONNECT_S, CALM_S = 3, 60.0, 600.0
+"""How often a broken connection is made again, how long that may take, and after how long without
+a break it is forgotten."""
+
+SILENCE_S, NO_ROOM_S = 180.0, 60.0
+"""How long the bridge may say nothing, and the cluster have no node that could hold a job."""
 
 
 class RayExecutor(Pool):
@@ -60,7 +65,7 @@ class RayExecutor(Pool):
             command=None, memory_bytes=means.memory_bytes,
         )  # fmt: skip
         places = RayPlaces(means, threads=threads, device=device, log=log, logs=logs, here=here)
-        super().__init__(places, retries=means.retries, copies=True, record=record)
+        super().__init__(places, retries=means.retries, copies=True, queues=True, record=record)
 
 
 class RayPlaces:
@@ -87,6 +92,9 @@ class RayPlaces:
         self._far: dict[tuple[str, int], tuple[Job, float]] = {}
         self._slots = 1
         self._breaks = 0
+        self._broke_at = self._last_word = time.monotonic()
+        self._since_none: float | None = None
+        self._session = uuid.uuid4().hex[:12]
         # A node that sees this very file sees all of ours.
         self._token = None if logs is None else logs.parent / "run.json"
 
@@ -106,7 +114,7 @@ class RayPlaces:
             self._waiting.append((job, attempt))
             self._start_here()
             return
-        self._far[job.key, attempt] = (job, time.monotonic())
+        self._far[job.key, attempt] = (job, math.inf)
         self._order({"bench" if timed_there else "start": self._told(job, attempt)})
 
     def _told(self, job: Job, attempt: int) -> dict[str, Any]:
@@ -142,17 +150,33 @@ class RayPlaces:
     def _heard(self, timeout_s: float) -> list[Event]:
         assert self._bridge is not None
         events: list[Event] = []
-        for message in self._bridge.take(timeout_s):
+        messages = self._bridge.take(timeout_s)
+        now = time.monotonic()
+        if messages:
+            self._last_word = now
+        elif now - self._last_word > SILENCE_S:
+            return self._broken()
+        for message in messages:
             if message is None:
                 return [*events, *self._broken()]
             if "slots" in message:
                 self._slots = int(message["slots"])
+                self._since_none = None if self._slots else (self._since_none or now)
                 continue
             if "key" not in message:
                 continue
             event = self._event(message)
             if event is not None:
                 events.append(event)
+        if self._since_none is not None and now - self._since_none > NO_ROOM_S:
+            declared = f"{self._threads} threads a job"
+            if self._means.memory_bytes:
+                declared += f", {self._means.job_memory_gb:g} GB"
+            if self._gpu_share:
+                declared += f", {self._gpu_share:g} of a GPU"
+            got = f"ray, where no node has room for {declared}"
+            want = "less for a job, or larger nodes"
+            raise refuse("--executor", got, want, "--threads, --job-memory-gb")
         return events
 
     def _event(self, message: Mapping[str, Any]) -> Event | None:
@@ -165,8 +189,8 @@ class RayPlaces:
             self._far[key, attempt] = (self._far[key, attempt][0], time.monotonic())
             return Begun(key, attempt)
         if "broken" in message:
-            raise refuse(message["broken"], "what a job left", "a place to write", "--resume")
-        self._breaks = 0
+            want = "a place to write, and nodes that are there"
+            raise refuse("--executor", f"ray ({message['broken']})", want, "then --resume")
         del self._far[key, attempt]
         if "lost" in message:
             return Lost(key, attempt, message["lost"], "cluster", message["seconds"])
@@ -187,13 +211,19 @@ class RayPlaces:
     def _broken(self) -> list[Event]:
         """Everything out there is lost with the connection; the next start makes a new one."""
         said = self._end_bridge()
+        if time.monotonic() - self._broke_at > CALM_S:
+            self._breaks = 0
         self._breaks += 1
+        self._broke_at = time.monotonic()
         if self._breaks > RECONNECTS:
             raise self._away(said)
         far, self._far = self._far, {}
         now = time.monotonic()
         reason = "the connection to the cluster broke"
-        return [Lost(*which, reason, "cluster", now - since) for which, (_, since) in far.items()]
+        return [
+            Lost(*which, reason, "cluster", max(0.0, now - since), counts=False)
+            for which, (_, since) in far.items()
+        ]
 
     def _order(self, message: Mapping[str, Any]) -> None:
         if self._bridge is None:
@@ -209,6 +239,7 @@ class RayPlaces:
             bridge = _Bridge(self._hello(), self._log)
             answer = bridge.first(until - time.monotonic())
             if answer is not None and "ready" in answer:
+                self._last_word = time.monotonic()
                 return bridge
             bridge.end(patience_s=0.0)
             said = said if answer is None else str(answer.get("refused", said))
@@ -232,7 +263,8 @@ class RayPlaces:
             "gpu_share": self._gpu_share,
             "memory_bytes": self._means.memory_bytes,
             "measure_on": self._means.measure_on,
-            "session": uuid.uuid4().hex[:12],
+            "session": self._session,
+            "retries": self._means.retries,
             "token": token,
         }
 

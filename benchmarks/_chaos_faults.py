@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -71,6 +72,13 @@ def one_line(said: str) -> list[str]:
     return wrong + (["a traceback"] if "Traceback" in said else [])
 
 
+def ended(kind: Kind, truth: object, folder: Path) -> list[str]:
+    """Say in what a finished run differs from an undisturbed one, and what it left behind."""
+    out, cache = folder / "out", folder / "cache"
+    wrong = [f"another {name}" for name in differences(kind, truth, out)]
+    return wrong + [f"left behind: {path}" for path in leftovers(out, cache)]
+
+
 def gone_on(arena: Arena, kind: Kind, folder: Path, begun: float) -> Try:
     """Go on with what was disturbed, as a user would, and compare it with an undisturbed one."""
     out, cache = folder / "out", folder / "cache"
@@ -82,8 +90,7 @@ def gone_on(arena: Arena, kind: Kind, folder: Path, begun: float) -> Try:
     late = time.monotonic() - begun - seconds
     wrong = [] if code == 0 else [f"status {code}: {again.said().strip().splitlines()[-1:]}"]
     if code == 0:
-        wrong += [f"another {name}" for name in differences(kind, truth, out)]
-        wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+        wrong += ended(kind, truth, folder)
     wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
     return Try(wrong, late)
 
@@ -119,8 +126,7 @@ def disturbed(
         if code:
             wrong.append(f"status {code}: {process.said().strip().splitlines()[-1:]}")
         else:
-            wrong += [f"another {name}" for name in differences(kind, truth, out)]
-            wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+            wrong += ended(kind, truth, folder)
         wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
         return Try(wrong, late)
 
@@ -240,7 +246,9 @@ def _refused_then_on(arena: Arena, kind: Kind, disk: Path, mend: Callable[[], No
     wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
     mend()
     begun = time.monotonic()
-    found = gone_on(arena, kind, disk, begun) if code else Try()
+    if code == 0:  # there was room enough after all: then nothing may be missing
+        return Try(wrong + ended(kind, arena.truth(kind)[0], disk))
+    found = gone_on(arena, kind, disk, begun)
     return Try(wrong + found.wrong)
 
 
@@ -281,9 +289,8 @@ def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
     late = time.monotonic() - process.since - seconds
     if code:
         return Try([f"status {code}: {process.said().strip().splitlines()[-1:]}"], late)
-    wrong = [f"another {name}" for name in differences(kind, truth, out)]
-    wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
-    return Try(wrong, late)
+    gone = [f"orphan: {words}" for words in orphans(process.tag).values()]
+    return Try(ended(kind, truth, folder) + gone, late)
 
 
 def damaged(arena: Arena, folder: Path, rng: random.Random) -> Try:
@@ -316,7 +323,8 @@ def damaged(arena: Arena, folder: Path, rng: random.Random) -> Try:
     again = start(kind.again(out, cache), folder / "again.log")
     code = again.end()
     if code == 0:
-        return Try([f"{what}: another {name}" for name in differences(kind, truth, out)])
+        left = [f"orphan: {words}" for words in orphans(again.tag).values()]
+        return Try([f"{what}: {text}" for text in ended(kind, truth, folder) + left])
     wrong = [] if code == EXIT_BAD_INPUT else [f"{what}: status {code}"]
     wrong += [f"{what}: {text}" for text in one_line(again.said())]
     shutil.rmtree(out)
@@ -348,8 +356,9 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
             return Try([f"the cluster ended with status {done.returncode}"])
         found = json.loads(told.read_text())
         wrong = list(found["wrong"])
-        wrong += [f"another {name}" for name in differences(kind, truth, out)]
-        wrong += [f"left behind: {path}" for path in leftovers(out, cache)]
+        wrong += ended(kind, truth, folder)
+        sent = Path(tempfile.gettempdir()).glob("vision-contraction-*")
+        wrong += [f"left on a node: {path}" for path in sent]
         return Try(wrong, found["took_s"] - seconds)
 
     return do

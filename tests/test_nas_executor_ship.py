@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.executor.node import do_here
+from nas.executor.node import SENT, do_here, forget_old
 from nas.executor.ship import (
     arrive,
     at,
@@ -171,6 +172,21 @@ def test_a_job_that_fails_on_a_node_leaves_nothing_there(tmp_path: Path) -> None
     assert not answer["result"]["ok"]
     assert answer["files"] == {}
     assert not list((tmp_path / "node").iterdir())
+
+
+def test_what_lost_sessions_sent_goes_after_a_while(tmp_path: Path) -> None:
+    own, recent, old, others = (
+        tmp_path / name for name in (f"{SENT}own", f"{SENT}recent", f"{SENT}old", "somebody-elses")
+    )
+    for folder in (own, recent, old, others):
+        (folder / "node").mkdir(parents=True)
+    for folder in (own, old, others):
+        os.utime(folder, (1.0, 1.0))
+    forget_old(own)
+    assert own.exists()
+    assert recent.exists()
+    assert others.exists()
+    assert not old.exists()
 
 
 def test_a_node_that_sees_no_files_is_no_candidates_fault(tmp_path: Path) -> None:

@@ -19,6 +19,10 @@ from nas.jobs import Job
 LOG_BYTES = 1 << 20
 """How much of a job's log comes back, its end."""
 
+SENT = "vision-contraction-"
+OLD_S = 2 * 86400.0
+"""After how long without a job what a session sent is old."""
+
 Said = Callable[[float], None]
 
 
@@ -40,7 +44,21 @@ class Piece:
 
 def node_place(node: str, session: str) -> Path:
     """Return where a node keeps what a session of a driver sent; of its own on shared machines."""
-    return Path(tempfile.gettempdir()) / f"vision-contraction-{session}" / node
+    return session_place(session) / node
+
+
+def session_place(session: str) -> Path:
+    """Return where a machine keeps what a session sent to its nodes."""
+    return Path(tempfile.gettempdir()) / f"{SENT}{session}"
+
+
+def forget_old(place: Path) -> None:
+    """Remove what sessions left that could not clean up, as their cluster went away."""
+    os.utime(place)
+    for other in place.parent.glob(f"{SENT}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - other.stat().st_mtime > OLD_S:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def do_here(
@@ -68,6 +86,7 @@ def do_here(
     if not near and len(pieces) < told["pieces"]:
         raise FileNotFoundError(f"{socket.gethostname()} does not see the driver's files")
     place.mkdir(parents=True, exist_ok=True)
+    forget_old(place.parent)
     own = Path(tempfile.mkdtemp(prefix="job-", dir=place))
     changes: dict[str, Any] = {}
     spent = []

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from queue import Empty, Queue
 from typing import IO, TYPE_CHECKING, Any
 
 from nas.executor.local import LocalPlaces, package_path
+from nas.executor.node import session_place
 from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
 from nas.executor.ship import content_name
 from nas.jobs import Job, Result
@@ -284,6 +286,8 @@ class RayPlaces:
         self._waiting.clear()
         self._here.close()
         self._end_bridge()
+        # Where this machine is a node whose cluster went away, nobody else can.
+        shutil.rmtree(session_place(self._session), ignore_errors=True)
 
 
 class _Bridge:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -126,6 +126,7 @@ class _Lane:
     run: Run
     epochs: int
     first_epoch: int
+    described: dict[str, Task] = field(default_factory=dict)
 
     def folder(self, entrant: Entrant, rung: int) -> Path:
         """Return the folder of an entrant's job: of a rung, or of the whole length."""
@@ -135,12 +136,14 @@ class _Lane:
     def task(self, entrant: Entrant, rung: int, before: int | None) -> Task:
         """Describe an entrant's training up to a rung, from an earlier one."""
         folder = self.folder(entrant, rung)
-        return self.run.training(
-            entrant.arch, folder.name, out=folder, epochs=self.epochs,
-            init=self.run.config.proxy_init, parent=entrant.parent, first_epoch=self.first_epoch,
-            rung=None if rung == self.epochs else rung,
-            before=None if before is None else (before, self.folder(entrant, before)),
-        )  # fmt: skip
+        if folder.name not in self.described:  # it is asked for again while others are awaited
+            self.described[folder.name] = self.run.training(
+                entrant.arch, folder.name, out=folder, epochs=self.epochs,
+                init=self.run.config.proxy_init, parent=entrant.parent,
+                first_epoch=self.first_epoch, rung=None if rung == self.epochs else rung,
+                before=None if before is None else (before, self.folder(entrant, before)),
+            )  # fmt: skip
+        return self.described[folder.name]
 
     def leading(
         self,

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._chaos_arena import ARCH, Arena, differences, orphans, run_outcome, start
+from benchmarks._chaos_arena import (
+    ARCH,
+    Arena,
+    differences,
+    orphans,
+    run_outcome,
+    start,
+    store_outcome,
+)
 from benchmarks._chaos_faults import FAULTS
 from nas.contract import contract
 from nas.executor.means import Means
@@ -124,3 +132,24 @@ def test_what_a_campaign_compares(finished: Finished, tmp_path: Path) -> None:
     begun = start(["this"], tmp_path / "log")
     assert begun.end() == 0
     assert orphans(begun.tag, 5.0) == {}
+
+
+@pytest.mark.slow
+def test_a_store_made_by_a_cluster_is_that_of_one_machine(tmp_path: Path) -> None:
+    """And what is there already is not made again."""
+    from nas.labels import main
+
+    common = [
+        *("build", "--data", "digits", "--proxy-images", "200", "--teacher-epochs", "1"),
+        *("--epochs", "6", "--img-size", "32", "--threads", "1", "--quiet"),
+        *("--cache-dir", str(tmp_path / "cache")),
+    ]
+    far = ["--executor", "ray", "--processes", "2"]
+    assert main([*common, "--out", str(tmp_path / "here")]) == 0
+    assert main([*common, *far, "--out", str(tmp_path / "there")]) == 0
+    assert store_outcome(tmp_path / "there") == store_outcome(tmp_path / "here")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*.bin")}
+    victim = sorted(p for p in times if p.parent.name.startswith("epoch-"))[0]
+    victim.unlink()
+    assert main([*common, *far, "--out", str(tmp_path / "there")]) == 0
+    assert store_outcome(tmp_path / "there") == store_outcome(tmp_path / "here")

@@ -399,9 +399,12 @@ class Bridge:
     def end(self) -> None:
         """Remove what was sent to the nodes, as far as they answer, and leave the cluster."""
         ray = self._ray
+        ending = list(self._tasks)
         for running in list(self._tasks.values()):
             self.cancel(running.told["key"], running.told["attempt"])
         with contextlib.suppress(Exception):
+            if ending:  # who still writes would leave something behind
+                ray.wait(ending, num_returns=len(ending), timeout=5.0)
             sweep: Any = ray.remote(forget_session)
             refs = [
                 sweep.options(

@@ -34,7 +34,7 @@ from nas.measure.table import MeasurementRow, read_measurements
 from nas.progress import Console
 from nas.provenance import dataset_card, git_commit, versions
 from nas.report import write_report
-from nas.resolve import replayed_config
+from nas.resolve import Earlier, replayed_config
 from nas.reuse import earlier_of, steps_from
 from nas.run import Run
 from nas.rundir import RunDir, resumed_config
@@ -260,6 +260,7 @@ def _resume(
             earlier=earlier_of(config, family, dataset),
             storage=shared,
         )
+        _adopt(bench, _rows_before(config, bench.earlier), named=False)
         # It goes on, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
         return work(bench, trust, fresh=False)
@@ -309,6 +310,14 @@ def _take_finalists(folder: RunDir, table: DeviceTable | None, finalists: Path |
         table.add_finalists(read_rows(kept, "--finalists"), str(kept))
 
 
+def _rows_before(config: RunConfig, earlier: Earlier | None) -> list[MeasurementRow]:
+    """Read what a run began with, as far as it is still there."""
+    files = [] if config.measurements is None else [Path(config.measurements)]
+    if earlier is not None and not config.device_table:
+        files.append(earlier.folder / "measurements.csv")
+    return [row for file in files if file.is_file() for row in read_measurements(file)]
+
+
 def _adopt(bench: Run, rows: Sequence[MeasurementRow], *, named: bool) -> None:
     """Take over another run's measurements that were made under a setting of this one.
 
@@ -320,8 +329,11 @@ def _adopt(bench: Run, rows: Sequence[MeasurementRow], *, named: bool) -> None:
         if bench.table is None or setting != bench.table.setting
     }
     fitting = [row for row in rows if row.measurement.fingerprint in own]
-    for row in fitting:
-        bench.timings.rows.append_row(row)
+    # A run that was killed while it took them over has the first of them, and goes on from there.
+    own_rows = list(bench.timings.rows.rows)
+    if own_rows == fitting[: len(own_rows)]:
+        for row in fitting[len(own_rows) :]:
+            bench.timings.rows.append_row(row)
     if rows and not fitting and named:
         raise refuse(
             "--measurements",

@@ -45,24 +45,35 @@ time.time_ns = lambda: int(_jumping() * 1e9)
 
 @dataclass
 class Try:
-    """What went wrong in a try, and how much later it ended than an undisturbed one."""
+    """What went wrong in a try, and how long it took from its beginning to its good end."""
 
     wrong: list[str] = field(default_factory=list)
-    late_s: float | None = None
+    took_s: float | None = None
+
+
+Do = Callable[[Arena, Path, random.Random], Try]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to disturb; `tries` of it by default. `solo`: nothing else goes on meanwhile."""
+    """A way to disturb; `tries` of it by default. `solo`: nothing else goes on meanwhile.
+
+    `calm` is the same without the disturbance, for how long that takes; None where it says nothing.
+    """
 
     tries: int
-    kinds: Callable[[Arena], list[Kind]]
-    do: Callable[[Arena, Path, random.Random], Try]
+    kind: Callable[[Arena], Kind]
+    do: Do
+    calm: Do | None = None
     solo: bool = False
 
 
-def _run(arena: Arena) -> list[Kind]:
-    return [arena.contract()]
+def _run(arena: Arena) -> Kind:
+    return arena.contract()
+
+
+Make = Callable[[Arena, random.Random], Kind]
+Act = Callable[[Started, random.Random], list[str]]
 
 
 def one_line(said: str) -> list[str]:
@@ -82,29 +93,24 @@ def ended(kind: Kind, truth: object, folder: Path) -> list[str]:
 def gone_on(arena: Arena, kind: Kind, folder: Path, begun: float) -> Try:
     """Go on with what was disturbed, as a user would, and compare it with an undisturbed one."""
     out, cache = folder / "out", folder / "cache"
-    truth, seconds = arena.truth(kind)
+    truth, _ = arena.truth(kind)
     started = (out / "run.json").exists() or kind.name not in ("run", "run-21M")
     command = kind.again(out, cache) if started else kind.begin(out, cache)
     again = start(command, folder / "again.log")
     code = again.end()
-    late = time.monotonic() - begun - seconds
+    took = time.monotonic() - begun
     wrong = [] if code == 0 else [f"status {code}: {again.said().strip().splitlines()[-1:]}"]
     if code == 0:
         wrong += ended(kind, truth, folder)
     wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
-    return Try(wrong, late)
+    return Try(wrong, took)
 
 
-def disturbed(
-    make: Callable[[Arena, random.Random], Kind],
-    act: Callable[[Started, random.Random], list[str]],
-    *,
-    goes_on: bool = False,
-    warm: bool = False,
-) -> Callable[[Arena, Path, random.Random], Try]:
+def disturbed(make: Make, act: Act | None, *, goes_on: bool = False, warm: bool = False) -> Do:
     """Return a try: begin, act at a random instant, and go on unless it `goes_on` by itself.
 
-    A `warm` one finds data, teacher, labels and the trained seed in its cache.
+    A `warm` one finds data, teacher, labels and the trained seed in its cache. Without an act
+    nothing disturbs it.
     """
 
     def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
@@ -114,28 +120,62 @@ def disturbed(
         if warm:
             shutil.copytree(arena.cache(kind), cache)
         process = start(kind.begin(out, cache), folder / "first.log")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.end(rng.uniform(0.02, 0.95) * seconds)
-        wrong = act(process, rng)
-        if not goes_on:
+        wrong = []
+        if act is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.end(rng.uniform(0.02, 0.95) * seconds)
+            wrong += act(process, rng)
+        if act is not None and not goes_on:
             wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
             found = gone_on(arena, kind, folder, process.since)
-            return Try(wrong + found.wrong, found.late_s)
+            return Try(wrong + found.wrong, found.took_s)
         code = process.end()
-        late = time.monotonic() - process.since - seconds
+        took = time.monotonic() - process.since
         if code:
             wrong.append(f"status {code}: {process.said().strip().splitlines()[-1:]}")
         else:
             wrong += ended(kind, truth, folder)
         wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
-        return Try(wrong, late)
+        return Try(wrong, took)
 
     return do
+
+
+def fault(
+    tries: int,
+    kind: Callable[[Arena], Kind],
+    make: Make,
+    act: Act,
+    *,
+    goes_on: bool = False,
+    warm: bool = False,
+    solo: bool = False,
+) -> Fault:
+    """Return a fault of `disturbed` tries."""
+    return Fault(
+        tries, kind, disturbed(make, act, goes_on=goes_on, warm=warm),
+        calm=disturbed(make, None, warm=warm), solo=solo,
+    )  # fmt: skip
 
 
 def some_workers(arena: Arena, rng: random.Random) -> Kind:
     """Return a small contraction with one worker or two."""
     return arena.contract("--workers", str(rng.choice([1, 2])))
+
+
+def two_workers(arena: Arena, rng: random.Random) -> Kind:
+    """Return a small contraction with two workers."""
+    return arena.contract("--workers", "2")
+
+
+def builders(arena: Arena, rng: random.Random) -> Kind:
+    """Return the building of labels by one process or two."""
+    return arena.labels("--processes", str(rng.choice([1, 2])))
+
+
+def trainer(arena: Arena, rng: random.Random) -> Kind:
+    """Return a full training."""
+    return arena.training()
 
 
 def kill_driver(process: Started, rng: random.Random) -> list[str]:
@@ -277,8 +317,8 @@ def locked(arena: Arena, folder: Path, rng: random.Random) -> Try:
 
 def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
     """Let the wall clock jump back again and again, in driver and workers."""
-    kind = arena.contract("--workers", "2")
-    truth, seconds = arena.truth(arena.contract())
+    kind = two_workers(arena, rng)
+    truth, _ = arena.truth(kind)
     place = folder / "clock"
     place.mkdir()
     (place / "sitecustomize.py").write_text(CLOCK.format(seed=rng.randrange(1 << 30)))
@@ -288,11 +328,11 @@ def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
         kind.begin(out, cache), folder / "first.log", PYTHONPATH=os.pathsep.join(paths)
     )  # fmt: skip
     code = process.end()
-    late = time.monotonic() - process.since - seconds
+    took = time.monotonic() - process.since
     if code:
-        return Try([f"status {code}: {process.said().strip().splitlines()[-1:]}"], late)
+        return Try([f"status {code}: {process.said().strip().splitlines()[-1:]}"], took)
     gone = [f"orphan: {words}" for words in orphans(process.tag).values()]
-    return Try(ended(kind, truth, folder) + gone, late)
+    return Try(ended(kind, truth, folder) + gone, took)
 
 
 def damaged(arena: Arena, folder: Path, rng: random.Random) -> Try:
@@ -361,49 +401,9 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
         wrong += ended(kind, truth, folder)
         sent = Path(tempfile.gettempdir()).glob("vision-contraction-*")
         wrong += [f"left on a node: {path}" for path in sent]
-        return Try(wrong, found["took_s"] - seconds)
+        return Try(wrong, found["took_s"])
 
     return do
-
-
-FAULTS: dict[str, Fault] = {
-    "kill -9 of the driver": Fault(15, _run, disturbed(some_workers, kill_driver)),
-    "kill -9 of a worker": Fault(
-        12, _run,
-        disturbed(some_workers, kill_worker, goes_on=True),
-    ),
-    "kill -9 of everything at once": Fault(10, _run, disturbed(some_workers, kill_all)),
-    "kill -9 of the label builder": Fault(
-        18, lambda a: [a.labels()],
-        disturbed(
-            lambda a, rng: a.labels("--processes", str(rng.choice([1, 2]))), either
-        ),
-    ),
-    "kill -9 of a label builder's worker": Fault(
-        8, lambda a: [a.labels()],
-        disturbed(
-            lambda a, rng: a.labels("--processes", str(rng.choice([1, 2]))), kill_worker,
-            goes_on=True
-        ),
-    ),
-    "kill -9 of the trainer": Fault(
-        27, lambda a: [a.training()], disturbed(lambda a, rng: a.training(), kill_driver)
-    ),
-    "SIGTERM, then SIGKILL after 5 s": Fault(5, _run, disturbed(some_workers, terminate)),
-    "Ctrl-C twice": Fault(5, _run, disturbed(some_workers, interrupt_twice)),
-    "the clock jumps back": Fault(3, _run, clock_back),
-    "the disk is full": Fault(6, _run, disk_full),
-    "the disk is read-only": Fault(1, _run, read_only),
-    "the database is locked": Fault(1, _run, locked),
-    "a file of the run is damaged": Fault(8, _run, damaged),
-    "Ray: a node removed in every step": Fault(2, _run, cluster("node"), solo=True),
-    "Ray: the driver killed": Fault(2, _run, cluster("driver"), solo=True),
-    "Ray: the head lost": Fault(1, _run, cluster("head"), solo=True),
-    "kill -9 of the driver, TinyViT-21M": Fault(
-        10, lambda a: [published(a)],
-        disturbed(lambda a, rng: published(a), kill_driver, warm=True), solo=True,
-    ),
-}  # fmt: skip
 
 
 def published(arena: Arena) -> Kind:
@@ -413,3 +413,37 @@ def published(arena: Arena) -> Kind:
     """
     size = ("--target-params", "5M", "--proxy-images", "200")
     return arena.contract(seed="21M", size=size, warm=True)
+
+
+def published_run(arena: Arena, rng: random.Random) -> Kind:
+    """Return the headline contraction, whatever is drawn."""
+    return published(arena)
+
+
+def _ray(tries: int, act: str) -> Fault:
+    return Fault(tries, _run, cluster(act), calm=cluster("nothing"), solo=True)
+
+
+FAULTS: dict[str, Fault] = {
+    "kill -9 of the driver": fault(15, _run, some_workers, kill_driver),
+    "kill -9 of a worker": fault(12, _run, some_workers, kill_worker, goes_on=True),
+    "kill -9 of everything at once": fault(10, _run, some_workers, kill_all),
+    "kill -9 of the label builder": fault(18, Arena.labels, builders, either),
+    "kill -9 of a worker that builds labels": fault(
+        8, Arena.labels, builders, kill_worker, goes_on=True
+    ),
+    "kill -9 of the trainer": fault(27, Arena.training, trainer, kill_driver),
+    "SIGTERM, then SIGKILL after 5 s": fault(5, _run, some_workers, terminate),
+    "Ctrl-C twice": fault(5, _run, some_workers, interrupt_twice),
+    "the clock jumps back": Fault(3, _run, clock_back, calm=disturbed(two_workers, None)),
+    "the disk is full": Fault(6, _run, disk_full),
+    "the disk is read-only": Fault(1, _run, read_only),
+    "the database is locked": Fault(3, _run, locked),
+    "a file of the run is damaged": Fault(8, _run, damaged),
+    "Ray: a node removed in every step": _ray(2, "node"),
+    "Ray: the driver killed": _ray(2, "driver"),
+    "Ray: the head lost": _ray(1, "head"),
+    "kill -9 of the driver, TinyViT-21M": fault(
+        10, published, published_run, kill_driver, warm=True, solo=True
+    ),
+}

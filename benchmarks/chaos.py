@@ -3,7 +3,8 @@
 Each try begins a run, labels or a training anew, disturbs it at a random instant, goes on with it
 as a user would, and compares it with an undisturbed one: decisions, winner and weights must be
 equal, no process and no temporary file may be left, and what is refused must be one line and exit
-status 2. `lost` counts the tries that fail in any of this.
+status 2. `lost` counts the tries that fail in any of this. Undisturbed runs take turns with the
+tries of a fault, as busy as these, for what recovering costs.
 """
 
 from __future__ import annotations
@@ -24,20 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._chaos_arena import Arena
-from benchmarks._chaos_faults import FAULTS, Fault, Try
+from benchmarks._chaos_faults import FAULTS, Do, Try
 from benchmarks._estimates import write_rows
 from nas.command import Parser, guarded
 from nas.progress import Console
 from space.checks import read_int
 from space.errors import refuse
 
+CALM_EVERY = 4
+"""Tries of a fault for every undisturbed one among them."""
+
 
 @dataclass(frozen=True)
 class Row:
     """One kind of fault: how often it was tried and survived, and what recovering costs.
 
-    `seconds_to_recover` is the median of how much later a disturbed run ended than an undisturbed
-    one, empty where that means nothing.
+    `seconds_to_recover` is by how much the median of what the disturbed ones took is longer than
+    that of the undisturbed ones among them; empty where that means nothing.
     """
 
     fault: str
@@ -66,8 +70,31 @@ def build_parser() -> Parser:
     return parser
 
 
-def tries_of(given: argparse.Namespace) -> list[tuple[str, Fault, int]]:
-    """List every try: the name of its fault, the fault, its number."""
+@dataclass(frozen=True)
+class Turn:
+    """One try of a fault, or an undisturbed one among them (`calm`)."""
+
+    fault: str
+    number: int
+    calm: bool
+    do: Do
+
+    @property
+    def name(self) -> str:
+        """What its folder is called and its random decisions go by."""
+        return f"{self.fault}/{'calm/' if self.calm else ''}{self.number}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of a fault's tries, and of the undisturbed ones among them."""
+
+    tries: list[Try]
+    calm: list[Try]
+
+
+def turns_of(given: argparse.Namespace) -> list[Turn]:
+    """List everything to do, in its order. Raises InputError."""
     names = given.only or list(FAULTS)
     for name in names:
         if name not in FAULTS:
@@ -77,58 +104,77 @@ def tries_of(given: argparse.Namespace) -> list[tuple[str, Fault, int]]:
     found = []
     for name in names:
         fault = FAULTS[name]
-        found += [(name, fault, number) for number in range(given.tries or fault.tries)]
+        for number in range(given.tries or fault.tries):
+            if fault.calm is not None and number % CALM_EVERY == 0:
+                found.append(Turn(name, number, True, fault.calm))
+            found.append(Turn(name, number, False, fault.do))
     return found
 
 
-def campaign(given: argparse.Namespace, console: Console, command: str) -> dict[str, list[Try]]:
-    """Do the tries, several at a time; the table grows with each."""
-    read_int("--jobs", given.jobs, 1, 64)
-    arena = Arena(given.folder, console.line)
-    wanted = tries_of(given)
-    for fault in {id(f): f for _, f, _ in wanted}.values():
-        for kind in fault.kinds(arena):
-            arena.truth(kind)
-    done: dict[str, list[Try]] = {}
-    until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
-    console.start(float(len(wanted)), "tries")
+def command_of(given: argparse.Namespace, fault: str) -> str:
+    """Return the command that does a fault's tries alone: they depend on nothing else."""
+    words = ["python", "-m", "benchmarks.chaos", "--only", fault]
+    for flag in ("tries", "jobs", "random_seed"):
+        if getattr(given, flag) != build_parser().get_default(flag):
+            words += [f"--{flag.replace('_', '-')}", str(getattr(given, flag))]
+    return shlex.join(words)
 
-    def one(task: tuple[str, Fault, int]) -> None:
-        name, fault, number = task
+
+def campaign(given: argparse.Namespace, console: Console) -> dict[str, Found]:
+    """Take the turns, several at a time; the table grows with each."""
+    read_int("--jobs", given.jobs, 1, 64)
+    turns = turns_of(given)
+    arena = Arena(given.folder, console.line)
+    for name in dict.fromkeys(turn.fault for turn in turns):
+        arena.truth(FAULTS[name].kind(arena))
+    done: dict[str, Found] = {}
+    until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
+    console.start(float(len(turns)), "tries")
+
+    def one(turn: Turn) -> None:
         if until is not None and time.monotonic() > until:
             return
-        folder = arena.folder / f"{name.replace(' ', '-')}-{number}"
+        folder = arena.folder / turn.name.replace(" ", "-").replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        rng = random.Random(f"{given.random_seed}/{name}/{number}")
+        rng = random.Random(f"{given.random_seed}/{turn.name}")
         try:
-            outcome = fault.do(arena, folder, rng)
+            outcome = turn.do(arena, folder, rng)
         except Exception as error:  # the campaign's own fault counts as a loss, and is looked at
             outcome = Try([f"{type(error).__name__}: {error}"])
-        done.setdefault(name, []).append(outcome)
+        with _WRITING:
+            found = done.setdefault(turn.fault, Found([], []))
+            (found.calm if turn.calm else found.tries).append(outcome)
+            if found.tries:
+                write(
+                    given.out,
+                    {turn.fault: row_of(turn.fault, found, command_of(given, turn.fault))},
+                )
         for wrong in outcome.wrong:
-            console.line(f"LOST {folder.name}: {wrong}")
+            console.line(f"{'WRONG' if turn.calm else 'LOST'} {folder.name}: {wrong}")
         if not outcome.wrong and not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
-        write(given.out, {name: row_of(name, done[name], command)})
         console.advance(1.0)
 
-    side_by_side = [task for task in wanted if not task[1].solo]
     with ThreadPoolExecutor(given.jobs) as pool:
-        list(pool.map(one, side_by_side))
-    for task in wanted:
-        if task[1].solo:
-            one(task)
+        list(pool.map(one, [turn for turn in turns if not FAULTS[turn.fault].solo]))
+    for turn in turns:
+        if FAULTS[turn.fault].solo:
+            one(turn)
     console.stop()
     return done
 
 
-def row_of(name: str, outcomes: Sequence[Try], command: str) -> Row:
+def row_of(name: str, found: Found, command: str) -> Row:
     """Count the tries of a fault."""
-    lost = sum(bool(o.wrong) for o in outcomes)
-    late = [o.late_s for o in outcomes if o.late_s is not None]
-    median = statistics.median(late) if late else float("nan")
-    return Row(name, len(outcomes), len(outcomes) - lost, lost, round(median, 1), command)
+    lost = sum(bool(o.wrong) for o in found.tries)
+    took, calm = (
+        [o.took_s for o in outcomes if o.took_s is not None and not o.wrong]
+        for outcomes in (found.tries, found.calm)
+    )
+    late = statistics.median(took) - statistics.median(calm) if took and calm else float("nan")
+    tried = len(found.tries)
+    return Row(name, tried, tried - lost, lost, round(late, 1), command)
 
 
 _WRITING = threading.Lock()
@@ -136,20 +182,19 @@ _WRITING = threading.Lock()
 
 def write(path: Path, rows: Mapping[str, Row]) -> None:
     """Put faults' rows into the table, those of other faults staying as they are."""
-    with _WRITING:
-        held: dict[str, Any] = {}
-        if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                for line in csv.DictReader(file):
-                    late = float(line["seconds_to_recover"] or "nan")
-                    held[line["fault"]] = Row(
-                        line["fault"], int(line["tried"]), int(line["survived"]), int(line["lost"]),
-                        late, line["command"],
-                    )  # fmt: skip
-        held.update(rows)
-        names = [name for name in FAULTS if name in held]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(path, [held[name] for name in names])
+    held: dict[str, Any] = {}
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                late = float(line["seconds_to_recover"] or "nan")
+                held[line["fault"]] = Row(
+                    line["fault"], int(line["tried"]), int(line["survived"]), int(line["lost"]),
+                    late, line["command"],
+                )  # fmt: skip
+    held.update(rows)
+    names = [name for name in FAULTS if name in held]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, [held[name] for name in names])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,16 +203,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         given = build_parser().parse_args(argv)
         console = Console()
-        words = list(argv if argv is not None else sys.argv[1:])
-        command = " ".join(["python -m benchmarks.chaos", *map(shlex.quote, words)])
-        done = campaign(given, console, command)
-        rows = [row_of(name, done[name], command) for name in FAULTS if done.get(name)]
+        done = campaign(given, console)
+        rows = [
+            row_of(name, done[name], command_of(given, name))
+            for name in FAULTS
+            if name in done and done[name].tries
+        ]
         for row in rows:
             console.line(
                 f"{row.fault:<44} {row.survived} of {row.tried} survived, "
                 f"{row.seconds_to_recover:.1f} s later"
             )
-        return 1 if any(row.lost for row in rows) else 0
+        calm = [outcome for found in done.values() for outcome in found.calm]
+        return 1 if any(row.lost for row in rows) or any(o.wrong for o in calm) else 0
 
     return guarded(work)
 

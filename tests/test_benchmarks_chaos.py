@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
 
 from benchmarks import chaos
 from benchmarks._chaos_arena import Arena
-from benchmarks._chaos_faults import FAULTS, Try, one_line
+from benchmarks._chaos_faults import FAULTS, Fault, Try, one_line
 
 QUICK = "kill -9 of the trainer"
 LOCAL = [name for name, fault in FAULTS.items() if not fault.solo]
@@ -27,7 +28,10 @@ def test_a_killed_training_is_survived_and_counted(tmp_path: Path) -> None:
     (row,) = rows_of(out)
     assert tuple(row) == ("fault", "tried", "survived", "lost", "seconds_to_recover", "command")
     assert (row["fault"], row["tried"], row["survived"], row["lost"]) == (QUICK, "1", "1", "0")
-    assert row["command"].startswith("python -m benchmarks.chaos --only")
+    assert row["command"] == (
+        "python -m benchmarks.chaos --only 'kill -9 of the trainer' --tries 1 --jobs 1"
+    )
+    assert math.isfinite(float(row["seconds_to_recover"]))
 
 
 @pytest.mark.slow
@@ -42,8 +46,39 @@ def test_every_fault_is_survived_once(name: str, tmp_path: Path) -> None:
 def test_what_went_wrong_is_lost() -> None:
     """A campaign's counts are those of its tries."""
     tries = [Try([], 2.0), Try(["another winner"], 9.0), Try([], None), Try([], 4.0)]
-    row = chaos.row_of("a fault", tries, "a command")
-    assert (row.tried, row.survived, row.lost, row.seconds_to_recover) == (4, 3, 1, 4.0)
+    calm = [Try([], 1.0), Try([], 2.0), Try(["it failed"], 50.0)]
+    row = chaos.row_of("a fault", chaos.Found(tries, calm), "a command")
+    assert (row.tried, row.survived, row.lost, row.seconds_to_recover) == (4, 3, 1, 1.5)
+    alone = chaos.row_of("a fault", chaos.Found(tries, []), "a command")
+    assert math.isnan(alone.seconds_to_recover)
+
+
+@pytest.mark.parametrize("tries", [None, 1, 9])
+def test_undisturbed_runs_take_turns_with_the_disturbed(tries: int | None) -> None:
+    words = [] if tries is None else ["--tries", str(tries)]
+    turns = chaos.turns_of(chaos.build_parser().parse_args(words))
+    for name, fault in FAULTS.items():
+        mine = [turn for turn in turns if turn.fault == name]
+        disturbed = [turn for turn in mine if not turn.calm]
+        assert [turn.number for turn in disturbed] == list(range(tries or fault.tries))
+        calm = [mine.index(turn) for turn in mine if turn.calm]
+        want = -(-len(disturbed) // chaos.CALM_EVERY) if fault.calm is not None else 0
+        assert calm == [n * (chaos.CALM_EVERY + 1) for n in range(want)]
+    assert len({turn.name for turn in turns}) == len(turns)
+
+
+def test_an_undisturbed_run_that_ends_otherwise_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts as no try, and the campaign does not end well."""
+    calm, tried = Try(["another winner"], 1.0), Try([], 2.0)
+    fault = Fault(1, Arena.training, lambda *_: tried, calm=lambda *_: calm)
+    monkeypatch.setattr(chaos, "FAULTS", {"rain": fault})
+    monkeypatch.setattr(Arena, "truth", lambda *_: ({}, 1.0))
+    out = tmp_path / "chaos.csv"
+    assert chaos.main(["--folder", str(tmp_path / "arena"), "--out", str(out)]) == 1
+    (row,) = rows_of(out)
+    assert (row["tried"], row["lost"], row["seconds_to_recover"]) == ("1", "0", "")
 
 
 def test_a_refusal_is_one_line() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import math
@@ -110,6 +111,17 @@ def seeds_of(text: str) -> list[int]:
     if len(set(parts)) < 2 or not all(part.strip().isdecimal() for part in parts):
         raise refuse("--random-seeds", text, "two or more different integers, such as 0,1,2")
     return [int(part) for part in parts]
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """Read a list of positive integers, as a parser's `type`. Raises ArgumentTypeError."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of integers >= 1 such as 4,8")
+    return found
 
 
 def _percentiles(drawn: Floats) -> tuple[float, float]:

@@ -19,7 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks._estimates import Floats, Row, bootstrap, in_words, share, write_rows
+from benchmarks._estimates import (
+    Floats,
+    Row,
+    bootstrap,
+    in_words,
+    integers,
+    share,
+    write_rows,
+)
 from benchmarks.lab import arguments, folder_of
 from nas.command import Parser, guarded
 from nas.files import write_json
@@ -322,20 +330,10 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--races", type=int, default=400, help="of each size and method (default %(default)s)")
     sizes = "archs of a race (default 4,8,12, as far as there are)"
-    add("--sizes", type=_integers, default=(4, 8, 12), help=sizes)
-    add("--keep", type=_integers, default=(1, 2), help="how many a race keeps (default 1,2)")
+    add("--sizes", type=integers, default=(4, 8, 12), help=sizes)
+    add("--keep", type=integers, default=(1, 2), help="how many a race keeps (default 1,2)")
     add("--out", type=Path, default=Path("results/racing.csv"))
     return parser
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a list of integers >= 1 such as 4,8")
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ from benchmarks._cluster import (
     simulate,
 )
 from benchmarks._driver import driver_rows
-from benchmarks._estimates import in_words, write_rows
+from benchmarks._estimates import in_words, integers, write_rows
 from nas.command import Parser, guarded
 from nas.files import read_json
 from nas.race import rungs_of
@@ -306,27 +306,17 @@ def build_parser() -> Parser:
     add("--record", type=Path, metavar="RUN", help="write a run's trainings to --durations; end")
     add("--plan", action="store_true", help="print the arithmetic of docs/scale.md; end")
     add("--durations", type=Path, default=Path("results/durations.csv"))
-    add("--workers", type=_integers, default=(1, 10, 100, 1000), help="(default 1,10,100,1000)")
-    add("--candidates", type=_integers, default=(100, 1000, 10_000),
+    add("--workers", type=integers, default=(1, 10, 100, 1000), help="(default 1,10,100,1000)")
+    add("--candidates", type=integers, default=(100, 1000, 10_000),
         help="(default 100,1000,10000)")  # fmt: skip
     add("--epochs", type=int, default=8, help="of a candidate (default %(default)s)")
     add("--epoch-s", type=float, default=60.0, metavar="S",
         help="seconds a usual candidate's epoch takes (default %(default)s)")  # fmt: skip
     add("--limit-s", type=float, default=Cluster.limit_s, metavar="S",
         help="after which a person ends what does not end (default %(default)s)")  # fmt: skip
-    add("--random-seeds", type=_integers, default=(1, 2, 3), help="(default 1,2,3)")
+    add("--random-seeds", type=integers, default=(1, 2, 3), help="(default 1,2,3)")
     add("--out", type=Path, default=Path("results/schedule.csv"))
     return parser
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a list of integers >= 1 such as 1,10")
-    return found
 
 
 def summary(rows: Sequence[Simulated]) -> Mapping[str, object]:

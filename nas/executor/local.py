@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
-from typing import IO, Any
 
-import nas
+from nas.executor.child import Child, Message
 from nas.executor.pool import Ended, Event, Lost, Pool, Ticked
 from nas.jobs import Job, Result
 
-START_S = 300.0
-"""How long a worker may take to load its libraries before a job's limit begins."""
+START_S, ENDING_S = 300.0, 5.0
+"""How long a worker may take to load its libraries before a job's limit begins, and to end after
+its last word."""
 
-Said = tuple["_Worker", int, "dict[str, Any] | None"]
-"""A worker's line, or None at the end of its output; the number is that of its process."""
+Said = tuple["_Worker", Child, "Message | None"]
+"""A worker's line, or None at the end of its output, and which process said it."""
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -38,14 +35,6 @@ def worker_environment(threads: int) -> dict[str, str]:
         # between: see `python -m benchmarks.waiting`.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
     }
-
-
-def package_path() -> str:
-    """Return a PYTHONPATH by which a child finds this very package."""
-    root = str(Path(nas.__file__).resolve().parent.parent)
-    return os.pathsep.join(
-        [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    )
 
 
 class LocalExecutor(Pool):
@@ -159,18 +148,16 @@ class LocalPlaces:
                 worker.end()
                 reason = f"no end after {limit:g} s (--job-minutes)"
                 events.append(Lost(task.job.key, task.attempt, reason, worker.name, seconds, True))
-            elif worker.gone():
+            elif worker.child is not None and worker.child.gone():
                 events.append(worker.died())
         return events
 
-    def _heard(
-        self, worker: _Worker, generation: int, message: dict[str, Any] | None
-    ) -> list[Event]:
+    def _heard(self, worker: _Worker, child: Child, message: Message | None) -> list[Event]:
         task = worker.task
-        if task is None or generation != worker.generation:
+        if task is None or child is not worker.child:
             return []
         if message is None:
-            return [worker.died()] if worker.ended() else []
+            return [worker.died()] if child.ended(ENDING_S) else []
         if message.get("attempt") not in (None, task.attempt) or (
             message.get("key") not in (None, task.job.key)
         ):
@@ -236,15 +223,13 @@ class _Worker:
         self._log = log
         self._logs = logs
         self._said = said
-        self._process: subprocess.Popen[str] | None = None
-        self._silent_since: float | None = None
-        self.generation = 0
+        self.child: Child | None = None
         self.ready = False
 
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self._process is not None and self._process.poll() is None
+        return self.child is not None and self.child.alive
 
     def take(self, task: _Task) -> None:
         """Begin a job, in a fresh process where there is none."""
@@ -258,41 +243,14 @@ class _Worker:
             "attempt": task.attempt, "log": None if log is None else str(log),
             "timed": job.needs.timed,
         }  # fmt: skip
-        process = self._running()
         # A worker that is dead already is found out by `poll`.
-        with contextlib.suppress(OSError):
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(message) + "\n")
-            process.stdin.flush()
-
-    def gone(self) -> bool:
-        """Tell whether the process ended and nothing more will be heard of it.
-
-        A child of the worker's may hold its end of the pipe, so its output may never end.
-        """
-        if self._process is None or self._process.poll() is None:
-            self._silent_since = None
-            return False
-        now = time.monotonic()
-        if self._silent_since is None:
-            self._silent_since = now
-        return now - self._silent_since > 1.0
-
-    def ended(self) -> bool:
-        """Wait for a process whose output ended; True unless it still runs somehow."""
-        if self._process is None:
-            return False
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5.0)
-        return self._process.poll() is not None
+        self._running().say(message)
 
     def died(self) -> Lost:
         """Say how the process ended, and clear it away."""
-        assert self._process is not None
-        assert self.task is not None
         task = self.task
-        code = self._process.wait()
-        self.end()
+        assert task is not None
+        code = self._end()
         if code < 0:
             name = signal.Signals(-code).name
             hint = "; out of memory?" if -code == signal.SIGKILL else ""
@@ -302,79 +260,29 @@ class _Worker:
         if self._log is not None:
             log = self._log if self._logs is None else self._logs / f"{task.job.key}.log"
             reason += f" (see {log.name})"
+        self.task = None
         return Lost(task.job.key, task.attempt, reason, self.name, time.monotonic() - task.since)
 
     def end(self) -> None:
-        """End the process, if there is one, with all that it started."""
-        process, self._process, self.task = self._process, None, None
-        self._silent_since = None
-        if process is None:
-            return
-        self.generation += 1
-        # The whole group: a child that a library forked would hold our pipe open for ever.
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        """End the process, if there is one, with all that it started; its job is forgotten."""
+        self.task = None
+        self._end()
 
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        task = self.task
-        self.end()
-        self.task = task
-        environment: Mapping[str, str] = {
-            **os.environ,
-            "PYTHONPATH": package_path(),
-            **worker_environment(self._threads),
-            **({} if self._gpu is None else {"CUDA_VISIBLE_DEVICES": str(self._gpu)}),
-        }
-        log: IO[bytes] | int = subprocess.DEVNULL
-        if self._log is not None:
-            log = self._log.open("ab")
-        try:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                encoding="utf-8",
-                env=environment,
-                start_new_session=True,
-            )
-        finally:
-            if not isinstance(log, int):
-                log.close()
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):
-            hello = {
-                "threads": self._threads, "cores": self._cores, "memory_bytes": self._memory_bytes
-            }  # fmt: skip
-            process.stdin.write(json.dumps(hello) + "\n")
-            process.stdin.flush()
-        self._process = process
-        self.generation += 1
+    def _end(self) -> int:
+        child, self.child = self.child, None
+        return 0 if child is None else child.end()
+
+    def _running(self) -> Child:
+        if self.child is not None and self.child.alive:
+            return self.child
+        self._end()
+        gpu = {} if self._gpu is None else {"CUDA_VISIBLE_DEVICES": str(self._gpu)}
         self.ready = False
-        threading.Thread(
-            target=self._read, args=(process.stdout, self.generation), daemon=True
-        ).start()
-        return process
-
-    def _read(self, stream: IO[str] | None, generation: int) -> None:
-        """Pass the process's lines on, until there are no more or another process has begun."""
-        assert stream is not None
-        try:
-            for line in stream:
-                with contextlib.suppress(ValueError):
-                    message = json.loads(line)
-                    if generation != self.generation:
-                        return
-                    self._said.put((self, generation, message))
-        except (OSError, ValueError):
-            pass  # the stream was closed under us: the same end
-        if generation == self.generation:
-            self._said.put((self, generation, None))
+        self.child = Child(
+            self._command, lambda child, message: self._said.put((self, child, message)),
+            environment={**worker_environment(self._threads), **gpu}, log=self._log,
+        )  # fmt: skip
+        self.child.say(
+            {"threads": self._threads, "cores": self._cores, "memory_bytes": self._memory_bytes}
+        )
+        return self.child

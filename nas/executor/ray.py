@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import threading
 import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from queue import Empty, Queue
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
-from nas.executor.local import LocalPlaces, package_path
+from nas.executor.child import Child, Message
+from nas.executor.local import LocalPlaces
 from nas.executor.node import session_place
 from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
 from nas.executor.ship import content_name
@@ -90,6 +86,7 @@ class RayPlaces:
         self._logs = logs
         self._here = here
         self._waiting: list[tuple[Job, int]] = []
+        self._begun: list[tuple[str, int]] = []
         self._bridge: _Bridge | None = None
         self._far: dict[tuple[str, int], tuple[Job, float]] = {}
         self._slots = 1
@@ -130,11 +127,14 @@ class RayPlaces:
 
     def _start_here(self) -> None:
         while self._waiting and self._here.idle():
-            self._here.start(*self._waiting.pop(0))
+            job, attempt = self._waiting.pop(0)
+            self._here.start(job, attempt)
+            self._begun.append((job.key, attempt))
 
     def cancel(self, key: str, attempt: int) -> None:
         """End an attempt."""
         self._waiting = [w for w in self._waiting if (w[0].key, w[1]) != (key, attempt)]
+        self._begun = [of for of in self._begun if of != (key, attempt)]
         if self._far.pop((key, attempt), None) is None:
             self._here.cancel(key, attempt)
         elif self._bridge is not None:
@@ -142,7 +142,9 @@ class RayPlaces:
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return what happened, there and here."""
-        events = self._here.poll(0.0 if self._far else timeout_s)
+        events: list[Event] = [Begun(*of) for of in self._begun]
+        self._begun.clear()
+        events += self._here.poll(0.0 if self._far or events else timeout_s)
         self._start_here()
         if self._far:
             events += self._heard(timeout_s)
@@ -272,6 +274,7 @@ class RayPlaces:
 
     def _end_bridge(self) -> str:
         bridge, self._bridge = self._bridge, None
+        self._since_none = None
         return "" if bridge is None else bridge.end()
 
     def rest(self) -> None:
@@ -284,6 +287,7 @@ class RayPlaces:
         """Leave the cluster and end the worker here."""
         self._far.clear()
         self._waiting.clear()
+        self._begun.clear()
         self._here.close()
         self._end_bridge()
         # Where this machine is a node whose cluster went away, nobody else can.
@@ -294,48 +298,26 @@ class _Bridge:
     """The process that talks to Ray."""
 
     def __init__(self, hello: Mapping[str, Any], log: Path | None) -> None:
-        environment = {**os.environ, "PYTHONPATH": package_path()}
-        errors: IO[bytes] | int = subprocess.DEVNULL if log is None else log.open("ab")
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "nas.executor.bridge"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                encoding="utf-8", env=environment, start_new_session=True,
-            )  # fmt: skip
-        finally:
-            if not isinstance(errors, int):
-                errors.close()
-        self._said: Queue[dict[str, Any] | None] = Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-        self.send(hello)
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        try:
-            for line in self._process.stdout:
-                with contextlib.suppress(ValueError):
-                    self._said.put(json.loads(line))
-        except (OSError, ValueError):
-            pass
-        self._said.put(None)
+        said: Queue[Message | None] = Queue()
+        command = [sys.executable, "-m", "nas.executor.bridge"]
+        self._said = said
+        self._child = Child(command, lambda _, message: said.put(message), log=log)
+        self._child.say(hello)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a line; a bridge that is gone is found out by `take`."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+        self._child.say(message)
 
-    def first(self, timeout_s: float) -> dict[str, Any] | None:
+    def first(self, timeout_s: float) -> Message | None:
         """Return the first thing that it says, None if it ends or is silent."""
         try:
             return self._said.get(timeout=max(1.0, timeout_s))
         except Empty:
             return None
 
-    def take(self, timeout_s: float) -> list[dict[str, Any] | None]:
+    def take(self, timeout_s: float) -> list[Message | None]:
         """Return what it said; None among it: it ended."""
-        found: list[dict[str, Any] | None] = []
+        found: list[Message | None] = []
         with contextlib.suppress(Empty):
             found.append(self._said.get(timeout=timeout_s))
             while True:
@@ -344,15 +326,4 @@ class _Bridge:
 
     def end(self, patience_s: float = 15.0) -> str:
         """Let it leave the cluster, or make it after a while; returns how it ended."""
-        with contextlib.suppress(OSError, ValueError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=patience_s)
-        with contextlib.suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        with contextlib.suppress(OSError):
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-        return f"its process ended with status {code}"
+        return f"its process ended with status {self._child.end(patience_s)}"

@@ -7,8 +7,9 @@ from typing import Any
 
 from nas.jobs import Result
 from nas.measure.measurement import Measurement
+from nas.outcomes import log_of
 from nas.requirement import Requirement
-from nas.run import Incumbent, Run, log_of
+from nas.run import Incumbent, Run
 from nas.search.constraints import StepBounds
 from nas.search.ledger import Row
 from space import REFERENCE_CONTEXT

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from nas.jobs import Result
 from nas.judging import losses_of
-from nas.run import CHECKPOINT, MORE, RUNG, Incumbent, Run, Task
+from nas.outcomes import CHECKPOINT
+from nas.run import MORE, RUNG, Incumbent, Run, Task
 from nas.search.racing import share_saved, survivors
 from space.family import Arch
 

@@ -15,11 +15,10 @@ from typing import Any
 from nas.config import RunConfig
 from nas.data import Dataset
 from nas.executor import Executor
-from nas.executor.means import LOGS
-from nas.files import member, read_json, write_json
 from nas.jobs import Job, Needs, Result
 from nas.judging import judged
 from nas.measure.device_table import DeviceTable
+from nas.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure, left
 from nas.progress import Console
 from nas.rates import peak_lr
 from nas.requirement import Requirement
@@ -31,14 +30,11 @@ from nas.search.storage import Shared
 from nas.search.strategies import get_strategy
 from nas.timings import Timings
 from space import Context
-from space.errors import InputError, refuse
+from space.errors import InputError
 from space.family import Arch, Family
 from space.neighbours import Band
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "checkpoint.safetensors"
-"""What a rung leaves in its folder (`nas.runner.train`)."""
 
 RUNG = "-rung"
 """Between the name of a raced training and the epochs after which one of its jobs stops."""
@@ -47,9 +43,6 @@ MORE = "-more"
 
 READS = ("dataset", "store", "parent.weights", "parent.order", "continue_from.checkpoint")
 """What a training reads of the file system (`nas.jobs.Needs`)."""
-
-SPENT = ("weights.safetensors", CHECKPOINT)
-"""Files of a finished job that may be gone: nothing starts from them any more."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +77,6 @@ class Task:
 
 
 Ahead = Callable[[Mapping[str, Result], int], Sequence[Task]]
-
-
-def log_of(job: str) -> str:
-    """Name the log of a job, as its row does: a path in the run's folder."""
-    return f"{LOGS}/{job}.log"
 
 
 def derived_seed(*parts: object) -> int:
@@ -238,7 +226,7 @@ class Run:
         open_tasks = {}
         for task in tasks:
             known = failed_before(task.out) if remember else None
-            known = known or self._finished(task)
+            known = known or finished_before(task.out, task.job.key)
             if known is None:
                 open_tasks[task.job.key] = task
             else:
@@ -252,7 +240,7 @@ class Run:
             more_to_come = len(found) < len(tasks)
             if ahead is not None and more_to_come and self.executor.spare:
                 listed = ahead(found, self.executor.room)
-                more = [task for task in listed if not _left(task.out)]
+                more = [task for task in listed if not left(task.out)]
                 self.executor.ahead(task.job for task in more)
         return [found[task.job.key] for task in tasks]
 
@@ -260,8 +248,8 @@ class Run:
         """Forget jobs that ran ahead, or may have in an earlier process, and were not chosen."""
         self.executor.forget([folder.name for folder in folders])
         for folder in folders:
-            for left in (folder, folder.with_name(f"{folder.name}.part")):
-                shutil.rmtree(left, ignore_errors=True)
+            for place in (folder, folder.with_name(f"{folder.name}.part")):
+                shutil.rmtree(place, ignore_errors=True)
 
     def _stream(self, jobs: Sequence[Job], costs: Mapping[str, float]) -> Iterator[Result]:
         """Do jobs, move the bar on as they go, and give their results as they end."""
@@ -284,22 +272,6 @@ class Run:
             if not result.ok and result.values.get("input_error"):
                 raise InputError(result.reason)
             yield result
-
-    def _finished(self, task: Task) -> Result | None:
-        """Take over what an earlier process of this run finished, if its files are there."""
-        out = task.out
-        if not _left(out):
-            return None
-        told = out / "result.json"
-        data = read_json(told, "a finished job's result")
-        if not _is_result(data):
-            want = "a finished job's result"
-            raise refuse(str(told), "another format", want, "remove its folder")
-        needed = [member(out, name, str(told)) for name in data.get("files", [])]
-        if all(path.is_file() for path in needed if path.name not in SPENT):
-            return Result(task.job.key, True, data["values"], None, data["seconds"])
-        shutil.rmtree(out)
-        return None
 
     # Training
 
@@ -435,42 +407,6 @@ class Run:
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _failure(out: Path) -> Path:
-    return out.with_name(f"{out.name}.failed.json")
-
-
-def failed_before(out: Path) -> Result | None:
-    """Return that the job of `out` failed, if it did: an outcome. Raises InputError."""
-    kept = _failure(out)
-    if not kept.exists():
-        return None
-    told = read_json(kept, "why a job failed")
-    if not isinstance(told, dict) or not {"reason", "seconds"} <= told.keys():
-        raise refuse(str(kept), "another format", "why a job failed", "remove it")
-    return Result(out.name, False, {}, told["reason"], told["seconds"])
-
-
-def keep_failure(out: Path, result: Result) -> None:
-    """Keep beside `out` that its job failed, for a resumed run to find."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(_failure(out), {"reason": result.reason, "seconds": result.seconds})
-
-
-def _is_result(data: Any) -> bool:
-    """Tell whether something read has the form of what a job leaves of itself."""
-    return (
-        isinstance(data, dict)
-        and isinstance(data.get("values"), dict)
-        and isinstance(data.get("seconds"), (int, float))
-        and isinstance(data.get("files", []), list)
-    )
-
-
-def _left(out: Path) -> bool:
-    """Tell whether a job left its folder."""
-    return (out / "result.json").is_file()
 
 
 def _named(spec: Mapping[str, Any], dotted: str) -> bool:

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from nas.gates import Candidate, add_row, measured_of, ratio_of, row_of
 from nas.jobs import Job
 from nas.judging import losses_of
+from nas.outcomes import failed_before, keep_failure, log_of
 from nas.race import Entrant, Ran, race
-from nas.run import MORE, Incumbent, Run, derived_seed, failed_before, keep_failure, log_of
+from nas.run import MORE, Incumbent, Run, derived_seed
 from nas.search.selection import Scored, Timed, paired_error, pick, rank
 
 IMPORTANCE_IMAGES = 256

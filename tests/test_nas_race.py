@@ -17,9 +17,10 @@ from nas import scoring
 from nas.gates import Candidate
 from nas.jobs import Job, Result
 from nas.judging import judged, losses_of, per_image
+from nas.outcomes import CHECKPOINT, failed_before, keep_failure
 from nas.race import MORE, Entrant, race, rungs_of
 from nas.rates import SCRATCH_LR
-from nas.run import CHECKPOINT, Incumbent, Run, Task, failed_before, keep_failure
+from nas.run import Incumbent, Run, Task
 from space.errors import InputError
 
 HERE = Path(__file__).parent

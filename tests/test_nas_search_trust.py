@@ -18,8 +18,9 @@ from scipy import stats
 
 from nas.config import RunConfig
 from nas.jobs import Job, Result
+from nas.outcomes import failed_before, keep_failure
 from nas.progress import Console
-from nas.run import Incumbent, Run, Task, failed_before, keep_failure
+from nas.run import Incumbent, Run, Task
 from nas.rundir import RunDir
 from nas.search.constraints import band_at
 from nas.search.ledger import Row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -9,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.executor.dispatch import HUNG, LEAST_HUNG_S, LEAST_KNOWN, SLOW, Dispatcher
+from nas.executor.dispatch import (
+    HUNG,
+    KEPT,
+    LEAST_HUNG_S,
+    LEAST_KNOWN,
+    SLOW,
+    Dispatcher,
+    _Paces,
+)
 
 NAMES = [f"j{at}" for at in range(8)]
 
@@ -241,6 +250,40 @@ def test_what_waits_for_long_at_its_place_is_not_slow_for_that() -> None:
     queue.begun("late", 1, 100.0)
     assert queue.next(100.0 + SLOW, 3) == []
     assert [(s.key, s.attempt) for s in queue.next(100.1 + SLOW, 3)] == [("late", 2)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.5, 1.0, 2.0, 3.0, 7.0]), st.integers(0, 90)), max_size=300
+    )
+)
+def test_the_usual_pace_is_the_upper_median_of_the_last(ended: list[tuple[float, int]]) -> None:
+    paces = _Paces()
+    kept: list[float] = []
+    for pace, at_once in ended:
+        paces.add(pace, at_once)
+        kept = [*kept, pace][-max(KEPT, 2 * at_once) :]
+        want = statistics.median_high(kept) if len(kept) >= LEAST_KNOWN else None
+        assert paces.usual() == want
+
+
+@pytest.mark.parametrize("places", [10, 100, 400])
+def test_slow_ones_are_found_though_they_are_all_that_end_last(places: int) -> None:
+    """Three in ten run on nodes that take five times as long, and end when the others have."""
+    queue = Dispatcher(copies=True)
+    for at in range(2 * places):
+        queue.add(f"j{at}", kind="k", units=1.0)
+    slow: list[str] = []
+    for now in (0.0, 1.0, 2.0):
+        for at, start in enumerate(queue.next(now, places - len(slow))):
+            if at % 10 < 3:
+                slow.append(start.key)
+            else:
+                assert queue.finished(start.key, start.attempt, now + 1.0)
+    for key in slow[:-2]:
+        assert queue.finished(key, 1, 5.0)
+    waiting = [s for s in queue.next(5.0 + SLOW, 2 * places) if s.attempt == 2]
+    assert [s.key for s in waiting] == slow[-2:]
 
 
 PACES = st.floats(0.5, 40.0) | st.floats(0.5, 400.0)

@@ -6,10 +6,11 @@ simulated clock and thousands of them.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import math
-import statistics
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -19,8 +20,8 @@ SLOW = 3.0
 HUNG, LEAST_HUNG_S = 20.0, 900.0
 """One that takes this many times as long as usual, and so many seconds at least, hangs."""
 
-LEAST_KNOWN = 5
-"""Finished jobs of a kind that a median needs."""
+LEAST_KNOWN, KEPT = 5, 101
+"""Finished jobs of a kind that a median needs, and of how many of the last it is at least."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,30 @@ class Start:
 
     key: str
     attempt: int
+
+
+class _Paces:
+    """Seconds a unit of the jobs of one kind that ended last, and their median.
+
+    Of many that run at once the first to end are the fast ones and the last the slow ones, so
+    the median is of no fewer than twice as many as ran at once.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def add(self, pace: float, at_once: int) -> None:
+        """Take one in; so many run at once where enough wait."""
+        self._last.append(pace)
+        bisect.insort(self._sorted, pace)
+        while len(self._last) > max(KEPT, 2 * at_once):
+            del self._sorted[bisect.bisect_left(self._sorted, self._last.popleft())]
+
+    def usual(self) -> float | None:
+        """Return their upper median, once enough of them are known."""
+        known = len(self._sorted)
+        return self._sorted[known // 2] if known >= LEAST_KNOWN else None
 
 
 @dataclass
@@ -63,10 +88,10 @@ class Dispatcher:
         self._entries: dict[str, _Entry] = {}
         self._heap: list[tuple[bool, int, str]] = []
         self._numbers = itertools.count()
-        self._running = 0
+        self._running = self._most = 0
         self._alone: str | None = None
         self._active: dict[str, _Entry] = {}  # those that run: few beside those that wait
-        self._paces: dict[str, list[float]] = {}
+        self._paces: dict[str, _Paces] = {}
         self._usual: dict[str, float] = {}
 
     @property
@@ -161,6 +186,7 @@ class Dispatcher:
         entry.running[entry.attempts] = math.inf if self._queues else now
         self._active[key] = entry
         self._running += 1
+        self._most = max(self._most, self._running)
         return Start(key, entry.attempts)
 
     def _slow(self, now: float) -> Iterable[tuple[str, _Entry]]:
@@ -203,11 +229,10 @@ class Dispatcher:
             return False
         seconds = now - entry.running[attempt]
         if entry.units and ok and math.isfinite(seconds):
-            paces = self._paces.setdefault(entry.kind, [])
-            paces.append(seconds / entry.units)
-            del paces[:-101]
-            if len(paces) >= LEAST_KNOWN:
-                self._usual[entry.kind] = statistics.median_high(paces)
+            paces = self._paces.setdefault(entry.kind, _Paces())
+            paces.add(seconds / entry.units, self._most)
+            if (usual := paces.usual()) is not None:
+                self._usual[entry.kind] = usual
         self.drop(key)
         return True
 

@@ -40,7 +40,7 @@ from nas.distill.losses import SoftLoss
 from nas.distill.replay import Batch, Replay
 from nas.distill.store import LabelStore
 from nas.files import write_atomic
-from nas.measure.fingerprint import take_fingerprint
+from nas.measure.fingerprint import read_threads, take_fingerprint
 from nas.measure.intervals import median_interval
 from nas.training.loop import TrainSettings, make_optimizer, place
 from space import Context, InputError, get_family
@@ -279,9 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.blocks < 6:
             raise refuse("--blocks", arguments.blocks, "an integer >= 6")
-        if arguments.threads < 1:
-            raise refuse("--threads", arguments.threads, "an integer >= 1")
-        torch.set_num_threads(arguments.threads)
+        torch.set_num_threads(read_threads(arguments.threads))
         if arguments.cache_dir is None:
             with tempfile.TemporaryDirectory() as folder:
                 arguments.cache_dir = Path(folder)

@@ -9,7 +9,7 @@ from benchmarks.throughput_nets import Net, find_nets, sample
 from benchmarks.throughput_plan import Plan
 from nas.command import Parser
 from nas.config import parse_count
-from nas.measure.fingerprint import usable_cpus
+from nas.measure.fingerprint import read_threads, usable_cpus
 from nas.measure.runtimes import find_runtime
 from nas.requirement import Setting
 from space import Context, get_family
@@ -87,8 +87,9 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
     """Return the networks and how they are measured, all flags checked. Raises InputError."""
     family = get_family(given.space or "tinyvit")
     threads = usable_cpus() if given.threads is None else given.threads
+    read_threads(threads)
     for name, least, value in (
-        ("--threads", 1, threads), ("--blocks", 6, given.blocks),
+        ("--blocks", 6, given.blocks),
         ("--max-blocks", given.blocks, given.max_blocks), ("--num-classes", 1, given.num_classes),
         ("--latency-passes", 0, given.latency_passes),
     ):  # fmt: skip

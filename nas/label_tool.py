@@ -12,10 +12,11 @@ from nas.data import Dataset, DataSpec
 from nas.door import prepared
 from nas.executor import Executor, LocalExecutor
 from nas.executor.make import make_executor
-from nas.executor.means import Means
+from nas.executor.means import MOST_WORKERS, Means
 from nas.jobs import Job, Result
-from nas.measure.fingerprint import usable_cpus
+from nas.measure.fingerprint import read_threads, usable_cpus
 from nas.progress import Console
+from space.checks import read_int
 from space.errors import InputError, refuse
 
 RETRIES = 2
@@ -61,12 +62,10 @@ def build(
     """
     console = console if console is not None else Console(quiet=True)
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
-    if processes < 1:
-        raise refuse("--processes", processes, "an integer >= 1")
+    read_int("--processes", processes, 1, MOST_WORKERS)
     if threads is None:
         threads = max(1, usable_cpus() // processes)
-    if threads < 1:
-        raise refuse("--threads", threads, "an integer >= 1")
+    read_threads(threads)
     asked = DataSpec(data, img_size, proxy_images, max_broken, random_seed, pixel_cache=pixel_cache)
     taught_by = {
         "teacher": teacher, "teacher_epochs": teacher_epochs, "random_seed": random_seed,

@@ -222,6 +222,8 @@ def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
     ("given", "said"),
     [
         ({"workers": 0}, "--workers"),
+        ({"workers": 1025}, "--workers"),
+        ({"retries": 10_000}, "--retries"),
         ({"retries": -1}, "--retries"),
         ({"job_minutes": 0.0}, "--job-minutes"),
         ({"job_minutes": float("nan")}, "--job-minutes"),
@@ -255,8 +257,8 @@ def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
 
     assert with_threads({}, Means()) == {}
     assert with_threads({}, Means(workers=1)) == {"threads": usable_cpus()}
-    assert with_threads({}, Means(workers=10_000)) == {"threads": 1}
+    assert with_threads({}, Means(workers=1024)) == {"threads": 1}
     assert with_threads({"threads": 3}, Means(workers=2)) == {"threads": 3}
-    ray = Means(executor="ray", workers=10_000)
+    ray = Means(executor="ray", workers=1024)
     assert with_threads({}, ray) == {"threads": 1}
     assert with_threads({}, Means(executor="ray", workers=2, ray_address="auto")) == {}

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from space.checks import read_int
 from space.errors import refuse
 
 EXECUTORS = ("local", "ray")
+MOST_WORKERS = 1024
+"""Processes that a command may start on one machine."""
+
 LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"
 """What an executor leaves in a run's folder: logs by job, a line per attempt, the workers' own."""
 
@@ -36,10 +40,9 @@ class Means:
         """Refuse what makes no sense."""
         if self.executor not in EXECUTORS:
             raise refuse("--executor", self.executor, f"one of {', '.join(EXECUTORS)}")
-        for name, value, least in (("--workers", self.workers, 1), ("--retries", self.retries, 0)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and least <= value <= 100_000):
-                raise refuse(name, value, f"an integer >= {least}")
+        if self.workers is not None:
+            read_int("--workers", self.workers, 1, MOST_WORKERS)
+        read_int("--retries", self.retries, 0, 1000)
         for name, number in (
             ("--job-minutes", self.job_minutes), ("--job-memory-gb", self.job_memory_gb),
         ):  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nas.files import member, read_json
-from nas.measure.fingerprint import take_fingerprint, usable_cpus
+from nas.measure.fingerprint import read_threads, take_fingerprint, usable_cpus
 from nas.measure.rounds import Bounds, Timed, measure_rounds, summary
 from nas.measure.rows import (
     FAILED,
@@ -72,8 +72,8 @@ def _main(given: argparse.Namespace) -> int:
     networks = _networks(folder)
     if given.blocks < 6 or given.max_blocks < given.blocks:
         raise refuse("--blocks", f"{given.blocks} to {given.max_blocks}", "6 or more, in order")
-    if given.threads is not None and given.threads < 1:
-        raise refuse("--threads", given.threads, "an integer >= 1")
+    if given.threads is not None:
+        read_threads(given.threads)
     if not 0.0 <= given.precision < 1.0:
         raise refuse("--precision", given.precision, "a share in [0, 1)")
     if given.out.is_dir() or not given.out.parent.is_dir():

@@ -20,6 +20,7 @@ from nas.distill.teacher import load_teacher, make_teacher, parse_teacher
 from nas.distill.teaching import set_token_training
 from nas.files import write_json
 from nas.jobs import Tick
+from nas.measure.fingerprint import read_threads
 from nas.trainer.batches import LiveBatches, ReplayBatches, Share, Source
 from nas.trainer.evaluation import Outcome, evaluate
 from nas.trainer.fit import Course, Row, best_of, fit
@@ -31,9 +32,14 @@ from nas.training.loop import Diverged, half_precision
 from nas.training.recipe import Recipe
 from nas.training.weights import load_into, load_weights, read_metadata
 from space import Context
+from space.checks import read_int
 from space.errors import refuse
 
 Say = Callable[[str], None]
+
+
+MOST_LOADERS = 1024
+"""Processes that decode images for one that trains."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,10 @@ class Machine:
     keep_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name, flag in (("threads", "--threads"), ("turns", "--accumulate")):
-            if getattr(self, name) < 1:
-                raise refuse(flag, getattr(self, name), "an integer >= 1")
-        if self.workers < 0:
-            raise refuse("--workers", self.workers, "an integer >= 0")
+        read_threads(self.threads)
+        if self.turns < 1:
+            raise refuse("--accumulate", self.turns, "an integer >= 1")
+        read_int("--workers", self.workers, 0, MOST_LOADERS)
         for name, flag in (("save_steps", "--save-steps"), ("keep_every", "--keep-every")):
             value = getattr(self, name)
             if value is not None and value < 1:

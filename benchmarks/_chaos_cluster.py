@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._chaos_arena import Started, kill, orphans, start
-from benchmarks._chaos_faults import one_line
+from benchmarks._chaos_tries import one_line
 from nas.command import EXIT_BAD_INPUT
 
 CPUS = 1

@@ -7,30 +7,42 @@ import json
 import os
 import random
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks._chaos_arena import (
     Arena,
     Kind,
-    Started,
-    differences,
-    kill,
-    leftovers,
     orphans,
     start,
-    tagged,
 )
-from nas.command import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED
+from benchmarks._chaos_tries import (
+    Fault,
+    Try,
+    builders,
+    disturbed,
+    either,
+    ended,
+    fault,
+    gone_on,
+    interrupt_twice,
+    kill_all,
+    kill_driver,
+    kill_worker,
+    one_line,
+    small_run,
+    some_workers,
+    terminate,
+    trainer,
+    two_workers,
+)
+from nas.command import EXIT_BAD_INPUT
 
-GRACE_S = 5.0
 CLOCK = """
 import random, time
 _real, _now, _state = time.time, random.Random({seed}), [0.0]
@@ -41,200 +53,6 @@ def _jumping():
 time.time = _jumping
 time.time_ns = lambda: int(_jumping() * 1e9)
 """
-
-
-@dataclass
-class Try:
-    """What went wrong in a try, and how long it took from its beginning to its good end."""
-
-    wrong: list[str] = field(default_factory=list)
-    took_s: float | None = None
-
-
-Do = Callable[[Arena, Path, random.Random], Try]
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A way to disturb; `tries` of it by default. `solo`: nothing else goes on meanwhile.
-
-    `calm` is the same without the disturbance, for how long that takes; None where it says nothing.
-    """
-
-    tries: int
-    kind: Callable[[Arena], Kind]
-    do: Do
-    calm: Do | None = None
-    solo: bool = False
-
-
-def _run(arena: Arena) -> Kind:
-    return arena.contract()
-
-
-Make = Callable[[Arena, random.Random], Kind]
-Act = Callable[[Started, random.Random], list[str]]
-
-
-def one_line(said: str) -> list[str]:
-    """Say what is wrong with a refusal: it is one line, without a traceback."""
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    wrong = [] if len(errors) == 1 else [f"{len(errors)} lines of refusal"]
-    return wrong + (["a traceback"] if "Traceback" in said else [])
-
-
-def ended(kind: Kind, truth: object, folder: Path) -> list[str]:
-    """Say in what a finished run differs from an undisturbed one, and what it left behind."""
-    out, cache = folder / "out", folder / "cache"
-    wrong = [f"another {name}" for name in differences(kind, truth, out)]
-    return wrong + [f"left behind: {path}" for path in leftovers(out, cache)]
-
-
-def gone_on(arena: Arena, kind: Kind, folder: Path, begun: float) -> Try:
-    """Go on with what was disturbed, as a user would, and compare it with an undisturbed one."""
-    out, cache = folder / "out", folder / "cache"
-    truth, _ = arena.truth(kind)
-    started = (out / "run.json").exists() or kind.name not in ("run", "run-21M")
-    command = kind.again(out, cache) if started else kind.begin(out, cache)
-    again = start(command, folder / "again.log")
-    code = again.end()
-    took = time.monotonic() - begun
-    wrong = [] if code == 0 else [f"status {code}: {again.said().strip().splitlines()[-1:]}"]
-    if code == 0:
-        wrong += ended(kind, truth, folder)
-    wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
-    return Try(wrong, took)
-
-
-def disturbed(make: Make, act: Act | None, *, goes_on: bool = False, warm: bool = False) -> Do:
-    """Return a try: begin, act at a random instant, and go on unless it `goes_on` by itself.
-
-    A `warm` one finds data, teacher, labels and the trained seed in its cache. Without an act
-    nothing disturbs it.
-    """
-
-    def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
-        kind = make(arena, rng)
-        truth, seconds = arena.truth(kind)
-        out, cache = folder / "out", folder / "cache"
-        if warm:
-            shutil.copytree(arena.cache(kind), cache)
-        process = start(kind.begin(out, cache), folder / "first.log")
-        wrong = []
-        if act is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.end(rng.uniform(0.02, 0.95) * seconds)
-            wrong += act(process, rng)
-        if act is not None and not goes_on:
-            wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
-            found = gone_on(arena, kind, folder, process.since)
-            return Try(wrong + found.wrong, found.took_s)
-        code = process.end()
-        took = time.monotonic() - process.since
-        if code:
-            wrong.append(f"status {code}: {process.said().strip().splitlines()[-1:]}")
-        else:
-            wrong += ended(kind, truth, folder)
-        wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
-        return Try(wrong, took)
-
-    return do
-
-
-def fault(
-    tries: int,
-    kind: Callable[[Arena], Kind],
-    make: Make,
-    act: Act,
-    *,
-    goes_on: bool = False,
-    warm: bool = False,
-    solo: bool = False,
-) -> Fault:
-    """Return a fault of `disturbed` tries."""
-    return Fault(
-        tries, kind, disturbed(make, act, goes_on=goes_on, warm=warm),
-        calm=disturbed(make, None, warm=warm), solo=solo,
-    )  # fmt: skip
-
-
-def some_workers(arena: Arena, rng: random.Random) -> Kind:
-    """Return a small contraction with one worker or two."""
-    return arena.contract("--workers", str(rng.choice([1, 2])))
-
-
-def two_workers(arena: Arena, rng: random.Random) -> Kind:
-    """Return a small contraction with two workers."""
-    return arena.contract("--workers", "2")
-
-
-def builders(arena: Arena, rng: random.Random) -> Kind:
-    """Return the building of labels by one process or two."""
-    return arena.labels("--processes", str(rng.choice([1, 2])))
-
-
-def trainer(arena: Arena, rng: random.Random) -> Kind:
-    """Return a full training."""
-    return arena.training()
-
-
-def kill_driver(process: Started, rng: random.Random) -> list[str]:
-    """Kill the driver alone."""
-    kill([process.process.pid])
-    process.end()
-    return []
-
-
-def kill_all(process: Started, rng: random.Random) -> list[str]:
-    """Kill everything at once, as a machine does that loses its power."""
-    kill([process.process.pid])
-    kill(list(tagged(process.tag)))
-    process.end()
-    return []
-
-
-def kill_worker(process: Started, rng: random.Random) -> list[str]:
-    """Kill one of the workers, as soon as there is one."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until and process.process.poll() is None:
-        workers = [pid for pid, words in tagged(process.tag).items() if "nas.worker" in words]
-        if workers:
-            kill([rng.choice(sorted(workers))])
-            break
-        time.sleep(0.05)
-    return []
-
-
-def terminate(process: Started, rng: random.Random) -> list[str]:
-    """Ask it to end as schedulers do, and kill it after a grace period."""
-    kill([process.process.pid], signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        code = process.end(GRACE_S)
-        return [] if code in (0, EXIT_TERMINATED, -signal.SIGTERM) else [f"SIGTERM: status {code}"]
-    kill_all(process, rng)
-    return ["it did not end within its grace period"]
-
-
-def interrupt_twice(process: Started, rng: random.Random) -> list[str]:
-    """Press Ctrl-C, and again."""
-    kill([process.process.pid], signal.SIGINT)
-    time.sleep(rng.uniform(0.0, 0.4))
-    kill([process.process.pid], signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        code = process.end(20.0)
-        # Before our own handlers stand, and when they have done their work, Python's own ends it in
-        # its own way: by the signal, which a shell tells as 130 as well.
-        early = "data: " not in process.said() and code == 1
-        good = code in (0, EXIT_INTERRUPTED, -signal.SIGINT) or early
-        good = good and (early or "Traceback" not in process.said())
-        return [] if good else [f"Ctrl-C: status {code}"]
-    kill_all(process, rng)
-    return ["it did not end on Ctrl-C"]
-
-
-def either(process: Started, rng: random.Random) -> list[str]:
-    """Kill the driver or everything."""
-    return rng.choice([kill_driver, kill_all])(process, rng)
 
 
 @contextlib.contextmanager
@@ -421,25 +239,25 @@ def published_run(arena: Arena, rng: random.Random) -> Kind:
 
 
 def _ray(tries: int, act: str) -> Fault:
-    return Fault(tries, _run, cluster(act), calm=cluster("nothing"), solo=True)
+    return Fault(tries, small_run, cluster(act), calm=cluster("nothing"), solo=True)
 
 
 FAULTS: dict[str, Fault] = {
-    "kill -9 of the driver": fault(15, _run, some_workers, kill_driver),
-    "kill -9 of a worker": fault(12, _run, some_workers, kill_worker, goes_on=True),
-    "kill -9 of everything at once": fault(10, _run, some_workers, kill_all),
+    "kill -9 of the driver": fault(15, small_run, some_workers, kill_driver),
+    "kill -9 of a worker": fault(12, small_run, some_workers, kill_worker, goes_on=True),
+    "kill -9 of everything at once": fault(10, small_run, some_workers, kill_all),
     "kill -9 of the label builder": fault(18, Arena.labels, builders, either),
     "kill -9 of a worker that builds labels": fault(
         8, Arena.labels, builders, kill_worker, goes_on=True
     ),
     "kill -9 of the trainer": fault(27, Arena.training, trainer, kill_driver),
-    "SIGTERM, then SIGKILL after 5 s": fault(5, _run, some_workers, terminate),
-    "Ctrl-C twice": fault(5, _run, some_workers, interrupt_twice),
-    "the clock jumps back": Fault(3, _run, clock_back, calm=disturbed(two_workers, None)),
-    "the disk is full": Fault(6, _run, disk_full),
-    "the disk is read-only": Fault(1, _run, read_only),
-    "the database is locked": Fault(3, _run, locked),
-    "a file of the run is damaged": Fault(8, _run, damaged),
+    "SIGTERM, then SIGKILL after 5 s": fault(5, small_run, some_workers, terminate),
+    "Ctrl-C twice": fault(5, small_run, some_workers, interrupt_twice),
+    "the clock jumps back": Fault(3, small_run, clock_back, calm=disturbed(two_workers, None)),
+    "the disk is full": Fault(6, small_run, disk_full),
+    "the disk is read-only": Fault(1, small_run, read_only),
+    "the database is locked": Fault(3, small_run, locked),
+    "a file of the run is damaged": Fault(8, small_run, damaged),
     "Ray: a node removed in every step": _ray(2, "node"),
     "Ray: the driver killed": _ray(2, "driver"),
     "Ray: the head lost": _ray(1, "head"),

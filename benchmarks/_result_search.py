@@ -13,10 +13,10 @@ from benchmarks.lab import Lab
 from nas.command import default_cache
 from nas.config import EFFORTS, SEARCH_CHOICES, parse_count, steps_of
 from nas.contract import contract
+from nas.cpus import usable_cpus
 from nas.files import read_json, write_json
 from nas.finish import nearest_published
 from nas.jobs import Result
-from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from nas.work import Outcome
 from space.errors import InputError, refuse

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._chaos_arena import Arena
-from benchmarks._chaos_faults import FAULTS, Do, Try
+from benchmarks._chaos_faults import FAULTS
+from benchmarks._chaos_tries import Do, Try
 from benchmarks._estimates import write_rows
 from nas.command import Parser, guarded
 from nas.progress import Console

@@ -25,7 +25,8 @@ from typing import Any
 
 import nas
 import space
-from benchmarks._parsers import PARSERS, Parser
+from benchmarks._parser import Parser
+from benchmarks._parsers import PARSERS
 from nas.command import guarded
 from nas.files import write_atomic
 from space.errors import InputError, refuse

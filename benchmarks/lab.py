@@ -24,10 +24,10 @@ import numpy.typing as npt
 
 from nas import stage
 from nas.command import default_cache
+from nas.cpus import usable_cpus
 from nas.door import ask_fingerprints, make_config, read_data, resolved
 from nas.executor import LocalExecutor
 from nas.jobs import Job
-from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from nas.run import Incumbent, Run, Task
 from nas.rundir import RunDir

@@ -35,12 +35,13 @@ import torch
 
 from benchmarks.labels_stock import SMALL, data_for, store_for, teacher_of
 from nas.cells import Writer
+from nas.cpus import read_threads
 from nas.data import Dataset
 from nas.distill.losses import SoftLoss
 from nas.distill.replay import Batch, Replay
 from nas.distill.store import LabelStore
 from nas.files import write_atomic
-from nas.measure.fingerprint import read_threads, take_fingerprint
+from nas.measure.fingerprint import take_fingerprint
 from nas.measure.intervals import median_interval
 from nas.training.loop import TrainSettings, make_optimizer, place
 from space import Context, InputError, get_family

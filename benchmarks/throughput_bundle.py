@@ -24,7 +24,7 @@ from space.errors import refuse
 SCRIPT = "throughput.pyz"
 
 CARRIED = (
-    "__init__.py", "cells.py", "files.py", "requirement.py",
+    "__init__.py", "cells.py", "cpus.py", "files.py", "requirement.py",
     "measure/__init__.py", "measure/bundled.py",
     "measure/fingerprint.py", "measure/gpu.py", "measure/intervals.py", "measure/measurement.py",
     "measure/rounds.py", "measure/rows.py", "measure/watch.py", "measure/runtimes/__init__.py",

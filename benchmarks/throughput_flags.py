@@ -9,7 +9,7 @@ from benchmarks.throughput_nets import Net, find_nets, sample
 from benchmarks.throughput_plan import Plan
 from nas.command import Parser
 from nas.config import parse_count
-from nas.measure.fingerprint import read_threads, usable_cpus
+from nas.cpus import read_threads, usable_cpus
 from nas.measure.runtimes import find_runtime
 from nas.requirement import Setting
 from space import Context, get_family

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from nas.cpus import MOST_AT_ONCE
 from nas.requirement import parse_requirement
 from space.errors import refuse
 
@@ -229,7 +230,7 @@ def check_config(config: RunConfig) -> None:
     _whole(config, "bench_blocks", 6, 10_000)
     _whole(config, "bench_max_blocks", config.bench_blocks, 100_000)
     _whole(config, "batch_size", 2, 65_536)
-    _whole(config, "threads", 1, 1024)
+    _whole(config, "threads", 1, MOST_AT_ONCE)
     _whole(config, "random_seed", 0, 2**31 - 1)
     least = {"img_size": 16, "proxy_images": 20, "topk": 1, "label_epochs": 1}
     for name, low in least.items():

@@ -9,13 +9,13 @@ from typing import Any
 
 from nas import labelling
 from nas.config import RunConfig, flag, with_effort
+from nas.cpus import usable_cpus
 from nas.data import Dataset, DataSpec, open_dataset, prepare
 from nas.data.values import EMBEDDED
 from nas.executor import Executor, LocalExecutor
 from nas.executor.means import Means
 from nas.jobs import Job, Needs, Result
 from nas.measure.device_table import DeviceTable
-from nas.measure.fingerprint import usable_cpus
 from nas.measure.runtimes import check_setting
 from nas.progress import Console
 from nas.requirement import COUNTED, LATENCIES

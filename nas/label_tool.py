@@ -8,13 +8,13 @@ from typing import Any
 
 from nas import labelling
 from nas.command import default_cache
+from nas.cpus import MOST_AT_ONCE, read_threads, usable_cpus
 from nas.data import Dataset, DataSpec
 from nas.door import prepared
 from nas.executor import Executor, LocalExecutor
 from nas.executor.make import make_executor
-from nas.executor.means import MOST_WORKERS, Means
+from nas.executor.means import Means
 from nas.jobs import Job, Result
-from nas.measure.fingerprint import read_threads, usable_cpus
 from nas.progress import Console
 from space.checks import read_int
 from space.errors import InputError, refuse
@@ -62,7 +62,7 @@ def build(
     """
     console = console if console is not None else Console(quiet=True)
     cache = Path(cache_dir) if cache_dir is not None else default_cache()
-    read_int("--processes", processes, 1, MOST_WORKERS)
+    read_int("--processes", processes, 1, MOST_AT_ONCE)
     if threads is None:
         threads = max(1, usable_cpus() // processes)
     read_threads(threads)

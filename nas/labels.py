@@ -11,10 +11,10 @@ from typing import Any
 
 from nas.command import Parser, default_cache, guarded
 from nas.config import LABEL_CHOICES, parse_share
+from nas.cpus import usable_cpus
 from nas.data.cache import cache_report, clean_cache, parse_bytes
 from nas.executor.means import EXECUTORS, Means
 from nas.label_tool import build, info, merge, verify
-from nas.measure.fingerprint import usable_cpus
 from nas.progress import Console
 from space.errors import refuse
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from nas.command import Parser
 from nas.config import RunConfig, parse_share
+from nas.cpus import usable_cpus
 from nas.data.values import EMBEDDED
 from nas.files import read_json
-from nas.measure.fingerprint import take_fingerprint, usable_cpus
+from nas.measure.fingerprint import take_fingerprint
 from nas.trainer.values import AMPS, TrainConfig
 from nas.training.recipe import CHOICES, PIPELINE, PRESETS, Recipe, changed, find_recipe
 from space import REFERENCE_CONTEXT, get_family

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("space", "nas", "benchmarks")
 VALUES = {
-    "nas.cells", "nas.config", "nas.files", "nas.jobs", "nas.rates", "nas.requirement", "nas.seals",
+    "nas.cells", "nas.config", "nas.cpus", "nas.files", "nas.jobs", "nas.rates", "nas.requirement",
+    "nas.seals",
 }  # fmt: skip
 ENTRIES = {
     "nas.contract", "nas.evaluation", "nas.export", "nas.inherit", "nas.labels", "nas.train",

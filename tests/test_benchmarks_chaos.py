@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import chaos
 from benchmarks._chaos_arena import Arena
-from benchmarks._chaos_faults import FAULTS, Fault, Try, one_line
+from benchmarks._chaos_faults import FAULTS
+from benchmarks._chaos_tries import Fault, Try, one_line
 
 QUICK = "kill -9 of the trainer"
 LOCAL = [name for name, fault in FAULTS.items() if not fault.solo]

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import fuzz as tool
-from benchmarks._parsers import PARSERS, Parser
+from benchmarks._parser import Parser
+from benchmarks._parsers import PARSERS
 from benchmarks.fuzz import fuzz, judged, main, mutated
 from space.errors import InputError, refuse
 

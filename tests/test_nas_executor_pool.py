@@ -252,8 +252,8 @@ def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
+    from nas.cpus import usable_cpus
     from nas.door import with_threads
-    from nas.measure.fingerprint import usable_cpus
 
     assert with_threads({}, Means()) == {}
     assert with_threads({}, Means(workers=1)) == {"threads": usable_cpus()}

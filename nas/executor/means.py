@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nas.cpus import MOST_AT_ONCE
 from space.checks import read_int
 from space.errors import refuse
 
 EXECUTORS = ("local", "ray")
-MOST_WORKERS = 1024
-"""Processes that a command may start on one machine."""
-
 LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"
 """What an executor leaves in a run's folder: logs by job, a line per attempt, the workers' own."""
 
@@ -41,7 +39,7 @@ class Means:
         if self.executor not in EXECUTORS:
             raise refuse("--executor", self.executor, f"one of {', '.join(EXECUTORS)}")
         if self.workers is not None:
-            read_int("--workers", self.workers, 1, MOST_WORKERS)
+            read_int("--workers", self.workers, 1, MOST_AT_ONCE)
         read_int("--retries", self.retries, 0, 1000)
         for name, number in (
             ("--job-minutes", self.job_minutes), ("--job-memory-gb", self.job_memory_gb),

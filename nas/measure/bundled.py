@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from nas.cpus import read_threads, usable_cpus
 from nas.files import member, read_json
-from nas.measure.fingerprint import read_threads, take_fingerprint, usable_cpus
+from nas.measure.fingerprint import take_fingerprint
 from nas.measure.rounds import Bounds, Timed, measure_rounds, summary
 from nas.measure.rows import (
     FAILED,

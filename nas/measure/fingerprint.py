@@ -134,24 +134,6 @@ def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerp
     )
 
 
-MOST_THREADS = 1024
-"""More than any device's cores; so many more would fill the memory with stacks."""
-
-
-def read_threads(value: int) -> int:
-    """Return the threads that --threads asks for. Raises InputError."""
-    if not 1 <= value <= MOST_THREADS:
-        raise refuse("--threads", value, f"an integer from 1 to {MOST_THREADS}")
-    return value
-
-
-def usable_cpus() -> int:
-    """Return the CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def version_of(package: str) -> str:
     # The distribution's version drops torch's local part (+cu132, +cpu), which decides speed.
     try:

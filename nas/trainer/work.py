@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nas.cpus import MOST_AT_ONCE, read_threads
 from nas.data import Dataset
 from nas.distill.augment import AugmentSpec
 from nas.distill.presets import preset_spec
@@ -20,7 +21,6 @@ from nas.distill.teacher import load_teacher, make_teacher, parse_teacher
 from nas.distill.teaching import set_token_training
 from nas.files import write_json
 from nas.jobs import Tick
-from nas.measure.fingerprint import read_threads
 from nas.trainer.batches import LiveBatches, ReplayBatches, Share, Source
 from nas.trainer.evaluation import Outcome, evaluate
 from nas.trainer.fit import Course, Row, best_of, fit
@@ -36,10 +36,6 @@ from space.checks import read_int
 from space.errors import refuse
 
 Say = Callable[[str], None]
-
-
-MOST_LOADERS = 1024
-"""Processes that decode images for one that trains."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class Machine:
         read_threads(self.threads)
         if self.turns < 1:
             raise refuse("--accumulate", self.turns, "an integer >= 1")
-        read_int("--workers", self.workers, 0, MOST_LOADERS)
+        read_int("--workers", self.workers, 0, MOST_AT_ONCE)
         for name, flag in (("save_steps", "--save-steps"), ("keep_every", "--keep-every")):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.executor.child import SILENT_S, Child, Message
+from space.errors import InputError
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 HOLDS = (
@@ -116,6 +120,76 @@ def test_what_it_started_ends_with_it() -> None:
     while lives(said["child"]) and time.monotonic() < until:
         time.sleep(0.05)
     assert not lives(said["child"])
+
+
+def test_one_that_has_much_to_say_can_leave_in_peace() -> None:
+    """Nobody listens any more, but its output is drained until it has cleaned up."""
+    code = (
+        "import json, sys\n"
+        "for line in sys.stdin: pass\n"
+        "for at in range(5000): print(json.dumps({'at': at, 'more': 'x' * 40}), flush=True)\n"
+        "raise SystemExit(3)\n"
+    )
+    heard = Heard(code)
+    assert heard.child.end(patience_s=60.0) == 3
+    assert heard.queue.empty()
+
+
+def test_one_that_does_not_listen_holds_up_nobody() -> None:
+    heard = Heard("import time; time.sleep(60)")
+    begun = time.monotonic()
+    for at in range(100):
+        heard.child.say({"at": at, "more": "x" * 10_000})
+    assert heard.child.alive
+    assert heard.child.end() == -signal.SIGKILL
+    assert time.monotonic() - begun < 30
+
+
+def test_bytes_that_are_no_text_deafen_nobody() -> None:
+    code = 'import os; os.write(1, b\'\\xff\\xfe\\n{"a": "\\xff"}\\n{"b": 1}\\n\')'
+    heard = Heard(code)
+    assert [heard.next(), heard.next(), heard.next()] == [{"a": "\ufffd"}, {"b": 1}, None]
+    heard.child.end()
+
+
+def test_one_whose_child_left_the_group_is_ended_in_bounded_time() -> None:
+    code = (
+        "import os, time\n"
+        "if os.fork() == 0: os.setsid(); time.sleep(30); os._exit(0)\n"
+        "print('{\"a\": 1}', flush=True); time.sleep(60)\n"
+    )
+    heard = Heard(code)
+    assert heard.next() == {"a": 1}
+    begun = time.monotonic()
+    assert heard.child.end() == -signal.SIGKILL
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("how", ["process", "thread"])
+def test_where_the_system_has_no_room_it_is_one_line(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        if how == "process":
+            raise OSError(errno.EMFILE, "Too many open files")
+        raise RuntimeError("can't start new thread")
+
+    begun: list[subprocess.Popen[str]] = []
+    real = subprocess.Popen
+
+    def popen(*given: Any, **more: Any) -> subprocess.Popen[str]:
+        begun.append(real(*given, **more))
+        return begun[-1]
+
+    if how == "process":
+        monkeypatch.setattr("nas.executor.child.subprocess.Popen", none)
+    else:
+        monkeypatch.setattr("nas.executor.child.subprocess.Popen", popen)
+        monkeypatch.setattr("nas.executor.child.threading.Thread.start", none)
+    with pytest.raises(InputError, match="fewer --workers") as refused:
+        Heard(ECHO)
+    assert "\n" not in str(refused.value)
+    assert all(process.poll() is not None for process in begun)
 
 
 def test_one_that_cannot_start_raises(tmp_path: Path) -> None:

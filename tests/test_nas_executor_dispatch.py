@@ -449,3 +449,18 @@ def test_a_copy_that_hangs_too_is_named_beside_the_first() -> None:
     assert len(queue.next(1000.0, 1)) == 1
     assert [s.attempt for s in queue.hung(HUNG * 100.0 + 1.0)] == [1]
     assert [s.attempt for s in queue.hung(HUNG * 100.0 + 1001.0)] == [1, 2]
+
+
+@pytest.mark.parametrize("places", [20, 200, 1000])
+def test_the_fastest_few_make_nobody_slow(places: int) -> None:
+    """Of many that run at once the first to end tell nothing of the others."""
+    queue = Dispatcher(copies=True)
+    for at in range(places):
+        queue.add(f"j{at}", kind="k", units=1.0)
+    assert len(queue.next(0.0, places)) == places
+    few = max(LEAST_KNOWN, min(KEPT, places // 2)) - 1
+    for at in range(few):
+        assert queue.finished(f"j{at}", 1, 1.0)
+    assert queue.next(1.1 + SLOW, places) == []
+    assert queue.finished(f"j{few}", 1, 1.1 + SLOW)
+    assert len(queue.next(1.1 + SLOW, places)) == places - few - 1

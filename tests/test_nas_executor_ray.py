@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -28,8 +27,7 @@ from nas.executor.local import LocalPlaces
 from nas.executor.means import Means
 from nas.executor.pool import Begun, Ended, Event
 from nas.executor.ray import RayExecutor, RayPlaces
-from nas.executor.remote import Bench
-from nas.jobs import Job, Result
+from nas.jobs import Job
 from space.errors import InputError
 from tests.conftest import SMALL_ARCH, Finished
 from tests.test_nas_executor import WORKER
@@ -182,53 +180,3 @@ def test_what_waits_for_the_worker_here_begins_when_it_starts() -> None:
     assert [(type(e), e.key) for e in events] == [
         (Begun, "a"), (Ended, "a"), (Begun, "c"), (Ended, "c")
     ]  # fmt: skip
-
-
-class Told:
-    """A board's handle, as an actor that hears nothing."""
-
-    class begin:
-        @staticmethod
-        def remote(*_: object) -> None: ...
-
-
-@pytest.mark.parametrize("lost", [False, True])
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_was_staged_by_a_lost_actor_is_staged_anew(
-    tmp_path: Path, lost: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is weighed finds its file, in a fresh process, and leaves no folder behind."""
-    done: list[str] = []
-
-    def run(job: Job) -> Result:
-        done.append(job.kind)
-        if job.kind == "stage" and fails and len(done) > 1:
-            return Result(job.key, False, {}, "no room")
-        file = Path(job.spec["out"] if job.kind == "stage" else tmp_path) / "net.onnx"
-        if job.kind == "stage":
-            file.write_text("a network")
-        else:
-            assert Path(job.spec["staged"]).read_text() == "a network"
-        return Result(job.key, True, {"file": str(file)})
-
-    def bench() -> Bench:
-        made = Bench({"threads": 1, "retries": 0, "memory_bytes": None}, Told)
-        monkeypatch.setattr(made._executor, "run", run)
-        monkeypatch.setattr(made._executor, "rest", lambda: done.append("rest"))
-        return made
-
-    folder = tmp_path / "weigh"
-    told = {"key": "a", "attempt": 1, "units": 0.0}
-    first = bench()
-    answer = first.do({**told, "kind": "stage", "spec": {"out": str(folder)}})
-    staged = answer["result"]["values"]["file"]
-    second = bench() if lost else first
-    if lost:
-        shutil.rmtree(folder)
-    answer = second.do({**told, "kind": "peak-memory", "spec": {"staged": staged}})
-    if lost and fails:
-        assert (answer["result"]["ok"], answer["result"]["reason"]) == (False, "no room")
-    else:
-        assert answer["result"]["ok"]
-        assert done == ["stage", *(["stage", "rest"] if lost else []), "peak-memory"]
-    assert not folder.exists()

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,7 +26,7 @@ from nas.executor.remote import BOARD_S, Bench, Board, forget_session, work
 from nas.executor.ship import at, content_name, pack, quick_name
 from nas.files import disk_refusal
 
-WAIT_S, NODES_S = 0.1, 2.0
+WAIT_S, NODES_S, BUSY_S = 0.1, 2.0, 10.0
 DEVICE_S = 60.0
 """How long a node with the device that is measured may be away."""
 
@@ -54,6 +54,10 @@ class Bridge:
         self._slots = -1
         self._bench: Any = None
         self._near: dict[str, bool] = {}
+        self._asked: Any = None
+        self._saying, self._homing = threading.Lock(), threading.Lock()
+        self._renounced: set[tuple[str, int]] = set()
+        self.over = threading.Event()
         root = Path(__file__).resolve().parent.parent.parent
         own = hello["address"] is None
         more: dict[str, Any] = {"address": hello["address"]}
@@ -95,13 +99,14 @@ class Bridge:
                 if time.monotonic() > until:
                     raise LookupError(f"no node with the resource {name}")
                 self.say(alive=True)
-                time.sleep(1.0)
+                if self.over.wait(1.0):
+                    raise LookupError("the driver left")
             node = min(alive, key=lambda n: str(n["NodeID"]))
             actor: Any = self._ray.remote(Bench)
             self._bench = actor.options(
                 num_cpus=node["Resources"].get("CPU", 0), resources={name: 1}, max_restarts=0,
                 scheduling_strategy=self._at(node["NodeID"], soft=False),
-            ).remote(self._hello, self._board)  # fmt: skip
+            ).remote(self._hello, self._board, node["NodeID"])  # fmt: skip
         self._tasks[self._bench.do.remote(told)] = _Running(told, time.monotonic())
 
     def rest(self) -> None:
@@ -140,8 +145,30 @@ class Bridge:
 
     def say(self, **message: Any) -> None:
         """Write one message as one line."""
-        self._out.write(json.dumps(message) + "\n")
-        self._out.flush()
+        with self._saying:
+            self._out.write(json.dumps(message) + "\n")
+            self._out.flush()
+
+    def renounce(self, key: str, attempt: int) -> None:
+        """Put nothing in place any more that an attempt leaves. From any thread."""
+        with self._homing:
+            self._renounced.add((key, attempt))
+        self.say(renounced=[key, attempt])
+
+    @contextlib.contextmanager
+    def _heard(self) -> Iterator[None]:
+        """Tell the driver that we are alive while something takes long."""
+        done = threading.Event()
+
+        def tell() -> None:
+            while not done.wait(BUSY_S):
+                self.say(alive=True)
+
+        threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
 
     def start(self, told: Mapping[str, Any]) -> None:
         """Start an attempt as a task."""
@@ -192,14 +219,17 @@ class Bridge:
         state = quick_name(path, flat=flat)
         known = self._boxes.get(str(path))
         if known is None or known[0] != state:
-            data = pack(path, flat=flat)
-            known = (state, content_name(path, flat=flat), [self._ray.put(data)])
+            with self._heard():
+                data = pack(path, flat=flat)
+                known = (state, content_name(path, flat=flat), [self._ray.put(data)])
             self._boxes[str(path)] = known
         spent = dotted.endswith(".checkpoint")
         return dotted, str(path), known[1], path.name if path.is_file() else None, spent, known[2]
 
     def cancel(self, key: str, attempt: int) -> None:
         """End an attempt, whatever it does."""
+        with self._homing:
+            self._renounced.discard((key, attempt))
         for ref, running in list(self._tasks.items()):
             if (running.told["key"], running.told["attempt"]) == (key, attempt):
                 del self._tasks[ref]
@@ -238,7 +268,10 @@ class Bridge:
             out = Path(at(told["spec"], told["leaves"]))
             log = None if told["log"] is None else Path(told["log"])
             try:
-                result = bring_home(out, answer, log)
+                with self._homing:
+                    if (told["key"], told["attempt"]) in self._renounced:
+                        continue
+                    result = bring_home(out, answer, log)
             except OSError as error:  # the driver's disk is full, say: not the node's fault
                 self.say(**which, broken=f"{out}: {error.strerror or error}")
                 continue
@@ -262,9 +295,15 @@ class Bridge:
         """Tell the driver of progress, and of attempts that began."""
         if not self._tasks:
             return
+        # What was asked is read in any case: the board forgets what it answered.
+        if self._asked is None:
+            self._asked = self._board.take.remote()
+        if not self._ray.wait([self._asked], timeout=BOARD_S)[0]:
+            return
+        asked, self._asked = self._asked, None
         try:
-            begun, units = self._ray.get(self._board.take.remote(), timeout=5.0)
-        except (self._ray.exceptions.RayError, TimeoutError):
+            begun, units = self._ray.get(asked)
+        except self._ray.exceptions.RayError:
             return
         for key, attempt in begun:
             self.say(key=key, attempt=attempt, begun=True)
@@ -313,10 +352,14 @@ def _in_one_line(error: BaseException) -> str:
     return f"{type(known).__name__}: {text[:160]}"
 
 
-def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
+def _listen(bridge: Bridge, orders: queue.Queue[dict[str, Any] | None]) -> None:
     for line in sys.stdin:
         with contextlib.suppress(ValueError):
-            orders.put(json.loads(line))
+            order = json.loads(line)
+            if "cancel" in order:  # at once, whatever else is done now
+                bridge.renounce(*order["cancel"])
+            orders.put(order)
+    bridge.over.set()
     orders.put(None)
 
 
@@ -335,7 +378,7 @@ def main() -> int:
         print(json.dumps({"refused": _in_one_line(error)}), file=out, flush=True)
         return 1
     orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    threading.Thread(target=_listen, args=(bridge, orders), daemon=True).start()
     bridge.say(ready=os.getpid())
     board_at = nodes_at = 0.0
     while True:

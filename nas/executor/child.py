@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -11,14 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, Any
 
 import nas
+from space.errors import refuse
 
 Message = dict[str, Any]
 
-SILENT_S = 1.0
-"""How long a process that ended may have nothing to say before all it said has been heard."""
+SILENT_S, KILLED_S = 1.0, 30.0
+"""How long a process that ended may have nothing to say before all it said has been heard, and how
+long the system may take to end one that was killed."""
+
+SHORT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the system says where it has no more processes, memory or files for us."""
 
 
 def package_path() -> str:
@@ -34,7 +41,8 @@ class Child:
 
     `hear` is called from a thread of its own with the child and each message, and with None in the
     end: when it said its last, but not after `end`. It prints to the file `log`, where there is
-    one. `environment` is added to ours. Raises OSError where it cannot be started.
+    one. `environment` is added to ours. Nothing here waits for the child but what says so. Raises
+    OSError where it cannot be started, InputError where the system has no room for one more.
     """
 
     def __init__(
@@ -49,16 +57,26 @@ class Child:
         try:
             self._process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed,
-                text=True, encoding="utf-8", start_new_session=True,
+                text=True, encoding="utf-8", errors="replace", start_new_session=True,
                 env={**os.environ, "PYTHONPATH": package_path(), **(environment or {})},
             )  # fmt: skip
+        except OSError as error:
+            if error.errno in SHORT:
+                raise _no_room(error.strerror) from None
+            raise
         finally:
             if not isinstance(printed, int):
                 printed.close()
         self._hear = hear
         self._over = False
         self._silent_since: float | None = None
-        threading.Thread(target=self._read, daemon=True).start()
+        self._orders: SimpleQueue[str | None] = SimpleQueue()
+        try:
+            for work in (self._write, self._read):
+                threading.Thread(target=work, daemon=True).start()
+        except RuntimeError as error:
+            self.end()
+            raise _no_room(str(error)) from None
 
     @property
     def alive(self) -> bool:
@@ -67,10 +85,7 @@ class Child:
 
     def say(self, message: Mapping[str, Any]) -> None:
         """Send a line; a child that is gone is found out by what is heard of it."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
+        self._orders.put(json.dumps(message) + "\n")
 
     def gone(self) -> bool:
         """Tell whether the process ended and nothing more will be heard of it.
@@ -91,38 +106,45 @@ class Child:
         return not self.alive
 
     def end(self, patience_s: float = 0.0) -> int:
-        """Let it end by itself for so long, then end it with all that it started.
+        """Close its input and let it end by itself for so long, then end all that it started.
 
         Returns its exit status, below zero for the signal that ended it.
         """
         self._over = True
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        self._orders.put(None)
         if patience_s:
-            with contextlib.suppress(OSError, ValueError):
-                self._process.stdin.close()
             self.ended(patience_s)
         # The whole group: a child that a library forked would hold our pipe open for ever.
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError, ValueError):
-                stream.close()
-        return code
+        self.ended(KILLED_S)
+        code = self._process.returncode
+        return -signal.SIGKILL if code is None else code
+
+    def _write(self) -> None:
+        """Send what is to be said, until it ends; a child that does not listen holds up nobody."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            while (line := self._orders.get()) is not None:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.close()
 
     def _read(self) -> None:
-        """Pass its lines on, until there are no more or it is ended."""
+        """Pass its lines on, until there are no more; of one that is being ended none."""
         assert self._process.stdout is not None
-        # The stream may be closed under us: the same end.
-        with contextlib.suppress(OSError, ValueError):
+        with self._process.stdout, contextlib.suppress(OSError, ValueError):
             for line in self._process.stdout:
                 message = None
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
-                if self._over:
-                    return
-                if isinstance(message, dict):
+                if isinstance(message, dict) and not self._over:
                     self._hear(self, message)
         if not self._over:
             self._hear(self, None)
+
+
+def _no_room(reason: str | None) -> Exception:
+    want = "limits that allow one more (ulimit -n, ulimit -u)"
+    return refuse("a process of ours", f"none from the system ({reason})", want, "fewer --workers")

@@ -50,10 +50,14 @@ class _Paces:
         while len(self._last) > max(KEPT, 2 * at_once):
             del self._sorted[bisect.bisect_left(self._sorted, self._last.popleft())]
 
+    @property
+    def known(self) -> int:
+        """How many are in it."""
+        return len(self._sorted)
+
     def usual(self) -> float | None:
         """Return their upper median, once enough of them are known."""
-        known = len(self._sorted)
-        return self._sorted[known // 2] if known >= LEAST_KNOWN else None
+        return self._sorted[self.known // 2] if self.known >= LEAST_KNOWN else None
 
 
 @dataclass
@@ -192,11 +196,15 @@ class Dispatcher:
     def _slow(self, now: float) -> Iterable[tuple[str, _Entry]]:
         """Find the jobs that run once, and far longer than others of their kind and size took.
 
-        One that was lost too often for another try gets no copy either.
+        One that was lost too often for another try gets no copy either, and none does while only
+        the very fastest have ended.
         """
+        enough = min(KEPT, self._most // 2)
         for key, entry in list(self._active.items()):
             usual = self._usual.get(entry.kind)
             if usual is None or not entry.units or entry.alone or len(entry.running) != 1:
+                continue
+            if self._paces[entry.kind].known < enough:
                 continue
             (since,) = entry.running.values()
             if entry.losses <= self._retries and now - since > SLOW * usual * entry.units:

@@ -157,7 +157,12 @@ class LocalPlaces:
         if task is None or child is not worker.child:
             return []
         if message is None:
-            return [worker.died()] if child.ended(ENDING_S) else []
+            if child.ended(ENDING_S):
+                return [worker.died()]
+            worker.end()
+            reason = "the worker closed its output, but did not end"
+            seconds = time.monotonic() - task.since
+            return [Lost(task.job.key, task.attempt, reason, worker.name, seconds)]
         if message.get("attempt") not in (None, task.attempt) or (
             message.get("key") not in (None, task.job.key)
         ):

@@ -69,8 +69,11 @@ def do_here(
     threads: int,
     token: Sequence[str] | None,
     said: Said,
+    began: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Do a job on this node and return its result, the files it left, its log and where it was.
+
+    `began` is called when all is here that it reads, `said` with what it finished.
 
     `token` is a file of the driver's and its content's name: where it is seen, so are the driver's
     files, and nothing travels to here. What the job leaves is written here and handed back in any
@@ -110,6 +113,7 @@ def do_here(
             spec["shared"] = False  # nobody else writes here
         before = state_of(work)
         log = own / "log"
+        began()
         with _printing_to(log):
             result = run_job(Job(told["kind"], told["key"], spec, told["units"]), said)
         files = left(work, before) if result.ok else {}

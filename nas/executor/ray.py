@@ -12,6 +12,7 @@ import importlib.util
 import math
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -34,8 +35,9 @@ RECONNECTS, CONNECT_S, CALM_S = 3, 60.0, 600.0
 """How often a broken connection is made again, how long that may take, and after how long without
 a break it is forgotten."""
 
-SILENCE_S, NO_ROOM_S = 180.0, 60.0
-"""How long the bridge may say nothing, and the cluster have no node that could hold a job."""
+SILENCE_S, NO_ROOM_S, RENOUNCE_S = 180.0, 60.0, 5.0
+"""How long the bridge may say nothing, the cluster have no node that could hold a job, and the
+bridge take to answer that an attempt is not wanted any more."""
 
 
 class RayExecutor(Pool):
@@ -104,7 +106,8 @@ class RayPlaces:
     def idle(self) -> int:
         """Return how many more jobs the cluster takes; a few wait there already."""
         ahead = max(1, self._slots // 4) if self._means.ray_address is not None else 0
-        return max(0, self._slots + ahead - len(self._far) - len(self._waiting))
+        # Where there is no room at all, one waits: then it is said that there is none.
+        return max(0, max(1, self._slots) + ahead - len(self._far) - len(self._waiting))
 
     def start(self, job: Job, attempt: int) -> None:
         """Start an attempt, there or here."""
@@ -138,7 +141,7 @@ class RayPlaces:
         if self._far.pop((key, attempt), None) is None:
             self._here.cancel(key, attempt)
         elif self._bridge is not None:
-            self._bridge.send({"cancel": [key, attempt]})
+            self._bridge.cancel(key, attempt)
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return what happened, there and here."""
@@ -169,9 +172,7 @@ class RayPlaces:
                 continue
             if "key" not in message:
                 continue
-            event = self._event(message)
-            if event is not None:
-                events.append(event)
+            events += self._events(message)
         if self._since_none is not None and now - self._since_none > NO_ROOM_S:
             declared = f"{self._threads} threads a job"
             if self._means.memory_bytes:
@@ -183,22 +184,26 @@ class RayPlaces:
             raise refuse("--executor", got, want, "--threads, --job-memory-gb")
         return events
 
-    def _event(self, message: Mapping[str, Any]) -> Event | None:
+    def _events(self, message: Mapping[str, Any]) -> list[Event]:
         key, attempt = message["key"], message["attempt"]
         if (key, attempt) not in self._far:
-            return None
-        if "tick" in message:
-            return Ticked(key, attempt, float(message["tick"]))
-        if "begun" in message:
-            self._far[key, attempt] = (self._far[key, attempt][0], time.monotonic())
-            return Begun(key, attempt)
+            return []
+        if "tick" in message or "begun" in message:
+            events: list[Event] = []
+            job, since = self._far[key, attempt]
+            if since == math.inf:  # that it began may have been lost with who was told
+                self._far[key, attempt] = (job, time.monotonic())
+                events.append(Begun(key, attempt))
+            if "tick" in message:
+                events.append(Ticked(key, attempt, float(message["tick"])))
+            return events
         if "broken" in message:
             want = "a place to write, and nodes that are there"
             raise refuse("--executor", f"ray ({message['broken']})", want, "then --resume")
         del self._far[key, attempt]
         if "lost" in message:
-            return Lost(key, attempt, message["lost"], "cluster", message["seconds"])
-        return Ended(key, attempt, Result(**message["result"]), message["where"])
+            return [Lost(key, attempt, message["lost"], "cluster", message["seconds"])]
+        return [Ended(key, attempt, Result(**message["result"]), message["where"])]
 
     def _late(self) -> list[Event]:
         """Give up attempts that take longer than they may."""
@@ -241,7 +246,11 @@ class RayPlaces:
         first = self._breaks == 0
         while True:
             bridge = _Bridge(self._hello(), self._log)
-            answer = bridge.first(until - time.monotonic())
+            try:
+                answer = bridge.first(until - time.monotonic())
+            except BaseException:  # an interrupt: nobody else knows of it
+                bridge.end(patience_s=0.0)
+                raise
             if answer is not None and "ready" in answer:
                 self._last_word = time.monotonic()
                 return bridge
@@ -274,7 +283,7 @@ class RayPlaces:
 
     def _end_bridge(self) -> str:
         bridge, self._bridge = self._bridge, None
-        self._since_none = None
+        self._since_none, self._slots = None, 1
         return "" if bridge is None else bridge.end()
 
     def rest(self) -> None:
@@ -298,11 +307,35 @@ class _Bridge:
     """The process that talks to Ray."""
 
     def __init__(self, hello: Mapping[str, Any], log: Path | None) -> None:
-        said: Queue[Message | None] = Queue()
+        self._said: Queue[Message | None] = Queue()
+        self._news = threading.Condition()
+        self._renounced: set[tuple[str, int]] = set()
+        self._mute = False
         command = [sys.executable, "-m", "nas.executor.bridge"]
-        self._said = said
-        self._child = Child(command, lambda _, message: said.put(message), log=log)
+        self._child = Child(command, self._hear, log=log)
         self._child.say(hello)
+
+    def _hear(self, _: Child, message: Message | None) -> None:
+        """Take in what it says, in a thread of the child's."""
+        if message is None or "renounced" not in message:
+            self._said.put(message)
+        with self._news:
+            self._mute = self._mute or message is None
+            if message is not None and "renounced" in message:
+                key, attempt = message["renounced"]
+                self._renounced.add((key, attempt))
+            self._news.notify_all()
+
+    def cancel(self, key: str, attempt: int) -> None:
+        """End an attempt; when this returns nothing that it left is put in place any more."""
+        self._child.say({"cancel": [key, attempt]})
+        which = (key, attempt)
+        with self._news:
+            answered = self._news.wait_for(
+                lambda: self._mute or which in self._renounced, RENOUNCE_S
+            )
+            self._mute = self._mute or not answered
+            self._renounced.discard(which)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a line; a bridge that is gone is found out by `take`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -54,7 +55,6 @@ def work(
     if options["memory_bytes"]:
         _at_most(options["memory_bytes"])
     key, attempt = told["key"], told["attempt"]
-    board.begin.remote(key, attempt)
     get: Any = ray.get
     pieces = [
         Piece(dotted, path, name, single, spent, partial(get, box[0]))
@@ -72,7 +72,7 @@ def work(
 
     return do_here(
         told, pieces, node_place(node, options["session"]), threads=options["threads"],
-        token=options["token"], said=said,
+        token=options["token"], said=said, began=lambda: board.begin.remote(key, attempt),
     )  # fmt: skip
 
 
@@ -87,47 +87,44 @@ def _at_most(size: int) -> None:
 class Bench:
     """An actor that has a whole node to itself and times there, in a process of its own."""
 
-    def __init__(self, hello: Mapping[str, Any], board: Any) -> None:
+    def __init__(self, hello: Mapping[str, Any], board: Any, node: str) -> None:
         from nas.executor.local import LocalExecutor
 
         self._executor = LocalExecutor(
             threads=hello["threads"], retries=hello["retries"], memory_bytes=hello["memory_bytes"]
         )
         self._board = board
-        self._staged: list[str] = []
+        # Swept with what else was sent here, should this actor be lost.
+        self._place = node_place(node, hello["session"]) / "staged"
 
     def do(self, told: Mapping[str, Any]) -> dict[str, Any]:
-        """Do a measuring job; what it stages for a later one stays on this node."""
+        """Do a measuring job; what it stages for a later one stays on this node until then."""
         import shutil
         import socket
 
-        spec = told["spec"]
         self._board.begin.remote(told["key"], told["attempt"])
-        if told["kind"] == "stage":
-            self._room(spec["out"])
-        result = self._lacking(told["key"], spec)
-        if result is None:
-            result = self._executor.run(Job(told["kind"], told["key"], spec, told["units"]))
-        if told["kind"] == "peak-memory":
-            while self._staged:
-                shutil.rmtree(self._staged.pop(), ignore_errors=True)
+        result = self._do(told)
+        if told["kind"] == "peak-memory" or not result.ok:
+            shutil.rmtree(self._place, ignore_errors=True)
         answer = {"result": dataclasses.asdict(result), "files": {}, "log": b""}
         return {**answer, "where": socket.gethostname()}
 
-    def _room(self, folder: str) -> None:
-        os.makedirs(folder, exist_ok=True)
-        self._staged.append(folder)
-
-    def _lacking(self, key: str, spec: Mapping[str, Any]) -> Result | None:
-        """Stage anew what was lost with an earlier actor; how that failed, where it does."""
+    def _do(self, told: Mapping[str, Any]) -> Result:
+        kind, key, spec = told["kind"], told["key"], dict(told["spec"])
+        if kind == "stage":
+            spec["out"] = self._room()
         staged = spec.get("staged")
-        if staged is None or os.path.exists(staged):
-            return None
-        folder = os.path.dirname(staged)
-        self._room(folder)
-        made = self._executor.run(Job("stage", key, {**spec, "out": folder}))
-        self._executor.rest()  # what is weighed has a fresh process
-        return None if made.ok else made
+        if staged is not None and not os.path.exists(staged):  # lost with an earlier actor
+            made = self._executor.run(Job("stage", key, {**spec, "out": self._room()}))
+            if not made.ok:
+                return made
+            self._executor.rest()  # what is weighed has a fresh process
+            spec["staged"] = made.values["file"]
+        return self._executor.run(Job(kind, key, spec, told["units"]))
+
+    def _room(self) -> str:
+        self._place.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix="stage-", dir=self._place)
 
     def rest(self) -> None:
         """Let the next job have a fresh process."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 INSTALL = {
-    "torch_pruning": "pip install 'vision-contraction[rivals]'",
+    "torch_pruning": "pip install -e '.[rivals]'",
     "modelopt": "pip install nvidia-modelopt requests",
 }
 """What the tools are installed by, under the name that they are imported by."""

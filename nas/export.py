@@ -138,7 +138,7 @@ def _onnx(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        remedy = 'pip install "vision-contraction[onnx]"'
+        remedy = 'pip install -e ".[onnx]"'
         raise refuse("--to", "onnx", "onnx, onnxscript and onnxruntime", remedy) from error
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,16 @@ def test_nothing_outside_a_familys_file_knows_a_family_by_name() -> None:
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
                 assert not {"space.tinyvit", "space.vit"} & set(names), module
+
+
+def test_every_module_is_installed() -> None:
+    """An editable install hides what a wheel would lack."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    for top in PACKAGES:
+        for module in (ROOT / top).rglob("*.py"):
+            folder = module.parent
+            package = ".".join(folder.relative_to(ROOT).parts)
+            assert any(fnmatch.fnmatch(package, pattern) for pattern in patterns), package
+            assert (folder / "__init__.py").is_file(), f"{package} is no package"

@@ -34,8 +34,8 @@ VERSION = 2
 PREFIXES = ("torch", "hfds", "wds")
 _NEEDS = {
     "torch": ("torchvision", "pip install torchvision"),
-    "hfds": ("datasets", "pip install 'vision-contraction[hub]'"),
-    "wds": ("webdataset", "pip install 'vision-contraction[webdataset]'"),
+    "hfds": ("datasets", "pip install -e '.[hub]'"),
+    "wds": ("webdataset", "pip install -e '.[webdataset]'"),
 }
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("validation", "val", "test", "valid")

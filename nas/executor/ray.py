@@ -59,7 +59,7 @@ class RayExecutor(Pool):
     ) -> None:
         if importlib.util.find_spec("ray") is None:
             raise refuse("--executor", "ray, which is not installed", "an installed executor",
-                         "pip install 'vision-contraction[ray]'")  # fmt: skip
+                         "pip install -e '.[ray]'")  # fmt: skip
         here = LocalPlaces(
             threads=threads, workers=1, gpus=(), limit_s=means.limit_s, log=log, logs=logs,
             command=None, memory_bytes=means.memory_bytes,

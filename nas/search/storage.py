@@ -168,7 +168,7 @@ def _driver(name: str) -> str:
         return module
     raise refuse(
         "--storage", f"a {name}:// address, without a driver here", " or ".join(_DRIVERS[name]),
-        "pip install 'vision-contraction[postgres]'",
+        "pip install -e '.[postgres]'",
     )  # fmt: skip
 
 

@@ -339,7 +339,7 @@ class _Report:
         if self._board is None:
             self._board = Board(work.folder.path, row["epoch"])
             if self._board.writer is None:
-                work.say('log: no TensorBoard here; pip install "vision-contraction[train]"')
+                work.say('log: no TensorBoard here; pip install -e ".[train]"')
         self._board.add(row)
         work.folder.write_log(rows)
         work.say(line_of(row, work.recipe.epochs, best is not None))

@@ -33,7 +33,7 @@ class OnnxRuntime(Runtime):
     name = "onnxruntime"
     needs = ("onnxruntime", "onnx", "onnxscript")
     executes = ("onnxruntime",)
-    install = 'pip install "vision-contraction[onnx]"'
+    install = 'pip install -e ".[onnx]"'
     dtypes = ("float32",)
 
     def prepare(self, order: Order) -> Ready:
@@ -83,7 +83,7 @@ class OpenVino(Runtime):
     name = "openvino"
     needs: ClassVar[tuple[str, ...]] = ("openvino", "onnx", "onnxscript")
     executes: ClassVar[tuple[str, ...]] = ("openvino",)
-    install = 'pip install "vision-contraction[openvino]"'
+    install = 'pip install -e ".[openvino]"'
     devices = ("cpu",)
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
     says: ClassVar[str] = "ONNX"

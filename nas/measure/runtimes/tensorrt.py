@@ -17,7 +17,7 @@ class TensorRt(Runtime):
     name = "tensorrt"
     needs = ("tensorrt", "onnx", "onnxscript")
     executes = ("tensorrt",)
-    install = 'pip install tensorrt "vision-contraction[onnx]"'
+    install = 'pip install tensorrt -e ".[onnx]"'
     devices = ("cuda",)
 
     def stage(self, order: Order) -> Path:

@@ -13,7 +13,7 @@ help:
 	@echo "make test-all   every test, the slow ones too"
 	@echo "make check      ruff, ruff format and mypy --strict"
 	@echo "make format     let ruff fix and format"
-	@echo "make results    remake results/: 3 random seeds on digits and on fractals (over an hour)"
+	@echo "make results    remake results/: 3 random seeds on digits and on fractals (hours)"
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -29,9 +29,9 @@ def make_cluster() -> Any:
     return made
 
 
-def on(cluster: Any) -> list[str]:
-    """Return the flags by which a run uses a cluster, its nodes being sent all files."""
-    return ["--executor", "ray", "--ray-address", cluster.address]
+def on(cluster: Any, ship: bool) -> list[str]:
+    """Return the flags by which a run uses a cluster, whose nodes see its files or are sent all."""
+    return ["--executor", "ray", "--ray-address", cluster.address, *(["--ship"] if ship else [])]
 
 
 def remove_in_every_step(cluster: Any, run: Started, out: Path) -> int:
@@ -59,7 +59,7 @@ def main(path: str) -> None:
     cluster = make_cluster()
     wrong: list[str] = []
     begun = time.monotonic()
-    run = start([*order["begin"], *on(cluster)], log)
+    run = start([*order["begin"], *on(cluster, order["ship"])], log)
     if order["act"] == "node":
         removed = remove_in_every_step(cluster, run, out)
         if removed < 2:
@@ -81,7 +81,7 @@ def main(path: str) -> None:
             cluster.shutdown()
             cluster = make_cluster()
         wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
-        run = start([*order["again"], *on(cluster)], log)
+        run = start([*order["again"], *on(cluster, order["ship"])], log)
     code = run.end()
     if code:
         wrong.append(f"status {code}: {run.said().strip().splitlines()[-1:]}")

@@ -278,6 +278,11 @@ def build_parser() -> Parser:
         help="with Ray, time on nodes that have this resource, such as orin (default: here)",
     )
     means.add_argument(
+        "--ship",
+        action="store_true",
+        help="with Ray, send files also to nodes that see this machine's (a slow shared disk)",
+    )
+    means.add_argument(
         "--retries",
         type=int,
         metavar="N",

@@ -16,6 +16,7 @@ import pytest
 from nas.executor import ray as far
 from nas.executor.bridge import Bridge, _Running
 from nas.executor.local import LocalPlaces
+from nas.executor.make import make_executor
 from nas.executor.means import Means
 from nas.executor.node import session_place
 from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
@@ -138,6 +139,25 @@ def test_a_tick_tells_that_an_attempt_began(places: RayPlaces) -> None:
     assert places.poll(0.1) == [Begun("a", 1), Ticked("a", 1, 3.0), Ticked("a", 1, 4.0)]
     (_, since) = places._far["a", 1]
     assert since < time.monotonic()
+
+
+@pytest.mark.parametrize(
+    ("given", "places"), [({}, 3), ({"gpu_share": 0.5}, 6), ({"workers": 2}, 2)]
+)
+def test_a_cluster_of_ones_own_has_a_place_for_every_worker(
+    given: dict[str, Any], places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.clear()
+    monkeypatch.setattr(far, "_Bridge", FakeBridge)
+    monkeypatch.setattr("nas.executor.make.visible_gpus", lambda: [0, 1, 2])
+    hello: list[Order] = []
+    monkeypatch.setattr(FakeBridge, "__init__", lambda self, told, log: hello.append(told))
+    means = Means(executor="ray", **given)
+    pytest.importorskip("ray")
+    executor = make_executor(means, threads=2, device="cuda")
+    assert isinstance(executor._places, RayPlaces)
+    executor._places._connect()
+    assert hello[0]["cpus"] == 2 * places
 
 
 def test_an_interrupt_while_connecting_leaves_no_bridge(places: RayPlaces) -> None:

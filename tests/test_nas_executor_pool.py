@@ -223,6 +223,7 @@ def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
     [
         ({"workers": 0}, "--workers"),
         ({"workers": 1025}, "--workers"),
+        ({"ship": True}, "--ship"),
         ({"retries": 10_000}, "--retries"),
         ({"retries": -1}, "--retries"),
         ({"job_minutes": 0.0}, "--job-minutes"),

@@ -261,7 +261,7 @@ def test_an_address_that_is_none_is_refused_without_repeating_it(address: str, s
 def test_without_a_driver_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("psycopg", "psycopg2"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=r"pip install 'vision-contraction\[postgres\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[postgres\]'"):
         check_reachable(new_shared("postgresql://me:pa55@127.0.0.1:1/db", Path("run")))
 
 

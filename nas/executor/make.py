@@ -51,7 +51,9 @@ def make_executor(
             raise refuse("--device", f"{device} with --executor ray", want)
         from nas.executor.ray import RayExecutor
 
-        return RayExecutor(means=means, threads=threads, device=device, **kept, **more)
+        return RayExecutor(
+            means=means, threads=threads, device=device, workers=workers, **kept, **more
+        )
     return LocalExecutor(
         threads=threads, workers=workers, gpus=gpus, limit_s=means.limit_s, retries=means.retries,
         memory_bytes=means.memory_bytes, **kept, **more,

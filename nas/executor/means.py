@@ -51,6 +51,8 @@ class Means:
         for name, given in (("--ray-address", self.ray_address), ("--measure-on", self.measure_on)):
             if given is not None and self.executor != "ray":
                 raise refuse(name, f"{given} with --executor local", "--executor ray")
+        if self.ship and self.executor != "ray":
+            raise refuse("--ship", "--executor local", "--executor ray")
 
     @property
     def limit_s(self) -> float | None:

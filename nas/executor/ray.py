@@ -43,8 +43,8 @@ bridge take to answer that an attempt is not wanted any more."""
 class RayExecutor(Pool):
     """Runs jobs on a Ray cluster; see `nas.executor.pool.Pool`.
 
-    Raises InputError where Ray is not installed; a cluster that does not answer is refused when
-    the first job needs it.
+    A cluster of this machine alone has room for `workers` jobs. Raises InputError where Ray is not
+    installed; a cluster that does not answer is refused when the first job needs it.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class RayExecutor(Pool):
         means: Means,
         threads: int,
         device: str = "cpu",
+        workers: int = 1,
         log: Path | None = None,
         logs: Path | None = None,
         record: Path | None = None,
@@ -64,7 +65,9 @@ class RayExecutor(Pool):
             threads=threads, workers=1, gpus=(), limit_s=means.limit_s, log=log, logs=logs,
             command=None, memory_bytes=means.memory_bytes,
         )  # fmt: skip
-        places = RayPlaces(means, threads=threads, device=device, log=log, logs=logs, here=here)
+        places = RayPlaces(
+            means, threads=threads, device=device, workers=workers, log=log, logs=logs, here=here
+        )
         super().__init__(places, retries=means.retries, copies=True, queues=True, record=record)
 
 
@@ -77,12 +80,14 @@ class RayPlaces:
         *,
         threads: int,
         device: str,
+        workers: int = 1,
         log: Path | None,
         logs: Path | None,
         here: LocalPlaces,
     ) -> None:
         self._means = means
         self._threads = threads
+        self._workers = workers
         self._gpu_share = means.gpu_share if device.startswith("cuda") else 0.0
         self._log = log
         self._logs = logs
@@ -271,7 +276,7 @@ class RayPlaces:
             token = [str(self._token), content_name(self._token)]
         return {
             "address": self._means.ray_address,
-            "cpus": (self._means.workers or 1) * self._threads,
+            "cpus": self._workers * self._threads,
             "threads": self._threads,
             "gpu_share": self._gpu_share,
             "memory_bytes": self._means.memory_bytes,

@@ -236,6 +236,7 @@ class Bridge:
                 if running.told["leaves"] is None:  # an actor's work ends with the actor
                     self._leave_bench()
                     continue
+                self._let_go(running.told)
                 with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
                     self._ray.cancel(ref, force=True)
 

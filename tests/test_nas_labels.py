@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -10,8 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -214,6 +216,16 @@ def start(out: Path, cache: Path, epochs: int, *extra: str) -> subprocess.Popen[
     )  # fmt: skip
 
 
+T = TypeVar("T")
+
+
+def calmly(look: Callable[[], T]) -> T:
+    """Look at a folder that others write to, again where something vanished meanwhile."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            return look()
+
+
 def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> None:
     whole, out = tmp_path / "whole", tmp_path / "s"
     process = start(whole, cache, epochs)
@@ -223,13 +235,14 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> Non
     landed = 0
     for _ in range(kills):
         process = start(out, cache, epochs, "--processes", str(draw.choice([1, 1, 2])))
-        seen = len(list(out.rglob("*.bin")))
+        seen = calmly(lambda: len(list(out.rglob("*.bin"))))
         # Some die while libraries load, most between and inside pieces.
         deadline = time.monotonic() + 60
         if draw.random() < 0.8:
             ahead = draw.randint(0, 3)
-            while len(list(out.rglob("*.bin"))) < seen + ahead and time.monotonic() < deadline:
-                if process.poll() is not None:
+            while time.monotonic() < deadline:
+                there = calmly(lambda: len(list(out.rglob("*.bin"))))
+                if there >= seen + ahead or process.poll() is not None:
                     break
                 time.sleep(0.002)
             time.sleep(draw.random() * 0.05)
@@ -239,11 +252,11 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> Non
             os.killpg(process.pid, signal.SIGKILL)
             landed += 1
         process.wait(timeout=60)
-        for name, data in contents(out).items():
+        for name, data in calmly(lambda: contents(out)).items():
             # Nothing half-written is ever taken for whole.
             if name in want and name.endswith(".bin"):
                 assert data == want[name], name
-        if len(contents(out)) >= len(want):
+        if len(calmly(lambda: contents(out))) >= len(want):
             for path in sorted(out.glob("*/*.bin"))[:: draw.randint(2, 5)]:
                 path.unlink()  # it was done too soon for more kills: make it less done
     assert landed >= kills // 2

@@ -153,6 +153,8 @@ def training_outcome(folder: Path) -> Any:
 class Arena:
     """The undisturbed runs, made once and kept; `folder` holds everything."""
 
+    train_epochs = 12
+
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -205,8 +207,8 @@ class Arena:
         def begin(out: Path, cache: Path) -> list[str]:
             return [
                 "nas.train", "--arch", str(self.folder / "vit.json"), "--data", "digits",
-                "--img-size", "32", "--epochs", "12", "--proxy-images", "400", "--threads", "1",
-                "--batch-size", "8", "--save-steps", "5", "--set", "drop_path=0.1", "--set",
+                "--img-size", "32", "--epochs", str(self.train_epochs), "--proxy-images", "400",
+                "--threads", "1", "--batch-size", "8", "--save-steps", "5", "--set", "drop_path=0.1", "--set",
                 "ema_decay=0.9", "--out", str(out), "--cache-dir", str(cache),
             ]  # fmt: skip
 

@@ -22,7 +22,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_killed_training_is_survived_and_counted(tmp_path: Path) -> None:
+def test_a_killed_training_is_survived_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Arena, "train_epochs", 3)
     out = tmp_path / "chaos.csv"
     words = ["--only", QUICK, "--tries", "1", "--jobs", "1"]
     assert chaos.main([*words, "--folder", str(tmp_path / "arena"), "--out", str(out)]) == 0

@@ -208,8 +208,9 @@ class Arena:
             return [
                 "nas.train", "--arch", str(self.folder / "vit.json"), "--data", "digits",
                 "--img-size", "32", "--epochs", str(self.train_epochs), "--proxy-images", "400",
-                "--threads", "1", "--batch-size", "8", "--save-steps", "5", "--set", "drop_path=0.1", "--set",
-                "ema_decay=0.9", "--out", str(out), "--cache-dir", str(cache),
+                "--threads", "1", "--batch-size", "8", "--save-steps", "5",
+                "--set", "drop_path=0.1", "--set", "ema_decay=0.9",
+                "--out", str(out), "--cache-dir", str(cache),
             ]  # fmt: skip
 
         def again(out: Path, cache: Path) -> list[str]:

@@ -218,18 +218,22 @@ def _hub(path: Path) -> object:
     return _described(path.parent, path.parent, None)
 
 
+def _sealed_or_not(whole: bytes) -> list[bytes]:
+    """Give a safetensors file with its seal and without."""
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = json.loads(whole[8 : 8 + length])
+    del header["__metadata__"][SEAL]
+    text = json.dumps(header).encode()
+    return [whole, struct.pack("<Q", len(text)) + text + whole[8 + length :]]
+
+
 def _tensor_seeds() -> list[bytes]:
     import torch
 
     from nas.training.weights import weights_bytes
 
     state = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.int64)}
-    whole = weights_bytes(state, {"epoch": "2"})
-    length = struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8 : 8 + length])
-    del header["__metadata__"][SEAL]
-    text = json.dumps(header).encode()
-    return [whole, struct.pack("<Q", len(text)) + text + whole[8 + length :]]
+    return _sealed_or_not(weights_bytes(state, {"epoch": "2"}))
 
 
 def _tensors(path: Path) -> object:
@@ -284,12 +288,7 @@ def _checkpoint_seeds_once() -> bytes:
 
 
 def _checkpoint_seeds() -> list[bytes]:
-    whole = _checkpoint_seeds_once()
-    length = struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8 : 8 + length])
-    del header["__metadata__"][SEAL]
-    text = json.dumps(header).encode()
-    return [whole, struct.pack("<Q", len(text)) + text + whole[8 + length :]]
+    return _sealed_or_not(_checkpoint_seeds_once())
 
 
 def _checkpoint(path: Path) -> object:

@@ -19,6 +19,7 @@ from nas.executor.local import LocalPlaces
 from nas.executor.make import make_executor
 from nas.executor.means import Means
 from nas.executor.node import session_place
+from nas.executor.parcels import Parcels
 from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
 from nas.executor.ray import RayPlaces
 from nas.executor.remote import Bench, Board
@@ -204,7 +205,8 @@ def bridge_of(ray: Any, tasks: Mapping[object, Order] | None = None) -> tuple[Br
     """Return a bridge that has not connected."""
     out = io.StringIO()
     bridge = object.__new__(Bridge)
-    bridge._ray, bridge._out, bridge._asked, bridge._boxes = ray, out, None, {}
+    bridge._ray, bridge._out, bridge._asked = ray, out, None
+    bridge._parcels = Parcels(ray, None)
     bridge._saying, bridge._homing = threading.Lock(), threading.Lock()
     bridge._renounced, bridge.over = set(), threading.Event()
     bridge._tasks = {ref: _Running(told, 0.0) for ref, told in (tasks or {"x": {}}).items()}
@@ -329,3 +331,40 @@ def test_what_was_staged_by_a_lost_actor_is_staged_anew(
         for folder in (session / "one", session):
             if folder.exists():
                 folder.rmdir()
+
+
+def test_what_is_read_is_packed_once_until_it_changes(tmp_path: Path) -> None:
+    """And a checkpoint that an attempt has read leaves the store, the data that all read stay."""
+    packed: list[bytes] = []
+
+    class Store:
+        def put(self, data: bytes) -> int:
+            packed.append(data)
+            return len(packed)
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").write_text("1")
+    (tmp_path / "w.safetensors").write_text("2")
+    told = {
+        "spec": {
+            "dataset": str(tmp_path / "data"),
+            "continue_from": {"checkpoint": str(tmp_path / "w.safetensors")},
+        },
+        "reads": ["dataset", "continue_from.checkpoint"], "flat": [],
+    }  # fmt: skip
+    parcels = Parcels(Store(), None)
+    first = parcels.boxes(told, ["n"])
+    assert [(box[0], box[3], box[4], box[5]) for box in first] == [
+        ("dataset", None, False, [1]), ("continue_from.checkpoint", "w.safetensors", True, [2])
+    ]  # fmt: skip
+    assert parcels.boxes(told, ["n"]) == first
+    parcels.let_go(told)
+    assert [box[5] for box in parcels.boxes(told, ["n"])] == [[1], [3]]
+    (tmp_path / "data" / "a").write_text("another")
+    again = parcels.boxes(told, ["n"])
+    assert [box[5] for box in again] == [[4], [3]]
+    assert again[0][2] != first[0][2]
+    assert again[1][2] == first[1][2]
+    (tmp_path / "w.safetensors").unlink()
+    with pytest.raises(OSError):
+        parcels.boxes(told, ["n"])

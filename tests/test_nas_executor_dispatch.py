@@ -227,12 +227,18 @@ def test_a_job_that_always_dies_late_is_given_up(retries: int, copies: bool) -> 
     assert starts == retries + 1 + copies
 
 
-def test_a_job_without_units_is_never_slow() -> None:
+def used_to(seconds: float) -> Dispatcher:
+    """A queue whose jobs took so long a unit until now."""
     queue = Dispatcher(copies=True)
     for at in range(LEAST_KNOWN):
         queue.add(f"usual{at}", kind="k", units=1.0)
         (start,) = queue.next(0.0, 1)
-        assert queue.finished(start.key, start.attempt, 1.0)
+        assert queue.finished(start.key, start.attempt, seconds)
+    return queue
+
+
+def test_a_job_without_units_is_never_slow() -> None:
+    queue = used_to(1.0)
     queue.add("unknown", kind="k", units=0.0)
     assert [s.key for s in queue.next(2.0, 3)] == ["unknown"]
     assert queue.next(2.1, 3) == []
@@ -240,11 +246,7 @@ def test_a_job_without_units_is_never_slow() -> None:
 
 
 def test_what_waits_for_long_at_its_place_is_not_slow_for_that() -> None:
-    queue = Dispatcher(copies=True)
-    for at in range(LEAST_KNOWN):
-        queue.add(f"usual{at}", kind="k", units=1.0)
-        (start,) = queue.next(0.0, 1)
-        assert queue.finished(start.key, start.attempt, 1.0)
+    queue = used_to(1.0)
     queue.add("late", kind="k", units=1.0)
     assert len(queue.next(2.0, 1)) == 1
     queue.begun("late", 1, 100.0)
@@ -439,11 +441,7 @@ def test_what_always_hangs_is_given_up_after_its_tries_and_in_bounded_time(
 
 
 def test_a_copy_that_hangs_too_is_named_beside_the_first() -> None:
-    queue = Dispatcher(copies=True)
-    for at in range(LEAST_KNOWN):
-        queue.add(f"usual{at}", kind="k", units=1.0)
-        (start,) = queue.next(0.0, 1)
-        assert queue.finished(start.key, start.attempt, 100.0)
+    queue = used_to(100.0)
     queue.add("hangs", kind="k", units=1.0)
     assert len(queue.next(0.0, 1)) == 1
     assert len(queue.next(1000.0, 1)) == 1

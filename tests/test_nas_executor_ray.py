@@ -7,7 +7,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,11 @@ from benchmarks._chaos_arena import (
 )
 from benchmarks._chaos_faults import FAULTS
 from nas.contract import contract
-from nas.executor.local import LocalPlaces
 from nas.executor.means import Means
-from nas.executor.pool import Begun, Ended, Event
-from nas.executor.ray import RayExecutor, RayPlaces
+from nas.executor.ray import RayExecutor
 from nas.jobs import Job
 from space.errors import InputError
 from tests.conftest import SMALL_ARCH, Finished
-from tests.test_nas_executor import WORKER
 
 ray = pytest.importorskip("ray")
 
@@ -157,26 +153,3 @@ def test_a_store_made_by_a_cluster_is_that_of_one_machine(tmp_path: Path) -> Non
     victim.unlink()
     assert main([*common, *far, "--out", str(tmp_path / "there")]) == 0
     assert store_outcome(tmp_path / "there") == store_outcome(tmp_path / "here")
-
-
-def test_what_waits_for_the_worker_here_begins_when_it_starts() -> None:
-    """Its time does not run while it waits: each attempt is told to have begun before it ended."""
-    here = LocalPlaces(
-        threads=1, workers=1, gpus=(), limit_s=None, log=None, logs=None, command=WORKER,
-        memory_bytes=None,
-    )  # fmt: skip
-    means = Means(executor="ray")
-    places = RayPlaces(means, threads=1, device="cpu", log=None, logs=None, here=here)
-    events: list[Event] = []
-    try:
-        for name in "abc":
-            places.start(Job("echo", name, {}), 1)
-        places.cancel("b", 1)
-        until = time.monotonic() + 120
-        while sum(isinstance(e, Ended) for e in events) < 2 and time.monotonic() < until:
-            events += places.poll(0.2)
-    finally:
-        places.close()
-    assert [(type(e), e.key) for e in events] == [
-        (Begun, "a"), (Ended, "a"), (Begun, "c"), (Ended, "c")
-    ]  # fmt: skip

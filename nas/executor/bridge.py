@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nas.executor.local import worker_environment
-from nas.executor.node import bring_home, sees
+from nas.executor.node import bring_home
+from nas.executor.parcels import Parcels, on_node
 from nas.executor.remote import BOARD_S, Bench, Board, forget_session, work
-from nas.executor.ship import at, content_name, pack, quick_name
+from nas.executor.ship import at
 from nas.files import disk_refusal
 
 WAIT_S, NODES_S, BUSY_S = 0.1, 2.0, 10.0
@@ -50,10 +51,9 @@ class Bridge:
         self._hello = hello
         self._out = out
         self._tasks: dict[Any, _Running] = {}
-        self._boxes: dict[str, tuple[str, str, list[Any]]] = {}
         self._slots = -1
         self._bench: Any = None
-        self._near: dict[str, bool] = {}
+        self._parcels = Parcels(ray, hello["token"])
         self._asked: Any = None
         self._saying, self._homing = threading.Lock(), threading.Lock()
         self._renounced: set[tuple[str, int]] = set()
@@ -82,7 +82,7 @@ class Bridge:
         here = ray.get_runtime_context().get_node_id()
         actor: Any = ray.remote(Board)
         self._board = actor.options(
-            num_cpus=0, max_restarts=-1, scheduling_strategy=self._at(here, soft=True)
+            num_cpus=0, max_restarts=-1, scheduling_strategy=on_node(ray, here, soft=True)
         ).remote()  # fmt: skip
         task: Any = ray.remote(work)
         self._task = task.options(max_retries=0, **self._resources())
@@ -105,7 +105,7 @@ class Bridge:
             actor: Any = self._ray.remote(Bench)
             self._bench = actor.options(
                 num_cpus=node["Resources"].get("CPU", 0), resources={name: 1}, max_restarts=0,
-                scheduling_strategy=self._at(node["NodeID"], soft=False),
+                scheduling_strategy=on_node(self._ray, node["NodeID"], soft=False),
             ).remote(self._hello, self._board, node["NodeID"])  # fmt: skip
         self._tasks[self._bench.do.remote(told)] = _Running(told, time.monotonic())
 
@@ -123,10 +123,6 @@ class Bridge:
     def _alive(self) -> list[dict[str, Any]]:
         nodes: Any = self._ray.nodes  # not typed
         return [node for node in nodes() if node["Alive"]]
-
-    def _at(self, node: str, *, soft: bool) -> Any:
-        strategies = self._ray.util.scheduling_strategies
-        return strategies.NodeAffinitySchedulingStrategy(node, soft=soft)
 
     @property
     def busy(self) -> bool:
@@ -173,58 +169,13 @@ class Bridge:
     def start(self, told: Mapping[str, Any]) -> None:
         """Start an attempt as a task."""
         self._leave_bench()
-        boxes = (
-            []
-            if self._all_near()
-            else [
-                self._box(told["spec"], dotted, flat=dotted in told["flat"])
-                for dotted in told["reads"]
-            ]
-        )
+        with self._heard():
+            boxes = self._parcels.boxes(told, [node["NodeID"] for node in self._alive()])
         options = {k: self._hello[k] for k in ("session", "threads", "token", "memory_bytes")}
         ref = self._task.remote(
             {**told, "pieces": len(told["reads"])}, boxes, self._board, options
         )  # fmt: skip
         self._tasks[ref] = _Running(told, time.monotonic())
-
-    def _all_near(self) -> bool:
-        """Tell whether every node sees the driver's files, so that none need to travel."""
-        token = self._hello["token"]
-        if token is None:
-            return False
-        alive = {n["NodeID"] for n in self._alive()}
-        asked = alive - self._near.keys()
-        look: Any = self._ray.remote(sees)
-        refs = {
-            node: look.options(num_cpus=0, scheduling_strategy=self._at(node, soft=False)).remote(
-                *token
-            )
-            for node in asked
-        }
-        if refs:
-            answers = list(refs.values())
-            done, _ = self._ray.wait(answers, num_returns=len(answers), timeout=30.0)
-            for node, ref in refs.items():
-                self._near[node] = False
-                if ref in done:
-                    with contextlib.suppress(self._ray.exceptions.RayError):
-                        self._near[node] = bool(self._ray.get(ref))
-        return all(self._near[node] for node in alive)
-
-    def _box(
-        self, spec: Mapping[str, Any], dotted: str, *, flat: bool
-    ) -> tuple[str, str, str, str | None, bool, list[Any]]:
-        """Have what a job reads on its way: in the object store once, under its content's name."""
-        path = Path(at(spec, dotted))
-        state = quick_name(path, flat=flat)
-        known = self._boxes.get(str(path))
-        if known is None or known[0] != state:
-            with self._heard():
-                data = pack(path, flat=flat)
-                known = (state, content_name(path, flat=flat), [self._ray.put(data)])
-            self._boxes[str(path)] = known
-        spent = dotted.endswith(".checkpoint")
-        return dotted, str(path), known[1], path.name if path.is_file() else None, spent, known[2]
 
     def cancel(self, key: str, attempt: int) -> None:
         """End an attempt, whatever it does."""
@@ -236,7 +187,7 @@ class Bridge:
                 if running.told["leaves"] is None:  # an actor's work ends with the actor
                     self._leave_bench()
                     continue
-                self._let_go(running.told)
+                self._parcels.let_go(running.told)
                 with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
                     self._ray.cancel(ref, force=True)
 
@@ -277,7 +228,7 @@ class Bridge:
                 self.say(**which, broken=f"{out}: {error.strerror or error}")
                 continue
             self._drop(told["key"])  # no other attempt may write there any more
-            self._let_go(told)
+            self._parcels.let_go(told)
             self.say(**which, result=result, where=answer["where"])
 
     def _drop(self, key: str) -> None:
@@ -285,12 +236,6 @@ class Bridge:
         for running in list(self._tasks.values()):
             if running.told["key"] == key:
                 self.cancel(key, running.told["attempt"])
-
-    def _let_go(self, told: Mapping[str, Any]) -> None:
-        """Let go of what no other job reads."""
-        for dotted in told["reads"]:
-            if dotted.endswith(".checkpoint"):
-                self._boxes.pop(at(told["spec"], dotted), None)
 
     def ask_board(self) -> None:
         """Tell the driver of progress, and of attempts that began."""
@@ -336,7 +281,7 @@ class Bridge:
             refs = [
                 sweep.options(
                     num_cpus=0,
-                    scheduling_strategy=self._at(node["NodeID"], soft=False),
+                    scheduling_strategy=on_node(self._ray, node["NodeID"], soft=False),
                 ).remote(self._hello["session"])
                 for node in self._alive()
             ]

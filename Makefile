@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CONTRACT_FLAGS ?= --min-speedup 1.5
 
-.PHONY: help contract test test-all check format results clean
+.PHONY: help contract test test-all check format golden results clean
 
 help:
 	@echo "make contract   install into $(VENV) and contract TinyViT-21M to 5M on real digits (about 10 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all   every test, the slow ones too"
 	@echo "make check      ruff, ruff format and mypy --strict"
 	@echo "make format     let ruff fix and format"
+	@echo "make golden BASE=COMMIT   the golden outcome of two commits, compared to the bit"
 	@echo "make results    remake results/: 3 random seeds on digits and on fractals (hours)"
 
 $(STAMP): pyproject.toml
@@ -38,6 +39,10 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+
+golden: $(STAMP)
+	test -n "$(BASE)" || { echo "name a commit: make golden BASE=COMMIT"; exit 2; }
+	PYTHON=$(abspath $(BIN)/python) tests/golden/compare.sh "$(BASE)"
 
 results: $(STAMP)
 	$(BIN)/python -m benchmarks.results

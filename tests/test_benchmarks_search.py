@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import proxy_rank, racing
+from benchmarks import proxy_rank
 from benchmarks._estimates import bootstrap, crossed, share
 from benchmarks._lattice import (
     Lattice,
@@ -29,7 +28,6 @@ from benchmarks._lattice import (
 from benchmarks.inheritance import Crossing, ablation_rows, epochs_to_loss, ratio_rows
 from benchmarks.lab import Lab, Training
 from benchmarks.search_efficiency import quartiles, rows_of, seed_sd
-from nas.search.racing import drift
 from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
 from space.errors import InputError
@@ -223,88 +221,10 @@ def test_quartiles_are_of_all_searches_those_without_an_answer_too() -> None:
 # -- races -----------------------------------------------------------------------------------------
 
 
-def _curves(seeds: int = 2, archs: int = 8, images: int = 60) -> racing.Curves:
-    rng = np.random.default_rng(4)
-    worth = np.linspace(0, 2, archs)[None, :, None, None]
-    height = np.array([3.0, 2.0, 1.5, 1.0])[None, None, :, None]
-    noise = rng.normal(size=(seeds, archs, 1, images)) * 0.05
-    moves = rng.normal(size=(seeds, archs, 4, 1)) * 0.02
-    losses = worth + height + noise + moves
-    return racing.Curves(losses, tuple(f"a{i}" for i in range(archs)), (1000, 1001), (1, 2, 3, 5))
-
-
-def test_replayed_races_keep_their_books() -> None:
-    curves = _curves()
-    for name, race in racing.methods([1, 2]).items():
-        races = racing.replayed(curves, race, 5, 8, random_seed=0)
-        assert len(races) == 8
-        for one in races:
-            assert 1 / 5 <= one.share <= 1.0  # nobody trains less than the first rung
-        if name == "all to the end":
-            assert {r.share for r in races} == {1.0}
-            assert all(r.kept_own and r.kept_mean for r in races)
-        if name.startswith("paired tests"):  # far apart and quiet: the best is never stopped
-            assert all(r.kept_own for r in races)
-            assert np.mean([r.share for r in races]) < 1.0
-        assert races == racing.replayed(curves, race, 5, 8, random_seed=0)
-        rows = racing.rows_of(name, races, "c")
-        assert rows[1].estimate == np.mean([r.kept_own for r in races])
-        assert rows[2].estimate == np.mean([r.kept_mean for r in races])
-
-
-def test_drift_is_that_of_one_seed_and_ignores_what_all_share() -> None:
-    curves = _curves(seeds=1)
-    means = curves.means
-    found = racing.drifts(means, [range(8)])
-    for rung in range(3):
-        pairs = {str(a): (means[0, a, rung], means[0, a, 3]) for a in range(8)}
-        assert found[rung] == pytest.approx(drift(pairs))
-    shifted = np.concatenate([means, means + np.array([9.0, 4.0, 1.0, 0.0])])
-    assert racing.drifts(shifted, [range(8), range(8)]) == pytest.approx(found)
-    with pytest.raises(InputError):
-        racing.drifts(means, [[3]])
-
-
 def _write(folder: Path, name: str, losses: np.ndarray) -> None:
     (folder / "work" / name).mkdir(parents=True)
     path = folder / "work" / name / "holdout.safetensors"
     save_file({"soft_loss": losses.astype(np.float32)}, path)
-
-
-@pytest.mark.parametrize("images", ["", "x2000"])
-def test_curves_are_read_from_a_lab_and_too_few_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], images: str
-) -> None:
-    curves = _curves()
-    flags = ["--work", str(tmp_path), "--out", str(tmp_path / "racing.csv"), "--races", "3"]
-    assert racing.main(flags) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    for s, seed in enumerate(curves.seeds):
-        for a in range(8):
-            for r, rung in enumerate(curves.rungs):
-                end = "" if rung == 5 else f"-rung{rung}"
-                name = f"D{a}-N2.3-inherit5{images}-r{seed}-D9-N3-l1-D9{end}"
-                _write(tmp_path, name, curves.losses[s, a, r])
-            _write(tmp_path, f"D{a}-N2.3-inherit2x60-r{seed}-D9-N3-l1-D9", curves.losses[s, a, 0])
-    _write(
-        tmp_path, "D8-N2.3-inherit5-r1000-D9-N3-l1-D9-rung1", curves.losses[0, 0, 0]
-    )  # half done
-    for i in range(80):  # a table of single scores is no curve, however long it is
-        _write(tmp_path, f"T{i}-inherit1x500-r1-D9-N3-l1-D9", curves.losses[0, 0, 0])
-    found = racing.read_curves(tmp_path)
-    assert (found.rungs, found.seeds) == ((1, 2, 3, 5), (1000, 1001))
-    assert found.archs == tuple(f"D{a}-N2.3" for a in range(8))
-    assert np.allclose(found.losses, curves.losses, atol=1e-5)
-    assert racing.main([*flags, "--sizes", "4,6,8"]) == 0
-    told = json.loads((tmp_path / "racing.json").read_text())
-    shares = {(size, name): own[0][0] for size, name, own in told["points"]}
-    for size, (name, share_of) in told["beside_rivals"].items():
-        own = shares[int(size), "paired tests, constant drift, keep 1"]
-        assert share_of == pytest.approx(own / shares[int(size), name])
-    assert racing.main([*flags, "--sizes", "2", "--keep", "2,1"]) == 2
-    assert told["sizes"] == [4, 6, 7], "a race of all could be drawn in one way only"
-    assert (tmp_path / "racing.png").stat().st_size > 1000
-    assert capsys.readouterr().out.splitlines()[-1].startswith('{"archs": 8')
 
 
 # -- searches on a table ---------------------------------------------------------------------------

@@ -8,14 +8,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from fuzz_parser import Parser
+from fuzz_parsers import PARSERS
+from fuzzing import judged, mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks import fuzz as tool
-from benchmarks._parser import Parser
-from benchmarks._parsers import PARSERS
-from benchmarks.fuzz import fuzz, judged, main, mutated
-from space.errors import InputError, refuse
+from space.errors import InputError
 
 NAMES = [parser.name for parser in PARSERS]
 LIMIT_S = 30.0  # of one reading, on a machine that others use
@@ -74,15 +73,6 @@ def test_a_mutated_valid_file_is_a_value_or_one_line(name: str, rng: random.Rand
     parser = called(name)
     seeds = parser.seeds()
     assert judged(parser, mutated(rng.choice(seeds), seeds, rng), LIMIT_S) is None
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-def test_a_thousand_executions_of_each_parser_find_nothing(name: str) -> None:
-    found = fuzz(called(name), seconds=1.0, random_seed=11, limit_s=LIMIT_S, executions=1000)
-    assert found.crashes == {}
-    assert found.executions >= 1000
-    assert found.lines
 
 
 # What the fuzzer found once: parser, and how a valid file was changed
@@ -165,36 +155,7 @@ def test_a_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-# The fuzzer itself
-
-
-def _locked(data: bytes, folder: Path) -> object:
-    """Needs its way found: each byte right shows in the lines that were run."""
-    from space.seal import unsealed
-
-    text = data.decode("utf-8", "replace")
-    if "{" not in text:
-        raise refuse("x", text, "an object")
-    value = json.loads(data) if text.startswith("{") else {}
-    unsealed("x", value)
-    if value.get("a") == -1:
-        raise KeyError("found")
-    return value
-
-
-def test_the_fuzzer_finds_a_planted_crash_and_repeats_itself() -> None:
-    def read(data: bytes, folder: Path) -> object:
-        try:
-            return _locked(data, folder)
-        except (ValueError, RecursionError, AttributeError, TypeError):
-            raise refuse("x", "bad", "an object") from None
-
-    planted = Parser("planted", lambda: [b'{"a": 1, "b": 2}'], read)
-    one, two = (fuzz(planted, seconds=1.0, random_seed=3, executions=2000) for _ in range(2))
-    assert [what.split(" at ")[0] for what in one.crashes] == ["KeyError"]
-    assert json.loads(next(iter(one.crashes.values())))["a"] == -1
-    assert one == two
-    assert any("seal.py" in name for name, _ in one.lines)
+# The judgement and the mutations themselves
 
 
 def test_the_fuzzer_sees_a_hang_and_a_refusal_of_two_lines() -> None:
@@ -209,27 +170,6 @@ def test_the_fuzzer_sees_a_hang_and_a_refusal_of_two_lines() -> None:
 
     assert judged(Parser("slow", list, slow), b"", 0.01) == "longer than 0.01 s"
     assert judged(Parser("long", list, long_winded), b"", 9.0) == "a refusal that is not one line"
-
-
-def test_crashes_are_kept_as_hex_and_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def read(data: bytes, folder: Path) -> object:
-        if data.startswith(b"a") and len(data) < 3:
-            raise IndexError("short")
-        return data
-
-    monkeypatch.setattr(tool, "PARSERS", (Parser("short", lambda: [b"abcdef"], read),))
-    flags = ["--executions", "300", "--out", str(tmp_path / "out")]
-    assert main(flags) == 1
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["crashes"] == 1
-    assert told["executions"] == 300
-    (kept,) = (tmp_path / "out").iterdir()
-    with pytest.raises(IndexError):
-        read(bytes.fromhex(kept.read_text()), tmp_path)
-    assert main([*flags, "--parser", "none"]) == 2
-    assert capsys.readouterr().err.startswith("error: --parser: got none, want one of short")
 
 
 @given(st.randoms(use_true_random=False), st.lists(st.binary(max_size=50), min_size=1, max_size=3))

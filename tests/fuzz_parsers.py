@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks._parser import Parser
-from benchmarks._parsers_files import FILES
-from benchmarks._parsers_run import RUN
+from fuzz_parser import Parser
+from fuzz_parsers_files import FILES
+from fuzz_parsers_run import RUN
 
 PARSERS: tuple[Parser, ...] = (*RUN, *FILES)
 """`study.db` has a test of its own too."""

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks._parser import ARCHS, CONTEXT, WEIGHTS, Parser, both, file_of, json_of, text_of
+from fuzz_parser import ARCHS, CONTEXT, WEIGHTS, Parser, both, file_of, json_of, text_of
+
 from space import get_family
 
 # Archs, recipes, words

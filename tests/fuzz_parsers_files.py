@@ -11,7 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks._parser import ARCHS, CONTEXT, WEIGHTS, Parser, both, file_of, json_of
+from fuzz_parser import ARCHS, CONTEXT, WEIGHTS, Parser, both, file_of, json_of
+
 from space import get_family
 from space.seal import SEAL
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.files import read_json, write_json
+from nas.core.io import read_json, write_json
 from space.errors import refuse
 
 ARCH = {

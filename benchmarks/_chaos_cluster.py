@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks._chaos_arena import Started, kill, orphans, start
 from benchmarks._chaos_tries import one_line
-from nas.command import EXIT_BAD_INPUT
+from nas.core.cli import EXIT_BAD_INPUT
 
 CPUS = 1
 

@@ -41,7 +41,7 @@ from benchmarks._chaos_tries import (
     trainer,
     two_workers,
 )
-from nas.command import EXIT_BAD_INPUT
+from nas.core.cli import EXIT_BAD_INPUT
 
 EVEN = ("0", "2", "4", "6", "8")
 """Numbers of tries on a cluster whose nodes are sent all files; the others read the driver's."""

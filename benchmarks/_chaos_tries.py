@@ -23,7 +23,7 @@ from benchmarks._chaos_arena import (
     start,
     tagged,
 )
-from nas.command import EXIT_INTERRUPTED, EXIT_TERMINATED
+from nas.core.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 GRACE_S = 5.0
 
@@ -183,7 +183,7 @@ def kill_worker(process: Started, rng: random.Random) -> list[str]:
     """Kill one of the workers, as soon as there is one."""
     until = time.monotonic() + 60
     while time.monotonic() < until and process.process.poll() is None:
-        workers = [pid for pid, words in tagged(process.tag).items() if "nas.worker" in words]
+        workers = [pid for pid, words in tagged(process.tag).items() if "nas.jobs.worker" in words]
         if workers:
             kill([rng.choice(sorted(workers))])
             break

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from nas.cells import Writer
-from nas.files import write_atomic
+from nas.core.io import write_atomic
+from nas.core.table import Writer
 from space.errors import refuse
 
 Floats = npt.NDArray[np.float64]

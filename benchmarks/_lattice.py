@@ -9,14 +9,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from nas.run import derived_seed
+from nas.contract.state import derived_seed
 from nas.search.selection import Timed, pick
 from nas.search.strategies import Ask, Seen, Strategy
-from space.draws import sample_band
+from space.contractions import Band
 from space.errors import refuse
 from space.family import Arch, Array, Context, Family
 from space.freeze import freeze
-from space.neighbours import Band
+from space.sampling import sample_band
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def lattice_of(
 
 @dataclass(frozen=True)
 class Settings:
-    """How a search goes about it: as in `nas.config.RunConfig`; `proxied` 0 scores all listed."""
+    """How a search goes about it: as in `nas.core.config.RunConfig`; `proxied` 0 scores all "
+    "listed."""
 
     steps: int
     shortlist: int
@@ -116,7 +117,8 @@ def replay(
 ) -> list[Scored]:
     """Replay a search on a table of losses by key; returns every evaluation, at most the budget.
 
-    Strategies are asked as `nas.campaign` asks them, anchors off. Throughput plays no part: all
+    Strategies are asked as `nas.contract.campaign` asks them, anchors off. Throughput plays no
+    part: all
     that is listed passes, and losses are those of the table whatever the step. A stepwise strategy
     takes its steps, then lists more in the last one; the others take steps until the budget is
     spent. In the last step, what was listed and not scored comes before what is listed anew. Ends

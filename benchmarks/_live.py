@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks._estimates import Row
-from nas.command import default_cache
-from nas.config import parse_count
 from nas.contract import contract
-from nas.judging import paired_difference
-from nas.report.files import read_table
-from nas.work import Outcome
+from nas.contract.work import Outcome
+from nas.core.cli import default_cache
+from nas.core.config import parse_count
+from nas.core.per_image import paired_difference
+from nas.report.read import read_table
 from space.errors import InputError
 
 

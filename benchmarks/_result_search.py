@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lab import Lab
-from nas.command import default_cache
-from nas.config import EFFORTS, SEARCH_CHOICES, parse_count, steps_of
 from nas.contract import contract
-from nas.cpus import usable_cpus
-from nas.files import read_json, write_json
-from nas.finish import nearest_published
-from nas.jobs import Result
-from nas.progress import Console
-from nas.work import Outcome
+from nas.contract.final import nearest_published
+from nas.contract.work import Outcome
+from nas.core.cli import default_cache
+from nas.core.config import EFFORTS, SEARCH_CHOICES, parse_count, steps_of
+from nas.core.cpus import usable_cpus
+from nas.core.io import read_json, write_json
+from nas.core.progress import Console
+from nas.jobs.job import Result
+from space.contractions import Band
 from space.errors import InputError, refuse
 from space.family import Arch
-from space.neighbours import Band
 
 CONTRACTED, PUBLISHED, UNIFORM, RANDOM = "contracted", "published", "uniform", "random"
 TOLERANCE = 0.1

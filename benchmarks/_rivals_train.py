@@ -1,7 +1,8 @@
 """Work on pruned networks in a process of its own: `python -m benchmarks._rivals_train SPEC.json`.
 
 A `prune` job leaves pruned.safetensors, timed beside the seed; a `train` job goes on from there as
-`nas.distill.proxy.train_and_score` trains the contracted arch; a `load` job tries weights in timm.
+`nas.distill.student.train_and_score` trains the contracted arch; a `load` job tries weights in
+timm.
 """
 
 from __future__ import annotations
@@ -27,20 +28,20 @@ from benchmarks._rivals_prune import (
     prune_to_budget,
     rebuild,
 )
+from nas.core.io import read_json, write_json
+from nas.core.requirement import Setting
 from nas.data import open_dataset
-from nas.distill.augment import eval_batch
-from nas.distill.losses import SoftLoss
-from nas.distill.outputs import EVAL_BATCH, outputs
-from nas.distill.proxy import evaluate, mean_se, proxy_settings
-from nas.distill.recalibrate import first_inputs, recalibrate
-from nas.distill.replay import Batch, Replay, holdout_batches
-from nas.distill.store import LabelStore, open_store
-from nas.files import read_json, write_json
+from nas.data.augment.outputs import EVAL_BATCH, outputs
+from nas.data.augment.spec import eval_batch
+from nas.distill.student import evaluate, mean_se, proxy_settings
+from nas.export.weights import load_weights, place, save_weights
+from nas.inherit.batchnorm import first_inputs, recalibrate
+from nas.labels.reader import Batch, Replay, holdout_batches
+from nas.labels.store import LabelStore, open_store
 from nas.measure.throughput import measure
-from nas.rates import INHERIT_LR
-from nas.requirement import Setting
-from nas.training.loop import place, train
-from nas.training.weights import load_weights, save_weights
+from nas.train.loop import train
+from nas.train.losses import SoftLoss
+from nas.train.rates import INHERIT_LR
 from space import Context, get_family
 
 Values = dict[str, Any]

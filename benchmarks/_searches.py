@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from benchmarks._lattice import Lattice, Scored, Settings, lattice_of, replay
 from nas.search.strategies import get_strategy
 from space import Context, get_family
-from space.neighbours import Band
+from space.contractions import Band
 
 FIXED = ("uniform",)
 """Strategies whose answers no random seed changes: replayed once."""

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gate import busy_core
-from nas.cells import Writer
-from nas.command import Parser, guarded
-from nas.files import write_atomic
+from nas.core.cli import Parser, guarded
+from nas.core.io import write_atomic
+from nas.core.progress import Console
+from nas.core.requirement import Setting
+from nas.core.table import Writer
 from nas.measure.fingerprint import take_fingerprint
+from nas.measure.interleave import Bounds, measure_rounds, settle
 from nas.measure.intervals import median_interval, quantile
-from nas.measure.rounds import Bounds, measure_rounds, settle
-from nas.progress import Console
-from nas.requirement import Setting
 from space import Context, get_family
 
 TIMM_WARM_UP, TIMM_PASSES = 10, 40

@@ -28,8 +28,8 @@ from benchmarks._chaos_arena import Arena
 from benchmarks._chaos_faults import FAULTS
 from benchmarks._chaos_tries import Do, Try
 from benchmarks._estimates import write_rows
-from nas.command import Parser, guarded
-from nas.progress import Console
+from nas.core.cli import Parser, guarded
+from nas.core.progress import Console
 from space.checks import read_int
 from space.errors import refuse
 

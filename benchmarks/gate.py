@@ -23,13 +23,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from nas.cells import Writer
-from nas.command import Parser, guarded
-from nas.files import write_atomic
+from nas.core.cli import Parser, guarded
+from nas.core.io import write_atomic
+from nas.core.progress import Console
+from nas.core.requirement import Setting
+from nas.core.table import Writer
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.rounds import Bounds, Series, planned_looks, settle, timed_of
-from nas.progress import Console
-from nas.requirement import Setting
+from nas.measure.interleave import Bounds, Series, planned_looks, settle, timed_of
 from space import Context, get_family
 from space.errors import refuse
 

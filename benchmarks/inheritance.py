@@ -22,12 +22,12 @@ import numpy as np
 from benchmarks._estimates import Floats, Row, bootstrap, crossed, in_words, share, write_rows
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy_rank import CRITERION, PROXY_SEED, candidates, chosen, held
-from nas.command import Parser, guarded
-from nas.files import read_json, write_json
-from nas.progress import Console
-from space.draws import sample_band
+from nas.core.cli import Parser, guarded
+from nas.core.io import read_json, write_json
+from nas.core.progress import Console
 from space.errors import InputError, refuse
 from space.family import Arch
+from space.sampling import sample_band
 
 CRITERIA = ("prefix", "l1", "l2", "taylor")
 LEAST, MOST = 4, 24

@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas import stage
-from nas.command import default_cache
-from nas.cpus import usable_cpus
-from nas.door import ask_fingerprints, make_config, read_data, resolved
-from nas.executor import LocalExecutor
-from nas.jobs import Job
-from nas.progress import Console
-from nas.run import Incumbent, Run, Task
-from nas.rundir import RunDir
-from nas.scoring import with_order
+from nas.contract import seed as stage
+from nas.contract.checks import ask_fingerprints, make_config, read_data, resolved
+from nas.contract.run_folder import RunDir
+from nas.contract.scoring import with_order
+from nas.contract.state import Incumbent, Run, Task
+from nas.core.cli import default_cache
+from nas.core.cpus import usable_cpus
+from nas.core.progress import Console
+from nas.jobs.executor import LocalExecutor
+from nas.jobs.job import Job
 from space import get_family
 from space.errors import refuse
 from space.family import Arch
@@ -81,7 +81,7 @@ class Trained:
         return self._array("test", "correct", None)
 
     def _array(self, split: str, name: str, rung: int | None) -> Losses:
-        from nas.seals import load_arrays
+        from nas.core.seals import load_arrays
 
         folder = self.folders[max(self.folders) if rung is None else rung]
         return np.asarray(load_arrays(folder / f"{split}.safetensors")[name], dtype=np.float64)
@@ -266,7 +266,7 @@ def folder_of(given: argparse.Namespace) -> Path:
 @contextmanager
 def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     """Open the bench that the flags ask for: prepare or take over data, teacher, labels, seed."""
-    from nas.config import config_from_dict, parse_count
+    from nas.core.config import config_from_dict, parse_count
 
     config = make_config(
         resolved(

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.distill.packed import PackedCodec
-from nas.files import write_atomic
+from nas.core.io import write_atomic
+from nas.labels.packed_codec import PackedCodec
 
 Records = NDArray[np.uint8]
 Label = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]

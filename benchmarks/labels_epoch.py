@@ -34,16 +34,17 @@ from typing import Any
 import torch
 
 from benchmarks.labels_stock import SMALL, data_for, store_for, teacher_of
-from nas.cells import Writer
-from nas.cpus import read_threads
+from nas.core.cpus import read_threads
+from nas.core.io import write_atomic
+from nas.core.table import Writer
 from nas.data import Dataset
-from nas.distill.losses import SoftLoss
-from nas.distill.replay import Batch, Replay
-from nas.distill.store import LabelStore
-from nas.files import write_atomic
+from nas.export.weights import place
+from nas.labels.reader import Batch, Replay
+from nas.labels.store import LabelStore
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.intervals import median_interval
-from nas.training.loop import TrainSettings, make_optimizer, place
+from nas.train.loop import TrainSettings, make_optimizer
+from nas.train.losses import SoftLoss
 from space import Context, InputError, get_family
 from space.errors import refuse
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.distill.build import build_pieces
-from nas.distill.labelling import LabelRequest, begin_store
-from nas.distill.store import LabelStore, open_store
-from nas.distill.teacher import TeacherInfo
-from nas.training.loop import place
+from nas.export.trained_teacher import TeacherInfo
+from nas.export.weights import place
+from nas.labels.build import build_pieces
+from nas.labels.request import LabelRequest, begin_store
+from nas.labels.store import LabelStore, open_store
 from space import Context, get_family
 
 SMALL: dict[str, Any] = {

@@ -37,14 +37,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import labels_containers as containers
-from nas.cells import Writer
-from nas.distill.codec import CODECS, Codec, make_codec
-from nas.distill.pieces import MAX_RECORDS, SEAL_BYTES
-from nas.distill.store import open_store
-from nas.files import write_atomic
+from nas.core.io import write_atomic
+from nas.core.table import Writer
+from nas.labels.codec import CODECS, Codec, make_codec
+from nas.labels.shards import MAX_RECORDS, SEAL_BYTES
+from nas.labels.store import open_store
 from nas.measure.fingerprint import take_fingerprint
+from nas.measure.interference import conditions
 from nas.measure.intervals import MIN_BLOCKS, median_interval
-from nas.measure.watch import conditions
 from space import InputError
 from space.errors import refuse
 
@@ -104,7 +104,7 @@ def measure_bytes(
 ) -> list[Row]:
     """Measure what labels take in a store of `epochs`, and what decoding loses; see COLUMNS.
 
-    int [n, K], float32 [n, K] and [n] as `nas.distill.store` keeps them; `labels` says what they
+    int [n, K], float32 [n, K] and [n] as `nas.labels.store` keeps them; `labels` says what they
     are. Rows of both codecs: bytes_a_record (with keys and checksums), share (of 4 + 4K), kl_mean
     and kl_p99 in nats.
     """

@@ -35,18 +35,18 @@ import numpy as np
 import torch
 
 from benchmarks.labels_stock import SMALL
-from nas import labels as label_tool
-from nas.cells import Writer
+from nas.core.io import write_atomic
+from nas.core.progress import Console
+from nas.core.table import Writer
 from nas.data import Dataset, DataSpec, prepare
-from nas.distill.augment import default_spec
-from nas.distill.codec import make_codec
-from nas.distill.losses import SoftLoss
-from nas.distill.proxy import Evaluation, evaluate_test, proxy_settings, train_and_score
-from nas.distill.store import LabelStore, open_store
-from nas.files import write_atomic
+from nas.data.augment.spec import default_spec
+from nas.distill.student import Evaluation, evaluate_test, proxy_settings, train_and_score
+from nas.labels import api as label_tool
+from nas.labels.codec import make_codec
+from nas.labels.store import LabelStore, open_store
 from nas.measure.fingerprint import take_fingerprint
-from nas.progress import Console
-from nas.rates import SCRATCH_LR
+from nas.train.losses import SoftLoss
+from nas.train.rates import SCRATCH_LR
 from space import Context, InputError, get_family
 from space.errors import refuse
 from space.family import Arch

@@ -26,10 +26,10 @@ def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
     better) or `score` (higher is better); `images_per_s_lo`, `images_per_s_hi` and the same for
     the score are optional. Next to runs it must have `soft_loss`, the runs' own score.
     """
-    from nas.files import write_atomic
+    from nas.core.io import write_atomic
     from nas.report.charts import SCORE_LABEL, run_chart, run_series
     from nas.report.figure import Chart, draw, png_bytes, svg_bytes
-    from nas.report.files import read_run
+    from nas.report.read import read_run
 
     if not runs and table is None:
         raise refuse("RUN", "nothing", "a run's folder or --csv FILE")
@@ -79,7 +79,7 @@ def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
 def read_series(table: Path) -> tuple[Series, bool]:
     """Read a CSV as a series; the second value tells whether a lower score is better."""
     from nas.report.figure import Point, Series
-    from nas.report.files import read_table
+    from nas.report.read import read_table
 
     if not table.is_file():
         raise refuse("--csv", table, "an existing CSV file")

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from nas.cells import Writer
-from nas.command import Parser, guarded
-from nas.config import parse_count
-from nas.files import write_atomic
+from nas.core.cli import Parser, guarded
+from nas.core.config import parse_count
+from nas.core.io import write_atomic
+from nas.core.stats import kendall, resampled
+from nas.core.table import Writer
+from nas.measure.device_rows import OK, one_fingerprint, read_rows
 from nas.measure.predict import MODELS, held_out, terms_of
-from nas.measure.rows import OK, one_fingerprint, read_rows
-from nas.search.trust import kendall, resampled
 from space import Context, get_family
 from space.errors import refuse
 
@@ -37,7 +37,7 @@ Floats = npt.NDArray[np.float64]
 class PredictorRow:
     """One way to order networks, over one range: Kendall's tau with measured throughput.
 
-    Intervals are 95 % of a bootstrap over networks (`nas.search.trust.resampled`). `median_error`
+    Intervals are 95 % of a bootstrap over networks (`nas.core.stats.resampled`). `median_error`
     is |predicted / measured - 1|. `ahead` is tau less that of the best of parameters and MACs, on
     the same resamples.
     """

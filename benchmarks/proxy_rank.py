@@ -3,7 +3,7 @@
 Archs of one step's band, half of them as the search would list them and half drawn uniformly, are
 scored by each proxy, and trained about ten times longer, on several random seeds: the truth. The
 table holds Kendall's tau of every proxy with the truth, the ceiling that the truth's own noise sets
-(`nas.search.trust`), and what trusting the pick costs. Beside the proxies: parameters, MACs,
+(`nas.core.stats`), and what trusting the pick costs. Beside the proxies: parameters, MACs,
 throughput, and scores of untrained networks.
 """
 
@@ -20,17 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
-from nas.command import Parser, guarded
-from nas.files import read_json, write_json
-from nas.jobs import Job
-from nas.progress import Console
-from nas.run import Incumbent, derived_seed
-from nas.search.trust import in_words, indistinguishable, kendall, regret
-from nas.trust import TrustRow, ranked, untrained, write_rows
-from space.draws import sample_band
+from nas.contract.proxy_check import TrustRow, ranked, untrained, write_rows
+from nas.contract.state import Incumbent, derived_seed
+from nas.core.cli import Parser, guarded
+from nas.core.io import read_json, write_json
+from nas.core.progress import Console
+from nas.core.stats import in_words, indistinguishable, kendall, regret
+from nas.jobs.job import Job
+from space.contractions import shortlist
 from space.errors import InputError, refuse
 from space.family import Arch
-from space.neighbours import shortlist
+from space.sampling import sample_band
 
 Floats = npt.NDArray[np.float64]
 

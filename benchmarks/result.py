@@ -36,12 +36,12 @@ from benchmarks._result_search import (
 )
 from benchmarks._result_statistics import MARGIN, paired_interval, verdict
 from benchmarks.lab import Lab, Trained, Training, opened
-from nas.cells import Writer
-from nas.command import Parser, guarded
-from nas.files import write_atomic, write_json
-from nas.jobs import Result
-from nas.progress import Console
-from nas.requirement import Requirement
+from nas.core.cli import Parser, guarded
+from nas.core.io import write_atomic, write_json
+from nas.core.progress import Console
+from nas.core.requirement import Requirement
+from nas.core.table import Writer
+from nas.jobs.job import Result
 
 Floats = npt.NDArray[np.float64]
 

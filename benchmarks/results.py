@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.pareto import pareto
-from nas.cells import Writer
 from nas.contract import contract
-from nas.files import write_atomic
-from nas.progress import Console
-from nas.report.files import read_run, read_table
-from nas.work import Outcome
+from nas.contract.work import Outcome
+from nas.core.io import write_atomic
+from nas.core.progress import Console
+from nas.core.table import Writer
+from nas.report.read import read_run, read_table
 from space.errors import InputError
 
 COLUMNS = (
@@ -38,7 +38,7 @@ COLUMNS = (
 
 def correct_pair(folder: Path, final: Mapping[str, Any]) -> npt.NDArray[np.float64]:
     """Return per-image differences in correctness, winner less published [n]; 0 for a tie."""
-    from nas.seals import load_arrays
+    from nas.core.seals import load_arrays
 
     work = [folder / "work" / f"final-{final[s]['key']}" for s in ("winner", "published")]
     sides = [load_arrays(each / "test.safetensors")["correct"] for each in work]

@@ -36,11 +36,11 @@ from benchmarks._result_search import (
 from benchmarks._result_statistics import paired_interval, verdict
 from benchmarks.lab import Lab, Training, opened
 from benchmarks.result import FIRST_SEED, Budget
-from nas.cells import Writer
-from nas.command import Parser, guarded
-from nas.files import read_json, write_atomic, write_json
-from nas.jobs import Result
-from nas.progress import Console
+from nas.core.cli import Parser, guarded
+from nas.core.io import read_json, write_atomic, write_json
+from nas.core.progress import Console
+from nas.core.table import Writer
+from nas.jobs.job import Result
 
 Floats = npt.NDArray[np.float64]
 
@@ -198,7 +198,7 @@ def with_scores(base: RivalRow, correct: Floats, own: Floats | None) -> RivalRow
 
 
 def _correct(folder: Path) -> Floats:
-    from nas.seals import load_arrays
+    from nas.core.seals import load_arrays
 
     return np.asarray(load_arrays(folder / "test.safetensors")["correct"], dtype=np.float64)
 

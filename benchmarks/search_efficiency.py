@@ -37,11 +37,11 @@ from benchmarks._live import live
 from benchmarks._searches import FIXED, World, searches
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy_rank import CRITERION, PROXY_SEED
-from nas.cells import Writer
-from nas.command import Parser, guarded
-from nas.config import EFFORTS, ROUNDS, SEARCH_CHOICES, steps_of
-from nas.files import read_json, write_atomic, write_json
-from nas.progress import Console
+from nas.core.cli import Parser, guarded
+from nas.core.config import EFFORTS, ROUNDS, SEARCH_CHOICES, steps_of
+from nas.core.io import read_json, write_atomic, write_json
+from nas.core.progress import Console
+from nas.core.table import Writer
 from nas.search.constraints import band_at
 from nas.search.selection import paired_error
 from nas.search.strategies import get_strategy, strategy_names

@@ -20,11 +20,12 @@ from typing import Any
 from benchmarks.throughput_flags import build_parser, plan_of
 from benchmarks.throughput_nets import Net
 from benchmarks.throughput_plan import Plan
-from nas.command import default_cache, guarded
-from nas.executor import LocalExecutor
-from nas.jobs import Job, Result
-from nas.measure.fingerprint import Fingerprint
-from nas.measure.rows import (
+from nas.core.cli import default_cache, guarded
+from nas.core.progress import Console
+from nas.core.requirement import Setting
+from nas.jobs.executor import LocalExecutor
+from nas.jobs.job import Job, Result
+from nas.measure.device_rows import (
     FAILED,
     OK,
     DeviceRow,
@@ -33,9 +34,8 @@ from nas.measure.rows import (
     read_rows,
     write_rows,
 )
+from nas.measure.fingerprint import Fingerprint
 from nas.measure.runtimes import find_runtime
-from nas.progress import Console
-from nas.requirement import Setting
 from space import Context
 from space.errors import InputError, refuse
 
@@ -231,7 +231,7 @@ class Bench:
 
     def _accuracy(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
         from nas.data import DataSpec
-        from nas.door import prepared
+        from nas.data.prepare import prepared
 
         if ctx.img_size not in self._datasets:
             spec = DataSpec(name=str(self.plan.accuracy_data), img_size=ctx.img_size)

@@ -14,23 +14,23 @@ import nas
 import space
 from benchmarks.throughput_nets import Net
 from benchmarks.throughput_plan import Plan
-from nas.files import write_json
-from nas.measure.bundled import LIST
+from nas.core.io import write_json
+from nas.core.progress import Console
+from nas.measure.bundle import LIST
 from nas.measure.runtimes import check_setting
-from nas.progress import Console
 from space import Context
 from space.errors import refuse
 
 SCRIPT = "throughput.pyz"
 
 CARRIED = (
-    "__init__.py", "cells.py", "cpus.py", "files.py", "requirement.py",
-    "measure/__init__.py", "measure/bundled.py",
-    "measure/fingerprint.py", "measure/gpu.py", "measure/intervals.py", "measure/measurement.py",
-    "measure/rounds.py", "measure/rows.py", "measure/watch.py", "measure/runtimes/__init__.py",
-    "measure/runtimes/base.py",
-    "measure/runtimes/session.py",
-)  # fmt: skip
+    *("__init__.py", "core/__init__.py", "core/table.py", "core/cpus.py", "core/io.py"),
+    *("core/requirement.py", "measure/__init__.py", "measure/bundle.py"),
+    *("measure/fingerprint.py", "measure/gpu.py", "measure/intervals.py"),
+    *("measure/measurement.py", "measure/interleave.py", "measure/device_rows.py"),
+    *("measure/interference.py", "measure/runtimes/__init__.py", "measure/runtimes/runtime.py"),
+    "measure/runtimes/ort_session.py",
+)
 """What of `nas` the script needs: nothing of it imports torch."""
 
 
@@ -97,9 +97,9 @@ def _room(folder: Path, nets: Sequence[Net], sizes: Sequence[Context], batches: 
 def _export(folder: Path, net: Net, ctx: Context, batch: int, reference: bool) -> dict[str, Any]:
     import torch
 
-    from nas.exporting.onnx import export_onnx
+    from nas.export.onnx import export_onnx
+    from nas.measure.jobs import build
     from nas.measure.throughput import private_copy
-    from nas.runner.measuring import build
 
     key = net.key(ctx)
     name = f"{key}-px{ctx.img_size}-b{batch}.onnx"
@@ -141,6 +141,6 @@ def _pack(target: Path) -> None:
             ignore=shutil.ignore_patterns("__pycache__"),
         )  # fmt: skip
         (source / "__main__.py").write_text(
-            "import sys\n\nfrom nas.measure.bundled import main\n\nsys.exit(main())\n"
+            "import sys\n\nfrom nas.measure.bundle import main\n\nsys.exit(main())\n"
         )
         zipapp.create_archive(source, target, interpreter="/usr/bin/env python3")

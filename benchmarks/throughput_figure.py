@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.files import write_atomic
-from nas.measure.rows import OK, DeviceRow
+from nas.core.io import write_atomic
+from nas.measure.device_rows import OK, DeviceRow
 from space.errors import refuse
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from benchmarks.throughput_nets import Net, find_nets, sample
 from benchmarks.throughput_plan import Plan
-from nas.command import Parser
-from nas.config import parse_count
-from nas.cpus import read_threads, usable_cpus
+from nas.core.cli import Parser
+from nas.core.config import parse_count
+from nas.core.cpus import read_threads, usable_cpus
+from nas.core.requirement import Setting
 from nas.measure.runtimes import find_runtime
-from nas.requirement import Setting
 from space import Context, get_family
 from space.errors import refuse
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from nas.files import read_json
-from nas.report.files import read_run
+from nas.core.io import read_json
+from nas.report.read import read_run
 from space import Arch, Context, Family, get_family
 from space.errors import InputError, refuse
 
@@ -38,7 +38,7 @@ class Net:
         return self.weights is not None and self.trained_in in (None, ctx)
 
     def spec(self, ctx: Context) -> dict[str, Any]:
-        """Return what `nas.runner.measuring.build` takes in a context; weights of another: none."""
+        """Return what `nas.measure.jobs.build` takes in a context; weights of another: none."""
         weights = str(self.weights) if self.trained(ctx) else None
         if self.family is None or self.arch is None:
             return {"timm": self.timm, "weights": weights}
@@ -117,7 +117,7 @@ def _pareto_set(folder: Path, family: Family) -> list[Net]:
     """Return the scored archs of a run that no other one beats in size, speed and score."""
     if not (folder / "run.json").is_file():
         raise refuse("--arch", folder, "a run's folder (with a run.json)")
-    from nas.search.ledger import read_ledger
+    from nas.search.study import read_ledger
 
     ledger = read_ledger(folder, read_run(folder).run)  # refuses a damaged one in its own words
     rows = [r for r in ledger.rows if r.soft_loss is not None and r.images_per_s is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.throughput_nets import Net
-from nas.requirement import Setting
+from nas.core.requirement import Setting
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from space._ratios import apart, shortest_ratio
-from space._tinyvit_slicing import Net, block_names, members, resized, slices
 from space.checks import read_int, read_ints, read_ratio
 from space.errors import refuse, refuse_multiple
 from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
 from space.ladder import Factor, Ladder
+from space.ratios import apart, shortest_ratio
+from space.tinyvit_slicing import Net, block_names, members, resized, slices
 
 WRITTEN_AT = 224  # pixels at which window sizes are written
 NOTCH = 32  # channels

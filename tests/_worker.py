@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nas import runner, worker
-from nas.jobs import Tick
+from nas.core.progress import Tick
+from nas.jobs import run_job as runner
+from nas.jobs import worker
 from space.errors import refuse
 
 

@@ -34,7 +34,7 @@ class Finished:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Contract a 590K-parameter arch to 400K on 200 digits, once for all tests."""
-    from nas.contract import main
+    from nas.contract.__main__ import main
 
     base = tmp_path_factory.mktemp("run")
     (base / "small.json").write_text(json.dumps(SMALL_ARCH))

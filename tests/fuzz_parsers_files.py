@@ -31,14 +31,14 @@ def _measurement() -> Any:
 
 
 def _measurement_seeds() -> list[bytes]:
-    from nas.measure.table import HEADER, MeasurementRow, format_row
+    from nas.measure.measurement_table import HEADER, MeasurementRow, format_row
 
     rows = [MeasurementRow("gate", f"k{at}", "a, b", "seed", _measurement()) for at in range(2)]
     return [f"{HEADER}\n{''.join(format_row(row) + chr(10) for row in rows)}".encode()]
 
 
 def _measurements(path: Path) -> object:
-    from nas.measure.table import read_measurements
+    from nas.measure.measurement_table import read_measurements
 
     return read_measurements(path)
 
@@ -47,7 +47,7 @@ def _measurement_line(data: bytes, folder: Path) -> object:
     """Read a row whose checksum fits, whatever it says: the parser behind the checksum."""
     import zlib
 
-    from nas.measure.table import HEADER, read_measurements
+    from nas.measure.measurement_table import HEADER, read_measurements
 
     body = data.replace(b"\n", b" ")
     path = folder / "m.csv"
@@ -56,8 +56,8 @@ def _measurement_line(data: bytes, folder: Path) -> object:
 
 
 def _device_seeds() -> list[bytes]:
+    from nas.measure.device_rows import DeviceRow, fingerprint_columns, write_rows
     from nas.measure.fingerprint import Fingerprint
-    from nas.measure.rows import DeviceRow, fingerprint_columns, write_rows
 
     family = get_family("tinyvit")
     where = Fingerprint(
@@ -83,8 +83,8 @@ def _device_seeds() -> list[bytes]:
 
 
 def _device(path: Path) -> object:
+    from nas.measure.device_rows import read_rows
     from nas.measure.device_table import DeviceTable
-    from nas.measure.rows import read_rows
     from space.errors import InputError
 
     rows = read_rows(path, "--device-table")
@@ -104,7 +104,7 @@ def _bundle_seeds() -> list[bytes]:
 
 
 def _bundle(path: Path) -> object:
-    from nas.measure.bundled import _networks
+    from nas.measure.bundle import _networks
 
     return _networks(path.parent)
 
@@ -113,8 +113,8 @@ def _bundle(path: Path) -> object:
 
 
 def _spec() -> Any:
-    from nas.distill.augment import AugmentSpec
-    from nas.distill.spec import StoreSpec
+    from nas.data.augment.spec import AugmentSpec
+    from nas.labels.store_spec import StoreSpec
 
     spec = AugmentSpec(img_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return StoreSpec(topk=2, augment=spec, salt=1, codec="plain", preparation="p", train_keys="t",
@@ -123,8 +123,8 @@ def _spec() -> Any:
 
 
 def _manifest_seeds() -> list[bytes]:
-    from nas.data.files import digest_of
-    from nas.distill.spec import SCHEMA, identity, library_versions
+    from nas.data.sealed_files import digest_of
+    from nas.labels.store_spec import SCHEMA, identity, library_versions
 
     spec, libraries = _spec(), library_versions()
     return both({"schema": SCHEMA, "spec": spec.to_dict(), "libraries": libraries, "epochs": 1,
@@ -133,8 +133,8 @@ def _manifest_seeds() -> list[bytes]:
 
 
 def _manifest(path: Path) -> object:
-    from nas.data.files import digest_of, write_sealed
-    from nas.distill.store import LabelStore, read_manifest
+    from nas.data.sealed_files import digest_of, write_sealed
+    from nas.labels.store import LabelStore, read_manifest
 
     for name, images in (("keys.bin", 3), ("holdout-keys.bin", 2)):
         (path.parent / name).write_bytes(bytes(16 * images))
@@ -152,16 +152,16 @@ def _manifest(path: Path) -> object:
 def _piece_seeds() -> list[bytes]:
     import numpy as np
 
-    from nas.distill.pieces import pieces_of
-    from nas.distill.pieces import sealed as sealed_piece
+    from nas.labels.shards import pieces_of
+    from nas.labels.shards import sealed as sealed_piece
 
     (piece,) = pieces_of(0, 3, 512)
     return [sealed_piece(piece, "0" * 32, np.arange(12, dtype=np.uint8).reshape(3, 4))]
 
 
 def _piece(path: Path) -> object:
-    from nas.distill.pieces import map_piece, pieces_of
-    from nas.distill.store import damaged
+    from nas.labels.shards import map_piece, pieces_of
+    from nas.labels.store import damaged
 
     (piece,) = pieces_of(0, 3, 512)
     try:
@@ -171,25 +171,25 @@ def _piece(path: Path) -> object:
 
 
 def _dropped(data: bytes, folder: Path) -> object:
-    from nas.distill.store import read_dropped
+    from nas.labels.store import read_dropped
 
     return read_dropped(data)
 
 
 def _head_map(path: Path) -> object:
-    from nas.trainer.start import read_head_map
+    from nas.inherit.checkpoint_start import read_head_map
 
     return read_head_map(path, 4)
 
 
 def _order(path: Path) -> object:
-    from nas.distill.importance import load_order
+    from nas.inherit.importance import load_order
 
     return load_order(path)
 
 
 def _teacher_seeds() -> list[bytes]:
-    from nas.distill.teacher import SCHEMA, TeacherInfo
+    from nas.export.trained_teacher import SCHEMA, TeacherInfo
 
     info = TeacherInfo(
         folder="f", id="t", digest="d", model="test_vit", kwargs={}, num_classes=3,
@@ -201,7 +201,7 @@ def _teacher_seeds() -> list[bytes]:
 
 
 def _teacher(path: Path) -> object:
-    from nas.distill.teacher import _read
+    from nas.export.trained_teacher import read_teacher as _read
 
     return _read(path.parent)
 
@@ -213,7 +213,7 @@ def _hub_seeds() -> list[bytes]:
 
 
 def _hub(path: Path) -> object:
-    from nas.probing.backbone import _described
+    from nas.transfer.backbone import _described
 
     (path.parent / "model.safetensors").write_bytes(WEIGHTS)
     return _described(path.parent, path.parent, None)
@@ -231,15 +231,15 @@ def _sealed_or_not(whole: bytes) -> list[bytes]:
 def _tensor_seeds() -> list[bytes]:
     import torch
 
-    from nas.training.weights import weights_bytes
+    from nas.export.weights import weights_bytes
 
     state = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.int64)}
     return _sealed_or_not(weights_bytes(state, {"epoch": "2"}))
 
 
 def _tensors(path: Path) -> object:
-    from nas.seals import load_arrays
-    from nas.training.weights import load_checkpoint, load_weights, read_metadata
+    from nas.core.seals import load_arrays
+    from nas.export.weights import load_checkpoint, load_weights, read_metadata
 
     return load_weights(path), read_metadata(path), load_checkpoint(str(path)), load_arrays(path)
 
@@ -258,7 +258,7 @@ def _pickle_seeds() -> list[bytes]:
 
 
 def _pickled(path: Path) -> object:
-    from nas.training.weights import load_checkpoint
+    from nas.export.weights import load_checkpoint
 
     return load_checkpoint(str(path))
 
@@ -277,7 +277,7 @@ def _checkpoint_seeds_once() -> bytes:
 
     import torch
 
-    from nas.training.checkpoint import Position, save_checkpoint
+    from nas.train.checkpoint import Position, save_checkpoint
 
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
         model, optimizer = _tiny()
@@ -295,7 +295,7 @@ def _checkpoint_seeds() -> list[bytes]:
 def _checkpoint(path: Path) -> object:
     import torch
 
-    from nas.training.checkpoint import load_checkpoint_into
+    from nas.train.checkpoint import load_checkpoint_into
 
     with torch.random.fork_rng(devices=[]):
         model, optimizer = _tiny()

@@ -23,7 +23,7 @@ def _arch_seeds() -> list[bytes]:
 
 
 def _arch(path: Path) -> object:
-    from nas.train_flags import resolve_arch
+    from nas.train.train_flags import resolve_arch
 
     return resolve_arch(str(path), None)
 
@@ -47,28 +47,28 @@ def _finalist_seeds() -> list[bytes]:
 
 
 def _recipe_seeds() -> list[bytes]:
-    from nas.training.recipe import find_recipe
+    from nas.train.recipe import find_recipe
 
     told = find_recipe("small", 5_000_000).to_dict()
     return [*both(told), json_of({"config": {"recipe": told}})]
 
 
 def _recipe(path: Path) -> object:
-    from nas.training.recipe import find_recipe
+    from nas.train.recipe import find_recipe
 
     return find_recipe(str(path), 5_000_000)
 
 
 def _override(data: bytes, folder: Path) -> object:
-    from nas.training.recipe import find_recipe
+    from nas.train.recipe import find_recipe
 
     return find_recipe("small", 5_000_000, text_of(data).split("\n"))
 
 
 def _words(data: bytes, folder: Path) -> object:
     """Read the same text as each kind of word that a flag may hold."""
-    from nas.config import parse_count, parse_share
-    from nas.requirement import parse_requirement, parse_setting
+    from nas.core.config import parse_count, parse_share
+    from nas.core.requirement import parse_requirement, parse_setting
     from space.errors import InputError
     from space.freeze import freeze
 
@@ -95,7 +95,7 @@ def _words(data: bytes, folder: Path) -> object:
 
 
 def _run_seeds() -> list[bytes]:
-    from nas.config import RunConfig
+    from nas.core.config import RunConfig
 
     config = RunConfig(seed="5M", target_params=4_000_000, seed_arch=ARCHS["tinyvit"],
                        require=("images_per_s>=100@cpu:b16",))  # fmt: skip
@@ -103,13 +103,13 @@ def _run_seeds() -> list[bytes]:
 
 
 def _run(path: Path) -> object:
-    from nas.resolve import earlier_config
+    from nas.contract.replay import earlier_config
 
     return earlier_config(path.parent)
 
 
 def _cells(kind: Any, rows: list[dict[str, Any]]) -> bytes:
-    from nas.cells import Writer
+    from nas.core.table import Writer
 
     out = io.StringIO(newline="")
     writer = Writer(out, [field.name for field in fields(kind)])
@@ -119,7 +119,7 @@ def _cells(kind: Any, rows: list[dict[str, Any]]) -> bytes:
 
 
 def _ledger_seeds() -> list[bytes]:
-    from nas.report.files import Candidate
+    from nas.report.read import Candidate
 
     rows = [
         {"step": step, "key": f"k{step}", "params": 5_000_000 - step, "ratio": 1.5, "macs": 7,
@@ -130,14 +130,14 @@ def _ledger_seeds() -> list[bytes]:
 
 
 def _step_seeds() -> list[bytes]:
-    from nas.report.files import Step
+    from nas.report.read import Step
 
     return [_cells(Step, [{"step": 1, "band_lo": 1, "incumbent": "k1", "soft_loss": 0.25}])]
 
 
 def _tables(path: Path) -> object:
     from nas.report import status
-    from nas.report.files import read_run
+    from nas.report.read import read_run
 
     (path.parent / "run.json").write_bytes(_run_seeds()[0])
     read = read_run(path.parent)
@@ -157,14 +157,14 @@ def _result_seeds() -> list[bytes]:
 
 
 def _result(path: Path) -> object:
-    from nas.finish import read_result
+    from nas.contract.final import read_result
 
     _tables(path)
     return read_result(path)
 
 
 def _best_seeds() -> list[bytes]:
-    from nas.exporting.leave import model_json
+    from nas.export.model_json import model_json
 
     family = get_family("tinyvit")
     told = model_json(
@@ -178,7 +178,7 @@ def _best_seeds() -> list[bytes]:
 
 
 def _best(path: Path) -> object:
-    from nas.exporting.model import left_by
+    from nas.export.model import left_by
 
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     left = left_by(path)
@@ -186,15 +186,15 @@ def _best(path: Path) -> object:
 
 
 def _milestone(path: Path) -> object:
-    from nas.resolve import _milestones
+    from nas.contract.replay import _milestones
 
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     return _milestones(path.parent.parent, get_family("tinyvit"))
 
 
 def _train_seeds() -> list[bytes]:
-    from nas.trainer.values import TrainConfig
-    from nas.training.recipe import find_recipe
+    from nas.train.recipe import find_recipe
+    from nas.train.train_config import TrainConfig
 
     config = TrainConfig(family="vit", arch=ARCHS["vit"], arch_from="a.json", data="digits",
                          recipe=find_recipe("small", 5_000_000))  # fmt: skip
@@ -202,20 +202,20 @@ def _train_seeds() -> list[bytes]:
 
 
 def _train(path: Path) -> object:
-    from nas.trainer.folder import Folder
-    from nas.trainer.values import read_config
+    from nas.train.train_config import read_config
+    from nas.train.training_folder import Folder
 
     return read_config(Folder(path.parent).told()["config"])
 
 
 def _train_result(path: Path) -> object:
-    from nas.trainer.folder import Folder
+    from nas.train.training_folder import Folder
 
     return Folder(path.parent).result()
 
 
 def _trust(path: Path) -> object:
-    from nas.trust import named_archs
+    from nas.contract.proxy_check import named_archs
 
     family = get_family("tinyvit")
     return [family.arch(arch) for arch in named_archs(path.parent, 2) or ()]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from nas.data import Dataset
-from nas.distill.build import build_pieces
-from nas.distill.labelling import LabelRequest, begin_store
-from nas.distill.store import LabelStore, open_store
-from nas.distill.teacher import TeacherInfo
+from nas.export.trained_teacher import TeacherInfo
+from nas.labels.build import build_pieces
+from nas.labels.request import LabelRequest, begin_store
+from nas.labels.store import LabelStore, open_store
 
 
 class Toy:

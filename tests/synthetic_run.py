@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nas.report.files import Candidate, Step
+from nas.report.read import Candidate, Step
 
 SEED_KEY = "d96-192-384-576_seed"
 

@@ -1,80 +1,30 @@
-"""The house stands: imports follow the arrows of docs/architecture.md, and no others."""
+"""Imports follow the layers of docs/architecture.md, names are told apart, and all is installed."""
 
 from __future__ import annotations
 
 import ast
 import fnmatch
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("space", "nas", "benchmarks")
-VALUES = {
-    "nas.cells", "nas.config", "nas.cpus", "nas.files", "nas.jobs", "nas.rates", "nas.requirement",
-    "nas.seals",
-}  # fmt: skip
-ENTRIES = {
-    "nas.contract", "nas.evaluation", "nas.export", "nas.inherit", "nas.labels", "nas.train",
-    "nas.train_flags", "nas.transfer", "nas.worker",
-}  # fmt: skip
-
-# room -> rooms of our own that it may import (itself aside); see docs/architecture.md
-ROOMS: dict[str, set[str]] = {
-    "space": set(),
-    "nas.values": {"space"},
-    "nas.data": {"space", "nas.values"},
-    "nas.training": {"space", "nas.values"},
-    "nas.exporting": {"space", "nas.values"},
-    "nas.measure": {"space", "nas.values", "nas.exporting"},
-    "nas.search": {"space", "nas.values"},
-    "nas.distill": {"space", "nas.values", "nas.data", "nas.training"},
-    "nas.trainer": {
-        "space",
-        "nas.values",
-        "nas.data",
-        "nas.training",
-        "nas.distill",
-        "nas.exporting",
-    },
-    "nas.probing": {
-        "space",
-        "nas.values",
-        "nas.data",
-        "nas.training",
-        "nas.distill",
-        "nas.exporting",
-    },
-    "nas.runner": {"space", "nas.values", "nas.data", "nas.training", "nas.distill", "nas.measure"},
-    "nas.executor": {"space", "nas.values", "nas.runner"},
-    "nas.report": {"space", "nas.values", "nas.search", "nas.measure"},
-    "nas.driver": {
-        "space",
-        "nas.values",
-        "nas.data",
-        "nas.exporting",
-        "nas.measure",
-        "nas.search",
-        "nas.executor",
-        "nas.report",
-    },
-    "nas.entry": {
-        "space",
-        "nas.values",
-        "nas.data",
-        "nas.executor",
-        "nas.runner",
-        "nas.driver",
-        "nas.report",
-        "nas.exporting",
-        "nas.measure",
-        "nas.training",
-        "nas.distill",
-        "nas.trainer",
-        "nas.probing",
-    },
-    "benchmarks": {"space", "nas"},
-}
+LAYERS = (
+    ("space",),
+    ("nas.core",),
+    ("nas.data", "nas.search", "nas.export", "nas.jobs"),
+    ("nas.labels", "nas.measure"),
+    ("nas.train",),
+    ("nas.inherit",),
+    ("nas.distill",),
+    ("nas.report", "nas.transfer"),
+    ("nas.contract",),
+    ("benchmarks",),
+)
+"""A module imports its own package and lower layers only; a `__main__` may import anything."""
+LAYER = {package: number for number, layer in enumerate(LAYERS) for package in layer}
 
 
 def modules() -> dict[str, Path]:
@@ -87,20 +37,9 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def room(module: str) -> str:
-    if module == "nas":
-        return "nas.values"  # a docstring
-    head = module.split(".")[0]
-    if head != "nas":
-        return head
-    if module in VALUES:
-        return "nas.values"
-    if module in ENTRIES:
-        return "nas.entry"
-    second = ".".join(module.split(".")[:2])
-    if second in ROOMS:
-        return second
-    return "nas.driver"
+def package_of(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "nas" else parts[0]
 
 
 def imports(path: Path, module: str) -> set[str]:
@@ -118,22 +57,21 @@ def imports(path: Path, module: str) -> set[str]:
             ]
         else:
             continue
-        found |= {n for n in names if n.split(".")[0] in PACKAGES}
+        found |= {n for n in names if n.split(".")[0] in PACKAGES and n != "nas"}
     return found - {module}
 
 
-@pytest.mark.parametrize("module", modules())
-def test_imports_follow_the_arrows(module: str) -> None:
-    own = room(module)
+@pytest.mark.parametrize("module", [m for m in modules() if m != "nas"])
+def test_imports_follow_the_layers(module: str) -> None:
+    own = package_of(module)
     for target in imports(modules()[module], module):
-        there = room(target)
-        allowed = there == own or there in ROOMS[own]
-        if own == "benchmarks":
-            allowed = True
-        assert allowed, f"{module} ({own}) imports {target} ({there})"
+        assert not target.endswith("__main__"), f"{module} imports {target}"
+        there = package_of(target)
+        allowed = there == own or module.endswith("__main__") or LAYER[there] < LAYER[own]
+        assert allowed, f"{module} imports {target}"
 
 
-def test_there_are_no_circles_between_modules() -> None:
+def test_there_are_no_cycles_between_modules() -> None:
     graph = {m: imports(p, m) for m, p in modules().items()}
     state: dict[str, int] = {}
 
@@ -149,16 +87,19 @@ def test_there_are_no_circles_between_modules() -> None:
         visit(module, ())
 
 
-def test_nothing_outside_a_familys_file_knows_a_family_by_name() -> None:
-    allowed = {"space.tinyvit", "space.vit", "nas.config", "nas.contract"}
+def test_no_module_lies_directly_in_nas_and_none_shares_its_name() -> None:
+    assert [p.name for p in (ROOT / "nas").glob("*.py")] == ["__init__.py"]
+    names = Counter(p.name for p in (ROOT / "nas").rglob("*.py"))
+    shared = {"__init__.py", "__main__.py", "jobs.py"}
+    assert [name for name, count in names.items() if count > 1 and name not in shared] == []
+
+
+def test_nothing_outside_a_familys_files_names_a_family() -> None:
+    own = ("space.tinyvit", "space.vit", "benchmarks")
     for module, path in modules().items():
-        if module in allowed or module.startswith(("space._tinyvit", "space._vit", "benchmarks")):
+        if module in ("nas.core.config", "nas.contract.__main__") or module.startswith(own):
             continue
-        text = "\n".join(
-            line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")
-        )
-        tree = ast.parse(text)
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and node.value in ("tinyvit", "vit"):
                 raise AssertionError(f"{module} names a family")
             if isinstance(node, (ast.Import, ast.ImportFrom)):

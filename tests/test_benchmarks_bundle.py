@@ -16,10 +16,10 @@ import pytest
 from benchmarks.throughput_bundle import CARRIED, SCRIPT, write_bundle
 from benchmarks.throughput_nets import Net, find_nets
 from benchmarks.throughput_plan import Plan
-from nas.measure.bundled import main
-from nas.measure.rows import FAILED, OK, read_rows, write_rows
-from nas.progress import Console
-from nas.requirement import Setting
+from nas.core.progress import Console
+from nas.core.requirement import Setting
+from nas.measure.bundle import main
+from nas.measure.device_rows import FAILED, OK, read_rows, write_rows
 from space import Context, InputError, get_family
 
 pytest.importorskip("onnxruntime")

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import labels, labels_epoch, labels_students
 from benchmarks.labels_stock import data_for, store_for
-from nas.distill.replay import Replay
+from nas.labels.reader import Replay
 
 
 def test_ways_take_turns_and_the_first_round_is_left_out() -> None:

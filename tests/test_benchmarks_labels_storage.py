@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import labels_containers as containers
 from benchmarks import labels_storage as storage
-from nas.distill.codec import CODECS, make_codec
+from nas.labels.codec import CODECS, make_codec
 
 
 def test_zipf_labels_are_labels() -> None:

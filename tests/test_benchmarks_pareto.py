@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_and_status_2(
 def test_the_legend_stays_inside_the_figure(runs: int, tmp_path: Path) -> None:
     from nas.report.charts import run_chart
     from nas.report.figure import draw
-    from nas.report.files import read_run
+    from nas.report.read import read_run
 
     folders = [make_run(tmp_path / f"a-long-name-of-a-run-{n}") for n in range(runs)]
     figure = draw(run_chart([read_run(folder) for folder in folders]))

@@ -21,8 +21,8 @@ from benchmarks import _rivals_prune, _rivals_train, rivals
 from benchmarks._result_search import PUBLISHED, Side, Target, checked
 from benchmarks._result_statistics import Paired, paired_interval, verdict
 from benchmarks.result import Budget, ResultRow, build_parser, figure, main, shortcomings, write
-from nas.files import read_json
-from nas.training.weights import save_weights
+from nas.core.io import read_json
+from nas.export.weights import save_weights
 from space import Context, get_family
 from space.errors import InputError
 from space.family import Published

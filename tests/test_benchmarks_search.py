@@ -30,9 +30,9 @@ from benchmarks.lab import Lab, Training
 from benchmarks.search_efficiency import quartiles, rows_of, seed_sd
 from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
+from space.contractions import Band, contains
 from space.errors import InputError
 from space.family import Arch
-from space.neighbours import Band, contains
 
 LENGTHS = (1, 2, 4, 8, 16)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from benchmarks.throughput import main
 from benchmarks.throughput_nets import find_nets
-from nas.measure.rows import COLUMNS, FAILED, OK, DeviceRow, read_rows, write_rows
+from nas.measure.device_rows import COLUMNS, FAILED, OK, DeviceRow, read_rows, write_rows
 from nas.measure.runtimes import runtimes
 from space import Context, get_family
 

@@ -18,25 +18,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nas.contract import main
+from nas.contract.__main__ import main
+from nas.contract.final import read_result
+from nas.contract.proxy_check import named_archs
+from nas.contract.replay import _milestones, earlier_config
+from nas.core.io import read_json, write_json
+from nas.core.per_image import per_image
+from nas.core.seals import load_arrays
 from nas.data import DataSpec, open_dataset, prepare
-from nas.data.files import digest_of
-from nas.distill.importance import load_order
-from nas.distill.proxy import Evaluation
-from nas.distill.store import open_store
-from nas.distill.teacher import _read, load_teacher
-from nas.exporting.model import left_by
-from nas.files import read_json, write_json
-from nas.finish import read_result
-from nas.judging import per_image
-from nas.measure.table import read_measurements
-from nas.report.files import read_run
-from nas.resolve import _milestones, earlier_config
-from nas.seals import load_arrays
-from nas.trainer.folder import Folder
-from nas.training.checkpoint import Position, load_checkpoint_into, save_checkpoint
-from nas.training.weights import load_checkpoint, load_weights, read_metadata, save_weights
-from nas.trust import named_archs
+from nas.data.sealed_files import digest_of
+from nas.distill.student import Evaluation
+from nas.export.model import left_by
+from nas.export.trained_teacher import load_teacher
+from nas.export.trained_teacher import read_teacher as _read
+from nas.export.weights import load_checkpoint, load_weights, read_metadata, save_weights
+from nas.inherit.importance import load_order
+from nas.labels.store import open_store
+from nas.measure.measurement_table import read_measurements
+from nas.report.read import read_run
+from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
+from nas.train.training_folder import Folder
 from space import get_family
 from space.errors import InputError
 from space.seal import SEAL, sealed, unsealed
@@ -279,7 +280,7 @@ def of_cache(folder: Path) -> list[Case]:
     digest = save_weights(teacher / "weights.safetensors", net.state_dict())
     from dataclasses import asdict
 
-    from nas.distill.teacher import SCHEMA
+    from nas.export.trained_teacher import SCHEMA
 
     told = asdict(teacher_info(model="test_vit", digest=digest, mean=(0.5,) * 3, std=(0.5,) * 3,
                                student_mean=(0.5,) * 3, student_std=(0.5,) * 3))  # fmt: skip

@@ -16,11 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import space.family
 from nas.contract import contract
-from nas.distill.inherit import inherit
-from nas.executor import InlineExecutor
+from nas.inherit.slice import inherit
+from nas.jobs.executor import InlineExecutor
 from space import Context, get_family
+from space.contractions import Band, count_contractions, shortlist
 from space.family import Family
-from space.neighbours import Band, count_contractions, shortlist
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks._chaos_arena import run_outcome
 from nas.contract import contract
-from nas.measure.table import MeasurementRow, MeasurementTable
+from nas.measure.measurement_table import MeasurementRow, MeasurementTable
 from tests.conftest import Finished
 
 

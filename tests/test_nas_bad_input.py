@@ -13,7 +13,7 @@ import pytest
 from conftest import Finished
 from PIL import Image
 
-from nas.contract import main
+from nas.contract.__main__ import main
 
 GOAL = ["--seed", "21M", "--target-params", "5M", "--effort", "smoke"]
 

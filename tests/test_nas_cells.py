@@ -10,11 +10,11 @@ from pathlib import Path
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nas.cells import Writer, guard, unguard
+from nas.core.table import Writer, guard, unguard
 from nas.data import DataSpec, prepare
-from nas.distill.labelling import disagreements
-from nas.distill.presets import preset_spec
-from nas.report.files import read_table
+from nas.data.augment.presets import preset_spec
+from nas.labels.request import disagreements
+from nas.report.read import read_table
 from tests.test_architecture import modules
 from tests.test_nas_data_folders import tree
 
@@ -85,8 +85,8 @@ def test_names_of_images_and_classes_are_guarded_in_the_table_of_disagreements(
 
 
 def test_nothing_writes_a_table_but_the_one_writer() -> None:
-    """`nas.measure.table` writes one line at a time, guarded by hand."""
-    own = {"nas.cells", "nas.measure.table"}
+    """`nas.measure.measurement_table` writes one line at a time, guarded by hand."""
+    own = {"nas.core.table", "nas.measure.measurement_table"}
     for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("writer", "DictWriter"):

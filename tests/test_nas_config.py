@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.config import (
+from nas.contract.checks import make_config, with_steps
+from nas.core.config import (
     EFFORTS,
     MOST_STEPS,
     ROUNDS,
@@ -24,9 +25,8 @@ from nas.config import (
     steps_of,
     with_effort,
 )
-from nas.door import make_config, with_steps
-from nas.rates import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
 from nas.search.strategies import get_strategy, strategy_names
+from nas.train.rates import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
 from space import get_family
 from space.errors import InputError
 

@@ -20,9 +20,10 @@ import optuna
 import pytest
 from conftest import SMALL_ARCH, Finished
 
-from nas.contract import contract, main
-from nas.measure.table import read_measurements
-from nas.search.ledger import COLUMNS
+from nas.contract import contract
+from nas.contract.__main__ import main
+from nas.measure.measurement_table import read_measurements
+from nas.search.study import COLUMNS
 from space import Context, get_family
 from space.errors import InputError
 
@@ -79,8 +80,8 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
     from PIL import Image
 
     from nas.data import open_dataset
-    from nas.distill.augment import default_spec, eval_batch
-    from nas.training.weights import load_into, load_weights
+    from nas.data.augment.spec import default_spec, eval_batch
+    from nas.export.weights import load_into, load_weights
 
     folders = [p for p in (finished.cache / "data").iterdir() if (p / "meta.json").exists()]
     dataset = open_dataset(folders[0])
@@ -290,7 +291,7 @@ def test_a_run_killed_between_result_and_report_gets_its_report(
 
 def test_a_replaced_checkpoint_is_another_seed(tmp_path: Path) -> None:
     """The cache of trained seeds goes by what a checkpoint holds, not by its path."""
-    from nas.run import _file_digest
+    from nas.contract.state import _file_digest
 
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"one")
@@ -366,7 +367,7 @@ def loose_folder(root: Path) -> tuple[Path, str]:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from nas.training.weights import save_weights
+    from nas.export.weights import save_weights
 
     table = load_digits()
     (root / "loose").mkdir()

@@ -15,14 +15,15 @@ import torch
 from conftest import SMALL_ARCH, Finished
 
 from benchmarks.throughput_nets import sample
-from nas.contract import contract, main
-from nas.executor import InlineExecutor
-from nas.jobs import Job, Result
+from nas.contract import contract
+from nas.contract.__main__ import main
+from nas.core.requirement import parse_requirement
+from nas.jobs.executor import InlineExecutor
+from nas.jobs.job import Job, Result
+from nas.measure.device_rows import OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.rows import OK, DeviceRow, fingerprint_columns, read_rows, write_rows
-from nas.measure.table import read_measurements
-from nas.measure.watch import Disturbance
-from nas.requirement import parse_requirement
+from nas.measure.interference import Disturbance
+from nas.measure.measurement_table import read_measurements
 from space import Arch, Context, InputError, get_family
 
 FAMILY = get_family("tinyvit")
@@ -60,7 +61,7 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
         def read(self) -> Disturbance:
             return Disturbance(0.0, "")
 
-    monkeypatch.setattr("nas.measure.rounds.Watch", Calm)
+    monkeypatch.setattr("nas.measure.interleave.Watch", Calm)
 
 
 class Counting(InlineExecutor):

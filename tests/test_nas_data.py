@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.data import Dataset, DataSpec, open_dataset, prepare
-from nas.data.cuts import choose, content_key, cut, unique_rows
-from nas.data.files import read_sealed, write_sealed
+from nas.data.sealed_files import read_sealed, write_sealed
+from nas.data.split import choose, content_key, cut, unique_rows
 from space.errors import InputError
 
 

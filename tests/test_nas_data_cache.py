@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nas.data import Dataset, DataSpec, open_dataset, prepare, relabelled
-from nas.data.tables import KeyTable, NameTable
+from nas.data.key_tables import KeyTable, NameTable
 from space.errors import InputError
 
 SIDES = ("train", "holdout", "test")

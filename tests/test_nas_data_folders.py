@@ -15,10 +15,10 @@ from PIL import Image, PngImagePlugin
 from timm.data.transforms_factory import create_transform
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.data.cuts import content_key
+from nas.data.augment.spec import AugmentSpec, eval_batch
 from nas.data.decode import fitted, store_size_of
 from nas.data.folders import _proxy, folder
-from nas.distill.augment import AugmentSpec, eval_batch
+from nas.data.split import content_key
 from space.errors import InputError
 
 

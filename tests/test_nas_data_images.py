@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from nas.contract import main
+from nas.contract.__main__ import main
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.decode import (
     MOST_PIXELS,

@@ -104,7 +104,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from nas.data import open_dataset
-from nas.data.cuts import content_key
+from nas.data.split import content_key
 from nas.data.pixels import Source, cached
 
 def private():

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 
-from nas.distill.augment import (
+from nas.data.augment.spec import (
     Augmenter,
     AugmentSpec,
     _old_posterize,
@@ -24,7 +24,7 @@ from nas.distill.augment import (
     augmentation_codes,
     eval_batch,
 )
-from nas.distill.views import make_augmenter
+from nas.data.augment.views import make_augmenter
 from space.errors import InputError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nas.distill.codec import CODECS, make_codec
-from nas.distill.labels import index_type
+from nas.labels.codec import CODECS, make_codec
+from nas.labels.soft_labels import index_type
 from space.errors import InputError
 
 Label = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]

@@ -16,7 +16,9 @@ from space_cases import one_thread  # noqa: F401 - a fixture, used by every test
 from torch import nn
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.distill.importance import (
+from nas.distill.student import start_model
+from nas.export.weights import load_weights, save_weights, weights_digest
+from nas.inherit.importance import (
     CRITERIA,
     block_harm,
     load_order,
@@ -25,15 +27,13 @@ from nas.distill.importance import (
     taylor_scores,
     weight_norms,
 )
-from nas.distill.inherit import inherit
-from nas.distill.losses import sparse_soft_cross_entropy
-from nas.distill.proxy import start_model
-from nas.distill.replay import Batch, holdout_batches
-from nas.distill.store import LabelStore
-from nas.jobs import Job
-from nas.rates import INHERIT_LR
-from nas.runner import run_job
-from nas.training.weights import load_weights, save_weights, weights_digest
+from nas.inherit.slice import inherit
+from nas.jobs.job import Job
+from nas.jobs.run_job import run_job
+from nas.labels.reader import Batch, holdout_batches
+from nas.labels.store import LabelStore
+from nas.train.losses import sparse_soft_cross_entropy
+from nas.train.rates import INHERIT_LR
 from space import Context, get_family
 from space.errors import InputError
 

@@ -15,10 +15,10 @@ import torch
 from space_cases import random_arch
 from torch import nn
 
-from nas.distill.importance import rank_units
-from nas.distill.inherit import checkpoint_context, inherit
-from nas.distill.recalibrate import first_change, recalibrate
-from nas.training.weights import weights_digest
+from nas.export.weights import weights_digest
+from nas.inherit.batchnorm import first_change, recalibrate
+from nas.inherit.importance import rank_units
+from nas.inherit.slice import checkpoint_context, inherit
 from space import Context, get_family
 from space.errors import InputError
 from space.family import Slice

@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.loss import SoftTargetCrossEntropy
 
-from nas.distill.losses import (
+from nas.train.losses import (
     SoftLoss,
     dense_target,
     label_entropy,

@@ -13,12 +13,12 @@ import pytest
 import torch
 from label_cases import built
 
-from nas.config import LABEL_CHOICES
+from nas.core.config import LABEL_CHOICES
+from nas.core.progress import no_tick
 from nas.data import Dataset, DataSpec, prepare
+from nas.data.augment.spec import default_spec, eval_batch
 from nas.distill import proxy
-from nas.distill.augment import default_spec, eval_batch
-from nas.distill.losses import SoftLoss, dense_target
-from nas.distill.proxy import (
+from nas.distill.student import (
     Evaluation,
     evaluate_test,
     mean_se,
@@ -26,14 +26,14 @@ from nas.distill.proxy import (
     start_model,
     train_and_score,
 )
-from nas.distill.replay import holdout_batches
-from nas.distill.store import LabelStore
-from nas.distill.teaching import DistillLoss
-from nas.jobs import no_tick
-from nas.rates import SCRATCH_LR
-from nas.runner.train import train as train_job
-from nas.training.loop import Diverged
-from nas.training.weights import load_weights, weights_digest
+from nas.distill.train_job import train as train_job
+from nas.export.weights import load_weights, weights_digest
+from nas.labels.reader import holdout_batches
+from nas.labels.store import LabelStore
+from nas.train.loop import Diverged
+from nas.train.losses import SoftLoss, dense_target
+from nas.train.rates import SCRATCH_LR
+from nas.train.teaching import DistillLoss
 from space import Context, get_family
 from space.errors import InputError
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from label_cases import built, toy_for
 
 from nas.data import Dataset, DataSpec, Split, prepare
+from nas.data.augment.mixing import mix, partners
+from nas.data.augment.spec import Augmenter, eval_batch
+from nas.data.augment.views import Views, make_plan
 from nas.distill import pieces as pieces_module
-from nas.distill.augment import Augmenter, eval_batch
-from nas.distill.keytable import raw_keys
-from nas.distill.labels import top_labels
-from nas.distill.mixing import mix, partners
-from nas.distill.replay import Batch, Replay, batch_sizes, epoch_order, holdout_batches
-from nas.distill.store import LabelStore
-from nas.distill.views import Views, make_plan
+from nas.labels.keys import raw_keys
+from nas.labels.reader import Batch, Replay, batch_sizes, epoch_order, holdout_batches
+from nas.labels.soft_labels import top_labels
+from nas.labels.store import LabelStore
 from space.errors import InputError
 
 HARD = {"policy": "rand-m9-mstd0.5-inc1", "erase_prob": 0.3}

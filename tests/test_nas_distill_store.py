@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from label_cases import begun, built, contents, toy_for
 
 from nas.data import Dataset, DataSpec, Split, prepare
+from nas.data.augment.spec import Augmenter, augmentation_code, eval_batch
 from nas.distill import build as build_module
 from nas.distill import pieces as pieces_module
 from nas.distill import spec as spec_module
-from nas.distill.augment import Augmenter, augmentation_code, eval_batch
-from nas.distill.build import all_pieces, build_pieces, merge_stores, need
-from nas.distill.keytable import (
+from nas.labels.build import all_pieces, build_pieces, merge_stores, need
+from nas.labels.keys import (
     StoredKeys,
     find_rows,
     hex_keys,
@@ -29,11 +29,11 @@ from nas.distill.keytable import (
     raw_keys,
     sorted_planes,
 )
-from nas.distill.labels import index_type, top_labels
-from nas.distill.pieces import piece_records, pieces_of
-from nas.distill.spec import TEACHER_BATCH, default_topk
-from nas.distill.store import open_store, read_manifest
-from nas.distill.verify import ask_teacher, problems
+from nas.labels.shards import piece_records, pieces_of
+from nas.labels.soft_labels import index_type, top_labels
+from nas.labels.store import open_store, read_manifest
+from nas.labels.store_spec import TEACHER_BATCH, default_topk
+from nas.labels.verify import ask_teacher, problems
 from space.errors import InputError
 
 

@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn import functional
 
 from nas.data import Dataset, DataSpec, prepare
+from nas.data.augment.spec import default_spec, eval_batch
 from nas.distill import teacher as module
 from nas.distill import teacher_net
-from nas.distill.augment import default_spec, eval_batch
-from nas.distill.teacher import TeacherInfo, load_teacher, make_teacher, parse_teacher
-from nas.distill.teacher_net import TeacherNet
-from nas.training.weights import save_weights, weights_digest
+from nas.distill.teacher import make_teacher
+from nas.export.teacher_net import TeacherNet, parse_teacher
+from nas.export.trained_teacher import TeacherInfo, load_teacher
+from nas.export.weights import save_weights, weights_digest
 from space.errors import InputError
 
 SMALL = {"channels": (8, 8, 16, 16), "stem_width": 8}

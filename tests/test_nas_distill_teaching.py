@@ -12,9 +12,9 @@ import torch
 from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch import Tensor, nn
 
-from nas.config import LABEL_CHOICES
-from nas.distill.losses import dense_target
-from nas.distill.teaching import (
+from nas.core.config import LABEL_CHOICES
+from nas.train.losses import dense_target
+from nas.train.teaching import (
     DISTILL,
     DistillLoss,
     Taught,

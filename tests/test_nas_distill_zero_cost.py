@@ -14,11 +14,11 @@ from label_cases import built
 from torch import Tensor, nn
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.distill.losses import SoftLoss
-from nas.distill.replay import Batch, Replay
-from nas.distill.store import LabelStore
 from nas.distill.zero_cost import ZERO_COST, grad_norm, naswot, snip, synflow, zero_cost_scores
-from nas.runner.zero_cost import zero_cost
+from nas.distill.zero_cost_job import zero_cost
+from nas.labels.reader import Batch, Replay
+from nas.labels.store import LabelStore
+from nas.train.losses import SoftLoss
 from space import Context, get_family
 from space.errors import InputError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nas.executor import LocalExecutor, OutOfTime
-from nas.jobs import Job
+from nas.jobs.executor import LocalExecutor, OutOfTime
+from nas.jobs.job import Job
 
 WORKER = [sys.executable, str(Path(__file__).with_name("_worker.py"))]
 
@@ -109,7 +109,7 @@ def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     code = (
-        "import sys; from nas.executor import LocalExecutor; from nas.jobs import Job\n"
+        "import sys; from nas.jobs.executor import LocalExecutor; from nas.jobs.job import Job\n"
         f"LocalExecutor(threads=1, command={WORKER!r}).run("
         f"Job('sleep', 'x', {{'seconds': 600, 'pid_file': {str(pid_file)!r}}}))"
     )

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from nas.executor import ray as far
-from nas.executor.bridge import Bridge, _Running
-from nas.executor.local import LocalPlaces
-from nas.executor.make import make_executor
-from nas.executor.means import Means
-from nas.executor.node import session_place
-from nas.executor.parcels import Parcels
-from nas.executor.pool import Begun, Ended, Event, Lost, Pool, Ticked
-from nas.executor.ray import RayPlaces
-from nas.executor.remote import Bench, Board
-from nas.jobs import Job, Needs, Result
+from nas.jobs.bridge import Bridge, _Running
+from nas.jobs.executor import ray as far
+from nas.jobs.job import Job, Needs, Result
+from nas.jobs.local import LocalPlaces
+from nas.jobs.make import make_executor
+from nas.jobs.means import Means
+from nas.jobs.node import session_place
+from nas.jobs.parcels import Parcels
+from nas.jobs.pool import Begun, Ended, Event, Lost, Pool, Ticked
+from nas.jobs.ray import RayPlaces
+from nas.jobs.remote import Bench, Board
 from space.errors import InputError
 from tests.test_nas_executor import WORKER
 
@@ -150,7 +150,7 @@ def test_a_cluster_of_ones_own_has_a_place_for_every_worker(
 ) -> None:
     made.clear()
     monkeypatch.setattr(far, "_Bridge", FakeBridge)
-    monkeypatch.setattr("nas.executor.make.visible_gpus", lambda: [0, 1, 2])
+    monkeypatch.setattr("nas.jobs.make.visible_gpus", lambda: [0, 1, 2])
     hello: list[Order] = []
     monkeypatch.setattr(FakeBridge, "__init__", lambda self, told, log: hello.append(told))
     means = Means(executor="ray", **given)

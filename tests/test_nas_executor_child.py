@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.executor.child import SILENT_S, Child, Message
+from nas.jobs.child import SILENT_S, Child, Message
 from space.errors import InputError
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
@@ -182,10 +182,10 @@ def test_where_the_system_has_no_room_it_is_one_line(
         return begun[-1]
 
     if how == "process":
-        monkeypatch.setattr("nas.executor.child.subprocess.Popen", none)
+        monkeypatch.setattr("nas.jobs.child.subprocess.Popen", none)
     else:
-        monkeypatch.setattr("nas.executor.child.subprocess.Popen", popen)
-        monkeypatch.setattr("nas.executor.child.threading.Thread.start", none)
+        monkeypatch.setattr("nas.jobs.child.subprocess.Popen", popen)
+        monkeypatch.setattr("nas.jobs.child.threading.Thread.start", none)
     with pytest.raises(InputError, match="fewer --workers") as refused:
         Heard(ECHO)
     assert "\n" not in str(refused.value)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.executor.dispatch import (
+from nas.jobs.queue import (
     HUNG,
     KEPT,
     LEAST_HUNG_S,

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from nas.executor import LocalExecutor, OutOfTime
-from nas.executor.make import make_executor, workers_for
-from nas.executor.means import Means
-from nas.executor.pool import ATTEMPT_COLUMNS
-from nas.jobs import Job, Needs
+from nas.jobs.executor import LocalExecutor, OutOfTime
+from nas.jobs.job import Job, Needs
+from nas.jobs.make import make_executor, workers_for
+from nas.jobs.means import Means
+from nas.jobs.pool import ATTEMPT_COLUMNS
 from space.errors import InputError
 from tests.test_nas_executor import WORKER, alive
 
@@ -253,8 +253,8 @@ def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
-    from nas.cpus import usable_cpus
-    from nas.door import with_threads
+    from nas.contract.checks import with_threads
+    from nas.core.cpus import usable_cpus
 
     assert with_threads({}, Means()) == {}
     assert with_threads({}, Means(workers=1)) == {"threads": usable_cpus()}

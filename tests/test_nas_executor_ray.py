@@ -22,9 +22,9 @@ from benchmarks._chaos_arena import (
 )
 from benchmarks._chaos_faults import FAULTS
 from nas.contract import contract
-from nas.executor.means import Means
-from nas.executor.ray import RayExecutor
-from nas.jobs import Job
+from nas.jobs.job import Job
+from nas.jobs.means import Means
+from nas.jobs.ray import RayExecutor
 from space.errors import InputError
 from tests.conftest import SMALL_ARCH, Finished
 
@@ -63,10 +63,10 @@ def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_pa
 def test_a_cluster_that_does_not_answer_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.executor.ray.CONNECT_S", 3.0)
+    monkeypatch.setattr("nas.jobs.ray.CONNECT_S", 3.0)
     means = Means(executor="ray", ray_address="127.0.0.1:1")
     job_of = {"reads": ("dataset",), "leaves": "out"}
-    from nas.jobs import Needs
+    from nas.jobs.job import Needs
 
     (tmp_path / "data").mkdir()
     spec = {"dataset": str(tmp_path / "data"), "out": str(tmp_path / "out")}
@@ -137,7 +137,7 @@ def test_what_a_campaign_compares(finished: Finished, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_store_made_by_a_cluster_is_that_of_one_machine(tmp_path: Path) -> None:
     """And what is there already is not made again."""
-    from nas.labels import main
+    from nas.labels.__main__ import main
 
     common = [
         *("build", "--data", "digits", "--proxy-images", "200", "--teacher-epochs", "1"),

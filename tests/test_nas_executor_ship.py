@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.executor.node import SENT, do_here, forget_old
-from nas.executor.ship import (
+from nas.jobs.node import SENT, do_here, forget_old
+from nas.jobs.ship import (
     arrive,
     at,
     content_name,

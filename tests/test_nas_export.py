@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from nas.export import main
-from nas.exporting.hub import USAGE
-from nas.exporting.model import left_by
+from nas.export.__main__ import main
+from nas.export.hub import USAGE
+from nas.export.model import left_by
 from space import Context, get_family
 
 CTX = Context(48, 3)

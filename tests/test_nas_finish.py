@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nas.finish import nearest_published
-from nas.judging import paired_difference
-from nas.progress import Console
-from nas.stage import weak_teacher
+from nas.contract.final import nearest_published
+from nas.contract.seed import weak_teacher
+from nas.core.per_image import paired_difference
+from nas.core.progress import Console
 from space import Context, get_family
 
 

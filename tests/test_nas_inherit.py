@@ -11,10 +11,10 @@ import pytest
 import torch
 from space_cases import FAMILY, meta_build, random_arch, random_context
 
-from nas.executor import InlineExecutor, LocalExecutor
-from nas.inherit import compare, main, table
-from nas.jobs import Result
-from nas.training.weights import load_weights, save_weights
+from nas.export.weights import load_weights, save_weights
+from nas.inherit.__main__ import compare, main, table
+from nas.jobs.executor import InlineExecutor, LocalExecutor
+from nas.jobs.job import Result
 from space import Context
 
 ARCH: dict[str, Any] = {
@@ -120,7 +120,7 @@ def test_the_table_says_what_changed_and_only_that(
 
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs run here: a process of its own takes seconds to start."""
-    monkeypatch.setattr("nas.inherit.LocalExecutor", lambda threads: InlineExecutor())
+    monkeypatch.setattr("nas.inherit.__main__.LocalExecutor", lambda threads: InlineExecutor())
 
 
 @pytest.mark.parametrize("criterion", ["prefix", "l1", "l2"])

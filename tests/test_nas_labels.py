@@ -23,13 +23,14 @@ from label_cases import contents
 from PIL import Image
 
 from nas.data import DataSpec, prepare
-from nas.distill.augment import default_spec, eval_batch
-from nas.distill.labelling import disagreements
-from nas.distill.replay import Replay
-from nas.distill.store import dropped_keys, open_store
-from nas.executor import InlineExecutor
-from nas.labels import build, main, merge, verify
-from nas.training.weights import save_weights
+from nas.data.augment.spec import default_spec, eval_batch
+from nas.export.weights import save_weights
+from nas.jobs.executor import InlineExecutor
+from nas.labels.__main__ import main
+from nas.labels.api import build, merge, verify
+from nas.labels.reader import Replay
+from nas.labels.request import disagreements
+from nas.labels.store import dropped_keys, open_store
 from space.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +58,7 @@ def flags(**changes: Any) -> list[str]:
 
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs run here: a process of its own takes seconds to start."""
-    monkeypatch.setattr("nas.label_tool.LocalExecutor", lambda **_: InlineExecutor())
+    monkeypatch.setattr("nas.labels.api.LocalExecutor", lambda **_: InlineExecutor())
 
 
 def test_the_command_builds_tells_and_verifies(
@@ -181,7 +182,7 @@ def test_bad_input_is_one_line(
     monkeypatch.setenv("VISION_CONTRACTION_CACHE", str(cache))
     inline(monkeypatch)
     if "--teacher" not in arguments:  # whose training may take hours
-        monkeypatch.setattr("nas.labelling.teach", lambda *_, **__: pytest.fail("taught"))
+        monkeypatch.setattr("nas.labels.make_store.teach", lambda *_, **__: pytest.fail("taught"))
     if arguments[:1] == ["build"]:
         given = {f: v for f, v in zip(*[iter(flags())] * 2, strict=True) if f not in arguments}
         arguments = [*arguments, *(part for pair in given.items() for part in pair), "--out", "s"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nas.search.ledger import COLUMNS, STAGES, Ledger, Row
+from nas.search.study import COLUMNS, STAGES, Ledger, Row
 from space.errors import InputError
 
 ARCH = {"embed_dims": [64, 128], "mlp_ratio": 4.0, "head_dim": 32}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_nas_measure_table import MEASUREMENT
 
-from nas.measure.cache import MeasurementCache
-from nas.measure.table import MeasurementRow
+from nas.measure.measurement_cache import MeasurementCache
+from nas.measure.measurement_table import MeasurementRow
 
 
 def row(arch: str = "a", **changes: object) -> MeasurementRow:

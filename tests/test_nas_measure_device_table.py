@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 from space_cases import random_arch, random_context
 
 from benchmarks.throughput_nets import sample
+from nas.core.requirement import Setting
 from nas.measure import predict
-from nas.measure.device_table import DeviceTable
-from nas.measure.fingerprint import Fingerprint
-from nas.measure.predict import Additive, Predictor, fit_predictor, held_out, terms_of
-from nas.measure.rows import (
+from nas.measure.device_rows import (
     COLUMNS,
     FAILED,
     OK,
@@ -32,7 +30,9 @@ from nas.measure.rows import (
     read_rows,
     write_rows,
 )
-from nas.requirement import Setting
+from nas.measure.device_table import DeviceTable
+from nas.measure.fingerprint import Fingerprint
+from nas.measure.predict import Additive, Predictor, fit_predictor, held_out, terms_of
 from space import Arch, Context, Family, InputError, get_family
 from space.family import Table
 

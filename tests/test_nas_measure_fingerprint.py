@@ -15,7 +15,7 @@ import torch
 
 from nas.measure import gpu, watch
 from nas.measure.fingerprint import Fingerprint, take_fingerprint
-from nas.measure.watch import Conditions, Watch, conditions
+from nas.measure.interference import Conditions, Watch, conditions
 from space import InputError
 
 UNDER: dict[str, Any] = {
@@ -187,7 +187,7 @@ def test_a_spinning_neighbour_on_our_core_is_seen() -> None:
         "import os, subprocess, sys, time\n"
         "core = max(os.sched_getaffinity(0)); os.sched_setaffinity(0, {core})\n"
         "other = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
-        "from nas.measure.watch import Watch\n"
+        "from nas.measure.interference import Watch\n"
         "try:\n"
         "    seen, until = Watch(), time.time() + 0.6\n"
         "    while time.time() < until: pass\n"
@@ -284,9 +284,12 @@ def test_answers_that_are_none_are_none(smi: Path, monkeypatch: pytest.MonkeyPat
 def test_values_import_without_torch() -> None:
     """What the driver imports must not load torch."""
     code = (
-        "import sys; import nas.measure.table, nas.measure.fingerprint, nas.measure.measurement, "
-        "nas.measure.rounds, nas.measure.watch, nas.measure.rows, nas.measure.device_table, "
-        "nas.measure.cache, nas.measure.bundled, nas.measure.runtimes, nas.requirement, "
+        "import sys; import nas.measure.measurement_table, nas.measure.fingerprint, "
+        "nas.measure.measurement, "
+        "nas.measure.interleave, nas.measure.interference, nas.measure.device_rows, "
+        "nas.measure.device_table, "
+        "nas.measure.measurement_cache, nas.measure.bundle, nas.measure.runtimes, "
+        "nas.core.requirement, "
         "nas.report, nas.report.charts, nas.report.figure, benchmarks.pareto; "
         "from nas.measure.fingerprint import take_fingerprint; take_fingerprint('cpu', threads=1); "
         "from nas.measure.runtimes import runtimes; runtimes(); "

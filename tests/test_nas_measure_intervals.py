@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.measure.interleave import planned_looks
 from nas.measure.intervals import (
     MIN_BLOCKS,
     effective_count,
@@ -17,7 +18,6 @@ from nas.measure.intervals import (
     quantile_interval,
     verdict,
 )
-from nas.measure.rounds import planned_looks
 
 LAW = settings(derandomize=True, deadline=None)
 VALUES = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=60)

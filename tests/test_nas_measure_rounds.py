@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.measure import rounds
-from nas.measure.rounds import (
+from nas.measure.interference import Disturbance
+from nas.measure.interleave import (
     Bounds,
     Timed,
     measure_rounds,
@@ -20,7 +21,6 @@ from nas.measure.rounds import (
     settle,
     summary,
 )
-from nas.measure.watch import Disturbance
 
 LAW = settings(derandomize=True, deadline=None)
 Fake = Callable[[int], list[float]]

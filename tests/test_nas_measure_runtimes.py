@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nas.exporting.fuse import fuse_batch_norms
+from nas.core.requirement import Setting
+from nas.export.fuse import fuse_batch_norms
 from nas.measure.runtimes import (
     Order,
     Ready,
@@ -25,7 +26,6 @@ from nas.measure.runtimes import (
     runtimes,
 )
 from nas.measure.throughput import Prepared, difference, prepare, private_copy
-from nas.requirement import Setting
 from space import Context, InputError, get_family
 
 CTX = Context(img_size=32, num_classes=4)
@@ -473,7 +473,7 @@ def test_an_onnx_file_holds_everything(tmp_path: Path) -> None:
     """One file, input `images`, output `logits`, of fixed shape; nothing is left beside it."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    from nas.exporting.onnx import OPSET, export_onnx
+    from nas.export.onnx import OPSET, export_onnx
 
     target = export_onnx(private_copy(plain(), "cpu"), images(0), tmp_path / "net.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]

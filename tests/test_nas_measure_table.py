@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.measure.measurement import Measurement
-from nas.measure.table import (
+from nas.measure.measurement_table import (
     COLUMNS,
     HEADER,
     MeasurementRow,
@@ -204,7 +204,7 @@ def test_the_row_is_on_disk_before_append_returns(
             synced.append(path.stat().st_size)
         real(handle)
 
-    monkeypatch.setattr("nas.measure.table.os.fsync", spy)
+    monkeypatch.setattr("nas.measure.measurement_table.os.fsync", spy)
     put(MeasurementTable(path), "a")
     assert synced == [path.stat().st_size]
 

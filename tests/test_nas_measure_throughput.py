@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from nas.core.requirement import Setting, parse_requirement
 from nas.measure.fingerprint import take_fingerprint
+from nas.measure.interference import Disturbance
+from nas.measure.interleave import Bounds
 from nas.measure.measurement import Measurement
-from nas.measure.rounds import Bounds
 from nas.measure.throughput import (
     difference,
     measure,
@@ -21,8 +23,6 @@ from nas.measure.throughput import (
     private_copy,
     with_latency,
 )
-from nas.measure.watch import Disturbance
-from nas.requirement import Setting, parse_requirement
 from space import Context, InputError, get_family
 
 CTX = Context(img_size=16, num_classes=4)
@@ -99,8 +99,8 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             return clock[0]
 
     monkeypatch.setattr("nas.measure.runtimes.eager.time", Time)
-    monkeypatch.setattr("nas.measure.rounds.time", Time)
-    monkeypatch.setattr("nas.measure.rounds.Watch", Calm)
+    monkeypatch.setattr("nas.measure.interleave.time", Time)
+    monkeypatch.setattr("nas.measure.interleave.Watch", Calm)
     return clock
 
 

@@ -17,25 +17,26 @@ import torch
 from conftest import SMALL_ARCH, Finished
 from safetensors.numpy import save_file
 
-from nas.campaign import counted_bound
-from nas.config import RunConfig
-from nas.contract import contract, main, plan
-from nas.executor import InlineExecutor
-from nas.files import read_json
-from nas.jobs import Job, Result
-from nas.measure.watch import Disturbance
-from nas.progress import Console
+from nas.contract import contract, plan
+from nas.contract.__main__ import main
+from nas.contract.campaign import counted_bound
+from nas.contract.replay import lineage, read_earlier, replayed_config, set_aside
+from nas.contract.reuse import earlier_of
+from nas.contract.run_folder import SCHEMA, resumed_config
+from nas.contract.state import Run
+from nas.core.config import RunConfig
+from nas.core.io import read_json
+from nas.core.progress import Console
+from nas.jobs.executor import InlineExecutor
+from nas.jobs.job import Job, Result
+from nas.measure.interference import Disturbance
 from nas.report import status
-from nas.resolve import lineage, read_earlier, replayed_config, set_aside
-from nas.reuse import earlier_of
-from nas.run import Run
-from nas.rundir import SCHEMA, resumed_config
 from nas.search.constraints import bench_setting, requirements_of
-from nas.search.ledger import Ledger, Row
 from nas.search.strategies import strategy_names
+from nas.search.study import Ledger, Row
 from space import Context, get_family
+from space.contractions import Band
 from space.errors import InputError
-from space.neighbours import Band
 
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=10)
@@ -67,9 +68,9 @@ def calm() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nas.measure.rounds.Watch", Calm)
+        patch.setattr("nas.measure.interleave.Watch", Calm)
         patch.setattr("nas.search.constraints.NO_SLOWER_SLACK", 0.9)
-        patch.setattr("nas.plan.MEASURING_S", 6.0)
+        patch.setattr("nas.contract.plan.MEASURING_S", 6.0)
         yield
     torch.set_num_threads(before)
 
@@ -467,7 +468,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     for name in ("train_gmacs", "timings", "trainings"):
         own = getattr(made.work, name) - getattr(made.trust, name)
         assert own == pytest.approx(work[name], rel=0.25), name
-    from space.neighbours import count_contractions
+    from space.contractions import count_contractions
 
     seed = FAMILY.seed(finished.flags[1])
     for step in made.steps:
@@ -502,7 +503,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
 def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(
     finished: Finished, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.plan.MEASURING_S", 0.1)
+    monkeypatch.setattr("nas.contract.plan.MEASURING_S", 0.1)
 
     class Full(InlineExecutor):
         def run(self, job: Job, **more: Any) -> Result:
@@ -543,7 +544,7 @@ def test_a_run_without_a_winner_says_that_there_is_no_report(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(original, folder)
-    monkeypatch.setattr("nas.finish.pick_winner", lambda run, ranked: "none is fast enough")
+    monkeypatch.setattr("nas.contract.final.pick_winner", lambda run, ranked: "none is fast enough")
     said = io.StringIO()
     outcome = contract(
         out=folder, resume=True, trust=4, cache_dir=finished.cache, executor=Counting(),

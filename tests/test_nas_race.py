@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nas import scoring
-from nas.gates import Candidate
-from nas.jobs import Job, Result
-from nas.judging import judged, losses_of, per_image
-from nas.outcomes import CHECKPOINT, failed_before, keep_failure
-from nas.race import MORE, Entrant, race, rungs_of
-from nas.rates import SCRATCH_LR
-from nas.run import Incumbent, Run, Task
+from nas.contract import scoring
+from nas.contract.gates import Candidate
+from nas.contract.race import MORE, Entrant, race, rungs_of
+from nas.contract.state import Incumbent, Run, Task
+from nas.core.per_image import judged, losses_of, per_image
+from nas.jobs.job import Job, Result
+from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure
+from nas.train.rates import SCRATCH_LR
 from space.errors import InputError
 
 HERE = Path(__file__).parent
@@ -254,7 +254,7 @@ def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:
 
 def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path: Path) -> None:
     """One training of two epochs, straight and as two jobs."""
-    from nas.runner import run_job
+    from nas.jobs.run_job import run_job
 
     spec = json.loads(next(iter(_specs(finished))))
     assert (spec["init"], spec["lr"]) == ("scratch", SCRATCH_LR)
@@ -285,8 +285,8 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
 def _specs(finished: Any) -> list[str]:
     """Give the specification of a scratch training on the finished run's data and labels."""
     from nas.contract import contract
-    from nas.executor import InlineExecutor
-    from nas.run import Run
+    from nas.contract.state import Run
+    from nas.jobs.executor import InlineExecutor
 
     found: list[str] = []
 

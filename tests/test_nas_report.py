@@ -19,7 +19,7 @@ from synthetic_run import SEED_KEY, make_run
 from nas.report import final_table, status, write_report
 from nas.report.charts import run_chart
 from nas.report.figure import Point, Series, draw, front, png_bytes, svg_bytes
-from nas.report.files import Candidate, Step, read_run
+from nas.report.read import Candidate, Step, read_run
 from nas.report.tables import duration, markdown, percent, plain, short_count, with_interval
 from nas.report.text import stop_counts
 from space import InputError
@@ -30,8 +30,8 @@ FILES = ("report.md", "pareto.png", "pareto.svg")
 def test_columns_are_those_that_the_driver_writes() -> None:
     from dataclasses import fields
 
-    from nas.search.ledger import COLUMNS
-    from nas.tables import StepRow
+    from nas.contract.steps_table import StepRow
+    from nas.search.study import COLUMNS
 
     assert ("trial", *(f.name for f in fields(Candidate))) == COLUMNS
     assert [f.name for f in fields(Step)] == [f.name for f in fields(StepRow)]

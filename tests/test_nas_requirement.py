@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.requirement import (
+from nas.core.requirement import (
     COUNTED,
     DTYPES,
     LATENCIES,

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.config import NO_SLOWER_SLACK, RunConfig
-from nas.requirement import METRICS, Requirement, Setting
+from nas.core.config import NO_SLOWER_SLACK, RunConfig
+from nas.core.requirement import METRICS, Requirement, Setting
 from nas.search.constraints import (
     StepBounds,
     band_at,
@@ -230,7 +230,8 @@ def test_the_paired_error_is_that_of_the_mean_difference() -> None:
 def test_the_search_and_the_driver_import_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['timm'] = None\n"
-        "import nas.search.constraints, nas.search.ledger, nas.search.selection\n"
-        "import nas.contract, nas.report, nas.executor, nas.campaign, nas.finish\n"
+        "import nas.search.constraints, nas.search.study, nas.search.selection\n"
+        "import nas.contract, nas.report, nas.jobs.executor, nas.contract.campaign, "
+        "nas.contract.final\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from nas.search.metrics import METRICS, image_weights, paired, score
+from nas.core.metrics import METRICS, image_weights, paired, score
 from space.errors import InputError
 
 Ints = npt.NDArray[np.int64]

@@ -15,11 +15,10 @@ import pytest
 from space_cases import FAMILY, random_arch
 
 from nas.search.strategies import Ask, Seen, get_strategy, strategy_names
-from nas.search.strategies.genes import genes_of
-from nas.search.strategies.model_based import startup, told
+from nas.search.strategies.encoding import genes_of
+from nas.search.strategies.optuna_samplers import startup, told
 from space import Arch, Context, InputError
-from space.freeze import freeze
-from space.neighbours import (
+from space.contractions import (
     Band,
     Shortlisted,
     anchors_in,
@@ -27,6 +26,7 @@ from space.neighbours import (
     count_contractions,
     shortlist,
 )
+from space.freeze import freeze
 
 ALL = strategy_names()
 FAST = [name for name in ALL if name != "gp"]
@@ -366,7 +366,7 @@ def test_strategies_need_no_torch() -> None:
         "import sys; sys.modules['torch'] = None\n"
         "from nas.search.strategies import get_strategy, strategy_names, Ask\n"
         "from space import Context, get_family\n"
-        "from space.neighbours import Band\n"
+        "from space.contractions import Band\n"
         "family = get_family('tinyvit'); seed = family.seed('5M'); ctx = Context(48, 10)\n"
         "params = family.count_params(seed, ctx)\n"
         "band = Band(int(0.6 * params), int(0.7 * params))\n"

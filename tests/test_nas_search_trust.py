@@ -16,15 +16,12 @@ from conftest import SMALL_ARCH
 from safetensors.numpy import save_file
 from scipy import stats
 
-from nas.config import RunConfig
-from nas.jobs import Job, Result
-from nas.outcomes import failed_before, keep_failure
-from nas.progress import Console
-from nas.run import Incumbent, Run, Task
-from nas.rundir import RunDir
-from nas.search.constraints import band_at
-from nas.search.ledger import Row
-from nas.search.trust import (
+from nas.contract.proxy_check import check_band, check_number, listed, named_archs, trust
+from nas.contract.run_folder import RunDir
+from nas.contract.state import Incumbent, Run, Task
+from nas.core.config import RunConfig
+from nas.core.progress import Console
+from nas.core.stats import (
     _dunnett,
     ceiling,
     in_words,
@@ -33,11 +30,14 @@ from nas.search.trust import (
     kendall_interval,
     regret,
 )
-from nas.trust import check_band, check_number, listed, named_archs, trust
+from nas.jobs.job import Job, Result
+from nas.jobs.outcomes import failed_before, keep_failure
+from nas.search.constraints import band_at
+from nas.search.study import Row
 from space import Context, get_family
-from space.draws import sample_band
+from space.contractions import count_contractions
 from space.errors import InputError
-from space.neighbours import count_contractions
+from space.sampling import sample_band
 
 Floats = npt.NDArray[np.float64]
 SIMULATED = 200
@@ -329,7 +329,7 @@ def untrained_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     def counts(run: Run, archs: Any) -> dict[str, list[float]]:
         return {"parameters": [-float(FAMILY.count_params(a, CTX)) for a in archs]}
 
-    monkeypatch.setattr("nas.trust.untrained", counts)
+    monkeypatch.setattr("nas.contract.proxy_check.untrained", counts)
 
 
 START = Incumbent(SEED, FAMILY.key(SEED, CTX), Path("seed.safetensors"), 1.0, 1.0, 0.0)

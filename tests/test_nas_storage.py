@@ -21,13 +21,13 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.throughput_nets import _pareto_set
-from nas.contract import main
-from nas.resolve import read_earlier
-from nas.run import Run
+from nas.contract.__main__ import main
+from nas.contract.replay import read_earlier
+from nas.contract.state import Run
+from nas.contract.work import Outcome
 from nas.search import storage
-from nas.search.ledger import Ledger, Row, ledger_of, read_ledger
 from nas.search.storage import Shared, StudyAway, check_reachable, new_shared, resumed_shared
-from nas.work import Outcome
+from nas.search.study import Ledger, Row, ledger_of, read_ledger
 from space import get_family
 from space.errors import InputError, refuse, without_passwords
 
@@ -93,7 +93,7 @@ TWO = """
 import sys
 sys.path[:0] = [sys.argv[1]]
 from test_nas_storage import fill, rows
-from nas.search.ledger import Ledger
+from nas.search.study import Ledger
 from nas.search.storage import Shared
 tag, url, password = sys.argv[2:]
 ledger = Ledger(Shared(url, "study-" + tag, password), create=True)
@@ -128,7 +128,7 @@ def server_studies(server: Server, database: str = DATABASE) -> list[str]:
 def test_the_drivers_process_has_no_torch(server: Server) -> None:
     script = (
         "import sys\nsys.modules['torch'] = None\n"
-        "from nas.search.ledger import Ledger, Row\nfrom nas.search.storage import *\n"
+        "from nas.search.study import Ledger, Row\nfrom nas.search.storage import *\n"
         "shared = new_shared(sys.argv[1], Path('x'))\ncheck_reachable(shared)\n"
         "Ledger(shared, create=True).add(Row(1, 'a', '', '', '', 1, '', 1, 1, 1), {'d': 1}, {})\n"
     )
@@ -426,12 +426,12 @@ def test_an_outage_before_the_first_row_keeps_the_run(
             assert len(server_studies(server)) == 1
             raise refuse("--steps", 1, "another number")
 
-        monkeypatch.setattr("nas.session.work", refused)
+        monkeypatch.setattr("nas.contract.start.work", refused)
         assert main(begun) == 2
         assert not folder.exists()
         assert server_studies(server) == []
         capfd.readouterr()
-        monkeypatch.setattr("nas.session.work", first_row)
+        monkeypatch.setattr("nas.contract.start.work", first_row)
         assert main(begun) == 2
         error = capfd.readouterr().err
         assert len(error.splitlines()) == 1, error

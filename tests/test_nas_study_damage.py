@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nas.search.ledger import CHECKSUM, Ledger, Row, ledger_of
 from nas.search.storage import StudyAway
+from nas.search.study import CHECKSUM, Ledger, Row, ledger_of
 from space.errors import InputError
 
 ARCH = {"embed_dims": [64, 128], "mlp_ratio": 4.0, "head_dim": 32}

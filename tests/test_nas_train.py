@@ -14,9 +14,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from nas import labels, train
-from nas.files import read_json
-from nas.train_flags import build_parser, make_config
+from nas.core.io import read_json
+from nas.labels import __main__ as labels
+from nas.train import __main__ as train
+from nas.train.train_flags import build_parser, make_config
 from tests.conftest import Finished
 from tests.train_cases import arch_file, flags, rows, weights
 
@@ -85,7 +86,7 @@ def test_the_same_whole_batch_gives_the_same_curve(finished: Finished, tmp_path:
 
 
 def test_averaged_weights_follow_the_formula(cache: Path, tmp_path: Path) -> None:
-    from nas.trainer.fit import _Loop
+    from nas.train.fit import _Loop
 
     trace: list[dict[str, torch.Tensor]] = []
     take = _Loop._take
@@ -110,8 +111,8 @@ def test_averaged_weights_follow_the_formula(cache: Path, tmp_path: Path) -> Non
 
 def test_what_is_not_a_number_is_wrong_and_ties_are_not(cache: Path) -> None:
     from nas.data import DataSpec, prepare
-    from nas.distill.augment import default_spec
-    from nas.trainer.evaluation import evaluate
+    from nas.data.augment.spec import default_spec
+    from nas.train.evaluate import evaluate
 
     digits = prepare(DataSpec("digits", 32, 200), cache, lambda _: None)
 
@@ -265,7 +266,7 @@ def test_a_plan_prints_every_value_and_trains_nothing(
 def test_a_runs_winner_trained_on_is_exported_and_read_back(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas import export
+    from nas.export import __main__ as export
 
     out = tmp_path / "out"
     init = ["--init", str(finished.folder / "best.safetensors")]

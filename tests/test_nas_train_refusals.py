@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from nas import labels, train
-from nas.files import read_json, write_json
+from nas.core.io import read_json, write_json
+from nas.labels import __main__ as labels
+from nas.train import __main__ as train
 from tests.train_cases import arch_file, flags
 
 

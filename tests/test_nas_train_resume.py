@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nas import train
-from nas.training.recipe import find_recipe
+from nas.train import __main__ as train
+from nas.train.recipe import find_recipe
 from tests.train_cases import arch_file, equal, flags, rows, run, weights
 
 
@@ -52,7 +52,7 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
     whole = tmp_path / "whole"
     assert train.main(flags(cache, arch, whole, *more)) == 0
 
-    from nas.trainer.fit import _Loop
+    from nas.train.fit import _Loop
 
     take = _Loop._take
     rng = random.Random(0)
@@ -119,7 +119,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
 def test_a_divergence_stops_with_the_last_good_checkpoint(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.trainer.fit import _Loop
+    from nas.train.fit import _Loop
 
     out, loss = tmp_path / "out", _Loop._step_loss
     calls = 0
@@ -145,7 +145,7 @@ def test_a_divergence_stops_with_the_last_good_checkpoint(
 def test_gradients_that_are_not_numbers_leave_the_good_models(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.trainer.fit import _Loop
+    from nas.train.fit import _Loop
 
     out, loss = tmp_path / "out", _Loop._step_loss
     last = [False]
@@ -176,7 +176,7 @@ def test_gradients_that_are_not_numbers_leave_the_good_models(
 def test_sums_over_processes_are_taken_on_ones_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch import distributed
 
-    from nas.trainer.ranks import Ranks
+    from nas.train.distributed import Ranks
 
     seen = []
     monkeypatch.setattr(distributed, "all_reduce", lambda t: seen.append(t.device.type))
@@ -187,7 +187,7 @@ def test_sums_over_processes_are_taken_on_ones_own_device(monkeypatch: pytest.Mo
 def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.trainer.fit import _Loop
+    from nas.train.fit import _Loop
 
     arch, first, out = arch_file(tmp_path), tmp_path / "first", tmp_path / "out"
     assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
@@ -223,7 +223,7 @@ def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
 def test_two_processes_do_not_write_one_folder(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.trainer.folder import Folder
+    from nas.train.training_folder import Folder
 
     out = tmp_path / "out"
     with Folder(out).held():

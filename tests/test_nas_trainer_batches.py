@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.distill.augment import default_spec
-from nas.trainer.batches import LiveBatches, Share, check_parts, dealt, repeated
+from nas.data.augment.spec import default_spec
+from nas.train.batches import LiveBatches, Share, check_parts, dealt, repeated
 from space.errors import InputError
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nas.training import loop
 from torch import nn
 
-from nas.training import loop
-from nas.training.loop import Diverged, TrainSettings, make_optimizer, train
-from nas.training.schedule import lr_at
-from nas.training.weights import weights_digest
+from nas.export.weights import weights_digest
+from nas.train.loop import Diverged, TrainSettings, make_optimizer, train
+from nas.train.schedule import lr_at
 from space import Context, get_family
 from space.errors import InputError
 

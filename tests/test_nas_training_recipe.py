@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
-from nas.trainer.fit import rate_at
-from nas.training.recipe import PIPELINE, PRESETS, Recipe, changed, find_recipe, read_recipe
+from nas.train.fit import rate_at
+from nas.train.recipe import PIPELINE, PRESETS, Recipe, changed, find_recipe, read_recipe
 from space.errors import InputError
 
 M5, M11, M21 = 5_392_764, 10_996_972, 21_198_568

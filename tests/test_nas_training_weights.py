@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from nas.training import weights
 from torch import nn
 
-from nas.training import weights
-from nas.training.weights import (
+from nas.export.weights import (
     first_mismatch,
     load_checkpoint,
     load_into,

@@ -15,6 +15,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nas.probing import segmentation
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import balanced_accuracy_score
@@ -23,14 +24,14 @@ from test_nas_export import TINY, VIT, write_run
 from torch import nn
 
 from nas.data import DataSpec, prepare
-from nas.distill.augment import AugmentSpec, eval_batch
-from nas.export import main as export
-from nas.exporting.model import left_by
-from nas.probing import segmentation
-from nas.probing.backbone import Backbone, levels, open_backbone
-from nas.probing.features import pooled, side_of
-from nas.probing.masks import KINDS, masked_images
-from nas.probing.metrics import (
+from nas.data.augment.spec import AugmentSpec, eval_batch
+from nas.export.__main__ import main as export
+from nas.export.model import left_by
+from nas.transfer.__main__ import main, transfer
+from nas.transfer.backbone import Backbone, levels, open_backbone
+from nas.transfer.features import pooled, side_of
+from nas.transfer.masks import KINDS, masked_images
+from nas.transfer.probe_metrics import (
     confusion,
     mean_iou,
     paired_shares,
@@ -39,7 +40,7 @@ from nas.probing.metrics import (
     share,
     spread,
 )
-from nas.probing.probes import (
+from nas.transfer.probes import (
     NEIGHBOURS,
     TEMPERATURE,
     Side,
@@ -47,8 +48,7 @@ from nas.probing.probes import (
     linear_probe,
     neighbour_classes,
 )
-from nas.probing.segmentation import Scenes, maps_of, scenes, segment, settings_of
-from nas.transfer import main, transfer
+from nas.transfer.segmentation import Scenes, maps_of, scenes, segment, settings_of
 
 FEW = ("TRAIN_IMAGES", 24), ("TEST_IMAGES", 12)
 

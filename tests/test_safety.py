@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas.core.io import member, write_json
 from nas.data import DataSpec, open_dataset, prepare
 from nas.data.cache import hold
-from nas.data.files import digest_of, read_sealed, write_sealed
-from nas.distill.build import merge_stores
-from nas.distill.store import open_store
-from nas.distill.teacher import _read
-from nas.files import member, write_json
-from nas.measure.bundled import LIST, main
+from nas.data.sealed_files import digest_of, read_sealed, write_sealed
+from nas.export.trained_teacher import read_teacher as _read
+from nas.labels.build import merge_stores
+from nas.labels.store import open_store
+from nas.measure.bundle import LIST, main
 from space.errors import InputError
 from tests.label_cases import built
 from tests.test_architecture import modules
@@ -197,7 +197,7 @@ def test_a_teacher_lies_where_it_is_found(tmp_path: Path) -> None:
         "student_std": [1.0], "epochs": 1, "holdout_top1": 0.5, "holdout_top1_se": 0.1,
         "holdout_images": 4, "notes": [],
     }  # fmt: skip
-    from nas.distill.teacher import SCHEMA
+    from nas.export.trained_teacher import SCHEMA
 
     write_json(tmp_path / "info.json", {"schema": SCHEMA, "info": info})
     assert _read(tmp_path).folder == str(tmp_path)

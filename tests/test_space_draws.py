@@ -14,8 +14,8 @@ from space_cases import FAMILY, random_arch
 
 from space import Arch, Context
 from space import draws as module
-from space.draws import nearest, sample_band
-from space.neighbours import Band, contains, count_contractions
+from space.contractions import Band, contains, count_contractions
+from space.sampling import nearest, sample_band
 
 SMALL = {
     "embed_dims": [32, 64, 64, 96],

@@ -24,7 +24,7 @@ def test_interface_is_there_without_torch() -> None:
 import sys
 sys.modules["torch"] = sys.modules["timm"] = None
 from space import Context, get_family
-from space.neighbours import Band, count_contractions, shortlist
+from space.contractions import Band, count_contractions, shortlist
 f = get_family("tinyvit")
 a, b, c = f.seed("21M"), f.seed("5M"), Context(img_size=48, num_classes=10)
 assert f.count_params(a, c) > f.count_params(b, c) and f.count_macs(a, c) > 0

@@ -9,8 +9,8 @@ import pytest
 from space_cases import FAMILY, random_arch, random_context
 
 from space import Arch, Context, InputError, family_names, get_family
+from space.contractions import Band, contains, count_contractions, shortlist
 from space.freeze import freeze
-from space.neighbours import Band, contains, count_contractions, shortlist
 from space.tinyvit import TinyVit
 
 NAMES = [f.field for f in FAMILY.factors]

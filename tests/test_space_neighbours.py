@@ -11,8 +11,8 @@ import pytest
 from space_cases import FAMILY, random_arch, random_context
 
 from space import Arch, Context, InputError
+from space.contractions import Band, Shortlisted, contains, count_contractions, shortlist
 from space.grid import BLOCK, _blocks
-from space.neighbours import Band, Shortlisted, contains, count_contractions, shortlist
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
 CONTEXTS = pytest.mark.parametrize("ctx", [IMAGENET, DIGITS], ids=["imagenet", "digits"])

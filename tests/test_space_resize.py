@@ -26,11 +26,11 @@ from timm.models import tiny_vit, vision_transformer
 from vit_cases import random_arch as random_vit
 from vit_cases import random_context as random_vit_context
 
-from nas.distill.inherit import inherit
+from nas.inherit.slice import inherit
 from space import Context, InputError, get_family
-from space._resize import antialiased, bicubic, square
 from space.family import Arch, Family, Slice
 from space.freeze import freeze
+from space.resize import antialiased, bicubic, square
 
 VIT, TINYVIT = get_family("vit"), get_family("tinyvit")
 BIASES = "attn.attention_biases"

@@ -17,8 +17,8 @@ from space_cases import (
 )
 
 from space import Arch, Context
-from space._slicing import spread
 from space.family import Slice
+from space.slicing import spread
 
 SMALL = {
     "embed_dims": [32, 64, 96, 128],

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_cases import FAMILY, meta_build, random_arch, random_context
 
 from space import Context, InputError
+from space.contractions import Band, anchors_in, contains, count_contractions, shortlist
 from space.family import Arch
-from space.neighbours import Band, anchors_in, contains, count_contractions, shortlist
 from space.vit import VitArch
 
 IMAGENET = Context(224, 1000)

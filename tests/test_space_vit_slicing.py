@@ -16,10 +16,10 @@ from space_cases import (
 )
 from vit_cases import CTX, FAMILY, meta_build, random_arch, random_context, small
 
-from nas.distill.inherit import checkpoint_context, inherit
+from nas.inherit.slice import checkpoint_context, inherit
 from space import Context
-from space._vit_slicing import bicubic, kernel
 from space.family import Arch
+from space.vit_slicing import bicubic, kernel
 
 
 def scrambled(arch: Arch, ctx: Context, seed: int = 0) -> torch.nn.Module:

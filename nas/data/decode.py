@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from nas.data.cuts import content_key
+from nas.data.split import content_key
 
 CROP = 0.875
 """Share of the stored side that evaluation looks at (timm's default)."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.data.decode import read_image
-from nas.data.tables import KeyTable, NameTable
+from nas.data.key_tables import KeyTable, NameTable
 from space.errors import refuse
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from nas.data.cuts import choose, content_key
+from nas.core.progress import Tick
+from nas.data.dataset import DataSpec
 from nas.data.pixels import Pool, Source
-from nas.data.values import DataSpec
-from nas.jobs import Tick
+from nas.data.split import choose, content_key
 
 DEFAULT_IMG_SIZE = 48
 VERSION = 1

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.data.cuts import TEST_IMAGES, choose
+from nas.core.progress import Tick
+from nas.data.dataset import DEFAULT_PROXY_IMAGES, DataSpec
 from nas.data.decode import chosen_img_size, header_size, read_image, store_size_of, why_broken
-from nas.data.files import digest_of
 from nas.data.pixels import Pool, Source
-from nas.data.values import DEFAULT_PROXY_IMAGES, DataSpec
-from nas.jobs import Tick
+from nas.data.sealed_files import digest_of
+from nas.data.split import TEST_IMAGES, choose
 from space.errors import refuse
 
 VERSION = 2

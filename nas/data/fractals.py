@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.data.cuts import choose, content_key
+from nas.core.progress import Tick
+from nas.data.dataset import DataSpec
 from nas.data.pixels import Pool, Source
-from nas.data.values import DataSpec
-from nas.jobs import Tick
+from nas.data.split import choose, content_key
 from space.errors import refuse
 
 VERSION = 1

@@ -24,11 +24,11 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from nas.data.cache import claim, hold
-from nas.data.cuts import Rows
+from nas.data.dataset import Dataset, Split
 from nas.data.decoded import DecodedFiles
-from nas.data.files import digest_of, file_sha256, read_sealed, write_sealed
-from nas.data.tables import KeyTable, NameTable
-from nas.data.values import Dataset, Split
+from nas.data.key_tables import KeyTable, NameTable
+from nas.data.sealed_files import digest_of, file_sha256, read_sealed, write_sealed
+from nas.data.split import Rows
 from space.errors import refuse
 
 FORMAT = 2

@@ -18,10 +18,11 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from nas.core.progress import Tick
 from nas.data.cache import hold, make_room
-from nas.data.cuts import cut, unique_rows
+from nas.data.dataset import MEAN, STD, Dataset
 from nas.data.decode import shown_name
-from nas.data.files import digest_of, read_sealed
+from nas.data.key_tables import KeyTable, NameTable
 from nas.data.layout import (
     FORMAT,
     SIDES,
@@ -32,9 +33,8 @@ from nas.data.layout import (
     write_pixels,
     write_table,
 )
-from nas.data.tables import KeyTable, NameTable
-from nas.data.values import MEAN, STD, Dataset
-from nas.jobs import Tick
+from nas.data.sealed_files import digest_of, read_sealed
+from nas.data.split import cut, unique_rows
 from space.errors import refuse
 
 _LEFT_OUT = "broken images left out"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.data.cuts import TEST_IMAGES, choose
+from nas.core.progress import Tick
+from nas.data.dataset import DataSpec
 from nas.data.decode import (
     as_rgb_key,
     chosen_img_size,
@@ -26,8 +27,7 @@ from nas.data.decode import (
 )
 from nas.data.folders import proxy_limit
 from nas.data.pixels import Pool, Source
-from nas.data.values import DataSpec
-from nas.jobs import Tick
+from nas.data.split import TEST_IMAGES, choose
 from space.errors import refuse
 
 VERSION = 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from nas.core.progress import Tick, no_tick
+from nas.data.dataset import Dataset, DataSpec
 from nas.data.digits import digits
 from nas.data.folders import folder
 from nas.data.fractals import fractals
 from nas.data.pixels import Source, cached
 from nas.data.readers import PREFIXES, reader
-from nas.data.values import Dataset, DataSpec
-from nas.jobs import Tick, no_tick
 
 _KEPT_ANYWAY = "pixels are kept all the same: only a folder's images can be decoded as one goes"
 

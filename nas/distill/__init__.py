@@ -1,1 +1,1 @@
-"""distill."""
+"""Training of teachers and students."""

@@ -1,11 +1,11 @@
-"""The teacher: made once, kept with a fingerprint, then a plain function from inputs to logits."""
+"""Training of teachers, which are made once and kept with a fingerprint."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,29 +16,25 @@ from filelock import FileLock
 from torch import nn
 from torch.nn import functional
 
+from nas.core.io import remove_leftovers, write_json
+from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
-from nas.data.files import digest_of
-from nas.distill.augment import Augmenter, AugmentSpec, augmentation_code, default_spec
-from nas.distill.outputs import outputs
-from nas.distill.replay import batch_sizes, epoch_order
-from nas.distill.teacher_net import (
+from nas.data.augment.outputs import outputs
+from nas.data.augment.spec import Augmenter, AugmentSpec, augmentation_code, default_spec
+from nas.data.sealed_files import digest_of
+from nas.export.teacher_net import (
     Source,
     TeacherNet,
     TeacherSpec,
-    create,
     find_source,
     load_checked,
-    parse_teacher,
 )
-from nas.files import read_json, remove_leftovers, write_json
-from nas.jobs import Tick, no_tick
-from nas.training.loop import TrainSettings, place, train
-from nas.training.weights import load_into, load_weights, save_weights, weights_digest
+from nas.export.trained_teacher import SCHEMA, TeacherInfo, read_teacher, to_device
+from nas.export.weights import place, save_weights, weights_digest
+from nas.labels.reader import batch_sizes, epoch_order
+from nas.train.loop import TrainSettings, train
 from space.errors import refuse
 
-__all__ = ["TeacherInfo", "TeacherSpec", "load_teacher", "make_teacher", "parse_teacher"]
-
-SCHEMA = 1
 AUTO_SETTINGS = TrainSettings(
     epochs=15, lr=6e-3, min_lr=1e-5, weight_decay=0.05, warmup_epochs=1.0, batch_size=32
 )
@@ -50,44 +46,6 @@ TUNE_SETTINGS = TrainSettings(
 LABEL_SMOOTHING = 0.1
 EVAL_BATCH = 128
 _SALT = 0x7EAC
-
-
-@dataclass(frozen=True)
-class TeacherInfo:
-    """A teacher at hand, as plain values.
-
-    `folder` holds weights.safetensors and info.json; `id` names it for people, `digest` hashes its
-    weights; `model` and `kwargs` are the timm call; `mean`, `std`, `input_size` (None: as given)
-    are its own inputs', `student_mean` and `student_std` those it is given. `holdout_top1` is a
-    share, with its standard error over `holdout_images` (none without ground truth).
-    """
-
-    folder: str
-    id: str
-    digest: str
-    model: str
-    kwargs: Mapping[str, Any]
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    input_size: int | None
-    student_mean: tuple[float, ...]
-    student_std: tuple[float, ...]
-    epochs: int
-    holdout_top1: float
-    holdout_top1_se: float
-    holdout_images: int
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON, the inverse of `from_dict`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> TeacherInfo:
-        """Read plain JSON."""
-        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        return TeacherInfo(**read)
 
 
 def make_teacher(
@@ -131,7 +89,7 @@ def make_teacher(
                 tick(float(settings.epochs * len(dataset.train)))
     except OSError as error:
         raise refuse("--cache-dir", f"{folder} ({error})", "a folder with room to write") from error
-    return _read(folder)
+    return read_teacher(folder)
 
 
 def _settings(source: Source, num_classes: int, epochs: int) -> TrainSettings | None:
@@ -249,48 +207,6 @@ def _notes(
         yield f"teacher {spec.name}: images are resized to {source.input_size} px for it"
 
 
-def _read(folder: Path) -> TeacherInfo:
-    path, what = folder / "info.json", "a teacher of this toolkit"
-    data = read_json(path, what)
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        schema = data.get("schema") if isinstance(data, dict) else None
-        raise refuse(str(folder), f"schema {schema}", f"schema {SCHEMA}", "delete it")
-    try:
-        return TeacherInfo.from_dict({**data["info"], "folder": str(folder)})
-    except (KeyError, TypeError, ValueError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise refuse(str(path), got, what, "delete the folder") from None
-
-
-def load_teacher(
-    info: TeacherInfo, device: str = "cpu", precision: str = "float32", *, stay: bool = False
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Open a teacher: student-normalised [B, 3, S, S] -> logits float32 [B, C] on the CPU.
-
-    Always eval mode; with `stay` the logits stay on the teacher's device; `precision` "bfloat16" or
-    "float16" runs the net under autocast, whose logits become float32 before anything else is done
-    with them. Weights that are not those of `info` are refused.
-    """
-    path = Path(info.folder) / "weights.safetensors"
-    state = load_weights(path, name="teacher")
-    if weights_digest(state) != info.digest:
-        raise refuse("teacher", f"other weights in {path}", info.digest[:12], "delete the folder")
-    inner = create(info.model, info.kwargs, info.num_classes)
-    load_into(inner, state, name="teacher")
-    student = (info.student_mean, info.student_std)
-    net = TeacherNet(inner, student, (info.mean, info.std), info.input_size)
-    place(net, device).eval()
-
-    def logits(inputs: torch.Tensor) -> torch.Tensor:
-        kind = getattr(torch, precision)
-        autocast = torch.autocast(device.split(":")[0], dtype=kind, enabled=kind != torch.float32)
-        with torch.no_grad(), autocast:
-            out: torch.Tensor = net(_to(inputs, device))
-        return out.float() if stay else out.float().cpu()
-
-    return logits
-
-
 class _Batches:
     """Augmented training batches with hard labels, a function of the epoch alone."""
 
@@ -318,7 +234,7 @@ def _step_loss(
 ) -> Callable[[nn.Module, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         inputs, labels = batch
-        logits = model(_to(inputs, device)).float()
+        logits = model(to_device(inputs, device)).float()
         return functional.cross_entropy(
             logits, labels.to(device), reduction="none", label_smoothing=LABEL_SMOOTHING
         )
@@ -332,7 +248,3 @@ def _correct(net: nn.Module, split: Split, augment: AugmentSpec, device: str) ->
     said = outputs(net, split, augment, device=device, batch_size=EVAL_BATCH)
     found = [logits.argmax(1).cpu().numpy() for _, logits in said]
     return np.concatenate(found) == split.labels
-
-
-def _to(inputs: torch.Tensor, device: str) -> torch.Tensor:
-    return inputs.to(device, memory_format=torch.channels_last, non_blocking=True)

@@ -18,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from nas.distill.losses import SoftLoss
-from nas.distill.proxy import start_model
-from nas.distill.replay import Batch
+from nas.distill.student import start_model
+from nas.labels.reader import Batch
+from nas.train.losses import SoftLoss
 from space import Context
 from space.errors import refuse
 from space.family import Arch, Family

@@ -1,1 +1,1 @@
-"""Counting and timing a network on the device where it will run."""
+"""Throughput with intervals, counts and the devices they belong to."""

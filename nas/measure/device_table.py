@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from nas.core.requirement import Setting
+from nas.measure.device_rows import OK, DeviceRow, one_fingerprint, read_rows
 from nas.measure.measurement import Measurement
 from nas.measure.predict import Predictor, fit_predictor
-from nas.measure.rows import OK, DeviceRow, one_fingerprint, read_rows
-from nas.requirement import Setting
 from space import Arch, Context, Family
 from space.errors import refuse
 

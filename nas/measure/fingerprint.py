@@ -23,7 +23,8 @@ from space.errors import refuse
 class Fingerprint:
     """The identity of a device with its software: numbers compare only where the `id` is equal.
 
-    Momentary conditions (load, clock, time of day) are not identity; see `nas.measure.watch`.
+    Momentary conditions (load, clock, time of day) are not identity; see
+    `nas.measure.interference`.
     `usable_cpus` is what this process may use (affinity and container quota), a float because a
     quota may be a fraction. `driver`, `cuda` and `cudnn` are None on a CPU. `nominal_mhz` is the
     clock that the device is sold with, None where it does not tell. `threads` are the runtime's.

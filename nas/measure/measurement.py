@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from nas.core.requirement import LATENCIES, Requirement
 from nas.measure.intervals import Verdict, verdict
-from nas.requirement import LATENCIES, Requirement
 from space.errors import refuse
 
 
@@ -84,7 +84,7 @@ class Measurement:
                 raise refuse(f"measurement.{name}", getattr(self, name), "an integer >= 1")
 
     def interval(self, metric: str) -> tuple[float, float, float]:
-        """Return a measured metric of `nas.requirement.METRICS` as (median, lo, hi)."""
+        """Return a measured metric of `nas.core.requirement.METRICS` as (median, lo, hi)."""
         if metric == "peak_mem_mb":
             assert self.peak_mem_bytes is not None, "memory was not measured"
             value = self.peak_mem_bytes / 1e6

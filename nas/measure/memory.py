@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nas.core.requirement import Setting
 from nas.measure.runtimes import Order, check_setting
-from nas.requirement import Setting
 from space import Context
 
 

@@ -15,13 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nas.core.requirement import Setting
 from nas.measure.fingerprint import Fingerprint, take_fingerprint
+from nas.measure.interference import conditions
+from nas.measure.interleave import Bounds, measure_rounds, summary
 from nas.measure.intervals import MIN_BLOCKS
 from nas.measure.measurement import Measurement
-from nas.measure.rounds import Bounds, measure_rounds, summary
 from nas.measure.runtimes import Order, Ready, Runtime, check_setting
-from nas.measure.watch import conditions
-from nas.requirement import Setting
 from space import Context
 from space.errors import refuse
 
@@ -135,7 +135,7 @@ def measure_prepared(
 
     `bounds` say what is to be decided and how precisely, in at least `blocks` and at most
     `max_blocks` blocks of at least `min_block_s` seconds and `min_passes` passes; see
-    `nas.measure.rounds`. `fingerprint` is the device's, looked up when it is not given.
+    `nas.measure.interleave`. `fingerprint` is the device's, looked up when it is not given.
     """
     _check(blocks, max_blocks, min_block_s)
     bounds = Bounds() if bounds is None else bounds

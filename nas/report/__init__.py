@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nas.files import write_atomic
-from nas.report.files import read_run
+from nas.core.io import write_atomic
+from nas.report.read import read_run
 from nas.report.text import final_table as _final_table
 from nas.report.text import next_commands as _next_commands
 from nas.report.text import report, status_lines

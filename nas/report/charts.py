@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nas.report.figure import Chart, Kind, Point, Series
-from nas.report.files import Candidate, RunFiles, number, section
+from nas.report.read import Candidate, RunFiles, number, section
 from nas.report.tables import short_count, significant
 
 SCORE_LABEL = "proxy soft loss, nats (axis turned: up is better)"

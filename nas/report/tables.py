@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.report.files import Candidate, RunFiles, number, section
+from nas.report.read import Candidate, RunFiles, number, section
 
 NONE = "-"
 """Shown where nothing was measured."""

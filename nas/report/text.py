@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from nas.config import RunConfig
+from nas.core.config import RunConfig
 from nas.report.charts import conditions_line, counted, holdout_images, image_size
-from nas.report.files import RunFiles, number, section
+from nas.report.read import RunFiles, number, section
 from nas.report.tables import (
     FINAL_HEADER,
     LINEAGE_HEADER,

@@ -1,1 +1,1 @@
-"""Decides which candidates to keep, on values alone: no torch, no files but the study."""
+"""Decisions of a search on plain values; no torch."""

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from nas.config import NO_SLOWER_SLACK, ROUNDS, RunConfig, steps_of
-from nas.requirement import COUNTED, LATENCIES, Requirement, Setting, parse_requirement
+from nas.core.config import NO_SLOWER_SLACK, ROUNDS, RunConfig, steps_of
+from nas.core.requirement import COUNTED, LATENCIES, Requirement, Setting, parse_requirement
 from nas.search.strategies import get_strategy
-from space.neighbours import Band
+from space.contractions import Band
 
 PACE = ("speedup", "images_per_s", *LATENCIES)
 """Metrics that say how fast a network is."""

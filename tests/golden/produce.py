@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,7 @@ SCORES = ("soft_loss", "soft_loss_se", "top1", "top1_se")
 
 def run(module: str, *arguments: str) -> None:
     """Run one command of the toolkit in this process; it must succeed."""
-    main = __import__(f"{module}", fromlist=["main"]).main
-    status = main(list(arguments))
+    status = import_module(f"{module}.__main__").main(list(arguments))
     assert status == 0, f"{module} {' '.join(arguments)}: exit status {status}"
 
 
@@ -49,8 +49,8 @@ def write_measurements(path: Path) -> int:
     """Write the recorded measurements as if they were made here; return how many."""
     from nas.measure.fingerprint import take_fingerprint
     from nas.measure.measurement import Measurement
+    from nas.measure.measurement_table import MeasurementTable
     from nas.measure.runtimes import find_runtime
-    from nas.measure.table import MeasurementTable
 
     device = take_fingerprint("cpu", 1)
     rows = json.loads(RECORDED.read_text())
@@ -109,7 +109,7 @@ def produce(out: Path, *, record: bool = False) -> dict[str, Any]:
 
 def record_measurements(folder: Path) -> None:
     """Keep a run's measurements without what is this machine's."""
-    from nas.measure.table import read_measurements
+    from nas.measure.measurement_table import read_measurements
 
     rows = []
     for row in read_measurements(folder / "measurements.csv"):
@@ -163,7 +163,7 @@ def labels_of(folder: Path) -> Mapping[str, Any]:
     import numpy as np
     import torch
 
-    from nas.distill.store import open_store
+    from nas.labels.store import open_store
 
     store = open_store(folder)
     found = {}

@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any
 
-from nas.measure.runtimes.base import Order, Ready, Runtime
-from nas.requirement import Setting
+from nas.core.requirement import Setting
+from nas.measure.runtimes.runtime import Order, Ready, Runtime
 from space.errors import refuse
 
 __all__ = ["Order", "Ready", "Runtime", "check_setting", "find_runtime", "runtimes"]
@@ -20,9 +20,9 @@ ENTRY_POINTS = "vision_contraction.runtimes"
 
 def runtimes() -> dict[str, Runtime]:
     """Return every runtime by its name, installed or not."""
-    from nas.measure.runtimes import eager, onnx, tensorrt
+    from nas.measure.runtimes import eager, from_onnx, tensorrt
 
-    own: list[Any] = [*eager.RUNTIMES, *onnx.RUNTIMES, tensorrt.TensorRt]
+    own: list[Any] = [*eager.RUNTIMES, *from_onnx.RUNTIMES, tensorrt.TensorRt]
     found = {kind.name: kind() for kind in own}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         found.setdefault(entry.name, entry.load()())

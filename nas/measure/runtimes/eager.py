@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nas.measure.runtimes.base import Order, Ready, Runtime
-from nas.requirement import Setting
+from nas.core.requirement import Setting
+from nas.measure.runtimes.runtime import Order, Ready, Runtime
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nas.measure.runtimes.base import Images
+    from nas.measure.runtimes.runtime import Images
 
 
 class Eager(Runtime):
@@ -28,7 +28,7 @@ class Eager(Runtime):
 
         model, done = order.net, []
         if self.fused:
-            from nas.exporting.fuse import fuse_batch_norms
+            from nas.export.fuse import fuse_batch_norms
 
             folded = fuse_batch_norms(model, order.images[:1])
             done.append(f"{folded} batch norms folded")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nas.measure.runtimes.base import Order, Ready, Runtime
+from nas.measure.runtimes.runtime import Order, Ready, Runtime
 
 if TYPE_CHECKING:
-    from nas.measure.runtimes.base import Images
+    from nas.measure.runtimes.runtime import Images
 
 
 class TensorRt(Runtime):
@@ -22,7 +22,7 @@ class TensorRt(Runtime):
 
     def stage(self, order: Order) -> Path:
         """Export."""
-        from nas.exporting.onnx import export_onnx
+        from nas.export.onnx import export_onnx
 
         return export_onnx(order.net, order.images, order.work / "net.onnx")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nas.search.strategies.base import Ask, Seen, Strategy
 from nas.search.strategies.contraction import Contraction
 from nas.search.strategies.evolution import Evolution
-from nas.search.strategies.model_based import Gp, Nsga2, Tpe
-from nas.search.strategies.random import Random
-from nas.search.strategies.scaling import Uniform
+from nas.search.strategies.optuna_samplers import Gp, Nsga2, Tpe
+from nas.search.strategies.random_search import Random
+from nas.search.strategies.strategy import Ask, Seen, Strategy
+from nas.search.strategies.uniform import Uniform
 from space.errors import refuse
 
 __all__ = ["Ask", "Seen", "Strategy", "get_strategy", "strategy_names"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from nas.search.strategies.base import Ask, Strategy
-from space.neighbours import Shortlisted, shortlist
+from nas.search.strategies.strategy import Ask, Strategy
+from space.contractions import Shortlisted, shortlist
 
 
 class Contraction(Strategy):
-    """The toolkit's own strategy; the rule is that of `space.neighbours.shortlist`."""
+    """The toolkit's own strategy; the rule is that of `space.contractions.shortlist`."""
 
     name = "contraction"
     stepwise = True

@@ -6,10 +6,10 @@ from collections.abc import Collection
 
 import numpy as np
 
-from nas.search.strategies.base import Ask, FromSeed, Seen
-from nas.search.strategies.genes import Gene, assembled, genes_of
-from space.draws import nearest, sample_band
+from nas.search.strategies.encoding import Gene, assembled, genes_of
+from nas.search.strategies.strategy import Ask, FromSeed, Seen
 from space.family import Arch
+from space.sampling import nearest, sample_band
 
 MUTATED = 0.1  # probability that a gene of a mutated child is drawn afresh
 PARENTS = 4  # one in so many of a population is a parent

@@ -1,0 +1,233 @@
+"""How a run ends: the winner timed afresh, trained longer and tested once; or the best so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nas.contract.gates import shown, told
+from nas.contract.milestones import write_model
+from nas.contract.scoring import with_order
+from nas.contract.state import Incumbent, Run, Task
+from nas.core.io import read_json, write_json
+from nas.core.per_image import paired_difference
+from nas.jobs.job import Result
+from nas.measure.measurement import Measurement
+from nas.search.constraints import requirements_of
+from space import REFERENCE_CONTEXT, get_family
+from space.contractions import contains
+from space.errors import InputError
+from space.family import Arch
+
+
+@dataclass(frozen=True)
+class Unverified:
+    """Finalists that only predictions speak for: measure them on their device first."""
+
+    finalists: tuple[Incumbent, ...]
+
+
+def pick_winner(
+    run: Run, ranked: Sequence[Incumbent]
+) -> tuple[Incumbent, Measurement, tuple[str, ...]] | Unverified | str:
+    """Time the finalists afresh, best first; return the first that no requirement rejects,
+    with its primary timing and every requirement's verdict.
+
+    Otherwise a sentence that says by how much the last one missed. Where a device table predicts,
+    nothing is promised: finalists that it has not measured and does not rule out are returned.
+    """
+    said, likely = "", []
+    for finalist in ranked:
+        missed, primary, guessed, verdicts = _fresh(run, finalist)
+        if missed:
+            said = f"{run.family.label(finalist.arch)}, timed afresh, {missed}"
+        elif guessed:
+            likely.append(finalist)
+        else:
+            assert primary is not None
+            return finalist, primary, verdicts
+    return Unverified(tuple(likely)) if likely else said
+
+
+def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool, tuple[str, ...]]:
+    """Time a finalist under every setting.
+
+    Returns what it missed, its primary timing, whether any of it is a guess, and all verdicts.
+    """
+    primary, guessed = None, False
+    verdicts: tuple[str, ...] = ()
+    for setting in run.settings:
+        required = tuple(r for r in requirements_of(run.config) if r.setting == setting)
+        if not required and setting != run.primary:
+            continue
+        measured = run.timings.measure(
+            finalist.arch,
+            "final",
+            reference=run.seed_arch,
+            requirements=required,
+            setting=setting,
+        )
+        if isinstance(measured, Result):
+            return f"failed under {setting.text}: {measured.reason}", primary, guessed, verdicts
+        if setting == run.primary:
+            primary = measured
+        guessed = guessed or run.timings.predicts(setting, finalist.arch, final=True)
+        verdicts += tuple(told(measured, one) for one in required)
+        for one in required:
+            if measured.judge(one) == "fail":
+                missed = f"misses {one.text}: {shown(measured, one.metric)}"
+                return missed, primary, guessed, verdicts
+    return "", primary, guessed, verdicts
+
+
+def write_finalists(run: Run, finalists: Sequence[Incumbent]) -> str:
+    """Write `finalists.json`, the archs to measure on the table's device; return the command."""
+    table = run.table
+    assert table is not None, "only predictions leave finalists unverified"
+    path = run.folder.path / "finalists.json"
+    listed = []
+    for each in finalists:
+        guess = table.measurement(each.arch)
+        listed.append(
+            {
+                "arch": run.family.to_dict(each.arch),
+                "label": run.family.label(each.arch),
+                "predicted_images_per_s": [
+                    guess.images_per_s, guess.images_per_s_lo, guess.images_per_s_hi
+                ],
+                "predicted_ratio": [guess.ratio, guess.ratio_lo, guess.ratio_hi],
+            }
+        )  # fmt: skip
+    write_json(path, {"family": run.family.name, "finalists": listed})
+    setting = table.setting
+    return (
+        f"python -m benchmarks.throughput --arch {path} --reference {run.config.seed} "
+        f"--device {setting.device} --runtime {setting.runtime} --dtype {setting.dtype} "
+        f"--batch {setting.batch} --img-size {run.context.img_size} "
+        f"--num-classes {run.context.num_classes} --out finalists.csv"
+    )
+
+
+def final_training(run: Run, arch: Arch, seed: Incumbent) -> Task:
+    """Describe a training of the final comparison: from the seed's weights (or scratch), longer."""
+    key = run.key(arch)
+    return run.training(
+        arch,
+        f"final-{key}",
+        out=run.folder.job_folder(f"final-{key}"),
+        epochs=run.config.final_epochs,
+        init=run.config.proxy_init,
+        parent=with_order(run, seed),
+        test=True,
+    )
+
+
+def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
+    """Return the published arch nearest in size to `params`, as built in this run's context.
+
+    Contractions of the seed come first: only they find a start for all that they have. Where none
+    of the published archs can be built for these images, the seed stands there itself.
+    """
+    # Whatever a run froze, what its authors released stays what a result is compared with.
+    family, context = get_family(run.config.family), run.context
+    fits = [p for p in family.published if family.fits(p.arch, context)]
+    if not fits:
+        return run.config.seed, run.seed_arch
+    below = [p for p in fits if contains(family, run.seed_arch, p.arch, context)]
+    published = min(
+        below or fits,
+        key=lambda p: abs(math.log(family.count_params(p.arch, context) / params)),
+    )
+    return published.name, published.arch
+
+
+def _side(
+    run: Run, name: str, arch: Arch, measured: Measurement, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return one side of the final comparison as plain JSON."""
+    return {
+        "name": name,
+        "key": run.key(arch),
+        "params": run.family.count_params(arch, run.context),
+        "macs": run.family.count_macs(arch, run.context),
+        "params_1000": run.family.count_params(arch, REFERENCE_CONTEXT),
+        "images_per_s": measured.images_per_s,
+        "images_per_s_lo": measured.images_per_s_lo,
+        "images_per_s_hi": measured.images_per_s_hi,
+        "ratio": measured.ratio,
+        "ratio_lo": measured.ratio_lo,
+        "ratio_hi": measured.ratio_hi,
+        "basis": run.timings.basis(arch, final=True),
+        "top1": values["test_top1"],
+        "top1_se": values["test_top1_se"],
+        "test_n": values["test_n"],
+        "metric": values.get("test_metric"),
+        "metric_se": values.get("test_metric_se"),
+        "soft_loss": values["soft_loss"],
+        "soft_loss_se": values["soft_loss_se"],
+        "holdout_top1": values["top1"],
+    }
+
+
+def compare(
+    run: Run,
+    seed: Incumbent,
+    winner: Incumbent,
+    measured: Measurement,
+    verdicts: Sequence[str] = (),
+) -> dict[str, Any] | str:
+    """Train and test the winner beside the published seed nearest in size, treated alike.
+
+    Returns the `final` part of `result.json`, or a sentence when the winner's training failed.
+    """
+    params = run.family.count_params(winner.arch, run.context)
+    name, arch = nearest_published(run, params)
+    itself = run.key(arch) == winner.key
+    timed = None if itself else run.timings.measure(arch, "final", reference=run.seed_arch)
+    sides = [winner.arch] if timed is None or isinstance(timed, Result) else [winner.arch, arch]
+    trained, *others = run.train_all([final_training(run, each, seed) for each in sides])
+    if not trained.ok:
+        return f"the winner's final training failed: {trained.reason}"
+    final: dict[str, Any] = {
+        "init": run.config.proxy_init,
+        "metric": run.config.metric,
+        "epochs": run.config.final_epochs,
+        "winner": _side(run, "winner", winner.arch, measured, trained.values),
+        "requirements": list(verdicts),
+        "fvcore_macs": trained.values.get("fvcore_macs"),
+    }
+    if timed is None:
+        final["published"] = {**final["winner"], "name": name}
+        final["note"] = f"the winner is the published {name} itself: a tie"
+        return final
+    if isinstance(timed, Result) or not others[0].ok:
+        failure = timed.reason if isinstance(timed, Result) else others[0].reason
+        final["note"] = f"the published {name} could not be compared: {failure}"
+        return final
+    beside = others[0]
+    final["published"] = _side(run, name, arch, timed, beside.values)
+    final["paired"] = paired_difference(
+        run.folder.job_folder(f"final-{winner.key}"),
+        run.folder.job_folder(f"final-{run.key(arch)}"),
+        run.config.metric,
+        run.context.num_classes,
+    )
+    return final
+
+
+def write_best(
+    run: Run, best: Incumbent, weights: Path, score: Mapping[str, Any], role: str
+) -> None:
+    """Write `best.json` and `best.safetensors`: a plain timm model and what is known of it."""
+    write_model(run, best, weights, score, role, run.folder.path / "best")
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a finished run's `result.json`; a damaged one is refused."""
+    data = read_json(path, "the result of a run")
+    if not isinstance(data, dict) or not {"status", "exit_code", "message"} <= set(data):
+        raise InputError(f"{path}: got another format, want the result of a run")
+    return data

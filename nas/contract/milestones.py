@@ -1,0 +1,95 @@
+"""The models that a run leaves: plain timm ones, the best of every milestone and the winner."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nas.contract.state import Incumbent, Run
+from nas.core.io import read_json, write_atomic, write_json
+from nas.core.table import Writer
+from nas.export.model_json import model_json, preprocessing_of
+from nas.measure.measurement import Measurement
+
+FAMILY_COLUMNS = (
+    "file", "kind", "step", "key", "params", "params_1000", "macs", "images_per_s",
+    "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi", "soft_loss",
+    "soft_loss_se", "top1", "top1_se", "metric", "metric_se", "epochs",
+)  # fmt: skip
+"""Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
+is the run's own where that is not top-1."""
+PASSING = ("load", "when", "seconds")
+"""What a measurement says of its moment, not of the model."""
+
+
+def write_model(
+    run: Run, of: Incumbent, weights: Path, score: Mapping[str, Any], role: str, stem: Path
+) -> dict[str, Any]:
+    """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and what is known of it.
+
+    `role` names the measurement that is quoted. Returns what the JSON holds.
+    """
+    measured = run.timings.measure(of.arch, role, reference=run.seed_arch)
+    assert isinstance(measured, Measurement)
+    target = stem.with_name(f"{stem.name}.safetensors")
+    target.parent.mkdir(exist_ok=True)
+    aside = target.with_name(f".{target.name}.tmp")
+    shutil.copyfile(weights, aside)
+    aside.replace(target)
+    told = model_json(
+        run.family, of.arch, run.context,
+        classes=run.dataset.classes,
+        sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
+        score=score,
+        throughput={
+            **{k: v for k, v in measured.to_dict().items() if k not in PASSING},
+            "reference": run.key(run.seed_arch),
+        },
+        preprocessing=preprocessing_of(run.dataset),
+    )  # fmt: skip
+    write_json(stem.with_name(f"{stem.name}.json"), told)
+    return told
+
+
+def write_milestone(run: Run, step: int, best: Incumbent) -> None:
+    """Keep the best of a step as a model of its own: `family/<step>-<parameters>.*`.
+
+    `family.csv` is drawn anew from what lies there.
+    """
+    row = next(r for r in run.ledger.rows if (r.step, r.key) == (best.step, best.key))
+    stem = run.folder.path / "family" / f"{step:02d}-{row.params}"
+    if not stem.with_name(f"{stem.name}.json").exists():
+        score = {
+            "kind": "proxy", "step": step, "soft_loss": row.soft_loss,
+            "soft_loss_se": row.soft_loss_se, "top1": row.top1, "top1_se": row.top1_se,
+            "metric": row.metric, "metric_se": row.metric_se,
+            "epochs": row.epochs, "holdout_n": len(run.dataset.holdout.labels),
+        }  # fmt: skip
+        write_model(run, best, best.weights, score, "gate", stem)
+    write_family(run.folder.path)
+
+
+def write_family(folder: Path) -> None:
+    """Draw `family.csv` from the models in `family/`, and the winner's where there is one."""
+    out = io.StringIO()
+    writer = Writer(out)
+    writer.writerow(FAMILY_COLUMNS)
+    for path in [*sorted((folder / "family").glob("*.json")), folder / "best.json"]:
+        if path.exists():
+            writer.writerow(_row(path, read_json(path, "a model of a run"), folder))
+    write_atomic(folder / "family.csv", out.getvalue().encode())
+
+
+def _row(path: Path, told: Mapping[str, Any], folder: Path) -> list[Any]:
+    score, pace = told["score"], told["throughput"]
+    values = {
+        **{k: told[k] for k in ("key", "params", "params_1000", "macs")},
+        **{k: v for k, v in pace.items() if k in FAMILY_COLUMNS},
+        **{k: v for k, v in score.items() if k in FAMILY_COLUMNS},
+        "file": str(path.with_suffix(".safetensors").relative_to(folder)),
+    }
+    return ["" if values.get(name) is None else values[name] for name in FAMILY_COLUMNS]

@@ -1,0 +1,371 @@
+"""Plan before spend: what a run would do and cost, from counting and about a minute's measuring.
+
+The steps are taken on paper: a strategy lists candidates as it would in the run, a throughput
+predicted from multiply-adds decides who passes, and where the run would train and rank, the
+candidate in the middle goes on. Counts of a band are exact; everything about throughput and time
+is an estimate and called one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import numpy as np
+
+from nas.contract.campaign import counted_bound, lighter_band, run_requirement
+from nas.contract.final import nearest_published
+from nas.contract.proxy_check import trust_work
+from nas.contract.race import rungs_of
+from nas.contract.scoring import places
+from nas.contract.seed import label_epochs, measure_seed, teacher_cost
+from nas.contract.state import Incumbent, Run, Work, derived_seed
+from nas.jobs.job import Job, Result
+from nas.search.constraints import PACE, StepBounds, bounds_at
+from nas.search.selection import Timed, pick
+from nas.search.strategies import Ask, Seen
+from space.contractions import Shortlisted, count_contractions
+from space.errors import refuse
+from space.family import Arch
+from space.sampling import sample_band
+
+MEASURING_S = 60.0
+"""How long a plan measures."""
+SAMPLED = 512
+"""Archs of a band whose throughput is estimated."""
+SCARCE = 0.05
+"""Where fewer of a band than this share are fast enough, throughput is what binds."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How throughput and training go with multiply-adds on this device, from a few archs.
+
+    `power`: throughput relative to the seed is (seed's MACs / MACs) ** power, with a standard
+    deviation of `spread` of its logarithm over `measured` archs. `gmacs_per_s` is of training,
+    forward and backward; `timing_s` what one timing took.
+    """
+
+    power: float
+    spread: float
+    measured: int
+    gmacs_per_s: float
+    timing_s: float
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step as planned.
+
+    `contractions` counts those of the seed in the band, exactly; `likely` those of the incumbents
+    that the plan met on its way. `fast_share` is the share of the band estimated to be fast enough
+    (None: nothing about pace is required), `binds` which constraint leaves less.
+    """
+
+    step: int
+    band_lo: int
+    band_hi: int
+    contractions: int
+    likely: int
+    fast_share: float | None
+    binds: str
+    timings: int
+    trainings: int
+    train_gmacs: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `--plan` tells; hours are of this device, bytes the most at a time.
+
+    `work` and `hours` are of everything, `trust` is what of it a trust report takes.
+    """
+
+    steps: tuple[PlannedStep, ...]
+    floor_params: int
+    floor_ratio: float | None
+    ceiling_params: int
+    work: Work
+    hours: float
+    disk_bytes: int
+    pace: Pace
+    stuck: str | None = None
+    trust: Work | None = None
+
+
+def make_plan(run: Run, seconds: float | None = None, *, trust: int | None = None) -> Plan:
+    """Plan a run without training anything, after about `seconds` of measuring (a minute).
+
+    `trust` archs are for a trust report. Raises InputError where the run itself would.
+    """
+    seconds = MEASURING_S if seconds is None else seconds
+    seed = measure_seed(run)
+    floor_arch = run.family.floor(run.seed_arch, run.context)
+    floor = run.timings.measure(floor_arch, "floor", reference=run.seed_arch)
+    floor_ratio = None if isinstance(floor, Result) else floor.ratio
+    pace = _pace(run, floor_arch, floor_ratio, seconds)
+    steps, stuck = _steps(run, seed.images_per_s, pace)
+    work = _work(run, steps)
+    hours, report = _hours(run, work, pace), None
+    if trust is not None:
+        report = trust_work(run, trust)
+        hours += (report.timings * pace.timing_s + report.train_gmacs / pace.gmacs_per_s) / 3600
+        work = Work(*(a + b for a, b in zip(astuple(work), astuple(report), strict=True)))
+    return Plan(
+        steps=tuple(steps),
+        floor_params=run.family.count_params(floor_arch, run.context),
+        floor_ratio=floor_ratio,
+        ceiling_params=run.start_params - 1,
+        work=work,
+        hours=hours,
+        disk_bytes=_disk(run, steps),
+        pace=pace,
+        stuck=stuck,
+        trust=report,
+    )
+
+
+def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> Pace:
+    """Time and train a few archs between the seed and the target."""
+    started, spent, timings = time.monotonic(), 0.0, 0
+    points = [] if floor_ratio is None else [(floor, floor_ratio)]
+    for turn in range(3):
+        for step in range(run.config.steps, 0, -1):
+            if turn and time.monotonic() - started > 0.6 * seconds:
+                break
+            drawn = sample_band(
+                run.family, run.seed_arch, run.context, run.band(step), 3,
+                random_seed=derived_seed(run.config.random_seed, "plan", step),
+            )  # fmt: skip
+            if len(drawn) <= turn:
+                continue
+            before = time.monotonic()
+            measured = run.timings.measure(drawn[turn], "plan", reference=run.seed_arch)
+            spent, timings = spent + time.monotonic() - before, timings + 1
+            if not isinstance(measured, Result) and measured.ratio is not None:
+                points.append((drawn[turn], measured.ratio))
+    macs = run.start_macs
+    x = np.array([math.log(macs / run.family.count_macs(a, run.context)) for a, _ in points])
+    y = np.array([math.log(ratio) for _, ratio in points])
+    power = float((x * y).sum() / max((x * x).sum(), 1e-12)) if len(points) else 0.0
+    rest = y - power * x
+    trained = [_trained_gmacs(run, a, seconds / 6) for a in (run.seed_arch, points[-1][0])]
+    return Pace(
+        power=power,
+        spread=float(np.sqrt((rest**2).mean())) if len(points) else 0.0,
+        measured=len(points),
+        gmacs_per_s=math.sqrt(trained[0] * trained[1]),
+        timing_s=spent / max(timings, 1),
+    )
+
+
+def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
+    """Return the GMACs a second of training an arch here."""
+    spec = {
+        **run.network(arch), "batch_size": run.config.batch_size, "seconds": seconds,
+        "device": run.config.device,
+    }  # fmt: skip
+    result = run.do(Job("pace", f"pace-{run.key(arch)}", spec))
+    if not result.ok:
+        said = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
+        reason = f"{run.family.label(arch)} cannot be trained: {said}"
+        raise refuse("--batch-size", run.config.batch_size, "a batch that trains here", reason)
+    return float(result.values["images_per_s"]) * run.image_cost(arch)
+
+
+def predicted_ratio(run: Run, pace: Pace, macs: float) -> float:
+    """Estimate the throughput of an arch relative to the seed."""
+    return float((run.start_macs / macs) ** pace.power)
+
+
+def _needed(run: Run, bounds: StepBounds, images_per_s: float) -> float | None:
+    """Return the least ratio to the seed that a step asks for, as far as it is about pace."""
+    needs = [] if bounds.least_ratio is None else [bounds.least_ratio]
+    for required in bounds.requirements:
+        if required.metric == "speedup":
+            needs.append(required.bound)
+        elif required.metric == "images_per_s" and required.setting == run.primary:
+            needs.append(required.bound / images_per_s)
+        elif required.metric in PACE:
+            start = run.start_values[run_requirement(run, required)]
+            faster = required.bound / start if required.sense == ">=" else start / required.bound
+            needs.append(faster)
+    return max(needs) if needs else None
+
+
+def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep], str | None]:
+    """Take the steps on paper."""
+    config, strategy = run.config, run.strategy
+    seed = Incumbent(run.seed_arch, run.key(run.seed_arch), run.folder.path, 1.0, images_per_s, 0.0)
+    incumbents = [seed]
+    seen: list[Seen] = []
+    found: list[PlannedStep] = []
+    for step in range(1, config.steps + 1):
+        parents = incumbents if strategy.stepwise else [seed]
+        bounds = bounds_at(
+            step if strategy.stepwise else config.steps, config, seed_params=run.start_params,
+            seed_values=run.start_values, parent_ratio=parents[0].ratio,
+        )  # fmt: skip
+        need = _needed(run, bounds, images_per_s)
+        listed, passed, timings = [], [], 0
+        tried: set[str] = set()
+        for draw in range(config.draws):
+            ask = Ask(
+                step=step, steps=config.steps, number=config.shortlist, draw=draw,
+                family=run.family, context=run.context, seed=run.seed_arch,
+                incumbents=tuple(i.arch for i in incumbents),
+                band=lighter_band(run, bounds, draw),
+                random_seed=derived_seed(config.random_seed, "shortlist", step),
+                anchors=config.anchors and draw == 0, exclude=frozenset(tried), seen=tuple(seen),
+            )  # fmt: skip
+            listed = strategy.shortlist(ask)
+            tried |= {run.key(each.arch) for each in listed}
+            timings += len(listed)
+            passed = _likely(run, listed, need, pace)
+            if passed:
+                break
+        chosen = _chosen(run, step, passed, pace)
+        gmacs = _train_gmacs(run, [c.arch for c in chosen])
+        share = _fast_share(run, bounds, need, pace)
+        counted = count_contractions(run.family, run.seed_arch, run.context, bounds.band)
+        likely = sum(
+            count_contractions(run.family, p.arch, run.context, bounds.band) for p in parents
+        )
+        found.append(
+            PlannedStep(
+                step, bounds.band.lo, bounds.band.hi, counted, likely, share,
+                _binds(run, bounds, counted, share), timings, len(chosen), gmacs,
+            )
+        )  # fmt: skip
+        if not chosen and strategy.stepwise:
+            need_text = "" if need is None else f" ({need:.2f}x the seed is asked for)"
+            return found, f"step {step} may find nothing fast enough{need_text}"
+        seen += [Seen(step, c.arch, run.key(c.arch), c.params, 0.0, 1.0, 1.0) for c in listed]
+        middle = sorted(chosen, key=lambda c: (c.macs, run.key(c.arch)))
+        at = max(0, (len(middle) - places(run, step)) // 2)
+        kept = middle[at : at + places(run, step)]
+        incumbents = [
+            Incumbent(c.arch, run.key(c.arch), run.folder.path,
+                      predicted_ratio(run, pace, c.macs), 0.0, 0.0)
+            for c in kept
+        ] or incumbents  # fmt: skip
+    return found, None
+
+
+def _likely(
+    run: Run, listed: Sequence[Shortlisted], need: float | None, pace: Pace
+) -> list[Shortlisted]:
+    """Return as many as are expected to pass, the likeliest ones."""
+    if need is None:
+        return list(listed)
+    odds = [_odds(predicted_ratio(run, pace, c.macs), need, pace) for c in listed]
+    likeliest = sorted(range(len(listed)), key=lambda i: -odds[i])[: round(sum(odds))]
+    return [listed[i] for i in sorted(likeliest)]
+
+
+def _odds(ratio: float, need: float, pace: Pace) -> float:
+    """Return how likely an arch of an estimated ratio is fast enough."""
+    z = math.log(ratio / need) / max(pace.spread, 1e-6)
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def _chosen(run: Run, step: int, passed: Sequence[Shortlisted], pace: Pace) -> list[Shortlisted]:
+    """Choose those that would be trained, as the run does."""
+    if not run.strategy.stepwise:
+        return list(passed[: run.config.proxied])
+    timed = []
+    for each in passed:
+        values = run.family.to_dict(each.arch).values()
+        slots = (v if isinstance(v, list) else [v] for v in values)
+        features = tuple(float(v) for slot in slots for v in slot)
+        ratio = predicted_ratio(run, pace, each.macs)
+        timed.append(Timed(run.key(each.arch), features, ratio, each.anchor is not None))
+    seed = derived_seed(run.config.random_seed, "spread", step)
+    keys = set(pick(timed, run.config.proxied, run.config.choose, random_seed=seed))
+    return [each for each in passed if run.key(each.arch) in keys]
+
+
+def _train_gmacs(run: Run, archs: Sequence[Arch]) -> float:
+    images = len(run.dataset.train.labels) * run.config.proxy_epochs
+    return sum(images * run.image_cost(arch) for arch in archs)
+
+
+def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) -> float | None:
+    """Estimate which share of a band is fast enough, with the estimate's own scatter."""
+    if need is None:
+        return None
+    drawn = sample_band(
+        run.family, run.seed_arch, run.context, bounds.band, SAMPLED,
+        random_seed=derived_seed(run.config.random_seed, "plan share", bounds.step),
+    )  # fmt: skip
+    if not drawn:
+        return 0.0
+    macs = run.family.count_macs_many(run.family.table(drawn), run.context).tolist()
+    return sum(_odds(predicted_ratio(run, pace, m), need, pace) for m in macs) / len(macs)
+
+
+def _binds(run: Run, bounds: StepBounds, counted: int, share: float | None) -> str:
+    if counted == 0:
+        return f"{counted_bound(run, [run.seed_arch], bounds.band)}: nothing in the band"
+    if share is None:
+        return "parameters"
+    return "throughput (estimate)" if share < SCARCE else "parameters, then throughput (estimate)"
+
+
+def _work(run: Run, steps: Sequence[PlannedStep]) -> Work:
+    """Count the run's work from its planned steps."""
+    config = run.config
+    images = len(run.dataset.train.labels)
+    last = run.config.target_params / run.start_params * run.image_cost(run.seed_arch)
+    if steps and steps[-1].trainings:
+        each = images * config.proxy_epochs * steps[-1].trainings
+        last = steps[-1].train_gmacs / each
+    again = min(places(run, config.steps), steps[-1].trainings if steps else 0)
+    again = again if again > 1 else 0
+    settings = len(run.settings)
+    timings = settings * (2 + sum(s.timings for s in steps) + 1) + 1
+    gmacs = images * config.seed_epochs * run.image_cost(run.seed_arch)
+    gmacs += sum(s.train_gmacs for s in steps)
+    # The winner is compared with the published arch nearest in size, trained as long.
+    _, beside = nearest_published(run, config.target_params)
+    pair = last + run.image_cost(beside)
+    gmacs += images * (again * config.proxy_epochs * last + config.final_epochs * pair)
+    return Work(timings, 1 + sum(s.trainings for s in steps) + again + 2, gmacs)
+
+
+def _hours(run: Run, work: Work, pace: Pace) -> float:
+    """Estimate the hours of a run that finds nothing in the cache."""
+    config = run.config
+    images = len(run.dataset.train.labels)
+    teacher = 0.0
+    if config.labels is None:
+        teacher = images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
+    # Every training is scored on the holdout, at a third of the cost of training on an image.
+    rungs = len(rungs_of(config.proxy_epochs)) if config.racing else 1
+    scored = len(run.dataset.holdout.labels) * rungs / 3 * work.train_gmacs
+    scored /= images * max(config.proxy_epochs, 1)
+    seconds = work.timings * pace.timing_s
+    seconds += (work.train_gmacs + scored + teacher) / pace.gmacs_per_s
+    return seconds / 3600
+
+
+def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
+    """Estimate the most bytes at a time: pixels, labels, weights, checkpoints of a race."""
+    config, data = run.config, run.dataset
+    splits = (data.train, data.holdout, data.test)
+    pixels = sum(len(s.labels) for s in splits) * 3 * run.context.img_size**2
+    classes = run.context.num_classes
+    topk = config.topk or min(100 if classes > 10_000 else 10, classes - 1)
+    labels = 0  # a store of the user's own is there already
+    if config.labels is None:
+        labels = len(data.train.labels) * label_epochs(run) * (4 * topk + 24)
+    weights = 4 * run.start_params
+    for step in steps:
+        weights += 4 * step.band_hi  # the milestone
+    largest = max((s.band_hi for s in steps), default=run.start_params)
+    weights += 4 * largest * (config.beam + 12)
+    if config.racing:
+        weights += 12 * largest * config.proxied
+    return pixels + labels + weights

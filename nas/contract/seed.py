@@ -1,0 +1,363 @@
+"""What comes before the first step: the seed measured and trained, the teacher and its labels."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from nas.contract.gates import shown
+from nas.contract.state import MORE, Incumbent, Run
+from nas.contract.timing import MEASURE_COST
+from nas.core.config import RunConfig, flag
+from nas.core.requirement import Requirement, Setting
+from nas.jobs.job import Result
+from nas.labels import make_store as labelling
+from nas.measure.measurement import Measurement
+from nas.search.constraints import PACE, bench_setting, requirements_of
+from nas.search.study import Row
+from space import REFERENCE_CONTEXT
+from space.errors import InputError, refuse
+from space.family import Arch
+
+TEACHER_COST = 0.35
+"""GMACs of training the auto teacher on one image at 48 px, forward and backward (roughly)."""
+
+
+def teacher_cost(run: Run) -> float:
+    """Return about how many GMACs a training of the auto teacher spends on one image.
+
+    It is convolutional: they go with the pixels. Another teacher's are not known before it runs.
+    """
+    return TEACHER_COST * (run.context.img_size / 48) ** 2
+
+
+def label_epochs(run: Run) -> int:
+    """Return how many epochs of labels the longest training replays."""
+    config = run.config
+    return max(config.seed_epochs, config.proxy_epochs * config.steps, config.final_epochs)
+
+
+def expected_cost(run: Run) -> float:
+    """Return the run's work in GMACs of training, for the progress bar. An estimate."""
+    config = run.config
+    images = len(run.dataset.train.labels)
+    seed = run.image_cost(run.seed_arch)
+    params = run.family.count_params(run.seed_arch, run.context)
+    cost = images * config.seed_epochs * seed
+    if config.labels is None:
+        cost += images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
+    for step in range(1, config.steps + 1):
+        # MACs fall about as fast as parameters along a contraction.
+        share = (config.target_params / params) ** (step / config.steps)
+        cost += config.shortlist * MEASURE_COST
+        cost += config.proxied * images * config.proxy_epochs * seed * share
+    share = config.target_params / params
+    return cost + 2 * (images * config.final_epochs * seed * share + MEASURE_COST)
+
+
+def announce(run: Run, *, fresh: bool) -> None:
+    """Print the configuration, once, before any work."""
+    config, family, context = run.config, run.family, run.context
+    bounds = [required.text for required in requirements_of(config)]
+    if not any(required.metric in PACE for required in requirements_of(config)):
+        bounds.append("no step slower than its parent (2 % slack)")
+    run.console.line(
+        f"{'contract' if fresh else 'resume'} {config.seed} "
+        f"({family.count_params(run.seed_arch, context):,} parameters here) to "
+        f"{config.target_params:,} +- {config.params_tolerance:.0%}, {' and '.join(bounds)}"
+    )
+    run.console.line(
+        f"effort {config.effort}: {config.steps} steps, {config.shortlist} timed and "
+        f"{config.proxied} trained a step, beam {config.beam}; epochs: seed {config.seed_epochs}, "
+        f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}"
+        + ("" if config.distill == "sparse" else f"; all by {config.distill} distillation")
+    )
+    run.console.line(
+        f"device {config.device}, {config.threads} threads, timing {run.primary.text}; "
+        f"random seed {config.random_seed}; folder {run.folder.path}"
+    )
+    if run.table is not None:
+        for line in run.table.describe():
+            run.console.line(line)
+
+
+def prepare_seed(run: Run) -> Incumbent:
+    """Measure, teach and train the seed; return it as the first incumbent, and write its row."""
+    measured = measure_seed(run)
+    teacher = _labels(run)
+    init = "scratch"
+    if run.config.seed_weights is not None:
+        init = f"file:{run.config.seed_weights}"
+    spec = run.train_spec(
+        run.seed_arch,
+        epochs=run.config.seed_epochs,
+        init=init,
+        parent=None,
+        first_epoch=0,
+        test=False,
+    )
+    out = run.cache / "seeds" / run.spec_digest(spec)
+    trained = run.train(run.seed_arch, "seed", out=out, epochs=run.config.seed_epochs, init=init)
+    if not trained.ok:
+        raise InputError(f"the seed's training failed: {trained.reason}")
+    for note in trained.values.get("notes", ()):
+        run.console.line(f"seed: {note}")
+    _write_row(run, measured, trained)
+    run.console.line(
+        f"seed: soft loss {trained.values['soft_loss']:.4f} +- "
+        f"{trained.values['soft_loss_se']:.4f}, top-1 {trained.values['top1']:.1%} on "
+        f"{len(run.dataset.holdout.labels)} holdout images after {run.config.seed_epochs} epochs"
+    )
+    if teacher is not None:
+        for line in weak_teacher(teacher, trained.values):
+            run.console.line(line)
+    return Incumbent(
+        arch=run.seed_arch,
+        key=run.key(run.seed_arch),
+        weights=out / "weights.safetensors",
+        ratio=1.0,
+        images_per_s=measured.images_per_s,
+        soft_loss=trained.values["soft_loss"],
+        soft_loss_se=trained.values["soft_loss_se"],
+    )
+
+
+def measure_seed(run: Run) -> Measurement:
+    """Time the seed under every setting; refuse what its smallest contraction does not reach."""
+    measured = _measured_seed(run)
+    run.console.line(
+        f"seed: {measured.images_per_s:.1f} images/s "
+        f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
+        f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
+    )
+    run.start_values = {r: _seed_value(run, r) for r in requirements_of(run.config)}
+    _reachable(run)
+    return measured
+
+
+def _measured_seed(
+    run: Run, setting: Setting | None = None, requirements: tuple[Requirement, ...] = ()
+) -> Measurement:
+    setting = run.primary if setting is None else setting
+    measured = run.timings.measure(
+        run.seed_arch, "seed", reference=None, requirements=requirements, setting=setting
+    )
+    if isinstance(measured, Result):
+        raise InputError(
+            f"--seed: {run.config.seed} cannot be timed under {setting.text}: {measured.reason}; "
+            "lower the batch (--bench-batch, or :bN in --require)"
+        )
+    return measured
+
+
+def _seed_value(run: Run, required: Requirement) -> float:
+    """Return the seed's own value of what is required, in the metric's unit."""
+    if required.setting is None:
+        count = run.family.count_params if required.metric == "params" else run.family.count_macs
+        return float(count(run.seed_arch, run.context))
+    if required.metric == "speedup":
+        return 1.0
+    # A bound with nothing to decide: the seed may miss it, that is what the steps are for.
+    weigh = (required,) if required.metric == "peak_mem_mb" else ()
+    measured = _measured_seed(run, required.setting, weigh)
+    return measured.interval(required.metric)[0]
+
+
+def _reachable(run: Run) -> None:
+    """Refuse requirements that even the smallest contraction does not meet, before training."""
+    config = run.config
+    floor = run.family.floor(run.seed_arch, run.context)
+    for setting in run.settings:
+        required = tuple(r for r in requirements_of(config) if r.setting == setting)
+        if not required:
+            continue
+        measured = run.timings.measure(
+            floor, "floor", reference=run.seed_arch, requirements=required, setting=setting
+        )
+        if isinstance(measured, Result):
+            continue  # nothing is known then, so nothing is refused
+        for one in required:
+            if measured.judge(one) == "fail":
+                reach = f"about {shown(measured, one.metric)} at the very end"
+                named = short_form(config, one)
+                raise refuse(
+                    named, one.text if named == "--require" else f"{one.bound:g}", reach,
+                    f"the smallest contraction of {config.seed} reaches no more",
+                )  # fmt: skip
+
+
+def short_form(config: RunConfig, required: Requirement) -> str:
+    """Return the flag that a requirement was given by."""
+    for name, metric in (("min_speedup", "speedup"), ("min_throughput", "images_per_s")):
+        same = (required.metric, required.setting) == (metric, bench_setting(config))
+        if same and getattr(config, name) is not None:
+            return flag(name)
+    return "--require"
+
+
+def weak_teacher(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> list[str]:
+    """Say so when the teacher does not stand above its student; nothing otherwise.
+
+    Above means by more than its standard error in holdout top-1, or both at 97 % or more.
+    """
+    best, error, student = teacher["holdout_top1"], teacher["holdout_top1_se"], seed["top1"]
+    if best - student > error or min(best, student) >= 0.97:
+        return []
+    return [
+        f"note: the teacher ({best:.1%} +- {error:.1%}) does not stand above the seed "
+        f"({student:.1%}); its labels may teach little: try --teacher-epochs or --teacher"
+    ]
+
+
+def _labels(run: Run) -> Mapping[str, Any] | None:
+    """Have the labels: the named store, or the teacher's own, made now where they are missing.
+
+    Returns the teacher, or None for a named store, which does not say how good its teacher was.
+    """
+    config, data = run.config, run.dataset
+    needed = label_epochs(run)
+    stored = needed if config.label_epochs is None else config.label_epochs
+    if stored < needed and config.beyond == "refuse":
+        raise refuse(
+            flag("label_epochs"), stored, f"{needed}, the epochs of the longest training",
+            "or let the labels start again with --beyond cycle",
+        )  # fmt: skip
+    teacher: Mapping[str, Any] | None = None
+    images = len(data.train.labels)
+    if config.labels is not None:
+        folder = config.labels
+    else:
+        cost = float(images * config.teacher_epochs) * teacher_cost(run)
+        taught = labelling.teach(
+            lambda job: run.do(job, cost=cost), data, run.cache,
+            teacher=config.teacher, teacher_epochs=config.teacher_epochs,
+            random_seed=config.random_seed, device=config.device, threads=config.threads,
+        )  # fmt: skip
+        teacher = taught["info"]
+        run.console.line(f"teacher: {taught['says']}")
+        folder = _own_store(run, taught["info"], stored)
+    run.store = labelling.open_for(
+        run.do, folder, data, epochs=needed,
+        # The run's own store is shared, and longer where another run asked for more.
+        stored=stored if config.labels is None else config.label_epochs,
+        missing=config.missing_labels, beyond=config.beyond,
+    )  # fmt: skip
+    run.console.line(f"labels: {run.store['says']}")
+    for note in run.store["notes"]:
+        run.console.line(f"labels: {note}")
+    return teacher
+
+
+def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
+    """Build the run's own store in the cache, or find it there."""
+    config, data = run.config, run.dataset
+    request = {
+        "epochs": epochs,
+        "topk": config.topk,
+        "codec": config.codec,
+        "preset": config.augment,
+        "salt": config.random_seed,
+        "device": config.device,
+        "threads": config.threads,
+    }
+    made_by = {
+        "data": run.data_spec(),
+        "teacher": config.teacher,
+        "teacher_epochs": config.teacher_epochs,
+        "random_seed": config.random_seed,
+        "device": config.device,
+        "threads": config.threads,
+    }
+    begun = labelling.begin(
+        run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by
+    )
+    job = labelling.build_job(begun, data, info, part=(1, 1), device=config.device)
+    labelling.build(lambda job: run.do(job, cost=job.units / 3 * teacher_cost(run)), job)
+    return str(begun["folder"])
+
+
+def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
+    """Write the seed's own ledger row, step 0."""
+    family, arch = run.family, run.seed_arch
+    row = Row(
+        step=0,
+        key=run.key(arch),
+        label=family.label(arch),
+        parent="",
+        moves="",
+        notches=0,
+        anchor="seed",
+        params=family.count_params(arch, run.context),
+        params_1000=family.count_params(arch, REFERENCE_CONTEXT),
+        macs=family.count_macs(arch, run.context),
+        images_per_s=measured.images_per_s,
+        images_per_s_lo=measured.images_per_s_lo,
+        images_per_s_hi=measured.images_per_s_hi,
+        ratio=1.0,
+        ratio_lo=1.0,
+        ratio_hi=1.0,
+        reference=run.key(arch),
+        basis=run.timings.basis(arch),
+        soft_loss=trained.values["soft_loss"],
+        soft_loss_se=trained.values["soft_loss_se"],
+        top1=trained.values["top1"],
+        top1_se=trained.values["top1_se"],
+        metric=trained.values.get("metric"),
+        metric_se=trained.values.get("metric_se"),
+        epochs=run.config.seed_epochs,
+        seconds=round(measured.seconds + trained.seconds, 3),
+        stage="kept",
+        state="complete",
+        reason="the seed",
+    )
+    run.ledger.add(row, family.to_dict(arch), {"params": 0.0, "throughput": 0.0})
+    run.ledger.write_csv(run.folder.path / "ledger.csv")
+
+
+def incumbent_of(run: Run, row: Row) -> Incumbent:
+    """Return the incumbent that a kept row tells of."""
+    arch = _arch_of(run, row)
+    assert row.ratio is not None
+    assert row.images_per_s is not None
+    assert row.soft_loss is not None
+    longer = MORE if row.epochs > run.config.proxy_epochs else ""
+    return Incumbent(
+        arch=arch,
+        key=row.key,
+        weights=run.folder.job_folder(f"s{row.step}-{row.key}{longer}") / "weights.safetensors",
+        ratio=row.ratio,
+        images_per_s=row.images_per_s,
+        soft_loss=row.soft_loss,
+        step=row.step,
+    )
+
+
+def best_so_far(run: Run, steps: int) -> Incumbent | None:
+    """Return the best of the last finished step whose weights are there, None before the first.
+
+    Where all steps look inside one band, the best of all of them.
+    """
+    rows = [r for r in run.ledger.rows if r.stage == "kept" and 0 < r.step <= steps]
+    if run.strategy.stepwise:
+        rows = [r for r in rows if r.step == steps]
+    else:
+        rows.sort(key=lambda r: r.soft_loss or 0.0)
+    found = (incumbent_of(run, row) for row in rows)
+    return next((each for each in found if each.weights.exists()), None)
+
+
+def _arch_of(run: Run, row: Row) -> Arch:
+    return run.family.arch(run.ledger.arch(row.step, row.key))
+
+
+def tidy(run: Run) -> None:
+    """Remove the weights that only a resume would have needed; results and logs stay."""
+    keep = {run.folder.path / "best.safetensors"}
+    for path in run.folder.work.glob("*/weights.safetensors"):
+        if path not in keep:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    for part in run.folder.work.glob("*.part"):
+        shutil.rmtree(part, ignore_errors=True)

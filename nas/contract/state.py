@@ -1,0 +1,430 @@
+"""One run at work: its configuration, folder, executor and books, and how a job is done in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nas.contract.replay import Earlier
+from nas.contract.run_folder import RunDir
+from nas.contract.timing import Timings
+from nas.core.config import RunConfig
+from nas.core.per_image import judged
+from nas.core.progress import Console
+from nas.core.requirement import Requirement
+from nas.data import Dataset
+from nas.jobs.executor import Executor
+from nas.jobs.job import Job, Needs, Result
+from nas.jobs.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure, left
+from nas.measure.device_table import DeviceTable
+from nas.search.constraints import band_at, primary_setting, settings_of
+from nas.search.storage import Shared
+from nas.search.strategies import get_strategy
+from nas.search.study import ledger_of
+from nas.train.rates import peak_lr
+from space import Context
+from space.contractions import Band
+from space.errors import InputError
+from space.family import Arch, Family
+
+log = logging.getLogger(__name__)
+
+RUNG = "-rung"
+"""Between the name of a raced training and the epochs after which one of its jobs stops."""
+MORE = "-more"
+"""What the job of an entrant is called that trains on the epochs which others saved."""
+
+READS = ("dataset", "store", "parent.weights", "parent.order", "continue_from.checkpoint")
+"""What a training reads of the file system (`nas.jobs.job.Needs`)."""
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """An arch that a step may start from: its weights, throughput and score so far.
+
+    `order` is the file that says which of its units and blocks a child wants most; None: the first.
+    `step` is that of its ledger row, `parent` what its weights came from; `second_loss` its soft
+    loss from another random seed, where it was a finalist.
+    """
+
+    arch: Arch
+    key: str
+    weights: Path
+    ratio: float
+    images_per_s: float
+    soft_loss: float
+    soft_loss_se: float = 0.0
+    order: Path | None = None
+    step: int = 0
+    parent: Incumbent | None = None
+    second_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job that leaves the folder `out`, and its share of the progress bar."""
+
+    job: Job
+    out: Path
+    cost: float
+
+
+Ahead = Callable[[Mapping[str, Result], int], Sequence[Task]]
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a seed for one decision, from the run's random seed and what is decided."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counted work: timings (of one arch under one setting), trainings and their GMACs.
+
+    GMACs are of training, forward and backward, without the teacher's and without scoring.
+    """
+
+    timings: int
+    trainings: int
+    train_gmacs: float
+
+
+class Run:
+    """What the steps of a run share. The driver's process holds exactly one.
+
+    Opens the folder's books, `measurements.csv` and `study.db`; damaged ones are refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        family: Family,
+        seed_arch: Arch,
+        dataset: Dataset,
+        folder: RunDir,
+        executor: Executor,
+        console: Console,
+        cache: Path,
+        deadline: float | None,
+        fingerprints: Mapping[str, Mapping[str, Any]],
+        table: DeviceTable | None = None,
+        earlier: Earlier | None = None,
+        storage: Shared | None = None,
+    ) -> None:
+        self.config = config
+        self.family = family
+        self.seed_arch = seed_arch
+        self.dataset = dataset
+        self.context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+        self.folder = folder
+        self.executor = executor
+        self.console = console
+        self.cache = cache
+        self.deadline = deadline
+        self.fingerprints = fingerprints
+        self.fingerprint = fingerprints[config.device]
+        self.table = table
+        self.earlier = earlier
+        self.strategy = get_strategy(config.strategy)
+        self.primary = primary_setting(config)
+        self.settings = settings_of(config)
+        self.trained: dict[str, float] = {}
+        self.counted: dict[tuple[str, Band], int] = {}
+        # Where the steps' bounds start to tighten: the seed, or what an earlier run had reached.
+        self.start_values: Mapping[Requirement, float] = {}
+        self.start_params = family.count_params(seed_arch, self.context)
+        self.start_macs = family.count_macs(seed_arch, self.context)
+        self.start_ratio = 1.0
+        self.store: Mapping[str, Any] = {}
+        self.timings = Timings(
+            config=config, family=family, context=self.context, folder=folder.path, cache=cache,
+            console=console, fingerprints=fingerprints, table=table, do=self.do,
+            rest=lambda: self.executor.rest(),
+        )  # fmt: skip
+        self.ledger = ledger_of(folder.path, storage)
+
+    def key(self, arch: Arch) -> str:
+        """Return the arch's key in this run's context."""
+        return self.family.key(arch, self.context)
+
+    def image_cost(self, arch: Arch) -> float:
+        """Return the GMACs of training on one image, forward and backward."""
+        return 3e-9 * self.family.count_macs(arch, self.context)
+
+    def network(self, arch: Arch) -> dict[str, Any]:
+        """Return an arch as built in this run's context, as plain JSON."""
+        return {
+            "family": self.family.name,
+            "arch": self.family.to_dict(arch),
+            "context": dataclasses.asdict(self.context),
+        }
+
+    def first_epoch(self, step: int) -> int:
+        """Return the first epoch of labels that a step's candidates train on.
+
+        Steps of a contraction go on where the parents stopped; the others compare the candidates of
+        all steps, so these all see the same batches.
+        """
+        return (step - 1) * self.config.proxy_epochs if self.strategy.stepwise else 0
+
+    def work(self) -> Work:
+        """Return what this run asked for so far, whether it was done now or earlier."""
+        trained = {name.split(RUNG)[0].removesuffix(MORE) for name in self.trained}
+        return Work(len(self.timings.asked), len(trained), sum(self.trained.values()))
+
+    def band(self, step: int) -> Band:
+        """Return the parameter band of a step; the target's for strategies that take no steps."""
+        step = step if self.strategy.stepwise else self.config.steps
+        return band_at(self.start_params, self.config, step)
+
+    def data_spec(self) -> dict[str, Any]:
+        """Return what the user asked of the data, as plain JSON."""
+        config = self.config
+        return {
+            "name": config.data,
+            "img_size": config.img_size,
+            "proxy_images": config.proxy_images,
+            "max_broken": config.max_broken,
+            "random_seed": config.random_seed,
+        }
+
+    # Jobs
+
+    def do(self, job: Job, *, cost: float = 0.0) -> Result:
+        """Do a job that leaves nothing behind.
+
+        `cost` is its share of the progress bar. Failures that depend on the moment (the deadline)
+        raise, and bad input; failures of the job are results.
+        """
+        (result,) = self._stream([job], {job.key: cost})
+        return result
+
+    def do_all(
+        self,
+        tasks: Sequence[Task],
+        *,
+        remember: bool = False,
+        ahead: Ahead | None = None,
+    ) -> list[Result]:
+        """Do jobs that leave folders, side by side where the executor can; results in their order.
+
+        Each leaves its folder whole or not at all, with its `result.json`; what an earlier process
+        of this run finished is taken over, and that a job failed too where it is to `remember`.
+        `ahead` says, by the results so far and how many jobs may run at once, which jobs idle
+        workers may do in case that they are asked for next.
+        """
+        found: dict[str, Result] = {}
+        open_tasks = {}
+        for task in tasks:
+            known = failed_before(task.out) if remember else None
+            known = known or finished_before(task.out, task.job.key)
+            if known is None:
+                open_tasks[task.job.key] = task
+            else:
+                self.console.advance(task.cost)
+                found[task.job.key] = known
+        costs = {key: task.cost for key, task in open_tasks.items()}
+        for result in self._stream([task.job for task in open_tasks.values()], costs):
+            found[result.key] = result
+            if remember and not result.ok:
+                keep_failure(open_tasks[result.key].out, result)
+            more_to_come = len(found) < len(tasks)
+            if ahead is not None and more_to_come and self.executor.spare:
+                listed = ahead(found, self.executor.room)
+                more = [task for task in listed if not left(task.out)]
+                self.executor.ahead(task.job for task in more)
+        return [found[task.job.key] for task in tasks]
+
+    def discard(self, folders: Sequence[Path]) -> None:
+        """Forget jobs that ran ahead, or may have in an earlier process, and were not chosen."""
+        self.executor.forget([folder.name for folder in folders])
+        for folder in folders:
+            for place in (folder, folder.with_name(f"{folder.name}.part")):
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _stream(self, jobs: Sequence[Job], costs: Mapping[str, float]) -> Iterator[Result]:
+        """Do jobs, move the bar on as they go, and give their results as they end."""
+        moved = dict.fromkeys(costs, 0.0)
+        units = {job.key: job.units for job in jobs}
+
+        def tick(key: str, done: float) -> None:
+            step = costs[key] * done / units[key] if units[key] else 0.0
+            step = min(step, costs[key] - moved[key])
+            moved[key] += step
+            self.console.advance(step)
+
+        if jobs:
+            others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+            self.console.describe(f"{jobs[0].key}{others}")
+        for result in self.executor.stream(
+            jobs, tick=tick, deadline=self.deadline, heartbeat=self.console.refresh
+        ):
+            self.console.advance(costs[result.key] - moved[result.key])
+            if not result.ok and result.values.get("input_error"):
+                raise InputError(result.reason)
+            yield result
+
+    # Training
+
+    def training(
+        self,
+        arch: Arch,
+        name: str,
+        *,
+        out: Path,
+        epochs: int,
+        init: str,
+        parent: Incumbent | None = None,
+        first_epoch: int = 0,
+        test: bool = False,
+        random_seed: int | None = None,
+        rung: int | None = None,
+        before: tuple[int, Path] | None = None,
+        images: int | None = None,
+        hard_weight: float = 0.0,
+    ) -> Task:
+        """Describe a training of an arch on the stored labels, scored on the holdout (`train`).
+
+        `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. With `test`, the test
+        split is evaluated too, once. In the end the folder `out` holds weights and per-image
+        losses; see `nas.jobs.run_job` for the values. `rung` stops after so many of the `epochs`,
+        and
+        `before` goes on from an earlier rung: its epochs and its folder. `random_seed` is the
+        run's own unless it is given; `images` trains on a fixed subset of that size;
+        `hard_weight` is the share of the loss that goes by the true labels, the rest by soft ones,
+        in place of the run's own `--distill`.
+        """
+        spec = self.train_spec(
+            arch, epochs=epochs, init=init, parent=parent, first_epoch=first_epoch, test=test
+        )
+        if random_seed is not None:
+            spec["random_seed"] = random_seed
+        done = 0
+        if rung is not None:
+            spec["rung"] = rung
+        if before is not None:
+            done = before[0]
+            spec["continue_from"] = {"epochs": done, "checkpoint": str(before[1] / CHECKPOINT)}
+        if hard_weight:
+            spec.pop("distill", None)
+            spec["hard_weight"] = hard_weight
+        each = len(self.dataset.train.labels)
+        if images is not None and images < each:
+            spec["images"] = each = images
+        images = each * ((epochs if rung is None else rung) - done)
+        shared = self.folder.path not in out.parents
+        spec = {**spec, "out": str(out), "shared": shared}
+        reads = [r for r in READS if _named(spec, r)]
+        # Weights that the user named stay where they are, and so does the job.
+        needs = Needs() if init.startswith("file:") else Needs(tuple(reads), "out")
+        job = Job("train", name, spec, float(images), needs)
+        return Task(job, out, images * self.image_cost(arch))
+
+    def train(self, arch: Arch, name: str, **more: Any) -> Result:
+        """Train one arch; see `training`."""
+        return self.train_all([self.training(arch, name, **more)])[0]
+
+    def train_all(
+        self,
+        tasks: Sequence[Task],
+        **options: Any,
+    ) -> list[Result]:
+        """Do trainings, as `do_all` does; they count as work, and are judged by the metric."""
+        for task in tasks:
+            self.trained[task.job.key] = task.cost
+        results = self.do_all(tasks, **options)
+        return [self._judged(*each) for each in zip(tasks, results, strict=True)]
+
+    def _judged(self, task: Task, result: Result) -> Result:
+        if not result.ok or self.config.metric == "top1":
+            return result
+        classes = len(self.dataset.classes)
+        return replace(result, values=judged(result.values, task.out, self.config.metric, classes))
+
+    def train_spec(
+        self,
+        arch: Arch,
+        *,
+        epochs: int,
+        init: str,
+        parent: Incumbent | None,
+        first_epoch: int,
+        test: bool,
+    ) -> dict[str, Any]:
+        """Return everything that decides the outcome of a training, as plain JSON."""
+        # What was trained before there was a choice keeps its key.
+        distill = self.config.distill
+        return {
+            **self.network(arch),
+            **({} if distill == "sparse" else {"distill": distill}),
+            "dataset": str(self.dataset.folder),
+            "store": self.store["folder"],
+            "store_id": self.store["id"],
+            "epochs": epochs,
+            "batch_size": self.config.batch_size,
+            "init": init,
+            "lr": peak_lr(
+                "scratch" if init == "scratch" else "inherit",
+                self.family.count_params(arch, self.context),
+            ),
+            "parent": None
+            if parent is None
+            else {
+                "arch": self.family.to_dict(parent.arch),
+                "weights": str(parent.weights),
+                "order": None if parent.order is None else str(parent.order),
+            },
+            "first_epoch": first_epoch,
+            "missing": self.config.missing_labels,
+            "beyond": self.config.beyond,
+            "label_epochs": self.store["use_epochs"],
+            "random_seed": self.config.random_seed,
+            "device": self.config.device,
+            "test": test,
+            # A long training may be cut anywhere; a short one is sooner done again.
+            "checkpoint": epochs >= 5,
+        }
+
+    def spec_digest(self, spec: Mapping[str, Any]) -> str:
+        """Return a name for everything that decides a cached training, this machine included."""
+        whole = {
+            **{k: v for k, v in spec.items() if k not in ("dataset", "store", "out", "checkpoint")},
+            "dataset": self.dataset.fingerprint,
+            "threads": self.config.threads,
+            "fingerprint": self.fingerprint["id"],
+            "started_from": _file_digest(str(spec["init"])),
+            # More labels than a training comes to change nothing.
+            "label_epochs": min(spec["label_epochs"], spec["first_epoch"] + spec["epochs"]),
+        }
+        if self.config.metric != "top1":
+            whole["metric"] = self.config.metric
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _named(spec: Mapping[str, Any], dotted: str) -> bool:
+    """Tell whether a specification names something there: `parent.weights`."""
+    value: Any = spec
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value is not None
+
+
+def _file_digest(init: str) -> str | None:
+    """Return the content hash of the checkpoint that `file:PATH` names; a path alone may lie."""
+    kind, _, path = init.partition(":")
+    if kind != "file" or not Path(path).is_file():
+        return None
+    with open(path, "rb") as content:
+        digest = hashlib.sha256()
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,211 @@
+"""What a run asks of its devices: measured now, known from before, or told by a device table."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nas.core.config import RunConfig
+from nas.core.progress import Console
+from nas.core.requirement import LATENCIES, Requirement, Setting
+from nas.jobs.job import Job, Needs, Result
+from nas.measure.device_table import DeviceTable
+from nas.measure.fingerprint import Fingerprint
+from nas.measure.measurement import Measurement
+from nas.measure.measurement_cache import MeasurementCache
+from nas.measure.measurement_table import MeasurementKey, MeasurementRow, MeasurementTable
+from nas.measure.runtimes import find_runtime
+from nas.search.constraints import primary_setting
+from space import Context
+from space.errors import InputError
+from space.family import Arch, Family
+
+MEASURE_COST = 250.0
+"""A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
+
+
+TIMED = Needs(timed=True, alone=True)
+"""A measuring job has its device to itself."""
+
+
+@dataclass(kw_only=True)
+class Timings:
+    """A run's timings: `rows` is its `measurements.csv`, `asked` all that it wanted to know.
+
+    `reused` counts those taken from the cache of earlier runs. `do` does a job
+    (`nas.contract.state.Run.do`),
+    `rest` ends the process that jobs run in, so that the next one starts in a fresh one.
+    """
+
+    config: RunConfig
+    family: Family
+    context: Context
+    folder: Path
+    cache: Path
+    console: Console
+    fingerprints: Mapping[str, Mapping[str, Any]]
+    table: DeviceTable | None
+    do: Callable[..., Result]
+    rest: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        """Open the run's own table and the cache of earlier runs."""
+        self.primary = primary_setting(self.config)
+        self.rows = MeasurementTable(self.folder / "measurements.csv")
+        self.kept = MeasurementCache(self.cache / "measurements")
+        self.asked: set[MeasurementKey] = set()
+        self.reused = 0
+
+    def measure(
+        self,
+        arch: Arch,
+        role: str,
+        *,
+        reference: Arch | None,
+        requirements: Sequence[Requirement] = (),
+        setting: Setting | None = None,
+        step: int | None = None,
+    ) -> Measurement | Result:
+        """Time an arch, interleaved with the reference, or take the stored measurement.
+
+        `setting` is the run's primary one unless it is given. A stored measurement that leaves a
+        requirement open is made once more for a `step`, unless it was as long as allowed. The
+        measurement is in `measurements.csv` before it is returned. A failure (out of memory, say)
+        is returned as the failed `Result`. Under the setting of a device table, nothing is timed.
+        """
+        setting = self.primary if setting is None else setting
+        if self.table is not None and setting == self.table.setting:
+            self.console.advance(MEASURE_COST)
+            return self.table.measurement(arch, final=role == "final")
+        weigh = any(r.metric == "peak_mem_mb" for r in requirements)
+        asked = self._question(arch, role, reference, setting)
+        self.asked.add(asked)
+        roles = [role] if step is None else [f"{role}-s{step}", role]
+        for each in roles:
+            known = self._known(replace(asked, role=each))
+            open_still = known is not None and (
+                (weigh and known.peak_mem_bytes is None)
+                or (
+                    step is not None
+                    and each == role
+                    and known.blocks < self.config.bench_max_blocks
+                    and known.meets(requirements) == "undecided"
+                )
+            )
+            if known is not None and not open_still:
+                self.console.advance(MEASURE_COST)
+                return known
+            if open_still:
+                role = roles[0]
+        spec = {
+            "network": self._network(arch),
+            "reference": None if reference is None else self._network(reference),
+            "context": dataclasses.asdict(self.context),
+            "setting": dataclasses.asdict(setting),
+            "blocks": self.config.bench_blocks,
+            "max_blocks": self.config.bench_max_blocks,
+            "bounds": _bounds(requirements),
+            "random_seed": self.config.random_seed,
+        }
+        name = f"{role}-{asked.arch_key}"
+        result = self.do(Job("measure", name, spec, needs=TIMED), cost=MEASURE_COST)
+        if not result.ok:
+            return result
+        measured = Measurement.from_dict(result.values)
+        if weigh:
+            weighed = self._weigh(name, spec)
+            if not weighed.ok:
+                return weighed
+            measured = replace(measured, **weighed.values)
+        if measured.fingerprint != asked.fingerprint:
+            raise InputError(
+                f"{setting.device}: the device or its software changed during the run, from "
+                f"{asked.fingerprint} to {measured.fingerprint}; start a new run"
+            )
+        row = MeasurementRow(
+            role, asked.arch_key, self.family.label(arch), asked.reference_key, measured
+        )
+        self.rows.append_row(row)
+        self.kept.add(row)
+        return measured
+
+    def _weigh(self, name: str, spec: Mapping[str, Any]) -> Result:
+        """Weigh a network in a process that did nothing else, from the file that is deployed."""
+        with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
+            staged = self.do(Job("stage", f"stage-{name}", {**spec, "out": folder}, needs=TIMED))
+            if not staged.ok:
+                return staged
+            self.rest()
+            told = {**spec, "staged": staged.values["file"]}
+            return self.do(Job("peak-memory", f"memory-{name}", told, needs=TIMED))
+
+    def _question(
+        self, arch: Arch, role: str, reference: Arch | None, setting: Setting
+    ) -> MeasurementKey:
+        return MeasurementKey(
+            role=role,
+            arch_key=self.family.key(arch, self.context),
+            reference_key="" if reference is None else self.family.key(reference, self.context),
+            img_size=self.context.img_size,
+            num_classes=self.context.num_classes,
+            in_chans=self.context.in_chans,
+            batch=setting.batch,
+            dtype=setting.dtype,
+            runtime=setting.runtime,
+            fingerprint=self.fingerprint_under(setting),
+        )
+
+    def _known(self, key: MeasurementKey) -> Measurement | None:
+        """Look a measurement up in this run's table, then in the cache of earlier runs."""
+        known = self.rows.find(**vars(key))
+        if known is None and self.config.measurement_cache:
+            cached = self.kept.find(key)
+            if cached is not None and cached.measurement.blocks >= self.config.bench_blocks:
+                self.rows.append_row(cached)
+                self.reused += 1
+                known = cached.measurement
+        return known
+
+    def fingerprint_under(self, setting: Setting) -> str:
+        """Return the fingerprint id of a number measured under a setting in this run."""
+        device = Fingerprint.from_dict(self.fingerprints[setting.device])
+        runtime = find_runtime(setting.runtime, "--require")
+        return device.under(
+            runtime=runtime.name,
+            runtime_version=runtime.version(),
+            dtype=setting.dtype,
+            batch=setting.batch,
+            img_size=self.context.img_size,
+        ).id
+
+    def predicts(self, setting: Setting, arch: Arch, *, final: bool = False) -> bool:
+        """Tell whether an arch's throughput under a setting is a prediction, not a measurement."""
+        if self.table is None or setting != self.table.setting:
+            return False
+        return not self.table.exact(arch, final=final)
+
+    def basis(self, arch: Arch, *, final: bool = False) -> str:
+        """Say where an arch's throughput under the primary setting comes from."""
+        if self.table is None or self.primary != self.table.setting:
+            return "measured"
+        return "table" if self.table.exact(arch, final=final) else "predicted"
+
+    def _network(self, arch: Arch) -> dict[str, Any]:
+        return {"family": self.family.name, "arch": self.family.to_dict(arch)}
+
+
+def _bounds(requirements: Sequence[Requirement]) -> dict[str, Any]:
+    """Return what a timing is to decide, as `nas.measure.interleave.Bounds` takes it."""
+    bounds: dict[str, Any] = {}
+    for name, metric in (("ratio", "speedup"), ("images_per_s", "images_per_s")):
+        values = [r.bound for r in requirements if r.metric == metric]
+        if values:
+            bounds[name] = max(values)
+    bounds["latency_ms"] = [
+        [LATENCIES[r.metric], r.bound] for r in requirements if r.metric in LATENCIES
+    ]
+    return bounds

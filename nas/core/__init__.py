@@ -1,0 +1,1 @@
+"""Configuration, command lines, requirements, files, tables and statistics; no torch."""

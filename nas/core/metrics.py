@@ -1,0 +1,177 @@
+"""Metrics of hard decisions, for classes of unequal size too: values, errors, image weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.core.stats import COVERAGE
+from space.errors import refuse
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+METRICS = ("top1", "balanced_accuracy", "macro_f1")
+RESAMPLES = 1000
+
+
+def score(
+    metric: str, predicted: npt.ArrayLike, truth: npt.ArrayLike, classes: int,
+    *, resamples: int = RESAMPLES, random_seed: int = 0,
+) -> tuple[float, float]:  # fmt: skip
+    """Return a metric of predicted classes [n] and its standard error over images.
+
+    "top1": the share that is right. "balanced_accuracy": the mean over classes of the share of
+    their images that is right (recall). "macro_f1": the mean over classes of 2 TP / (2 TP + FP +
+    FN). Classes without an image in the truth are left out of both means (what is wrongly called
+    one of them counts as wrong where it belongs); so are images whose class is unknown (-1).
+
+    Errors: top1 as of any mean; balanced accuracy by strata, sum of p (1 - p) / (n_c - 1) over the
+    classes (a class of one image adds none); macro F1, which is no mean over images, as the spread
+    of a seeded bootstrap over images. Raises InputError.
+    """
+    _known(metric)
+    said, true = _labels(classes, predicted, truth)
+    right = (said == true).astype(np.float64)
+    n = len(true)
+    if metric == "top1":
+        return float(right.mean()), float(right.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    if metric == "balanced_accuracy":
+        size = np.bincount(true, minlength=classes)
+        hits = np.bincount(true, weights=right, minlength=classes)
+        size, hits = size[size > 0], hits[size > 0]
+        recall = hits / size
+        variance = np.where(size > 1, recall * (1 - recall) / np.maximum(size - 1, 1), 0.0)
+        return float(recall.mean()), math.sqrt(float(variance.sum())) / len(size)
+    cells, (a,) = _cells(true, said)
+    drawn = _draws(cells, resamples, random_seed)
+    value = _macro_f1(cells.counts[None, :], cells.truth, a, classes)[0]
+    return float(value), float(_macro_f1(drawn, cells.truth, a, classes).std(ddof=1))
+
+
+def paired(
+    metric: str,
+    predicted_a: npt.ArrayLike,
+    predicted_b: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    classes: int,
+    *,
+    resamples: int = RESAMPLES,
+    random_seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return the metric of a less that of b on the same images, and its 95 % interval.
+
+    Percentile bootstrap over images, both judged on each resample; see `score` for the metrics.
+    """
+    _known(metric)
+    a, b, true = _labels(classes, predicted_a, predicted_b, truth)
+    cells, (at_a, at_b) = _cells(true, a, b)
+    measure = _MEASURES[metric]
+
+    def difference(counts: Floats) -> Floats:
+        left = measure(counts, cells.truth, at_a, classes)
+        return np.asarray(left - measure(counts, cells.truth, at_b, classes), dtype=np.float64)
+
+    tail = 50 * (1 - COVERAGE)
+    drawn = difference(_draws(cells, resamples, random_seed))
+    lo, hi = (float(v) for v in np.percentile(drawn, [tail, 100 - tail]))
+    return float(difference(cells.counts[None, :])[0]), lo, hi
+
+
+def image_weights(metric: str, truth: npt.ArrayLike) -> Floats:
+    """Return weights [n] of images, summing to n, under which a mean loss suits the metric.
+
+    Ones for top1; otherwise each class that occurs weighs alike, n / (classes * n_c) per image.
+    Images whose class is unknown (-1) keep the weight 1. Raises InputError.
+    """
+    _known(metric)
+    true = np.asarray(truth, dtype=np.int64)
+    weights = np.ones(len(true), dtype=np.float64)
+    known = true >= 0
+    if metric == "top1" or not known.any():
+        return weights
+    _, at, sizes = np.unique(true[known], return_inverse=True, return_counts=True)
+    weights[known] = known.sum() / (len(sizes) * sizes[at])
+    return weights
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """How many images have each combination of true and predicted classes: all a metric needs."""
+
+    truth: Ints
+    counts: Floats
+
+
+def _cells(truth: Ints, *predicted: Ints) -> tuple[_Cells, tuple[Ints, ...]]:
+    rows, counts = np.unique(np.stack([truth, *predicted]), axis=1, return_counts=True)
+    return _Cells(rows[0], counts.astype(np.float64)), tuple(rows[1:])
+
+
+def _draws(cells: _Cells, resamples: int, random_seed: int) -> Floats:
+    """Draw as many images with replacement, by cell: [resamples, cells]."""
+    n = int(cells.counts.sum())
+    rng = np.random.default_rng(random_seed)
+    return rng.multinomial(n, cells.counts / n, size=resamples).astype(np.float64)
+
+
+def _by_class(counts: Floats, where: Ints, classes: int) -> Floats:
+    """Add up cells [r, cells] by class: [r, classes]."""
+    found = np.zeros((classes, len(counts)))
+    np.add.at(found, where, counts.T)
+    return found.T
+
+
+def _top1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
+    return np.asarray(counts[:, truth == said].sum(axis=1) / counts.sum(axis=1), dtype=np.float64)
+
+
+def _balanced(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
+    right = truth == said
+    size = _by_class(counts, truth, classes)
+    hits = _by_class(counts[:, right], truth[right], classes)
+    return _mean_of_present(hits, size, size > 0)
+
+
+def _macro_f1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
+    right = truth == said
+    size = _by_class(counts, truth, classes)
+    hits = _by_class(counts[:, right], truth[right], classes)
+    return _mean_of_present(2 * hits, size + _by_class(counts, said, classes), size > 0)
+
+
+def _mean_of_present(above: Floats, below: Floats, present: npt.NDArray[np.bool_]) -> Floats:
+    shares = np.where(present, above / np.where(present, below, 1.0), 0.0)
+    return np.asarray(shares.sum(axis=1) / present.sum(axis=1), dtype=np.float64)
+
+
+_MEASURES: dict[str, Callable[[Floats, Ints, Ints, int], Floats]] = {
+    "top1": _top1,
+    "balanced_accuracy": _balanced,
+    "macro_f1": _macro_f1,
+}
+
+
+def _known(metric: str) -> None:
+    if metric not in METRICS:
+        raise refuse("--metric", metric, f"one of {', '.join(METRICS)}")
+
+
+def _labels(classes: int, *series: npt.ArrayLike) -> list[Ints]:
+    """Check predictions and, last, the truth; leaves out images of unknown class."""
+    *said, truth = (np.asarray(one, dtype=np.int64) for one in series)
+    if any(one.shape != truth.shape or one.ndim != 1 for one in said):
+        shapes = ", ".join(str(one.shape) for one in (*said, truth))
+        raise refuse("predicted classes", shapes, "one per image, as many as true classes")
+    known = truth >= 0
+    if not known.any():
+        raise refuse("true classes", 0, "at least one image whose class is known")
+    found = [one[known] for one in (*said, truth)]
+    for one in found:
+        if one.min() < 0 or one.max() >= classes:
+            raise refuse("classes", f"{one.min()} to {one.max()}", f"0 to {classes - 1}")
+    return found

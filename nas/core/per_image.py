@@ -1,0 +1,84 @@
+"""What a training is worth by the run's metric, from what it left per image.
+
+Under a metric that treats every class alike, so do the soft losses that candidates are ranked by:
+images of rare classes weigh more (`nas.core.metrics.image_weights`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.core.metrics import image_weights, paired, score
+from nas.core.seals import load_arrays
+from space.errors import refuse
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class PerImage:
+    """A split's images: soft loss `[n]` in nats, the class that came first, the true one."""
+
+    soft_loss: npt.NDArray[np.float64]
+    predicted: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64]
+
+
+def per_image(folder: Path, split: str) -> PerImage:
+    """Read what a training left of a split, `holdout` or `test`; damaged: refused."""
+    path = folder / f"{split}.safetensors"
+    kept = load_arrays(path)
+    missing = sorted({"soft_loss", "predicted", "truth"} - kept.keys())
+    if missing:
+        raise refuse(str(path), f"no {', '.join(missing)}", "what a training left per image")
+    return PerImage(
+        np.asarray(kept["soft_loss"], dtype=np.float64),
+        np.asarray(kept["predicted"], dtype=np.int64),
+        np.asarray(kept["truth"], dtype=np.int64),
+    )
+
+
+def losses_of(folder: Path, metric: str = "top1") -> npt.NDArray[np.float64]:
+    """Return the soft losses of a scored candidate in holdout order, weighted for the metric."""
+    found = per_image(folder, "holdout")
+    return found.soft_loss * image_weights(metric, found.truth)
+
+
+def judged(values: Mapping[str, Any], folder: Path, metric: str, classes: int) -> dict[str, Any]:
+    """Return a training's values with the metric's own: `metric`, and `test_metric` where tested.
+
+    The soft loss is that of `losses_of`; its standard error is over images.
+    """
+    found = {**values}
+    losses = losses_of(folder, metric)
+    found["soft_loss"] = float(losses.mean())
+    found["soft_loss_se"] = float(losses.std(ddof=1)) / math.sqrt(len(losses))
+    for split, name in (("holdout", "metric"), ("test", "test_metric")):
+        if (folder / f"{split}.safetensors").exists():
+            held = per_image(folder, split)
+            found[name], found[f"{name}_se"] = score(metric, held.predicted, held.truth, classes)
+    return found
+
+
+def paired_difference(a: Path, b: Path, metric: str, classes: int) -> dict[str, float]:
+    """Compare two trainings image by image on the test split, by the metric, with 95 %.
+
+    Top-1: the normal interval on per-image differences; others by bootstrap over images.
+    """
+    one, other = per_image(a, "test"), per_image(b, "test")
+    n = len(one.truth)
+    if metric != "top1":
+        found = paired(metric, one.predicted, other.predicted, one.truth, classes)
+        return dict(zip(("difference", "lo", "hi"), found, strict=True)) | {"n": float(n)}
+    right = [(each.predicted == each.truth).astype(np.float64) for each in (one, other)]
+    difference = right[0] - right[1]
+    mean = float(difference.mean())
+    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
+    return {"difference": mean, "lo": mean - half, "hi": mean + half, "n": float(n)}

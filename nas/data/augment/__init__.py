@@ -1,0 +1,1 @@
+"""Augmented views of images, as functions of a code."""

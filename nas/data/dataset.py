@@ -1,0 +1,140 @@
+"""What a dataset is to the rest of the house: frozen values, numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.data.key_tables import KeyTable
+from space.errors import refuse
+
+MEAN = (0.485, 0.456, 0.406)
+"""Channel means that inputs are normalised with (ImageNet's, so that published weights fit)."""
+STD = (0.229, 0.224, 0.225)
+"""Channel standard deviations, likewise."""
+EMBEDDED = ("digits", "fractals")
+"""Data sets that come with the toolkit and need no download."""
+DEFAULT_PROXY_IMAGES = 10_000
+"""Train and holdout images used of a set that is not embedded, unless asked otherwise."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What the user asked for.
+
+    `name` is "digits", "fractals", a folder, or "torch/...", "hfds/...", "wds/...";
+    `img_size` in pixels (None: chosen from the data); `proxy_images` counts train and holdout
+    together (None: 10,000 at most, all of an embedded set); `max_broken` is the share of
+    unreadable images that is tolerated; without `pixel_cache` a folder's images are decoded
+    whenever they are needed. Raises InputError.
+    """
+
+    name: str
+    img_size: int | None = None
+    proxy_images: int | None = None
+    max_broken: float = 0.01
+    random_seed: int = 0
+    pixel_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise refuse("--data", self.name, "a data set", "e.g. digits, fractals or a folder")
+        if self.img_size is not None and not 16 <= self.img_size <= 1024:
+            raise refuse("--img-size", self.img_size, "an integer from 16 to 1024, in pixels")
+        if self.proxy_images is not None and self.proxy_images < 4:
+            raise refuse("--proxy-images", self.proxy_images, "an integer >= 4")
+        if not 0 <= self.max_broken <= 1:
+            raise refuse("--max-broken", self.max_broken, "a share from 0 to 1, e.g. 1%")
+        if self.random_seed < 0:
+            raise refuse("--random-seed", self.random_seed, "an integer >= 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images of one side of a cut, sorted by key.
+
+    `keys` are 32 hex characters each, a hash of the image's content and unique in the whole
+    data set; `labels` int64 [n], -1 without ground truth; `pixels` uint8 [n, S, S, 3], usually
+    memory-mapped, or what decodes them on access; `names` are what a user knows the images by, if
+    that is known.
+    """
+
+    keys: Sequence[str]
+    labels: NDArray[np.int64]
+    pixels: Any
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.keys, KeyTable):
+            object.__setattr__(self, "keys", KeyTable.of(self.keys))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Decoded images, cut into train, holdout and test.
+
+    `img_size` is what a model sees, `store_size` (S) what is stored: evaluation takes the centre.
+    `fingerprint` hashes all that decides the content, `preparation` only what decides the pixels of
+    an image of given content: it stays when images come and go. `broken` names images that were
+    left out; `notes` are lines for the user; `labelled_by` is the teacher whose classes stand for
+    the truth, None for ground truth.
+    """
+
+    folder: Path
+    name: str
+    classes: tuple[str, ...]
+    img_size: int
+    store_size: int
+    train: Split
+    holdout: Split
+    test: Split
+    fingerprint: str
+    broken: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    hflip: bool
+    notes: tuple[str, ...]
+    preparation: str
+    labelled_by: str | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Tell whether images have classes at all."""
+        return len(self.classes) > 0
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+        return len(self.classes)
+
+    @property
+    def crop_pct(self) -> float:
+        """Share of the resized side that evaluation looks at, as timm's `crop_pct`.
+
+        timm takes floor(img_size / crop_pct) for that side, hence the quarter of a pixel.
+        """
+        return 1.0 if self.store_size == self.img_size else self.img_size / (self.store_size + 0.25)
+
+
+def dataset_card(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "classes": len(dataset.classes),
+        "labelled_by": dataset.labelled_by,
+        "img_size": dataset.img_size,
+        "train": len(dataset.train.labels),
+        "holdout": len(dataset.holdout.labels),
+        "test": len(dataset.test.labels),
+        "broken": list(dataset.broken[:100]),
+        "notes": list(dataset.notes),
+    }

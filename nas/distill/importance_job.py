@@ -1,0 +1,101 @@
+"""Jobs about inheritance: which units of a parent matter, and a child's weights on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from nas.core.io import write_json
+from nas.core.progress import Tick
+from space import Context, get_family
+from space.errors import refuse
+
+Values = dict[str, Any]
+
+
+def importance(spec: Mapping[str, Any], tick: Tick) -> Values:
+    """Rank a parent's units and blocks, and write `out`: `{"criterion": ..., "order": {...}}`.
+
+    About `images` training images of the stored epoch 0 are replayed, the same for all criteria;
+    "prefix" needs none and ranks no blocks, which are then spread evenly.
+    """
+    import torch
+    from torch import nn
+
+    from nas.data import open_dataset
+    from nas.distill.student import subset_by_key
+    from nas.export.weights import load_into, load_weights, place
+    from nas.inherit.importance import rank_blocks, rank_units
+    from nas.labels.reader import Batch, Replay
+    from nas.labels.store import open_store
+    from nas.train.losses import sparse_soft_cross_entropy
+
+    family, context = get_family(spec["family"]), Context(**spec["context"])
+    arch, criterion, device = family.arch(spec["arch"]), spec["criterion"], str(spec["device"])
+    dataset = open_dataset(Path(spec["dataset"]))
+    store = open_store(Path(spec["store"]), use=dataset)
+    replay = Replay(
+        dataset.train, store, spec["batch_size"], spec["random_seed"],
+        subset=subset_by_key(dataset.train, spec["images"]), missing=spec["missing"], device=device,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = family.build(arch, context)
+    load_into(model, load_weights(Path(spec["weights"]), name="parent weights"))
+    place(model, device)
+
+    def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
+        here = batch.to(device)
+        inputs = here.inputs.to(memory_format=torch.channels_last)
+        tick(float(len(inputs)))
+        return sparse_soft_cross_entropy(net(inputs), here.index, here.prob, here.tail).mean()
+
+    order = rank_units(
+        family, arch, context, model, criterion,
+        batches=replay.epoch(0), step_loss=step_loss, device=device,
+    )  # fmt: skip
+    if criterion != "prefix":
+        order |= rank_blocks(
+            family, arch, context, model,
+            batches=replay.epoch(0), step_loss=step_loss, device=device,
+        )  # fmt: skip
+    out = Path(spec["out"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, {"criterion": criterion, "order": order})
+    return {"file": str(out), "criterion": criterion}
+
+
+def inherit_weights(spec: Mapping[str, Any], tick: Tick) -> Values:
+    """Write a child's first weights to `out`, from a checkpoint or timm tag of its parent.
+
+    The parent's context is read off its weights; `img_size` and `num_classes` are the child's own
+    where they are given. Returns both contexts and how many numbers were inherited. Batch-norm
+    statistics are the parent's: there are no images here.
+    """
+    import numpy as np
+    import torch
+
+    from nas.export.weights import load_checkpoint, save_weights
+    from nas.inherit.importance import rank_units
+    from nas.inherit.slice import checkpoint_context, inherit
+
+    family = get_family(spec["family"])
+    parent, child = family.arch(spec["parent"]), family.arch(spec["child"])
+    changes = {k: spec[k] for k in ("img_size", "num_classes") if spec[k] is not None}
+    guess = replace(Context(**spec["guess"]), **changes)
+    state = load_checkpoint(spec["weights"], name="--weights")
+    there = checkpoint_context(family, parent, guess, state, name="--weights")
+    here = replace(there, **changes)
+    ranked = rank_units(family, parent, there, state, spec["criterion"])
+    order = {name: np.array(units, dtype=np.int64) for name, units in ranked.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec["random_seed"])
+        model = family.build(child, here)
+    found = inherit(model, state, family.slicing(parent, child, there, here, order))
+    try:
+        digest = save_weights(Path(spec["out"]), model.state_dict())
+    except OSError as error:
+        raise refuse("--out", f"{spec['out']} ({error.strerror})", "a file to write") from None
+    contexts = {"parent_context": asdict(there), "context": asdict(here)}
+    return {**contexts, "copied": found.copied, "kept": found.kept, "digest": digest}

@@ -1,0 +1,1 @@
+"""Model files: loading, weights, hub folders, ONNX, torch programs."""

@@ -1,0 +1,150 @@
+"""A folder in the Hugging Face hub's layout, which timm loads by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nas.export.model import Left
+
+USAGE = """\
+```python
+import json, timm
+from PIL import Image
+model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+best = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax().item()
+print(json.load(open("{folder}/config.json"))["label_names"][best])
+```"""
+"""A prediction on an image file; `{folder}` is where the export lies, or a hub's name."""
+
+BACKBONE = """\
+```python
+backbone = timm.create_model("local-dir:{folder}", pretrained=True, features_only=True)
+maps = backbone(images)   # strides: {strides}; channels: {channels}
+```"""
+
+
+def export_timm(left: Left, out: Path) -> Path:
+    """Write config.json, model.safetensors and README.md (the model card) in a new folder `out`."""
+    from timm.models import save_for_hf
+
+    out.mkdir()
+    _, kwargs = left.call
+    model = left.build()
+    save_for_hf(
+        model,
+        str(out),
+        model_config={"label_names": left.classes},
+        model_args=kwargs,
+        safe_serialization=True,
+    )
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] |= left.preprocessing
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (out / "README.md").write_text(card(left, model, out), encoding="utf-8")
+    return out
+
+
+def strides_of(model: Any) -> tuple[list[int], list[int]]:
+    """Return the strides and channels of a timm network's feature maps, alike ones once."""
+    found = dict.fromkeys((f["reduction"], f["num_chs"]) for f in model.feature_info)
+    return [stride for stride, _ in found], [channels for _, channels in found]
+
+
+def card(left: Left, model: Any, out: Path) -> str:
+    """Write the model card: arch, data, scores, throughput with its device, lineage, usage."""
+    config, pace, score = (
+        value if isinstance(value, dict) else {}
+        for value in (left.run.get("config"), left.told.get("throughput"), left.told.get("score"))
+    )
+    strides, channels = strides_of(model)
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-classification",
+        "tags: [image-classification, timm]",
+        "---",
+        f"# {left.family.label(left.arch)}",
+        "",
+        _sentence(left, config),
+        "",
+        *_bullets("Scores", _scores(score)),
+        *_bullets("Throughput", _pace(pace)),
+        *_bullets("Lineage", _lineage(left, config)),
+        "## A prediction",
+        "",
+        USAGE.format(folder=out.name),
+        "",
+        "## As a backbone",
+        "",
+        BACKBONE.format(folder=out.name, strides=strides, channels=channels),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _sentence(left: Left, config: Any) -> str:
+    size, counted = left.context.img_size, (left.arch, left.context)
+    params, macs = left.family.count_params(*counted), left.family.count_macs(*counted)
+    parts = f"{params:,} parameters, {macs / 1e6:,.0f} M multiply-adds"
+    data = config.get("data")
+    where = f" Trained on `{Path(str(data)).name}`." if data else ""
+    many = left.context.num_classes
+    return f"{parts}, for images of {size} x {size} pixels and {many} classes.{where}"
+
+
+def _bullets(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *(f"- {line}" for line in lines), ""] if lines else []
+
+
+def _scores(score: Any) -> list[str]:
+    found = []
+    for name, key in (("test top-1", "test_top1"), ("holdout top-1", "holdout_top1"),
+                      ("holdout top-1", "top1")):  # fmt: skip
+        value, error = score.get(key), score.get(f"{key}_se")
+        if isinstance(value, int | float):
+            spread = f" +- {error:.1%}" if isinstance(error, int | float) else ""
+            many = f" on {score.get('test_n', '?')} images" if key == "test_top1" else ""
+            found.append(f"{name}: {value:.1%}{spread}{many}")
+    if isinstance(score.get("soft_loss"), int | float):
+        found.append(f"soft loss on the holdout: {score['soft_loss']:.4f}")
+    return found
+
+
+def _pace(pace: Any) -> list[str]:
+    real = ("images_per_s", "images_per_s_lo", "images_per_s_hi")
+    if not all(isinstance(pace.get(name), int | float) for name in real):
+        return []
+    told = {name: pace.get(name, "?") for name in ("runtime", "dtype", "batch", "threads")}
+    where = "{runtime}, {dtype}, batch {batch}, {threads} threads".format(**told)
+    interval = f"[{pace['images_per_s_lo']:.1f}, {pace['images_per_s_hi']:.1f}]"
+    lines = [
+        f"{pace['images_per_s']:.1f} images/s {interval} on {pace.get('device', '?')} ({where}; "
+        f"device fingerprint {pace.get('fingerprint', '?')})"
+    ]
+    if isinstance(pace.get("ratio"), int | float):
+        lines.append(f"{pace['ratio']:.2f} times the seed's, timed in turns with it")
+    return lines
+
+
+def _lineage(left: Left, config: Any) -> list[str]:
+    if not config:
+        return []
+    recipe = config.get("recipe")
+    if isinstance(recipe, dict):
+        origin = Path(str(config.get("arch_from", "?")))
+        start = Path(str(config.get("init", "?"))).name
+        return [
+            f"arch of {'/'.join(origin.parts[-2:])}, trained from {start}",
+            f"recipe {recipe.get('name')}, {recipe.get('epochs')} epochs, whole batches of "
+            f"{recipe.get('batch_size')}, random seed {config.get('random_seed')}",
+        ]
+    seed = Path(str(config.get("seed", ""))).stem
+    target = config.get("target_params")
+    return [
+        f"contracted from the seed {seed} of family {left.family.name} to {target:,} parameters"
+        if isinstance(target, int) else f"contracted from the seed {seed}",
+        f"strategy {config.get('strategy')}, random seed {config.get('random_seed')}",
+    ]  # fmt: skip

@@ -1,0 +1,1 @@
+"""A child's weights from its parent's."""

@@ -1,0 +1,136 @@
+"""Batch-norm statistics of a child, estimated anew where its net differs from its parent's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nas.export.weights import drop_stale_caches, place
+from nas.labels.reader import Replay
+from space.family import Slice
+
+BATCHES = 8
+"""How many batches the statistics are averaged over."""
+
+
+def recalibrate(
+    model: nn.Module,
+    parent_state: Mapping[str, torch.Tensor],
+    slicing: Mapping[str, Slice],
+    batches: Iterable[torch.Tensor],
+    device: str,
+    *,
+    new_input: bool = False,
+) -> int:
+    """Estimate batch-norm statistics anew behind the first change; returns of how many norms.
+
+    `model` holds what `slicing` took from `parent_state` (any order of keys; only its shapes are
+    read). `batches`: inputs float32 [B, C, S, S]; none is drawn where nothing changed, and then the
+    model is left alone. `new_input` (images of another size, say) counts as a change before the
+    first layer. Averages are cumulative over the batches, without gradients, everything else in
+    eval mode; the mode is left as it was. Moves the model to `device` as training does.
+    Declaration must follow the forward pass, as in `first_change`.
+    """
+    keys = list(model.state_dict())
+    start = 0 if new_input else first_change(model.state_dict(), parent_state, slicing)
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and module.track_running_stats
+        and keys.index(f"{name}.running_mean" if name else "running_mean") >= start
+    ]
+    if not norms:
+        return 0
+    _estimate(place(model, device), norms, batches, device)
+    return len(norms)
+
+
+def _estimate(
+    model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[torch.Tensor], device: str
+) -> None:
+    """Average the statistics of `norms` over batches."""
+    was_training, momenta = model.training, [norm.momentum for norm in norms]
+    model.train()  # drops what eval mode may have cached of older weights
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+        norm.train()
+    seen = 0
+    try:
+        with torch.no_grad():
+            for inputs in batches:
+                model(inputs.to(device, memory_format=torch.channels_last))
+                seen += 1
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        model.train(was_training)
+        drop_stale_caches(model)
+    assert seen, "statistics of no batches"
+
+
+def first_change(
+    state: Mapping[str, torch.Tensor],
+    parent_state: Mapping[str, torch.Tensor],
+    slicing: Mapping[str, Slice],
+) -> int:
+    """Find the first tensor of a child's state dict that differs from the parent's; n if none.
+
+    That is the first without a whole copy of the parent's tensor of the same name, or the place
+    at which one of the parent's has no part in the child. All batch norms that a change can reach
+    lie behind it, as long as modules are declared in the order of the forward pass.
+    """
+    keys = list(state)
+    changed = (
+        i for i, key in enumerate(keys) if not is_whole(key, state, parent_state, slicing.get(key))
+    )
+    used = {one.source for one in slicing.values()}
+    dropped = (_place(key, keys) for key in parent_state if key not in used)
+    return min([*islice(changed, 1), *dropped], default=len(keys))
+
+
+def is_whole(
+    key: str,
+    state: Mapping[str, torch.Tensor],
+    parent_state: Mapping[str, torch.Tensor],
+    source: Slice | None,
+) -> bool:
+    """Tell whether a tensor is all of the parent's of the same name, each number in its place."""
+    if source is None or source.source != key or source.blends:
+        return False
+    if state[key].shape != parent_state[key].shape:
+        return False
+    return all(np.array_equal(rows, np.arange(len(rows))) for rows in source.index)
+
+
+def _place(dropped: str, keys: Sequence[str]) -> int:
+    """Find where a tensor that only the parent has would stand among the child's.
+
+    By the longest path that they share: behind its lower numbers, before anything else there.
+    """
+    parts = dropped.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        inside = [i for i, key in enumerate(keys) if key.split(".")[:length] == parts[:length]]
+        if not inside:
+            continue
+        at, number = inside[0], parts[length]
+        if number.isdecimal():
+            for i in inside:
+                name = keys[i].split(".")[length]
+                if name.isdecimal() and int(name) < int(number):
+                    at = i + 1
+        return at
+    return 0
+
+
+def first_inputs(replay: Replay, epoch: int, count: int = BATCHES) -> Iterator[torch.Tensor]:
+    """Give the inputs of an epoch's first batches, one by one, without labels or loaders."""
+    for rows in replay.batches(epoch)[:count]:
+        yield replay.inputs(epoch, rows)

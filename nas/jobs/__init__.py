@@ -1,0 +1,1 @@
+"""Running functions in worker processes or on a Ray cluster."""

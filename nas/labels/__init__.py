@@ -1,0 +1,1 @@
+"""Stored soft labels: building, checking and reading them."""

@@ -1,0 +1,307 @@
+"""Stored labels and the inputs they belong to, batch by batch, with no teacher in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import nas.data
+from nas.data import Split
+from nas.data.augment.mixing import shares
+from nas.data.augment.spec import eval_batch
+from nas.data.augment.stream import Inputs, stream
+from nas.data.augment.views import NOBODY, Plan, make_plan
+from nas.labels.keys import raw_keys, words
+from nas.labels.soft_labels import Labels
+from nas.labels.store import LabelStore, dropped_keys
+from space.errors import refuse
+
+Rows = NDArray[np.int64]
+BEYOND = ("cycle", "refuse")
+MISSING = ("refuse", "skip")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Inputs float32 [B, 3, S, S] with labels index int64 [B, K], prob [B, K], tail [B]; `truth`
+    int64 [B] is the given class (-1: none), `rows` int64 [B] are positions in the split."""
+
+    inputs: Tensor
+    index: Tensor
+    prob: Tensor
+    tail: Tensor
+    truth: Tensor
+    rows: Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Move to a device."""
+        parts = (self.inputs, self.index, self.prob, self.tail, self.truth, self.rows)
+        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+
+
+def batch_sizes(n: int, batch_size: int) -> list[int]:
+    """Spread n images over batches that differ by at most one image, none of them alone.
+
+    A net with batch norm cannot train on a batch of one; no image is dropped for that. At most
+    `batch_size` each (3 for batches of 2 and an odd n).
+    """
+    count = -(-n // batch_size)
+    while count > 1 and n // count < 2:
+        count -= 1
+    return _spread(n, count)
+
+
+def _spread(n: int, count: int) -> list[int]:
+    return [n // count + (at < n % count) for at in range(count)] if n else []
+
+
+def epoch_order(split: Split, rows: Rows, random_seed: int, epoch: int) -> Rows:
+    """Shuffle rows of a split by key: the order of the list they came in plays no part."""
+    hi, lo = words(raw_keys(split.keys)[rows])
+    by_key = rows[np.lexsort((lo, hi))]
+    # Raw draws of a bit generator never change between versions of numpy; permutations may.
+    draws = np.random.PCG64(np.random.SeedSequence([random_seed, epoch])).random_raw(len(rows))
+    return by_key[np.argsort(draws, kind="stable")]
+
+
+class Replay:
+    """The training side of a store: the same inputs and labels in every run that asks.
+
+    `split` is a data set's train split, in any order, of which `subset` (rows) is used, or all.
+    Images that the store left out on purpose are skipped; other images without a label are refused,
+    or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its partner's
+    image is not in the split. Whatever is skipped is named in `notes` and by `skipped`. Past the
+    stored epochs labels and views start again from the first in a new order (`beyond` "cycle") or
+    are refused; `epochs` uses the first so many of them only, whatever a store has grown to. `topk`
+    reads fewer classes than are stored. Batches come in a seeded order that
+    depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any order,
+    `batch_size` (>= 2), subset and `workers` (loader processes; none for the batched engine, which
+    works on `device`). Raises InputError.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        store: LabelStore,
+        batch_size: int,
+        random_seed: int,
+        workers: int = 0,
+        subset: Sequence[int] | None = None,
+        *,
+        missing: str = "refuse",
+        beyond: str = "cycle",
+        topk: int | None = None,
+        epochs: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        if epochs is not None and not 1 <= epochs <= store.epochs:
+            raise refuse("label epochs", epochs, f"1 to {store.epochs}, what {store.folder} holds")
+        if batch_size < 2:
+            raise refuse("--batch-size", batch_size, "an integer >= 2 (batch norm needs two)")
+        if missing not in MISSING:
+            raise refuse("--missing", missing, f"one of {', '.join(MISSING)}")
+        if beyond not in BEYOND:
+            raise refuse("--beyond", beyond, f"one of {', '.join(BEYOND)}")
+        if topk is not None and not 1 <= topk <= store.spec.topk:
+            raise refuse("--topk", topk, f"1 to {store.spec.topk}, what {store.folder} holds")
+        self._split, self._store = split, store
+        self._spec = store.spec.augment
+        self._epochs = store.epochs if epochs is None else epochs
+        self._batch_size, self._seed, self._beyond, self._topk = (
+            batch_size, random_seed, beyond, topk,
+        )  # fmt: skip
+        batched = self._spec.engine == "batched"
+        self._workers = 0 if batched else workers
+        self._inputs = Inputs(split.pixels, self._spec, device if batched else "cpu")
+        raw = raw_keys(split.keys)
+        self._at = store.keys.rows(raw)
+        self._table = np.full(len(store.keys), -1, dtype=np.int64)
+        labelled = np.flatnonzero(self._at >= 0)
+        self._table[self._at[labelled]] = labelled
+        chosen = np.arange(len(split)) if subset is None else np.array(sorted(set(subset)))
+        self._rows, self.notes = _usable(split, store, self._at, chosen.astype(np.int64), missing)
+        if not len(self._rows):
+            raise refuse("training images", 0, "at least one with a label")
+        self._plan: tuple[int, Plan] | None = None
+        self._steps = self._count_steps()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches an epoch has; the same for all."""
+        return self._steps
+
+    @property
+    def images(self) -> int:
+        """How many images an epoch has, at most."""
+        return len(self._rows)
+
+    def skipped(self, epoch: int) -> list[str]:
+        """Name the keys of images that an epoch skips because their partner is gone."""
+        gone = np.setdiff1d(self._rows, self.present(epoch), assume_unique=True)
+        return [self._split.keys[int(row)] for row in gone]
+
+    def batches(self, epoch: int) -> list[Rows]:
+        """List the rows of every batch of an epoch, in order."""
+        order = epoch_order(self._split, self.present(epoch), self._seed, epoch)
+        return np.split(order, np.cumsum(_spread(len(order), self._steps))[:-1])
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Replay one epoch."""
+        return self.made(epoch, self.batches(epoch))
+
+    def made(self, epoch: int, batches: Sequence[Rows]) -> Iterator[Batch]:
+        """Replay batches of one's own choice, rows of the split that `present` names."""
+        labels = self._store.epoch(self._stored(epoch))
+        plan = self._planned(epoch)
+        recipes = [plan.of(self._at[rows]) for rows in batches]
+        for rows, made in zip(batches, stream(self._inputs, recipes, self._workers), strict=True):
+            said = labels[self._at[rows]]
+            yield _batch(made, said if self._topk is None else said.best(self._topk),
+                         self._split.labels[rows], rows)  # fmt: skip
+
+    def inputs(self, epoch: int, rows: Rows) -> Tensor:
+        """Make the inputs of rows in an epoch: float32 [n, 3, S, S]."""
+        return self._inputs[self._planned(epoch).of(self._at[rows])]
+
+    def truth(self, epoch: int, rows: Rows) -> Tensor:
+        """Give the true classes of rows in an epoch, int64 [n] (-1: none).
+
+        Of a store that mixes images their shares, float32 [n, C], as the inputs are mixed.
+        """
+        own = np.asarray(self._split.labels[rows])
+        recipe = self._planned(epoch).of(self._at[rows])
+        if recipe.partner_rows is None or recipe.partner_codes is None or (own < 0).all():
+            return torch.from_numpy(own)
+        mixed = np.flatnonzero(recipe.partner_rows != NOBODY)
+        share = np.ones(len(rows))
+        share[mixed] = shares(
+            recipe.codes[mixed].tolist(), recipe.partner_codes[mixed].tolist(),
+            (self._spec.img_size, self._spec.img_size), self._spec,
+        )  # fmt: skip
+        found = np.zeros((len(rows), self._store.spec.num_classes), dtype=np.float32)
+        found[np.arange(len(rows)), own] = share
+        found[mixed, self._split.labels[recipe.partner_rows[mixed]]] += 1 - share[mixed]
+        return torch.from_numpy(found)
+
+    def labels(self, epoch: int, rows: Rows) -> Labels:
+        """Read the labels of rows in an epoch."""
+        return self._store.epoch(self._stored(epoch))[self._at[rows]]
+
+    def _stored(self, epoch: int) -> int:
+        if epoch >= self._epochs and self._beyond == "refuse":
+            raise refuse(
+                f"label store {self._store.folder}", f"{self._epochs} epochs",
+                f"epoch {epoch + 1}", "build more epochs, or allow --beyond cycle",
+            )  # fmt: skip
+        return epoch % self._epochs
+
+    def _planned(self, epoch: int) -> Plan:
+        stored = self._stored(epoch)
+        if self._plan is None or self._plan[0] != stored:
+            plan = make_plan(self._store.codes(stored), self._table, self._spec)
+            self._plan = (stored, plan)
+        return self._plan[1]
+
+    def present(self, epoch: int) -> Rows:
+        """Give the rows of the split that an epoch trains on: those whose mixing partner's image
+        is here, too."""
+        if not self._spec.mixes:
+            return self._rows
+        found = self._rows[self._planned(epoch).whole()[self._at[self._rows]]]
+        if len(found) < 2:
+            raise refuse(
+                f"label store {self._store.folder}",
+                f"{len(found)} of {len(self._rows)} images whose mixing partner is in the data",
+                "at least 2", "train on the data that the store was built on",
+            )  # fmt: skip
+        return found
+
+    def _count_steps(self) -> int:
+        if not self._spec.mixes or (self._table >= 0).all():
+            return len(batch_sizes(len(self._rows), self._batch_size))
+        # The fullest epoch decides, so that no batch of any epoch is larger than asked.
+        counts = [len(self.present(epoch)) for epoch in range(self._epochs)]
+        lost = [len(self._rows) - count for count in counts]
+        example = self.skipped(int(np.argmax(lost)))[:1]
+        self.notes = (
+            *self.notes,
+            f"{min(lost)} to {max(lost)} of {len(self._rows)} records an epoch skipped, as the "
+            f"image that they are mixed with is not in the data, e.g. {', '.join(example)}",
+        )
+        steps = len(batch_sizes(max(counts), self._batch_size))
+        return max(1, min(steps, min(counts) // 2))
+
+
+def _usable(
+    split: Split, store: LabelStore, at: Rows, chosen: Rows, missing: str
+) -> tuple[Rows, tuple[str, ...]]:
+    """Leave out what has no label, if that is allowed; returns rows and notes."""
+    bare = chosen[at[chosen] < 0]
+    if not len(bare):
+        return chosen, ()
+    dropped = dropped_keys(store)
+    notes = []
+    unknown = [int(row) for row in bare if split.keys[int(row)] not in dropped]
+    if unknown and missing == "refuse":
+        raise _no_label(store, split, unknown, len(chosen), "build a store for this data set")
+    if len(bare) > len(unknown):
+        notes.append(
+            f"{len(bare) - len(unknown)} of {len(chosen)} images skipped, as the store dropped them"
+        )
+    if unknown:
+        notes.append(
+            f"{len(unknown)} of {len(chosen)} images skipped, as the store has no label for them, "
+            f"e.g. {_called(split, unknown[0])}"
+        )
+    return chosen[at[chosen] >= 0], tuple(notes)
+
+
+def _no_label(
+    store: LabelStore, split: Split, rows: Sequence[int], among: int, remedy: str
+) -> Exception:
+    return refuse(
+        f"label store {store.folder}",
+        f"no label for {len(rows)} of {among} images, e.g. {_called(split, rows[0])}",
+        "labels of every image",
+        remedy,
+    )
+
+
+def _called(split: Split, row: int) -> str:
+    """Name an image by its file, if that is known, and its key."""
+    key = split.keys[row]
+    return f"{split.names[row]} ({key})" if len(split.names) else key
+
+
+def _batch(inputs: Tensor, labels: Labels, truth: NDArray[np.int64], rows: Rows) -> Batch:
+    return Batch(
+        inputs=inputs,
+        index=torch.from_numpy(labels.index),
+        prob=torch.from_numpy(labels.prob),
+        tail=torch.from_numpy(labels.tail),
+        truth=torch.from_numpy(np.asarray(truth)),
+        rows=torch.from_numpy(rows),
+    )
+
+
+def holdout_batches(
+    dataset: nas.data.Dataset, store: LabelStore, batch_size: int, missing: str = "refuse"
+) -> Iterator[Batch]:
+    """Give the holdout's evaluation inputs with their labels, in the split's order.
+
+    Images without a label there are refused, or left out with `missing` "skip". Raises InputError.
+    """
+    split, labels = dataset.holdout, store.holdout()
+    at = store.holdout_keys.rows(raw_keys(split.keys))
+    every, bare = np.flatnonzero(at >= 0), np.flatnonzero(at < 0).tolist()
+    if bare and (missing == "refuse" or not len(every)):
+        raise _no_label(store, split, bare, len(split), "build a store for this data set")
+    for start in range(0, len(every), batch_size):
+        rows = every[start : start + batch_size]
+        inputs = eval_batch(split.pixels[rows], store.spec.augment)
+        yield _batch(inputs, labels[at[rows]], split.labels[rows], rows)

@@ -1,0 +1,214 @@
+"""The script of a bundle: times its ONNX files on a board that has numpy and onnxruntime alone.
+
+`python -m benchmarks.throughput --bundle DIR` packs this and what it needs into DIR/throughput.pyz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nas.core.cpus import read_threads, usable_cpus
+from nas.core.io import member, read_json
+from nas.measure.device_rows import (
+    FAILED,
+    OK,
+    DeviceRow,
+    fingerprint_columns,
+    measured_columns,
+    read_rows,
+    write_rows,
+)
+from nas.measure.fingerprint import take_fingerprint
+from nas.measure.interference import conditions
+from nas.measure.interleave import Bounds, Timed, measure_rounds, summary
+from nas.measure.runtimes import Ready
+from nas.measure.runtimes.ort_session import open_session
+from space.errors import InputError, refuse
+
+LIST = "networks.json"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python throughput.pyz",
+        description="Time the networks beside this file, each in blocks that alternate with the "
+        "reference's, and write the table for nas.contract --device-table.",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table as CSV")
+    parser.add_argument("--resume", action="store_true", help="take over the rows of --out")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--threads", type=int, help="(default: the usable CPUs)")
+    parser.add_argument("--blocks", type=int, default=12, help="at least (default: 12)")
+    parser.add_argument("--max-blocks", type=int, default=48, help="at most (default: 48)")
+    parser.add_argument(
+        "--precision", type=float, default=0.03, help="asked half width as a share (default: 0.03)"
+    )
+    parser.add_argument("--networks", type=Path, help="the bundle's folder (default: this file's)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit status, 2 for bad input in one line."""
+    given = build_parser().parse_args(argv)
+    try:
+        return _main(given)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(given: argparse.Namespace) -> int:
+    folder = given.networks or Path(sys.argv[0]).resolve().parent
+    networks = _networks(folder)
+    if given.blocks < 6 or given.max_blocks < given.blocks:
+        raise refuse("--blocks", f"{given.blocks} to {given.max_blocks}", "6 or more, in order")
+    if given.threads is not None:
+        read_threads(given.threads)
+    if not 0.0 <= given.precision < 1.0:
+        raise refuse("--precision", given.precision, "a share in [0, 1)")
+    if given.out.is_dir() or not given.out.parent.is_dir():
+        raise refuse("--out", given.out, "a file in an existing folder")
+    known = {}
+    if given.out.exists():
+        if not given.resume:
+            raise refuse("--out", f"{given.out}, which exists", "a new file", "or add --resume")
+        known = {row.question: row for row in read_rows(given.out, "--out")}
+    threads = given.threads or usable_cpus()
+    bench = _Bench(folder, networks, given, threads)
+    rows: list[DeviceRow] = []
+    for number, network in enumerate(networks, start=1):
+        row = bench.row(network, known)
+        rows.append(row)
+        write_rows(given.out, rows)
+        pace = row.reason if row.state == FAILED else (
+            f"{row.images_per_s:.1f} [{row.images_per_s_lo:.1f}, {row.images_per_s_hi:.1f}] "
+            f"images/s, {row.ratio:.3f}x the reference"
+        )  # fmt: skip
+        print(f"{number}/{len(networks)}  {row.key}  {pace}", flush=True)
+    failed = sum(row.state == FAILED for row in rows)
+    print(json.dumps({"rows": len(rows), "failed": failed, "out": str(given.out)}))
+    return 0
+
+
+def _networks(folder: Path) -> list[dict[str, Any]]:
+    path = folder / LIST
+    try:
+        listed: list[dict[str, Any]] = read_json(path, "the list of a bundle")["networks"]
+        sizes = {(n["batch"], n["img_size"]) for n in listed}
+        beside = {(n["batch"], n["img_size"]) for n in listed if n["reference"]}
+        for each in listed:
+            member(folder, each["file"], f"{path}: file", links=True)
+    except InputError:
+        raise
+    except (KeyError, TypeError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise refuse(str(path), said, "the list of a bundle", "make the bundle again") from None
+    if not listed or sizes != beside:
+        want = "networks with a reference each"
+        raise refuse(str(path), f"{len(listed)} networks", want, "make the bundle again")
+    return listed
+
+
+class _Bench:
+    """Sessions of this device, the reference's kept open."""
+
+    def __init__(
+        self,
+        folder: Path,
+        networks: Sequence[Mapping[str, Any]],
+        given: argparse.Namespace,
+        threads: int,
+    ) -> None:
+        import onnxruntime
+
+        self._folder, self._given, self._threads = folder, given, threads
+        self._version = f"onnxruntime {onnxruntime.__version__}"
+        self._device = take_fingerprint(given.device, threads)
+        self._references = {
+            (n["batch"], n["img_size"]): n for n in networks if n.get("reference", False)
+        }
+        self._open: tuple[str, Ready] | None = None
+
+    def row(
+        self, network: Mapping[str, Any], known: Mapping[tuple[Any, ...], DeviceRow]
+    ) -> DeviceRow:
+        """Time one network beside its reference; a failure is a row."""
+        beside = self._references[network["batch"], network["img_size"]]
+        on = self._device.under(
+            runtime="onnxruntime",
+            runtime_version=self._version,
+            dtype="float32",
+            batch=network["batch"],
+            img_size=network["img_size"],
+        )
+        named = ("arch", "family", "key", "spec", "img_size", "num_classes", "params", "macs")
+        empty = DeviceRow(
+            **{name: network[name] for name in named},
+            device=self._given.device,
+            runtime="onnxruntime",
+            dtype="float32",
+            batch=network["batch"],
+            threads=self._threads,
+            state=OK,
+            **fingerprint_columns(on),
+        )
+        empty = replace(empty, reference=f"{beside['arch']}@{empty.setting.text}")
+        if empty.question in known:
+            return known[empty.question]
+        now = conditions(self._given.device)
+        try:
+            timed = self._time(network, beside)
+        except InputError:
+            raise
+        except Exception as error:  # whatever a runtime raises is a row
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            return replace(empty, state=FAILED, reason=reason)
+        values = {
+            **summary(timed), "parity": None, "agrees": None, "done": "ONNX", "load": now.load,
+            "when": now.when, "clock_mhz": now.clock_mhz, "threads": self._threads,
+            "peak_mem_bytes": None,
+        }  # fmt: skip
+        row = replace(empty, **measured_columns(values))
+        if network["batch"] == 1:
+            latency = {n: values[f"latency_ms_{n}"] for n in ("p50", "p50_lo", "p50_hi", "p90")}
+            row = replace(row, **{f"latency_ms_{n}": v for n, v in latency.items()})
+            row = replace(row, latency_ms_p99=values["latency_ms_p99"])
+            row = replace(row, latency_passes=timed.blocks * timed.passes)
+        return row
+
+    def _time(self, network: Mapping[str, Any], beside: Mapping[str, Any]) -> Timed:
+        own = self._session(network)
+        if self._open is None or self._open[0] != beside["file"]:
+            self._open = beside["file"], self._session(beside)
+        given = self._given
+        return measure_rounds(
+            [own.timer, self._open[1].timer],
+            batch=network["batch"],
+            bounds=Bounds(precision=given.precision or None),
+            blocks=given.blocks,
+            max_blocks=given.max_blocks,
+            min_block_s=0.06,
+            warm_up_s=0.5 if given.device.startswith("cuda") else 0.0,
+            device=given.device,
+        )
+
+    def _session(self, network: Mapping[str, Any]) -> Ready:
+        size = network["img_size"]
+        rng = np.random.default_rng(0)
+        images = rng.standard_normal((network["batch"], 3, size, size), dtype=np.float32)
+        path = member(self._folder, network["file"], f"{LIST}: file", links=True)
+        if not path.is_file():
+            raise refuse(str(path), "no such file", "an ONNX file of the bundle", "copy it whole")
+        opened: Callable[..., Ready] = open_session
+        return opened(path, images, device=self._given.device, threads=self._threads, done="ONNX")

@@ -1,1 +1,0 @@
-"""What a trained backbone is worth elsewhere: linear probe, k-NN, and a small segmentation."""

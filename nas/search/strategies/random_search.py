@@ -1,0 +1,28 @@
+"""Random search: the baseline that every other strategy has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from nas.search.strategies.strategy import Ask, FromSeed
+from space.family import Arch
+from space.sampling import sample_band
+
+
+class Random(FromSeed):
+    """Draws without repeats, each contraction of the seed in the band equally likely."""
+
+    name = "random"
+    summary = "contractions of the seed, drawn uniformly from the target's band"
+
+    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+        """Draw from the band."""
+        return sample_band(
+            ask.family,
+            ask.seed,
+            ask.context,
+            ask.band,
+            number,
+            random_seed=ask.derived_seed(),
+            exclude=tried,
+        )

@@ -1,0 +1,75 @@
+"""Uniform scaling: what one does without a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from nas.search.strategies.strategy import Ask, FromSeed
+from space.contractions import contains, smaller_than
+from space.family import Arch
+
+PARTS = 512  # factors k / PARTS are looked at
+DEPTH = "N"  # the symbol of the factor that counts blocks, in every family that has one
+
+
+class Uniform(FromSeed):
+    """All widths by one factor; when those run out, all depths by another as well.
+
+    Whatever the random seed. Depths shrink as little as possible: for each common factor, from the
+    seed's own depths on, the widths that come nearest to the middle of the band come first. It ends
+    when no depth is left to take.
+    """
+
+    name = "uniform"
+    summary = "the seed with all widths scaled by one factor, then its depths by another as well"
+
+    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+        """Scale until the list is full."""
+        family, ctx = ask.family, ask.context
+        found: dict[str, Arch] = {}
+        for arch in _scalings(ask):
+            key = family.key(arch, ctx)
+            if key in tried or key in found or not contains(family, ask.seed, arch, ctx):
+                continue
+            found[key] = arch
+            if len(found) == number:
+                break
+        return list(found.values())
+
+
+def _scalings(ask: Ask) -> Iterator[Arch]:
+    """Give the scalings that lie in the band, in the order in which they are listed."""
+    family, ctx = ask.family, ask.context
+    band = smaller_than(family, ask.seed, ctx, ask.band)
+    for shallow in _shallower(ask):
+        factors = (k / PARTS for k in range(PARTS, 0, -1))
+        scaled = list(dict.fromkeys(family.scaled(shallow, f) for f in factors))
+        table = family.table(scaled)
+        sizes = family.count_params_many(table, ctx)
+        fits = (sizes >= band.lo) & (sizes <= band.hi)
+        if band.max_macs is not None:
+            fits &= family.count_macs_many(table, ctx) <= band.max_macs
+        off = np.abs(2 * sizes - (ask.band.lo + ask.band.hi))
+        for i in np.argsort(off, kind="stable"):
+            if fits[i]:
+                yield scaled[int(i)]
+
+
+def _shallower(ask: Ask) -> Iterator[Arch]:
+    """Give the seed, then the seed with its depths scaled by ever smaller factors."""
+    yield ask.seed
+    values = ask.family.to_dict(ask.seed)
+    met = []
+    for field in (f.field for f in ask.family.factors if f.symbol == DEPTH):
+        moves = ask.family.moves(ask.seed)[field]
+        options = {tuple(np.atleast_1d(v).tolist()) for v in moves}
+        depths, scalar = values[field], not isinstance(values[field], list)
+        for k in range(PARTS - 1, 0, -1):
+            full = [depths] if scalar else depths
+            cut = [max(1, math.floor(v * k / PARTS + 0.5)) for v in full]
+            if cut != full and cut not in met and tuple(cut) in options:
+                met.append(cut)
+                yield ask.family.arch({**values, field: cut[0] if scalar else cut})

@@ -1,0 +1,1 @@
+"""One training step, recipes, losses, checkpoints and full trainings."""

@@ -1,0 +1,299 @@
+"""How everything trains: the step that all share, and the loop of teachers and proxies.
+
+What differs between them - batches and loss - is passed in. Full trainings (`nas.trainer`) take the
+same step in a loop of their own, which stops and goes on inside an epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from nas.core.progress import Tick, no_tick
+from nas.export.weights import place
+from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
+from nas.train.groups import make_grouped_optimizer
+from nas.train.schedule import lr_at
+from space.errors import refuse
+
+B = TypeVar("B")
+
+_CHECK_EVERY = 32
+"""On a GPU, where every look waits for the device; on a CPU every step is looked at."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. AdamW, cosine per step after a linear warm-up.
+
+    `epochs` is the length of the schedule; `lr` its peak; `warmup_epochs` may be a fraction;
+    `clip_norm` None means off; `amp` asks for mixed precision where the device has it (CUDA).
+    """
+
+    epochs: int
+    lr: float
+    min_lr: float = 1e-5
+    weight_decay: float = 0.05
+    warmup_epochs: float = 0.5
+    clip_norm: float | None = 5.0
+    batch_size: int = 32
+    amp: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the values at the door."""
+        for name, low in (("epochs", 1), ("batch_size", 2)):
+            if getattr(self, name) < low:
+                raise refuse(name, getattr(self, name), f"an integer >= {low}")
+        for name in ("lr", "min_lr", "weight_decay", "warmup_epochs"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise refuse(name, value, "a finite number >= 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise refuse("clip_norm", self.clip_norm, "a number > 0, or None for off")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch's mean training loss, images and seconds."""
+
+    loss: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What training did: one entry per epoch, those before a resume included."""
+
+    epochs: tuple[Epoch, ...]
+
+    @property
+    def final_loss(self) -> float:
+        """Mean training loss of the last epoch; NaN before the first."""
+        return self.epochs[-1].loss if self.epochs else math.nan
+
+    @property
+    def images_per_s(self) -> float:
+        """Training speed over all epochs, images per second; 0 before the first."""
+        seconds = sum(e.seconds for e in self.epochs)
+        return sum(e.images for e in self.epochs) / seconds if seconds > 0 else 0.0
+
+
+class Diverged(RuntimeError):
+    """The loss stopped being finite: a recorded outcome of a candidate."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        """Remember the 0-based step at which it was seen, and the loss (nan or inf)."""
+        super().__init__(f"loss became {loss} by step {step}")
+        self.step = step
+        self.loss = loss
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW through timm: no decay on 1-D parameters, biases, and what the model itself excludes.
+
+    For TinyViT that is `attention_biases`, as in the authors' recipe.
+    """
+    return make_grouped_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def amp_dtype(settings: TrainSettings, device: str) -> torch.dtype | None:
+    """Mixed-precision type for this device, or None for full precision (always on the CPU)."""
+    if not settings.amp or not device.startswith("cuda"):
+        return None
+    return half_precision(device)
+
+
+def half_precision(device: str) -> torch.dtype:
+    """The half precision that a GPU is good at: bfloat16 from compute capability 8 on."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if major >= 8 else torch.float16
+
+
+def check_every(device: str) -> int:
+    """Steps between two looks at the loss, for which a GPU has to be waited for."""
+    return _CHECK_EVERY if device.startswith("cuda") else 1
+
+
+def train(
+    model: nn.Module,
+    epoch_batches: Callable[[int], Iterable[B]],
+    step_loss: Callable[[nn.Module, B], torch.Tensor],
+    settings: TrainSettings,
+    *,
+    steps_per_epoch: int,
+    device: str,
+    tick: Tick = no_tick,
+    checkpoint: Path | None = None,
+    stop_after: int | None = None,
+) -> History:
+    """Train `model` in place on `device`; leaves it in training mode.
+
+    `epoch_batches(e)` gives the `steps_per_epoch` batches of epoch e and must depend on e alone.
+    `step_loss(model, batch)` moves its batch to the device and returns the loss of each image
+    [B], float32. `tick` receives images done. With `checkpoint`, the position is written there at
+    the end of each epoch and a later call continues from it, on the CPU to the same bits as an
+    undisturbed run. `stop_after` ends after that many epochs of the schedule (a rung of a race).
+    Raises `Diverged` once the loss is not finite: at that step on the CPU, within 32 on a GPU.
+    """
+    place(model, device)
+    optimizer = make_optimizer(model, settings)
+    stepper = Stepper(
+        model, optimizer, device=device, dtype=amp_dtype(settings, device),
+        clip_norm=settings.clip_norm,
+    )  # fmt: skip
+    plan = {**asdict(settings), "steps_per_epoch": steps_per_epoch}
+    done: list[Epoch] = []
+    if checkpoint is not None and checkpoint.exists():
+        position = load_checkpoint_into(checkpoint, model, optimizer, plan)
+        done = [Epoch(**record) for record in position.extra["epochs"]]
+        stepper.scaler.load_state_dict(position.extra["scaler"])
+        tick(float(sum(e.images for e in done)))
+    last = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
+    for epoch in range(len(done), last):
+        model.train()
+        record = _train_epoch(
+            model, stepper, epoch_batches(epoch), step_loss, settings,
+            epoch=epoch, steps_per_epoch=steps_per_epoch, tick=tick,
+        )  # fmt: skip
+        done.append(record)
+        if checkpoint is not None:
+            extra = {"epochs": [asdict(e) for e in done], "scaler": stepper.scaler.state_dict()}
+            save_checkpoint(checkpoint, model, optimizer, Position(len(done), plan, extra))
+    model.train()
+    return History(tuple(done))
+
+
+def _train_epoch(
+    model: nn.Module,
+    stepper: Stepper,
+    batches: Iterable[B],
+    step_loss: Callable[[nn.Module, B], torch.Tensor],
+    settings: TrainSettings,
+    *,
+    epoch: int,
+    steps_per_epoch: int,
+    tick: Tick,
+) -> Epoch:
+    """One pass over the batches of an epoch."""
+    started = time.perf_counter()
+    total_steps = settings.epochs * steps_per_epoch
+    warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
+    stepper.begin()
+    step = epoch * steps_per_epoch
+    for batch in batches:
+        rate = lr_at(
+            step, total_steps=total_steps, warmup_steps=warmup_steps,
+            lr=settings.lr, min_lr=min(settings.min_lr, settings.lr),
+        )  # fmt: skip
+        tick(float(stepper.take(model, (batch,), step_loss, rate, step=step)))
+        step += 1
+    assert step == (epoch + 1) * steps_per_epoch, "an epoch has as many batches as announced"
+    total, images = stepper.end(step - 1)
+    return Epoch(total / max(images, 1), images, time.perf_counter() - started)
+
+
+class Stepper:
+    """Takes optimizer steps, and remembers the loss since `begin`.
+
+    `dtype` is that of mixed precision, or None for full precision. The loss is looked at on every
+    step on the CPU, every 32nd on a GPU, which has to be waited for. `everyone` sums a number over
+    all processes that train together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device: str,
+        dtype: torch.dtype | None,
+        clip_norm: float | None,
+        everyone: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self._everyone = everyone
+        kind = device.split(":")[0]
+        self.scaler: Any = torch.amp.GradScaler(kind, enabled=dtype is torch.float16)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._device, self._dtype, self._clip = device, dtype, clip_norm
+        self._every = check_every(device)
+        self.begin()
+
+    def begin(self, loss_sum: float = 0.0, images: int = 0) -> None:
+        """Forget the loss so far, or go on from one."""
+        self.loss_sum = torch.full((), loss_sum, dtype=torch.float64, device=self._device)
+        self.images = images
+
+    def take(
+        self,
+        network: nn.Module,
+        batches: Sequence[B],
+        step_loss: Callable[[nn.Module, B], torch.Tensor],
+        rate: float,
+        *,
+        step: int,
+        share: float | None = None,
+        before: Callable[[int], contextlib.AbstractContextManager[Any]] | None = None,
+    ) -> int:
+        """Take one step on the mean loss of one batch, or of several that are seen in turn.
+
+        `rate` is the learning rate, of which each group takes its `lr_scale`. `share` weighs a sum
+        of losses (one over the whole batch's images); None means the mean of the one batch.
+        `before(i)` is entered around the i-th batch. Returns the images seen here. Raises
+        `Diverged` where the loss is looked at and is not finite.
+        """
+        assert share is not None or len(batches) == 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        seen = 0
+        for at, batch in enumerate(batches):
+            with contextlib.nullcontext() if before is None else before(at):
+                with _autocast(self._device, self._dtype):
+                    losses = step_loss(network, batch)
+                assert losses.ndim == 1, "step_loss returns one loss per image"
+                if at == 0:
+                    self.optimizer.zero_grad(set_to_none=True)
+                mean = losses.mean() if share is None else losses.sum() * share
+                self.scaler.scale(mean).backward()
+            # A non-finite sum stays so: on a GPU a late look still sees what happened before.
+            self.loss_sum += losses.detach().sum(dtype=torch.float64)
+            seen += len(losses)
+        if self._clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        if step % self._every == 0:
+            self.look(step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.images += seen
+        return seen
+
+    def look(self, step: int) -> float:
+        """Return the sum of losses since `begin`; raises `Diverged` when it is not finite."""
+        total = self.total()
+        if not math.isfinite(total):
+            raise Diverged(step, total)
+        return total
+
+    def total(self) -> float:
+        """Return the sum of losses since `begin`, of all processes that train together."""
+        return float(self.loss_sum if self._everyone is None else self._everyone(self.loss_sum))
+
+    def end(self, step: int) -> tuple[float, int]:
+        """Return the sum of losses and the images since `begin`; raises `Diverged`."""
+        return self.look(step), self.images
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=dtype)

@@ -1,0 +1,285 @@
+"""Recipes: every value that decides a full training, by name, with the published ones as presets.
+
+Values only: no torch. A recipe is plain JSON in `train.json`, and any of it can be overridden.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nas.core.io import read_json
+from space.errors import refuse
+
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "lr_scales": ("all", "peak"),
+    "schedule": ("step", "epoch"),
+    "bn": ("train", "eval"),
+    "augment": ("default", "official", "batched"),
+    "distill": ("none", "sparse", "soft", "hard", "token"),
+    "kl_reduction": ("batchmean", "numel"),
+    "token_loss": ("hard", "soft"),
+    "mix_mode": ("batch", "pair", "elem"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. AdamW, a linear warm-up, then a cosine.
+
+    `lr` is the peak rate for a whole batch of `lr_batch` images (None: of any); with `lr_scales`
+    "all" the two ends of the schedule scale with it. `schedule` says whether rates change with
+    every step or every epoch. `layer_decay` gives earlier blocks smaller rates (None: off).
+    `bn` "eval" leaves batch norms' statistics as they are. `augment` "default" is the data's own,
+    "official" that of TinyViT and DeiT, "batched" works on whole batches; `least_crop` (a share of
+    the area) to `erase_prob` override it where they are not None. `repeats` shows an image so many
+    times an epoch, each view another. `ema_decay` None means no average of weights. `img_size`
+    None: the data's. Raises InputError.
+    """
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    min_lr: float
+    warmup_lr: float
+    warmup_epochs: float
+    weight_decay: float
+    lr_batch: int | None = 512
+    lr_scales: str = "all"
+    schedule: str = "step"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 5.0
+    layer_decay: float | None = None
+    bn: str = "train"
+    drop_path: float = 0.0
+    drop_rate: float = 0.0
+    label_smoothing: float = 0.1
+    img_size: int | None = None
+    augment: str = "official"
+    least_crop: float | None = None
+    policy: str | None = None
+    color_jitter: float | None = None
+    erase_prob: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    mix_mode: str = "batch"
+    repeats: int = 1
+    ema_decay: float | None = None
+    ema_warmup: bool = False
+    distill: str = "none"
+    distill_alpha: float = 0.5
+    temperature: float = 1.0
+    kl_reduction: str = "batchmean"
+    token_loss: str = "hard"
+
+    def __post_init__(self) -> None:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
+        for name, least in (("epochs", 1), ("batch_size", 2), ("repeats", 1)):
+            _real(self, name, least, math.inf)
+        for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "mixup",
+                     "cutmix", "eps"):  # fmt: skip
+            _real(self, name, 0, math.inf)
+        for name in ("mix_prob", "mix_switch_prob", "distill_alpha", "label_smoothing", "drop_path",
+                     "drop_rate", "beta1", "beta2"):  # fmt: skip
+            _real(self, name, 0, 1)
+        for name in ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise refuse(name, 1, "a share below 1")
+        for name in ("layer_decay", "ema_decay", "erase_prob", "color_jitter", "least_crop"):
+            if getattr(self, name) is not None:
+                _real(self, name, 0, 1)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise refuse("clip_norm", self.clip_norm, "a number > 0, or none for off")
+        if self.lr_batch is not None and self.lr_batch < 1:
+            raise refuse("lr_batch", self.lr_batch, "images >= 1, or none for no scaling")
+        if self.img_size is not None and not 16 <= self.img_size <= 1024:
+            raise refuse("img_size", self.img_size, "16 to 1024 pixels, or none for the data's")
+        if not self.temperature > 0:
+            raise refuse("temperature", self.temperature, "a number > 0")
+        if self.warmup_epochs > self.epochs:
+            raise refuse("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} epochs")
+
+    @property
+    def mixes(self) -> bool:
+        """Tell whether images of a batch are mixed with each other."""
+        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+    def rates(self) -> tuple[float, float, float]:
+        """Return the peak, least and first rate for this batch size."""
+        scale = 1.0 if self.lr_batch is None else self.batch_size / self.lr_batch
+        ends = scale if self.lr_scales == "all" else 1.0
+        return self.lr * scale, self.min_lr * ends, self.warmup_lr * ends
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON, the inverse of `read_recipe`."""
+        return asdict(self)
+
+
+def _real(recipe: Recipe, name: str, low: float, high: float) -> None:
+    value = getattr(recipe, name)
+    if not (math.isfinite(value) and low <= value <= high):
+        want = f"{low:g} to {high:g}" if math.isfinite(high) else f"a finite number >= {low:g}"
+        raise refuse(name, value, want)
+
+
+_SMALL = Recipe(
+    "small", epochs=30, batch_size=32, lr=1e-3, min_lr=1e-5, warmup_lr=1e-5, warmup_epochs=1,
+    weight_decay=0.05, lr_batch=None, augment="default",
+)  # fmt: skip
+_TINYVIT = Recipe(
+    "tinyvit-1k", epochs=300, batch_size=1024, lr=5e-4, min_lr=5e-6, warmup_lr=5e-7,
+    warmup_epochs=20, weight_decay=0.05, mixup=0.8, cutmix=1.0,
+)  # fmt: skip
+_LARGER = replace(
+    _TINYVIT, epochs=30, warmup_epochs=5, lr=2e-5, min_lr=2e-7, warmup_lr=2e-8, weight_decay=1e-8,
+    bn="eval", mixup=0.0, cutmix=0.0, drop_path=0.1,
+)  # fmt: skip
+_DEIT = Recipe(
+    "deit", epochs=300, batch_size=1024, lr=5e-4, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5,
+    weight_decay=0.05, lr_scales="peak", schedule="epoch", clip_norm=None, drop_path=0.1,
+    mixup=0.8, cutmix=1.0, repeats=3, ema_decay=0.99996,
+)  # fmt: skip
+PRESETS: Mapping[str, Recipe] = {
+    r.name: r
+    for r in (
+        _SMALL,
+        replace(
+            _TINYVIT, name="tinyvit-22k-distill", epochs=90, batch_size=4096, lr=2.5e-4,
+            warmup_epochs=5, weight_decay=0.01, mixup=0.0, cutmix=0.0, distill="sparse",
+        ),
+        replace(
+            _TINYVIT, name="tinyvit-22k-1k", epochs=30, lr=2.5e-4, min_lr=1e-5, warmup_epochs=5,
+            weight_decay=1e-8, layer_decay=0.8, bn="eval", mixup=0.0, cutmix=0.0,
+        ),
+        _TINYVIT,
+        replace(_LARGER, name="tinyvit-384", img_size=384),
+        replace(_LARGER, name="tinyvit-512", img_size=512),
+        _DEIT,
+        replace(_DEIT, name="deit-token", distill="token"),
+        replace(
+            _DEIT, name="deit-384", img_size=384, epochs=30, batch_size=512, lr=5e-6, min_lr=5e-6,
+            weight_decay=1e-8,
+        ),
+    )
+}  # fmt: skip
+"""`small` is this toolkit's own, for small data sets. The others have the values of the authors'
+configurations: TinyViT's yaml files over its config.py, DeiT's main.py and README."""
+
+_DROP_PATH: Mapping[str, tuple[float, float, float]] = {
+    "tinyvit-22k-distill": (0.0, 0.0, 0.1),
+    "tinyvit-22k-1k": (0.0, 0.0, 0.1),
+    "tinyvit-1k": (0.0, 0.1, 0.2),
+}
+"""Published for 5M, 11M and 21M parameters; a net takes that of the size nearest to its own."""
+WARMUP_SHARE = 0.2
+PIPELINE = ("least_crop", "policy", "color_jitter", "erase_prob")
+"""Values that override the pipeline's: None, or "default", leaves them to it; "none" is off."""
+_SIZES = (5_392_764, 10_996_972, 21_198_568)
+
+
+def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe:
+    """Give a preset (or the recipe of a JSON file) for a net of `params` parameters, overridden.
+
+    `overrides` are "key=value". Where they change the epochs and not the warm-up, it is a fifth of
+    them at most. Raises InputError, naming the nearest key for a misspelt one.
+    """
+    if name in PRESETS:
+        recipe = PRESETS[name]
+        if name in _DROP_PATH:
+            near = min(range(3), key=lambda i: abs(math.log(_SIZES[i] / params)))
+            recipe = replace(recipe, drop_path=_DROP_PATH[name][near])
+    elif name.endswith(".json") or Path(name).is_file():
+        read = read_json(Path(name), "a recipe")
+        if isinstance(read, dict):  # a recipe, or the train.json of a training
+            inner = read.get("config", read)
+            read = inner.get("recipe", inner) if isinstance(inner, dict) else inner
+        recipe = read_recipe(read)
+    else:
+        close = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f"did you mean {close[0]}?" if close else ""
+        raise refuse("--recipe", name, f"one of {', '.join(PRESETS)}, or a JSON file", hint)
+    changes: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise refuse("--set", text, "key=value, such as --set weight_decay=0.1")
+        changes[_known(key.strip().replace("-", "_"))] = value.strip()
+    if "epochs" in changes and "warmup_epochs" not in changes:
+        epochs = _typed("epochs", changes["epochs"])
+        if epochs != recipe.epochs:  # a shorter training warms up for a fifth of it at most
+            changes["warmup_epochs"] = min(recipe.warmup_epochs, WARMUP_SHARE * epochs)
+    return changed(recipe, changes)
+
+
+def read_recipe(value: Any) -> Recipe:
+    """Read plain JSON; raises InputError for unknown, missing or ill-typed fields."""
+    if not isinstance(value, dict):
+        raise refuse("--recipe", value, "an object of a recipe's values")
+    for key in value:
+        _known(str(key))
+    known = {f.name: f for f in fields(Recipe)}
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in value]
+    if missing:
+        raise refuse("--recipe", f"no {', '.join(missing)}", "all values without a default")
+    return Recipe(**{k: _typed(k, v) for k, v in value.items()})
+
+
+def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """Override values, given as text or as values. Raises InputError."""
+    read: dict[str, Any] = {key: _typed(key, value) for key, value in changes.items()}
+    return replace(recipe, **read)
+
+
+def _known(key: str) -> str:
+    names = [f.name for f in fields(Recipe)]
+    if key not in names:
+        close = difflib.get_close_matches(key, names, 1)
+        hint = f"did you mean {close[0]}?" if close else ""
+        raise refuse("recipe", f"the value {key!r}", f"one of {', '.join(names)}", hint)
+    return key
+
+
+def _typed(key: str, value: Any) -> Any:
+    """Read a value as its field's type: "none" stands for off where a field allows it."""
+    kind = next(str(f.type) for f in fields(Recipe) if f.name == key)
+    if key in PIPELINE and isinstance(value, str):
+        if value.lower() == "default":
+            return None
+        if key == "policy":
+            return value  # of which "none" is one
+        if value.lower() in ("none", "off"):
+            return 1.0 if key == "least_crop" else 0.0
+    none = value is None or (isinstance(value, str) and value.lower() in ("none", "off"))
+    if none and "None" in kind:
+        return None
+    try:
+        if kind == "str" and isinstance(value, str):
+            return value
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(value, bool):
+            raise ValueError
+        if kind.startswith("int"):
+            number = float(value)
+            if number != int(number):
+                raise ValueError
+            return int(number)
+        if kind.startswith("float"):
+            return float(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        pass
+    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a word"}
+    want = words[kind.split(" ")[0]] + (", or none" if "None" in kind else "")
+    raise refuse(key, value, want)

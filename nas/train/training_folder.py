@@ -1,0 +1,203 @@
+"""A full training's folder: what it was asked, its log and curve, and the models that it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nas.core.io import read_json, remove_leftovers, write_atomic, write_json
+from nas.core.table import Writer
+from nas.data import Dataset
+from nas.export.model_json import model_json, preprocessing_of
+from nas.export.weights import weights_bytes
+from space import Context
+from space.errors import refuse
+from space.family import Arch, Family
+
+LOG_COLUMNS = (
+    "epoch", "lr", "train_loss", "holdout_loss", "holdout_top1", "holdout_top1_se", "holdout_top5",
+    "ema_holdout_loss", "ema_holdout_top1", "ema_holdout_top1_se", "ema_holdout_top5", "best_of",
+    "images", "images_per_s", "seconds", "peak_mem_bytes",
+)  # fmt: skip
+SETTINGS, CHECKPOINT, LOG, CURVE, RESULT, LOCK = (
+    "train.json", "checkpoint.safetensors", "log.csv", "curve.png", "result.json", ".lock",
+)  # fmt: skip
+PARTS = ("config", "machine")
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where a full training keeps everything."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the training stands."""
+        return self.path / CHECKPOINT
+
+    def check_new(self) -> None:
+        """Refuse a place where something else lies."""
+        used = self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir())
+        if used or (self.path.exists() and not self.path.is_dir()):
+            remedy = "name another folder"
+            if (self.path / SETTINGS).is_file():
+                remedy = f"go on with it: --resume {self.path}; or {remedy}"
+            raise refuse("--out", self.path, "a folder that is new or empty", remedy)
+
+    def write(self, told: Mapping[str, Any]) -> None:
+        """Make the folder and say what is asked. Raises InputError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / SETTINGS, dict(told))
+        except OSError as error:
+            raise refuse("--out", f"{self.path} ({error.strerror})", "a place to write") from None
+
+    def told(self) -> dict[str, Any]:
+        """Read what was asked. Raises InputError."""
+        data = read_json(self.path / SETTINGS, "the folder of a training by nas.train")
+        if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in PARTS):
+            raise refuse(str(self.path / SETTINGS), "another format", "what nas.train wrote")
+        return data
+
+    def result(self) -> dict[str, Any] | None:
+        """Read how a training ended, if it has. Raises InputError."""
+        if not (self.path / RESULT).is_file():
+            return None
+        data = read_json(self.path / RESULT, "how a training ended")
+        if not isinstance(data, dict) or data.get("status") not in ("finished", "diverged"):
+            raise refuse(str(self.path / RESULT), "another format", "what nas.train wrote",
+                         "remove it, and --resume")  # fmt: skip
+        return data
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only process that writes here. Raises InputError where another one is."""
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            want = "one that no other process does"
+            raise refuse("training", self.path, want, "wait for it, or end it") from None
+        except OSError as error:
+            got = f"{self.path} ({error.strerror})"
+            raise refuse("--out", got, "a place to write to") from None
+        try:
+            remove_leftovers(self.path)
+            yield
+        finally:
+            lock.release()
+
+    def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Draw `log.csv` and `curve.png` anew from all epochs."""
+        out = io.StringIO()
+        writer = Writer(out, LOG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(self.path / LOG, out.getvalue().encode())
+        if rows:
+            write_atomic(self.path / CURVE, draw_curve(rows))
+
+
+class Board:
+    """A TensorBoard log beside the CSV, where the package is installed."""
+
+    def __init__(self, folder: Path, first_epoch: int) -> None:
+        self.writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        make: Any = SummaryWriter
+        # What a killed process wrote of later epochs is hidden by what follows.
+        self.writer = make(str(folder / "tensorboard"), purge_step=first_epoch)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add an epoch's numbers."""
+        if self.writer is None:
+            return
+        for name in LOG_COLUMNS:
+            if isinstance(row.get(name), (int, float)) and name != "epoch":
+                group = "holdout" if "holdout" in name else "train"
+                self.writer.add_scalar(f"{group}/{name}", row[name], row["epoch"])
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close the log."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draw losses, accuracy and learning rate by epoch, as PNG."""
+    figure = Figure(figsize=(9.0, 3.4), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, top, rate = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in rows]
+    mark = "." if len(rows) < 40 else ""
+    loss.plot(epochs, [r["train_loss"] for r in rows], mark, color=BLUE, ls="-", label="training")
+    series = [("", "holdout", ORANGE)]
+    if "ema_holdout_loss" in rows[-1]:
+        series.append(("ema_", "holdout, averaged weights", GREEN))
+    for prefix, label, colour in series:
+        found = [row[f"{prefix}holdout_loss"] for row in rows]
+        loss.plot(epochs, found, mark, color=colour, ls="-", label=label)
+        share = [100 * row[f"{prefix}holdout_top1"] for row in rows]
+        error = [100 * row[f"{prefix}holdout_top1_se"] for row in rows]
+        top.plot(epochs, share, mark, color=colour, ls="-", label=label)
+        low, high = ([s + sign * e for s, e in zip(share, error, strict=True)] for sign in (-1, 1))
+        top.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
+    rate.plot(epochs, [row["lr"] for row in rows], mark, color=BLUE, ls="-")
+    for axes, name in (
+        (loss, "loss, nats"), (top, "holdout top-1, % (band: one standard error)"),
+        (rate, "learning rate at the epoch's end"),
+    ):  # fmt: skip
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("epoch", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    loss.legend(fontsize=8, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def write_model(
+    stem: Path,
+    state: Mapping[str, Tensor],
+    *,
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    dataset: Dataset,
+    score: Mapping[str, Any],
+    throughput: Mapping[str, Any] | None,
+) -> None:
+    """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and what is known of it."""
+    data = weights_bytes(state, {"epoch": str(score["epoch"])})
+    stem.parent.mkdir(exist_ok=True)
+    write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
+    told = model_json(
+        family, arch, ctx,
+        classes=dataset.classes,
+        sha256=hashlib.sha256(data).hexdigest(),
+        score=score,
+        throughput=throughput,
+        preprocessing=preprocessing_of(dataset),
+    )  # fmt: skip
+    write_json(stem.with_name(f"{stem.name}.json"), told)

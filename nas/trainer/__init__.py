@@ -1,1 +1,0 @@
-"""Full training: its batches and processes, its folder, its evaluation."""

@@ -1,0 +1,209 @@
+"""Which weights of a ViT a smaller one starts from: index maps over timm's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from space.family import Array, Member, Slice
+from space.resize import LINES, Line, bicubic, square
+from space.slicing import Blend, Index, check_order, first, of_heads, picked, same
+
+Named = tuple[str, tuple[str, ...]]
+"""A key of the state_dict and the axis name of each of its dimensions."""
+
+HEADS = ("qkv", "inner")
+"""Axes that are made of heads."""
+UNITS = ("dim", "hidden", *HEADS)
+"""Axes of which a child takes a part by choice."""
+
+
+@dataclass(frozen=True)
+class Net:
+    """A ViT as built, and its context; `grid`: patches a side, `prefix`: class token and more."""
+
+    dim: int
+    depth: int
+    head_dim: int
+    hidden: int
+    patch: int
+    grid: int
+    prefix: int
+    num_classes: int
+    in_chans: int
+
+
+def _norm(prefix: str) -> Iterator[Named]:
+    yield f"{prefix}.weight", ("dim",)
+    yield f"{prefix}.bias", ("dim",)
+
+
+def _linear(prefix: str, out: str, into: str) -> Iterator[Named]:
+    yield f"{prefix}.weight", (out, into)
+    yield f"{prefix}.bias", (out,)
+
+
+def _outside_blocks(net: Net) -> Iterator[Named]:
+    yield "cls_token", ("1", "1", "dim")
+    if net.prefix > 1:
+        yield "dist_token", ("1", "1", "dim")
+    yield "pos_embed", ("1", "tokens", "dim")
+    yield "patch_embed.proj.weight", ("dim", "chans", "patch", "patch")
+    yield "patch_embed.proj.bias", ("dim",)
+    yield from _norm("norm")
+    yield from _linear("head", "classes", "dim")
+    if net.prefix > 1:
+        yield from _linear("head_dist", "classes", "dim")
+
+
+def _block() -> Iterator[Named]:
+    yield from _norm("norm1")
+    yield from _linear("attn.qkv", "qkv", "dim")
+    yield from _linear("attn.proj", "dim", "inner")
+    yield from _norm("norm2")
+    yield from _linear("mlp.fc1", "hidden", "dim")
+    yield from _linear("mlp.fc2", "dim", "hidden")
+
+
+def _group(axis: str, block: str) -> str:
+    """Name the group that an axis of a block (or outside all blocks: "") belongs to."""
+    if axis == "dim":
+        return axis
+    return f"{block}.heads" if axis in HEADS else f"{block}.{axis}"
+
+
+def _walk(net: Net) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Give (block, key, axes) for every tensor; the block is "" outside of blocks."""
+    for key, axes in _outside_blocks(net):
+        yield "", key, axes
+    for block in block_names(net.depth)["blocks"]:
+        for key, axes in _block():
+            yield block, f"{block}.{key}", axes
+
+
+def _sizes(net: Net) -> dict[str, int]:
+    """Count the units of every group."""
+    sizes = {"dim": net.dim}
+    for block in block_names(net.depth)["blocks"]:
+        sizes |= {f"{block}.heads": net.dim // net.head_dim, f"{block}.hidden": net.hidden}
+    return sizes
+
+
+def members(net: Net) -> dict[str, tuple[Member, ...]]:
+    """Give every group of units with the tensors that it runs through."""
+    sizes = _sizes(net)
+    found: dict[str, list[Member]] = {name: [] for name in sizes}
+    for block, key, axes in _walk(net):
+        for dim, axis in enumerate(axes):
+            if axis in UNITS:
+                name = _group(axis, block)
+                each = net.head_dim if axis in HEADS else 1
+                unit = np.arange(sizes[name], dtype=np.int64).repeat(each)
+                times = 3 if axis == "qkv" else 1  # queries, then keys, then values
+                found[name].append(Member(key, dim, np.tile(unit, times)))
+    return {name: tuple(group) for name, group in found.items()}
+
+
+def block_names(depth: int) -> dict[str, tuple[str, ...]]:
+    """Give the blocks."""
+    return {"blocks": tuple(f"blocks.{j}" for j in range(depth))}
+
+
+def kernel(child: int, parent: int) -> Blend:
+    """Give the weights [child, parent] that resize a line of a patch projection.
+
+    A coarser projection says of a patch that is enlarged what the parent's says of the patch
+    (FlexiViT's pseudo-inverse, arXiv 2212.08013); a finer one says of a patch what the parent's
+    says of the patch enlarged.
+    """
+    if child < parent:
+        return np.asarray(bicubic(parent, child).T)
+    return np.asarray(np.linalg.pinv(bicubic(child, parent)).T)
+
+
+def _tokens(child: Net, parent: Net, line: Line = bicubic) -> tuple[Index, Blend | None]:
+    """Map positions: [class, distillation, grid row by row]; a grid of another size is resized.
+
+    Source: DeiT resizes the grid and leaves the others as they are, and timm does too.
+    """
+    prefix = np.array([i if i < parent.prefix else -1 for i in range(child.prefix)])
+    grid, weights = square(child.grid, parent.grid, line)
+    index = np.concatenate([prefix, parent.prefix + grid]).astype(np.int64)
+    if weights is None:
+        return index, None
+    blend = np.zeros((len(index), parent.prefix + parent.grid**2), dtype=np.float64)
+    for i, source in enumerate(prefix.tolist()):
+        if source >= 0:
+            blend[i, source] = 1
+    blend[child.prefix :, parent.prefix :] = weights
+    return index, blend
+
+
+def _axes(block: str, parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Index]:
+    """Map every axis that occurs in one parent block (or outside all blocks: "")."""
+    dim = first(child.dim, parent.dim, order.get("dim"))
+    if not block:
+        near = (np.arange(child.patch) + 0.5) * parent.patch / child.patch
+        return {
+            "1": np.arange(1),
+            "dim": dim,
+            "tokens": _tokens(child, parent)[0],
+            "patch": np.minimum(near.astype(np.int64), parent.patch - 1),
+            "chans": same(child.in_chans, parent.in_chans),
+            "classes": same(child.num_classes, parent.num_classes),
+        }
+    heads = order.get(f"{block}.heads")
+    channels, _ = of_heads(child.dim, child.head_dim, parent.dim, parent.head_dim, heads)
+    rows = [np.where(channels >= 0, channels + part * parent.dim, -1) for part in range(3)]
+    return {
+        "dim": dim,
+        "inner": channels,
+        "qkv": np.concatenate(rows),
+        "hidden": first(child.hidden, parent.hidden, order.get(f"{block}.hidden")),
+    }
+
+
+def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Slice]:
+    """Map the child's state_dict onto the parent's; keys without any source are left out."""
+    check_order(order, _sizes(parent) | {"blocks": parent.depth})
+    found: dict[str, Slice] = {}
+    resized: dict[str, Blend] = {}
+    positions = _tokens(child, parent)[1]
+    if positions is not None:
+        resized["tokens"] = positions
+    if child.patch != parent.patch:
+        resized["patch"] = kernel(child.patch, parent.patch)
+    theirs = {key for key, _ in _outside_blocks(parent)}
+
+    def add(to: str, source: str, names: tuple[str, ...], axes: Mapping[str, Index]) -> None:
+        index = tuple(axes[name] for name in names)
+        if all((i >= 0).any() for i in index):
+            blends = {dim: resized[name] for dim, name in enumerate(names) if name in resized}
+            found[to] = Slice(source, index, blends)
+
+    axes = _axes("", parent, child, order)
+    for key, names in _outside_blocks(child):
+        if key in theirs:
+            add(key, key, names, axes)
+    wanted = picked(child.depth, parent.depth, order.get("blocks"))
+    for name, source in zip(block_names(child.depth)["blocks"], wanted, strict=True):
+        if source is None:
+            continue
+        block = f"blocks.{source}"
+        axes = _axes(block, parent, child, order)
+        for key, names in _block():
+            add(f"{name}.{key}", f"{block}.{key}", names, axes)
+    return found
+
+
+def resized(found: Mapping[str, Slice], parent: Net, child: Net, how: str) -> dict[str, Slice]:
+    """Give a slicing between two sizes of one net with its positions resized the way called `how`.
+
+    "own" is the slicing as it is, and the same as "published". Position embeddings alone differ.
+    """
+    blend = None if how == "own" else _tokens(child, parent, LINES[how])[1]
+    if blend is None:
+        return dict(found)
+    return {**found, "pos_embed": replace(found["pos_embed"], blends={1: blend})}

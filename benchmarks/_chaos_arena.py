@@ -22,13 +22,21 @@ from nas.core.io import read_json, write_json
 from space.errors import refuse
 
 ARCH = {
-    "embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32,
-}  # fmt: skip
+    "embed_dims": [64, 64, 96, 128],
+    "depths": [1, 1, 2, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0,
+    "mlp_ratio": 4.0,
+    "head_dim": 32,
+}
 VIT = {
-    "embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "head_dim": 16,
+    "mlp_ratio": 2.0,
+    "patch_size": 8,
     "dist_token": False,
-}  # fmt: skip
+}
 PATIENCE_S = 900.0
 TAG = "CHAOS_TAG"
 PASSING = ("seconds", "log")
@@ -79,9 +87,13 @@ def start(command: Sequence[str], told: Path, **environment: str) -> Started:
     )
     with told.open("a") as out:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *command], stdout=out, stderr=out, text=True,
-            env={**os.environ, TAG: tag, **environment}, start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, "-c", code, *command],
+            stdout=out,
+            stderr=out,
+            text=True,
+            env={**os.environ, TAG: tag, **environment},
+            start_new_session=True,
+        )
     return Started(process, tag, time.monotonic(), told)
 
 
@@ -131,9 +143,12 @@ def run_outcome(folder: Path) -> Any:
     """Return what decides whether two runs of `nas.contract` ended alike."""
     result = read_json(folder / "result.json", "the result of a run")
     return {
-        "status": result["status"], "winner": result["winner"], "path": result["path"],
-        "ledger": ledger_of(folder), "weights": digest(folder / "best.safetensors"),
-    }  # fmt: skip
+        "status": result["status"],
+        "winner": result["winner"],
+        "path": result["path"],
+        "ledger": ledger_of(folder),
+        "weights": digest(folder / "best.safetensors"),
+    }
 
 
 def store_outcome(folder: Path) -> Any:
@@ -172,11 +187,15 @@ class Arena:
             *("--target-params", "400K", "--steps", "2", "--shortlist", "4", "--proxied", "4"),
             *("--proxy-epochs", "3", "--threads", "1", "--img-size", "32"),
             *("--proxy-images", "200", "--teacher-epochs", "2", "--final-epochs", "1"),
-        )  # fmt: skip
+        )
         flags = [
-            "nas.contract", "--seed", seed or str(self.folder / "small.json"), "--effort", "smoke",
+            "nas.contract",
+            "--seed",
+            seed or str(self.folder / "small.json"),
+            "--effort",
+            "smoke",
             *(size or small),
-        ]  # fmt: skip
+        ]
         recorded = self.folder / name / "measurements.csv"
 
         def begin(out: Path, cache: Path) -> list[str]:
@@ -194,10 +213,24 @@ class Arena:
 
         def begin(out: Path, cache: Path) -> list[str]:
             return [
-                "nas.labels", "build", "--data", "digits", "--teacher-epochs", "1", "--epochs",
-                "60", "--img-size", "32", "--threads", "1", "--out", str(out), "--cache-dir",
-                str(cache), *more,
-            ]  # fmt: skip
+                "nas.labels",
+                "build",
+                "--data",
+                "digits",
+                "--teacher-epochs",
+                "1",
+                "--epochs",
+                "60",
+                "--img-size",
+                "32",
+                "--threads",
+                "1",
+                "--out",
+                str(out),
+                "--cache-dir",
+                str(cache),
+                *more,
+            ]
 
         return Kind("labels", begin, begin, store_outcome)
 
@@ -206,12 +239,32 @@ class Arena:
 
         def begin(out: Path, cache: Path) -> list[str]:
             return [
-                "nas.train", "--arch", str(self.folder / "vit.json"), "--data", "digits",
-                "--img-size", "32", "--epochs", str(self.train_epochs), "--proxy-images", "400",
-                "--threads", "1", "--batch-size", "8", "--save-steps", "5",
-                "--set", "drop_path=0.1", "--set", "ema_decay=0.9",
-                "--out", str(out), "--cache-dir", str(cache),
-            ]  # fmt: skip
+                "nas.train",
+                "--arch",
+                str(self.folder / "vit.json"),
+                "--data",
+                "digits",
+                "--img-size",
+                "32",
+                "--epochs",
+                str(self.train_epochs),
+                "--proxy-images",
+                "400",
+                "--threads",
+                "1",
+                "--batch-size",
+                "8",
+                "--save-steps",
+                "5",
+                "--set",
+                "drop_path=0.1",
+                "--set",
+                "ema_decay=0.9",
+                "--out",
+                str(out),
+                "--cache-dir",
+                str(cache),
+            ]
 
         def again(out: Path, cache: Path) -> list[str]:
             # Killed before there was anything to go on with, it begins.

@@ -15,12 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks._chaos_arena import (
-    Arena,
-    Kind,
-    orphans,
-    start,
-)
+from benchmarks._chaos_arena import Arena, Kind, orphans, start
 from benchmarks._chaos_tries import (
     Fault,
     Try,
@@ -64,8 +59,10 @@ def small_disk(place: Path, size: int) -> Iterator[None]:
     place.mkdir(parents=True)
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", str(place)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode:
         raise OSError(made.stderr.strip())
     try:
@@ -145,9 +142,7 @@ def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
     (place / "sitecustomize.py").write_text(CLOCK.format(seed=rng.randrange(1 << 30)))
     paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
     out, cache = folder / "out", folder / "cache"
-    process = start(
-        kind.begin(out, cache), folder / "first.log", PYTHONPATH=os.pathsep.join(paths)
-    )  # fmt: skip
+    process = start(kind.begin(out, cache), folder / "first.log", PYTHONPATH=os.pathsep.join(paths))
     code = process.end()
     took = time.monotonic() - process.since
     if code:
@@ -204,18 +199,25 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
         out, cache = folder / "out", folder / "cache"
         told = folder / "cluster.json"
         order = {
-            "act": act, "begin": kind.begin(out, cache), "again": kind.again(out, cache),
-            "out": str(out), "after": rng.uniform(0.2, 0.9) * seconds, "told": str(told),
+            "act": act,
+            "begin": kind.begin(out, cache),
+            "again": kind.again(out, cache),
+            "out": str(out),
+            "after": rng.uniform(0.2, 0.9) * seconds,
+            "told": str(told),
             "ship": folder.name.endswith(EVEN),
-        }  # fmt: skip
+        }
         (folder / "order.json").write_text(json.dumps(order))
         code = f"from benchmarks._chaos_cluster import main; main({str(folder / 'order.json')!r})"
         inside = f'ip link set lo up && exec {sys.executable} -c "$0"'
         with (folder / "first.log").open("w") as log:
             done = subprocess.run(
-                ["unshare", "-n", "sh", "-c", inside, code], stdout=log, stderr=log,
-                timeout=600, check=False,
-            )  # fmt: skip
+                ["unshare", "-n", "sh", "-c", inside, code],
+                stdout=log,
+                stderr=log,
+                timeout=600,
+                check=False,
+            )
         if done.returncode or not told.exists():
             return Try([f"the cluster ended with status {done.returncode}"])
         found = json.loads(told.read_text())

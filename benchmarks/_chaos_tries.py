@@ -139,9 +139,12 @@ def fault(
 ) -> Fault:
     """Return a fault of `disturbed` tries."""
     return Fault(
-        tries, kind, disturbed(make, act, goes_on=goes_on, warm=warm),
-        calm=disturbed(make, None, warm=warm), solo=solo,
-    )  # fmt: skip
+        tries,
+        kind,
+        disturbed(make, act, goes_on=goes_on, warm=warm),
+        calm=disturbed(make, None, warm=warm),
+        solo=solo,
+    )
 
 
 def some_workers(arena: Arena, rng: random.Random) -> Kind:

@@ -142,14 +142,22 @@ def replay(
         band = lattice.bands[min(step, settings.steps) - 1 if strategy.stepwise else -1]
         listed = strategy.shortlist(
             Ask(
-                step=step, steps=settings.steps, number=settings.shortlist, draw=draw,
-                family=family, context=context, seed=lattice.seed, incumbents=tuple(incumbents),
-                band=band, random_seed=derived_seed(random_seed, "shortlist", step),
+                step=step,
+                steps=settings.steps,
+                number=settings.shortlist,
+                draw=draw,
+                family=family,
+                context=context,
+                seed=lattice.seed,
+                incumbents=tuple(incumbents),
+                band=band,
+                random_seed=derived_seed(random_seed, "shortlist", step),
                 anchors=False,
                 # What is scored is not asked for again; what was only listed is, at the very end.
-                exclude=frozenset(tried if strategy.stepwise else beside), seen=tuple(seen),
+                exclude=frozenset(tried if strategy.stepwise else beside),
+                seen=tuple(seen),
             )
-        )  # fmt: skip
+        )
         by_key = {family.key(each.arch, context): each for each in listed}
         keys = list(by_key)
         if not keys:

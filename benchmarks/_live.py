@@ -54,8 +54,16 @@ def _difference(own: Outcome, other: Outcome, name: str, command: str) -> Row:
     a, b = (e.folder / "work" / f"final-{e.result['winner']}" for e in (own, other))
     found = paired_difference(a, b, "top1", 0)
     note = "paired over images; one run each, so nothing is said of other random seeds"
-    return Row(called, found["difference"], found["lo"], found["hi"], int(found["n"]),
-               "test images", note, command)  # fmt: skip
+    return Row(
+        called,
+        found["difference"],
+        found["lo"],
+        found["hi"],
+        int(found["n"]),
+        "test images",
+        note,
+        command,
+    )
 
 
 def _ran(
@@ -64,18 +72,32 @@ def _ran(
     """Run a strategy, or take over what is finished; settings that differ are refused."""
     folder = given.out.parent / "runs" / f"{given.out.stem}-live-{name}"
     settings: dict[str, Any] = {
-        "seed": given.seed, "target_params": parse_count("--target-params", given.target_params),
-        "data": given.data, "img_size": given.img_size, "seed_epochs": given.seed_epochs,
-        "teacher_epochs": given.teacher_epochs, "final_epochs": given.truth_epochs,
-        "steps": steps, "shortlist": given.shortlist, "proxied": given.proxied or given.shortlist,
-        "beam": given.beam, "proxy_epochs": given.proxy_epochs, "strategy": name,
-        "choose": given.choose, "anchors": False, "freeze": tuple(told["frozen"]),
-        "random_seed": given.random_seed, "device": given.device,
-    }  # fmt: skip
+        "seed": given.seed,
+        "target_params": parse_count("--target-params", given.target_params),
+        "data": given.data,
+        "img_size": given.img_size,
+        "seed_epochs": given.seed_epochs,
+        "teacher_epochs": given.teacher_epochs,
+        "final_epochs": given.truth_epochs,
+        "steps": steps,
+        "shortlist": given.shortlist,
+        "proxied": given.proxied or given.shortlist,
+        "beam": given.beam,
+        "proxy_epochs": given.proxy_epochs,
+        "strategy": name,
+        "choose": given.choose,
+        "anchors": False,
+        "freeze": tuple(told["frozen"]),
+        "random_seed": given.random_seed,
+        "device": given.device,
+    }
     ended = contract(
-        out=folder, resume=(folder / "run.json").exists(), max_hours=given.live_hours,
-        cache_dir=default_cache() if given.cache_dir is None else given.cache_dir, **settings,
-    )  # fmt: skip
+        out=folder,
+        resume=(folder / "run.json").exists(),
+        max_hours=given.live_hours,
+        cache_dir=default_cache() if given.cache_dir is None else given.cache_dir,
+        **settings,
+    )
     final = ended.result.get("final")
     if final is None:
         raise InputError(f"--live {name}: {ended.message}; more --live-hours finish it")
@@ -83,15 +105,45 @@ def _ran(
     rows = []
     for key in ("soft_loss", "top1"):
         lo, hi = (won[key] + z * won[f"{key}_se"] for z in (-1.96, 1.96))
-        rows.append(Row(f"live, {name}: {key} of the winner", won[key], lo, hi, 1, "run",
-                        "interval over images only", given.command))  # fmt: skip
+        rows.append(
+            Row(
+                f"live, {name}: {key} of the winner",
+                won[key],
+                lo,
+                hi,
+                1,
+                "run",
+                "interval over images only",
+                given.command,
+            )
+        )
     taken = _candidates(ended)
     seconds = sum(float(row["seconds"]) for row in taken)
     trained = sum(float(row["epochs"] or 0) > 0 for row in taken)
     note = f"{steps} steps, {len(taken)} archs timed, {trained} trained"
-    rows.append(Row(f"live, {name}: seconds of the search", seconds, seconds, seconds, 1, "run",
-                    note, given.command))  # fmt: skip
+    rows.append(
+        Row(
+            f"live, {name}: seconds of the search",
+            seconds,
+            seconds,
+            seconds,
+            1,
+            "run",
+            note,
+            given.command,
+        )
+    )
     gmacs = _searched(ended) / 1e9
-    rows.append(Row(f"live, {name}: GMACs a training image of the search", gmacs, gmacs, gmacs, 1,
-                    "run", "forward passes over all epochs", given.command))  # fmt: skip
+    rows.append(
+        Row(
+            f"live, {name}: GMACs a training image of the search",
+            gmacs,
+            gmacs,
+            gmacs,
+            1,
+            "run",
+            "forward passes over all epochs",
+            given.command,
+        )
+    )
     return rows, ended

@@ -141,14 +141,23 @@ def search_settings(lab: Lab, given: argparse.Namespace, target: Target) -> dict
     usual = {**EFFORTS[given.effort], "steps": steps_of(given.effort, start, target.params)}
     sizes = {k: usual[k] if v is None else v for k, v in asked.items()}
     return {
-        **sizes, "effort": given.effort, "data": config.data, "img_size": config.img_size,
-        "proxy_images": None, "require": (f"params<={target.most}",),
-        "min_speedup": target.min_speedup, "params_tolerance": TOLERANCE, "anchors": False,
-        "seed_epochs": config.seed_epochs, "teacher_epochs": config.teacher_epochs,
+        **sizes,
+        "effort": given.effort,
+        "data": config.data,
+        "img_size": config.img_size,
+        "proxy_images": None,
+        "require": (f"params<={target.most}",),
+        "min_speedup": target.min_speedup,
+        "params_tolerance": TOLERANCE,
+        "anchors": False,
+        "seed_epochs": config.seed_epochs,
+        "teacher_epochs": config.teacher_epochs,
         "final_epochs": 1,  # the equal training is the one that counts
-        "bench_batch": config.bench_batch, "device": config.device, "threads": config.threads,
+        "bench_batch": config.bench_batch,
+        "device": config.device,
+        "threads": config.threads,
         "random_seed": config.random_seed,
-    }  # fmt: skip
+    }
 
 
 def search(
@@ -171,9 +180,11 @@ def search(
     if hours <= 0.01 and not finished:
         return Side(role, None, "not run: the budget is spent, call again")
     common: dict[str, Any] = {
-        "out": folder, "max_hours": max(hours, 0.01), "console": console,
+        "out": folder,
+        "max_hours": max(hours, 0.01),
+        "console": console,
         "cache_dir": default_cache() if given.cache_dir is None else given.cache_dir,
-    }  # fmt: skip
+    }
     settings = {**search_settings(lab, given, target), "strategy": strategy}
     if strategy == "contraction":
         settings["choose"] = given.choose
@@ -224,11 +235,7 @@ def uniform_scaling(lab: Lab, target: Target) -> Side:
 
 
 def sides_of(
-    lab: Lab,
-    given: argparse.Namespace,
-    target: Target,
-    deadline: float,
-    console: Console,
+    lab: Lab, given: argparse.Namespace, target: Target, deadline: float, console: Console
 ) -> list[Side]:
     """Return the contracted arch, then its rivals at a target."""
     return [

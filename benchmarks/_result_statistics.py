@@ -75,9 +75,16 @@ def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike) -> Paired:
     interval = half(TWO_SIDED)
     seen = interval + float(special.ndtri(POWER)) * math.sqrt(image_part + seed_part)
     return Paired(
-        value, value - interval, value + interval, value - half(ONE_SIDED),
-        math.sqrt(image_part), math.sqrt(seed_part), seen, seeds, images,
-    )  # fmt: skip
+        value,
+        value - interval,
+        value + interval,
+        value - half(ONE_SIDED),
+        math.sqrt(image_part),
+        math.sqrt(seed_part),
+        seen,
+        seeds,
+        images,
+    )
 
 
 def verdict(found: Paired, *, tie: bool = False, margin: float = MARGIN) -> str:

@@ -94,10 +94,16 @@ def prune_by_ratio(
     taylor = variant.importance == "taylor"
     by = tp.importance.GroupTaylorImportance if taylor else tp.importance.GroupMagnitudeImportance
     pruner = tp.pruner.BasePruner(
-        own, example, importance=by(), pruning_ratio=ratio, ignored_layers=left,
-        global_pruning=variant.everywhere, isomorphic=variant.everywhere, round_to=ROUND_TO,
+        own,
+        example,
+        importance=by(),
+        pruning_ratio=ratio,
+        ignored_layers=left,
+        global_pruning=variant.everywhere,
+        isomorphic=variant.everywhere,
+        round_to=ROUND_TO,
         **heads,
-    )  # fmt: skip
+    )
     pruner.step()
     for module in attention:
         if variant.heads == "pruned":
@@ -175,12 +181,18 @@ def fastnas(
     torch.manual_seed(random_seed)
     model.train()
     found, _ = mtp.prune(
-        model, mode="fastnas", constraints={"params": float(budget)}, dummy_input=example,
+        model,
+        mode="fastnas",
+        constraints={"params": float(budget)},
+        dummy_input=example,
         config={
-            "data_loader": [(b, None) for b in batches], "collect_func": lambda batch: batch[0],
-            "score_func": score, "checkpoint": None, "verbose": False,
+            "data_loader": [(b, None) for b in batches],
+            "collect_func": lambda batch: batch[0],
+            "score_func": score,
+            "checkpoint": None,
+            "verbose": False,
         },
-    )  # fmt: skip
+    )
     assert isinstance(found, nn.Module)
     return found.eval()
 

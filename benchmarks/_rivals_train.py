@@ -65,9 +65,15 @@ def replay_of(spec: Mapping[str, Any], random_seed: int) -> Replay:
     dataset = open_dataset(Path(spec["dataset"]))
     store = open_store(Path(spec["store"]), use=dataset)
     return Replay(
-        dataset.train, store, spec["batch_size"], random_seed, missing=spec["missing"],
-        beyond=spec["beyond"], epochs=spec["label_epochs"], device=spec["device"],
-    )  # fmt: skip
+        dataset.train,
+        store,
+        spec["batch_size"],
+        random_seed,
+        missing=spec["missing"],
+        beyond=spec["beyond"],
+        epochs=spec["label_epochs"],
+        device=spec["device"],
+    )
 
 
 def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
@@ -83,9 +89,13 @@ def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
     if variant.tool == "modelopt":
         batches = list(first_inputs(replay, 0))
         pruned = fastnas(
-            model, example, spec["budget"], batches, lambda net: _score(net, spec),
+            model,
+            example,
+            spec["budget"],
+            batches,
+            lambda net: _score(net, spec),
             spec["random_seed"],
-        )  # fmt: skip
+        )
         ratio = None
     else:
         gradients: list[torch.Tensor | None] = [None for _ in model.parameters()]
@@ -103,11 +113,25 @@ def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
         assert torch.allclose(again(example), pruned(example), atol=1e-4), "it is not rebuilt"
     seconds = time.monotonic() - started
     timed = measure(
-        again, seed_network(spec), ctx=ctx, setting=Setting(**spec["setting"]),
-        threads=spec["threads"], blocks=spec["blocks"], max_blocks=spec["max_blocks"],
-    )  # fmt: skip
-    pace = {k: getattr(timed, k) for k in ("images_per_s", "images_per_s_lo", "images_per_s_hi",
-                                           "ratio", "ratio_lo", "ratio_hi")}  # fmt: skip
+        again,
+        seed_network(spec),
+        ctx=ctx,
+        setting=Setting(**spec["setting"]),
+        threads=spec["threads"],
+        blocks=spec["blocks"],
+        max_blocks=spec["max_blocks"],
+    )
+    pace = {
+        k: getattr(timed, k)
+        for k in (
+            "images_per_s",
+            "images_per_s_lo",
+            "images_per_s_hi",
+            "ratio",
+            "ratio_lo",
+            "ratio_hi",
+        )
+    }
     told = {"params": count(again), "pruning_ratio": ratio, "prune_seconds": seconds}
     return {**told, **pace, "loads": loads_in_timm(spec["timm"], state)}
 
@@ -161,36 +185,39 @@ def train_job(spec: Mapping[str, Any], part: Path) -> Values:
     dataset = open_dataset(Path(spec["dataset"]))
     store = open_store(Path(spec["store"]), use=dataset)
     model = rebuild(
-        seed_network(spec, weights=False),
-        load_weights(Path(spec["pruned"]), name="pruned weights"),
+        seed_network(spec, weights=False), load_weights(Path(spec["pruned"]), name="pruned weights")
     )
     replay = replay_of(spec, spec["random_seed"])
     values = train_module(
-        model, replay, epochs=spec["epochs"], batch_size=spec["batch_size"],
-        random_seed=spec["random_seed"], device=spec["device"],
-    )  # fmt: skip
+        model,
+        replay,
+        epochs=spec["epochs"],
+        batch_size=spec["batch_size"],
+        random_seed=spec["random_seed"],
+        device=spec["device"],
+    )
     held = evaluate(
-        model, holdout_batches(dataset, store, EVAL_BATCH, spec["missing"]),
-        dataset.holdout.labels, spec["device"],
-    )  # fmt: skip
+        model,
+        holdout_batches(dataset, store, EVAL_BATCH, spec["missing"]),
+        dataset.holdout.labels,
+        spec["device"],
+    )
     held.save(part / "holdout.safetensors")
     tested = evaluate_test(model, dataset, store, spec["device"])
     save_weights(part / "test.safetensors", {"correct": tested.to(torch.uint8)})
     top1, top1_se = mean_se(tested.numpy())
     return {
-        **values, "params": count(model), "soft_loss": mean_se(held.soft_loss)[0],
-        "test_top1": top1, "test_top1_se": top1_se, "test_n": len(tested),
-    }  # fmt: skip
+        **values,
+        "params": count(model),
+        "soft_loss": mean_se(held.soft_loss)[0],
+        "test_top1": top1,
+        "test_top1_se": top1_se,
+        "test_n": len(tested),
+    }
 
 
 def train_module(
-    model: nn.Module,
-    replay: Replay,
-    *,
-    epochs: int,
-    batch_size: int,
-    random_seed: int,
-    device: str,
+    model: nn.Module, replay: Replay, *, epochs: int, batch_size: int, random_seed: int, device: str
 ) -> Values:
     """Train any network as the proxy trains an arch that inherits, batch norms estimated anew."""
     loss = SoftLoss()
@@ -205,9 +232,13 @@ def train_module(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed)
         history = train(
-            model, replay.epoch, step_loss, settings,
-            steps_per_epoch=replay.steps_per_epoch, device=device,
-        )  # fmt: skip
+            model,
+            replay.epoch,
+            step_loss,
+            settings,
+            steps_per_epoch=replay.steps_per_epoch,
+            device=device,
+        )
     return {"train_loss": history.final_loss, "epochs": epochs}
 
 

@@ -41,9 +41,7 @@ def _opened(world: World) -> Lattice:
 def search(world: World, name: str, settings: Settings, random_seed: int) -> list[Scored]:
     """Replay one search, in whatever process."""
     losses = dict(world.losses)
-    return replay(
-        _opened(world), losses, get_strategy(name), settings, random_seed=random_seed
-    )  # fmt: skip
+    return replay(_opened(world), losses, get_strategy(name), settings, random_seed=random_seed)
 
 
 def _single_threaded() -> None:

@@ -104,11 +104,20 @@ def agreement(given: argparse.Namespace, console: Console) -> list[AgreementRow]
                 at_median = median_interval(ratios)
                 rows.append(
                     AgreementRow(
-                        "agreement", dtype, "none", arch, method, len(ratios), at_median.median,
-                        at_median.lo, at_median.hi, None, at_median.median / by_timm - 1.0,
+                        "agreement",
+                        dtype,
+                        "none",
+                        arch,
+                        method,
+                        len(ratios),
+                        at_median.median,
+                        at_median.lo,
+                        at_median.hi,
+                        None,
+                        at_median.median / by_timm - 1.0,
                         spent[method] / len(ratios),
                     )
-                )  # fmt: skip
+                )
     return rows
 
 
@@ -119,9 +128,13 @@ def _ratios(method: str, at: Timers, given: argparse.Namespace) -> dict[str, flo
     found = {}
     for name in ("11M", "5M"):
         measured = measure_rounds(
-            [at[name], at["21M"]], batch=given.batch, bounds=Bounds(), blocks=12, max_blocks=12,
+            [at[name], at["21M"]],
+            batch=given.batch,
+            bounds=Bounds(),
+            blocks=12,
+            max_blocks=12,
             min_block_s=0.06,
-        )  # fmt: skip
+        )
         assert measured.ratio is not None
         found[name] = measured.ratio.median
     return found
@@ -154,10 +167,20 @@ def spread(given: argparse.Namespace, console: Console) -> list[AgreementRow]:
         wide = (quantile(values, 0.95) - quantile(values, 0.05)) / median.median
         rows.append(
             AgreementRow(
-                "spread", "float32", load, "5M", method, len(values), median.median, median.lo,
-                median.hi, wide, None, spent[load, method] / len(values),
+                "spread",
+                "float32",
+                load,
+                "5M",
+                method,
+                len(values),
+                median.median,
+                median.lo,
+                median.hi,
+                wide,
+                None,
+                spent[load, method] / len(values),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -234,9 +257,14 @@ def table(rows: Sequence[AgreementRow], given: argparse.Namespace, where: Any) -
         values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
         size = given.img_size if row.part == "agreement" else given.spread_img_size
         writer.writerow(
-            {**values, "batch": given.batch, "img_size": size, "fingerprint": where.id,
-             "device": where.describe()}
-        )  # fmt: skip
+            {
+                **values,
+                "batch": given.batch,
+                "img_size": size,
+                "fingerprint": where.id,
+                "device": where.describe(),
+            }
+        )
     return out.getvalue()
 
 

@@ -56,9 +56,10 @@ class Row:
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="python -m benchmarks.chaos", description=__doc__,
+        prog="python -m benchmarks.chaos",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--only", nargs="+", metavar="FAULT", help=f"of {', '.join(FAULTS)} (default: all)")
     add("--tries", type=int, metavar="N", help="of each fault (default: its own number)")
@@ -189,9 +190,13 @@ def write(path: Path, rows: Mapping[str, Row]) -> None:
             for line in csv.DictReader(file):
                 late = float(line["seconds_to_recover"] or "nan")
                 held[line["fault"]] = Row(
-                    line["fault"], int(line["tried"]), int(line["survived"]), int(line["lost"]),
-                    late, line["command"],
-                )  # fmt: skip
+                    line["fault"],
+                    int(line["tried"]),
+                    int(line["survived"]),
+                    int(line["lost"]),
+                    late,
+                    line["command"],
+                )
     held.update(rows)
     names = [name for name in FAULTS if name in held]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -160,9 +160,14 @@ def simulate(
 
 
 def live(
-    pair: Pair, bound: float, trials: int, blocks: int, max_blocks: int, min_block_s: float,
+    pair: Pair,
+    bound: float,
+    trials: int,
+    blocks: int,
+    max_blocks: int,
+    min_block_s: float,
     console: Console,
-) -> list[tuple[str, int, float]]:  # fmt: skip
+) -> list[tuple[str, int, float]]:
     """Measure as a run does, again and again."""
     from nas.measure.throughput import measure_prepared
 
@@ -170,9 +175,13 @@ def live(
     for _ in range(trials):
         started = time.perf_counter()
         measured = measure_prepared(
-            pair.sides[0], pair.sides[1], bounds=Bounds(ratio=bound), blocks=blocks,
-            max_blocks=max_blocks, min_block_s=min_block_s,
-        )  # fmt: skip
+            pair.sides[0],
+            pair.sides[1],
+            bounds=Bounds(ratio=bound),
+            blocks=blocks,
+            max_blocks=max_blocks,
+            min_block_s=min_block_s,
+        )
         assert measured.ratio_lo is not None
         assert measured.ratio_hi is not None
         low, high = measured.ratio_lo >= bound, measured.ratio_hi < bound
@@ -192,9 +201,19 @@ def row_of(
     )
     wrong = passed if bound > 1.0 else failed
     return GateRow(
-        kind, load, method, bound, n, passed, failed, undecided, wrong / n, upper_share(wrong, n),
-        sum(b for _, b, _ in found) / n, sum(s for _, _, s in found) / n,
-    )  # fmt: skip
+        kind,
+        load,
+        method,
+        bound,
+        n,
+        passed,
+        failed,
+        undecided,
+        wrong / n,
+        upper_share(wrong, n),
+        sum(b for _, b, _ in found) / n,
+        sum(s for _, _, s in found) / n,
+    )
 
 
 def told(row: GateRow) -> str:
@@ -226,9 +245,14 @@ def gate(given: argparse.Namespace, console: Console) -> list[GateRow]:
                 for bound in BOUNDS:
                     console.describe(f"live, load: {load}")
                     found = live(
-                        pair, bound, lives[load], given.blocks, given.max_blocks,
-                        given.min_block_s, console,
-                    )  # fmt: skip
+                        pair,
+                        bound,
+                        lives[load],
+                        given.blocks,
+                        given.max_blocks,
+                        given.min_block_s,
+                        console,
+                    )
                     add(row_of("live", load, "gate", bound, found))
             for bound in BOUNDS:
                 by_gate, by_mean = simulate(
@@ -279,9 +303,15 @@ def _main(given: argparse.Namespace) -> int:
         for row in rows:
             values = {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(row).items()}
             writer.writerow(
-                {**values, "arch": given.arch, "img_size": given.img_size, "batch": given.batch,
-                 "fingerprint": where.id, "device": where.describe()}
-            )  # fmt: skip
+                {
+                    **values,
+                    "arch": given.arch,
+                    "img_size": given.img_size,
+                    "batch": given.batch,
+                    "fingerprint": where.id,
+                    "device": where.describe(),
+                }
+            )
         write_atomic(given.out, out.getvalue().encode())
     print(
         json.dumps({"rows": len(rows), "worst": max(r.errors for r in rows if r.method == "gate")})

@@ -141,12 +141,25 @@ def ratio_rows(crossings: Sequence[Sequence[Crossing]], longest: int, command: s
     median = [min(v, float(longest)) for v in bootstrap(open_ended, _median, random_seed=0)]
     beyond = f">= {longest}; " if not math.isfinite(_median(open_ended)) else ""
     rows = [
-        Row("epochs from scratch per inherited epoch, median", median[0], median[1], median[2], n,
-            "archs", beyond + cells, command),
-        Row("epochs from scratch per inherited epoch, geometric mean",
-            *bootstrap(epochs, lambda v: float(np.exp(np.log(v).mean())), random_seed=0), n,
-            "archs", "a lower bound: " + cells if above.any() else cells, command),
-    ]  # fmt: skip
+        Row(
+            "epochs from scratch per inherited epoch, median",
+            median[0],
+            median[1],
+            median[2],
+            n,
+            "archs",
+            beyond + cells,
+            command,
+        ),
+        Row(
+            "epochs from scratch per inherited epoch, geometric mean",
+            *bootstrap(epochs, lambda v: float(np.exp(np.log(v).mean())), random_seed=0),
+            n,
+            "archs",
+            "a lower bound: " + cells if above.any() else cells,
+            command,
+        ),
+    ]
     for aim in (AIM, STRETCH):
         reached = open_ended >= aim
         interval = bootstrap(reached, lambda v: float(v.mean()), random_seed=0)
@@ -175,10 +188,11 @@ def ablation(
         parent = lab.parent(criterion)
         for raw in (False, True):
             wanted[f"{criterion}, 0 epochs{', norms as inherited' if raw else ''}"] = [
-                Training(arch, "inherit", 0, PROXY_SEED, parent, images=given.images,
-                         recalibrate=not raw)
+                Training(
+                    arch, "inherit", 0, PROXY_SEED, parent, images=given.images, recalibrate=not raw
+                )
                 for arch in archs
-            ]  # fmt: skip
+            ]
         wanted[f"{criterion}, 1 epoch"] = [
             Training(arch, "inherit", 1, PROXY_SEED + s, parent, images=given.images)
             for arch in archs
@@ -207,10 +221,16 @@ def ablation_rows(losses: Mapping[str, Floats], command: str) -> list[Row]:
         for c in CRITERIA
     ]
     return [
-        Row(name, *crossed(losses[a] - losses[b], random_seed=0), len(losses[a]), "archs",
-            f"nats, {losses[a].shape[1]} images, below 0 is better", command)
+        Row(
+            name,
+            *crossed(losses[a] - losses[b], random_seed=0),
+            len(losses[a]),
+            "archs",
+            f"nats, {losses[a].shape[1]} images, below 0 is better",
+            command,
+        )
         for name, a, b in pairs
-    ]  # fmt: skip
+    ]
 
 
 def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dict[str, object]]:
@@ -236,23 +256,29 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
         criteria, means = ablation(lab, archs, given, given.command)
         losses = curves(lab, archs, targets, given)
         crossings = [
-            [
-                epochs_to_loss(given.lengths, of, targets[a, s])
-                for s, of in enumerate(losses[a])
-            ]
+            [epochs_to_loss(given.lengths, of, targets[a, s]) for s, of in enumerate(losses[a])]
             for a in range(len(archs))
-        ]  # fmt: skip
+        ]
         ratios = ratio_rows(crossings, given.lengths[-1], given.command)
         told = {
-            "archs": len(archs), "seeds": given.seeds, "images": given.images,
-            "holdout": len(run.dataset.holdout.labels), "label_epochs": stored,
-            "ratio": ratios[0].estimate, "ratio_lo": ratios[0].lo, "ratio_hi": ratios[0].hi,
+            "archs": len(archs),
+            "seeds": given.seeds,
+            "images": given.images,
+            "holdout": len(run.dataset.holdout.labels),
+            "label_epochs": stored,
+            "ratio": ratios[0].estimate,
+            "ratio_lo": ratios[0].lo,
+            "ratio_hi": ratios[0].hi,
             "censored": sum(c.censored == 1 for of in crossings for c in of),
-            "reached_aim": ratios[0].lo >= AIM, "reached_stretch": ratios[0].lo >= STRETCH,
-            "lengths": list(given.lengths), "targets": targets.tolist(), "scratch": losses,
-            "epochs": [[c.epochs for c in of] for of in crossings], "means": means,
+            "reached_aim": ratios[0].lo >= AIM,
+            "reached_stretch": ratios[0].lo >= STRETCH,
+            "lengths": list(given.lengths),
+            "targets": targets.tolist(),
+            "scratch": losses,
+            "epochs": [[c.epochs for c in of] for of in crossings],
+            "means": means,
             "labels": [run.family.label(arch) for arch in archs],
-        }  # fmt: skip
+        }
         return [*ratios, *criteria], told
 
 
@@ -284,10 +310,17 @@ def figure(path: Path, rows: Sequence[Row], told: Mapping[str, object]) -> None:
     left.legend(fontsize=7)
     shown = [r for r in rows if r.note.startswith("nats")]
     y = list(range(len(shown)))
-    right.errorbar([r.estimate for r in shown], y,
-                   xerr=[[max(0.0, r.estimate - r.lo) for r in shown],
-                         [max(0.0, r.hi - r.estimate) for r in shown]],
-                   fmt="o", ms=4, lw=1)  # fmt: skip
+    right.errorbar(
+        [r.estimate for r in shown],
+        y,
+        xerr=[
+            [max(0.0, r.estimate - r.lo) for r in shown],
+            [max(0.0, r.hi - r.estimate) for r in shown],
+        ],
+        fmt="o",
+        ms=4,
+        lw=1,
+    )
     right.axvline(0, color="black", lw=0.5)
     right.set_xscale("symlog", linthresh=0.1)
     right.set_yticks(y, [r.name for r in shown], fontsize=7)
@@ -336,8 +369,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in rows:
             print(in_words(row))
         print("what inheriting does to the ranking: python -m benchmarks.proxy_rank")
-        keys = ("archs", "seeds", "ratio", "ratio_lo", "ratio_hi", "censored", "reached_aim",
-                "reached_stretch", "label_epochs")  # fmt: skip
+        keys = (
+            "archs",
+            "seeds",
+            "ratio",
+            "ratio_lo",
+            "ratio_hi",
+            "censored",
+            "reached_aim",
+            "reached_stretch",
+            "label_epochs",
+        )
         print(json.dumps({k: told[k] for k in keys}))
         return 0
 

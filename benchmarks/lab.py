@@ -164,9 +164,11 @@ class Lab:
         """Return how many images a second train on this machine, all workers together (rough)."""
         run = self.run
         spec = {
-            **run.network(arch), "batch_size": run.config.batch_size, "seconds": 8.0,
+            **run.network(arch),
+            "batch_size": run.config.batch_size,
+            "seconds": 8.0,
             "device": run.config.device,
-        }  # fmt: skip
+        }
         result = run.do(Job("pace", "pace", spec))
         run.executor.close()  # its threads would only be in the way
         return float(result.values["images_per_s"]) if result.ok else 50.0
@@ -176,11 +178,14 @@ class Lab:
         assert of.parent is not None, "no training and no parent: nothing to score"
         folder = run.folder.job_folder(name)
         spec = {
-            **run.train_spec(of.arch, epochs=0, init=of.init, parent=of.parent, first_epoch=0,
-                             test=False),
-            "random_seed": of.random_seed, "recalibrate": of.recalibrate, "images": of.images,
+            **run.train_spec(
+                of.arch, epochs=0, init=of.init, parent=of.parent, first_epoch=0, test=False
+            ),
+            "random_seed": of.random_seed,
+            "recalibrate": of.recalibrate,
+            "images": of.images,
             "out": str(folder),
-        }  # fmt: skip
+        }
         result = run.do_all([Task(Job("score", name, spec), folder, 0.0)])[0]
         if not result.ok:
             return Trained(of, name, {}, {}, result.seconds, result.reason)
@@ -200,11 +205,19 @@ class Lab:
             last = rung == of.epochs
             folder = run.folder.job_folder(name if last else f"{name}-rung{rung}")
             result = run.train(
-                of.arch, folder.name, out=folder, epochs=of.epochs, init=of.init,
-                parent=of.parent, random_seed=of.random_seed, rung=None if last else rung,
-                before=before, test=of.test and last, images=of.images,
+                of.arch,
+                folder.name,
+                out=folder,
+                epochs=of.epochs,
+                init=of.init,
+                parent=of.parent,
+                random_seed=of.random_seed,
+                rung=None if last else rung,
+                before=before,
+                test=of.test and last,
+                images=of.images,
                 hard_weight=of.hard_weight,
-            )  # fmt: skip
+            )
             seconds += result.seconds
             if not result.ok:
                 return Trained(of, name, folders, values, seconds, result.reason)
@@ -227,10 +240,19 @@ class Lab:
 def arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     """Add what every benchmark of trainings is asked for; `defaults` are by name."""
     own = {
-        "budget_hours": 2.0, "data": "fractals", "img_size": 64, "images": 1000, "seeds": 3,
-        "proxy_epochs": 2, "truth_epochs": 5, "seed_epochs": 10, "teacher_epochs": 15,
-        "seed": "5M", "target_params": "3.6M", **defaults,
-    }  # fmt: skip
+        "budget_hours": 2.0,
+        "data": "fractals",
+        "img_size": 64,
+        "images": 1000,
+        "seeds": 3,
+        "proxy_epochs": 2,
+        "truth_epochs": 5,
+        "seed_epochs": 10,
+        "teacher_epochs": 15,
+        "seed": "5M",
+        "target_params": "3.6M",
+        **defaults,
+    }
     add = parser.add_argument
     hours = "what it may take on this machine (default %(default)s): sets how many archs"
     add("--budget-hours", type=float, default=own["budget_hours"], help=hours)
@@ -255,11 +277,16 @@ def folder_of(given: argparse.Namespace) -> Path:
     if given.work is not None:
         return Path(given.work)
     name = "-".join(
-        str(v) for v in (
-            "lab", Path(given.seed).stem, given.data.replace("/", "_"), given.img_size,
-            f"e{given.seed_epochs}", f"t{given.truth_epochs}",
+        str(v)
+        for v in (
+            "lab",
+            Path(given.seed).stem,
+            given.data.replace("/", "_"),
+            given.img_size,
+            f"e{given.seed_epochs}",
+            f"t{given.truth_epochs}",
         )
-    )  # fmt: skip
+    )
     return Path("results/runs") / name
 
 
@@ -303,18 +330,29 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
         changed = sorted(k for k in {*asked, *held} if held.get(k) != asked.get(k))
         if changed:
             folder.release()
-            raise refuse("--work", f"{folder.path} made with other {', '.join(changed)}",
-                         "a folder of the same settings", "name another one")  # fmt: skip
+            raise refuse(
+                "--work",
+                f"{folder.path} made with other {', '.join(changed)}",
+                "a folder of the same settings",
+                "name another one",
+            )
     else:
         folder.create()
         folder.write_run({"config": config.to_dict()})
     worker = LocalExecutor(threads=config.threads, log=folder.path / "worker.log")
     try:
         run = Run(
-            config=config, family=family, seed_arch=family.seed(config.seed), dataset=dataset,
-            folder=folder, executor=worker, console=console, cache=cache, deadline=None,
+            config=config,
+            family=family,
+            seed_arch=family.seed(config.seed),
+            dataset=dataset,
+            folder=folder,
+            executor=worker,
+            console=console,
+            cache=cache,
+            deadline=None,
             fingerprints=ask_fingerprints(config, worker, None),
-        )  # fmt: skip
+        )
         lab = Lab(run, max(1, given.workers))
         worker.close()  # its threads would only be in the way
         yield lab

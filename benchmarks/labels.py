@@ -26,9 +26,15 @@ def everything(results: Path) -> int:
     """Run all parts into `results`; the storage part also looks at the students' teacher."""
     with tempfile.TemporaryDirectory() as cache:
         status = labels_students.main(
-            ["--cache-dir", cache, "--out", str(results / "labels_students.csv"),
-             "--figure", str(results / "labels_topk.png")]
-        )  # fmt: skip
+            [
+                "--cache-dir",
+                cache,
+                "--out",
+                str(results / "labels_students.csv"),
+                "--figure",
+                str(results / "labels_topk.png"),
+            ]
+        )
         stores = [path.parent for path in Path(cache).glob("labels/*/manifest.json")]
         # The 99 classes of the images' teacher, not the digits' nine.
         large = max(stores, key=lambda store: (store / "keys.bin").stat().st_size)

@@ -89,11 +89,7 @@ def open_reader(kind: str, folder: Path, record_bytes: int) -> tuple[int, Fetch]
 
 
 def official_reader(
-    folder: Path,
-    index: NDArray[np.int64],
-    prob: NDArray[np.float32],
-    records: int,
-    ranks: int = 8,
+    folder: Path, index: NDArray[np.int64], prob: NDArray[np.float32], records: int, ranks: int = 8
 ) -> Callable[[NDArray[np.int64]], Label]:
     """Write the official layout and open it: one values file a rank, one record at a time.
 

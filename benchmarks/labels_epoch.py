@@ -49,9 +49,24 @@ from space import Context, InputError, get_family
 from space.errors import refuse
 
 COLUMNS = (
-    "part", "student", "teacher", "way", "against", "ratio", "lo", "hi", "images_per_s",
-    "epoch_s", "peak_mem_mb", "blocks", "batch", "img_size", "threads", "device", "fingerprint",
-)  # fmt: skip
+    "part",
+    "student",
+    "teacher",
+    "way",
+    "against",
+    "ratio",
+    "lo",
+    "hi",
+    "images_per_s",
+    "epoch_s",
+    "peak_mem_mb",
+    "blocks",
+    "batch",
+    "img_size",
+    "threads",
+    "device",
+    "fingerprint",
+)
 BATCH = 32
 IMAGES = 1000
 """Training images of an epoch here; seconds an epoch are told for so many."""
@@ -130,8 +145,10 @@ def shares(
     """Compare replayed with resident batches, both engines."""
     ways: dict[str, Step] = {}
     resident = next(Replay(dataset.train, stores["timm"], BATCH, 0).epoch(0)).to(device)
-    own = {name: Trainer(student, dataset.num_classes, dataset.img_size, device)
-           for name in ("resident", "bare", "timm", "batched")}  # fmt: skip
+    own = {
+        name: Trainer(student, dataset.num_classes, dataset.img_size, device)
+        for name in ("resident", "bare", "timm", "batched")
+    }
     ways["resident"] = lambda: own["resident"].step(resident)
     ways["bare"] = lambda: own["bare"].step(resident, optimize=False)
     for engine in ("timm", "batched"):
@@ -147,18 +164,33 @@ def shares(
 
 
 def _row(
-    part: str, student: str, teacher: str, way: str, against: str,
-    ratios: list[float], seconds: list[float], steps: int,
-) -> dict[str, Any]:  # fmt: skip
+    part: str,
+    student: str,
+    teacher: str,
+    way: str,
+    against: str,
+    ratios: list[float],
+    seconds: list[float],
+    steps: int,
+) -> dict[str, Any]:
     found = median_interval(ratios)
     middle, lo, hi = found.median, found.lo, found.hi
     pace = steps * BATCH / sorted(seconds)[len(seconds) // 2]
     return {
-        "part": part, "student": student, "teacher": teacher, "way": way, "against": against,
-        "ratio": round(middle, 4), "lo": round(lo, 4), "hi": round(hi, 4),
-        "images_per_s": round(pace, 1), "epoch_s": round(IMAGES / pace, 2), "peak_mem_mb": "",
-        "blocks": len(ratios), "batch": BATCH,
-    }  # fmt: skip
+        "part": part,
+        "student": student,
+        "teacher": teacher,
+        "way": way,
+        "against": against,
+        "ratio": round(middle, 4),
+        "lo": round(lo, 4),
+        "hi": round(hi, 4),
+        "images_per_s": round(pace, 1),
+        "epoch_s": round(IMAGES / pace, 2),
+        "peak_mem_mb": "",
+        "blocks": len(ratios),
+        "batch": BATCH,
+    }
 
 
 def way_of(
@@ -200,10 +232,24 @@ def compare_ways(
 def peak_mem_mb(way: str, student: str, teacher: str, cache: Path, options: Sequence[str]) -> float:
     """Run a few steps of one way in a process of its own: its peak memory."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.labels_epoch", "--one", way, "--students", student,
-         "--teacher", teacher, "--cache-dir", str(cache), *options],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "benchmarks.labels_epoch",
+            "--one",
+            way,
+            "--students",
+            student,
+            "--teacher",
+            teacher,
+            "--cache-dir",
+            str(cache),
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -211,9 +257,13 @@ def _one(arguments: argparse.Namespace) -> int:
     """Be that process."""
     dataset, stores = _stock(arguments)
     step = way_of(
-        arguments.one, arguments.students[0], arguments.teacher, dataset, stores["timm"],
+        arguments.one,
+        arguments.students[0],
+        arguments.teacher,
+        dataset,
+        stores["timm"],
         arguments.device,
-    )  # fmt: skip
+    )
     for _ in range(8):
         step()
     if arguments.device != "cpu":
@@ -248,8 +298,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for student in arguments.students:
         rows += shares(student, dataset, stores, arguments.blocks, arguments.device)
-    options = ["--img-size", str(arguments.img_size), "--threads", str(arguments.threads),
-               "--device", arguments.device]  # fmt: skip
+    options = [
+        "--img-size",
+        str(arguments.img_size),
+        "--threads",
+        str(arguments.threads),
+        "--device",
+        arguments.device,
+    ]
     for student, teacher in (("small", "small"), ("small", "21M")):
         found = compare_ways(
             student, teacher, dataset, stores["timm"], arguments.blocks, arguments.device
@@ -296,9 +352,11 @@ def _report(arguments: argparse.Namespace) -> int:
     where = take_fingerprint(arguments.device, arguments.threads)
     rows = measure(arguments)
     common = {
-        "img_size": arguments.img_size, "threads": arguments.threads, "device": arguments.device,
+        "img_size": arguments.img_size,
+        "threads": arguments.threads,
+        "device": arguments.device,
         "fingerprint": where.id,
-    }  # fmt: skip
+    }
     text = io.StringIO()
     writer = Writer(text, COLUMNS)
     writer.writeheader()

@@ -39,16 +39,32 @@ def store_for(cache: Path, dataset: Dataset, engine: str, epochs: int = 2) -> La
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3 * dataset.img_size**2, dataset.num_classes, generator=generator) * 0.05
     info = TeacherInfo(
-        folder="", id="linear", digest="0" * 32, model="linear", kwargs={},
-        num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std, input_size=None,
-        student_mean=dataset.mean, student_std=dataset.std, epochs=0, holdout_top1=0.0,
-        holdout_top1_se=0.0, holdout_images=0, notes=(),
-    )  # fmt: skip
+        folder="",
+        id="linear",
+        digest="0" * 32,
+        model="linear",
+        kwargs={},
+        num_classes=dataset.num_classes,
+        mean=dataset.mean,
+        std=dataset.std,
+        input_size=None,
+        student_mean=dataset.mean,
+        student_std=dataset.std,
+        epochs=0,
+        holdout_top1=0.0,
+        holdout_top1_se=0.0,
+        holdout_images=0,
+        notes=(),
+    )
     preset = "batched" if engine == "batched" else "default"
     store = begin_store(
-        cache / "labels", dataset, info, LabelRequest(epochs=epochs, preset=preset),
-        made_by={}, named=False,
-    )  # fmt: skip
+        cache / "labels",
+        dataset,
+        info,
+        LabelRequest(epochs=epochs, preset=preset),
+        made_by={},
+        named=False,
+    )
     build_pieces(store, dataset, lambda inputs: inputs.flatten(1) @ weights)
     return open_store(store.folder)
 

@@ -163,9 +163,13 @@ def measure_store(folder: Path) -> list[Row]:
                 for name in ("index", "prob", "tail")
             )
             rows += measure_bytes(
-                index, prob, tail, store.spec.num_classes,
-                labels=store.spec.teacher_id.split("@")[0], epochs=store.epochs,
-            )  # fmt: skip
+                index,
+                prob,
+                tail,
+                store.spec.num_classes,
+                labels=store.spec.teacher_id.split("@")[0],
+                epochs=store.epochs,
+            )
     return rows
 
 

@@ -61,9 +61,21 @@ TRUTHS: Mapping[str, SoftLoss] = {
     "half of each": SoftLoss(hard_weight=0.5),
 }
 COLUMNS = (
-    "part", "student", "way", "random_seed", "topk", "bytes_a_record", "soft_loss",
-    "soft_loss_se", "top1", "top1_se", "images", "epochs", "seconds", "fingerprint",
-)  # fmt: skip
+    "part",
+    "student",
+    "way",
+    "random_seed",
+    "topk",
+    "bytes_a_record",
+    "soft_loss",
+    "soft_loss_se",
+    "top1",
+    "top1_se",
+    "images",
+    "epochs",
+    "seconds",
+    "fingerprint",
+)
 Row = dict[str, Any]
 
 
@@ -89,9 +101,15 @@ class Study:
     ) -> tuple[Dataset, LabelStore]:
         spec = DataSpec(name, img_size=IMG_SIZE, proxy_images=images)
         made = label_tool.build(
-            name, img_size=IMG_SIZE, proxy_images=images, epochs=epochs, threads=self.threads,
-            cache_dir=self.cache, console=self.console, **options,
-        )  # fmt: skip
+            name,
+            img_size=IMG_SIZE,
+            proxy_images=images,
+            epochs=epochs,
+            threads=self.threads,
+            cache_dir=self.cache,
+            console=self.console,
+            **options,
+        )
         return prepare(spec, self.cache), open_store(Path(made["folder"]))
 
     def train(self, student: str, random_seed: int, way: str, loss: SoftLoss, topk: int) -> Row:
@@ -100,10 +118,19 @@ class Study:
         told = kept.with_suffix(".json")
         if not told.exists():
             score = train_and_score(
-                FAMILY, arch_of(student), self.context(self.data), store=self.store,
-                dataset=self.data, settings=proxy_settings(self.epochs, SCRATCH_LR), init="scratch",
-                random_seed=random_seed, device="cpu", loss=loss, topk=topk, out_weights=kept,
-            )  # fmt: skip
+                FAMILY,
+                arch_of(student),
+                self.context(self.data),
+                store=self.store,
+                dataset=self.data,
+                settings=proxy_settings(self.epochs, SCRATCH_LR),
+                init="scratch",
+                random_seed=random_seed,
+                device="cpu",
+                loss=loss,
+                topk=topk,
+                out_weights=kept,
+            )
             write_atomic(told, json.dumps(score.to_dict()).encode())
         row = _row(json.loads(told.read_bytes()), student, way, random_seed)
         codec = make_codec("packed", topk, self.data.num_classes)
@@ -125,16 +152,23 @@ class Study:
         if way != "none":
             names = {"hard": "hard-labels-only", "distilled": "soft-labels-only"}
             kept = self.weights / f"{student}-{random_seed}-{names[way]}-10.safetensors"
-            parent = {
-                "init": "inherit", "parent_arch": arch, "parent_weights": kept,
-            }  # fmt: skip
+            parent = {"init": "inherit", "parent_arch": arch, "parent_weights": kept}
         settings = proxy_settings(TUNE_EPOCHS, SCRATCH_LR)  # the same recipe for all
         out = self.weights / "tuned.safetensors"
         score = train_and_score(
-            FAMILY, arch, ctx, store=self.store, dataset=self.data, settings=settings,
-            random_seed=random_seed, device="cpu", loss=SoftLoss(hard_weight=1.0), out_weights=out,
-            images_per_epoch=TUNE_IMAGES, **parent,
-        )  # fmt: skip
+            FAMILY,
+            arch,
+            ctx,
+            store=self.store,
+            dataset=self.data,
+            settings=settings,
+            random_seed=random_seed,
+            device="cpu",
+            loss=SoftLoss(hard_weight=1.0),
+            out_weights=out,
+            images_per_epoch=TUNE_IMAGES,
+            **parent,
+        )
         tested: Evaluation = evaluate_test(
             FAMILY, arch, ctx, out, self.data, default_spec(self.data), device="cpu"
         )
@@ -148,12 +182,16 @@ class Study:
 
 def _row(score: Mapping[str, Any], student: str, way: str, random_seed: int) -> Row:
     return {
-        "student": student, "way": way, "random_seed": random_seed, "topk": "",
+        "student": student,
+        "way": way,
+        "random_seed": random_seed,
+        "topk": "",
         "bytes_a_record": "",
         **{k: round(score[k], 5) for k in ("soft_loss", "soft_loss_se", "top1", "top1_se")},
-        "images": score["images"] // score["epochs"], "epochs": score["epochs"],
+        "images": score["images"] // score["epochs"],
+        "epochs": score["epochs"],
         "seconds": round(score["seconds"], 1),
-    }  # fmt: skip
+    }
 
 
 def measure(study: Study, seeds: int, large_seeds: int) -> list[Row]:
@@ -184,13 +222,20 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
         loss, top1 = ([row[k] for row in same] for k in ("soft_loss", "top1"))
         lines.append(
             {
-                "part": part, "student": student, "way": way, "topk": topk, "seeds": len(same),
+                "part": part,
+                "student": student,
+                "way": way,
+                "topk": topk,
+                "seeds": len(same),
                 "bytes_a_record": same[0]["bytes_a_record"],
-                "soft_loss": round(float(np.mean(loss)), 4), "soft_loss_lo": min(loss),
-                "soft_loss_hi": max(loss), "top1": round(float(np.mean(top1)), 4),
-                "top1_lo": min(top1), "top1_hi": max(top1),
+                "soft_loss": round(float(np.mean(loss)), 4),
+                "soft_loss_lo": min(loss),
+                "soft_loss_hi": max(loss),
+                "top1": round(float(np.mean(top1)), 4),
+                "top1_lo": min(top1),
+                "top1_hi": max(top1),
             }
-        )  # fmt: skip
+        )
     return lines
 
 
@@ -214,8 +259,15 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         hi = np.maximum(np.array([line[f"{name}_hi"] for line in kept]) * scale, y)
         axis.errorbar(x, y, yerr=[y - lo, hi - y], marker="o", capsize=3, color="#1f5fa8")
         for line, at, top in zip(kept, x, hi, strict=True):
-            axis.annotate(f"{line['bytes_a_record']} B", (at, top), textcoords="offset points",
-                          xytext=(0, 5), ha="center", fontsize=8, color="#555555")  # fmt: skip
+            axis.annotate(
+                f"{line['bytes_a_record']} B",
+                (at, top),
+                textcoords="offset points",
+                xytext=(0, 5),
+                ha="center",
+                fontsize=8,
+                color="#555555",
+            )
         axis.set_xscale("log")
         axis.set_xticks(x, [str(k) if k < 99 else "dense" for k in x])
         axis.minorticks_off()

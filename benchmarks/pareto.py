@@ -127,14 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE",
+        "--csv",
+        type=Path,
+        metavar="FILE",
         help="a table with name, params, images_per_s and soft_loss or score, optionally with "
         "_lo and _hi columns",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--out", type=Path, default=Path("pareto.png"), metavar="FILE",
+        "--out",
+        type=Path,
+        default=Path("pareto.png"),
+        metavar="FILE",
         help="figure to write, .png or .svg (default: pareto.png)",
-    )  # fmt: skip
+    )
     given = parser.parse_args(argv)
     try:
         chart = pareto(given.runs, given.csv, given.out)

@@ -73,12 +73,19 @@ def compare(paces: Floats, scores: dict[str, Floats], name: str, seed: int) -> l
             ahead_lo, ahead_hi = (float(v) for v in np.percentile(over, [2.5, 97.5]))
         rows.append(
             PredictorRow(
-                name, by, n, plain[by], float(lo), float(hi),
+                name,
+                by,
+                n,
+                plain[by],
+                float(lo),
+                float(hi),
                 None if error is None else float(np.median(error)),
                 None if error is None else float(np.percentile(error, 95)),
-                ahead, ahead_lo, ahead_hi,
+                ahead,
+                ahead_lo,
+                ahead_hi,
             )
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -53,14 +53,24 @@ def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
     band = run.band(run.config.steps)
     seed = derived_seed(run.config.random_seed, "proxy_rank")
     ruled = shortlist(
-        run.family, [run.seed_arch], run.context, band, (number + 1) // 2, random_seed=seed,
+        run.family,
+        [run.seed_arch],
+        run.context,
+        band,
+        (number + 1) // 2,
+        random_seed=seed,
         anchors=False,
-    )  # fmt: skip
+    )
     keys = {run.key(c.arch) for c in ruled}
     drawn = sample_band(
-        run.family, run.seed_arch, run.context, band, number - len(ruled), random_seed=seed,
+        run.family,
+        run.seed_arch,
+        run.context,
+        band,
+        number - len(ruled),
+        random_seed=seed,
         exclude=keys,
-    )  # fmt: skip
+    )
     return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
 
 
@@ -91,11 +101,18 @@ def truths(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> list[T
     parent = lab.parent(CRITERION)
     rungs = tuple(sorted({1, 2, 3, given.truth_epochs} & set(range(1, given.truth_epochs + 1))))
     return [
-        Training(arch, "inherit", given.truth_epochs, TRUTH_SEED + s, parent, rungs=rungs,
-                 images=given.truth_images)
+        Training(
+            arch,
+            "inherit",
+            given.truth_epochs,
+            TRUTH_SEED + s,
+            parent,
+            rungs=rungs,
+            images=given.truth_images,
+        )
         for s in range(given.seeds)
         for arch in archs
-    ]  # fmt: skip
+    ]
 
 
 def lengths(given: argparse.Namespace) -> tuple[int, ...]:
@@ -131,13 +148,13 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
     """Return how many archs the budget pays for: fewer archs before fewer random seeds."""
     run = lab.run
     band = run.band(run.config.steps)
-    arch = sample_band(
-        run.family, run.seed_arch, run.context, band, 1, random_seed=0,
-    )[0]  # fmt: skip
+    arch = sample_band(run.family, run.seed_arch, run.context, band, 1, random_seed=0)[0]
     spec = {
-        **run.network(arch), "batch_size": run.config.batch_size, "seconds": 8.0,
+        **run.network(arch),
+        "batch_size": run.config.batch_size,
+        "seconds": 8.0,
         "device": run.config.device,
-    }  # fmt: skip
+    }
     result = run.do(Job("pace", "pace", spec))
     run.executor.close()
     pace = float(result.values["images_per_s"]) if result.ok else 50.0
@@ -206,8 +223,10 @@ def table(
         scores[name] = values, sum(lab.cost(t.of) for t in trained) / cost
     shortest, longest = lengths(given)[0], lengths(given)[-1]
     if longest == 2 * shortest:  # as long as the longest, half of it each way
-        both = [scores[named(f"inherited ({CRITERION})", shortest)],
-                scores[named("from scratch", shortest)]]  # fmt: skip
+        both = [
+            scores[named(f"inherited ({CRITERION})", shortest)],
+            scores[named("from scratch", shortest)],
+        ]
         ranks = sum((np.argsort(np.argsort(v)).astype(float) for v, _ in both), np.zeros(n))
         together = sum(s for _, s in both if s is not None)
         scores[f"both, {named('ranks added', shortest)} each"] = ranks, together
@@ -226,15 +245,22 @@ def table(
     cheap = [r for r in of_default if r.cost_share is not None and r.cost_share <= CHEAP + 1e-9]
     own = max(cheap, key=lambda r: r.cost_share or 0.0, default=of_default[0])
     told = {
-        "archs": n, "seeds": given.seeds, "holdout": len(lab.run.dataset.holdout.labels),
-        "proxy": own.name, "cost_share": own.cost_share, "regret": own.regret,
-        "within_one_sd": own.within_one_sd, "tau": own.estimate, "ceiling": limit.estimate,
+        "archs": n,
+        "seeds": given.seeds,
+        "holdout": len(lab.run.dataset.holdout.labels),
+        "proxy": own.name,
+        "cost_share": own.cost_share,
+        "regret": own.regret,
+        "within_one_sd": own.within_one_sd,
+        "tau": own.estimate,
+        "ceiling": limit.estimate,
         "tau_share": own.estimate / limit.estimate if limit.estimate else None,
-        "seed_sd": regret(scores[own.name][0], losses).seed_sd, "words": words,
+        "seed_sd": regret(scores[own.name][0], losses).seed_sd,
+        "words": words,
         "truth": losses.tolist(),
         "scores": {name: np.asarray(values).tolist() for name, (values, _) in scores.items()},
         "labels": [lab.run.family.label(arch) for arch in archs],
-    }  # fmt: skip
+    }
     return rows, told
 
 
@@ -273,15 +299,21 @@ def figure(path: Path, rows: Sequence[TrustRow], told: Mapping[str, object]) -> 
         ax.axvline(row.estimate, color=colour, lw=1, label=row.name)
     y = range(len(shown))
     x = [r.estimate for r in shown]
-    ax.errorbar(x, list(y), xerr=[[a.estimate - a.lo for a in shown],
-                                  [a.hi - a.estimate for a in shown]],
-                fmt="o", ms=4, lw=1, color="tab:blue")  # fmt: skip
+    ax.errorbar(
+        x,
+        list(y),
+        xerr=[[a.estimate - a.lo for a in shown], [a.hi - a.estimate for a in shown]],
+        fmt="o",
+        ms=4,
+        lw=1,
+        color="tab:blue",
+    )
     ax.set_yticks(list(y), [r.name for r in shown], fontsize=8)
     ax.axvline(0, color="black", lw=0.5)
     ax.set_xlabel(
-        f"Kendall's tau with the truth ({told['archs']} archs, {told['seeds']} random seeds), "
-        "95 %", fontsize=8,
-    )  # fmt: skip
+        f"Kendall's tau with the truth ({told['archs']} archs, {told['seeds']} random seeds), 95 %",
+        fontsize=8,
+    )
     ax.legend(fontsize=7, loc="lower right")
     fig.savefig(path, dpi=150)
     plt.close(fig)
@@ -314,16 +346,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure(given.out.with_suffix(".png"), rows, told)
         for row in rows:
             share = "" if row.cost_share is None else f"  cost {row.cost_share:.0%} of the truth"
-            lost = "" if row.regret is None else (
-                f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]"
-            )  # fmt: skip
+            lost = (
+                ""
+                if row.regret is None
+                else (f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]")
+            )
             tau = f"tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
             print(f"{row.name:<36} {tau}{share}{lost}")
         for kind, taus in told["within"].items():
             print(f"among those by {kind}: tau {taus[str(told['proxy'])]:+.2f} ({told['proxy']})")
         print(told["words"])
-        keys = ("archs", "seeds", "proxy", "cost_share", "tau", "ceiling", "tau_share", "regret",
-                "within_one_sd", "seed_sd")  # fmt: skip
+        keys = (
+            "archs",
+            "seeds",
+            "proxy",
+            "cost_share",
+            "tau",
+            "ceiling",
+            "tau_share",
+            "regret",
+            "within_one_sd",
+            "seed_sd",
+        )
         print(json.dumps({k: told[k] for k in keys}))
         return 0
 

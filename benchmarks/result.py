@@ -168,18 +168,29 @@ def compare(
                     budget.guess = 1 / (lab.pace(one) * lab.run.image_cost(one))
                 if missing and not budget.fits(cost):
                     tables: dict[str, Floats] = {}
-                    absent = {lab.run.key(t.arch): "not run: the budget is spent, call again"
-                              for t in wanted}  # fmt: skip
+                    absent = {
+                        lab.run.key(t.arch): "not run: the budget is spent, call again"
+                        for t in wanted
+                    }
                 else:
                     started = time.monotonic()
                     tables, absent = tested(lab, lab.train(wanted))
                     if missing:
                         budget.spent(cost, time.monotonic() - started)
                 rows += [
-                    row(lab, target, init, sides[0], rival, tables, absent, paces[rival.role],
-                        given.command)
+                    row(
+                        lab,
+                        target,
+                        init,
+                        sides[0],
+                        rival,
+                        tables,
+                        absent,
+                        paces[rival.role],
+                        given.command,
+                    )
                     for rival in sides[1:]
-                ]  # fmt: skip
+                ]
     return rows, told
 
 
@@ -228,10 +239,20 @@ def row(
     role = f"{PUBLISHED} {target.published}" if rival.role == PUBLISHED else rival.role
     name = f"{target.text}, {init}: contracted less {role}"
     base = ResultRow(
-        name, None, None, None, 0, target=target.text, init=init, rival=role,
-        params=_params(lab, own), params_rival=_params(lab, rival), arch=_label(lab, own),
-        arch_rival=_label(lab, rival), command=command,
-    )  # fmt: skip
+        name,
+        None,
+        None,
+        None,
+        0,
+        target=target.text,
+        init=init,
+        rival=role,
+        params=_params(lab, own),
+        params_rival=_params(lab, rival),
+        arch=_label(lab, own),
+        arch_rival=_label(lab, rival),
+        command=command,
+    )
     if pace is not None:
         base = dataclasses.replace(base, ratio=pace[0], ratio_lo=pace[1], ratio_hi=pace[2])
     base = dataclasses.replace(base, misses=shortcomings(base, own, rival, target))
@@ -247,13 +268,22 @@ def row(
     a, b = (tables[k] for k in keys)
     found = paired_interval(a, b)
     return dataclasses.replace(
-        base, estimate=found.value, lo=found.lo, hi=found.hi, lower=found.lower, n=found.images,
-        seeds=found.seeds, image_se=found.image_se, seed_se=found.seed_se,
-        detectable=found.detectable, top1=float(a.mean()), top1_rival=float(b.mean()),
+        base,
+        estimate=found.value,
+        lo=found.lo,
+        hi=found.hi,
+        lower=found.lower,
+        n=found.images,
+        seeds=found.seeds,
+        image_se=found.image_se,
+        seed_se=found.seed_se,
+        detectable=found.detectable,
+        top1=float(a.mean()),
+        top1_rival=float(b.mean()),
         outcome=verdict(found, tie=keys[0] == keys[1])
         + ("" if found.seeds > 1 else " (of one random seed: images only)")
         + ("" if rival.misses is None else f" (the rival {rival.misses})"),
-    )  # fmt: skip
+    )
 
 
 def shortcomings(of: ResultRow, own: Side, rival: Side, target: Target) -> str:
@@ -340,22 +370,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(given.out.with_suffix(".json"), told)
         figure(given.out.with_suffix(".png"), rows)
         for each in rows:
-            found = "" if each.estimate is None else (
-                f"{each.estimate:+.2%} [{each.lo:+.2%}, {each.hi:+.2%}], "
-                f"at least {each.lower:+.2%}: "
-            )  # fmt: skip
-            print(f"{each.name:<44} {found}{each.outcome}"
-                  + (f" ({CONTRACTED} {each.misses})" if each.misses else ""))  # fmt: skip
-        print(json.dumps({
-            "rows": len(rows), "compared": sum(r.estimate is not None for r in rows),
-            # Claims are made only where the arch is as small and as fast as it had to be.
-            "better": sum(r.outcome.startswith("better") and not r.misses for r in rows),
-            "not_worse": sum(
-                r.lower is not None and r.lower > -MARGIN and not r.misses for r in rows
-            ),
-            "missed": sum(bool(r.misses) for r in rows),
-            "table": str(given.out),
-        }))  # fmt: skip
+            found = (
+                ""
+                if each.estimate is None
+                else (
+                    f"{each.estimate:+.2%} [{each.lo:+.2%}, {each.hi:+.2%}], "
+                    f"at least {each.lower:+.2%}: "
+                )
+            )
+            print(
+                f"{each.name:<44} {found}{each.outcome}"
+                + (f" ({CONTRACTED} {each.misses})" if each.misses else "")
+            )
+        print(
+            json.dumps(
+                {
+                    "rows": len(rows),
+                    "compared": sum(r.estimate is not None for r in rows),
+                    # Claims are made only where the arch is as small and as fast as it had to be.
+                    "better": sum(r.outcome.startswith("better") and not r.misses for r in rows),
+                    "not_worse": sum(
+                        r.lower is not None and r.lower > -MARGIN and not r.misses for r in rows
+                    ),
+                    "missed": sum(bool(r.misses) for r in rows),
+                    "table": str(given.out),
+                }
+            )
+        )
         return 0
 
     return guarded(work)

@@ -122,15 +122,23 @@ def common_spec(lab: Lab, given: Any) -> dict[str, Any]:
     """Return what all jobs of a rival are told, as plain JSON."""
     run, config = lab.run, lab.run.config
     return {
-        **run.network(run.seed_arch), "weights": str(lab.seed.weights.resolve()),
-        "dataset": str(run.dataset.folder), "store": run.store["folder"],
-        "batch_size": config.batch_size, "epochs": given.truth_epochs, "device": config.device,
-        "missing": config.missing_labels, "beyond": config.beyond,
-        "label_epochs": run.store["use_epochs"], "random_seed": config.random_seed,
-        "setting": dataclasses.asdict(run.primary), "threads": config.threads,
-        "blocks": config.bench_blocks, "max_blocks": config.bench_max_blocks,
+        **run.network(run.seed_arch),
+        "weights": str(lab.seed.weights.resolve()),
+        "dataset": str(run.dataset.folder),
+        "store": run.store["folder"],
+        "batch_size": config.batch_size,
+        "epochs": given.truth_epochs,
+        "device": config.device,
+        "missing": config.missing_labels,
+        "beyond": config.beyond,
+        "label_epochs": run.store["use_epochs"],
+        "random_seed": config.random_seed,
+        "setting": dataclasses.asdict(run.primary),
+        "threads": config.threads,
+        "blocks": config.bench_blocks,
+        "max_blocks": config.bench_max_blocks,
         "timm": run.family.timm_call(run.seed_arch, run.context),
-    }  # fmt: skip
+    }
 
 
 def pruned_row(
@@ -151,26 +159,36 @@ def pruned_row(
         return replace(base, outcome=absent)
     if not budget.fits(0.0) and not (folder / "pruned" / "result.json").is_file():
         return replace(base, outcome=SPENT)
-    spec = {**common, "kind": "prune", "variant": dataclasses.asdict(variant),
-            "budget": base.budget, "out": str(folder / "pruned")}  # fmt: skip
+    spec = {
+        **common,
+        "kind": "prune",
+        "variant": dataclasses.asdict(variant),
+        "budget": base.budget,
+        "out": str(folder / "pruned"),
+    }
     pruned = work(spec, int(common["threads"]))
     if not pruned["ok"]:
         return replace(base, reached=False, outcome=f"failed: {pruned['reason']}")
     found = pruned["values"]
     assert base.budget is not None
     base = replace(
-        base, params=found["params"], loads=found["loads"],
+        base,
+        params=found["params"],
+        loads=found["loads"],
         reached=(1 - SLACK) * base.budget <= found["params"] <= base.budget,
         **{name: found[name] for name in PACE},
-    )  # fmt: skip
+    )
     if not budget.fits(0.0):
         return replace(base, outcome=SPENT)
     train = {**common, "kind": "train", "pruned": str(folder / "pruned" / "pruned.safetensors")}
     jobs = [
-        {**train, "random_seed": FIRST_SEED + s,
-         "out": str(folder / f"e{common['epochs']}-r{FIRST_SEED + s}")}
+        {
+            **train,
+            "random_seed": FIRST_SEED + s,
+            "out": str(folder / f"e{common['epochs']}-r{FIRST_SEED + s}"),
+        }
         for s in range(seeds)
-    ]  # fmt: skip
+    ]
     with ThreadPoolExecutor(max(1, workers)) as pool:
         done = list(pool.map(lambda job: work(job, 1), jobs))
     bad = [each["reason"] for each in done if not each["ok"]]
@@ -183,18 +201,27 @@ def with_scores(base: RivalRow, correct: Floats, own: Floats | None) -> RivalRow
     """Fill in top-1 from correctness [random seeds, images]; compare with the contracted arch's."""
     top1 = paired_interval(correct, np.zeros_like(correct))
     row = replace(
-        base, estimate=top1.value, lo=max(0.0, top1.lo), hi=min(1.0, top1.hi), n=top1.images,
-        seeds=top1.seeds, se=float(np.hypot(top1.image_se, top1.seed_se)),
-    )  # fmt: skip
+        base,
+        estimate=top1.value,
+        lo=max(0.0, top1.lo),
+        hi=min(1.0, top1.hi),
+        n=top1.images,
+        seeds=top1.seeds,
+        se=float(np.hypot(top1.image_se, top1.seed_se)),
+    )
     if own is None:
         return replace(row, outcome="no contracted arch to compare with")
     if own is correct:
         return row
     gap = paired_interval(own, correct)
     return replace(
-        row, behind=gap.value, behind_lo=gap.lo, behind_hi=gap.hi, behind_lower=gap.lower,
+        row,
+        behind=gap.value,
+        behind_lo=gap.lo,
+        behind_hi=gap.hi,
+        behind_lower=gap.lower,
         outcome=f"the contracted arch is {verdict(gap)}",
-    )  # fmt: skip
+    )
 
 
 def _correct(folder: Path) -> Floats:
@@ -208,8 +235,17 @@ def own_row(
 ) -> tuple[RivalRow, Floats | None]:
     """Train the contracted arch as its rivals are; return its row and correctness."""
     run = lab.run
-    base = RivalRow(f"{target.text}: {OWN}", None, None, None, 0, target=target.text,
-                    method=OWN, budget=target.most, command=given.command)  # fmt: skip
+    base = RivalRow(
+        f"{target.text}: {OWN}",
+        None,
+        None,
+        None,
+        0,
+        target=target.text,
+        method=OWN,
+        budget=target.most,
+        command=given.command,
+    )
     if side.arch is None:
         return replace(base, outcome=str(side.misses)), None
     params = run.family.count_params(side.arch, run.context)
@@ -237,9 +273,12 @@ def own_row(
     if bad:
         return replace(base, outcome=f"training failed: {bad[0]}"), None
     weights = done[0].folders[given.truth_epochs] / "weights.safetensors"
-    spec = {"kind": "load", "weights": str(weights.resolve()),
-            "timm": run.family.timm_call(side.arch, run.context),
-            "out": str(_folder(lab, target) / f"load-{run.key(side.arch)}")}  # fmt: skip
+    spec = {
+        "kind": "load",
+        "weights": str(weights.resolve()),
+        "timm": run.family.timm_call(side.arch, run.context),
+        "out": str(_folder(lab, target) / f"load-{run.key(side.arch)}"),
+    }
     tried = work(spec, 1)
     loads = bool(tried["values"]["loads"]) if tried["ok"] else None
     correct = np.array([t.correct() for t in done])
@@ -268,9 +307,16 @@ def compare(given: Any, console: Console, work: Work = in_process) -> list[Rival
             for number, variant in enumerate(VARIANTS):
                 console.line(f"{text}: {variant.name}")
                 base = RivalRow(
-                    f"{text}: {variant.name}", None, None, None, 0, target=text,
-                    method=variant.name, budget=first.budget, command=given.command,
-                )  # fmt: skip
+                    f"{text}: {variant.name}",
+                    None,
+                    None,
+                    None,
+                    0,
+                    target=text,
+                    method=variant.name,
+                    budget=first.budget,
+                    command=given.command,
+                )
                 folder = _folder(lab, target) / f"{number}-of-{first.budget}"
                 rows.append(
                     pruned_row(
@@ -317,11 +363,18 @@ def figure(path: Path, rows: Sequence[RivalRow]) -> None:
                 continue
             label = each.method + ("" if each.reached else " (budget not reached)")
             ax.errorbar(
-                [each.ratio], [100 * each.estimate], yerr=[100 * each.se], label=label, lw=1,
-                xerr=[[max(0.0, each.ratio - (each.ratio_lo or each.ratio))],
-                      [max(0.0, (each.ratio_hi or each.ratio) - each.ratio)]],
-                fmt="*" if each.method == OWN else "o", ms=9 if each.method == OWN else 4,
-            )  # fmt: skip
+                [each.ratio],
+                [100 * each.estimate],
+                yerr=[100 * each.se],
+                label=label,
+                lw=1,
+                xerr=[
+                    [max(0.0, each.ratio - (each.ratio_lo or each.ratio))],
+                    [max(0.0, (each.ratio_hi or each.ratio) - each.ratio)],
+                ],
+                fmt="*" if each.method == OWN else "o",
+                ms=9 if each.method == OWN else 4,
+            )
         ax.set_title(target, fontsize=9)
         ax.set_xlabel("throughput relative to the seed, 95 %", fontsize=8)
         ax.set_ylabel("test top-1, %, +- one standard error", fontsize=8)
@@ -355,11 +408,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             size = "" if each.params is None else f"{each.params:,} of {each.budget:,} "
             pace = "" if each.ratio is None else f"{each.ratio:.2f}x "
             print(f"{each.name:<46} {size}{pace}{top1}{each.outcome}")
-        print(json.dumps({
-            "rows": len(rows), "trained": sum(r.estimate is not None for r in rows),
-            "reached": sum(bool(r.reached) for r in rows),
-            "load_in_timm": sum(bool(r.loads) for r in rows), "table": str(given.out),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "rows": len(rows),
+                    "trained": sum(r.estimate is not None for r in rows),
+                    "reached": sum(bool(r.reached) for r in rows),
+                    "load_in_timm": sum(bool(r.loads) for r in rows),
+                    "table": str(given.out),
+                }
+            )
+        )
         return 0
 
     return guarded(work)

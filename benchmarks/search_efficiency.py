@@ -60,9 +60,12 @@ def planned_epochs(lab: Lab, lattice: Lattice, given: argparse.Namespace) -> int
     if given.table_epochs is not None:
         return int(given.table_epochs)
     asked = {
-        "archs": len(lattice.archs), "target": lab.run.config.target_params, "images": given.images,
-        "budget_hours": given.budget_hours, "sd": [given.sd_archs, given.sd_seeds],
-    }  # fmt: skip
+        "archs": len(lattice.archs),
+        "target": lab.run.config.target_params,
+        "images": given.images,
+        "budget_hours": given.budget_hours,
+        "sd": [given.sd_archs, given.sd_seeds],
+    }
     if path.exists():
         held = read_json(path, "the plan of a search_efficiency")
         if held.get("asked") == asked:
@@ -153,11 +156,29 @@ def rows_of(
         if name in FIXED:
             note = f"{note}; the same for every random seed".lstrip("; ")
         capped = [min(v, budget) for v in median]
-        rows.append(Row(f"{name}: evaluations to within one sd, median", capped[0], capped[1],
-                        capped[2], n, "searches", note, command))  # fmt: skip
+        rows.append(
+            Row(
+                f"{name}: evaluations to within one sd, median",
+                capped[0],
+                capped[1],
+                capped[2],
+                n,
+                "searches",
+                note,
+                command,
+            )
+        )
         hits = int(np.isfinite(after).sum())
-        rows.append(Row(f"{name}: reached within {settings.budget} evaluations", *share(hits, n), n,
-                        "searches", "exact interval", command))  # fmt: skip
+        rows.append(
+            Row(
+                f"{name}: reached within {settings.budget} evaluations",
+                *share(hits, n),
+                n,
+                "searches",
+                "exact interval",
+                command,
+            )
+        )
         rows.append(_at_the_end(name, found[name], lattice, best, settings, effort, command))
     own = needed.get("contraction")
     for name, after in needed.items():
@@ -166,8 +187,9 @@ def rows_of(
         both = np.minimum(np.stack([np.resize(after, len(own)), own], axis=1), budget)
         gap = bootstrap(both, lambda v: float((v[:, 0] - v[:, 1]).mean()), random_seed=0)
         note = "mean evaluations, those that did not reach it at the budget; above 0: contraction"
-        rows.append(Row(f"{name} - contraction", *gap, len(own), "searches",
-                        f"{note} needs fewer", command))  # fmt: skip
+        rows.append(
+            Row(f"{name} - contraction", *gap, len(own), "searches", f"{note} needs fewer", command)
+        )
     return rows
 
 
@@ -189,8 +211,16 @@ def _at_the_end(
     mean, lo, hi = math.nan, math.nan, math.nan
     if len(there):
         mean, lo, hi = bootstrap(there, lambda v: float(v.mean()), random_seed=0)
-    return Row(f"{name}: behind the best after the {own} trainings of a run, mean nats", mean, lo,
-               hi, len(there), "searches", note, command)  # fmt: skip
+    return Row(
+        f"{name}: behind the best after the {own} trainings of a run, mean nats",
+        mean,
+        lo,
+        hi,
+        len(there),
+        "searches",
+        note,
+        command,
+    )
 
 
 def _median(values: Floats) -> float:
@@ -206,9 +236,8 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
         if given.steps is None:
             given.steps = steps_of(given.effort, run.start_params, run.config.target_params)
         settings = Settings(
-            given.steps, given.shortlist, given.proxied, given.beam, given.evaluations,
-            given.choose,
-        )  # fmt: skip
+            given.steps, given.shortlist, given.proxied, given.beam, given.evaluations, given.choose
+        )
         stepped = replace(run.config, steps=given.steps)
         bands = tuple(
             band_at(run.start_params, stepped, step) for step in range(1, given.steps + 1)
@@ -233,34 +262,51 @@ def compare(given: argparse.Namespace, console: Console) -> tuple[list[Row], dic
             sd, what = (middle, min(errors, default=0.0), max(errors, default=0.0)), "images"
         write_table(given.out.with_name(f"{given.out.stem}_table.csv"), lattice, table, epochs)
         world = World(
-            run.family.name, json.dumps(run.family.to_dict(run.seed_arch)), run.context, bands,
-            free, tuple(losses.items()),
-        )  # fmt: skip
+            run.family.name,
+            json.dumps(run.family.to_dict(run.seed_arch)),
+            run.context,
+            bands,
+            free,
+            tuple(losses.items()),
+        )
     console.line(f"replaying {given.replays} searches by each of {', '.join(given.strategies)}")
     found = searches(world, given.strategies, settings, given.replays, max(1, given.workers))
     goal = losses[best] + sd[0]
     in_reach = sum(losses[key] <= goal for key in lattice.final)
     rows = [
-        Row(f"one standard deviation over {what}, nats", *sd, len(lattice.final), "archs",
-            f"{in_reach} of {len(lattice.final)} archs are within it of the best", given.command),
+        Row(
+            f"one standard deviation over {what}, nats",
+            *sd,
+            len(lattice.final),
+            "archs",
+            f"{in_reach} of {len(lattice.final)} archs are within it of the best",
+            given.command,
+        ),
         *rows_of(found, lattice, goal, losses[best], settings, given.effort, given.command),
-    ]  # fmt: skip
+    ]
     curves = {
         name: [best_so_far(one, lattice, settings.budget) for one in all_of]
         for name, all_of in found.items()
     }
     told = {
-        "steps": settings.steps, "shortlist": settings.shortlist, "proxied": settings.proxied,
-        "beam": settings.beam, "choose": settings.choose,
-        "archs": len(lattice.archs), "final": len(lattice.final),
+        "steps": settings.steps,
+        "shortlist": settings.shortlist,
+        "proxied": settings.proxied,
+        "beam": settings.beam,
+        "choose": settings.choose,
+        "archs": len(lattice.archs),
+        "final": len(lattice.final),
         "in_reach": in_reach,
-        "table_epochs": epochs, "images": given.images, "sd": sd[0], "best": losses[best],
+        "table_epochs": epochs,
+        "images": given.images,
+        "sd": sd[0],
+        "best": losses[best],
         "budget": settings.budget,
         "frozen": [slot for slot in slots_of(lattice.family) if slot not in free],
         "median": {r.name.split(":")[0]: r.estimate for r in rows if r.name.endswith("median")},
         "reached": {r.name.split(":")[0]: r.estimate for r in rows if ": reached" in r.name},
         "quartiles": {name: quartiles(all_of, losses[best]) for name, all_of in curves.items()},
-    }  # fmt: skip
+    }
     return rows, told
 
 
@@ -274,21 +320,36 @@ def quartiles(curves: Sequence[Sequence[float]], best: float) -> list[list[float
     return [[round(float(v), 6) if math.isfinite(v) else None for v in row] for row in found]
 
 
-def write_table(
-    path: Path, lattice: Lattice, table: Mapping[str, Trained], epochs: int
-) -> None:  # fmt: skip
+def write_table(path: Path, lattice: Lattice, table: Mapping[str, Trained], epochs: int) -> None:
     """Write every arch of the lattice with its parameters and loss."""
     family, out = lattice.family, io.StringIO()
     writer = Writer(out)
-    writer.writerow(["key", "label", "params", "macs", "last_band", "epochs", "soft_loss",
-                     "soft_loss_se", "top1"])  # fmt: skip
+    writer.writerow(
+        [
+            "key",
+            "label",
+            "params",
+            "macs",
+            "last_band",
+            "epochs",
+            "soft_loss",
+            "soft_loss_se",
+            "top1",
+        ]
+    )
     for key, arch in lattice.archs.items():
         told = table[key].values[epochs]
         writer.writerow(
-            [key, family.label(arch), family.count_params(arch, lattice.context),
-             family.count_macs(arch, lattice.context), int(key in lattice.final), epochs,
-             *(round(float(told[name]), 6) for name in ("soft_loss", "soft_loss_se", "top1"))]
-        )  # fmt: skip
+            [
+                key,
+                family.label(arch),
+                family.count_params(arch, lattice.context),
+                family.count_macs(arch, lattice.context),
+                int(key in lattice.final),
+                epochs,
+                *(round(float(told[name]), 6) for name in ("soft_loss", "soft_loss_se", "top1")),
+            ]
+        )
     write_atomic(path, out.getvalue().encode())
 
 
@@ -364,9 +425,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(given, name) is None:
                 setattr(given, name, EFFORTS[given.effort][name])
         for name, least in (
-            ("sd_archs", 2), ("sd_seeds", 2), ("steps", 1), ("shortlist", 1), ("proxied", 0),
-            ("beam", 1), ("evaluations", 1), ("replays", 2),
-        ):  # fmt: skip
+            ("sd_archs", 2),
+            ("sd_seeds", 2),
+            ("steps", 1),
+            ("shortlist", 1),
+            ("proxied", 0),
+            ("beam", 1),
+            ("evaluations", 1),
+            ("replays", 2),
+        ):
             if getattr(given, name) is not None and getattr(given, name) < least:
                 flag = f"--{name.replace('_', '-')}"
                 raise refuse(flag, getattr(given, name), f"an integer >= {least}")

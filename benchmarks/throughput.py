@@ -73,9 +73,11 @@ class Bench:
         if name not in self._devices:
             found = self.do("hello", f"look at {name}", {"device": name})
             if not found.ok:
-                raise InputError(found.reason if found.values.get("input_error") else (
-                    f"--device: {name} does not work here: {found.reason}"
-                ))  # fmt: skip
+                raise InputError(
+                    found.reason
+                    if found.values.get("input_error")
+                    else (f"--device: {name} does not work here: {found.reason}")
+                )
             self._devices[name] = Fingerprint.from_dict(found.values["fingerprint"])
         return self._devices[name]
 
@@ -139,9 +141,11 @@ class Bench:
             batch=setting.batch,
             img_size=ctx.img_size,
         )
-        spec = "" if net.arch is None or net.family is None else json.dumps(
-            net.family.to_dict(net.arch), separators=(",", ":")
-        )  # fmt: skip
+        spec = (
+            ""
+            if net.arch is None or net.family is None
+            else json.dumps(net.family.to_dict(net.arch), separators=(",", ":"))
+        )
         reference = self.plan.reference
         beside = "" if reference is None else f"{reference.name}@{self._beside(setting).text}"
         return DeviceRow(
@@ -238,9 +242,11 @@ class Bench:
             data = prepared(spec, default_cache(), self.console)
             if len(data.classes) != ctx.num_classes:
                 raise refuse(
-                    "--accuracy-data", f"{data.name} with {len(data.classes)} classes",
-                    f"--num-classes {ctx.num_classes}", "name the data that they were trained on",
-                )  # fmt: skip
+                    "--accuracy-data",
+                    f"{data.name} with {len(data.classes)} classes",
+                    f"--num-classes {ctx.num_classes}",
+                    "name the data that they were trained on",
+                )
             self._datasets[ctx.img_size] = str(data.folder)
         spec_of = {**self._spec(net, ctx, setting), "dataset": self._datasets[ctx.img_size]}
         found = self.do("accuracy", f"{net.name} accuracy", spec_of)
@@ -352,11 +358,12 @@ def _main(given: argparse.Namespace) -> int:
         draw_rows(rows, figure, found=[net.name for net in nets if net.found])
     failed = [row for row in rows if row.state == FAILED]
     summary = {
-        "rows": len(rows), "failed": len(failed),
+        "rows": len(rows),
+        "failed": len(failed),
         "fingerprints": sorted({r.fingerprint for r in rows}),
         "out": None if given.out is None else str(given.out),
         "figure": None if figure is None else str(figure),
-    }  # fmt: skip
+    }
     print(json.dumps(summary))
     return 0
 

@@ -43,10 +43,13 @@ def write_bundle(folder: Path, nets: Sequence[Net], plan: Plan, console: Console
     for setting in plan.settings:
         if plan.auto or setting.runtime != "onnxruntime" or setting.dtype != "float32":
             raise refuse(
-                "--bundle", f"--runtime {setting.runtime} --dtype {setting.dtype} --batch "
-                f"{'auto' if plan.auto else setting.batch}", "--runtime onnxruntime in float32 and "
-                "batches by number, which is what a board without torch runs", "name them",
-            )  # fmt: skip
+                "--bundle",
+                f"--runtime {setting.runtime} --dtype {setting.dtype} --batch "
+                f"{'auto' if plan.auto else setting.batch}",
+                "--runtime onnxruntime in float32 and "
+                "batches by number, which is what a board without torch runs",
+                "name them",
+            )
         check_setting(setting)
     if plan.reference is None:
         raise refuse("--reference", "none", "a network that every other is timed beside")
@@ -89,9 +92,11 @@ def _room(folder: Path, nets: Sequence[Net], sizes: Sequence[Context], batches: 
     free = shutil.disk_usage(place).free
     if need * 1.1 > free:
         raise refuse(
-            "--bundle", f"{need / 1e9:.1f} GB of networks", f"at most the {free / 1e9:.1f} GB free",
+            "--bundle",
+            f"{need / 1e9:.1f} GB of networks",
+            f"at most the {free / 1e9:.1f} GB free",
             "ask for a smaller --sample",
-        )  # fmt: skip
+        )
 
 
 def _export(folder: Path, net: Net, ctx: Context, batch: int, reference: bool) -> dict[str, Any]:
@@ -137,9 +142,10 @@ def _pack(target: Path) -> None:
             (source / "nas" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, source / "nas" / name)
         shutil.copytree(
-            Path(space.__file__).parent, source / "space",
+            Path(space.__file__).parent,
+            source / "space",
             ignore=shutil.ignore_patterns("__pycache__"),
-        )  # fmt: skip
+        )
         (source / "__main__.py").write_text(
             "import sys\n\nfrom nas.measure.bundle import main\n\nsys.exit(main())\n"
         )

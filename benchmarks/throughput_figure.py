@@ -128,10 +128,18 @@ def _points(
             middle, lo, hi = row.images_per_s, row.images_per_s_lo, row.images_per_s_hi
         star = row.arch in found
         axis.errorbar(
-            [x], [middle], yerr=[[middle - lo], [hi - middle]], fmt="*" if star else "o",
-            color=colour, markersize=13 if star else 5, elinewidth=1, capsize=2, label=label,
-            markerfacecolor="white" if index in slow else colour, alpha=0.85,
-        )  # fmt: skip
+            [x],
+            [middle],
+            yerr=[[middle - lo], [hi - middle]],
+            fmt="*" if star else "o",
+            color=colour,
+            markersize=13 if star else 5,
+            elinewidth=1,
+            capsize=2,
+            label=label,
+            markerfacecolor="white" if index in slow else colour,
+            alpha=0.85,
+        )
         label = None
         if named and len(rows) <= MOST_NAMES and len(row.arch) <= 24:
             axis.annotate(

@@ -19,15 +19,20 @@ from space.errors import refuse
 def build_parser(description: str | None) -> Parser:
     """Return the command line."""
     parser = Parser(
-        prog="python -m benchmarks.throughput", description=description, allow_abbrev=False,
+        prog="python -m benchmarks.throughput",
+        description=description,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     what = parser.add_argument_group("networks")
     what.add_argument(
-        "--arch", nargs="+", default=[], metavar="NET",
+        "--arch",
+        nargs="+",
+        default=[],
+        metavar="NET",
         help="5M 11M 21M, best.json or another arch's JSON file, inline JSON, a run's folder (its "
         "Pareto set), or any timm name",
-    )  # fmt: skip
+    )
     what.add_argument("--space", metavar="FAMILY", help="draw networks from a family's space")
     what.add_argument("--sample", type=int, metavar="N", help="how many to draw (with --space)")
     what.add_argument("--band", metavar="N", help="a third of them within 10 %% of N parameters")
@@ -38,10 +43,11 @@ def build_parser(description: str | None) -> Parser:
         "--reference", metavar="NET", help="timed alongside (default: 21M; none: off)"
     )
     what.add_argument(
-        "--reference-runtime", metavar="NAME",
+        "--reference-runtime",
+        metavar="NAME",
         help="fix the reference's runtime, so that rows of several runtimes share one scale "
         "(default: the row's own)",
-    )  # fmt: skip
+    )
     how = parser.add_argument_group("settings, each a list")
     how.add_argument(
         "--batch", nargs="+", default=["16"], metavar="N", help="or auto (default: 16)"
@@ -58,27 +64,36 @@ def build_parser(description: str | None) -> Parser:
         "--max-blocks", type=int, default=96, metavar="N", help="at most (default: 96)"
     )
     size.add_argument(
-        "--precision", type=float, default=0.03, metavar="SHARE",
+        "--precision",
+        type=float,
+        default=0.03,
+        metavar="SHARE",
         help="time on until half the interval is this share (default: 0.03; 0: --blocks suffice)",
-    )  # fmt: skip
+    )
     size.add_argument(
-        "--latency-passes", type=int, default=100, metavar="N",
+        "--latency-passes",
+        type=int,
+        default=100,
+        metavar="N",
         help="passes behind the latency percentiles (default: 100; 0: none)",
-    )  # fmt: skip
+    )
     size.add_argument("--no-memory", dest="memory", action="store_false", help="do not weigh")
     size.add_argument(
-        "--accuracy-data", metavar="DATA",
+        "--accuracy-data",
+        metavar="DATA",
         help="test nets that have weights (best.json) on this data, in each runtime",
-    )  # fmt: skip
+    )
     size.add_argument("--random-seed", type=int, default=0, metavar="N")
     ends = parser.add_argument_group("results")
     ends.add_argument("--out", type=Path, metavar="FILE", help="the table as CSV")
     ends.add_argument("--resume", action="store_true", help="take over the rows of --out")
     ends.add_argument("--figure", type=Path, metavar="FILE", help="(default: beside --out, .png)")
     ends.add_argument(
-        "--bundle", type=Path, metavar="DIR",
+        "--bundle",
+        type=Path,
+        metavar="DIR",
         help="measure nothing: write ONNX files and one script for a device without torch",
-    )  # fmt: skip
+    )
     ends.add_argument("--quiet", action="store_true", help="print the last line only")
     return parser
 
@@ -90,9 +105,10 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
     read_threads(threads)
     for name, least, value in (
         ("--blocks", 6, given.blocks),
-        ("--max-blocks", given.blocks, given.max_blocks), ("--num-classes", 1, given.num_classes),
+        ("--max-blocks", given.blocks, given.max_blocks),
+        ("--num-classes", 1, given.num_classes),
         ("--latency-passes", 0, given.latency_passes),
-    ):  # fmt: skip
+    ):
         if value < least:
             raise refuse(name, value, f"an integer >= {least}")
     if not 0.0 <= given.precision < 1.0:
@@ -124,9 +140,13 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
     if given.sample is not None:
         band = None if given.band is None else parse_count("--band", given.band)
         nets += sample(
-            family, family.seed(given.seed), contexts[0], given.sample, band=band,
+            family,
+            family.seed(given.seed),
+            contexts[0],
+            given.sample,
+            band=band,
             random_seed=given.random_seed,
-        )  # fmt: skip
+        )
     if not nets:
         raise refuse("--arch", "nothing", "a network", "such as --arch 5M 11M 21M")
     reference = None
@@ -134,12 +154,21 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
     if named != "none":
         reference = find_nets([named], family)[0]
     plan = Plan(
-        settings=settings, auto=auto, sizes=sizes, num_classes=given.num_classes,
-        reference=reference, reference_runtime=given.reference_runtime, threads=threads,
-        blocks=given.blocks, max_blocks=given.max_blocks, precision=given.precision or None,
-        latency_passes=given.latency_passes, memory=given.memory,
-        accuracy_data=given.accuracy_data, random_seed=given.random_seed,
-    )  # fmt: skip
+        settings=settings,
+        auto=auto,
+        sizes=sizes,
+        num_classes=given.num_classes,
+        reference=reference,
+        reference_runtime=given.reference_runtime,
+        threads=threads,
+        blocks=given.blocks,
+        max_blocks=given.max_blocks,
+        precision=given.precision or None,
+        latency_passes=given.latency_passes,
+        memory=given.memory,
+        accuracy_data=given.accuracy_data,
+        random_seed=given.random_seed,
+    )
     return nets, plan
 
 

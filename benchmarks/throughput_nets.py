@@ -43,8 +43,10 @@ class Net:
         if self.family is None or self.arch is None:
             return {"timm": self.timm, "weights": weights}
         return {
-            "family": self.family.name, "arch": self.family.to_dict(self.arch), "weights": weights,
-        }  # fmt: skip
+            "family": self.family.name,
+            "arch": self.family.to_dict(self.arch),
+            "weights": weights,
+        }
 
     def key(self, ctx: Context) -> str:
         """Return the name of the net as built in a context."""

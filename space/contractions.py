@@ -58,10 +58,7 @@ class _Entries:
     def take(self, index: Array) -> _Entries:
         """Keep the entries at `index`, in its order."""
         return _Entries(
-            self.place[index],
-            self.notches[index],
-            self.moved[index],
-            self.priority[index],
+            self.place[index], self.notches[index], self.moved[index], self.priority[index]
         )
 
     @staticmethod
@@ -278,10 +275,7 @@ def shortlist(
 
 
 def listed(
-    family: Family,
-    parents: Sequence[Arch],
-    chosen: Sequence[tuple[str | None, Arch]],
-    ctx: Context,
+    family: Family, parents: Sequence[Arch], chosen: Sequence[tuple[str | None, Arch]], ctx: Context
 ) -> list[Shortlisted]:
     """Say of each chosen (anchor, arch) what it costs and how far it is from its nearest parent.
 

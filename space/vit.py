@@ -78,11 +78,16 @@ def _hidden(table: Table) -> Array:
 def _net(a: VitArch, ctx: Context) -> Net:
     """Describe an arch as built in `ctx`."""
     return Net(
-        dim=a.embed_dim, depth=a.depth, head_dim=a.head_dim,
-        hidden=int(a.embed_dim * a.mlp_ratio), patch=a.patch_size,
-        grid=ctx.img_size // a.patch_size, prefix=1 + a.dist_token,
-        num_classes=ctx.num_classes, in_chans=ctx.in_chans,
-    )  # fmt: skip
+        dim=a.embed_dim,
+        depth=a.depth,
+        head_dim=a.head_dim,
+        hidden=int(a.embed_dim * a.mlp_ratio),
+        patch=a.patch_size,
+        grid=ctx.img_size // a.patch_size,
+        prefix=1 + a.dist_token,
+        num_classes=ctx.num_classes,
+        in_chans=ctx.in_chans,
+    )
 
 
 class Vit(Family):

@@ -13,14 +13,22 @@ from space.seal import sealed
 
 ARCHS: dict[str, Mapping[str, Any]] = {
     "tinyvit": {
-        "embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
-        "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32,
+        "embed_dims": [64, 64, 96, 128],
+        "depths": [1, 1, 2, 1],
+        "window_sizes": [7, 14, 7],
+        "mbconv_expand_ratio": 4.0,
+        "mlp_ratio": 4.0,
+        "head_dim": 32,
     },
     "vit": {
-        "embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "head_dim": 16,
+        "mlp_ratio": 2.0,
+        "patch_size": 8,
         "dist_token": False,
     },
-}  # fmt: skip
+}
 CONTEXT = Context(32, 3)
 WEIGHTS = b"no weights, but a file"
 

@@ -23,11 +23,29 @@ def _measurement() -> Any:
     from nas.measure.measurement import Measurement
 
     return Measurement(
-        images_per_s=100.0, images_per_s_lo=90.0, images_per_s_hi=110.0, ratio=1.5, ratio_lo=1.4,
-        ratio_hi=1.6, reference_images_per_s=66.0, coverage=0.95, blocks=10, passes=3, seconds=1.0,
-        img_size=32, num_classes=3, in_chans=3, batch=16, dtype="float32", runtime="eager",
-        device="cpu", threads=1, fingerprint="f" * 12, load=0.5, when="2025-01-01T00:00:00",
-    )  # fmt: skip
+        images_per_s=100.0,
+        images_per_s_lo=90.0,
+        images_per_s_hi=110.0,
+        ratio=1.5,
+        ratio_lo=1.4,
+        ratio_hi=1.6,
+        reference_images_per_s=66.0,
+        coverage=0.95,
+        blocks=10,
+        passes=3,
+        seconds=1.0,
+        img_size=32,
+        num_classes=3,
+        in_chans=3,
+        batch=16,
+        dtype="float32",
+        runtime="eager",
+        device="cpu",
+        threads=1,
+        fingerprint="f" * 12,
+        load=0.5,
+        when="2025-01-01T00:00:00",
+    )
 
 
 def _measurement_seeds() -> list[bytes]:
@@ -61,19 +79,46 @@ def _device_seeds() -> list[bytes]:
 
     family = get_family("tinyvit")
     where = Fingerprint(
-        device="cpu", device_name="c", physical_cores=1, logical_cores=2, usable_cpus=2.0,
-        nominal_mhz=None, driver=None, cuda=None, cudnn=None, torch="2", timm="1", python="3",
-        os="Linux", arch="x", threads=1, runtime="eager", runtime_version="2", dtype="float32",
-        batch=16, img_size=32,
-    )  # fmt: skip
+        device="cpu",
+        device_name="c",
+        physical_cores=1,
+        logical_cores=2,
+        usable_cpus=2.0,
+        nominal_mhz=None,
+        driver=None,
+        cuda=None,
+        cudnn=None,
+        torch="2",
+        timm="1",
+        python="3",
+        os="Linux",
+        arch="x",
+        threads=1,
+        runtime="eager",
+        runtime_version="2",
+        dtype="float32",
+        batch=16,
+        img_size=32,
+    )
     arch = family.arch(ARCHS["tinyvit"])
     row = DeviceRow(
-        arch="=a", family="tinyvit", key=family.key(arch, CONTEXT),
+        arch="=a",
+        family="tinyvit",
+        key=family.key(arch, CONTEXT),
         spec=json.dumps(ARCHS["tinyvit"]),
-        img_size=32, num_classes=3, device="cpu", runtime="eager", dtype="float32", batch=16,
-        threads=1, state="ok", images_per_s=100.0, images_per_s_lo=90.0, images_per_s_hi=110.0,
+        img_size=32,
+        num_classes=3,
+        device="cpu",
+        runtime="eager",
+        dtype="float32",
+        batch=16,
+        threads=1,
+        state="ok",
+        images_per_s=100.0,
+        images_per_s_lo=90.0,
+        images_per_s_hi=110.0,
         **fingerprint_columns(where),
-    )  # fmt: skip
+    )
     bad = replace(row, arch="b", state="failed", reason="-out of memory", images_per_s=None)
     import tempfile
 
@@ -97,9 +142,19 @@ def _device(path: Path) -> object:
 
 
 def _bundle_seeds() -> list[bytes]:
-    network = {"arch": "a", "family": "timm", "key": "a", "spec": "", "img_size": 32,
-               "num_classes": 3, "params": 7, "macs": None, "batch": 1, "file": "a.onnx",
-               "reference": True}  # fmt: skip
+    network = {
+        "arch": "a",
+        "family": "timm",
+        "key": "a",
+        "spec": "",
+        "img_size": 32,
+        "num_classes": 3,
+        "params": 7,
+        "macs": None,
+        "batch": 1,
+        "file": "a.onnx",
+        "reference": True,
+    }
     return both({"networks": [network, {**network, "reference": False, "arch": "b"}]})
 
 
@@ -117,9 +172,21 @@ def _spec() -> Any:
     from nas.labels.store_spec import StoreSpec
 
     spec = AugmentSpec(img_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return StoreSpec(topk=2, augment=spec, salt=1, codec="plain", preparation="p", train_keys="t",
-                     train_images=3, holdout_keys="h", holdout_images=2, teacher_id="i",
-                     teacher_hash="x", num_classes=5, threads=1)  # fmt: skip
+    return StoreSpec(
+        topk=2,
+        augment=spec,
+        salt=1,
+        codec="plain",
+        preparation="p",
+        train_keys="t",
+        train_images=3,
+        holdout_keys="h",
+        holdout_images=2,
+        teacher_id="i",
+        teacher_hash="x",
+        num_classes=5,
+        threads=1,
+    )
 
 
 def _manifest_seeds() -> list[bytes]:
@@ -127,9 +194,18 @@ def _manifest_seeds() -> list[bytes]:
     from nas.labels.store_spec import SCHEMA, identity, library_versions
 
     spec, libraries = _spec(), library_versions()
-    return both({"schema": SCHEMA, "spec": spec.to_dict(), "libraries": libraries, "epochs": 1,
-                  "piece_records": 512, "id": digest_of(identity(spec, libraries)),
-                  "files": {"keys.bin": "0" * 64}, "made_by": {}})  # fmt: skip
+    return both(
+        {
+            "schema": SCHEMA,
+            "spec": spec.to_dict(),
+            "libraries": libraries,
+            "epochs": 1,
+            "piece_records": 512,
+            "id": digest_of(identity(spec, libraries)),
+            "files": {"keys.bin": "0" * 64},
+            "made_by": {},
+        }
+    )
 
 
 def _manifest(path: Path) -> object:
@@ -192,11 +268,23 @@ def _teacher_seeds() -> list[bytes]:
     from nas.export.trained_teacher import SCHEMA, TeacherInfo
 
     info = TeacherInfo(
-        folder="f", id="t", digest="d", model="test_vit", kwargs={}, num_classes=3,
-        mean=(0.5,) * 3, std=(0.5,) * 3, input_size=None, student_mean=(0.5,) * 3,
-        student_std=(0.5,) * 3, epochs=1, holdout_top1=0.5, holdout_top1_se=0.1, holdout_images=4,
+        folder="f",
+        id="t",
+        digest="d",
+        model="test_vit",
+        kwargs={},
+        num_classes=3,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        input_size=None,
+        student_mean=(0.5,) * 3,
+        student_std=(0.5,) * 3,
+        epochs=1,
+        holdout_top1=0.5,
+        holdout_top1_se=0.1,
+        holdout_images=4,
         notes=(),
-    )  # fmt: skip
+    )
     return both({"schema": SCHEMA, "recipe": {}, "info": asdict(info)})
 
 
@@ -207,9 +295,21 @@ def _teacher(path: Path) -> object:
 
 
 def _hub_seeds() -> list[bytes]:
-    return [json_of({"architecture": "test_vit", "num_classes": 3, "model_args": {"img_size": 32},
-                   "pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3,
-                                      "std": [0.5] * 3, "num_classes": 3}})]  # fmt: skip
+    return [
+        json_of(
+            {
+                "architecture": "test_vit",
+                "num_classes": 3,
+                "model_args": {"img_size": 32},
+                "pretrained_cfg": {
+                    "input_size": [3, 32, 32],
+                    "mean": [0.5] * 3,
+                    "std": [0.5] * 3,
+                    "num_classes": 3,
+                },
+            }
+        )
+    ]
 
 
 def _hub(path: Path) -> object:
@@ -316,7 +416,8 @@ FILES = (
     Parser("dropped", lambda: [b"key,name\n" + b"0" * 32 + b",'=a.png\n"], _dropped),
     Parser("head-map", lambda: [b"0\n-1\n2\n1\n"], file_of("map.txt", _head_map)),
     Parser(
-        "order", lambda: both({"criterion": "l1", "order": {"a": [2, 0, 1]}}),
+        "order",
+        lambda: both({"criterion": "l1", "order": {"a": [2, 0, 1]}}),
         file_of("order.json", _order),
     ),
     Parser("teacher", _teacher_seeds, file_of("info.json", _teacher)),
@@ -324,4 +425,4 @@ FILES = (
     Parser("tensors", _tensor_seeds, file_of("w.safetensors", _tensors)),
     Parser("pickle", _pickle_seeds, file_of("w.pt", _pickled)),
     Parser("checkpoint", _checkpoint_seeds, file_of("c.safetensors", _checkpoint)),
-)  # fmt: skip
+)

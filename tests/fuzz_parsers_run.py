@@ -97,8 +97,12 @@ def _words(data: bytes, folder: Path) -> object:
 def _run_seeds() -> list[bytes]:
     from nas.core.config import RunConfig
 
-    config = RunConfig(seed="5M", target_params=4_000_000, seed_arch=ARCHS["tinyvit"],
-                       require=("images_per_s>=100@cpu:b16",))  # fmt: skip
+    config = RunConfig(
+        seed="5M",
+        target_params=4_000_000,
+        seed_arch=ARCHS["tinyvit"],
+        require=("images_per_s>=100@cpu:b16",),
+    )
     return both({"schema": 1, "config": config.to_dict(), "dataset": {"fingerprint": "f"}})
 
 
@@ -122,10 +126,19 @@ def _ledger_seeds() -> list[bytes]:
     from nas.report.read import Candidate
 
     rows = [
-        {"step": step, "key": f"k{step}", "params": 5_000_000 - step, "ratio": 1.5, "macs": 7,
-         "soft_loss": 0.5, "stage": "kept", "state": "complete", "reason": "=cmd"}
+        {
+            "step": step,
+            "key": f"k{step}",
+            "params": 5_000_000 - step,
+            "ratio": 1.5,
+            "macs": 7,
+            "soft_loss": 0.5,
+            "stage": "kept",
+            "state": "complete",
+            "reason": "=cmd",
+        }
         for step in (0, 1)
-    ]  # fmt: skip
+    ]
     return [_cells(Candidate, rows)]
 
 
@@ -152,8 +165,9 @@ def _named_points(path: Path) -> object:
 
 
 def _result_seeds() -> list[bytes]:
-    return both({"status": "reached", "exit_code": 0, "message": "done", "path": ["a"],
-                  "tables": {}})  # fmt: skip
+    return both(
+        {"status": "reached", "exit_code": 0, "message": "done", "path": ["a"], "tables": {}}
+    )
 
 
 def _result(path: Path) -> object:
@@ -168,12 +182,20 @@ def _best_seeds() -> list[bytes]:
 
     family = get_family("tinyvit")
     told = model_json(
-        family, family.arch(ARCHS["tinyvit"]), CONTEXT, classes=["a", "b", "c"],
-        sha256=hashlib.sha256(WEIGHTS).hexdigest(), score={"step": 1, "soft_loss": 0.5},
+        family,
+        family.arch(ARCHS["tinyvit"]),
+        CONTEXT,
+        classes=["a", "b", "c"],
+        sha256=hashlib.sha256(WEIGHTS).hexdigest(),
+        score={"step": 1, "soft_loss": 0.5},
         throughput={"images_per_s": 100.0},
-        preprocessing={"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3,
-                       "std": [0.5] * 3},
-    )  # fmt: skip
+        preprocessing={
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+        },
+    )
     return both(told)
 
 
@@ -196,8 +218,13 @@ def _train_seeds() -> list[bytes]:
     from nas.train.recipe import find_recipe
     from nas.train.train_config import TrainConfig
 
-    config = TrainConfig(family="vit", arch=ARCHS["vit"], arch_from="a.json", data="digits",
-                         recipe=find_recipe("small", 5_000_000))  # fmt: skip
+    config = TrainConfig(
+        family="vit",
+        arch=ARCHS["vit"],
+        arch_from="a.json",
+        data="digits",
+        recipe=find_recipe("small", 5_000_000),
+    )
     return both({"config": config.to_dict(), "machine": {"threads": 1}})
 
 
@@ -234,8 +261,14 @@ RUN = (
     Parser(
         "words",
         lambda: [
-            b"5.4M", b"1%", b"cuda:0:onnxruntime:float16:b8", b"images_per_s>=10.5@cpu:b4",
-            b"params<=5M", b"depths[2]", b"mlp_ratio", b"latency_p99_ms<=5@cpu",
+            b"5.4M",
+            b"1%",
+            b"cuda:0:onnxruntime:float16:b8",
+            b"images_per_s>=10.5@cpu:b4",
+            b"params<=5M",
+            b"depths[2]",
+            b"mlp_ratio",
+            b"latency_p99_ms<=5@cpu",
         ],
         _words,
     ),
@@ -243,7 +276,8 @@ RUN = (
     Parser("ledger", _ledger_seeds, file_of("ledger.csv", _tables)),
     Parser("steps", _step_seeds, file_of("steps.csv", _tables)),
     Parser(
-        "points", lambda: [b"name,params,images_per_s,score,score_lo\na,5,1.5,0.5,0.4\n"],
+        "points",
+        lambda: [b"name,params,images_per_s,score,score_lo\na,5,1.5,0.5,0.4\n"],
         file_of("points.csv", _named_points),
     ),
     Parser("result", _result_seeds, file_of("result.json", _result)),
@@ -251,8 +285,9 @@ RUN = (
     Parser("milestone", _best_seeds, file_of("family/01-7.json", _milestone)),
     Parser("train", _train_seeds, file_of("train.json", _train)),
     Parser(
-        "train-result", lambda: both({"status": "finished", "test_top1": 0.5}),
+        "train-result",
+        lambda: both({"status": "finished", "test_top1": 0.5}),
         file_of("result.json", _train_result),
     ),
     Parser("trust", _trust_seeds, file_of("trust.json", _trust)),
-)  # fmt: skip
+)

@@ -22,10 +22,33 @@ CRASHES = Path("results/runs/fuzz")
 _OURS = tuple(str(Path(package.__path__[0])) for package in (nas, space))
 _LONGEST = 1 << 16
 _WORDS = (
-    b"null", b"true", b"-1", b"0", b"1e999", b"NaN", b"-Infinity", b"[]", b"{}", b'""', b'"x"',
-    b"9" * 400, b"0.5", b"\\ud800", b"\xff", b"\0", b",", b'"', b"\n", b"\r", b"=1+1", b"../x",
-    b"1e308", b"18446744073709551616", b"[" * 3000, b"1_0",
-)  # fmt: skip
+    b"null",
+    b"true",
+    b"-1",
+    b"0",
+    b"1e999",
+    b"NaN",
+    b"-Infinity",
+    b"[]",
+    b"{}",
+    b'""',
+    b'"x"',
+    b"9" * 400,
+    b"0.5",
+    b"\\ud800",
+    b"\xff",
+    b"\0",
+    b",",
+    b'"',
+    b"\n",
+    b"\r",
+    b"=1+1",
+    b"../x",
+    b"1e308",
+    b"18446744073709551616",
+    b"[" * 3000,
+    b"1_0",
+)
 
 
 def mutated(data: bytes, corpus: Sequence[bytes], rng: random.Random) -> bytes:
@@ -84,9 +107,32 @@ def _as_json(data: bytes, rng: random.Random) -> bytes | None:
         holder[rng.choice(("x", "", "seal", "arch", "family", f"{key}x"))] = holder[key]
     else:
         holder[key] = rng.choice(
-            (None, True, -1, 0, 1, 2**70, 1e308, float("nan"), float("inf"), 0.5, "", "x", "../x",
-             "\ud800", "a\0b", [], {}, [None], [[[]]], {"x": {}}, [1, 2, 3, 4], holder[key], "1")
-        )  # fmt: skip
+            (
+                None,
+                True,
+                -1,
+                0,
+                1,
+                2**70,
+                1e308,
+                float("nan"),
+                float("inf"),
+                0.5,
+                "",
+                "x",
+                "../x",
+                "\ud800",
+                "a\0b",
+                [],
+                {},
+                [None],
+                [[[]]],
+                {"x": {}},
+                [1, 2, 3, 4],
+                holder[key],
+                "1",
+            )
+        )
     return json.dumps(value).encode()
 
 

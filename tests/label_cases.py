@@ -36,11 +36,24 @@ def toy_for(dataset: Dataset, classes: int = 10, fail_after: float = float("inf"
 
 def teacher_info(classes: int = 10, **changes: Any) -> TeacherInfo:
     values: dict[str, Any] = {
-        "folder": "", "id": "toy", "digest": "abc", "model": "toy", "kwargs": {},
-        "num_classes": classes, "mean": (0.0,), "std": (1.0,), "input_size": None,
-        "student_mean": (0.0,), "student_std": (1.0,), "epochs": 0, "holdout_top1": 0.0,
-        "holdout_top1_se": 0.0, "holdout_images": 0, "notes": (), **changes,
-    }  # fmt: skip
+        "folder": "",
+        "id": "toy",
+        "digest": "abc",
+        "model": "toy",
+        "kwargs": {},
+        "num_classes": classes,
+        "mean": (0.0,),
+        "std": (1.0,),
+        "input_size": None,
+        "student_mean": (0.0,),
+        "student_std": (1.0,),
+        "epochs": 0,
+        "holdout_top1": 0.0,
+        "holdout_top1_se": 0.0,
+        "holdout_images": 0,
+        "notes": (),
+        **changes,
+    }
     return TeacherInfo(**values)
 
 
@@ -64,7 +77,8 @@ def built(
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a store but hidden ones: locks, and drafts of a builder that was killed."""
     found = (
-        p for p in sorted(folder.rglob("*"))
+        p
+        for p in sorted(folder.rglob("*"))
         if p.is_file() and not p.relative_to(folder).as_posix().startswith(".")
-    )  # fmt: skip
+    )
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}

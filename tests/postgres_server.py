@@ -65,27 +65,55 @@ class Server:
         if self.user is not None:
             shutil.chown(secret, self.user)
         self._run(
-            "initdb", "-D", str(self.data), "-U", USER, "-A", "scram-sha-256", "--no-sync",
-            f"--pwfile={secret}", "-E", "UTF8", "--locale=C",
-        )  # fmt: skip
+            "initdb",
+            "-D",
+            str(self.data),
+            "-U",
+            USER,
+            "-A",
+            "scram-sha-256",
+            "--no-sync",
+            f"--pwfile={secret}",
+            "-E",
+            "UTF8",
+            "--locale=C",
+        )
         secret.unlink()
         self.start()
         self.sql(f"CREATE DATABASE {DATABASE}", "postgres")
 
     def _run(self, program: str, *arguments: str) -> None:
         subprocess.run(
-            [str(self.home / program), *arguments], check=True, timeout=60, cwd="/",
-            stdout=subprocess.DEVNULL, user=self.user,
-        )  # fmt: skip
+            [str(self.home / program), *arguments],
+            check=True,
+            timeout=60,
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+            user=self.user,
+        )
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         command = [
-            "timeout", "--signal=INT", "300", str(self.home / "postgres"), "-D", str(self.data),
-            "-p", str(self.port), "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off",
-            "-c", "unix_socket_directories=", "-c", "shared_buffers=8MB",
-            "-c", "max_connections=20",
-        ]  # fmt: skip
+            "timeout",
+            "--signal=INT",
+            "300",
+            str(self.home / "postgres"),
+            "-D",
+            str(self.data),
+            "-p",
+            str(self.port),
+            "-c",
+            "listen_addresses=127.0.0.1",
+            "-c",
+            "fsync=off",
+            "-c",
+            "unix_socket_directories=",
+            "-c",
+            "shared_buffers=8MB",
+            "-c",
+            "max_connections=20",
+        ]
         self.process = subprocess.Popen(
             command, cwd="/", user=self.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -118,9 +146,14 @@ class Server:
         import psycopg
 
         with psycopg.connect(
-            host="127.0.0.1", port=self.port, user=USER, password=PASSWORD, dbname=database,
-            autocommit=True, connect_timeout=5,
-        ) as connection:  # fmt: skip
+            host="127.0.0.1",
+            port=self.port,
+            user=USER,
+            password=PASSWORD,
+            dbname=database,
+            autocommit=True,
+            connect_timeout=5,
+        ) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 

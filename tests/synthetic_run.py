@@ -107,11 +107,23 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
     )
     _write_csv(folder / "steps.csv", [field.name for field in fields(Step)], steps_rows)
     config = {
-        "seed": "21M", "target_params": 5_000_000, "params_tolerance": 0.1, "min_speedup": 1.5,
-        "min_throughput": None, "data": "digits", "effort": "normal", "steps": 4,
-        "bench_batch": 32, "bench_dtype": "float32", "device": "cpu", "threads": 2,
-        "random_seed": 0, "proxy_init": "inherit", "final_epochs": 10, "proxy_epochs": 2,
-    }  # fmt: skip
+        "seed": "21M",
+        "target_params": 5_000_000,
+        "params_tolerance": 0.1,
+        "min_speedup": 1.5,
+        "min_throughput": None,
+        "data": "digits",
+        "effort": "normal",
+        "steps": 4,
+        "bench_batch": 32,
+        "bench_dtype": "float32",
+        "device": "cpu",
+        "threads": 2,
+        "random_seed": 0,
+        "proxy_init": "inherit",
+        "final_epochs": 10,
+        "proxy_epochs": 2,
+    }
     _write_json(
         folder / "run.json",
         {
@@ -142,20 +154,27 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
         side |= {"top1": 0.931, "top1_se": 0.0134, "test_n": 359}
         published = {**side, "name": "5M", "params": 5_082_000, "top1": 0.911, "top1_se": 0.015}
         result["final"] = {
-            "init": "inherit", "epochs": 10, "winner": {**side, "name": "winner"},
+            "init": "inherit",
+            "epochs": 10,
+            "winner": {**side, "name": "winner"},
             "published": published,
             "paired": {"difference": 0.02, "lo": -0.004, "hi": 0.044, "n": 359.0},
-        }  # fmt: skip
+        }
         _write_json(
             folder / "best.json",
             {
-                "family": "tinyvit", "arch": {"embed_dims": [64, 128, 160, 320]},
-                "params": winner["params"], "macs": winner["macs"], "img_size": 48,
-                "num_classes": 10, "throughput": {"images_per_s": winner["images_per_s"]},
-                "score": {"top1": 0.931}, "classes": [str(i) for i in range(10)],
+                "family": "tinyvit",
+                "arch": {"embed_dims": [64, 128, 160, 320]},
+                "params": winner["params"],
+                "macs": winner["macs"],
+                "img_size": 48,
+                "num_classes": 10,
+                "throughput": {"images_per_s": winner["images_per_s"]},
+                "score": {"top1": 0.931},
+                "classes": [str(i) for i in range(10)],
                 "timm": {"model": "tiny_vit_5m_224", "kwargs": {"num_classes": 10}},
             },
-        )  # fmt: skip
+        )
     _write_json(folder / "result.json", result)
     return folder
 

@@ -28,16 +28,30 @@ pytest.importorskip("onnxscript")
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=4)
 FACTORS = {
-    "embed_dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0, "head_dim": 16,
-}  # fmt: skip
+    "embed_dims": [32, 32, 32, 32],
+    "depths": [1, 1, 1, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 2.0,
+    "mlp_ratio": 2.0,
+    "head_dim": 16,
+}
 SMALL = json.dumps(FACTORS)
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 32, 32, 64]})
 PLAN = Plan(
-    settings=(Setting(runtime="onnxruntime", batch=1),), auto=False, sizes=(32,), num_classes=4,
-    reference=None, reference_runtime=None, threads=1, blocks=6, max_blocks=6, precision=None,
-    latency_passes=0, memory=False, accuracy_data=None,
-)  # fmt: skip
+    settings=(Setting(runtime="onnxruntime", batch=1),),
+    auto=False,
+    sizes=(32,),
+    num_classes=4,
+    reference=None,
+    reference_runtime=None,
+    threads=1,
+    blocks=6,
+    max_blocks=6,
+    precision=None,
+    latency_passes=0,
+    memory=False,
+    accuracy_data=None,
+)
 QUICK = ["--blocks", "6", "--max-blocks", "6", "--precision", "0", "--threads", "1"]
 
 
@@ -71,8 +85,13 @@ def measure(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(bundle / SCRIPT), *flags],
-        cwd=cwd, env=board, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=cwd,
+        env=board,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_a_bundle_measures_without_torch(
@@ -198,11 +217,12 @@ def test_the_script_carries_what_it_imports_and_no_torch(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"auto": True}, "auto"), ({"settings": (Setting(),)}, "onnxruntime"),
+        ({"auto": True}, "auto"),
+        ({"settings": (Setting(),)}, "onnxruntime"),
         ({"settings": (Setting(runtime="onnxruntime", dtype="float16"),)}, "float16"),
         ({"reference": None}, "--reference"),
     ],
-)  # fmt: skip
+)
 def test_what_a_board_cannot_run_is_refused(
     change: dict[str, object], says: str, tmp_path: Path
 ) -> None:

@@ -36,10 +36,19 @@ def test_both_engines_replay_the_stock(tmp_path: Path) -> None:
 
 def test_summaries_are_means_with_their_range_and_can_be_drawn(tmp_path: Path) -> None:
     rows = [
-        {"part": "topk", "student": "small", "way": "soft", "topk": k, "bytes_a_record": k + 4,
-         "random_seed": s, "soft_loss": 3 - 0.1 * k + s, "top1": 0.1 * k + 0.01 * s}
-        for k in (1, 5) for s in (0, 1)
-    ]  # fmt: skip
+        {
+            "part": "topk",
+            "student": "small",
+            "way": "soft",
+            "topk": k,
+            "bytes_a_record": k + 4,
+            "random_seed": s,
+            "soft_loss": 3 - 0.1 * k + s,
+            "top1": 0.1 * k + 0.01 * s,
+        }
+        for k in (1, 5)
+        for s in (0, 1)
+    ]
     lines = labels_students.summary(rows)
     assert [(line["topk"], line["seeds"]) for line in lines] == [(1, 2), (5, 2)]
     assert lines[0]["soft_loss"] == pytest.approx(3.4)
@@ -55,9 +64,13 @@ def test_summaries_are_means_with_their_range_and_can_be_drawn(tmp_path: Path) -
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (
-        [], ["weigh"], ["epoch", "--blocks", "2"], ["epoch", "--threads", "0"],
-        ["students", "--seeds", "0"], ["students", "--images", "5"],
-    ):  # fmt: skip
+        [],
+        ["weigh"],
+        ["epoch", "--blocks", "2"],
+        ["epoch", "--threads", "0"],
+        ["students", "--seeds", "0"],
+        ["students", "--images", "5"],
+    ):
         assert labels.main(arguments) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 

@@ -66,14 +66,24 @@ def test_bad_input_is_one_line_and_status_2(
 
     out = tmp_path / "out.png"
     cases = [
-        [], ["no-such-folder"], [str(tmp_path)], [str(unscored)], [str(run), "--csv", str(table)],
-        ["--csv", str(tmp_path / "none.csv")], ["--csv", str(tmp_path)],
-        csv(""), csv("name,params\nx,1\n"), csv(TABLE.splitlines()[0] + "\n"),
-        csv(TABLE.replace("183", "fast")), csv(TABLE.replace("21198568", "-1")),
-        csv(TABLE.replace("183", "nan")), csv(TABLE.replace("83.1", "")),
-        csv(TABLE.replace(",83.1", "")), csv(TABLE.replace("21198568", "inf")),
+        [],
+        ["no-such-folder"],
+        [str(tmp_path)],
+        [str(unscored)],
+        [str(run), "--csv", str(table)],
+        ["--csv", str(tmp_path / "none.csv")],
+        ["--csv", str(tmp_path)],
+        csv(""),
+        csv("name,params\nx,1\n"),
+        csv(TABLE.splitlines()[0] + "\n"),
+        csv(TABLE.replace("183", "fast")),
+        csv(TABLE.replace("21198568", "-1")),
+        csv(TABLE.replace("183", "nan")),
+        csv(TABLE.replace("83.1", "")),
+        csv(TABLE.replace(",83.1", "")),
+        csv(TABLE.replace("21198568", "inf")),
         ["--csv", str(run / "run.json")],
-    ]  # fmt: skip
+    ]
     for case in cases:
         assert main([*case, "--out", str(out)]) == 2, case
         said = capsys.readouterr()

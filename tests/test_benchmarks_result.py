@@ -29,9 +29,13 @@ from space.family import Published
 
 IMAGES, TRIALS = 300, 1000
 SMALL = {
-    "embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32,
-}  # fmt: skip
+    "embed_dims": [64, 64, 96, 128],
+    "depths": [1, 1, 2, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0,
+    "mlp_ratio": 4.0,
+    "head_dim": 32,
+}
 
 
 def _tables(
@@ -112,9 +116,12 @@ def test_one_seed_is_the_paired_t_interval_and_no_difference_has_no_width() -> N
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [(np.ones((2, 5)), np.ones((3, 5))), (np.ones((2, 1)), np.ones((2, 1))),
-     (np.full((2, 5), np.nan), np.ones((2, 5)))],
-)  # fmt: skip
+    [
+        (np.ones((2, 5)), np.ones((3, 5))),
+        (np.ones((2, 1)), np.ones((2, 1))),
+        (np.full((2, 5), np.nan), np.ones((2, 5))),
+    ],
+)
 def test_what_cannot_be_paired_is_refused(a: np.ndarray, b: np.ndarray) -> None:
     with pytest.raises(InputError):
         paired_interval(a, b)
@@ -141,13 +148,15 @@ def _target(most: int = 5_000_000) -> Target:
 def test_a_contracted_arch_that_misses_says_so() -> None:
     target = _target()
     own, rival = Side("contracted", target.published_arch), Side(PUBLISHED, target.published_arch)
-    row = ResultRow("x", None, None, None, 0, params=5_100_000, ratio=0.9, ratio_lo=0.8,
-                    ratio_hi=0.95)  # fmt: skip
+    row = ResultRow(
+        "x", None, None, None, 0, params=5_100_000, ratio=0.9, ratio_lo=0.8, ratio_hi=0.95
+    )
     said = shortcomings(row, own, rival, target)
     assert "5,100,000 parameters, more than 5,000,000" in said
     assert "slower: 0.900x" in said
-    fine = ResultRow("x", None, None, None, 0, params=4_900_000, ratio=1.1, ratio_lo=1.0,
-                     ratio_hi=1.2)  # fmt: skip
+    fine = ResultRow(
+        "x", None, None, None, 0, params=4_900_000, ratio=1.1, ratio_lo=1.0, ratio_hi=1.2
+    )
     assert shortcomings(fine, own, rival, target) == ""
     other = Side("random", target.published_arch)
     beside = dataclasses.replace(row, params_rival=5_000_000)
@@ -197,9 +206,14 @@ def test_tables_and_figures_hold_every_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--targets", "5M", "5M"], ["--targets", "many"], ["--budget-hours", "0"],
-     ["--seeds", "0"], ["--effort", "extreme"]],
-)  # fmt: skip
+    [
+        ["--targets", "5M", "5M"],
+        ["--targets", "many"],
+        ["--budget-hours", "0"],
+        ["--seeds", "0"],
+        ["--effort", "extreme"],
+    ],
+)
 @pytest.mark.parametrize("entry", [main, rivals.main])
 def test_bad_input_is_one_line(
     entry: Any, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -225,8 +239,13 @@ def _base() -> rivals.RivalRow:
 
 def _row(work: rivals.Work, folder: Path, own: Any, **over: Any) -> rivals.RivalRow:
     asked: dict[str, Any] = {
-        "seeds": 2, "workers": 1, "work": work, "budget": Budget(1.0), "absent": None, **over,
-    }  # fmt: skip
+        "seeds": 2,
+        "workers": 1,
+        "work": work,
+        "budget": Budget(1.0),
+        "absent": None,
+        **over,
+    }
     common = {"epochs": 1, "threads": 1}
     return rivals.pruned_row(_base(), common, _rivals_prune.VARIANTS[2], folder, own, **asked)
 
@@ -332,10 +351,13 @@ def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> Non
         prob = torch.full((4, 3), 0.3)
         batches.append(
             SimpleNamespace(
-                inputs=torch.randn(4, 3, 32, 32), index=index, prob=prob,
-                tail=torch.full((4,), 0.1), truth=torch.zeros(4, dtype=torch.long),
+                inputs=torch.randn(4, 3, 32, 32),
+                index=index,
+                prob=prob,
+                tail=torch.full((4,), 0.1),
+                truth=torch.zeros(4, dtype=torch.long),
             )
-        )  # fmt: skip
+        )
     replay = SimpleNamespace(epoch=lambda epoch: iter(batches))
     found = _rivals_train._gradients(model, replay)  # type: ignore[arg-type]
     own = family.build(arch, context)
@@ -348,8 +370,9 @@ def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> Non
         rest = torch.ones_like(log).scatter(1, batch.index, 0.0) / 7 * 0.1
         target = rest.scatter(1, batch.index, batch.prob)
         loss = -(target * log).sum(1).mean()
-        for each, more in zip(wanted, torch.autograd.grad(loss, list(own.parameters())),
-                              strict=True):  # fmt: skip
+        for each, more in zip(
+            wanted, torch.autograd.grad(loss, list(own.parameters())), strict=True
+        ):
             each += more
     for mine, oracle in zip(found, wanted, strict=True):
         assert mine is not None

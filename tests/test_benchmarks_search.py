@@ -96,8 +96,11 @@ def test_ratio_rows_say_when_the_median_is_a_bound() -> None:
 def test_criteria_are_compared_on_the_same_images() -> None:
     rng = np.random.default_rng(2)
     common = rng.normal(size=(8, 50)) * 10  # what archs and images do to all criteria alike
-    names = [f"{c}, {w}" for c in ("prefix", "l1", "l2", "taylor")
-             for w in ("0 epochs", "0 epochs, norms as inherited", "1 epoch")]  # fmt: skip
+    names = [
+        f"{c}, {w}"
+        for c in ("prefix", "l1", "l2", "taylor")
+        for w in ("0 epochs", "0 epochs, norms as inherited", "1 epoch")
+    ]
     shift = {name: float(rng.normal()) for name in names}
     rows = ablation_rows({name: common + shift[name] for name in names}, "c")
     assert len({r.name for r in rows}) == len(rows) == 13
@@ -231,9 +234,13 @@ def _write(folder: Path, name: str, losses: np.ndarray) -> None:
 
 FREE = ("depths[2]", "embed_dims[2]", "embed_dims[3]", "mlp_ratio", "mbconv_expand_ratio")
 SMALL = {
-    "embed_dims": [64, 64, 96, 128], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0, "mlp_ratio": 4.0, "head_dim": 32,
-}  # fmt: skip
+    "embed_dims": [64, 64, 96, 128],
+    "depths": [1, 1, 2, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0,
+    "mlp_ratio": 4.0,
+    "head_dim": 32,
+}
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,13 @@ from space import Context, get_family
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=4)
 FACTORS = {
-    "embed_dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0, "head_dim": 16,
-}  # fmt: skip
+    "embed_dims": [32, 32, 32, 32],
+    "depths": [1, 1, 1, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 2.0,
+    "mlp_ratio": 2.0,
+    "head_dim": 16,
+}
 SMALL = json.dumps(FACTORS)
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 64, 64, 64]}, indent=1)
 QUICK = [
@@ -227,5 +231,6 @@ def test_what_a_runtime_does_not_serve_is_a_row(tmp_path: Path) -> None:
     rows = {r.dtype: r for r in read_rows(out, "--out")}
     assert rows["float32"].state == OK
     assert (rows["float16"].state, rows["float16"].reason) == (
-        FAILED, "dtype float16 is not served, only float32",
-    )  # fmt: skip
+        FAILED,
+        "dtype float16 is not served, only float32",
+    )

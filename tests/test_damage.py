@@ -153,12 +153,13 @@ def of_run(folder: Path) -> list[Case]:
         Case(folder / "family.csv", tables),
         Case(
             folder / "measurements.csv",
-            lambda: read_measurements(folder / "measurements.csv"), prefix_will_do=True,
+            lambda: read_measurements(folder / "measurements.csv"),
+            prefix_will_do=True,
         ),
         Case(folder / "best.json", model(folder)),
         Case(folder / "best.json", lambda: family.seed(str(folder / "best.json"))),
         Case(folder / "best.safetensors", model(folder)),
-    ]  # fmt: skip
+    ]
     for path in sorted((folder / "family").glob("*.json")):
         cases.append(Case(path, lambda: [m.__dict__ for m in _milestones(folder, family)]))
         cases.append(Case(path.with_suffix(".safetensors"), model(path)))
@@ -282,8 +283,16 @@ def of_cache(folder: Path) -> list[Case]:
 
     from nas.export.trained_teacher import SCHEMA
 
-    told = asdict(teacher_info(model="test_vit", digest=digest, mean=(0.5,) * 3, std=(0.5,) * 3,
-                               student_mean=(0.5,) * 3, student_std=(0.5,) * 3))  # fmt: skip
+    told = asdict(
+        teacher_info(
+            model="test_vit",
+            digest=digest,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            student_mean=(0.5,) * 3,
+            student_std=(0.5,) * 3,
+        )
+    )
     write_json(teacher / "info.json", {"schema": SCHEMA, "info": told})
 
     def asked() -> Any:
@@ -300,9 +309,12 @@ def of_cache(folder: Path) -> list[Case]:
 
 @settings(max_examples=250, deadline=None)
 @given(
-    st.integers(0, 10**6), st.sampled_from(KINDS), st.integers(0, 10**9),
-    st.sampled_from([1, 2, 4, 16, 64, 512, 4096]), st.randoms(use_true_random=False),
-)  # fmt: skip
+    st.integers(0, 10**6),
+    st.sampled_from(KINDS),
+    st.integers(0, 10**9),
+    st.sampled_from([1, 2, 4, 16, 64, 512, 4096]),
+    st.randoms(use_true_random=False),
+)
 def test_damage_is_refused_or_harmless(
     cases: list[Case], which: int, kind: str, at: int, size: int, rng: random.Random
 ) -> None:
@@ -418,11 +430,14 @@ def test_files_without_a_seal_are_read_as_before(cases: list[Case]) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False,
-                                                                       allow_infinity=False),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @given(st.dictionaries(st.text(), JSON, max_size=4), st.text())

@@ -53,10 +53,12 @@ def test_counts_are_timms_and_torchs(family: Family) -> None:
     assert family.count_params(family.seed("resnet34"), Context(224, 1000)) == 21_797_672
     rng = random.Random(0)
     for _ in range(20):
-        arch = family.arch({
-            "channels": [rng.choice([64, 1, 24, 96]) for _ in range(4)],
-            "layers": [rng.randint(1, 3) for _ in range(4)],
-        })  # fmt: skip
+        arch = family.arch(
+            {
+                "channels": [rng.choice([64, 1, 24, 96]) for _ in range(4)],
+                "layers": [rng.randint(1, 3) for _ in range(4)],
+            }
+        )
         ctx = Context(rng.randint(32, 100), rng.randint(1, 50), rng.choice([1, 3]))
         with torch.device("meta"):
             net = family.build(arch, ctx).eval()
@@ -94,9 +96,17 @@ def test_contractions_are_listed(family: Family) -> None:
 @pytest.mark.slow
 def test_a_contraction_runs(family: Family, tmp_path: Path) -> None:
     ended = contract(
-        "18", "3M", family="resnet", effort="smoke", img_size=32, proxy_images=300, threads=1,
-        teacher_epochs=3, out=tmp_path / "run", cache_dir=tmp_path / "cache",
+        "18",
+        "3M",
+        family="resnet",
+        effort="smoke",
+        img_size=32,
+        proxy_images=300,
+        threads=1,
+        teacher_epochs=3,
+        out=tmp_path / "run",
+        cache_dir=tmp_path / "cache",
         executor=InlineExecutor(),
-    )  # fmt: skip
+    )
     assert ended.status == "reached"
     assert (tmp_path / "run" / "best.safetensors").is_file()

@@ -38,25 +38,48 @@ def test_valid_files_are_read(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=st.one_of(st.binary(max_size=400), st.text(max_size=200).map(
-    lambda text: text.encode("utf-8", "surrogatepass"))))  # fmt: skip
+@given(
+    data=st.one_of(
+        st.binary(max_size=400),
+        st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    )
+)
 def test_any_bytes_are_a_value_or_one_line(name: str, data: bytes) -> None:
     assert judged(called(name), data, LIMIT_S) is None
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.one_of(
-            st.text(max_size=4),
-            st.sampled_from(["family", "arch", "seal", "config", "recipe", "schema", "files",
-                             "spec", "archs", "order", "info", "networks", "finalists", "path"]),
-        ),
-        inner, max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.one_of(
+                st.text(max_size=4),
+                st.sampled_from(
+                    [
+                        "family",
+                        "arch",
+                        "seal",
+                        "config",
+                        "recipe",
+                        "schema",
+                        "files",
+                        "spec",
+                        "archs",
+                        "order",
+                        "info",
+                        "networks",
+                        "finalists",
+                        "path",
+                    ]
+                ),
+            ),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=10,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if called(n).seeds()[-1][:1] in b"{["])
@@ -118,10 +141,14 @@ def test_a_manifest_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
 def test_odd_manifests_are_refused(tmp_path: Path) -> None:
     told = json.loads(called("manifest").seeds()[1])
     for name, values in {
-        "epochs": (0, -1, "1", None, 1.5), "piece_records": (0, True, [], 2**40),
-        "files": (None, 3, {"../x": ""}, {"keys.bin.": ""}), "libraries": (None, []),
-        "spec": (None, [], {}), "id": (None, "x"), "schema": (None, 99),
-    }.items():  # fmt: skip
+        "epochs": (0, -1, "1", None, 1.5),
+        "piece_records": (0, True, [], 2**40),
+        "files": (None, 3, {"../x": ""}, {"keys.bin.": ""}),
+        "libraries": (None, []),
+        "spec": (None, [], {}),
+        "id": (None, "x"),
+        "schema": (None, 99),
+    }.items():
         for value in values:
             with pytest.raises(InputError) as caught:
                 called("manifest").read(json.dumps({**told, name: value}).encode(), tmp_path)

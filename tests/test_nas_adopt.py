@@ -30,10 +30,20 @@ def test_a_run_killed_while_it_takes_measurements_over_takes_the_rest(
         patch.setattr(MeasurementTable, "append_row", dying)
         with pytest.raises(KeyboardInterrupt):
             contract(
-                str(finished.folder.parent / "small.json"), "400K", out=out, effort="smoke",
-                steps=2, shortlist=4, threads=1, img_size=32, proxy_images=200, teacher_epochs=2,
-                final_epochs=1, cache_dir=finished.cache, measurements=str(source),
-            )  # fmt: skip
+                str(finished.folder.parent / "small.json"),
+                "400K",
+                out=out,
+                effort="smoke",
+                steps=2,
+                shortlist=4,
+                threads=1,
+                img_size=32,
+                proxy_images=200,
+                teacher_epochs=2,
+                final_epochs=1,
+                cache_dir=finished.cache,
+                measurements=str(source),
+            )
     assert len(MeasurementTable(out / "measurements.csv").rows) == 2
     contract(out=out, resume=True, cache_dir=finished.cache)
     assert MeasurementTable(out / "measurements.csv").rows == MeasurementTable(source).rows

@@ -334,10 +334,17 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
     What the floor reaches is asked first: on a busy machine it is another number.
     """
     asked: dict[str, Any] = {
-        "cache_dir": finished.cache, "effort": "smoke", "threads": 1, "img_size": 32,
-        "proxy_images": 200, "teacher_epochs": 2, "draws": 1, "shortlist": 2, "bench_blocks": 6,
+        "cache_dir": finished.cache,
+        "effort": "smoke",
+        "threads": 1,
+        "img_size": 32,
+        "proxy_images": 200,
+        "teacher_epochs": 2,
+        "draws": 1,
+        "shortlist": 2,
+        "bench_blocks": 6,
         "bench_max_blocks": 6,
-    }  # fmt: skip
+    }
     small = str(finished.folder.parent / "small.json")
     with pytest.raises(InputError) as refused:
         contract(small, "530K", out=tmp_path / "no", min_speedup=1000.0, **asked)
@@ -404,8 +411,11 @@ def test_a_store_of_other_images_serves_where_skipping_is_allowed(
     finished: Finished, tmp_path: Path
 ) -> None:
     stores = [p for p in (finished.cache / "labels").iterdir() if (p / "manifest.json").exists()]
-    store = next(p for p in stores if json.loads((p / "manifest.json").read_text())["spec"]
-                 ["train_images"] == 160)  # fmt: skip
+    store = next(
+        p
+        for p in stores
+        if json.loads((p / "manifest.json").read_text())["spec"]["train_images"] == 160
+    )
     flags = [*finished.flags, "--labels", str(store), "--missing-labels", "skip", "--quiet"]
     flags[flags.index("--proxy-images") + 1] = "220"
     out = tmp_path / "run"

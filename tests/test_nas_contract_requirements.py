@@ -35,11 +35,21 @@ REQUIRED = ("speedup>=0.8@cpu:b2", "latency_ms<=500@cpu:b1", "peak_mem_mb<=4000@
 def settings(finished: Finished, **more: Any) -> dict[str, Any]:
     """The flags of the finished run, for Python."""
     return {
-        "seed": finished.flags[1], "target_params": "400K", "effort": "smoke", "threads": 1,
-        "img_size": 32, "proxy_images": 200, "teacher_epochs": 2, "final_epochs": 1, "shortlist": 3,
-        "proxied": 1, "steps": 2,
-        "bench_blocks": 6, "bench_max_blocks": 6, **more,
-    }  # fmt: skip
+        "seed": finished.flags[1],
+        "target_params": "400K",
+        "effort": "smoke",
+        "threads": 1,
+        "img_size": 32,
+        "proxy_images": 200,
+        "teacher_epochs": 2,
+        "final_epochs": 1,
+        "shortlist": 3,
+        "proxied": 1,
+        "steps": 2,
+        "bench_blocks": 6,
+        "bench_max_blocks": 6,
+        **more,
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,9 +144,12 @@ def elsewhere() -> dict[str, Any]:
     here = take_fingerprint("cpu", threads=4)
     board = replace(here, device_name="a board", logical_cores=4, torch="none", timm="none")
     on = board.under(
-        runtime="onnxruntime", runtime_version="onnxruntime 1.20.0", dtype="float32", batch=1,
+        runtime="onnxruntime",
+        runtime_version="onnxruntime 1.20.0",
+        dtype="float32",
+        batch=1,
         img_size=CTX.img_size,
-    )  # fmt: skip
+    )
     return fingerprint_columns(on)
 
 
@@ -151,14 +164,30 @@ def seconds_there(arch: Arch) -> float:
 def device_row(arch: Arch, name: str) -> DeviceRow:
     pace, seed = 1.0 / seconds_there(arch), 1.0 / seconds_there(SEED)
     return DeviceRow(
-        arch=name, family="tinyvit", key=FAMILY.key(arch, CTX),
-        spec=json.dumps(FAMILY.to_dict(arch)), img_size=CTX.img_size,
-        num_classes=CTX.num_classes, device="cpu", runtime="onnxruntime", dtype="float32", batch=1,
-        threads=4, state=OK, images_per_s=pace, images_per_s_lo=pace * 0.99,
-        images_per_s_hi=pace * 1.01, ratio=pace / seed, ratio_lo=pace / seed * 0.995,
-        ratio_hi=pace / seed * 1.005, reference="seed@cpu:onnxruntime:float32:b1", coverage=0.95,
-        blocks=12, passes=3, **elsewhere(),
-    )  # fmt: skip
+        arch=name,
+        family="tinyvit",
+        key=FAMILY.key(arch, CTX),
+        spec=json.dumps(FAMILY.to_dict(arch)),
+        img_size=CTX.img_size,
+        num_classes=CTX.num_classes,
+        device="cpu",
+        runtime="onnxruntime",
+        dtype="float32",
+        batch=1,
+        threads=4,
+        state=OK,
+        images_per_s=pace,
+        images_per_s_lo=pace * 0.99,
+        images_per_s_hi=pace * 1.01,
+        ratio=pace / seed,
+        ratio_lo=pace / seed * 0.995,
+        ratio_hi=pace / seed * 1.005,
+        reference="seed@cpu:onnxruntime:float32:b1",
+        coverage=0.95,
+        blocks=12,
+        passes=3,
+        **elsewhere(),
+    )
 
 
 @pytest.fixture(scope="module")

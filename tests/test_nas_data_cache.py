@@ -105,8 +105,15 @@ def test_decoding_as_one_goes_gives_the_cached_bits(tree: Path, tmp_path: Path) 
     n, lazily, mapped = len(lazy.train), lazy.train.pixels, kept.train.pixels
     for _ in range(20):
         a, b = sorted(rng.integers(-n, n + 1, 2).tolist())
-        for index in (slice(a, b), slice(b, a, -1), rng.integers(-n, n, 5), rng.random(n) < 0.2,
-                      np.array([], dtype=np.int64), [], int(rng.integers(-n, n))):  # fmt: skip
+        for index in (
+            slice(a, b),
+            slice(b, a, -1),
+            rng.integers(-n, n, 5),
+            rng.random(n) < 0.2,
+            np.array([], dtype=np.int64),
+            [],
+            int(rng.integers(-n, n)),
+        ):
             assert np.array_equal(lazily[index], mapped[index]), index
             assert lazily[index].dtype == np.uint8
     for wrong in ([n], -n - 1, n, (0, 0), [[0]], [True], [0.5]):

@@ -70,9 +70,11 @@ def png(depth: int, colour: int, rows: bytes, wide: int, high: int) -> bytes:
 
     head = struct.pack(">IIBBBBB", wide, high, depth, colour, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(rows))
         + chunk(b"IEND", b"")
-    )  # fmt: skip
+    )
 
 
 def deep_rgb() -> bytes:
@@ -109,7 +111,10 @@ KINDS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image]]] = {
     "animated.gif": (lambda: gif(4), lambda: Image.open(io.BytesIO(gif(1))).convert("RGB")),
     "animated.webp": (
         lambda: saved(
-            COLOURS, "WEBP", save_all=True, lossless=True,
+            COLOURS,
+            "WEBP",
+            save_all=True,
+            lossless=True,
             append_images=[Image.fromarray(255 - RGB)],
         ),
         lambda: COLOURS,
@@ -125,14 +130,12 @@ KINDS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image]]] = {
         lambda: saved(PALETTE, "PNG", transparency=bytes(range(100))),
         lambda: PALETTE.convert("RGB"),
     ),
-    "clear.png": (
-        lambda: saved(Image.fromarray(np.dstack([RGB, GREY])), "PNG"), lambda: COLOURS,
-    ),
+    "clear.png": (lambda: saved(Image.fromarray(np.dstack([RGB, GREY])), "PNG"), lambda: COLOURS),
     "bit.png": (
         lambda: saved(Image.fromarray(GREY > 99), "PNG"),
         lambda: Image.fromarray(np.where(GREY > 99, 255, 0).astype(np.uint8)).convert("RGB"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -311,8 +314,19 @@ def test_a_run_on_broken_images_ends_in_one_line(
     root = tree(tmp_path / "d", each=6)
     (root / "a" / "bomb.png").write_bytes(huge(30_000, 30_000))
     out = tmp_path / "run"
-    flags = ["--seed", "5M", "--target-params", "4M", "--data", str(root), "--quiet",
-             "--cache-dir", str(tmp_path / "cache"), "--out", str(out)]  # fmt: skip
+    flags = [
+        "--seed",
+        "5M",
+        "--target-params",
+        "4M",
+        "--data",
+        str(root),
+        "--quiet",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "--out",
+        str(out),
+    ]
     assert main(flags) == 2
     (line,) = [x for x in capfd.readouterr().err.splitlines() if x]
     assert line.startswith("error: --data: got 1 broken images of 19, e.g. a/bomb.png (its pix")

@@ -90,8 +90,10 @@ def test_kills_at_any_moment_leave_nothing_half(tmp_path: Path) -> None:
         Image.new("RGB", (20, 20), (at, 1, 2)).save(path)
     done = subprocess.run(
         [sys.executable, "-c", _KILLED, str(tmp_path / "images"), str(tmp_path / "c"), "7"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     kills = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     assert kills["build"] >= 5
@@ -141,8 +143,11 @@ print(private() - before, flush=True)
 def test_an_open_data_set_takes_memory_that_does_not_grow_with_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY, str(tmp_path), _OPENED],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     small, large = (int(line) for line in done.stdout.split())
     # 59,000 images more: one byte of each would be 58 KiB; 16 of a key and 30 of a name 2,650 KiB.
     assert large - small < 600, (small, large)

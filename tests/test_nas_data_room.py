@@ -79,8 +79,11 @@ def test_what_a_living_process_uses_stays(tree: Path, tmp_path: Path) -> None:
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(other / "data" / dataset.folder.name)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "open\n"
@@ -122,8 +125,12 @@ def test_room_is_made_and_what_never_fits_is_refused_before_it_is_decoded(
 
 def test_sizes_are_read_or_refused() -> None:
     assert [parse_bytes("x", text) for text in ("10", "1.5K", "2MB", "3g", "0")] == [
-        10, 1500, 2_000_000, 3_000_000_000, 0,
-    ]  # fmt: skip
+        10,
+        1500,
+        2_000_000,
+        3_000_000_000,
+        0,
+    ]
     for text in ("", "x", "-1", "5X", "nanG", "1e40"):
         with pytest.raises(InputError, match="--keep"):
             parse_bytes("--keep", text)
@@ -231,8 +238,10 @@ def test_halves_of_other_sets_go_unless_their_builder_lives(tmp_path: Path) -> N
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(data / "alive-2.lock")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert process.stdout is not None
         assert process.stdout.readline() == "locked\n"
@@ -258,8 +267,11 @@ def test_a_disk_that_is_full_is_refused_in_one_line(tree: Path, tmp_path: Path) 
     for limit in (100, 20_000, 30_000):  # of 38,880 bytes of pixels
         done = subprocess.run(
             [sys.executable, "-c", code, str(tree), str(cache), str(limit)],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.count("\n") == 1, done.stdout
         assert done.stdout.startswith("--cache-dir")
         assert not [p for p in (cache / "data").iterdir() if p.is_dir()]

@@ -136,11 +136,24 @@ def test_codes_depend_on_key_epoch_and_salt_and_rarely_meet() -> None:
 def test_every_field_of_the_specification_is_in_its_digest() -> None:
     spec = replace(PLAIN, erase_prob=0.2)
     others: dict[str, Any] = {
-        "img_size": 64, "mean": STD, "std": MEAN, "interpolation": "bilinear", "scale": (0.2, 0.9),
-        "ratio": (0.5, 2.0), "hflip": 0.1, "policy": "rand-m9", "color_jitter": 0.3,
-        "erase_prob": 0.1, "engine": "batched", "erase_mode": "rand", "erase_count": 2,
-        "mixup_alpha": 0.1, "cutmix_alpha": 0.1, "mix_prob": 0.5, "mix_switch_prob": 0.1,
-    }  # fmt: skip
+        "img_size": 64,
+        "mean": STD,
+        "std": MEAN,
+        "interpolation": "bilinear",
+        "scale": (0.2, 0.9),
+        "ratio": (0.5, 2.0),
+        "hflip": 0.1,
+        "policy": "rand-m9",
+        "color_jitter": 0.3,
+        "erase_prob": 0.1,
+        "engine": "batched",
+        "erase_mode": "rand",
+        "erase_count": 2,
+        "mixup_alpha": 0.1,
+        "cutmix_alpha": 0.1,
+        "mix_prob": 0.5,
+        "mix_switch_prob": 0.1,
+    }
     assert set(others) | {"posterize_zero", "version"} == {
         field.name for field in fields(AugmentSpec)
     }
@@ -195,9 +208,13 @@ POLICIES = {
     "original": {"policy": "original-mstd0.5"},
     "three": {"policy": "3a", "color_jitter": 0.3},
     "augmix": {"policy": "augmix-m5-w4-d2"},
-    "jitter": {"color_jitter": 0.4, "interpolation": "random", "erase_mode": "const",
-               "erase_prob": 0.5},
-}  # fmt: skip
+    "jitter": {
+        "color_jitter": 0.4,
+        "interpolation": "random",
+        "erase_mode": "const",
+        "erase_prob": 0.5,
+    },
+}
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -70,9 +70,11 @@ def test_crops_are_distributed_as_torchvisions() -> None:
         torch.manual_seed(0)
         image = torch.zeros(3, side, side)
         theirs = np.array(
-            [RandomResizedCrop.get_params(image, list(spec.scale), list(spec.ratio))
-             for _ in range(n)]
-        )  # fmt: skip
+            [
+                RandomResizedCrop.get_params(image, list(spec.scale), list(spec.ratio))
+                for _ in range(n)
+            ]
+        )
     for at in range(4):
         a, b = np.sort(ours[:, at]), np.sort(theirs[:, at])
         grid = np.arange(side + 1)

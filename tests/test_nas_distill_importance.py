@@ -188,9 +188,16 @@ def test_norms_are_those_of_kernels_with_their_batch_norm_folded_in(power: int) 
 
 @pytest.mark.parametrize(
     "name",
-    ["stem", "dim2", "dim4", "stages.0.blocks.0.expand", "stages.2.blocks.1.hidden",
-     "stages.3.downsample.hidden", "stages.3.blocks.0.heads"],
-)  # fmt: skip
+    [
+        "stem",
+        "dim2",
+        "dim4",
+        "stages.0.blocks.0.expand",
+        "stages.2.blocks.1.hidden",
+        "stages.3.downsample.hidden",
+        "stages.3.blocks.0.heads",
+    ],
+)
 def test_taylor_is_the_slope_of_the_loss_in_a_unit_scaled_as_a_whole(name: str) -> None:
     model = built().double().eval()
     batches = made_batches(2, torch.float64)
@@ -201,8 +208,9 @@ def test_taylor_is_the_slope_of_the_loss_in_a_unit_scaled_as_a_whole(name: str) 
         for batch in batches:
             losses = []
             for step in (1e-5, -1e-5):
-                kept = {m.key: parameters[m.key].clone() for m in GROUPS[name]
-                        if m.key in parameters}  # fmt: skip
+                kept = {
+                    m.key: parameters[m.key].clone() for m in GROUPS[name] if m.key in parameters
+                }
                 for m in GROUPS[name]:
                     if m.key in parameters:
                         at = torch.from_numpy(np.flatnonzero(m.unit == unit))
@@ -278,11 +286,20 @@ def job(
 
     def run(kind: str, **changes: Any) -> Any:
         spec = {
-            "family": "tinyvit", "arch": FAMILY.to_dict(ARCH), "context": vars(CTX),
-            "weights": str(folder / "parent.safetensors"), "dataset": str(dataset.folder),
-            "store": str(store.folder), "images": 24, "batch_size": 8, "random_seed": 0,
-            "device": "cpu", "missing": "refuse", "out": str(folder / "order.json"), **changes,
-        }  # fmt: skip
+            "family": "tinyvit",
+            "arch": FAMILY.to_dict(ARCH),
+            "context": vars(CTX),
+            "weights": str(folder / "parent.safetensors"),
+            "dataset": str(dataset.folder),
+            "store": str(store.folder),
+            "images": 24,
+            "batch_size": 8,
+            "random_seed": 0,
+            "device": "cpu",
+            "missing": "refuse",
+            "out": str(folder / "order.json"),
+            **changes,
+        }
         return run_job(Job(kind, kind, spec))
 
     return run
@@ -317,11 +334,20 @@ def test_a_training_starts_from_what_is_wanted_most(
     for chosen in ({"order": str(order)}, {"order": None}, {}):
         out = tmp_path / f"out{len(losses)}"
         result = job(
-            "train", arch=FAMILY.to_dict(child), init="inherit", lr=INHERIT_LR, epochs=1,
+            "train",
+            arch=FAMILY.to_dict(child),
+            init="inherit",
+            lr=INHERIT_LR,
+            epochs=1,
             parent={"arch": FAMILY.to_dict(ARCH), "weights": str(parent), **chosen},
-            shared=False, checkpoint=False, first_epoch=0, beyond="cycle", label_epochs=None,
-            test=False, out=str(out),
-        )  # fmt: skip
+            shared=False,
+            checkpoint=False,
+            first_epoch=0,
+            beyond="cycle",
+            label_epochs=None,
+            test=False,
+            out=str(out),
+        )
         assert result.ok, result.reason
         losses.append(result.values["soft_loss"])
     assert losses[0] != losses[1] == losses[2]
@@ -329,9 +355,15 @@ def test_a_training_starts_from_what_is_wanted_most(
     given: dict[str, Any] = {"parent_arch": ARCH, "parent_weights": parent}
     inputs = [b.inputs for b in holdout_batches(dataset, store, 8)]
     model, copied = start_model(
-        FAMILY, child, CTX, init="inherit", random_seed=0, order=load_order(order),
-        inputs=inputs, **given,
-    )  # fmt: skip
+        FAMILY,
+        child,
+        CTX,
+        init="inherit",
+        random_seed=0,
+        order=load_order(order),
+        inputs=inputs,
+        **given,
+    )
     plain, _ = start_model(
         FAMILY, child, CTX, init="inherit", random_seed=0, order=load_order(order), **given
     )

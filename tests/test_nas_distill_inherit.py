@@ -158,9 +158,12 @@ def test_removing_heads_is_the_same_as_silencing_them(dims: int, wanted: list[in
     own = {
         key: slicing[f"{block}.attn.{key}"].index[dim]
         for key, dim in {
-            "qkv.weight": 0, "qkv.bias": 0, "attention_biases": 0, "proj.weight": 1,
+            "qkv.weight": 0,
+            "qkv.bias": 0,
+            "attention_biases": 0,
+            "proj.weight": 1,
         }.items()
-    }  # fmt: skip
+    }
     state = attn.state_dict()
     taken = {k: v.clone() for k, v in state.items()}
     for key, rows in own.items():
@@ -318,9 +321,10 @@ def test_the_first_change_is_where_a_plain_walk_finds_it() -> None:
             s = slicing.get(ours)
             if s is None or theirs != ours or s.source != ours:
                 break
-            if any(i.tolist() != list(range(n)) for i, n in zip(
-                s.index, states[0][ours].shape, strict=True
-            )):  # fmt: skip
+            if any(
+                i.tolist() != list(range(n))
+                for i, n in zip(s.index, states[0][ours].shape, strict=True)
+            ):
                 break
             want += 1
         assert first_change(states[1], states[0], slicing) == want

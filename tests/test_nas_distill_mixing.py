@@ -46,10 +46,15 @@ def test_partners_are_an_involution_of_the_codes(n: int, seed: int) -> None:
         assert (order[other] if other >= 0 else -1) == found[order[at]]
 
 
-@pytest.mark.parametrize("spec", [
-    BOTH, replace(PLAIN, mixup_alpha=0.2), replace(PLAIN, cutmix_alpha=1.0),
-    replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        BOTH,
+        replace(PLAIN, mixup_alpha=0.2),
+        replace(PLAIN, cutmix_alpha=1.0),
+        replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
+    ],
+)
 def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
     n = 60
     own, other = codes(n), codes(n, 1)
@@ -74,10 +79,15 @@ def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
     assert torch.equal(part, mixed[some])
 
 
-@pytest.mark.parametrize("spec", [
-    BOTH, replace(PLAIN, mixup_alpha=0.2), replace(PLAIN, cutmix_alpha=1.0),
-    replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        BOTH,
+        replace(PLAIN, mixup_alpha=0.2),
+        replace(PLAIN, cutmix_alpha=1.0),
+        replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
+    ],
+)
 def test_shares_are_what_is_left_of_an_image(spec: AugmentSpec) -> None:
     """White mixed into black: the mean of an input is the partner's share."""
     own, other = codes(60).tolist(), codes(60, 1).tolist()
@@ -135,12 +145,12 @@ def test_presets_are_the_official_pipelines(tmp_path_factory: pytest.TempPathFac
         spec = preset_spec(name, photos)
         assert (spec.scale, spec.ratio, spec.hflip) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
         assert (spec.policy, spec.erase_prob, spec.erase_mode) == (
-            "rand-m9-mstd0.5-inc1", 0.25, "pixel",
-        )  # fmt: skip
+            "rand-m9-mstd0.5-inc1",
+            0.25,
+            "pixel",
+        )
         mixing = (0.8, 1.0, 1.0, 0.5) if name == "1k" else (0.0, 0.0, 1.0, 0.5)
-        assert mixing == (
-            spec.mixup_alpha, spec.cutmix_alpha, spec.mix_prob, spec.mix_switch_prob,
-        )  # fmt: skip
+        assert mixing == (spec.mixup_alpha, spec.cutmix_alpha, spec.mix_prob, spec.mix_switch_prob)
         assert preset_spec(name, digits).hflip == 0.0
         assert spec.interpolation == "bicubic"
     batched = preset_spec("batched", photos)

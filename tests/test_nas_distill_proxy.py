@@ -65,8 +65,12 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelSt
 
 def run(dataset: Dataset, store: LabelStore, arch: Any = ARCH, **changes: Any) -> Any:
     options = {
-        "settings": SETTINGS, "init": "scratch", "random_seed": 0, "device": "cpu", **changes,
-    }  # fmt: skip
+        "settings": SETTINGS,
+        "init": "scratch",
+        "random_seed": 0,
+        "device": "cpu",
+        **changes,
+    }
     return train_and_score(FAMILY, arch, CTX, store=store, dataset=dataset, **options)
 
 
@@ -230,9 +234,14 @@ def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
 ) -> None:
     plain = run(dataset, store)
     assert answer(run(dataset, store, loss=SoftLoss())) == answer(plain)
-    scores = {run(dataset, store, loss=loss).soft_loss for loss in (
-        SoftLoss(temperature=2.0), SoftLoss(hard_weight=0.5), SoftLoss(kind="kl", temperature=3.0)
-    )}  # fmt: skip
+    scores = {
+        run(dataset, store, loss=loss).soft_loss
+        for loss in (
+            SoftLoss(temperature=2.0),
+            SoftLoss(hard_weight=0.5),
+            SoftLoss(kind="kl", temperature=3.0),
+        )
+    }
     assert len(scores | {plain.soft_loss}) == 4
     assert all(math.isfinite(score) for score in scores)
 
@@ -255,9 +264,13 @@ PLAIN = replace(TOKEN, dist_token=False)
 def learn(dataset: Dataset, store: LabelStore, arch: Any, kind: str | None, **changes: Any) -> Any:
     """Train a ViT as `run` does."""
     options: dict[str, Any] = {
-        "settings": SETTINGS, "init": "scratch", "random_seed": 0, "device": "cpu",
-        "loss": None if kind is None else DistillLoss(kind), **changes,
-    }  # fmt: skip
+        "settings": SETTINGS,
+        "init": "scratch",
+        "random_seed": 0,
+        "device": "cpu",
+        "loss": None if kind is None else DistillLoss(kind),
+        **changes,
+    }
     return train_and_score(VIT, arch, CTX, store=store, dataset=dataset, **options)
 
 
@@ -325,12 +338,25 @@ def test_a_job_says_how_it_learns_only_where_that_is_not_sparse(
     dataset: Dataset, store: LabelStore, tmp_path: Path
 ) -> None:
     spec = {
-        "family": "vit", "arch": VIT.to_dict(TOKEN), "context": {"img_size": 32, "num_classes": 10},
-        "dataset": str(dataset.folder), "store": str(store.folder), "shared": False,
-        "init": "scratch", "checkpoint": False, "epochs": 2, "lr": SCRATCH_LR, "batch_size": 16,
-        "random_seed": 0, "device": "cpu", "first_epoch": 0, "missing": "refuse",
-        "beyond": "refuse", "label_epochs": 3, "test": False,
-    }  # fmt: skip
+        "family": "vit",
+        "arch": VIT.to_dict(TOKEN),
+        "context": {"img_size": 32, "num_classes": 10},
+        "dataset": str(dataset.folder),
+        "store": str(store.folder),
+        "shared": False,
+        "init": "scratch",
+        "checkpoint": False,
+        "epochs": 2,
+        "lr": SCRATCH_LR,
+        "batch_size": 16,
+        "random_seed": 0,
+        "device": "cpu",
+        "first_epoch": 0,
+        "missing": "refuse",
+        "beyond": "refuse",
+        "label_epochs": 3,
+        "test": False,
+    }
     assert not train_job({**spec, "out": str(tmp_path / "token"), "distill": "token"}, no_tick)[
         "notes"
     ]

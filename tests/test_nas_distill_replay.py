@@ -101,9 +101,12 @@ def test_true_classes_are_mixed_as_the_images_are(dataset: Dataset, store: Label
             theirs = torch.from_numpy(colours[recipe.partner_rows]).permute(0, 3, 1, 2)
             at = np.flatnonzero(recipe.partner_rows >= 0)
             views[at] = mix(
-                views[at], theirs[at], recipe.codes[at].tolist(),
-                recipe.partner_codes[at].tolist(), store.spec.augment,
-            )  # fmt: skip
+                views[at],
+                theirs[at],
+                recipe.codes[at].tolist(),
+                recipe.partner_codes[at].tolist(),
+                store.spec.augment,
+            )
             assert torch.allclose(views.mean((1, 2, 3)), found[:, kind], atol=1e-5)
 
 
@@ -190,9 +193,10 @@ def test_added_and_replaced_images_are_noticed(dataset: Dataset, store: LabelSto
     split = dataset.train
     keys = [*split.keys[:3], *(f"{at:032x}" for at in range(4)), *split.keys[3:]]
     grown = Split(
-        tuple(keys), np.concatenate([split.labels[:3], [0] * 4, split.labels[3:]]),
+        tuple(keys),
+        np.concatenate([split.labels[:3], [0] * 4, split.labels[3:]]),
         np.concatenate([split.pixels[:3], split.pixels[:4], split.pixels[3:]]),
-    )  # fmt: skip
+    )
     with pytest.raises(InputError, match=rf"no label for 4 of {len(grown)} images, e.g. 0{{32}}"):
         Replay(grown, store, 32, 0)
     skipping = Replay(grown, store, 32, 0, missing="skip")
@@ -311,9 +315,15 @@ def test_what_does_not_fit_is_refused(dataset: Dataset, store: LabelStore, tmp_p
         dataset.holdout.keys
     )
     for change in (
-        {"batch_size": 1}, {"subset": []}, {"missing": "x"}, {"beyond": "x"}, {"topk": 4},
-        {"topk": 0}, {"epochs": 3}, {"epochs": 0},
-    ):  # fmt: skip
+        {"batch_size": 1},
+        {"subset": []},
+        {"missing": "x"},
+        {"beyond": "x"},
+        {"topk": 4},
+        {"topk": 0},
+        {"epochs": 3},
+        {"epochs": 0},
+    ):
         with pytest.raises(InputError) as caught:
             replay(dataset, store, **change)
         assert "\n" not in str(caught.value)

@@ -21,14 +21,7 @@ from nas.distill import build as build_module
 from nas.distill import pieces as pieces_module
 from nas.distill import spec as spec_module
 from nas.labels.build import all_pieces, build_pieces, merge_stores, need
-from nas.labels.keys import (
-    StoredKeys,
-    find_rows,
-    hex_keys,
-    keys_digest,
-    raw_keys,
-    sorted_planes,
-)
+from nas.labels.keys import StoredKeys, find_rows, hex_keys, keys_digest, raw_keys, sorted_planes
 from nas.labels.shards import piece_records, pieces_of
 from nas.labels.soft_labels import index_type, top_labels
 from nas.labels.store import open_store, read_manifest
@@ -334,10 +327,18 @@ def test_impossible_requests_are_refused_and_leave_nothing(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     bad: list[dict[str, Any]] = [
-        {"topk": 10}, {"topk": 0}, {"epochs": 0}, {"codec": "zip"}, {"preset": "2k"},
-        {"limit": 1}, {"clean": 2.0}, {"changes": {"mixup": 1.0}}, {"precision": "float16"},
-        {"changes": {"mixup_alpha": -1.0}}, {"changes": {"policy": "no-such-policy"}},
-    ]  # fmt: skip
+        {"topk": 10},
+        {"topk": 0},
+        {"epochs": 0},
+        {"codec": "zip"},
+        {"preset": "2k"},
+        {"limit": 1},
+        {"clean": 2.0},
+        {"changes": {"mixup": 1.0}},
+        {"precision": "float16"},
+        {"changes": {"mixup_alpha": -1.0}},
+        {"changes": {"policy": "no-such-policy"}},
+    ]
     for request in bad:
         with pytest.raises(InputError) as caught:
             begun(tmp_path / "s", dataset, **request)
@@ -396,9 +397,16 @@ def test_stored_keys_are_found_whatever_they_share(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "kind"), [(2, np.uint8), (256, np.uint8), (257, np.uint16), (65536, np.uint16),
-                          (65537, np.int32), (100_000, np.int32)]
-)  # fmt: skip
+    ("classes", "kind"),
+    [
+        (2, np.uint8),
+        (256, np.uint8),
+        (257, np.uint16),
+        (65536, np.uint16),
+        (65537, np.int32),
+        (100_000, np.int32),
+    ],
+)
 def test_index_width_follows_the_class_count(classes: int, kind: type) -> None:
     assert index_type(classes) is kind
     assert np.iinfo(kind).max >= classes - 1

@@ -53,9 +53,7 @@ def small_resnet(classes: int) -> nn.Module:
 def hub(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """Stand in for timm's hub: test_resnet with seven classes, trained at 40 px, its own mean."""
     net = small_resnet(7)
-    net.pretrained_cfg = {
-        "input_size": (3, 40, 40), "mean": MEAN, "std": STD, "num_classes": 7,
-    }  # fmt: skip
+    net.pretrained_cfg = {"input_size": (3, 40, 40), "mean": MEAN, "std": STD, "num_classes": 7}
     real = timm.create_model
 
     def create(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -98,8 +96,9 @@ def test_the_same_arguments_give_the_same_bytes_and_others_another_teacher(
     folders = {one.folder} | {made(dataset, tmp_path / "a", **c).folder for c in changes}
     assert len(folders) == 3
     left = [p.name for p in (tmp_path / "a" / "teachers").iterdir() if not p.name.endswith(".lock")]
-    assert sorted(left) == sorted(p.name for p in (tmp_path / "a" / "teachers").iterdir()
-                                  if p.is_dir())  # fmt: skip
+    assert sorted(left) == sorted(
+        p.name for p in (tmp_path / "a" / "teachers").iterdir() if p.is_dir()
+    )
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(
@@ -182,9 +181,10 @@ def test_checkpoints_in_files_and_folders(dataset: Dataset, tmp_path: Path) -> N
     folder = tmp_path / "hub"
     save_weights(folder / "model.safetensors", net.state_dict())
     config = {
-        "architecture": "test_resnet", "num_classes": 10,
+        "architecture": "test_resnet",
+        "num_classes": 10,
         "pretrained_cfg": {"input_size": [3, 40, 40], "mean": MEAN, "std": STD},
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     from_folder = made(dataset, tmp_path, str(folder))
     assert from_folder.digest == from_file.digest
@@ -200,9 +200,14 @@ def test_what_is_no_teacher_is_refused(dataset: Dataset, tmp_path: Path) -> None
     damaged.mkdir()
     (damaged / "config.json").write_text("{}")
     for text in (
-        "resnet_of_nowhere", str(file), str(tmp_path), "test_resnet:missing.pth",
-        f"resnet10t:{file}", f"test_vit:{file}", str(damaged),
-    ):  # fmt: skip
+        "resnet_of_nowhere",
+        str(file),
+        str(tmp_path),
+        "test_resnet:missing.pth",
+        f"resnet10t:{file}",
+        f"test_vit:{file}",
+        str(damaged),
+    ):
         with pytest.raises(InputError) as caught:
             made(dataset, tmp_path, text)
         assert str(caught.value).startswith("--teacher: got "), text
@@ -226,8 +231,11 @@ def test_equal_preprocessing_is_passed_through(size: int | None) -> None:
     inputs = torch.randn(2, 3, 32, 32)
     same = TeacherNet(net, (MEAN, STD), (MEAN, STD), size)
     with torch.no_grad():
-        resized = functional.interpolate(inputs, (size, size), mode="bicubic", antialias=True) \
-            if size == 24 else inputs  # fmt: skip
+        resized = (
+            functional.interpolate(inputs, (size, size), mode="bicubic", antialias=True)
+            if size == 24
+            else inputs
+        )
         assert torch.equal(same(inputs), net(resized))
 
 

@@ -28,9 +28,13 @@ from space.errors import InputError
 
 VIT = get_family("vit")
 SMALL = {
-    "embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "head_dim": 16,
+    "mlp_ratio": 2.0,
+    "patch_size": 8,
     "dist_token": True,
-}  # fmt: skip
+}
 BATCH, CLASSES = 8, 12
 
 
@@ -139,11 +143,18 @@ class Says(nn.Module):
         return self.outputs[0] if len(self.outputs) == 1 else tuple(self.outputs)
 
 
-@pytest.mark.parametrize(("kind", "alpha", "heat", "smoothing"), [
-    ("logit", 0.5, 1.0, 0.0), ("logit", 0.3, 4.0, 0.1), ("logit", 1.0, 2.0, 0.0),
-    ("soft", 0.5, 1.0, 0.0), ("soft", 0.2, 3.0, 0.1),
-    ("hard", 0.5, 1.0, 0.1), ("hard", 0.9, 1.0, 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "alpha", "heat", "smoothing"),
+    [
+        ("logit", 0.5, 1.0, 0.0),
+        ("logit", 0.3, 4.0, 0.1),
+        ("logit", 1.0, 2.0, 0.0),
+        ("soft", 0.5, 1.0, 0.0),
+        ("soft", 0.2, 3.0, 0.1),
+        ("hard", 0.5, 1.0, 0.1),
+        ("hard", 0.9, 1.0, 0.0),
+    ],
+)
 def test_values_and_gradients_are_those_of_timms_tasks(
     kind: str, alpha: float, heat: float, smoothing: float
 ) -> None:
@@ -151,10 +162,13 @@ def test_values_and_gradients_are_those_of_timms_tasks(
         outputs = heads(seed)[:1] if kind == "logit" else heads(seed)
         target, teacher = classes_of(seed), drawn(seed + 7, BATCH, CLASSES)
         shared: dict[str, Any] = {
-            "student_model": Says(*outputs), "teacher_model": Says(teacher),
+            "student_model": Says(*outputs),
+            "teacher_model": Says(teacher),
             "criterion": nn.CrossEntropyLoss(label_smoothing=smoothing),
-            "task_loss_weight": 1 - alpha, "temperature": heat, "verbose": False,
-        }  # fmt: skip
+            "task_loss_weight": 1 - alpha,
+            "temperature": heat,
+            "verbose": False,
+        }
         if kind == "logit":
             task: Any = LogitDistillationTask(**shared)
             loss = DistillLoss("soft", alpha, heat, label_smoothing=smoothing)
@@ -189,10 +203,16 @@ def test_numel_is_batchmean_over_the_classes(kind: str, classes: int) -> None:
     # The code of DeiT, of one batch.
     student = outputs[1] if kind == "token" else fuse(outputs, "logits")
     assert taught.logits is not None
-    theirs = nn.functional.kl_div(
-        (student / 3).log_softmax(1), (taught.logits / 3).log_softmax(1), reduction="sum",
-        log_target=True,
-    ) * 9 / student.numel()  # fmt: skip
+    theirs = (
+        nn.functional.kl_div(
+            (student / 3).log_softmax(1),
+            (taught.logits / 3).log_softmax(1),
+            reduction="sum",
+            log_target=True,
+        )
+        * 9
+        / student.numel()
+    )
     assert torch.allclose(by_numel.mean(), theirs, rtol=1e-5)
 
 
@@ -269,13 +289,19 @@ def test_an_image_of_unknown_class_is_the_teachers_alone() -> None:
         DistillLoss("token")(outputs[0], known, taught)
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"kind": "mse"}, "--distill: got mse, want one of none, sparse"),
-    ({"alpha": 1.5}, "--distill-alpha"), ({"alpha": math.nan}, "--distill-alpha"),
-    ({"temperature": 0.0}, "--temperature"), ({"temperature": math.inf}, "--temperature"),
-    ({"reduction": "mean"}, "--kl-reduction"), ({"token_loss": "none"}, "--token-loss"),
-    ({"label_smoothing": 1.0}, "--label-smoothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"kind": "mse"}, "--distill: got mse, want one of none, sparse"),
+        ({"alpha": 1.5}, "--distill-alpha"),
+        ({"alpha": math.nan}, "--distill-alpha"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"temperature": math.inf}, "--temperature"),
+        ({"reduction": "mean"}, "--kl-reduction"),
+        ({"token_loss": "none"}, "--token-loss"),
+        ({"label_smoothing": 1.0}, "--label-smoothing"),
+    ],
+)
 def test_losses_that_do_not_exist_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         DistillLoss(**change)

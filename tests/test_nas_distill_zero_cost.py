@@ -109,9 +109,13 @@ def test_a_loss_that_nothing_changes_scores_zero() -> None:
 def test_snip_does_not_see_a_scale_that_the_next_norm_takes_away() -> None:
     torch.manual_seed(2)
     net = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8, eps=1e-12), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
-    ).double()  # fmt: skip
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8, eps=1e-12),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 10),
+    ).double()
     inputs = IMAGES.double()
     before, norm = snip(net, inputs, hard), grad_norm(net, inputs, hard)
     with torch.no_grad():
@@ -228,10 +232,17 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelSt
 
 def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: LabelStore) -> None:
     spec = {
-        "family": "tinyvit", "arch": ARCH, "context": {"img_size": 32, "num_classes": 10},
-        "dataset": str(dataset.folder), "store": str(store.folder), "images": 24,
-        "batch_size": 24, "random_seed": 3, "device": "cpu", "missing": "refuse",
-    }  # fmt: skip
+        "family": "tinyvit",
+        "arch": ARCH,
+        "context": {"img_size": 32, "num_classes": 10},
+        "dataset": str(dataset.folder),
+        "store": str(store.folder),
+        "images": 24,
+        "batch_size": 24,
+        "random_seed": 3,
+        "device": "cpu",
+        "missing": "refuse",
+    }
     ticks: list[float] = []
     values = zero_cost(spec, ticks.append)
     assert set(values) == {*ZERO_COST, "images"}
@@ -255,9 +266,16 @@ def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: Label
 def test_a_store_of_other_data_is_refused(store: LabelStore, tmp_path: Path) -> None:
     other = prepare(DataSpec("digits", img_size=48, proxy_images=60), tmp_path)
     spec = {
-        "family": "tinyvit", "arch": ARCH, "context": {"img_size": 48, "num_classes": 10},
-        "dataset": str(other.folder), "store": str(store.folder), "images": 8,
-        "batch_size": 8, "random_seed": 0, "device": "cpu", "missing": "refuse",
-    }  # fmt: skip
+        "family": "tinyvit",
+        "arch": ARCH,
+        "context": {"img_size": 48, "num_classes": 10},
+        "dataset": str(other.folder),
+        "store": str(store.folder),
+        "images": 8,
+        "batch_size": 8,
+        "random_seed": 0,
+        "device": "cpu",
+        "missing": "refuse",
+    }
     with pytest.raises(InputError):
         zero_cost(spec, lambda _: None)

@@ -33,9 +33,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_jobs_share_a_process_with_the_asked_threads_and_may_print(
-    executor: LocalExecutor,
-) -> None:
+def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: LocalExecutor) -> None:
     ticks: list[float] = []
     job = Job("echo", "a", {"say": "häß\n", "ticks": 5})
     first = executor.run(job, tick=ticks.append)

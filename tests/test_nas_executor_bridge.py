@@ -74,9 +74,15 @@ def places(monkeypatch: pytest.MonkeyPatch) -> RayPlaces:
 
 def cluster_of(means: Means) -> RayPlaces:
     here = LocalPlaces(
-        threads=1, workers=1, gpus=(), limit_s=None, log=None, logs=None, command=WORKER,
+        threads=1,
+        workers=1,
+        gpus=(),
+        limit_s=None,
+        log=None,
+        logs=None,
+        command=WORKER,
         memory_bytes=None,
-    )  # fmt: skip
+    )
     return RayPlaces(means, threads=1, device="cpu", log=None, logs=None, here=here)
 
 
@@ -97,8 +103,11 @@ def test_what_waits_for_the_worker_here_begins_when_it_starts(places: RayPlaces)
     finally:
         places.close()
     assert [(type(e), e.key) for e in events] == [
-        (Begun, "a"), (Ended, "a"), (Begun, "c"), (Ended, "c")
-    ]  # fmt: skip
+        (Begun, "a"),
+        (Ended, "a"),
+        (Begun, "c"),
+        (Ended, "c"),
+    ]
 
 
 @pytest.mark.parametrize("address", [None, "head:6379"])
@@ -111,10 +120,15 @@ def test_a_cluster_that_lost_all_its_room_is_one_line(
     with Pool(places, retries=2, queues=True) as pool:
         jobs = pool.stream([job("a")], deadline=time.monotonic() + 30)
         threading.Timer(
-            0.3, lambda: [made[0].said.put(m) for m in (
-                {"slots": 0}, {"key": "a", "attempt": 1, "lost": "node died", "seconds": 0.1}
-            )]
-        ).start()  # fmt: skip
+            0.3,
+            lambda: [
+                made[0].said.put(m)
+                for m in (
+                    {"slots": 0},
+                    {"key": "a", "attempt": 1, "lost": "node died", "seconds": 0.1},
+                )
+            ],
+        ).start()
         with pytest.raises(InputError, match="no node has room"):
             next(jobs)
 
@@ -232,16 +246,23 @@ def test_what_a_board_answers_late_is_not_lost() -> None:
     bridge.ask_board()
     bridge.ask_board()
     assert said_by(out) == [
-        {"key": "a", "attempt": 1, "begun": True}, {"key": "a", "attempt": 1, "tick": 2.0}
-    ]  # fmt: skip
+        {"key": "a", "attempt": 1, "begun": True},
+        {"key": "a", "attempt": 1, "tick": 2.0},
+    ]
 
 
 @pytest.mark.parametrize("renounced", [False, True])
 def test_what_is_renounced_is_not_put_in_place(renounced: bool, tmp_path: Path) -> None:
     """However far it is: the driver has removed its folder, or will when it hears the answer."""
     out = tmp_path / "a"
-    told = {"key": "a", "attempt": 1, "leaves": "out", "spec": {"out": str(out)}, "log": None,
-            "reads": []}  # fmt: skip
+    told = {
+        "key": "a",
+        "attempt": 1,
+        "leaves": "out",
+        "spec": {"out": str(out)},
+        "log": None,
+        "reads": [],
+    }
     ray = Late()
     result = {"key": "a", "ok": True, "values": {}, "reason": None, "seconds": 1.0}
     ray.results["ref"] = {"result": result, "files": {"w": b"1"}, "log": b"", "where": "node"}
@@ -350,13 +371,15 @@ def test_what_is_read_is_packed_once_until_it_changes(tmp_path: Path) -> None:
             "dataset": str(tmp_path / "data"),
             "continue_from": {"checkpoint": str(tmp_path / "w.safetensors")},
         },
-        "reads": ["dataset", "continue_from.checkpoint"], "flat": [],
-    }  # fmt: skip
+        "reads": ["dataset", "continue_from.checkpoint"],
+        "flat": [],
+    }
     parcels = Parcels(Store(), None)
     first = parcels.boxes(told, ["n"])
     assert [(box[0], box[3], box[4], box[5]) for box in first] == [
-        ("dataset", None, False, [1]), ("continue_from.checkpoint", "w.safetensors", True, [2])
-    ]  # fmt: skip
+        ("dataset", None, False, [1]),
+        ("continue_from.checkpoint", "w.safetensors", True, [2]),
+    ]
     assert parcels.boxes(told, ["n"]) == first
     parcels.let_go(told)
     assert [box[5] for box in parcels.boxes(told, ["n"])] == [[1], [3]]

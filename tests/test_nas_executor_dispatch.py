@@ -10,15 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.jobs.queue import (
-    HUNG,
-    KEPT,
-    LEAST_HUNG_S,
-    LEAST_KNOWN,
-    SLOW,
-    Dispatcher,
-    _Paces,
-)
+from nas.jobs.queue import HUNG, KEPT, LEAST_HUNG_S, LEAST_KNOWN, SLOW, Dispatcher, _Paces
 
 NAMES = [f"j{at}" for at in range(8)]
 
@@ -300,7 +292,7 @@ EVENT = st.one_of(
     st.tuples(st.just("edge"), st.integers(0, 99), st.sampled_from([1 - 1e-6, 1 + 1e-6])),
     st.tuples(st.just("slow"), st.integers(0, 99)),
     st.tuples(st.just("end the hung")),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -399,9 +391,12 @@ def test_those_above_their_bound_are_named_and_no_others(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.integers(0, 4), st.booleans(), st.floats(0.5, 200.0), st.sampled_from([0.5, 1.0, 8.0]),
+    st.integers(0, 4),
+    st.booleans(),
+    st.floats(0.5, 200.0),
+    st.sampled_from([0.5, 1.0, 8.0]),
     st.integers(1, 5),
-)  # fmt: skip
+)
 def test_what_always_hangs_is_given_up_after_its_tries_and_in_bounded_time(
     retries: int, copies: bool, pace_s: float, units: float, hanging: int
 ) -> None:

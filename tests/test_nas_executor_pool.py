@@ -25,9 +25,14 @@ from tests.test_nas_executor import WORKER, alive
 @pytest.fixture
 def two(tmp_path: Path) -> Iterator[LocalExecutor]:
     with LocalExecutor(
-        threads=1, workers=2, retries=2, command=WORKER, log=tmp_path / "worker.log",
-        logs=tmp_path / "logs", record=tmp_path / "attempts.csv",
-    ) as made:  # fmt: skip
+        threads=1,
+        workers=2,
+        retries=2,
+        command=WORKER,
+        log=tmp_path / "worker.log",
+        logs=tmp_path / "logs",
+        record=tmp_path / "attempts.csv",
+    ) as made:
         yield made
 
 
@@ -123,8 +128,9 @@ def test_what_a_job_prints_is_in_its_own_log(two: LocalExecutor, tmp_path: Path)
         text = (tmp_path / "logs" / f"{key}.log").read_text()
         assert f"noise {key}, attempt 1" in text
         assert [line for line in text.splitlines() if "this is" in line] == [
-            f"this is {key} of a child", f"this is {key}",
-        ] or f"this is {key}" in text  # fmt: skip
+            f"this is {key} of a child",
+            f"this is {key}",
+        ] or f"this is {key}" in text
         assert not any(f"this is {other}" in text for other in set("abcd") - {key})
 
 
@@ -173,9 +179,7 @@ def test_who_stops_listening_ends_what_runs(two: LocalExecutor, tmp_path: Path) 
 
 def test_a_deadline_ends_all(two: LocalExecutor, tmp_path: Path) -> None:
     files = [tmp_path / f"pid{n}" for n in range(2)]
-    jobs = [
-        Job("sleep", f.name, {"seconds": 600, "pid_file": str(f)}) for f in files
-    ]  # fmt: skip
+    jobs = [Job("sleep", f.name, {"seconds": 600, "pid_file": str(f)}) for f in files]
     with pytest.raises(OutOfTime):
         list(two.stream(jobs, deadline=time.monotonic() + 8.0))
     for file in files:

@@ -43,12 +43,21 @@ def own_network() -> bool:
 def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_path: Path) -> None:
     """With every file sent to the nodes, as if they saw none of ours."""
     outcome = contract(
-        str(finished.folder.parent / "small.json"), "400K", out=tmp_path / "run", effort="smoke",
-        steps=2, shortlist=4, threads=1, img_size=32, proxy_images=200, teacher_epochs=2,
-        final_epochs=1, cache_dir=finished.cache,
+        str(finished.folder.parent / "small.json"),
+        "400K",
+        out=tmp_path / "run",
+        effort="smoke",
+        steps=2,
+        shortlist=4,
+        threads=1,
+        img_size=32,
+        proxy_images=200,
+        teacher_epochs=2,
+        final_epochs=1,
+        cache_dir=finished.cache,
         measurements=str(finished.folder / "measurements.csv"),
         means=Means(executor="ray", workers=2, ship=True),
-    )  # fmt: skip
+    )
     assert outcome.status == "reached"
     assert run_outcome(tmp_path / "run") == run_outcome(finished.folder)
     with (tmp_path / "run" / "attempts.csv").open(newline="") as file:
@@ -108,8 +117,9 @@ def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> N
     inside = 'ip link set lo up && exec "$@"'
     subprocess.run(
         ["unshare", "-n", "sh", "-c", inside, "sh", sys.executable, "-c", code, words],
-        check=True, timeout=600,
-    )  # fmt: skip
+        check=True,
+        timeout=600,
+    )
     with (out / "attempts.csv").open(newline="") as file:
         where = {row["job"]: row["where"] for row in csv.DictReader(file)}
     timed = [job for job in where if job.startswith(("seed-", "gate-", "final-s", "hello"))]

@@ -165,9 +165,14 @@ def test_the_state_of_a_folder_changes_with_it(tmp_path: Path) -> None:
 
 def test_a_job_that_fails_on_a_node_leaves_nothing_there(tmp_path: Path) -> None:
     told = {
-        "kind": "no such kind", "key": "k", "spec": {"out": "/nowhere/out"}, "units": 0.0,
-        "leaves": "out", "flat": [], "pieces": 0,
-    }  # fmt: skip
+        "kind": "no such kind",
+        "key": "k",
+        "spec": {"out": "/nowhere/out"},
+        "units": 0.0,
+        "leaves": "out",
+        "flat": [],
+        "pieces": 0,
+    }
     answer = do_here(told, [], tmp_path / "node", threads=1, token=None, said=lambda _: None)
     assert not answer["result"]["ok"]
     assert answer["files"] == {}
@@ -192,10 +197,14 @@ def test_what_lost_sessions_sent_goes_after_a_while(tmp_path: Path) -> None:
 def test_a_node_that_sees_no_files_is_no_candidates_fault(tmp_path: Path) -> None:
     """Then the task is lost, and done elsewhere or with its files sent."""
     told = {
-        "kind": "open-labels", "key": "k", "units": 0.0,
+        "kind": "open-labels",
+        "key": "k",
+        "units": 0.0,
         "spec": {"out": "/nowhere/out", "dataset": "/nowhere/data"},
-         "leaves": "out", "flat": [], "pieces": 1,
-    }  # fmt: skip
+        "leaves": "out",
+        "flat": [],
+        "pieces": 1,
+    }
     token = (str(tmp_path / "run.json"), "0" * 32)
     with pytest.raises(FileNotFoundError, match="does not see the driver's files"):
         do_here(told, [], tmp_path / "node", threads=1, token=token, said=lambda _: None)

@@ -26,13 +26,21 @@ from space import Context, get_family
 
 CTX = Context(48, 3)
 TINY: dict[str, Any] = {
-    "embed_dims": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0, "head_dim": 32,
-}  # fmt: skip
+    "embed_dims": [32, 32, 64, 64],
+    "depths": [1, 1, 1, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 2.0,
+    "mlp_ratio": 2.0,
+    "head_dim": 32,
+}
 VIT: dict[str, Any] = {
-    "embed_dim": 64, "depth": 2, "head_dim": 32, "mlp_ratio": 2.0, "patch_size": 16,
+    "embed_dim": 64,
+    "depth": 2,
+    "head_dim": 32,
+    "mlp_ratio": 2.0,
+    "patch_size": 16,
     "dist_token": True,
-}  # fmt: skip
+}
 CLASSES = ["cat", "dög", "a|b"]
 
 
@@ -52,26 +60,53 @@ def write_run(folder: Path, family_name: str, arch_dict: dict[str, Any]) -> Path
     save_file(model.state_dict(), folder / "best.safetensors")
     name, kwargs = family.timm_call(arch, CTX)
     overlay = {
-        "input_size": [3, 48, 48], "crop_pct": 1.0, "interpolation": "bicubic",
-        "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "num_classes": 3,
-    }  # fmt: skip
+        "input_size": [3, 48, 48],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.25, 0.3],
+        "num_classes": 3,
+    }
     told = {
-        "family": family.name, "arch": family.to_dict(arch), "key": family.key(arch, CTX),
-        "params": family.count_params(arch, CTX), "macs": family.count_macs(arch, CTX),
-        "img_size": 48, "num_classes": 3, "classes": CLASSES,
+        "family": family.name,
+        "arch": family.to_dict(arch),
+        "key": family.key(arch, CTX),
+        "params": family.count_params(arch, CTX),
+        "macs": family.count_macs(arch, CTX),
+        "img_size": 48,
+        "num_classes": 3,
+        "classes": CLASSES,
         "throughput": {
-            "images_per_s": 1234.5, "images_per_s_lo": 1200.0, "images_per_s_hi": 1300.0,
-            "ratio": 2.5, "runtime": "eager", "dtype": "float32", "batch": 16, "threads": 2,
-            "device": "cpu", "fingerprint": "abc",
+            "images_per_s": 1234.5,
+            "images_per_s_lo": 1200.0,
+            "images_per_s_hi": 1300.0,
+            "ratio": 2.5,
+            "runtime": "eager",
+            "dtype": "float32",
+            "batch": 16,
+            "threads": 2,
+            "device": "cpu",
+            "fingerprint": "abc",
         },
-        "score": {"kind": "final", "soft_loss": 0.5, "test_top1": 0.9, "test_top1_se": 0.01,
-                  "test_n": 359, "holdout_top1": 0.8},
+        "score": {
+            "kind": "final",
+            "soft_loss": 0.5,
+            "test_top1": 0.9,
+            "test_top1_se": 0.01,
+            "test_n": 359,
+            "holdout_top1": 0.8,
+        },
         "timm": {"model": name, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
         "sha256": hashlib.sha256((folder / "best.safetensors").read_bytes()).hexdigest(),
-    }  # fmt: skip
+    }
     (folder / "best.json").write_text(json.dumps(told))
-    config = {"seed": "21M", "target_params": 5_000_000, "data": "/data/pets",
-              "strategy": "contraction", "random_seed": 7}  # fmt: skip
+    config = {
+        "seed": "21M",
+        "target_params": 5_000_000,
+        "data": "/data/pets",
+        "strategy": "contraction",
+        "random_seed": 7,
+    }
     (folder / "run.json").write_text(json.dumps({"schema": 1, "config": config}))
     return folder
 
@@ -113,8 +148,10 @@ def alone(script: str, *arguments: str, cwd: Path) -> str:
 def test_timm_alone_loads_the_folder_and_says_the_same(run: Path, tmp_path: Path) -> None:
     assert main([str(run), "--to", "timm", "--out", str(tmp_path / "model")]) == 0
     assert {p.name for p in (tmp_path / "model").iterdir()} == {
-        "config.json", "model.safetensors", "README.md",
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
     torch.save(images(), tmp_path / "x.pt")
     said = alone(
         "import json, timm, torch\n"
@@ -130,8 +167,14 @@ def test_timm_alone_loads_the_folder_and_says_the_same(run: Path, tmp_path: Path
     assert (config["mean"], config["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     assert (config["crop_pct"], config["interpolation"]) == (1.0, "bicubic")
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    for words in ("test top-1: 90.0% +- 1.0% on 359 images", "1234.5 images/s [1200.0, 1300.0]",
-                  "2.50 times the seed's", "`pets`", "seed 21M", "random seed 7"):  # fmt: skip
+    for words in (
+        "test top-1: 90.0% +- 1.0% on 359 images",
+        "1234.5 images/s [1200.0, 1300.0]",
+        "2.50 times the seed's",
+        "`pets`",
+        "seed 21M",
+        "random seed 7",
+    ):
         assert words in card
     assert "/data" not in card
 
@@ -261,10 +304,7 @@ OVERLAY = "timm.kwargs.pretrained_cfg_overlay"
     ],
 )
 def test_what_no_run_left_is_refused_in_one_line(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    change: Callable[[Path], object],
-    words: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], object], words: str
 ) -> None:
     run = write_run(tmp_path / "run", "tinyvit", TINY)
     change(run)

@@ -60,8 +60,10 @@ def test_every_layer_of_random_pairs_is_told_as_it_is(seed: int) -> None:
                 assert layer.changed
         else:
             assert layer.origin == "new"
-    blocks = [{k.rpartition(".blocks.")[0] + ".blocks." + k.split(".")[3] for k in s
-               if ".blocks." in k} for s in (was, now)]  # fmt: skip
+    blocks = [
+        {k.rpartition(".blocks.")[0] + ".blocks." + k.split(".")[3] for k in s if ".blocks." in k}
+        for s in (was, now)
+    ]
     used = {".".join(s.source.split(".")[:4]) for s in slicing.values() if ".blocks." in s.source}
     assert {x.name for x in layers if x.block and x.now is None} == blocks[0] - used
     assert {x.name for x in layers if x.block and x.was is None} <= blocks[1]
@@ -183,10 +185,7 @@ def test_the_childs_weights_are_written(
     ],
 )
 def test_bad_input_is_one_line_and_two(
-    flags: list[str],
-    says: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline(monkeypatch)
     try:

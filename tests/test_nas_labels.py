@@ -35,8 +35,12 @@ from space.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES: dict[str, Any] = {
-    "img_size": 16, "proxy_images": 120, "teacher_epochs": 1, "epochs": 2, "threads": 1,
-}  # fmt: skip
+    "img_size": 16,
+    "proxy_images": 120,
+    "teacher_epochs": 1,
+    "epochs": 2,
+    "threads": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +95,7 @@ def test_the_command_builds_tells_and_verifies(
 
 
 def test_damage_ends_in_a_line_each_and_status_2(
-    store: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline(monkeypatch)
     for name, data in contents(store).items():
@@ -209,12 +210,29 @@ def test_another_store_in_the_folder_is_left_alone(
 
 
 def start(out: Path, cache: Path, epochs: int, *extra: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "nas.labels", "build", "--data", "digits", "--out", str(out),
-               "--cache-dir", str(cache), "--quiet", *flags(epochs=epochs), *extra]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "nas.labels",
+        "build",
+        "--data",
+        "digits",
+        "--out",
+        str(out),
+        "--cache-dir",
+        str(cache),
+        "--quiet",
+        *flags(epochs=epochs),
+        *extra,
+    ]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 T = TypeVar("T")

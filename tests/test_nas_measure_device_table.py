@@ -42,10 +42,22 @@ SEED = FAMILY.seed("21M")
 NETS = sample(FAMILY, SEED, CTX, 260, band=None, random_seed=5)
 ARCHS: list[Arch] = [net.arch for net in NETS if net.arch is not None]
 DEVICE = Fingerprint(
-    device="cpu", device_name="Board, 4 cores", physical_cores=4, logical_cores=4, usable_cpus=4.0,
-    nominal_mhz=1500.0, driver=None, cuda=None, cudnn=None, torch="none", timm="none",
-    python="3.11.2", os="Linux 6.1", arch="aarch64", threads=4,
-)  # fmt: skip
+    device="cpu",
+    device_name="Board, 4 cores",
+    physical_cores=4,
+    logical_cores=4,
+    usable_cpus=4.0,
+    nominal_mhz=1500.0,
+    driver=None,
+    cuda=None,
+    cudnn=None,
+    torch="none",
+    timm="none",
+    python="3.11.2",
+    os="Linux 6.1",
+    arch="aarch64",
+    threads=4,
+)
 
 
 def paces(noise: float, seed: int = 0) -> list[float]:
@@ -62,21 +74,39 @@ def paces(noise: float, seed: int = 0) -> list[float]:
 def row(arch: Arch, pace: float, seed_pace: float, **changes: Any) -> DeviceRow:
     setting: Setting = changes.pop("setting", Setting("cpu", "onnxruntime", "float32", 8))
     on = DEVICE.under(
-        runtime=setting.runtime, runtime_version="onnxruntime 1.20.1", dtype=setting.dtype,
-        batch=setting.batch, img_size=CTX.img_size,
-    )  # fmt: skip
+        runtime=setting.runtime,
+        runtime_version="onnxruntime 1.20.1",
+        dtype=setting.dtype,
+        batch=setting.batch,
+        img_size=CTX.img_size,
+    )
     values: dict[str, Any] = {
         "arch": "21M" if arch == SEED else FAMILY.label(arch),
-        "family": FAMILY.name, "key": FAMILY.key(arch, CTX),
-        "spec": json.dumps(FAMILY.to_dict(arch)), "img_size": CTX.img_size,
-        "num_classes": CTX.num_classes, "device": setting.device, "runtime": setting.runtime,
-        "dtype": setting.dtype, "batch": setting.batch, "threads": 4, "state": OK,
-        "images_per_s": pace, "images_per_s_lo": 0.98 * pace, "images_per_s_hi": 1.02 * pace,
-        "ratio": pace / seed_pace, "ratio_lo": 0.99 * pace / seed_pace,
-        "ratio_hi": 1.01 * pace / seed_pace, "reference": f"21M@{setting.text}",
-        "coverage": 0.97, "blocks": 12, "passes": 3, "when": "2026-01-01T00:00:00+00:00",
-        **fingerprint_columns(on), **changes,
-    }  # fmt: skip
+        "family": FAMILY.name,
+        "key": FAMILY.key(arch, CTX),
+        "spec": json.dumps(FAMILY.to_dict(arch)),
+        "img_size": CTX.img_size,
+        "num_classes": CTX.num_classes,
+        "device": setting.device,
+        "runtime": setting.runtime,
+        "dtype": setting.dtype,
+        "batch": setting.batch,
+        "threads": 4,
+        "state": OK,
+        "images_per_s": pace,
+        "images_per_s_lo": 0.98 * pace,
+        "images_per_s_hi": 1.02 * pace,
+        "ratio": pace / seed_pace,
+        "ratio_lo": 0.99 * pace / seed_pace,
+        "ratio_hi": 1.01 * pace / seed_pace,
+        "reference": f"21M@{setting.text}",
+        "coverage": 0.97,
+        "blocks": 12,
+        "passes": 3,
+        "when": "2026-01-01T00:00:00+00:00",
+        **fingerprint_columns(on),
+        **changes,
+    }
     return DeviceRow(**values)
 
 
@@ -119,19 +149,44 @@ NUMBERS = st.floats(allow_nan=False)
 def drawn_rows() -> st.SearchStrategy[DeviceRow]:
     """Any values in any column, of a row whose fingerprint and intervals are sound."""
     free = {
-        "arch": TEXTS, "family": TEXTS, "key": TEXTS, "reason": TEXTS, "reference": TEXTS,
-        "done": TEXTS, "disturbed": TEXTS, "when": TEXTS,
+        "arch": TEXTS,
+        "family": TEXTS,
+        "key": TEXTS,
+        "reason": TEXTS,
+        "reference": TEXTS,
+        "done": TEXTS,
+        "disturbed": TEXTS,
+        "when": TEXTS,
         **{
             name: st.none() | NUMBERS
-            for name in ("latency_ms_p90", "parity", "top1", "eager_top1", "agreement", "load",
-                         "clock_mhz", "waited", "seconds", "coverage")
+            for name in (
+                "latency_ms_p90",
+                "parity",
+                "top1",
+                "eager_top1",
+                "agreement",
+                "load",
+                "clock_mhz",
+                "waited",
+                "seconds",
+                "coverage",
+            )
         },
         **{
             name: st.none() | st.integers(0, 2**62)
-            for name in ("peak_mem_bytes", "params", "macs", "agrees", "test_n", "blocks",
-                         "passes", "attempts", "latency_passes")
+            for name in (
+                "peak_mem_bytes",
+                "params",
+                "macs",
+                "agrees",
+                "test_n",
+                "blocks",
+                "passes",
+                "attempts",
+                "latency_passes",
+            )
         },
-    }  # fmt: skip
+    }
     base = row(SEED, 12.5, 12.5)
     return st.fixed_dictionaries(free).map(lambda values: dataclasses.replace(base, **values))
 
@@ -181,18 +236,29 @@ def damaged(path: Path, **cells: str) -> Path:
     ("cells", "says"),
     [
         ({"images_per_s": "fast"}, "images_per_s='fast'"),
-        ({"images_per_s": ""}, "images_per_s"), ({"images_per_s": "nan"}, "images_per_s"),
-        ({"images_per_s_lo": "1e9"}, "images_per_s"), ({"images_per_s_lo": "-1"}, "images_per_s"),
-        ({"images_per_s_hi": "inf"}, "images_per_s"), ({"ratio_lo": ""}, "ratio"),
-        ({"ratio_hi": "0.5"}, "ratio"), ({"latency_ms_p50_lo": "1.0"}, "latency_ms_p50"),
-        ({"batch": "8.0"}, "batch='8.0'"), ({"batch": ""}, "batch=''"),
-        ({"batch": "16"}, "fingerprint.id"), ({"batch": "0"}, "line 2"),
-        ({"fingerprint": "0" * 12}, "fingerprint.id"), ({"threads": "2"}, "fingerprint.id"),
-        ({"on_device_name": "another"}, "fingerprint.id"), ({"dtype": "int8"}, "line 2"),
-        ({"img_size": "128"}, "fingerprint.id"), ({"spec": "{"}, "spec"),
-        ({"state": "good"}, "state"), ({"state": ""}, "state"), ({"device": "tpu"}, "line 2"),
+        ({"images_per_s": ""}, "images_per_s"),
+        ({"images_per_s": "nan"}, "images_per_s"),
+        ({"images_per_s_lo": "1e9"}, "images_per_s"),
+        ({"images_per_s_lo": "-1"}, "images_per_s"),
+        ({"images_per_s_hi": "inf"}, "images_per_s"),
+        ({"ratio_lo": ""}, "ratio"),
+        ({"ratio_hi": "0.5"}, "ratio"),
+        ({"latency_ms_p50_lo": "1.0"}, "latency_ms_p50"),
+        ({"batch": "8.0"}, "batch='8.0'"),
+        ({"batch": ""}, "batch=''"),
+        ({"batch": "16"}, "fingerprint.id"),
+        ({"batch": "0"}, "line 2"),
+        ({"fingerprint": "0" * 12}, "fingerprint.id"),
+        ({"threads": "2"}, "fingerprint.id"),
+        ({"on_device_name": "another"}, "fingerprint.id"),
+        ({"dtype": "int8"}, "line 2"),
+        ({"img_size": "128"}, "fingerprint.id"),
+        ({"spec": "{"}, "spec"),
+        ({"state": "good"}, "state"),
+        ({"state": ""}, "state"),
+        ({"device": "tpu"}, "line 2"),
     ],
-)  # fmt: skip
+)
 def test_damaged_cells_are_refused_naming_the_line(
     cells: dict[str, str], says: str, write: Write
 ) -> None:
@@ -208,12 +274,18 @@ def test_damaged_cells_are_refused_naming_the_line(
 @pytest.mark.parametrize(
     "text",
     [
-        "", "\n", "arch,images_per_s\n", "a" * 300_000, "\x00\x01", ",".join(COLUMNS[:-1]) + "\n",
-        ",".join((*COLUMNS, "more")) + "\n", ",".join(COLUMNS) + "\n1,2,3\n",
+        "",
+        "\n",
+        "arch,images_per_s\n",
+        "a" * 300_000,
+        "\x00\x01",
+        ",".join(COLUMNS[:-1]) + "\n",
+        ",".join((*COLUMNS, "more")) + "\n",
+        ",".join(COLUMNS) + "\n1,2,3\n",
         ",".join(COLUMNS) + "\n" + '"' + "x" * 300_000 + "\n",
         ",".join((*COLUMNS, "arch")) + "\n",
     ],
-)  # fmt: skip
+)
 def test_another_file_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
     path.write_text(text)
@@ -233,9 +305,14 @@ def test_no_file_is_refused(tmp_path: Path) -> None:
 
 def test_failed_rows_need_no_numbers(write: Write) -> None:
     failed = dataclasses.replace(
-        row(SEED, 2.0, 2.0), state=FAILED, reason="out of memory", images_per_s=None,
-        images_per_s_lo=None, images_per_s_hi=None, ratio=None,
-    )  # fmt: skip
+        row(SEED, 2.0, 2.0),
+        state=FAILED,
+        reason="out of memory",
+        images_per_s=None,
+        images_per_s_lo=None,
+        images_per_s_hi=None,
+        ratio=None,
+    )
     assert read_rows(write([failed]), "--x") == [failed]
     with pytest.raises(InputError, match="0 fingerprints"):
         one_fingerprint([failed], "t.csv")
@@ -256,8 +333,10 @@ def test_measured_networks_are_told_as_measured(write: Write) -> None:
         assert (told.images_per_s, told.images_per_s_lo) == (one.images_per_s, one.images_per_s_lo)
         if one is not rows[0]:
             assert (told.ratio, told.ratio_lo, told.ratio_hi) == (
-                one.ratio, one.ratio_lo, one.ratio_hi
-            )  # fmt: skip
+                one.ratio,
+                one.ratio_lo,
+                one.ratio_hi,
+            )
         assert told.coverage == one.coverage
         assert told.fingerprint == found.fingerprint
         assert "predicted" not in told.done
@@ -322,9 +401,12 @@ def test_refused_tables(write: Write) -> None:
     """Another family, resolution, class count, setting; no seed; too few; a wrong key."""
     rows, batch = rows_of(), Setting("cpu", "onnxruntime", "float32", 4)
     on = DEVICE.under(
-        runtime="onnxruntime", runtime_version="onnxruntime 1.20.1", dtype="float32", batch=8,
+        runtime="onnxruntime",
+        runtime_version="onnxruntime 1.20.1",
+        dtype="float32",
+        batch=8,
         img_size=96,
-    )  # fmt: skip
+    )
     size = {"img_size": 96, **fingerprint_columns(on)}
     cases: list[tuple[list[DeviceRow], str]] = [
         ([dataclasses.replace(r, family="other") for r in rows], "other"),
@@ -433,9 +515,7 @@ def test_the_model_of_least_held_out_error_is_taken(monkeypatch: pytest.MonkeyPa
     assert found.scores["additive"] < found.scores["constant"]
 
 
-def test_trees_are_tried_too_and_draw_the_same_each_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_trees_are_tried_too_and_draw_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "MODELS", {"boosted": predict.Boosted})
     monkeypatch.setattr(predict, "FOLDS", 2)
     speeds = paces(0.02)[:40]

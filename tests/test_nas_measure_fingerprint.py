@@ -19,9 +19,12 @@ from nas.measure.interference import Conditions, Watch, conditions
 from space import InputError
 
 UNDER: dict[str, Any] = {
-    "runtime": "onnxruntime", "runtime_version": "onnxruntime 1.20", "dtype": "float32",
-    "batch": 16, "img_size": 224,
-}  # fmt: skip
+    "runtime": "onnxruntime",
+    "runtime_version": "onnxruntime 1.20",
+    "dtype": "float32",
+    "batch": 16,
+    "img_size": 224,
+}
 
 
 def test_fingerprint_is_identity_without_conditions() -> None:
@@ -55,9 +58,12 @@ def test_under_a_setting_is_another_number() -> None:
     here = take_fingerprint("cpu", threads=2)
     there = here.under(**UNDER)
     changes: dict[str, Any] = {
-        "runtime": "openvino", "runtime_version": "onnxruntime 1.21", "dtype": "float16",
-        "batch": 1, "img_size": 48,
-    }  # fmt: skip
+        "runtime": "openvino",
+        "runtime_version": "onnxruntime 1.21",
+        "dtype": "float16",
+        "batch": 1,
+        "img_size": 48,
+    }
     ids = {here.id, there.id}
     for name, value in changes.items():
         made = here.under(**{**UNDER, name: value})
@@ -118,10 +124,13 @@ class Counted:
 @pytest.mark.parametrize(
     ("ran", "waited", "throttled", "share"),
     [
-        (1.0, 0.0, 0.0, 0.0), (3.0, 1.0, 0.0, 0.25), (9.0, 0.5, 0.5, 0.1), (0.0, 2.0, 0.0, 1.0),
+        (1.0, 0.0, 0.0, 0.0),
+        (3.0, 1.0, 0.0, 0.25),
+        (9.0, 0.5, 0.5, 0.1),
+        (0.0, 2.0, 0.0, 1.0),
         (1.0, 0.0, 3.0, 0.75),
     ],
-)  # fmt: skip
+)
 def test_waited_is_the_share_of_wanted_time(
     ran: float, waited: float, throttled: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,10 +265,13 @@ def test_this_process_is_no_other_process(smi: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("device", "visible", "asked"),
     [
-        ("cuda", None, "-i 0"), ("cuda:3", None, "-i 3"), ("cuda", "2,5", "-i 2"),
-        ("cuda:1", "2,5", "-i 5"), ("cuda", "GPU-8f6d1b2c", "-i GPU-8f6d1b2c"),
+        ("cuda", None, "-i 0"),
+        ("cuda:3", None, "-i 3"),
+        ("cuda", "2,5", "-i 2"),
+        ("cuda:1", "2,5", "-i 5"),
+        ("cuda", "GPU-8f6d1b2c", "-i GPU-8f6d1b2c"),
     ],
-)  # fmt: skip
+)
 def test_the_tool_is_asked_for_the_device_that_torch_uses(
     device: str, visible: str | None, asked: str, smi: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,12 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nas.measure.macs import (
-    UnsupportedOperator,
-    flop_counter_macs,
-    fvcore_by_operator,
-    fvcore_macs,
-)
+from nas.measure.macs import UnsupportedOperator, flop_counter_macs, fvcore_by_operator, fvcore_macs
 from space import Context, get_family
 from space.family import Arch
 
@@ -64,8 +59,10 @@ def test_published_5m() -> None:
     arch = family.seed("5M")
     found = fvcore_by_operator(family.build(arch, ctx), ctx)
     assert found == {
-        "conv": 368_382_784, "linear": 790_290_944, "scaled_dot_product_attention": 96_500_992,
-    }  # fmt: skip
+        "conv": 368_382_784,
+        "linear": 790_290_944,
+        "scaled_dot_product_attention": 96_500_992,
+    }
     assert sum(found.values()) == family.count_macs(arch, ctx)
 
 

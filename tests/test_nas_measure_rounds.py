@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 
 from nas.measure import rounds
 from nas.measure.interference import Disturbance
-from nas.measure.interleave import (
-    Bounds,
-    Timed,
-    measure_rounds,
-    planned_looks,
-    settle,
-    summary,
-)
+from nas.measure.interleave import Bounds, Timed, measure_rounds, planned_looks, settle, summary
 
 LAW = settings(derandomize=True, deadline=None)
 Fake = Callable[[int], list[float]]
@@ -281,9 +274,19 @@ def test_summary_has_the_columns_of_a_measurement() -> None:
 
     found = summary(timed(noisy_pair()))
     made = Measurement(
-        **found, img_size=32, num_classes=4, in_chans=3, batch=8, dtype="float32", runtime="eager",
-        device="cpu", threads=1, fingerprint="0" * 12, load=None, when="",
-    )  # fmt: skip
+        **found,
+        img_size=32,
+        num_classes=4,
+        in_chans=3,
+        batch=8,
+        dtype="float32",
+        runtime="eager",
+        device="cpu",
+        threads=1,
+        fingerprint="0" * 12,
+        load=None,
+        when="",
+    )
     assert made.ratio == pytest.approx(2.0, rel=0.2)
     assert made.latency_ms_p99 is not None
     assert made.to_dict()["attempts"] == 1

@@ -17,14 +17,7 @@ from torch.nn import functional as F
 
 from nas.core.requirement import Setting
 from nas.export.fuse import fuse_batch_norms
-from nas.measure.runtimes import (
-    Order,
-    Ready,
-    Runtime,
-    check_setting,
-    find_runtime,
-    runtimes,
-)
+from nas.measure.runtimes import Order, Ready, Runtime, check_setting, find_runtime, runtimes
 from nas.measure.throughput import Prepared, difference, prepare, private_copy
 from space import Context, InputError, get_family
 
@@ -49,10 +42,14 @@ def tiny_vit(seed: int = 0) -> nn.Module:
     family = get_family("tinyvit")
     arch = family.arch(
         {
-            "embed_dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
-            "mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0, "head_dim": 16,
+            "embed_dims": [32, 32, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "window_sizes": [7, 14, 7],
+            "mbconv_expand_ratio": 2.0,
+            "mlp_ratio": 2.0,
+            "head_dim": 16,
         }
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.build(arch, CTX)
@@ -355,18 +352,29 @@ def spectral() -> nn.Module:
 
 def plain() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
-        nn.Linear(3600, 5), nn.BatchNorm1d(5),
-    )  # fmt: skip
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(3600, 5),
+        nn.BatchNorm1d(5),
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "folded"),
     [
-        (plain, 2), (Skip, 0), (Mutated, 0), (TwoNorms, 0), (Returned, 0), (Twice, 0), (Tokens, 0),
-        (standardised, 0), (spectral, 0),
+        (plain, 2),
+        (Skip, 0),
+        (Mutated, 0),
+        (TwoNorms, 0),
+        (Returned, 0),
+        (Twice, 0),
+        (Tokens, 0),
+        (standardised, 0),
+        (spectral, 0),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_norm_is_kept_where_folding_would_change_something(
     make: Callable[[], nn.Module], folded: int, fresh: bool

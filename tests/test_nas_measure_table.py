@@ -26,28 +26,56 @@ from nas.measure.measurement_table import (
 from space import InputError
 
 MEASUREMENT = Measurement(
-    images_per_s=100.5, images_per_s_lo=90.25, images_per_s_hi=110.0, ratio=2.0, ratio_lo=1.9,
-    ratio_hi=2.1, reference_images_per_s=50.0, coverage=0.96, blocks=12, passes=3, seconds=1.5,
-    img_size=48, num_classes=10, in_chans=3, batch=32, dtype="float32", runtime="eager",
-    device="cpu", threads=2, fingerprint="0123456789ab", load=0.5,
+    images_per_s=100.5,
+    images_per_s_lo=90.25,
+    images_per_s_hi=110.0,
+    ratio=2.0,
+    ratio_lo=1.9,
+    ratio_hi=2.1,
+    reference_images_per_s=50.0,
+    coverage=0.96,
+    blocks=12,
+    passes=3,
+    seconds=1.5,
+    img_size=48,
+    num_classes=10,
+    in_chans=3,
+    batch=32,
+    dtype="float32",
+    runtime="eager",
+    device="cpu",
+    threads=2,
+    fingerprint="0123456789ab",
+    load=0.5,
     when="2026-01-01T00:00:00+00:00",
-)  # fmt: skip
+)
 
 
 def put(table: MeasurementTable, arch: str, measurement: Measurement = MEASUREMENT) -> None:
     table.append(
-        role="gate", arch_key=arch, arch_label=f"label of {arch}", reference_key="seed",
+        role="gate",
+        arch_key=arch,
+        arch_label=f"label of {arch}",
+        reference_key="seed",
         measurement=measurement,
-    )  # fmt: skip
+    )
 
 
 def key(arch: str, **changes: Any) -> dict[str, Any]:
     of = MEASUREMENT
     return {
-        "role": "gate", "arch_key": arch, "reference_key": "seed", "img_size": of.img_size,
-        "num_classes": of.num_classes, "in_chans": of.in_chans, "batch": of.batch,
-        "dtype": of.dtype, "runtime": of.runtime, "fingerprint": of.fingerprint, **changes,
-    }  # fmt: skip
+        "role": "gate",
+        "arch_key": arch,
+        "reference_key": "seed",
+        "img_size": of.img_size,
+        "num_classes": of.num_classes,
+        "in_chans": of.in_chans,
+        "batch": of.batch,
+        "dtype": of.dtype,
+        "runtime": of.runtime,
+        "fingerprint": of.fingerprint,
+        **changes,
+    }
 
 
 TEXTS = st.text(
@@ -95,11 +123,18 @@ def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "changed",
     [
-        {"role": "final"}, {"arch_key": "z"}, {"reference_key": ""}, {"img_size": 64},
-        {"num_classes": 11}, {"in_chans": 1}, {"batch": 1}, {"dtype": "bfloat16"},
-        {"runtime": "onnx"}, {"fingerprint": "f" * 12},
+        {"role": "final"},
+        {"arch_key": "z"},
+        {"reference_key": ""},
+        {"img_size": 64},
+        {"num_classes": 11},
+        {"in_chans": 1},
+        {"batch": 1},
+        {"dtype": "bfloat16"},
+        {"runtime": "onnx"},
+        {"fingerprint": "f" * 12},
     ],
-)  # fmt: skip
+)
 def test_every_part_of_the_key_counts(tmp_path: Path, changed: dict[str, Any]) -> None:
     table = MeasurementTable(tmp_path / "m.csv")
     put(table, "a")

@@ -47,10 +47,14 @@ def tiny_vit() -> nn.Module:
     family = get_family("tinyvit")
     arch = family.arch(
         {
-            "embed_dims": [32, 32, 32, 32], "depths": [1, 1, 1, 1], "window_sizes": [7, 14, 7],
-            "mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0, "head_dim": 16,
+            "embed_dims": [32, 32, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "window_sizes": [7, 14, 7],
+            "mbconv_expand_ratio": 2.0,
+            "mlp_ratio": 2.0,
+            "head_dim": 16,
         }
-    )  # fmt: skip
+    )
     model = family.build(arch, SMALL)
     assert isinstance(model, nn.Module)
     return model
@@ -108,9 +112,7 @@ def test_blocks_alternate_and_drift_cancels(fake_clock: list[float]) -> None:
     """Order A B B A ...; on a machine that becomes 3x slower the ratio stays the true 2."""
     log: list[str] = []
     fast, slow = Sleepy("A", 1.0, log, fake_clock), Sleepy("B", 2.0, log, fake_clock)
-    found = measure(
-        fast, slow, ctx=CTX, setting=Setting(batch=8), blocks=12, min_block_s=1e-6
-    )  # fmt: skip
+    found = measure(fast, slow, ctx=CTX, setting=Setting(batch=8), blocks=12, min_block_s=1e-6)
     assert "".join(log[-24:]) == "ABBA" * 6
     assert found.ratio == pytest.approx(2.0, rel=0.03)
     assert found.ratio_lo is not None
@@ -157,9 +159,14 @@ def test_caller_is_left_as_it_was() -> None:
         state = torch.get_rng_state()
         torch.set_num_threads(threads := 2)
         found = measure(
-            model, model, ctx=SMALL, setting=Setting(batch=2), blocks=6, min_block_s=0.001,
+            model,
+            model,
+            ctx=SMALL,
+            setting=Setting(batch=2),
+            blocks=6,
+            min_block_s=0.001,
             threads=1,
-        )  # fmt: skip
+        )
         assert found.threads == 1
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
@@ -230,9 +237,12 @@ def test_measurement_names_its_setting_and_its_device() -> None:
     found = measure(conv(), setting=setting, **QUICK)
     same = measure(conv(), setting=setting, fingerprint=here, **QUICK)
     on = here.under(
-        runtime="eager", runtime_version=f"torch {torch.__version__}", dtype="float32", batch=2,
+        runtime="eager",
+        runtime_version=f"torch {torch.__version__}",
+        dtype="float32",
+        batch=2,
         img_size=16,
-    )  # fmt: skip
+    )
     assert found.fingerprint == same.fingerprint == on.id
     assert (found.batch, found.img_size, found.num_classes, found.threads) == (2, 16, 4, 1)
     assert found.when.endswith("+00:00")
@@ -277,10 +287,13 @@ def test_errors_of_a_network_come_through_and_state_is_restored() -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"blocks": 5}, {"max_blocks": 5}, {"min_block_s": 0.0}, {"min_block_s": float("nan")},
+        {"blocks": 5},
+        {"max_blocks": 5},
+        {"min_block_s": 0.0},
+        {"min_block_s": float("nan")},
         {"setting": Setting(runtime="tensorflow")},
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused_in_one_line(bad: dict[str, object]) -> None:
     with pytest.raises(InputError) as caught:
         measure(conv(), **{"setting": Setting(batch=2), **QUICK, **bad})
@@ -297,31 +310,57 @@ def test_difference_is_a_share_of_the_largest_and_never_nan() -> None:
 def sample(**changes: object) -> Measurement:
     return Measurement(
         **{
-            "images_per_s": 100.0, "images_per_s_lo": 90.0, "images_per_s_hi": 110.0,
-            "ratio": 2.0, "ratio_lo": 1.9, "ratio_hi": 2.1, "reference_images_per_s": 50.0,
-            "coverage": 0.96, "blocks": 12, "passes": 3, "seconds": 1.5, "img_size": 48,
-            "num_classes": 10, "in_chans": 3, "batch": 32, "dtype": "float32",
-            "runtime": "eager", "device": "cpu", "threads": 2, "fingerprint": "0123456789ab",
-            "load": 0.5, "when": "2026-01-01T00:00:00+00:00", "latency_ms_p50": 8.0,
-            "latency_ms_p50_lo": 7.0, "latency_ms_p50_hi": 9.0, "peak_mem_bytes": 50_000_000,
+            "images_per_s": 100.0,
+            "images_per_s_lo": 90.0,
+            "images_per_s_hi": 110.0,
+            "ratio": 2.0,
+            "ratio_lo": 1.9,
+            "ratio_hi": 2.1,
+            "reference_images_per_s": 50.0,
+            "coverage": 0.96,
+            "blocks": 12,
+            "passes": 3,
+            "seconds": 1.5,
+            "img_size": 48,
+            "num_classes": 10,
+            "in_chans": 3,
+            "batch": 32,
+            "dtype": "float32",
+            "runtime": "eager",
+            "device": "cpu",
+            "threads": 2,
+            "fingerprint": "0123456789ab",
+            "load": 0.5,
+            "when": "2026-01-01T00:00:00+00:00",
+            "latency_ms_p50": 8.0,
+            "latency_ms_p50_lo": 7.0,
+            "latency_ms_p50_hi": 9.0,
+            "peak_mem_bytes": 50_000_000,
             **changes,
         }
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("required", "wanted"),
     [
-        ([], "pass"), (["speedup>=1.9"], "pass"), (["speedup>=1.95"], "undecided"),
-        (["speedup>=2.1"], "undecided"), (["speedup>=2.2"], "fail"),
-        (["images_per_s>=111"], "fail"), (["speedup>=1.5", "images_per_s>=100"], "undecided"),
+        ([], "pass"),
+        (["speedup>=1.9"], "pass"),
+        (["speedup>=1.95"], "undecided"),
+        (["speedup>=2.1"], "undecided"),
+        (["speedup>=2.2"], "fail"),
+        (["images_per_s>=111"], "fail"),
+        (["speedup>=1.5", "images_per_s>=100"], "undecided"),
         (["images_per_s>=100", "speedup>=2.2"], "fail"),
-        (["speedup>=1.9", "images_per_s>=90"], "pass"), (["latency_ms<=9"], "pass"),
-        (["latency_ms<=8"], "undecided"), (["latency_ms<=7"], "undecided"),
-        (["latency_ms<=6.9"], "fail"), (["peak_mem_mb<=50"], "pass"),
+        (["speedup>=1.9", "images_per_s>=90"], "pass"),
+        (["latency_ms<=9"], "pass"),
+        (["latency_ms<=8"], "undecided"),
+        (["latency_ms<=7"], "undecided"),
+        (["latency_ms<=6.9"], "fail"),
+        (["peak_mem_mb<=50"], "pass"),
         (["peak_mem_mb<=49.9"], "fail"),
     ],
-)  # fmt: skip
+)
 def test_verdicts_by_interval_ends(required: list[str], wanted: str) -> None:
     read = [parse_requirement(f"{r}@cpu", dtype="float32", batch=32) for r in required]
     assert sample().meets(read) == wanted
@@ -333,9 +372,14 @@ def test_measurement_round_trip_and_nonsense() -> None:
     with pytest.raises(InputError, match="ratio_lo"):
         Measurement.from_dict({k: v for k, v in sample().to_dict().items() if k != "ratio_lo"})
     for bad in (
-        {"images_per_s": float("nan")}, {"images_per_s_lo": 101.0}, {"ratio_lo": None},
-        {"ratio": -1.0}, {"blocks": 0}, {"batch": 0}, {"latency_ms_p50_hi": 7.5},
-    ):  # fmt: skip
+        {"images_per_s": float("nan")},
+        {"images_per_s_lo": 101.0},
+        {"ratio_lo": None},
+        {"ratio": -1.0},
+        {"blocks": 0},
+        {"batch": 0},
+        {"latency_ms_p50_hi": 7.5},
+    ):
         with pytest.raises(InputError):
             sample(**bad)
 

@@ -45,11 +45,22 @@ CTX = Context(img_size=32, num_classes=10)
 def settings(finished: Finished, **more: Any) -> dict[str, Any]:
     """The flags of the finished run, for Python."""
     return {
-        "seed": finished.flags[1], "target_params": "400K", "effort": "smoke", "threads": 1,
-        "img_size": 32, "proxy_images": 200, "teacher_epochs": 2, "cache_dir": finished.cache,
-        "bench_blocks": 6, "bench_max_blocks": 6, "shortlist": 3, "proxied": 2, "final_epochs": 1,
-        "steps": 2, **more,
-    }  # fmt: skip
+        "seed": finished.flags[1],
+        "target_params": "400K",
+        "effort": "smoke",
+        "threads": 1,
+        "img_size": 32,
+        "proxy_images": 200,
+        "teacher_epochs": 2,
+        "cache_dir": finished.cache,
+        "bench_blocks": 6,
+        "bench_max_blocks": 6,
+        "shortlist": 3,
+        "proxied": 2,
+        "final_epochs": 1,
+        "steps": 2,
+        **more,
+    }
 
 
 class Calm:
@@ -219,9 +230,12 @@ def test_a_replay_answers_from_scores_without_training_a_candidate(
     target = int(scored[0]["params"])
     executor = Counting()
     outcome = contract(
-        target_params=target, replay=str(original), out=tmp_path / "run", executor=executor,
+        target_params=target,
+        replay=str(original),
+        out=tmp_path / "run",
+        executor=executor,
         cache_dir=finished.cache,
-    )  # fmt: skip
+    )
     assert outcome.status == "reached"
     assert outcome.result["reused"]["scores"] >= 1
     trained = [key for kind, key in executor.jobs if kind == "train"]
@@ -235,9 +249,12 @@ def test_a_replay_goes_on_from_the_nearest_larger_model(
 ) -> None:
     executor = Counting()
     outcome = contract(
-        target_params="250K", replay=str(original), out=tmp_path / "run", executor=executor,
+        target_params="250K",
+        replay=str(original),
+        out=tmp_path / "run",
+        executor=executor,
         cache_dir=finished.cache,
-    )  # fmt: skip
+    )
     assert outcome.status == "reached"
     rows = ledger(tmp_path / "run")
     starts = {row["key"] for row in table(original / "family.csv")}
@@ -266,15 +283,19 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
     """A replay's own answers have theirs in the run that it replayed, under another step."""
     dataset = cast(Any, SimpleNamespace(fingerprint="data"))
     scored: dict[str, Any] = {"stage": "kept", "state": "complete"}
-    rows = [Row(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, epochs=e, **scored)
-            for s, k, x, e in ((1, "a", 0.5, 2), (2, "a", 0.4, 2), (1, "b", 0.3, 3))]  # fmt: skip
+    rows = [
+        Row(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, epochs=e, **scored)
+        for s, k, x, e in ((1, "a", 0.5, 2), (2, "a", 0.4, 2), (1, "b", 0.3, 3))
+    ]
     kept_run(tmp_path / "first", rows)
     losses = tmp_path / "first" / "work" / "s1-a" / "holdout.safetensors"
     for name in ("s1-a", "s2-a", "s1-b-more"):
         losses.parent.with_name(name).mkdir(parents=True)
         save_file({"soft_loss": np.zeros(3)}, losses.parent.with_name(name) / losses.name)
-    again = [Row(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
-             for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))]  # fmt: skip
+    again = [
+        Row(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
+        for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))
+    ]
     kept_run(tmp_path / "second", again, replay=str(tmp_path / "first"))
     kept_run(tmp_path / "third", again[::-1], replay=str(tmp_path / "second"))
 
@@ -343,8 +364,10 @@ def test_a_run_of_before_there_was_distillation_by_kind_goes_on_as_it_was(tmp_pa
     asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
     assert replayed_config(asked).distill == "sparse"
     assert resumed_config(told, {}).distill == "sparse"
-    for other in (lambda: replayed_config({**asked, "distill": "soft"}),
-                  lambda: resumed_config(told, {"distill": "soft"})):  # fmt: skip
+    for other in (
+        lambda: replayed_config({**asked, "distill": "soft"}),
+        lambda: resumed_config(told, {"distill": "soft"}),
+    ):
         with pytest.raises(InputError, match="--distill: got soft"):
             other()
 
@@ -403,9 +426,18 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
             return super().run(job, **more)
 
     given = settings(
-        finished, seed=str(seed), family="vit", distill="token", target_params="110K", beam=2,
-        shortlist=6, proxied=6, steps=1, choose="spread", params_tolerance=0.3,
-    )  # fmt: skip
+        finished,
+        seed=str(seed),
+        family="vit",
+        distill="token",
+        target_params="110K",
+        beam=2,
+        shortlist=6,
+        proxied=6,
+        steps=1,
+        choose="spread",
+        params_tolerance=0.3,
+    )
     folder = tmp_path / "run"
     outcome = contract(**given, out=folder, executor=Watching(), trust=3)
     assert outcome.status == "reached"
@@ -442,10 +474,14 @@ def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> N
     assert (anew.min_speedup, anew.require) == (None, ("params<=350000",))
 
 
-@pytest.mark.parametrize(("asked", "lo", "by"), [
-    (1_000_000, 4_500_000, "multiply-adds"), (None, 4_500_000, "parameters"),
-    (1_000_000, 30_000_000, "parameters"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("asked", "lo", "by"),
+    [
+        (1_000_000, 4_500_000, "multiply-adds"),
+        (None, 4_500_000, "parameters"),
+        (1_000_000, 30_000_000, "parameters"),
+    ],
+)
 def test_what_keeps_a_band_empty_is_named(asked: int | None, lo: int, by: str) -> None:
     seed = FAMILY.seed("21M")
     here = SimpleNamespace(
@@ -547,9 +583,13 @@ def test_a_run_without_a_winner_says_that_there_is_no_report(
     monkeypatch.setattr("nas.contract.final.pick_winner", lambda run, ranked: "none is fast enough")
     said = io.StringIO()
     outcome = contract(
-        out=folder, resume=True, trust=4, cache_dir=finished.cache, executor=Counting(),
+        out=folder,
+        resume=True,
+        trust=4,
+        cache_dir=finished.cache,
+        executor=Counting(),
         console=Console(stream=said),
-    )  # fmt: skip
+    )
     assert outcome.status == "stuck"
     assert "trust: no report is made of a run that is stuck\n" in said.getvalue()
 

@@ -70,9 +70,7 @@ class Bench:
         for task in tasks:
             more = {k: v for k, v in task.job.spec.items() if k != "key"}
             known = failed_before(task.out) if remember else None
-            result = known or self.train(
-                task.job.spec["key"], task.job.key, out=task.out, **more
-            )  # fmt: skip
+            result = known or self.train(task.job.spec["key"], task.job.key, out=task.out, **more)
             if remember and not result.ok:
                 keep_failure(task.out, result)
             found[task.job.key] = result
@@ -274,8 +272,10 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
     assert second.ok, second.reason
     assert whole.values["weights_digest"] == second.values["weights_digest"]
     assert first.values["weights_digest"] != second.values["weights_digest"]
-    names = [sorted(p.name for p in (tmp_path / n).glob("*.safetensors")) for n in
-             ("whole", "first", "second")]  # fmt: skip
+    names = [
+        sorted(p.name for p in (tmp_path / n).glob("*.safetensors"))
+        for n in ("whole", "first", "second")
+    ]
     assert names[0] == names[2] == ["holdout.safetensors", "weights.safetensors"]
     assert names[1] == [CHECKPOINT, "holdout.safetensors"]
     trained = sum(ticks) - whole.values["holdout_images"]
@@ -301,18 +301,29 @@ def _specs(finished: Any) -> list[str]:
     seed = finished.flags[1]
     with pytest.raises(InputError, match="enough"):
         contract(
-            seed=seed, target_params="400K", effort="smoke", steps=2, threads=1, img_size=32,
-            proxy_images=200, teacher_epochs=2, cache_dir=finished.cache, random_seed=0,
-            seed_epochs=2, out=finished.folder.parent / "listening", executor=Listening(),
-        )  # fmt: skip
+            seed=seed,
+            target_params="400K",
+            effort="smoke",
+            steps=2,
+            threads=1,
+            img_size=32,
+            proxy_images=200,
+            teacher_epochs=2,
+            cache_dir=finished.cache,
+            random_seed=0,
+            seed_epochs=2,
+            out=finished.folder.parent / "listening",
+            executor=Listening(),
+        )
     return found
 
 
 def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
     bench = SimpleNamespace(
-        dataset=SimpleNamespace(fingerprint="d"), fingerprint={"id": "f"},
+        dataset=SimpleNamespace(fingerprint="d"),
+        fingerprint={"id": "f"},
         config=SimpleNamespace(threads=1, metric="top1"),
-    )  # fmt: skip
+    )
 
     def digest(label_epochs: int, first: int = 0) -> str:
         spec = {"init": "scratch", "epochs": 4, "first_epoch": first, "label_epochs": label_epochs}

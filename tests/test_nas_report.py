@@ -44,17 +44,33 @@ def test_a_finished_run(tmp_path: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     winner = result["final"]["winner"]
     for needed in (
-        f"{winner['params']:,}", "4.10x fewer than the seed", "93.1 +- 1.3 %", "on 359 images",
-        "+2.0 points [-0.4, +4.4]", "no difference from the published 5M", "287 holdout images",
-        "AMD EPYC family 25/1/1", "batch 32, float32, 48 px", "it is not accuracy",
-        "at least 1.5x the seed's throughput", "![", "out of memory | 4 |", "1,234,567",
-        "python -m nas.export", "strict=True", "0.4123 and 0.4322", "embed_dims[2] 384->256",
-    ):  # fmt: skip
+        f"{winner['params']:,}",
+        "4.10x fewer than the seed",
+        "93.1 +- 1.3 %",
+        "on 359 images",
+        "+2.0 points [-0.4, +4.4]",
+        "no difference from the published 5M",
+        "287 holdout images",
+        "AMD EPYC family 25/1/1",
+        "batch 32, float32, 48 px",
+        "it is not accuracy",
+        "at least 1.5x the seed's throughput",
+        "![",
+        "out of memory | 4 |",
+        "1,234,567",
+        "python -m nas.export",
+        "strict=True",
+        "0.4123 and 0.4322",
+        "embed_dims[2] 384->256",
+    ):
         assert needed in text, needed
     table = final_table(run)
     assert [line.split()[0] for line in table.splitlines()[:4]] == [
-        "model", "seed", "winner", "published",
-    ]  # fmt: skip
+        "model",
+        "seed",
+        "winner",
+        "published",
+    ]
     assert all(len(line) <= 100 for line in table.splitlines()[:4])
     lines = status(run)
     assert lines.splitlines()[0].endswith(": reached")
@@ -265,8 +281,9 @@ def test_stop_counts_cover_every_candidate_once(tmp_path: Path) -> None:
     assert sum(count for _, count in counts) == len(run.ledger) - 1
     assert counts[-1][0] == "other reasons"
     assert counts[1] == (
-        "throughput (pruned): not surely as fast as #x the seed (required): # [# #]", 12,
-    )  # fmt: skip
+        "throughput (pruned): not surely as fast as #x the seed (required): # [# #]",
+        12,
+    )
 
 
 def test_numbers_as_people_read_them() -> None:
@@ -278,5 +295,7 @@ def test_numbers_as_people_read_them() -> None:
     assert [duration(s) for s in (42, 190, 7500)] == ["42 s", "3 min 10 s", "2 h 5 min"]
     assert markdown(("a", "b"), [["x|y", "1"]]).splitlines()[2] == "| x\\|y | 1 |"
     assert plain(("a", "b"), [["xyz", "1"], ["", "10"]]).splitlines() == [
-        "a     b", "xyz   1", "     10",
-    ]  # fmt: skip
+        "a     b",
+        "xyz   1",
+        "     10",
+    ]

@@ -32,9 +32,7 @@ def config(**changes: object) -> RunConfig:
 
 @settings(max_examples=200, derandomize=True)
 @given(
-    target=st.integers(10_000, 19_000_000),
-    steps=st.integers(1, 12),
-    tolerance=st.floats(0.0, 0.5),
+    target=st.integers(10_000, 19_000_000), steps=st.integers(1, 12), tolerance=st.floats(0.0, 0.5)
 )
 def test_bands_shrink_to_the_targets_own_band(target: int, steps: int, tolerance: float) -> None:
     c = config(target_params=target, steps=steps, params_tolerance=tolerance)

@@ -120,9 +120,7 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
             more = decided(ask, listed, rng)
             again = rng.random() < 0.5  # the same step asks again, or the next one does
             ask = replace(
-                ask,
-                seen=(*ask.seen, *more),
-                exclude=frozenset(keys) if again else frozenset(),
+                ask, seen=(*ask.seen, *more), exclude=frozenset(keys) if again else frozenset()
             )
     assert answered > (5 if name == "uniform" else 40)  # few scalings fit in a narrow band
 

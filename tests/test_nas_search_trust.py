@@ -66,9 +66,11 @@ def test_tau_is_that_of_concordant_pairs() -> None:
         for i in range(n):
             for j in range(i):
                 product = (a[i] - a[j]) * (b[i] - b[j])
-                above, below, ties = above + (product > 0), below + (product < 0), ties + (
-                    product == 0
-                )  # fmt: skip
+                above, below, ties = (
+                    above + (product > 0),
+                    below + (product < 0),
+                    ties + (product == 0),
+                )
         naive = (above - below) / math.sqrt((above + below) * (above + below + ties))
         assert kendall(a, b) == pytest.approx(naive)
         found = kendall_interval(a, b, resamples=50, random_seed=1)
@@ -195,10 +197,13 @@ def images_of(
     """Losses [s, images] per arch: hard images are hard for all, random seeds differ."""
     hard = rng.exponential(size=images)
     return {
-        f"a{i:02d}": value + hard + seed_sd * rng.normal(size=(s, 1))
-        + 0.5 * rng.normal(size=images) + 0.3 * rng.normal(size=(s, images))
+        f"a{i:02d}": value
+        + hard
+        + seed_sd * rng.normal(size=(s, 1))
+        + 0.5 * rng.normal(size=images)
+        + 0.3 * rng.normal(size=(s, images))
         for i, value in enumerate(true)
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(("s", "seed_sd"), [(1, 0.0), (3, 0.05), (3, 0.0)])
@@ -224,11 +229,12 @@ def test_equal_archs_keep_the_level_with_random_seeds_that_differ() -> None:
     )
     assert missed / SIMULATED <= 0.05 + SLACK
     single = sum(
-        "a00" not in indistinguishable(
+        "a00"
+        not in indistinguishable(
             {k: v.mean(axis=0) for k, v in images_of(rng, np.zeros(5), 3, 1000, 0.2).items()}, 0.05
         )
         for _ in range(50)
-    )  # fmt: skip
+    )
     assert single / 50 > 0.5
 
 
@@ -306,7 +312,7 @@ class Paper:
             spec = dict(task.job.spec)
             result = failed_before(task.out) or self.train(
                 spec.pop("arch"), task.job.key, out=task.out, **spec
-            )  # fmt: skip
+            )
             if not result.ok:
                 keep_failure(task.out, result)
             found.append(result)

@@ -316,13 +316,21 @@ def test_the_dashboard_serves_the_studies(server: Server, tmp_path: Path) -> Non
     # As the README says it; the password by the environment.
     process = subprocess.Popen(
         [
-            sys.executable, "-c", "from optuna_dashboard._cli import main; main()",
+            sys.executable,
+            "-c",
+            "from optuna_dashboard._cli import main; main()",
             shared.url.replace("://", "+psycopg://"),
-            "--host", "127.0.0.1", "--port", str(port), "--server", "wsgiref",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--server",
+            "wsgiref",
         ],
-        env={**os.environ, "PGPASSWORD": PASSWORD}, stdout=subprocess.DEVNULL,
+        env={**os.environ, "PGPASSWORD": PASSWORD},
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
         until = time.monotonic() + 60
         while True:

@@ -133,12 +133,18 @@ def test_a_flipped_digit_of_a_trial_is_refused(tmp_path: Path, whole: bytes) -> 
     path = tmp_path / "study.db"
     found = 0
     for text, other in (
-        (b"21198568", b"21198569"), (b"0.4375", b"0.4374"), (b"101.25", b"101.35"),
-        (b"by 3 %", b"by 2 %"), (b'"head_dim": 34', b'"head_dim": 32'),
+        (b"21198568", b"21198569"),
+        (b"0.4375", b"0.4374"),
+        (b"101.25", b"101.35"),
+        (b"by 3 %", b"by 2 %"),
+        (b'"head_dim": 34', b'"head_dim": 32'),
         (b'"key": "a"', b'"key": "e"'),
-        (b"0.0625", b"0.0125"), (b'"params": -5.0', b'"params": -4.0'), (b"PRUNED", b"FAILED"),
-        (b'"log": "', b'"lag": "'), (b"mlp_ratio 4->3", b"mlp_ratio 4->2"),
-    ):  # fmt: skip
+        (b"0.0625", b"0.0125"),
+        (b'"params": -5.0', b'"params": -4.0'),
+        (b"PRUNED", b"FAILED"),
+        (b'"log": "', b'"lag": "'),
+        (b"mlp_ratio 4->3", b"mlp_ratio 4->2"),
+    ):
         for at in text_places(whole, text):
             path.write_bytes(whole[:at] + other + whole[at + len(text) :])
             assert outcome(path, go_on=False) == "refused", (text, at)

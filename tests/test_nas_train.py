@@ -57,8 +57,20 @@ def test_a_training_leaves_models_log_curve_and_board(
     assert json.loads(capsys.readouterr().out) == result
     # Its best model, evaluated again from its files, is what was told.
     table = tmp_path / "classes.csv"
-    again = ["--evaluate", str(out), "--data", "digits", "--proxy-images", "200", "--cache-dir",
-             str(cache), "--out", str(table), "--quiet", "--json"]  # fmt: skip
+    again = [
+        "--evaluate",
+        str(out),
+        "--data",
+        "digits",
+        "--proxy-images",
+        "200",
+        "--cache-dir",
+        str(cache),
+        "--out",
+        str(table),
+        "--quiet",
+        "--json",
+    ]
     assert train.main(again) == 0
     tested = json.loads(capsys.readouterr().out)
     assert tested["top1"] == result["test_top1"]
@@ -71,8 +83,16 @@ def test_a_training_leaves_models_log_curve_and_board(
 
 def test_the_same_whole_batch_gives_the_same_curve(finished: Finished, tmp_path: Path) -> None:
     # TinyViT whose batch norms are frozen: nothing depends on who sees what together.
-    more = ["--set", "bn=eval", "--init", str(finished.folder / "best.safetensors"),
-            "--set", "layer_decay=0.8", "--set", "lr=3e-4"]  # fmt: skip
+    more = [
+        "--set",
+        "bn=eval",
+        "--init",
+        str(finished.folder / "best.safetensors"),
+        "--set",
+        "layer_decay=0.8",
+        "--set",
+        "lr=3e-4",
+    ]
     found = []
     for turns in ("1", "2", "4"):
         out = tmp_path / turns
@@ -160,9 +180,24 @@ def test_weights_of_another_size_and_other_classes_are_taken_over(
     first, out = tmp_path / "first", tmp_path / "out"
     assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
     (tmp_path / "map.txt").write_text("\n".join(str(n) for n in [9, 8, 7, 6, 5, 4, 3, 2, 1, -1]))
-    more = ["--img-size", "48", "--init", str(first / "best.safetensors"), "--resize", how,
-            "--head-map", str(tmp_path / "map.txt"), "--set", "lr=0", "--set", "min_lr=0",
-            "--set", "warmup_lr=0", "--set", "weight_decay=0"]  # fmt: skip
+    more = [
+        "--img-size",
+        "48",
+        "--init",
+        str(first / "best.safetensors"),
+        "--resize",
+        how,
+        "--head-map",
+        str(tmp_path / "map.txt"),
+        "--set",
+        "lr=0",
+        "--set",
+        "min_lr=0",
+        "--set",
+        "warmup_lr=0",
+        "--set",
+        "weight_decay=0",
+    ]
     assert train.main(flags(cache, arch, out, *more)) == 0
     old, new = weights(first, "best"), weights(out)
     assert torch.equal(new["blocks.0.attn.qkv.weight"], old["blocks.0.attn.qkv.weight"])
@@ -181,11 +216,19 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
     store = cache / "store"
     if not store.exists():
         labels.build(
-            "digits", epochs=2, out=store, teacher_epochs=1, img_size=32, proxy_images=200,
-            threads=1, cache_dir=cache,
-        )  # fmt: skip
-    for name, source in (("store", ["--labels", str(store)]),
-                         ("online", ["--teacher", "auto", "--teacher-epochs", "1"])):  # fmt: skip
+            "digits",
+            epochs=2,
+            out=store,
+            teacher_epochs=1,
+            img_size=32,
+            proxy_images=200,
+            threads=1,
+            cache_dir=cache,
+        )
+    for name, source in (
+        ("store", ["--labels", str(store)]),
+        ("online", ["--teacher", "auto", "--teacher-epochs", "1"]),
+    ):
         out = tmp_path / name
         assert train.main(flags(cache, arch, out, *source, "--distill", kind)) == 0, name
         assert float(rows(out)[-1]["train_loss"]) < 5
@@ -194,8 +237,20 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
     capsys.readouterr()
     losses = []
     for how in ("logits", "softmax"):  # of one head both are the same
-        again = ["--evaluate", str(tmp_path / "store"), "--data", "digits", "--proxy-images", "200",
-                 "--cache-dir", str(cache), "--fusion", how, "--quiet", "--json"]  # fmt: skip
+        again = [
+            "--evaluate",
+            str(tmp_path / "store"),
+            "--data",
+            "digits",
+            "--proxy-images",
+            "200",
+            "--cache-dir",
+            str(cache),
+            "--fusion",
+            how,
+            "--quiet",
+            "--json",
+        ]
         assert train.main(again) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert (losses[0] == losses[1]) == (kind != "token")
@@ -206,9 +261,16 @@ def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(
 ) -> None:
     store = tmp_path / "mixed"
     labels.build(
-        "digits", epochs=1, out=store, teacher_epochs=1, img_size=32, proxy_images=200, threads=1,
-        cache_dir=cache, changes={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
-    )  # fmt: skip
+        "digits",
+        epochs=1,
+        out=store,
+        teacher_epochs=1,
+        img_size=32,
+        proxy_images=200,
+        threads=1,
+        cache_dir=cache,
+        changes={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    )
     found = []
     for alpha in ("0", "1"):
         out = tmp_path / alpha
@@ -232,9 +294,16 @@ def test_a_model_is_evaluated_on_its_own_classes_and_size_only(
 
 def test_python_users_get_what_the_command_does(cache: Path, tmp_path: Path) -> None:
     result = train.train(
-        str(arch_file(tmp_path)), "digits", tmp_path / "out", img_size=32, proxy_images=200,
-        epochs=1, threads=1, cache_dir=cache, set=["lr=1e-4", "erase_prob=none"],
-    )  # fmt: skip
+        str(arch_file(tmp_path)),
+        "digits",
+        tmp_path / "out",
+        img_size=32,
+        proxy_images=200,
+        epochs=1,
+        threads=1,
+        cache_dir=cache,
+        set=["lr=1e-4", "erase_prob=none"],
+    )
     assert result["status"] == "finished"
     told = json.loads((tmp_path / "out" / "train.json").read_text())
     assert told["config"]["recipe"]["lr"] == 1e-4

@@ -22,10 +22,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "damage",
     [
-        {}, {"config": {}, "machine": {}}, {"config": {"recipe": {}}, "machine": {}},
+        {},
+        {"config": {}, "machine": {}},
+        {"config": {"recipe": {}}, "machine": {}},
         {"config": 3, "machine": {}},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_account_is_one_line(
     damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,9 +83,15 @@ def test_weights_of_another_arch_and_labels_of_other_classes_are_refused(
     assert "weights of D64" in capsys.readouterr().err
     store = tmp_path / "store"
     labels.build(
-        "fractals", epochs=1, out=store, teacher_epochs=1, img_size=32, proxy_images=300,
-        threads=1, cache_dir=cache,
-    )  # fmt: skip
+        "fractals",
+        epochs=1,
+        out=store,
+        teacher_epochs=1,
+        img_size=32,
+        proxy_images=300,
+        threads=1,
+        cache_dir=cache,
+    )
     assert train.main(flags(cache, wide, tmp_path / "b", "--labels", str(store))) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

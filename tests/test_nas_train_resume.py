@@ -47,8 +47,16 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arch = arch_file(tmp_path)
-    more = ["--set", "drop_path=0.2", "--set", "ema_decay=0.9", "--set", "mixup=0.8",
-            "--batch-size", "16"]  # fmt: skip
+    more = [
+        "--set",
+        "drop_path=0.2",
+        "--set",
+        "ema_decay=0.9",
+        "--set",
+        "mixup=0.8",
+        "--batch-size",
+        "16",
+    ]
     whole = tmp_path / "whole"
     assert train.main(flags(cache, arch, whole, *more)) == 0
 
@@ -75,18 +83,26 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
         for name in ("last", "best"):
             assert equal(weights(whole, name), weights(out, name)), (trial, fatal)
         timeless = [
-            [{k: v for k, v in r.items() if k not in ("seconds", "images_per_s", "peak_mem_bytes")}
-             for r in rows(each)] for each in (whole, out)
-        ]  # fmt: skip
+            [
+                {
+                    k: v
+                    for k, v in r.items()
+                    if k not in ("seconds", "images_per_s", "peak_mem_bytes")
+                }
+                for r in rows(each)
+            ]
+            for each in (whole, out)
+        ]
         assert timeless[0] == timeless[1]
 
 
 def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: float) -> None:
     """Kill -9 some time after the first checkpoint, then go on."""
     with subprocess.Popen(
-        [sys.executable, "-m", "nas.train", *arguments], stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "nas.train", *arguments],
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+    ) as process:
         waited = time.monotonic()
         while not (out / "checkpoint.safetensors").exists():
             assert process.poll() is None

@@ -53,9 +53,11 @@ def test_repeats_are_dealt_out_as_timms_sampler_does(world: int) -> None:
 
 
 @given(
-    world=st.integers(1, 4), turns=st.integers(1, 4), whole=st.integers(2, 40),
+    world=st.integers(1, 4),
+    turns=st.integers(1, 4),
+    whole=st.integers(2, 40),
     steps=st.integers(1, 4),
-)  # fmt: skip
+)
 def test_parts_make_up_the_whole_batch_once(world: int, turns: int, whole: int, steps: int) -> None:
     batches = [np.arange(s * whole, (s + 1) * whole) for s in range(steps)]
     seen: dict[int, list[int]] = {s: [] for s in range(steps)}
@@ -74,9 +76,14 @@ def test_parts_make_up_the_whole_batch_once(world: int, turns: int, whole: int, 
 def test_two_processes_in_one_turn_see_the_parts_of_one_in_two(digits: Dataset) -> None:
     def parts(rank: int, world: int, turns: int) -> list[tuple[int, torch.Tensor]]:
         source = LiveBatches(
-            digits.train, default_spec(digits), batch_size=32, repeats=3, random_seed=1, workers=0,
+            digits.train,
+            default_spec(digits),
+            batch_size=32,
+            repeats=3,
+            random_seed=1,
+            workers=0,
             device="cpu",
-        )  # fmt: skip
+        )
         return [
             (part.number, part.inputs)
             for step in source.steps(2, 0, Share(rank, world, turns))
@@ -93,9 +100,14 @@ def test_two_processes_in_one_turn_see_the_parts_of_one_in_two(digits: Dataset) 
 
 def test_an_epoch_goes_on_from_any_step_and_copies_are_other_views(digits: Dataset) -> None:
     source = LiveBatches(
-        digits.train, default_spec(digits), batch_size=16, repeats=3, random_seed=0, workers=0,
+        digits.train,
+        default_spec(digits),
+        batch_size=16,
+        repeats=3,
+        random_seed=0,
+        workers=0,
         device="cpu",
-    )  # fmt: skip
+    )
     share = Share(0, 1, 1)
     whole = [step[0] for step in source.steps(1, 0, share)]
     assert len(whole) == source.steps_per_epoch
@@ -142,6 +154,11 @@ def test_a_batch_that_processes_cannot_share_is_refused_with_the_nearest(
 def test_more_than_all_images_make_no_batch(digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--set batch_size=N"):
         LiveBatches(
-            digits.train, default_spec(digits), batch_size=10_000, repeats=1, random_seed=0,
-            workers=0, device="cpu",
-        )  # fmt: skip
+            digits.train,
+            default_spec(digits),
+            batch_size=10_000,
+            repeats=1,
+            random_seed=0,
+            workers=0,
+            device="cpu",
+        )

@@ -19,10 +19,14 @@ def tinyvit(depths: tuple[int, int, int, int]) -> tuple[torch.nn.Module, list[st
     family = get_family("tinyvit")
     arch = family.arch(
         {
-            "embed_dims": [32, 32, 64, 64], "depths": list(depths), "window_sizes": [7, 14, 7],
-            "mbconv_expand_ratio": 4.0, "mlp_ratio": 2.0, "head_dim": 32,
+            "embed_dims": [32, 32, 64, 64],
+            "depths": list(depths),
+            "window_sizes": [7, 14, 7],
+            "mbconv_expand_ratio": 4.0,
+            "mlp_ratio": 2.0,
+            "head_dim": 32,
         }
-    )  # fmt: skip
+    )
     blocks = [b for group in family.blocks(arch).values() for b in group]
     return family.build(arch, CTX), blocks
 

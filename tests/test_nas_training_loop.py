@@ -58,10 +58,7 @@ def run(model, plan=SETTINGS, **kwargs):
 
 
 @given(
-    total=st.integers(1, 60),
-    share=st.floats(0, 1),
-    lr=st.floats(1e-6, 1.0),
-    low=st.floats(0, 1),
+    total=st.integers(1, 60), share=st.floats(0, 1), lr=st.floats(1e-6, 1.0), low=st.floats(0, 1)
 )
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_schedule_is_its_formula(total, share, lr, low):
@@ -159,9 +156,14 @@ def test_killed_inside_an_epoch_resumes_at_its_start(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(
-            make_model(), breaking, step_loss, SETTINGS, steps_per_epoch=3, device="cpu",
+            make_model(),
+            breaking,
+            step_loss,
+            SETTINGS,
+            steps_per_epoch=3,
+            device="cpu",
             checkpoint=path,
-        )  # fmt: skip
+        )
     resumed, whole = make_model(random_seed=7), make_model()
     run(resumed, checkpoint=path)
     run(whole)
@@ -236,19 +238,30 @@ def test_mixed_precision_trains_on_a_gpu(tmp_path):
 
     model = make_model()
     history = train(
-        model, batches, moved, SETTINGS, steps_per_epoch=3, device="cuda",
+        model,
+        batches,
+        moved,
+        SETTINGS,
+        steps_per_epoch=3,
+        device="cuda",
         checkpoint=tmp_path / "p.safetensors",
-    )  # fmt: skip
+    )
     assert math.isfinite(history.final_loss)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"epochs": 0}, {"batch_size": 1}, {"lr": math.nan}, {"lr": -1.0}, {"min_lr": -1e-9},
-        {"weight_decay": math.inf}, {"warmup_epochs": -1.0}, {"clip_norm": 0.0},
+        {"epochs": 0},
+        {"batch_size": 1},
+        {"lr": math.nan},
+        {"lr": -1.0},
+        {"min_lr": -1e-9},
+        {"weight_decay": math.inf},
+        {"warmup_epochs": -1.0},
+        {"clip_norm": 0.0},
     ],
-)  # fmt: skip
+)
 def test_bad_settings_are_refused_in_one_line(change):
     with pytest.raises(InputError) as caught:
         replace(SETTINGS, **change)

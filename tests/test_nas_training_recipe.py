@@ -22,17 +22,43 @@ M5, M11, M21 = 5_392_764, 10_996_972, 21_198_568
 # What the authors publish: epochs, whole batch, peak, least and first rate at that batch, warm-up,
 # weight decay, layer decay, batch norms, drop path of 5M/11M/21M, mixup, CutMix, clipping.
 PUBLISHED: dict[str, tuple[Any, ...]] = {
-    "tinyvit-22k-distill":
-        (90, 4096, 2e-3, 4e-5, 4e-6, 5, 0.01, None, "train", (0, 0, 0.1), 0, 0, 5.0),
+    "tinyvit-22k-distill": (
+        90,
+        4096,
+        2e-3,
+        4e-5,
+        4e-6,
+        5,
+        0.01,
+        None,
+        "train",
+        (0, 0, 0.1),
+        0,
+        0,
+        5.0,
+    ),
     "tinyvit-22k-1k": (30, 1024, 5e-4, 2e-5, 1e-6, 5, 1e-8, 0.8, "eval", (0, 0, 0.1), 0, 0, 5.0),
-    "tinyvit-1k":
-        (300, 1024, 1e-3, 1e-5, 1e-6, 20, 0.05, None, "train", (0, 0.1, 0.2), 0.8, 1.0, 5.0),
+    "tinyvit-1k": (
+        300,
+        1024,
+        1e-3,
+        1e-5,
+        1e-6,
+        20,
+        0.05,
+        None,
+        "train",
+        (0, 0.1, 0.2),
+        0.8,
+        1.0,
+        5.0,
+    ),
     "tinyvit-384": (30, 1024, 4e-5, 4e-7, 4e-8, 5, 1e-8, None, "eval", (0.1,) * 3, 0, 0, 5.0),
     "tinyvit-512": (30, 1024, 4e-5, 4e-7, 4e-8, 5, 1e-8, None, "eval", (0.1,) * 3, 0, 0, 5.0),
     "deit": (300, 1024, 1e-3, 1e-5, 1e-6, 5, 0.05, None, "train", (0.1,) * 3, 0.8, 1.0, None),
     "deit-token": (300, 1024, 1e-3, 1e-5, 1e-6, 5, 0.05, None, "train", (0.1,) * 3, 0.8, 1.0, None),
     "deit-384": (30, 512, 5e-6, 5e-6, 1e-6, 5, 1e-8, None, "train", (0.1,) * 3, 0.8, 1.0, None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -47,8 +73,12 @@ def test_presets_have_the_published_values(name: str) -> None:
         assert (r.weight_decay, r.layer_decay, r.bn, r.drop_path) == (wd, layer, bn, drop)
         assert (r.mixup, r.cutmix, r.clip_norm, r.mix_mode) == (mixup, cutmix, clip, "batch")
         assert (r.label_smoothing, r.augment, r.eps, r.beta1, r.beta2) == (
-            0.1, "official", 1e-8, 0.9, 0.999,
-        )  # fmt: skip
+            0.1,
+            "official",
+            1e-8,
+            0.9,
+            0.999,
+        )
         deit = name.startswith("deit")
         assert (r.repeats, r.ema_decay, r.schedule) == (
             (3, 0.99996, "epoch") if deit else (1, None, "step")
@@ -68,9 +98,11 @@ def test_rates_scale_with_the_whole_batch_as_each_recipe_says(batch: int, name: 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(sorted(PRESETS)), epochs=st.integers(2, 40), steps=st.integers(1, 30),
+    name=st.sampled_from(sorted(PRESETS)),
+    epochs=st.integers(2, 40),
+    steps=st.integers(1, 30),
     share=st.floats(0, 0.9),
-)  # fmt: skip
+)
 def test_the_schedules_trace_is_timms_from_the_first_step_to_the_last(
     name: str, epochs: int, steps: int, share: float
 ) -> None:
@@ -81,9 +113,12 @@ def test_the_schedules_trace_is_timms_from_the_first_step_to_the_last(
     clock = 1 if by_epoch else steps
     oracle = CosineLRScheduler(
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak),
-        t_initial=epochs * clock, lr_min=least, warmup_t=int(warm * clock), warmup_lr_init=first,
+        t_initial=epochs * clock,
+        lr_min=least,
+        warmup_t=int(warm * clock),
+        warmup_lr_init=first,
         t_in_epochs=by_epoch,
-    )  # fmt: skip
+    )
     for step in range(epochs * steps):
         wanted = oracle._get_lr(step // steps if by_epoch else step)[0]
         assert rate_at(recipe, step, steps) == pytest.approx(wanted, rel=1e-9, abs=1e-18)

@@ -421,9 +421,8 @@ def test_a_head_learns_what_is_in_the_maps_and_frozen_is_frozen(
         monkeypatch.setattr(segmentation, "MOST_KEPT_BYTES", most)
         net, ticks = Shrunk(), [0.0]
         counts = segment(
-            net, sides, spec, how, finetune=finetune, random_seed=0, device="cpu",
-            tick=ticks.append,
-        )  # fmt: skip
+            net, sides, spec, how, finetune=finetune, random_seed=0, device="cpu", tick=ticks.append
+        )
         assert (net.scale.item() == 1) != finetune
         assert sum(ticks) == 10 * 96 + 20
         found.append(counts)
@@ -453,11 +452,13 @@ def test_the_command_writes_what_it_prints(
     assert [(r["check"], r["metric"], r["model"]) for r in rows] == [
         (check, metric, model)
         for check, metric in (
-            ("probe", "top1"), ("knn", "top1"),
-            ("segment", "mean_iou"), ("segment", "pixel_accuracy"),
+            ("probe", "top1"),
+            ("knn", "top1"),
+            ("segment", "mean_iou"),
+            ("segment", "pixel_accuracy"),
         )
         for model in ("trained", "random")
-    ]  # fmt: skip
+    ]
     for row, said in zip(rows, told["rows"], strict=True):
         assert {k: "" if v is None else str(v) for k, v in said.items()} == row
         assert row["n"] == ("12" if row["check"] == "segment" else "359")
@@ -467,8 +468,11 @@ def test_the_command_writes_what_it_prints(
     for trained, random in zip(told["rows"][::2], told["rows"][1::2], strict=True):
         assert trained["difference"] == pytest.approx(trained["value"] - random["value"])
         assert trained["difference_lo"] <= trained["difference"] <= trained["difference_hi"]
-        shown = next(i for i, x in enumerate(lines) if f"| {trained['metric']} " in x
-                     and x.startswith(trained["check"]))  # fmt: skip
+        shown = next(
+            i
+            for i, x in enumerate(lines)
+            if f"| {trained['metric']} " in x and x.startswith(trained["check"])
+        )
         assert f"{100 * trained['value']:.1f} +- {100 * trained['se']:.1f} %" in lines[shown]
     again = transfer(tiny, "digits", epochs=1, cache_dir=cache)
     assert again["rows"] == told["rows"]
@@ -570,8 +574,12 @@ def test_what_cannot_be_checked_is_refused_in_one_line(
     (tmp_path / "empty").mkdir()
     cfg = {"input_size": [3, 48, 48], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 3}
     grey = {**cfg, "input_size": [1, 48, 48], "mean": [0.5], "std": [0.5]}
-    for name, seen in (("bare", cfg), ("odd", {**cfg, "std": [0, 1, 1]}), ("grey", grey),
-                       ("other", cfg)):  # fmt: skip
+    for name, seen in (
+        ("bare", cfg),
+        ("odd", {**cfg, "std": [0, 1, 1]}),
+        ("grey", grey),
+        ("other", cfg),
+    ):
         (tmp_path / name).mkdir()
         config = {"architecture": "resnet18", "pretrained_cfg": seen}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -592,8 +600,13 @@ def test_weights_that_are_no_numbers_are_refused(
     assert export([str(run), "--to", "timm", "--out", str(tmp_path / "hub")]) == 0
     path = tmp_path / "hub" / "model.safetensors"
     state = left_by(run).build().state_dict()
-    save_file({key: value * float("nan") if value.is_floating_point() else value
-               for key, value in state.items()}, path)  # fmt: skip
+    save_file(
+        {
+            key: value * float("nan") if value.is_floating_point() else value
+            for key, value in state.items()
+        },
+        path,
+    )
     flags = ["--data", "digits", "--checks", "knn", "--cache-dir", str(cache)]
     capsys.readouterr()
     assert main([str(tmp_path / "hub"), *flags]) == 2

@@ -26,9 +26,20 @@ from tests.label_cases import built
 from tests.test_architecture import modules
 
 RUNS_CODE = {
-    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml",
-    "ruamel", "jsonpickle", "code", "codeop",
-}  # fmt: skip
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "marshal",
+    "shelve",
+    "dill",
+    "joblib",
+    "cloudpickle",
+    "yaml",
+    "ruamel",
+    "jsonpickle",
+    "code",
+    "codeop",
+}
 """Modules that make objects, or code, of what they read."""
 CALLS = {"eval", "exec", "compile", "__import__"}
 
@@ -78,8 +89,12 @@ def flaws(tree: ast.AST) -> list[str]:
         if name in ("np.load", "numpy.load") and literal(node, "allow_pickle") not in (None, False):
             found.append("numpy.load with allow_pickle")
         if literal(node, "shell") not in (None, False) and last in (
-            "run", "Popen", "call", "check_call", "check_output",
-        ):  # fmt: skip
+            "run",
+            "Popen",
+            "call",
+            "check_call",
+            "check_output",
+        ):
             found.append("shell=True")
         if name in ("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"):
             found.append(f"calls {name}")
@@ -96,22 +111,41 @@ def test_nothing_executes_what_it_reads() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["import pickle", "from joblib import load", "import yaml", "eval('1')", "exec(x)",
-     "torch.load(p)", "torch.load(p, weights_only=False)", "torch.load(p, **more)",
-     "torch.load(p, weights_only=flag)", "np.load(p, allow_pickle=True)",
-     "numpy.load(p, allow_pickle=x)", "subprocess.run(x, shell=True)", "os.system(x)",
-     "torch.jit.load(p)", "from pickle import loads"],
-)  # fmt: skip
+    [
+        "import pickle",
+        "from joblib import load",
+        "import yaml",
+        "eval('1')",
+        "exec(x)",
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "torch.load(p, **more)",
+        "torch.load(p, weights_only=flag)",
+        "np.load(p, allow_pickle=True)",
+        "numpy.load(p, allow_pickle=x)",
+        "subprocess.run(x, shell=True)",
+        "os.system(x)",
+        "torch.jit.load(p)",
+        "from pickle import loads",
+    ],
+)
 def test_the_law_sees_each_flaw(text: str) -> None:
     assert len(flaws(ast.parse(text))) == 1
 
 
 @pytest.mark.parametrize(
     "text",
-    ["import json", "torch.load(p, weights_only=True)", "np.load(p)", "model.eval()",
-     "np.load(p, allow_pickle=False)", "re.compile('x')", "subprocess.run(['ls'], check=True)",
-     "from pickle import UnpicklingError"],
-)  # fmt: skip
+    [
+        "import json",
+        "torch.load(p, weights_only=True)",
+        "np.load(p)",
+        "model.eval()",
+        "np.load(p, allow_pickle=False)",
+        "re.compile('x')",
+        "subprocess.run(['ls'], check=True)",
+        "from pickle import UnpicklingError",
+    ],
+)
 def test_the_law_lets_the_rest_pass(text: str) -> None:
     assert flaws(ast.parse(text)) == []
 
@@ -192,11 +226,23 @@ def test_a_store_names_its_own_three_files_only(name: str, digits: Path, tmp_pat
 def test_a_teacher_lies_where_it_is_found(tmp_path: Path) -> None:
     """Its info.json cannot send a reader to other weights."""
     info = {
-        "folder": "/elsewhere", "id": "t", "digest": "d", "model": "m", "kwargs": {},
-        "num_classes": 2, "mean": [0.0], "std": [1.0], "input_size": None, "student_mean": [0.0],
-        "student_std": [1.0], "epochs": 1, "holdout_top1": 0.5, "holdout_top1_se": 0.1,
-        "holdout_images": 4, "notes": [],
-    }  # fmt: skip
+        "folder": "/elsewhere",
+        "id": "t",
+        "digest": "d",
+        "model": "m",
+        "kwargs": {},
+        "num_classes": 2,
+        "mean": [0.0],
+        "std": [1.0],
+        "input_size": None,
+        "student_mean": [0.0],
+        "student_std": [1.0],
+        "epochs": 1,
+        "holdout_top1": 0.5,
+        "holdout_top1_se": 0.1,
+        "holdout_images": 4,
+        "notes": [],
+    }
     from nas.export.trained_teacher import SCHEMA
 
     write_json(tmp_path / "info.json", {"schema": SCHEMA, "info": info})

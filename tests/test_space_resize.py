@@ -38,17 +38,31 @@ State = dict[str, torch.Tensor]
 
 
 def vit(**changes: object) -> Arch:
-    return VIT.arch({
-        "embed_dim": 16, "depth": 1, "head_dim": 8, "mlp_ratio": 2.0, "patch_size": 16,
-        "dist_token": False, **changes,
-    })  # fmt: skip
+    return VIT.arch(
+        {
+            "embed_dim": 16,
+            "depth": 1,
+            "head_dim": 8,
+            "mlp_ratio": 2.0,
+            "patch_size": 16,
+            "dist_token": False,
+            **changes,
+        }
+    )
 
 
 def tinyvit(**changes: object) -> Arch:
-    return TINYVIT.arch({
-        "embed_dims": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "window_sizes": [7, 14, 7],
-        "mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0, "head_dim": 8, **changes,
-    })  # fmt: skip
+    return TINYVIT.arch(
+        {
+            "embed_dims": [8, 16, 16, 24],
+            "depths": [1, 2, 1, 1],
+            "window_sizes": [7, 14, 7],
+            "mbconv_expand_ratio": 2.0,
+            "mlp_ratio": 2.0,
+            "head_dim": 8,
+            **changes,
+        }
+    )
 
 
 def scrambled(family: Family, arch: Arch, ctx: Context, seed: int, dtype: torch.dtype) -> Any:
@@ -137,9 +151,12 @@ def test_weights_are_torchs_up_and_down(line: Any, antialias: bool, dtype: torch
     for child, parent in sizes:
         table = torch.randn(2, 3, parent, parent, generator=generator, dtype=torch.float64)
         want = F.interpolate(
-            table.to(dtype), size=(child, child), mode="bicubic", antialias=antialias,
+            table.to(dtype),
+            size=(child, child),
+            mode="bicubic",
+            antialias=antialias,
             align_corners=False,
-        ).double()  # fmt: skip
+        ).double()
         weights = torch.from_numpy(line(child, parent))
         assert weights.dtype == torch.float64
         # torch also places single precision's taps in single precision
@@ -185,10 +202,13 @@ def test_vits_are_resized_as_deit_and_timm_do(
     parent, own, got, net = carried(VIT, arch, *contexts, "timm")
     ways = [
         vision_transformer.checkpoint_filter_fn(parent, net),
-        {**parent, "pos_embed": resample_abs_pos_embed(
-            parent["pos_embed"], [here // 16] * 2, num_prefix_tokens=1 + dist
-        )},
-    ]  # fmt: skip
+        {
+            **parent,
+            "pos_embed": resample_abs_pos_embed(
+                parent["pos_embed"], [here // 16] * 2, num_prefix_tokens=1 + dist
+            ),
+        },
+    ]
     for resized in ways:  # timm resizes in single precision
         check_equal(got, loaded(own, resized), {"pos_embed"}, 2e-5)
     assert not torch.allclose(got["pos_embed"], published, atol=0.01), "two ways"

@@ -64,8 +64,7 @@ def test_published_parameters(name: str, img_size: int, params: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "gmacs"),
-    [("deit_tiny", 1.258), ("deit_small", 4.608), ("deit_base", 17.58)],
+    ("name", "gmacs"), [("deit_tiny", 1.258), ("deit_small", 4.608), ("deit_base", 17.58)]
 )
 def test_published_macs(name: str, gmacs: float) -> None:
     """As timm publishes them, which counts norms besides."""

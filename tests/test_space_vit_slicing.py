@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from space_cases import (
-    one_thread,  # noqa: F401 - a fixture, used by every test here
-)
+from space_cases import one_thread  # noqa: F401 - a fixture, used by every test here
 from vit_cases import CTX, FAMILY, meta_build, random_arch, random_context, small
 
 from nas.inherit.slice import checkpoint_context, inherit

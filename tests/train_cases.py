@@ -16,9 +16,13 @@ from safetensors.torch import load_file
 from tests.conftest import SMALL_ARCH
 
 VIT = {
-    "embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "head_dim": 16,
+    "mlp_ratio": 2.0,
+    "patch_size": 8,
     "dist_token": False,
-}  # fmt: skip
+}
 
 
 Train = Callable[..., int]
@@ -43,8 +47,11 @@ def run(*arguments: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:
     start = ["-m", "torch.distributed.run", "--nproc-per-node", str(torchrun)] if torchrun else []
     return subprocess.run(
         [sys.executable, *start, "-m", "nas.train", *arguments],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def rows(out: Path) -> list[dict[str, str]]:

@@ -13,9 +13,13 @@ from space.vit import VitArch
 
 FAMILY = get_family("vit")
 SMALL: dict[str, Any] = {
-    "embed_dim": 64, "depth": 3, "head_dim": 16, "mlp_ratio": 3.0, "patch_size": 16,
+    "embed_dim": 64,
+    "depth": 3,
+    "head_dim": 16,
+    "mlp_ratio": 3.0,
+    "patch_size": 16,
     "dist_token": False,
-}  # fmt: skip
+}
 CTX = Context(48, 5)
 
 
@@ -26,12 +30,16 @@ def small(**changes: object) -> Arch:
 def random_arch(rng: random.Random, most: int = 256) -> VitArch:
     """Draw any legal arch: odd head dims and patches, broken ratios."""
     head_dim = rng.choice([1, 3, 8, 16, 20, 32, 48, 64])
-    arch = FAMILY.arch({
-        "embed_dim": head_dim * rng.randint(1, max(1, most // head_dim)),
-        "depth": rng.randint(1, 4), "head_dim": head_dim,
-        "mlp_ratio": rng.choice([rng.randint(1, 6), rng.uniform(1.0, 6.0)]),
-        "patch_size": rng.choice([4, 5, 7, 8, 14, 16, 32]), "dist_token": rng.random() < 0.5,
-    })  # fmt: skip
+    arch = FAMILY.arch(
+        {
+            "embed_dim": head_dim * rng.randint(1, max(1, most // head_dim)),
+            "depth": rng.randint(1, 4),
+            "head_dim": head_dim,
+            "mlp_ratio": rng.choice([rng.randint(1, 6), rng.uniform(1.0, 6.0)]),
+            "patch_size": rng.choice([4, 5, 7, 8, 14, 16, 32]),
+            "dist_token": rng.random() < 0.5,
+        }
+    )
     assert isinstance(arch, VitArch)
     return arch
 

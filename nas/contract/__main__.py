@@ -22,9 +22,18 @@ EXIT_REACHED, EXIT_STUCK = 0, 3
 
 
 _SESSION = (
-    "out", "resume", "finalists", "plan", "trust", "status", "max_hours", "cache_dir", "quiet",
-    "json", "storage",
-)  # fmt: skip
+    "out",
+    "resume",
+    "finalists",
+    "plan",
+    "trust",
+    "status",
+    "max_hours",
+    "cache_dir",
+    "quiet",
+    "json",
+    "storage",
+)
 _MEANS = tuple(field.name for field in dataclasses.fields(Means))
 
 
@@ -73,9 +82,11 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     """Print a plan. Returns the exit status."""
     quiet = bool(session_given.get("quiet", False))
     made, text = plan(
-        **arguments, cache_dir=session_given.get("cache_dir"), trust=session_given.get("trust"),
+        **arguments,
+        cache_dir=session_given.get("cache_dir"),
+        trust=session_given.get("trust"),
         quiet=quiet,
-    )  # fmt: skip
+    )
     if not quiet:
         print(text)
         if session_given["means"] != Means():

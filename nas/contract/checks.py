@@ -99,9 +99,11 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
         return dataset
     if config.distill != "sparse":
         raise refuse(
-            flag("distill"), f"{config.distill} on images without ground truth",
-            "sparse, which learns from the teacher alone", "or sort the images by class",
-        )  # fmt: skip
+            flag("distill"),
+            f"{config.distill} on images without ground truth",
+            "sparse, which learns from the teacher alone",
+            "or sort the images by class",
+        )
     asked: dict[str, Any] = {
         "teacher": config.teacher,
         "teacher_epochs": config.teacher_epochs,
@@ -226,11 +228,7 @@ def ask_fingerprints(
 
 
 def check_token(
-    config: RunConfig,
-    worker: Executor,
-    family: Family,
-    seed: Arch,
-    dataset: Dataset,
+    config: RunConfig, worker: Executor, family: Family, seed: Arch, dataset: Dataset
 ) -> None:
     """Refuse to teach a distillation token that the seed has not; the worker builds it and looks.
 
@@ -243,9 +241,11 @@ def check_token(
     result = worker.run(Job("heads", "heads", spec))
     if not result.ok or not result.values["token"]:
         raise refuse(
-            flag("distill"), f"token for {config.seed}", "a seed with a distillation token",
+            flag("distill"),
+            f"token for {config.seed}",
+            "a seed with a distillation token",
             result.reason or "hard learns from the teacher's class without one",
-        )  # fmt: skip
+        )
 
 
 def read_device_table(
@@ -261,7 +261,10 @@ def read_device_table(
     table = DeviceTable(paths, family, context, seed)
     setting = table.setting
     told = dataclasses.replace(
-        config, bench_device=setting.device, bench_runtime=setting.runtime,
-        bench_dtype=setting.dtype, bench_batch=setting.batch,
-    )  # fmt: skip
+        config,
+        bench_device=setting.device,
+        bench_runtime=setting.runtime,
+        bench_dtype=setting.dtype,
+        bench_batch=setting.batch,
+    )
     return told, table

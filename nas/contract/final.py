@@ -64,11 +64,7 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
         if not required and setting != run.primary:
             continue
         measured = run.timings.measure(
-            finalist.arch,
-            "final",
-            reference=run.seed_arch,
-            requirements=required,
-            setting=setting,
+            finalist.arch, "final", reference=run.seed_arch, requirements=required, setting=setting
         )
         if isinstance(measured, Result):
             return f"failed under {setting.text}: {measured.reason}", primary, guessed, verdicts
@@ -96,11 +92,13 @@ def write_finalists(run: Run, finalists: Sequence[Incumbent]) -> str:
                 "arch": run.family.to_dict(each.arch),
                 "label": run.family.label(each.arch),
                 "predicted_images_per_s": [
-                    guess.images_per_s, guess.images_per_s_lo, guess.images_per_s_hi
+                    guess.images_per_s,
+                    guess.images_per_s_lo,
+                    guess.images_per_s_hi,
                 ],
                 "predicted_ratio": [guess.ratio, guess.ratio_lo, guess.ratio_hi],
             }
-        )  # fmt: skip
+        )
     write_json(path, {"family": run.family.name, "finalists": listed})
     setting = table.setting
     return (
@@ -138,8 +136,7 @@ def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
         return run.config.seed, run.seed_arch
     below = [p for p in fits if contains(family, run.seed_arch, p.arch, context)]
     published = min(
-        below or fits,
-        key=lambda p: abs(math.log(family.count_params(p.arch, context) / params)),
+        below or fits, key=lambda p: abs(math.log(family.count_params(p.arch, context) / params))
     )
     return published.name, published.arch
 

@@ -109,8 +109,15 @@ def gate(run: Run, step: int, candidate: Candidate, bounds: StepBounds) -> Candi
             reason = measured.reason or "failed"
             if setting != run.primary:
                 reason = f"{setting.text}: {reason}"
-            row = row_of(run, step, candidate, stage="throughput", state="failed", reason=reason,
-                         log=log_of(f"gate-{candidate.key}"))  # fmt: skip
+            row = row_of(
+                run,
+                step,
+                candidate,
+                stage="throughput",
+                state="failed",
+                reason=reason,
+                log=log_of(f"gate-{candidate.key}"),
+            )
             add_row(run, replace(row, seconds=round(row.seconds + measured.seconds, 3)), arch)
             return None
         guessed = run.timings.predicts(setting, arch)

@@ -16,10 +16,27 @@ from nas.export.model_json import model_json, preprocessing_of
 from nas.measure.measurement import Measurement
 
 FAMILY_COLUMNS = (
-    "file", "kind", "step", "key", "params", "params_1000", "macs", "images_per_s",
-    "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi", "soft_loss",
-    "soft_loss_se", "top1", "top1_se", "metric", "metric_se", "epochs",
-)  # fmt: skip
+    "file",
+    "kind",
+    "step",
+    "key",
+    "params",
+    "params_1000",
+    "macs",
+    "images_per_s",
+    "images_per_s_lo",
+    "images_per_s_hi",
+    "ratio",
+    "ratio_lo",
+    "ratio_hi",
+    "soft_loss",
+    "soft_loss_se",
+    "top1",
+    "top1_se",
+    "metric",
+    "metric_se",
+    "epochs",
+)
 """Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
 is the run's own where that is not top-1."""
 PASSING = ("load", "when", "seconds")
@@ -41,7 +58,9 @@ def write_model(
     shutil.copyfile(weights, aside)
     aside.replace(target)
     told = model_json(
-        run.family, of.arch, run.context,
+        run.family,
+        of.arch,
+        run.context,
         classes=run.dataset.classes,
         sha256=hashlib.sha256(target.read_bytes()).hexdigest(),
         score=score,
@@ -50,7 +69,7 @@ def write_model(
             "reference": run.key(run.seed_arch),
         },
         preprocessing=preprocessing_of(run.dataset),
-    )  # fmt: skip
+    )
     write_json(stem.with_name(f"{stem.name}.json"), told)
     return told
 
@@ -64,11 +83,17 @@ def write_milestone(run: Run, step: int, best: Incumbent) -> None:
     stem = run.folder.path / "family" / f"{step:02d}-{row.params}"
     if not stem.with_name(f"{stem.name}.json").exists():
         score = {
-            "kind": "proxy", "step": step, "soft_loss": row.soft_loss,
-            "soft_loss_se": row.soft_loss_se, "top1": row.top1, "top1_se": row.top1_se,
-            "metric": row.metric, "metric_se": row.metric_se,
-            "epochs": row.epochs, "holdout_n": len(run.dataset.holdout.labels),
-        }  # fmt: skip
+            "kind": "proxy",
+            "step": step,
+            "soft_loss": row.soft_loss,
+            "soft_loss_se": row.soft_loss_se,
+            "top1": row.top1,
+            "top1_se": row.top1_se,
+            "metric": row.metric,
+            "metric_se": row.metric_se,
+            "epochs": row.epochs,
+            "holdout_n": len(run.dataset.holdout.labels),
+        }
         write_model(run, best, best.weights, score, "gate", stem)
     write_family(run.folder.path)
 

@@ -136,9 +136,13 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
             if turn and time.monotonic() - started > 0.6 * seconds:
                 break
             drawn = sample_band(
-                run.family, run.seed_arch, run.context, run.band(step), 3,
+                run.family,
+                run.seed_arch,
+                run.context,
+                run.band(step),
+                3,
                 random_seed=derived_seed(run.config.random_seed, "plan", step),
-            )  # fmt: skip
+            )
             if len(drawn) <= turn:
                 continue
             before = time.monotonic()
@@ -164,9 +168,11 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
 def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
     """Return the GMACs a second of training an arch here."""
     spec = {
-        **run.network(arch), "batch_size": run.config.batch_size, "seconds": seconds,
+        **run.network(arch),
+        "batch_size": run.config.batch_size,
+        "seconds": seconds,
         "device": run.config.device,
-    }  # fmt: skip
+    }
     result = run.do(Job("pace", f"pace-{run.key(arch)}", spec))
     if not result.ok:
         said = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
@@ -205,21 +211,31 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
     for step in range(1, config.steps + 1):
         parents = incumbents if strategy.stepwise else [seed]
         bounds = bounds_at(
-            step if strategy.stepwise else config.steps, config, seed_params=run.start_params,
-            seed_values=run.start_values, parent_ratio=parents[0].ratio,
-        )  # fmt: skip
+            step if strategy.stepwise else config.steps,
+            config,
+            seed_params=run.start_params,
+            seed_values=run.start_values,
+            parent_ratio=parents[0].ratio,
+        )
         need = _needed(run, bounds, images_per_s)
         listed, passed, timings = [], [], 0
         tried: set[str] = set()
         for draw in range(config.draws):
             ask = Ask(
-                step=step, steps=config.steps, number=config.shortlist, draw=draw,
-                family=run.family, context=run.context, seed=run.seed_arch,
+                step=step,
+                steps=config.steps,
+                number=config.shortlist,
+                draw=draw,
+                family=run.family,
+                context=run.context,
+                seed=run.seed_arch,
                 incumbents=tuple(i.arch for i in incumbents),
                 band=lighter_band(run, bounds, draw),
                 random_seed=derived_seed(config.random_seed, "shortlist", step),
-                anchors=config.anchors and draw == 0, exclude=frozenset(tried), seen=tuple(seen),
-            )  # fmt: skip
+                anchors=config.anchors and draw == 0,
+                exclude=frozenset(tried),
+                seen=tuple(seen),
+            )
             listed = strategy.shortlist(ask)
             tried |= {run.key(each.arch) for each in listed}
             timings += len(listed)
@@ -235,10 +251,18 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
         )
         found.append(
             PlannedStep(
-                step, bounds.band.lo, bounds.band.hi, counted, likely, share,
-                _binds(run, bounds, counted, share), timings, len(chosen), gmacs,
+                step,
+                bounds.band.lo,
+                bounds.band.hi,
+                counted,
+                likely,
+                share,
+                _binds(run, bounds, counted, share),
+                timings,
+                len(chosen),
+                gmacs,
             )
-        )  # fmt: skip
+        )
         if not chosen and strategy.stepwise:
             need_text = "" if need is None else f" ({need:.2f}x the seed is asked for)"
             return found, f"step {step} may find nothing fast enough{need_text}"
@@ -247,10 +271,16 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
         at = max(0, (len(middle) - places(run, step)) // 2)
         kept = middle[at : at + places(run, step)]
         incumbents = [
-            Incumbent(c.arch, run.key(c.arch), run.folder.path,
-                      predicted_ratio(run, pace, c.macs), 0.0, 0.0)
+            Incumbent(
+                c.arch,
+                run.key(c.arch),
+                run.folder.path,
+                predicted_ratio(run, pace, c.macs),
+                0.0,
+                0.0,
+            )
             for c in kept
-        ] or incumbents  # fmt: skip
+        ] or incumbents
     return found, None
 
 
@@ -297,9 +327,13 @@ def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) ->
     if need is None:
         return None
     drawn = sample_band(
-        run.family, run.seed_arch, run.context, bounds.band, SAMPLED,
+        run.family,
+        run.seed_arch,
+        run.context,
+        bounds.band,
+        SAMPLED,
         random_seed=derived_seed(run.config.random_seed, "plan share", bounds.step),
-    )  # fmt: skip
+    )
     if not drawn:
         return 0.0
     macs = run.family.count_macs_many(run.family.table(drawn), run.context).tolist()

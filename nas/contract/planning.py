@@ -67,10 +67,18 @@ def plan(
             fingerprints = ask_fingerprints(config, worker, device_table)
             check_token(config, worker, family, seed_arch, dataset)
             bench = Run(
-                config=config, family=family, seed_arch=seed_arch, dataset=dataset, folder=folder,
-                executor=worker, console=console, cache=cache, deadline=None,
-                fingerprints=fingerprints, table=device_table,
-            )  # fmt: skip
+                config=config,
+                family=family,
+                seed_arch=seed_arch,
+                dataset=dataset,
+                folder=folder,
+                executor=worker,
+                console=console,
+                cache=cache,
+                deadline=None,
+                fingerprints=fingerprints,
+                table=device_table,
+            )
             made = make_plan(bench, trust=trust)
             bench.ledger.close()
             return made, told(bench, made)

@@ -79,9 +79,19 @@ def ranked(
     for name, (values, share) in scores.items():
         tau, cost = kendall_interval(values, truth, random_seed=0), regret(values, truth)
         rows.append(
-            TrustRow(name, tau.value, tau.lo, tau.hi, n, share, cost.value, cost.lo, cost.hi,
-                     cost.within_one_sd)
-        )  # fmt: skip
+            TrustRow(
+                name,
+                tau.value,
+                tau.lo,
+                tau.hi,
+                n,
+                share,
+                cost.value,
+                cost.lo,
+                cost.hi,
+                cost.within_one_sd,
+            )
+        )
     limit = ceiling(truth)
     for name, found in (
         ("ceiling: one truth against another", limit.pairwise),
@@ -163,10 +173,14 @@ def listed(run: Run, number: int) -> list[Arch]:
     archs = list(found.values())[:number]
     for failed in ({r.key for r in inside if r.state == "failed"}, set[str]()):
         archs += sample_band(
-            run.family, run.seed_arch, run.context, band, number - len(archs),
+            run.family,
+            run.seed_arch,
+            run.context,
+            band,
+            number - len(archs),
             random_seed=derived_seed(run.config.random_seed, "trust"),
             exclude={*found, *failed, *(run.key(arch) for arch in archs)},
-        )  # fmt: skip
+        )
     if len(archs) < number:
         raise _too_many(number, len(archs))
     told = {"archs": [run.family.to_dict(arch) for arch in archs]}
@@ -197,10 +211,14 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     # The truth is longer than the labels that the run stored: they start again then.
     longer = _with_config(run, beyond="cycle")
     trainings = [
-        _Training(longer, f"truth{at}", LONGER * config.proxy_epochs,
-                  derived_seed(config.random_seed, "truth", at))
+        _Training(
+            longer,
+            f"truth{at}",
+            LONGER * config.proxy_epochs,
+            derived_seed(config.random_seed, "truth", at),
+        )
         for at in range(SEEDS)
-    ]  # fmt: skip
+    ]
     trainings.append(_Training(run, "trust", config.proxy_epochs))
     trainings.append(_Training(run, "trust-hard", config.proxy_epochs, hard=1.0))
     failed: dict[str, str] = {}
@@ -220,9 +238,10 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     scores: dict[str, tuple[npt.ArrayLike, float | None]] = {
         f"proxy ({init})": ([float(losses_of(f, config.metric).mean()) for f in short], share),
         f"proxy ({init}), hard labels": (
-            [float(losses_of(f, config.metric).mean()) for f in hard], share,
+            [float(losses_of(f, config.metric).mean()) for f in hard],
+            share,
         ),
-    }  # fmt: skip
+    }
     scores |= {name: (values, 0.0) for name, values in untrained(run, archs).items()}
     rows = ranked(scores, means)
     write_rows(run.folder.path / "trust.csv", rows)
@@ -287,11 +306,17 @@ class _Training:
         outs = [self.folder(arch) for arch in archs]
         tasks = [
             self.run.training(
-                arch, out.name, out=out, epochs=self.epochs, init=self.run.config.proxy_init,
-                parent=parent, random_seed=self.random_seed, hard_weight=self.hard,
+                arch,
+                out.name,
+                out=out,
+                epochs=self.epochs,
+                init=self.run.config.proxy_init,
+                parent=parent,
+                random_seed=self.random_seed,
+                hard_weight=self.hard,
             )
             for arch, out in zip(archs, outs, strict=True)
-        ]  # fmt: skip
+        ]
         results = self.run.train_all(tasks, remember=True)
         for out in outs:
             self.run.folder.drop_weights(out.name)

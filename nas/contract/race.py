@@ -87,17 +87,16 @@ def race(
     for rung, coming in zip(rungs, [*rungs[1:], None], strict=True):
         last = coming is None
         results = run.train_all(
-            [lane.task(e, rung, earlier) for e in racing], remember=True,
+            [lane.task(e, rung, earlier) for e in racing],
+            remember=True,
             ahead=partial(lane.leading, racing, rung, coming, keep),
-        )  # fmt: skip
+        )
         ran = []
         for entrant, result in zip(racing, results, strict=True):
             if earlier is not None:
                 _forget(lane.folder(entrant, earlier))
             seconds[entrant.key] += result.seconds
-            ran.append(
-                Ran(entrant, result, rung, seconds[entrant.key], lane.folder(entrant, rung))
-            )  # fmt: skip
+            ran.append(Ran(entrant, result, rung, seconds[entrant.key], lane.folder(entrant, rung)))
         for each in ran:
             if last or not each.result.ok:
                 ended[each.entrant.key] = each
@@ -139,11 +138,16 @@ class _Lane:
         folder = self.folder(entrant, rung)
         if folder.name not in self.described:  # it is asked for again while others are awaited
             self.described[folder.name] = self.run.training(
-                entrant.arch, folder.name, out=folder, epochs=self.epochs,
-                init=self.run.config.proxy_init, parent=entrant.parent,
-                first_epoch=self.first_epoch, rung=None if rung == self.epochs else rung,
+                entrant.arch,
+                folder.name,
+                out=folder,
+                epochs=self.epochs,
+                init=self.run.config.proxy_init,
+                parent=entrant.parent,
+                first_epoch=self.first_epoch,
+                rung=None if rung == self.epochs else rung,
                 before=None if before is None else (before, self.folder(entrant, before)),
-            )  # fmt: skip
+            )
         return self.described[folder.name]
 
     def leading(
@@ -165,9 +169,10 @@ class _Lane:
         by_job = {self.folder(entrant, rung).name: entrant for entrant in entrants}
         done = [name for name, result in found.items() if result.ok]
         lead = heapq.nsmallest(
-            min(room, max(keep, len(entrants) // 2)), done,
+            min(room, max(keep, len(entrants) // 2)),
+            done,
             key=lambda name: (found[name].values["soft_loss"], name),
-        )  # fmt: skip
+        )
         return [self.task(by_job[name], coming, rung) for name in lead]
 
 
@@ -186,25 +191,38 @@ def _prolonged(
     length = min(more, stored_epochs)
     tasks = []
     for each in through:
-        own = replace(each.entrant.parent, arch=each.entrant.arch, key=each.entrant.key,
-                      weights=each.folder / "weights.safetensors", order=None)  # fmt: skip
+        own = replace(
+            each.entrant.parent,
+            arch=each.entrant.arch,
+            key=each.entrant.key,
+            weights=each.folder / "weights.safetensors",
+            order=None,
+        )
         folder = run.folder.job_folder(f"{each.entrant.name}{MORE}")
         tasks.append(
             run.training(
-                each.entrant.arch, folder.name, out=folder, epochs=length, init="inherit",
-                parent=own, first_epoch=start,
+                each.entrant.arch,
+                folder.name,
+                out=folder,
+                epochs=length,
+                init="inherit",
+                parent=own,
+                first_epoch=start,
             )
-        )  # fmt: skip
+        )
     results = run.train_all(tasks, remember=True)
     if not all(result.ok for result in results):
         return list(ran)  # all are compared by what they had, equally long
     longer = {
         each.entrant.key: replace(
-            each, result=result, epochs=epochs + length, seconds=each.seconds + result.seconds,
+            each,
+            result=result,
+            epochs=epochs + length,
+            seconds=each.seconds + result.seconds,
             folder=task.out,
         )
         for each, task, result in zip(through, tasks, results, strict=True)
-    }  # fmt: skip
+    }
     found = [longer.get(each.entrant.key, each) for each in ran]
     for each in through:
         run.folder.drop_weights(each.folder.name)

@@ -23,9 +23,20 @@ from space.errors import InputError, refuse
 from space.family import Arch, Family
 
 NEW_QUESTION = (
-    "target_params", "params_tolerance", "min_throughput", "min_speedup", "require", "steps",
-    "shortlist", "proxied", "beam", "choose", "draws", "final_epochs", "replay",
-)  # fmt: skip
+    "target_params",
+    "params_tolerance",
+    "min_throughput",
+    "min_speedup",
+    "require",
+    "steps",
+    "shortlist",
+    "proxied",
+    "beam",
+    "choose",
+    "draws",
+    "final_epochs",
+    "replay",
+)
 """Settings that a replay may change; all others decide what the earlier scores mean."""
 
 
@@ -60,9 +71,11 @@ def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
     path = folder / "run.json"
     if not path.is_file():
         raise refuse(
-            "--replay", folder, "a folder with a run in it (a run.json)",
+            "--replay",
+            folder,
+            "a folder with a run in it (a run.json)",
             "name the --out folder of an earlier run",
-        )  # fmt: skip
+        )
     data = read_json(path, "the run.json of a run")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
         raise refuse(str(path), "another format", f"schema {SCHEMA}", "replay a newer run")
@@ -80,9 +93,11 @@ def replayed_config(given: Mapping[str, Any]) -> RunConfig:
         before = getattr(config, name)
         if name not in NEW_QUESTION and value != before:
             raise refuse(
-                flag(name), f"{value} with --replay of a run made with {before}",
-                "the earlier run's own setting", f"drop {flag(name)}, or start a new run",
-            )  # fmt: skip
+                flag(name),
+                f"{value} with --replay of a run made with {before}",
+                "the earlier run's own setting",
+                f"drop {flag(name)}, or start a new run",
+            )
     # The earlier run's own measurements hold what it took from another run's file.
     lent = config.measurements
     if "measurements" not in given and lent is not None and not Path(lent).exists():
@@ -115,9 +130,11 @@ def read_earlier(
     known = data.get("dataset", {}).get("fingerprint")
     if known != dataset:
         raise refuse(
-            "--replay", f"a run on data with fingerprint {known}", f"the data at hand, {dataset}",
+            "--replay",
+            f"a run on data with fingerprint {known}",
+            f"the data at hand, {dataset}",
             "restore the data",
-        )  # fmt: skip
+        )
     ledger = read_ledger(folder, data)
     try:
         scored = tuple(

@@ -31,9 +31,12 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     """
     step = run.config.steps
     bounds = bounds_at(
-        step, run.config, seed_params=run.start_params, seed_values=run.start_values,
+        step,
+        run.config,
+        seed_params=run.start_params,
+        seed_values=run.start_values,
         parent_ratio=seed.ratio,
-    )  # fmt: skip
+    )
     if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
         bounds = replace(bounds, least_ratio=None)
     passed: list[tuple[Row, Candidate]] = []
@@ -64,23 +67,35 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
         add_row(
             run,
             row_of(
-                run, step, candidate, soft_loss=row.soft_loss, soft_loss_se=row.soft_loss_se,
-                top1=row.top1, top1_se=row.top1_se, metric=row.metric, metric_se=row.metric_se,
+                run,
+                step,
+                candidate,
+                soft_loss=row.soft_loss,
+                soft_loss_se=row.soft_loss_se,
+                top1=row.top1,
+                top1_se=row.top1_se,
+                metric=row.metric,
+                metric_se=row.metric_se,
                 epochs=row.epochs,
-                stage="kept" if key in kept else "proxy", state="complete",
+                stage="kept" if key in kept else "proxy",
+                state="complete",
                 reason=f"{place}; score of step {row.step} of {earlier.folder}",
             ),
             candidate.of.arch,
-        )  # fmt: skip
+        )
         if key in kept:
             found.append(
                 Incumbent(
-                    arch=candidate.of.arch, key=key,
-                    weights=folders[key] / "weights.safetensors", ratio=ratio_of(candidate),
+                    arch=candidate.of.arch,
+                    key=key,
+                    weights=folders[key] / "weights.safetensors",
+                    ratio=ratio_of(candidate),
                     images_per_s=measured_of(candidate).images_per_s,
-                    soft_loss=row.soft_loss or 0.0, soft_loss_se=row.soft_loss_se or 0.0, step=step,
+                    soft_loss=row.soft_loss or 0.0,
+                    soft_loss_se=row.soft_loss_se or 0.0,
+                    step=step,
                 )
-            )  # fmt: skip
+            )
     return found
 
 
@@ -124,9 +139,12 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
             continue
         weigh = (required,) if required.metric == "peak_mem_mb" else ()
         there = run.timings.measure(
-            milestone.arch, "gate", reference=run.seed_arch, requirements=weigh,
+            milestone.arch,
+            "gate",
+            reference=run.seed_arch,
+            requirements=weigh,
             setting=required.setting,
-        )  # fmt: skip
+        )
         if isinstance(there, Result):
             return seed
         values[required] = there.interval(required.metric)[0]
@@ -136,10 +154,15 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
     run.start_ratio = measured.ratio
     score = milestone.score
     return Incumbent(
-        arch=milestone.arch, key=run.key(milestone.arch), weights=milestone.weights,
-        ratio=measured.ratio, images_per_s=measured.images_per_s, soft_loss=score["soft_loss"],
-        soft_loss_se=score["soft_loss_se"], step=0,
-    )  # fmt: skip
+        arch=milestone.arch,
+        key=run.key(milestone.arch),
+        weights=milestone.weights,
+        ratio=measured.ratio,
+        images_per_s=measured.images_per_s,
+        soft_loss=score["soft_loss"],
+        soft_loss_se=score["soft_loss_se"],
+        step=0,
+    )
 
 
 def earlier_of(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
@@ -164,14 +187,23 @@ def reused_words(
     bench: Run, earlier: Earlier, seed: Incumbent, start: Incumbent, known: Sequence[Incumbent]
 ) -> dict[str, Any]:
     """Say what a replay takes from the earlier run."""
-    scores = sum(row.step == bench.config.steps and row.soft_loss is not None
-                 for row in bench.ledger.rows) if known else 0  # fmt: skip
+    scores = (
+        sum(
+            row.step == bench.config.steps and row.soft_loss is not None
+            for row in bench.ledger.rows
+        )
+        if known
+        else 0
+    )
     if known:
         says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
         if scores == 1:
             says += ", and no choice; a run of its own would look further"
-        lengths = {row.epochs for row in bench.ledger.rows
-                   if row.step == bench.config.steps and row.soft_loss is not None}  # fmt: skip
+        lengths = {
+            row.epochs
+            for row in bench.ledger.rows
+            if row.step == bench.config.steps and row.soft_loss is not None
+        }
         if len(lengths) > 1:
             epochs = " and ".join(f"{e:g}" for e in sorted(lengths))
             says += f"; they were trained {epochs} epochs and are compared as they are"

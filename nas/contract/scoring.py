@@ -65,15 +65,20 @@ def choose(run: Run, step: int, passed: Sequence[Candidate]) -> list[Candidate]:
             how = f"among the {config.proxied} best spread"
         keys = pick(
             [Timed(c.key, _features(run, c), ratio_of(c), c.of.anchor is not None) for c in passed],
-            config.proxied, config.choose,
+            config.proxied,
+            config.choose,
             random_seed=derived_seed(config.random_seed, "spread", step),
-        )  # fmt: skip
+        )
     for candidate in passed:
         if candidate.key not in keys:
             row = row_of(
-                run, step, candidate, stage="selection", state="pruned",
+                run,
+                step,
+                candidate,
+                stage="selection",
+                state="pruned",
                 reason=f"fast enough, but not {how}",
-            )  # fmt: skip
+            )
             add_row(run, row, candidate.of.arch)
     by_key = {c.key: c for c in passed}
     return [by_key[key] for key in keys]
@@ -93,9 +98,13 @@ def score(run: Run, step: int, chosen: Sequence[Candidate], *, first_epoch: int)
         Entrant(c.key, f"s{step}-{c.key}", c.of.arch, with_order(run, c.parent)) for c in chosen
     ]
     ran = race(
-        run, entrants, keep=places(run, step), epochs=run.config.proxy_epochs,
-        first_epoch=first_epoch, stored_epochs=run.store["use_epochs"],
-    )  # fmt: skip
+        run,
+        entrants,
+        keep=places(run, step),
+        epochs=run.config.proxy_epochs,
+        first_epoch=first_epoch,
+        stored_epochs=run.store["use_epochs"],
+    )
     by_key = {c.key: c for c in chosen}
     scored = []
     for each in ran:
@@ -105,8 +114,15 @@ def score(run: Run, step: int, chosen: Sequence[Candidate], *, first_epoch: int)
         candidate = by_key[each.entrant.key]
         candidate = replace(candidate, seconds=candidate.seconds + each.seconds)
         reason = each.result.reason or "failed"
-        row = row_of(run, step, candidate, stage="proxy", state="failed", reason=reason,
-                     log=log_of(each.folder.name))  # fmt: skip
+        row = row_of(
+            run,
+            step,
+            candidate,
+            stage="proxy",
+            state="failed",
+            reason=reason,
+            log=log_of(each.folder.name),
+        )
         add_row(run, row, candidate.of.arch)
     return scored
 
@@ -165,12 +181,21 @@ def decide(
             place = f"rank {order.index(key) + 1} of {len(order)}"
             reason = f"{place}: {behind:+.4f} nats against rank 1"
         row = row_of(
-            run, step, candidate,
-            soft_loss=told["soft_loss"], soft_loss_se=told["soft_loss_se"],
-            top1=told["top1"], top1_se=told["top1_se"],
-            metric=told.get("metric"), metric_se=told.get("metric_se"), epochs=ran.epochs,
-            stage=stage, state=state, reason=reason, log=log_of(ran.folder.name),
-        )  # fmt: skip
+            run,
+            step,
+            candidate,
+            soft_loss=told["soft_loss"],
+            soft_loss_se=told["soft_loss_se"],
+            top1=told["top1"],
+            top1_se=told["top1_se"],
+            metric=told.get("metric"),
+            metric_se=told.get("metric_se"),
+            epochs=ran.epochs,
+            stage=stage,
+            state=state,
+            reason=reason,
+            log=log_of(ran.folder.name),
+        )
         add_row(run, row, candidate.of.arch)
         if key not in kept:
             run.folder.drop_weights(ran.folder.name)
@@ -220,13 +245,16 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
         name = f"s{each.step}-{each.key}-again"
         tasks.append(
             run.training(
-                each.arch, name, out=run.folder.job_folder(name), epochs=config.proxy_epochs,
+                each.arch,
+                name,
+                out=run.folder.job_folder(name),
+                epochs=config.proxy_epochs,
                 init=config.proxy_init,
                 parent=None if each.parent is None else with_order(run, each.parent),
                 first_epoch=run.first_epoch(each.step),
                 random_seed=derived_seed(config.random_seed, "again"),
             )
-        )  # fmt: skip
+        )
     results = run.train_all(tasks, remember=True)
     for each, task, result in zip(finalists, tasks, results, strict=True):
         if not result.ok:

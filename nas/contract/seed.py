@@ -183,9 +183,11 @@ def _reachable(run: Run) -> None:
                 reach = f"about {shown(measured, one.metric)} at the very end"
                 named = short_form(config, one)
                 raise refuse(
-                    named, one.text if named == "--require" else f"{one.bound:g}", reach,
+                    named,
+                    one.text if named == "--require" else f"{one.bound:g}",
+                    reach,
                     f"the smallest contraction of {config.seed} reaches no more",
-                )  # fmt: skip
+                )
 
 
 def short_form(config: RunConfig, required: Requirement) -> str:
@@ -221,9 +223,11 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
     stored = needed if config.label_epochs is None else config.label_epochs
     if stored < needed and config.beyond == "refuse":
         raise refuse(
-            flag("label_epochs"), stored, f"{needed}, the epochs of the longest training",
+            flag("label_epochs"),
+            stored,
+            f"{needed}, the epochs of the longest training",
             "or let the labels start again with --beyond cycle",
-        )  # fmt: skip
+        )
     teacher: Mapping[str, Any] | None = None
     images = len(data.train.labels)
     if config.labels is not None:
@@ -231,19 +235,28 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
     else:
         cost = float(images * config.teacher_epochs) * teacher_cost(run)
         taught = labelling.teach(
-            lambda job: run.do(job, cost=cost), data, run.cache,
-            teacher=config.teacher, teacher_epochs=config.teacher_epochs,
-            random_seed=config.random_seed, device=config.device, threads=config.threads,
-        )  # fmt: skip
+            lambda job: run.do(job, cost=cost),
+            data,
+            run.cache,
+            teacher=config.teacher,
+            teacher_epochs=config.teacher_epochs,
+            random_seed=config.random_seed,
+            device=config.device,
+            threads=config.threads,
+        )
         teacher = taught["info"]
         run.console.line(f"teacher: {taught['says']}")
         folder = _own_store(run, taught["info"], stored)
     run.store = labelling.open_for(
-        run.do, folder, data, epochs=needed,
+        run.do,
+        folder,
+        data,
+        epochs=needed,
         # The run's own store is shared, and longer where another run asked for more.
         stored=stored if config.labels is None else config.label_epochs,
-        missing=config.missing_labels, beyond=config.beyond,
-    )  # fmt: skip
+        missing=config.missing_labels,
+        beyond=config.beyond,
+    )
     run.console.line(f"labels: {run.store['says']}")
     for note in run.store["notes"]:
         run.console.line(f"labels: {note}")

@@ -146,10 +146,17 @@ class Run:
         self.start_ratio = 1.0
         self.store: Mapping[str, Any] = {}
         self.timings = Timings(
-            config=config, family=family, context=self.context, folder=folder.path, cache=cache,
-            console=console, fingerprints=fingerprints, table=table, do=self.do,
+            config=config,
+            family=family,
+            context=self.context,
+            folder=folder.path,
+            cache=cache,
+            console=console,
+            fingerprints=fingerprints,
+            table=table,
+            do=self.do,
             rest=lambda: self.executor.rest(),
-        )  # fmt: skip
+        )
         self.ledger = ledger_of(folder.path, storage)
 
     def key(self, arch: Arch) -> str:
@@ -209,11 +216,7 @@ class Run:
         return result
 
     def do_all(
-        self,
-        tasks: Sequence[Task],
-        *,
-        remember: bool = False,
-        ahead: Ahead | None = None,
+        self, tasks: Sequence[Task], *, remember: bool = False, ahead: Ahead | None = None
     ) -> list[Result]:
         """Do jobs that leave folders, side by side where the executor can; results in their order.
 
@@ -333,11 +336,7 @@ class Run:
         """Train one arch; see `training`."""
         return self.train_all([self.training(arch, name, **more)])[0]
 
-    def train_all(
-        self,
-        tasks: Sequence[Task],
-        **options: Any,
-    ) -> list[Result]:
+    def train_all(self, tasks: Sequence[Task], **options: Any) -> list[Result]:
         """Do trainings, as `do_all` does; they count as work, and are judged by the metric."""
         for task in tasks:
             self.trained[task.job.key] = task.cost

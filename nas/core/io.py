@@ -35,8 +35,12 @@ def disk_refusal(error: BaseException) -> InputError | None:
         return None
     named = getattr(error, "filename", None)
     where = str(named) if isinstance(named, (str, Path)) else "a file"
-    return refuse(where, os.strerror(code), "room and permission to write", "see to it, then go on "
-                  "with --resume; nothing is lost")  # fmt: skip
+    return refuse(
+        where,
+        os.strerror(code),
+        "room and permission to write",
+        "see to it, then go on with --resume; nothing is lost",
+    )
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -20,9 +20,14 @@ RESAMPLES = 1000
 
 
 def score(
-    metric: str, predicted: npt.ArrayLike, truth: npt.ArrayLike, classes: int,
-    *, resamples: int = RESAMPLES, random_seed: int = 0,
-) -> tuple[float, float]:  # fmt: skip
+    metric: str,
+    predicted: npt.ArrayLike,
+    truth: npt.ArrayLike,
+    classes: int,
+    *,
+    resamples: int = RESAMPLES,
+    random_seed: int = 0,
+) -> tuple[float, float]:
     """Return a metric of predicted classes [n] and its standard error over images.
 
     "top1": the share that is right. "balanced_accuracy": the mean over classes of the share of

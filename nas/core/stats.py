@@ -70,11 +70,7 @@ def kendall(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
 
 
 def kendall_interval(
-    scores: npt.ArrayLike,
-    truth: npt.ArrayLike,
-    *,
-    resamples: int = RESAMPLES,
-    random_seed: int,
+    scores: npt.ArrayLike, truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int
 ) -> Estimate:
     """Return tau-b of scores [n] with the mean of the truth [s, n] over its random seeds.
 

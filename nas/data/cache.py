@@ -238,13 +238,17 @@ def _free(data: Path) -> int:
 
 def _too_large(what: str, stays: int, most: int, told: str) -> Exception:
     return refuse(
-        "--data", f"{what}, whose pixels take {stays / 1e9:.2f} GB",
-        f"at most {most / 1e9:.2f} GB, {told}", f"{_REMEDY}, or raise {CAP_VARIABLE}",
-    )  # fmt: skip
+        "--data",
+        f"{what}, whose pixels take {stays / 1e9:.2f} GB",
+        f"at most {most / 1e9:.2f} GB, {told}",
+        f"{_REMEDY}, or raise {CAP_VARIABLE}",
+    )
 
 
 def _no_disk(what: str, need: int, free: int) -> Exception:
     return refuse(
-        "--data", f"{what}, whose decoding takes {need / 1e9:.2f} GB",
-        f"at most the {free / 1e9:.2f} GB that can be freed on the cache's disk", _REMEDY,
-    )  # fmt: skip
+        "--data",
+        f"{what}, whose decoding takes {need / 1e9:.2f} GB",
+        f"at most the {free / 1e9:.2f} GB that can be freed on the cache's disk",
+        _REMEDY,
+    )

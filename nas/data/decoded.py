@@ -84,11 +84,19 @@ class DecodedFiles:
             key, pixels = read_image(path, self._img_size, self._store_size)
         except Exception as error:  # a damaged file raises almost anything in Pillow
             why = " ".join(str(error).split())[:80]
-            raise refuse("--data", f"{name} ({type(error).__name__}: {why})", "the image that was "
-                         "there", "restore it, or prepare the data anew") from error  # fmt: skip
+            raise refuse(
+                "--data",
+                f"{name} ({type(error).__name__}: {why})",
+                "the image that was there",
+                "restore it, or prepare the data anew",
+            ) from error
         if key != self._keys[row]:
-            raise refuse("--data", f"{name} with another content", "the image that was there",
-                         "restore it, or prepare the data anew")  # fmt: skip
+            raise refuse(
+                "--data",
+                f"{name} with another content",
+                "the image that was there",
+                "restore it, or prepare the data anew",
+            )
         return pixels
 
 

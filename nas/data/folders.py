@@ -238,8 +238,12 @@ def _test_side(root: Path, test: Path, classes: tuple[str, ...]) -> list[_File]:
     if not classes:
         found = _loose(test)
         if _class_folders(test):
-            raise refuse("--data", f"{root}: class folders in {test.name}/ but none in train/",
-                         "both with classes or both without", _LAYOUT)  # fmt: skip
+            raise refuse(
+                "--data",
+                f"{root}: class folders in {test.name}/ but none in train/",
+                "both with classes or both without",
+                _LAYOUT,
+            )
         if not found:
             raise refuse("--data", f"no image in {test}", "images, as in train/", _LAYOUT)
         return _unlabelled(root, found, "test")

@@ -192,9 +192,11 @@ def _check_broken(broken: int, total: int, most: float, told: str) -> None:
     """Refuse a larger share of broken images than is tolerated."""
     if broken > most * total:
         raise refuse(
-            "--data", f"{broken} broken images of {total}, e.g. {told}",
-            f"at most {most:.2%} broken", "repair or remove them, or raise --max-broken",
-        )  # fmt: skip
+            "--data",
+            f"{broken} broken images of {total}, e.g. {told}",
+            f"at most {most:.2%} broken",
+            "repair or remove them, or raise --max-broken",
+        )
 
 
 def cached(

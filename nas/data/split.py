@@ -109,9 +109,11 @@ def cut(
     }
     if not classes and any(not len(members) for members in sides.values()):
         raise refuse(
-            "--data", f"{len(keys)} images without copies", "images for train, holdout and test",
+            "--data",
+            f"{len(keys)} images without copies",
+            "images for train, holdout and test",
             "at least 3",
-        )  # fmt: skip
+        )
     for side, members in sides.items():
         missing = np.flatnonzero(np.bincount(labels[members], minlength=len(classes)) == 0)
         if len(missing):

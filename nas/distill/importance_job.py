@@ -37,9 +37,14 @@ def importance(spec: Mapping[str, Any], tick: Tick) -> Values:
     dataset = open_dataset(Path(spec["dataset"]))
     store = open_store(Path(spec["store"]), use=dataset)
     replay = Replay(
-        dataset.train, store, spec["batch_size"], spec["random_seed"],
-        subset=subset_by_key(dataset.train, spec["images"]), missing=spec["missing"], device=device,
-    )  # fmt: skip
+        dataset.train,
+        store,
+        spec["batch_size"],
+        spec["random_seed"],
+        subset=subset_by_key(dataset.train, spec["images"]),
+        missing=spec["missing"],
+        device=device,
+    )
     with torch.random.fork_rng(devices=[]):
         model = family.build(arch, context)
     load_into(model, load_weights(Path(spec["weights"]), name="parent weights"))
@@ -52,14 +57,25 @@ def importance(spec: Mapping[str, Any], tick: Tick) -> Values:
         return sparse_soft_cross_entropy(net(inputs), here.index, here.prob, here.tail).mean()
 
     order = rank_units(
-        family, arch, context, model, criterion,
-        batches=replay.epoch(0), step_loss=step_loss, device=device,
-    )  # fmt: skip
+        family,
+        arch,
+        context,
+        model,
+        criterion,
+        batches=replay.epoch(0),
+        step_loss=step_loss,
+        device=device,
+    )
     if criterion != "prefix":
         order |= rank_blocks(
-            family, arch, context, model,
-            batches=replay.epoch(0), step_loss=step_loss, device=device,
-        )  # fmt: skip
+            family,
+            arch,
+            context,
+            model,
+            batches=replay.epoch(0),
+            step_loss=step_loss,
+            device=device,
+        )
     out = Path(spec["out"])
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"criterion": criterion, "order": order})

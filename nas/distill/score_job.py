@@ -48,27 +48,46 @@ def score(spec: Mapping[str, Any], tick: Tick) -> Values:
     order = None if parent.get("order") is None else load_order(Path(parent["order"]))
     if spec["recalibrate"]:
         replay = Replay(
-            dataset.train, store, spec["batch_size"], spec["random_seed"],
-            subset=subset_by_key(dataset.train, spec.get("images")), missing=spec["missing"],
-            beyond=spec["beyond"], epochs=spec["label_epochs"], device=device,
-        )  # fmt: skip
+            dataset.train,
+            store,
+            spec["batch_size"],
+            spec["random_seed"],
+            subset=subset_by_key(dataset.train, spec.get("images")),
+            missing=spec["missing"],
+            beyond=spec["beyond"],
+            epochs=spec["label_epochs"],
+            device=device,
+        )
         inputs = first_inputs(replay, 0)
     model, _ = start_model(
-        family, family.arch(spec["arch"]), context, init="inherit",
-        random_seed=spec["random_seed"], parent_arch=family.arch(parent["arch"]),
-        parent_weights=Path(parent["weights"]), order=order, inputs=inputs, device=device,
-    )  # fmt: skip
+        family,
+        family.arch(spec["arch"]),
+        context,
+        init="inherit",
+        random_seed=spec["random_seed"],
+        parent_arch=family.arch(parent["arch"]),
+        parent_weights=Path(parent["weights"]),
+        order=order,
+        inputs=inputs,
+        device=device,
+    )
     scored = evaluate(
-        place(model, device), holdout_batches(dataset, store, EVAL_BATCH, spec["missing"]),
-        dataset.holdout.labels, device, tick,
-    )  # fmt: skip
+        place(model, device),
+        holdout_batches(dataset, store, EVAL_BATCH, spec["missing"]),
+        dataset.holdout.labels,
+        device,
+        tick,
+    )
     soft_loss, soft_loss_se = mean_se(scored.soft_loss)
     if not math.isfinite(soft_loss):
         raise FloatingPointError(f"the holdout loss is {soft_loss}")
     top1, top1_se = mean_se(scored.correct)
     values: Values = {
-        "soft_loss": soft_loss, "soft_loss_se": soft_loss_se, "top1": top1, "top1_se": top1_se,
-    }  # fmt: skip
+        "soft_loss": soft_loss,
+        "soft_loss_se": soft_loss_se,
+        "top1": top1,
+        "top1_se": top1_se,
+    }
     scored.save(part / "holdout.safetensors")
     seconds = time.monotonic() - started
     done = {"values": values, "files": ["holdout.safetensors"], "seconds": seconds}

@@ -138,18 +138,32 @@ def train_and_score(
     started = time.perf_counter()
     loss = SoftLoss() if loss is None else loss
     replay = Replay(
-        dataset.train, store, settings.batch_size, random_seed,
-        workers=workers, subset=subset_by_key(dataset.train, images_per_epoch),
-        missing=missing, beyond=beyond, epochs=label_epochs, topk=topk,
+        dataset.train,
+        store,
+        settings.batch_size,
+        random_seed,
+        workers=workers,
+        subset=subset_by_key(dataset.train, images_per_epoch),
+        missing=missing,
+        beyond=beyond,
+        epochs=label_epochs,
+        topk=topk,
         device=device,
-    )  # fmt: skip
+    )
     resumed = checkpoint is not None and checkpoint.exists()  # it has its own statistics
     model, copied = start_model(
-        family, arch, ctx, init=init, random_seed=random_seed,
-        parent_arch=parent_arch, parent_ctx=parent_ctx, parent_weights=parent_weights,
-        order=parent_order, inputs=None if resumed else first_inputs(replay, first_epoch),
+        family,
+        arch,
+        ctx,
+        init=init,
+        random_seed=random_seed,
+        parent_arch=parent_arch,
+        parent_ctx=parent_ctx,
+        parent_weights=parent_weights,
+        order=parent_order,
+        inputs=None if resumed else first_inputs(replay, first_epoch),
         device=device,
-    )  # fmt: skip
+    )
 
     notes, learns = list(replay.notes), loss
     if isinstance(loss, DistillLoss):
@@ -176,14 +190,23 @@ def train_and_score(
     with torch.random.fork_rng(devices=[]):  # what a net may draw (dropout) is the job's own, too
         torch.manual_seed(random_seed)
         history = train(
-            model, lambda epoch: batches(first_epoch + epoch), step_loss, settings,
-            steps_per_epoch=replay.steps_per_epoch, device=device, tick=tick,
-            checkpoint=checkpoint, stop_after=stop_after,
-        )  # fmt: skip
+            model,
+            lambda epoch: batches(first_epoch + epoch),
+            step_loss,
+            settings,
+            steps_per_epoch=replay.steps_per_epoch,
+            device=device,
+            tick=tick,
+            checkpoint=checkpoint,
+            stop_after=stop_after,
+        )
     scored = evaluate(
-        model, holdout_batches(dataset, store, EVAL_BATCH, missing), dataset.holdout.labels,
-        device, tick,
-    )  # fmt: skip
+        model,
+        holdout_batches(dataset, store, EVAL_BATCH, missing),
+        dataset.holdout.labels,
+        device,
+        tick,
+    )
     digest = per_image = None
     if out_weights is not None:
         digest = save_weights(out_weights, model.state_dict())

@@ -22,13 +22,7 @@ from nas.data import Dataset, Split
 from nas.data.augment.outputs import outputs
 from nas.data.augment.spec import Augmenter, AugmentSpec, augmentation_code, default_spec
 from nas.data.sealed_files import digest_of
-from nas.export.teacher_net import (
-    Source,
-    TeacherNet,
-    TeacherSpec,
-    find_source,
-    load_checked,
-)
+from nas.export.teacher_net import Source, TeacherNet, TeacherSpec, find_source, load_checked
 from nas.export.trained_teacher import SCHEMA, TeacherInfo, read_teacher, to_device
 from nas.export.weights import place, save_weights, weights_digest
 from nas.labels.reader import batch_sizes, epoch_order
@@ -70,9 +64,11 @@ def make_teacher(
     augment = default_spec(dataset)
     if not dataset.labelled and spec.kind == "auto":
         raise refuse(
-            "--teacher", f"auto for {dataset.name}, which has no labels", "a teacher that is "
-            "trained already", "name a pretrained timm model, or MODEL:FILE",
-        )  # fmt: skip
+            "--teacher",
+            f"auto for {dataset.name}, which has no labels",
+            "a teacher that is trained already",
+            "name a pretrained timm model, or MODEL:FILE",
+        )
     source = find_source(spec, dataset.num_classes, dataset.mean, dataset.std)
     # Without ground truth the classes are the teacher's own.
     classes = dataset.num_classes or source.num_classes
@@ -159,9 +155,15 @@ def _make(
         if settings is not None:
             batches = _Batches(dataset.train, augment, settings.batch_size, seed)
             train(
-                net, batches.epoch, _step_loss(device), settings, device=device, tick=tick,
-                steps_per_epoch=batches.steps_per_epoch, checkpoint=progress,
-            )  # fmt: skip
+                net,
+                batches.epoch,
+                _step_loss(device),
+                settings,
+                device=device,
+                tick=tick,
+                steps_per_epoch=batches.steps_per_epoch,
+                checkpoint=progress,
+            )
     correct = np.zeros(0, dtype=bool)
     if dataset.labelled:
         correct = _correct(place(net, device), dataset.holdout, augment, device)

@@ -37,9 +37,13 @@ def zero_cost(spec: Mapping[str, Any], tick: Tick) -> Values:
     dataset = open_dataset(Path(spec["dataset"]))
     store = open_store(Path(spec["store"]), use=dataset)
     replay = Replay(
-        dataset.train, store, spec["batch_size"], spec["random_seed"],
-        missing=spec["missing"], device=device,
-    )  # fmt: skip
+        dataset.train,
+        store,
+        spec["batch_size"],
+        spec["random_seed"],
+        missing=spec["missing"],
+        device=device,
+    )
     batch = _first(replay, images)
     values: Values = {
         **zero_cost_scores(

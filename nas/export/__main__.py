@@ -36,9 +36,10 @@ BATCH = 16
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="python -m nas.export", description=__doc__,
+        prog="python -m nas.export",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a run's folder, a model's JSON, or its weights")
     add("--to", required=True, choices=("timm", "onnx", "torch"), help="the form")
@@ -101,9 +102,10 @@ def _exported(given: argparse.Namespace, left: Left, out: Path) -> dict[str, Any
     shape = (max(2, given.batch), ctx.in_chans, ctx.img_size, ctx.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     told: dict[str, Any] = {
-        "to": given.to, "key": left.family.key(left.arch, ctx),
+        "to": given.to,
+        "key": left.family.key(left.arch, ctx),
         "params": left.family.count_params(left.arch, ctx),
-    }  # fmt: skip
+    }
     model = left.build()
     if given.to == "timm":
         from nas.export.hub import export_timm
@@ -189,8 +191,17 @@ def _timed(left: Left, out: Path, batch: int) -> dict[str, Any]:
         for at, s in enumerate(settings)
     )
     measured = measure_prepared(file, eager)
-    names = ("images_per_s", "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi",
-             "batch", "threads", "fingerprint")  # fmt: skip
+    names = (
+        "images_per_s",
+        "images_per_s_lo",
+        "images_per_s_hi",
+        "ratio",
+        "ratio_lo",
+        "ratio_hi",
+        "batch",
+        "threads",
+        "fingerprint",
+    )
     return {"throughput": {name: getattr(measured, name) for name in names}}
 
 

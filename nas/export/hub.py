@@ -101,8 +101,11 @@ def _bullets(title: str, lines: list[str]) -> list[str]:
 
 def _scores(score: Any) -> list[str]:
     found = []
-    for name, key in (("test top-1", "test_top1"), ("holdout top-1", "holdout_top1"),
-                      ("holdout top-1", "top1")):  # fmt: skip
+    for name, key in (
+        ("test top-1", "test_top1"),
+        ("holdout top-1", "holdout_top1"),
+        ("holdout top-1", "top1"),
+    ):
         value, error = score.get(key), score.get(f"{key}_se")
         if isinstance(value, int | float):
             spread = f" +- {error:.1%}" if isinstance(error, int | float) else ""
@@ -145,6 +148,7 @@ def _lineage(left: Left, config: Any) -> list[str]:
     target = config.get("target_params")
     return [
         f"contracted from the seed {seed} of family {left.family.name} to {target:,} parameters"
-        if isinstance(target, int) else f"contracted from the seed {seed}",
+        if isinstance(target, int)
+        else f"contracted from the seed {seed}",
         f"strategy {config.get('strategy')}, random seed {config.get('random_seed')}",
-    ]  # fmt: skip
+    ]

@@ -136,9 +136,11 @@ def _check(found: Left) -> None:
     digest = hashlib.sha256(found.weights.read_bytes()).hexdigest()
     if digest != found.told["sha256"]:
         raise refuse(
-            found.weights.name, f"sha256 {digest[:12]}...",
-            f"{str(found.told['sha256'])[:12]}..., as written", "it is damaged: restore it",
-        )  # fmt: skip
+            found.weights.name,
+            f"sha256 {digest[:12]}...",
+            f"{str(found.told['sha256'])[:12]}..., as written",
+            "it is damaged: restore it",
+        )
 
 
 def _run(path: Path) -> Mapping[str, Any]:

@@ -247,12 +247,17 @@ def _check(arguments: argparse.Namespace) -> None:
 def _write(arguments: argparse.Namespace, family: Family, parent: Arch, child: Arch) -> Any:
     """Write the child's weights; returns what the job tells."""
     spec = {
-        "family": family.name, "parent": family.to_dict(parent), "child": family.to_dict(child),
+        "family": family.name,
+        "parent": family.to_dict(parent),
+        "child": family.to_dict(child),
         "guess": {"img_size": IMG_SIZE, "num_classes": NUM_CLASSES},
-        "img_size": arguments.img_size, "num_classes": arguments.num_classes,
-        "weights": arguments.weights, "out": arguments.out, "criterion": arguments.importance,
+        "img_size": arguments.img_size,
+        "num_classes": arguments.num_classes,
+        "weights": arguments.weights,
+        "out": arguments.out,
+        "criterion": arguments.importance,
         "random_seed": arguments.random_seed,
-    }  # fmt: skip
+    }
     with LocalExecutor(threads=1) as worker:
         result = worker.run(Job("inherit", "inherit", spec))
     if result.values.get("input_error"):

@@ -83,7 +83,7 @@ class Bridge:
         actor: Any = ray.remote(Board)
         self._board = actor.options(
             num_cpus=0, max_restarts=-1, scheduling_strategy=on_node(ray, here, soft=True)
-        ).remote()  # fmt: skip
+        ).remote()
         task: Any = ray.remote(work)
         self._task = task.options(max_retries=0, **self._resources())
 
@@ -104,9 +104,11 @@ class Bridge:
             node = min(alive, key=lambda n: str(n["NodeID"]))
             actor: Any = self._ray.remote(Bench)
             self._bench = actor.options(
-                num_cpus=node["Resources"].get("CPU", 0), resources={name: 1}, max_restarts=0,
+                num_cpus=node["Resources"].get("CPU", 0),
+                resources={name: 1},
+                max_restarts=0,
                 scheduling_strategy=on_node(self._ray, node["NodeID"], soft=False),
-            ).remote(self._hello, self._board, node["NodeID"])  # fmt: skip
+            ).remote(self._hello, self._board, node["NodeID"])
         self._tasks[self._bench.do.remote(told)] = _Running(told, time.monotonic())
 
     def rest(self) -> None:
@@ -172,9 +174,7 @@ class Bridge:
         with self._heard():
             boxes = self._parcels.boxes(told, [node["NodeID"] for node in self._alive()])
         options = {k: self._hello[k] for k in ("session", "threads", "token", "memory_bytes")}
-        ref = self._task.remote(
-            {**told, "pieces": len(told["reads"])}, boxes, self._board, options
-        )  # fmt: skip
+        ref = self._task.remote({**told, "pieces": len(told["reads"])}, boxes, self._board, options)
         self._tasks[ref] = _Running(told, time.monotonic())
 
     def cancel(self, key: str, attempt: int) -> None:
@@ -280,8 +280,7 @@ class Bridge:
             sweep: Any = ray.remote(forget_session)
             refs = [
                 sweep.options(
-                    num_cpus=0,
-                    scheduling_strategy=on_node(self._ray, node["NodeID"], soft=False),
+                    num_cpus=0, scheduling_strategy=on_node(self._ray, node["NodeID"], soft=False)
                 ).remote(self._hello["session"])
                 for node in self._alive()
             ]

@@ -56,10 +56,16 @@ class Child:
         printed: IO[bytes] | int = subprocess.DEVNULL if log is None else log.open("ab")
         try:
             self._process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed,
-                text=True, encoding="utf-8", errors="replace", start_new_session=True,
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=printed,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                start_new_session=True,
                 env={**os.environ, "PYTHONPATH": package_path(), **(environment or {})},
-            )  # fmt: skip
+            )
         except OSError as error:
             if error.errno in SHORT:
                 raise _no_room(error.strerror) from None

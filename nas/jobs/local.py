@@ -63,9 +63,15 @@ class LocalExecutor(Pool):
         memory_bytes: int | None = None,
     ) -> None:
         places = LocalPlaces(
-            threads=threads, workers=workers, gpus=gpus, limit_s=limit_s, log=log, logs=logs,
-            command=command, memory_bytes=memory_bytes,
-        )  # fmt: skip
+            threads=threads,
+            workers=workers,
+            gpus=gpus,
+            limit_s=limit_s,
+            log=log,
+            logs=logs,
+            command=command,
+            memory_bytes=memory_bytes,
+        )
         super().__init__(places, retries=retries, record=record)
 
 
@@ -96,12 +102,18 @@ class LocalPlaces:
         cores = _cores(threads, workers)
         self._workers = [
             _Worker(
-                f"worker {number}", command=command, threads=threads, cores=cores[number],
-                gpu=gpus[number % len(gpus)] if gpus else None, log=log, logs=logs, said=self._said,
+                f"worker {number}",
+                command=command,
+                threads=threads,
+                cores=cores[number],
+                gpu=gpus[number % len(gpus)] if gpus else None,
+                log=log,
+                logs=logs,
+                said=self._said,
                 memory_bytes=memory_bytes,
             )
             for number in range(workers)
-        ]  # fmt: skip
+        ]
 
     def room(self) -> int:
         """Return how many workers there are."""
@@ -127,9 +139,10 @@ class LocalPlaces:
 
     def _doing(self, key: str, attempt: int) -> list[_Worker]:
         return [
-            w for w in self._workers if w.task is not None
-            and (w.task.job.key, w.task.attempt) == (key, attempt)
-        ]  # fmt: skip
+            w
+            for w in self._workers
+            if w.task is not None and (w.task.job.key, w.task.attempt) == (key, attempt)
+        ]
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return what the workers said, and which of them died or took too long."""
@@ -246,10 +259,14 @@ class _Worker:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         message = {
-            "kind": job.kind, "key": job.key, "spec": dict(job.spec), "units": job.units,
-            "attempt": task.attempt, "log": None if log is None else str(log),
+            "kind": job.kind,
+            "key": job.key,
+            "spec": dict(job.spec),
+            "units": job.units,
+            "attempt": task.attempt,
+            "log": None if log is None else str(log),
             "timed": job.needs.timed,
-        }  # fmt: skip
+        }
         # A worker that is dead already is found out by `poll`.
         self._running().say(message)
 
@@ -286,9 +303,11 @@ class _Worker:
         gpu = {} if self._gpu is None else {"CUDA_VISIBLE_DEVICES": str(self._gpu)}
         self.ready = False
         self.child = Child(
-            self._command, lambda child, message: self._said.put((self, child, message)),
-            environment={**worker_environment(self._threads), **gpu}, log=self._log,
-        )  # fmt: skip
+            self._command,
+            lambda child, message: self._said.put((self, child, message)),
+            environment={**worker_environment(self._threads), **gpu},
+            log=self._log,
+        )
         self.child.say(
             {"threads": self._threads, "cores": self._cores, "memory_bytes": self._memory_bytes}
         )

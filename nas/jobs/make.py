@@ -55,6 +55,12 @@ def make_executor(
             means=means, threads=threads, device=device, workers=workers, **kept, **more
         )
     return LocalExecutor(
-        threads=threads, workers=workers, gpus=gpus, limit_s=means.limit_s, retries=means.retries,
-        memory_bytes=means.memory_bytes, **kept, **more,
-    )  # fmt: skip
+        threads=threads,
+        workers=workers,
+        gpus=gpus,
+        limit_s=means.limit_s,
+        retries=means.retries,
+        memory_bytes=means.memory_bytes,
+        **kept,
+        **more,
+    )

@@ -42,8 +42,9 @@ class Means:
             read_int("--workers", self.workers, 1, MOST_AT_ONCE)
         read_int("--retries", self.retries, 0, 1000)
         for name, number in (
-            ("--job-minutes", self.job_minutes), ("--job-memory-gb", self.job_memory_gb),
-        ):  # fmt: skip
+            ("--job-minutes", self.job_minutes),
+            ("--job-memory-gb", self.job_memory_gb),
+        ):
             if number is not None and not (math.isfinite(number) and number > 0):
                 raise refuse(name, number, "a number above 0")
         if not 0 < self.gpu_share <= 1:

@@ -238,9 +238,7 @@ class Pool:
 
     def _add(self, job: Job, *, ahead: bool) -> None:
         self._jobs[job.key] = job
-        self._queue.add(
-            job.key, kind=job.kind, units=job.units, alone=job.needs.alone, ahead=ahead
-        )  # fmt: skip
+        self._queue.add(job.key, kind=job.kind, units=job.units, alone=job.needs.alone, ahead=ahead)
 
     def _clear(self, key: str) -> None:
         self._jobs.pop(key, None)
@@ -301,9 +299,13 @@ class Pool:
                 self._write(event.key, other, "", 0.0, "spare", "another attempt was faster")
         outcome = "done" if event.result.ok else "failed"
         self._write(
-            event.key, event.attempt, event.where, event.result.seconds, outcome,
+            event.key,
+            event.attempt,
+            event.where,
+            event.result.seconds,
+            outcome,
             event.result.reason or "",
-        )  # fmt: skip
+        )
         self._clear(event.key)
         self._results[event.key] = event.result
 

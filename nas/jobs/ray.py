@@ -59,12 +59,22 @@ class RayExecutor(Pool):
         record: Path | None = None,
     ) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise refuse("--executor", "ray, which is not installed", "an installed executor",
-                         "pip install -e '.[ray]'")  # fmt: skip
+            raise refuse(
+                "--executor",
+                "ray, which is not installed",
+                "an installed executor",
+                "pip install -e '.[ray]'",
+            )
         here = LocalPlaces(
-            threads=threads, workers=1, gpus=(), limit_s=means.limit_s, log=log, logs=logs,
-            command=None, memory_bytes=means.memory_bytes,
-        )  # fmt: skip
+            threads=threads,
+            workers=1,
+            gpus=(),
+            limit_s=means.limit_s,
+            log=log,
+            logs=logs,
+            command=None,
+            memory_bytes=means.memory_bytes,
+        )
         places = RayPlaces(
             means, threads=threads, device=device, workers=workers, log=log, logs=logs, here=here
         )
@@ -127,11 +137,16 @@ class RayPlaces:
     def _told(self, job: Job, attempt: int) -> dict[str, Any]:
         log = None if self._logs is None else str(self._logs / f"{job.key}.log")
         return {
-            "kind": job.kind, "key": job.key, "spec": dict(job.spec), "units": job.units,
-            "attempt": attempt, "log": log, "reads": list(job.needs.reads),
+            "kind": job.kind,
+            "key": job.key,
+            "spec": dict(job.spec),
+            "units": job.units,
+            "attempt": attempt,
+            "log": log,
+            "reads": list(job.needs.reads),
             "leaves": job.needs.leaves,
             "flat": list(job.needs.flat),
-        }  # fmt: skip
+        }
 
     def _start_here(self) -> None:
         while self._waiting and self._here.idle():

@@ -71,9 +71,14 @@ def work(
             held, last = 0.0, time.monotonic()
 
     return do_here(
-        told, pieces, node_place(node, options["session"]), threads=options["threads"],
-        token=options["token"], said=said, began=lambda: board.begin.remote(key, attempt),
-    )  # fmt: skip
+        told,
+        pieces,
+        node_place(node, options["session"]),
+        threads=options["threads"],
+        token=options["token"],
+        said=said,
+        began=lambda: board.begin.remote(key, attempt),
+    )
 
 
 def _at_most(size: int) -> None:

@@ -34,9 +34,12 @@ def _part(text: str) -> tuple[int, int]:
 def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """Collect the fields of the augmentation that flags override."""
     names = {
-        "mixup": "mixup_alpha", "cutmix": "cutmix_alpha", "erase": "erase_prob",
-        "policy": "policy", "color_jitter": "color_jitter",
-    }  # fmt: skip
+        "mixup": "mixup_alpha",
+        "cutmix": "cutmix_alpha",
+        "erase": "erase_prob",
+        "policy": "policy",
+        "color_jitter": "color_jitter",
+    }
     found = {field: getattr(arguments, flag) for flag, field in names.items()}
     given = {field: value for field, value in found.items() if value is not None}
     if given.get("policy") == "none":
@@ -55,8 +58,12 @@ def build_parser() -> Parser:
     make.add_argument("--epochs", type=int, default=10, help="views of each image (default: 10)")
     make.add_argument("--topk", type=int, help="classes kept (default: 10; 100 of over 10,000)")
     make.add_argument("--codec", choices=LABEL_CHOICES["codec"], default="packed")
-    make.add_argument("--augment", choices=LABEL_CHOICES["augment"], default="default",
-                      help="pipeline; the official ones are 22k, 1k and finetune")  # fmt: skip
+    make.add_argument(
+        "--augment",
+        choices=LABEL_CHOICES["augment"],
+        default="default",
+        help="pipeline; the official ones are 22k, 1k and finetune",
+    )
     make.add_argument("--mixup", type=float, metavar="ALPHA", help="override the pipeline's")
     make.add_argument("--cutmix", type=float, metavar="ALPHA", help="override the pipeline's")
     make.add_argument("--erase", type=float, metavar="PROB", help="override random erasing")
@@ -64,9 +71,14 @@ def build_parser() -> Parser:
     make.add_argument("--color-jitter", type=float, metavar="X", help="override colour jitter")
     make.add_argument("--salt", type=int, default=0, help="another number: other views")
     make.add_argument("--limit", type=int, metavar="N", help="label N images only")
-    make.add_argument("--clean", nargs="?", const=str(CLEAN_RATIO), metavar="RATIO",
-                      help="drop images whose label gets less than RATIO of the probability of the "
-                      f"teacher's best (alone: {CLEAN_RATIO}), listing them")  # fmt: skip
+    make.add_argument(
+        "--clean",
+        nargs="?",
+        const=str(CLEAN_RATIO),
+        metavar="RATIO",
+        help="drop images whose label gets less than RATIO of the probability of the "
+        f"teacher's best (alone: {CLEAN_RATIO}), listing them",
+    )
     make.add_argument("--precision", default="float32", help="of the teacher, on a GPU")
     make.add_argument("--img-size", type=int, metavar="PX")
     make.add_argument(
@@ -76,16 +88,31 @@ def build_parser() -> Parser:
         help="images read (default: 10,000, or 4 a class if more)",
     )
     make.add_argument("--max-broken", default="1%", metavar="SHARE")
-    make.add_argument("--no-pixel-cache", dest="pixel_cache", action="store_false",
-                      help="decode files each time instead of keeping their pixels")  # fmt: skip
+    make.add_argument(
+        "--no-pixel-cache",
+        dest="pixel_cache",
+        action="store_false",
+        help="decode files each time instead of keeping their pixels",
+    )
     make.add_argument("--out", metavar="DIR", help="the store's folder (default: in the cache)")
     make.add_argument("--processes", type=int, default=1, help="of this machine (default: 1)")
-    make.add_argument("--executor", choices=EXECUTORS, default="local",
-                      help="ray: --processes parts are made as tasks of a cluster")  # fmt: skip
-    make.add_argument("--ray-address", metavar="ADDRESS", help="HOST:PORT or auto (default: a "
-                      "cluster of this machine alone)")  # fmt: skip
-    make.add_argument("--part", default="1/1", metavar="I/N",
-                      help="make every N-th piece: one of N machines (see merge)")  # fmt: skip
+    make.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="local",
+        help="ray: --processes parts are made as tasks of a cluster",
+    )
+    make.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="HOST:PORT or auto (default: a cluster of this machine alone)",
+    )
+    make.add_argument(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="make every N-th piece: one of N machines (see merge)",
+    )
     make.add_argument("--threads", type=int, help="torch's, a process; part of the store")
     make.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     tell = commands.add_parser("info", help="tell what a store is")
@@ -118,17 +145,32 @@ def _means(arguments: argparse.Namespace) -> Means:
 def _build(arguments: argparse.Namespace, console: Console) -> int:
     clean = None if arguments.clean is None else parse_share("--clean", arguments.clean)
     made = build(
-        arguments.data, teacher=arguments.teacher, teacher_epochs=arguments.teacher_epochs,
-        epochs=arguments.epochs, out=arguments.out, topk=arguments.topk, codec=arguments.codec,
-        augment=arguments.augment, changes=_changes(arguments), salt=arguments.salt,
-        limit=arguments.limit, clean=clean, precision=arguments.precision,
-        img_size=arguments.img_size, proxy_images=arguments.proxy_images,
+        arguments.data,
+        teacher=arguments.teacher,
+        teacher_epochs=arguments.teacher_epochs,
+        epochs=arguments.epochs,
+        out=arguments.out,
+        topk=arguments.topk,
+        codec=arguments.codec,
+        augment=arguments.augment,
+        changes=_changes(arguments),
+        salt=arguments.salt,
+        limit=arguments.limit,
+        clean=clean,
+        precision=arguments.precision,
+        img_size=arguments.img_size,
+        proxy_images=arguments.proxy_images,
         max_broken=parse_share("--max-broken", arguments.max_broken),
-        pixel_cache=arguments.pixel_cache, random_seed=arguments.random_seed,
-        device=arguments.device, threads=arguments.threads, processes=arguments.processes,
-        part=_part(arguments.part), means=_means(arguments),
-        cache_dir=arguments.cache_dir, console=console,
-    )  # fmt: skip
+        pixel_cache=arguments.pixel_cache,
+        random_seed=arguments.random_seed,
+        device=arguments.device,
+        threads=arguments.threads,
+        processes=arguments.processes,
+        part=_part(arguments.part),
+        means=_means(arguments),
+        cache_dir=arguments.cache_dir,
+        console=console,
+    )
     console.line(f"store: {made['folder']} ({made['bytes_per_record']:.1f} bytes a record)")
     return _end(arguments, made)
 
@@ -142,10 +184,14 @@ def _info(arguments: argparse.Namespace, console: Console) -> int:
 
 def _verify(arguments: argparse.Namespace, console: Console) -> int:
     wrong = verify(
-        arguments.store, teacher=arguments.teacher, data=arguments.data,
-        teacher_model=arguments.teacher_model, random_seed=arguments.random_seed,
-        cache_dir=arguments.cache_dir, console=console,
-    )  # fmt: skip
+        arguments.store,
+        teacher=arguments.teacher,
+        data=arguments.data,
+        teacher_model=arguments.teacher_model,
+        random_seed=arguments.random_seed,
+        cache_dir=arguments.cache_dir,
+        console=console,
+    )
     for line in wrong:
         print(f"error: label store {arguments.store}: {line}", file=sys.stderr)
     if not wrong:
@@ -177,8 +223,12 @@ def _end(arguments: argparse.Namespace, values: Mapping[str, Any]) -> int:
 
 
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace, Console], int]] = {
-    "build": _build, "info": _info, "verify": _verify, "merge": _merge, "cache": _cache,
-}  # fmt: skip
+    "build": _build,
+    "info": _info,
+    "verify": _verify,
+    "merge": _merge,
+    "cache": _cache,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -68,15 +68,26 @@ def build(
     read_threads(threads)
     asked = DataSpec(data, img_size, proxy_images, max_broken, random_seed, pixel_cache=pixel_cache)
     taught_by = {
-        "teacher": teacher, "teacher_epochs": teacher_epochs, "random_seed": random_seed,
-        "device": device, "threads": threads,
-    }  # fmt: skip
+        "teacher": teacher,
+        "teacher_epochs": teacher_epochs,
+        "random_seed": random_seed,
+        "device": device,
+        "threads": threads,
+    }
     made_by = {"data": _data_dict(asked), **taught_by}
     request = {
-        "epochs": epochs, "topk": topk, "codec": codec, "preset": augment,
-        "changes": dict(changes or {}), "salt": salt, "limit": limit, "clean": clean,
-        "precision": precision, "device": device, "threads": threads,
-    }  # fmt: skip
+        "epochs": epochs,
+        "topk": topk,
+        "codec": codec,
+        "preset": augment,
+        "changes": dict(changes or {}),
+        "salt": salt,
+        "limit": limit,
+        "clean": clean,
+        "precision": precision,
+        "device": device,
+        "threads": threads,
+    }
     dataset = prepared(asked, cache, console)
     with LocalExecutor(threads=threads, workers=processes, retries=RETRIES) as worker:
         do = _doer(worker, console)
@@ -108,17 +119,20 @@ def build(
             open_parts = []
             for each in mine:
                 left = labelling.begin(
-                    do, dataset, info, request, place, named=out is not None, made_by=made_by,
+                    do,
+                    dataset,
+                    info,
+                    request,
+                    place,
+                    named=out is not None,
+                    made_by=made_by,
                     part=each,
-                )  # fmt: skip
+                )
                 if left["pieces"]:
                     open_parts.append(each)
             with make_executor(means, threads=threads, device=device) as cluster:
                 _make(begun, dataset, info, open_parts, device, cluster, console)
-    return {
-        **begun,
-        "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"]),
-    }
+    return {**begun, "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"])}
 
 
 def _data_dict(spec: DataSpec) -> dict[str, Any]:
@@ -244,9 +258,13 @@ def _ask(
         do = _doer(worker, console)
         taught = labelling.teach(do, dataset, cache, **asked)["info"]
         spec = {
-            "store": str(folder), "dataset": str(dataset.folder), "info": dict(taught),
-            "device": asked["device"], "records": records, "random_seed": random_seed,
-        }  # fmt: skip
+            "store": str(folder),
+            "dataset": str(dataset.folder),
+            "info": dict(taught),
+            "device": asked["device"],
+            "records": records,
+            "random_seed": random_seed,
+        }
         found = do(Job("ask-teacher", "ask-teacher", spec, units=float(records)))
     if not found.ok:
         raise InputError(found.reason)

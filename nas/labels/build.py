@@ -21,31 +21,10 @@ from nas.data import Dataset, Split
 from nas.data.augment.spec import eval_batch
 from nas.data.augment.views import Plan, Views, make_augmenter, make_plan
 from nas.data.sealed_files import file_sha256, write_sealed
-from nas.labels.keys import (
-    StoredKeys,
-    find_rows,
-    keys_digest,
-    raw_keys,
-    sorted_planes,
-    write_keys,
-)
-from nas.labels.shards import (
-    HOLDOUT_EPOCH,
-    SEAL_BYTES,
-    Piece,
-    map_piece,
-    piece_records,
-    sealed,
-)
+from nas.labels.keys import StoredKeys, find_rows, keys_digest, raw_keys, sorted_planes, write_keys
+from nas.labels.shards import HOLDOUT_EPOCH, SEAL_BYTES, Piece, map_piece, piece_records, sealed
 from nas.labels.soft_labels import top_labels
-from nas.labels.store import (
-    DROPPED,
-    HOLDOUT_KEYS,
-    KEYS,
-    MANIFEST,
-    LabelStore,
-    read_manifest,
-)
+from nas.labels.store import DROPPED, HOLDOUT_KEYS, KEYS, MANIFEST, LabelStore, read_manifest
 from nas.labels.store_spec import (
     SCHEMA,
     TEACHER_BATCH,
@@ -237,9 +216,11 @@ def build_pieces(
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise refuse(
-            "label store", f"{store.folder} ({error})", "a folder with room to write",
+            "label store",
+            f"{store.folder} ({error})",
+            "a folder with room to write",
             "what is finished is kept; build again to go on",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _remove_abandoned(folder: Path) -> None:

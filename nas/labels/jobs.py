@@ -54,9 +54,14 @@ def begin_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
         logits = load_teacher(info, request.device)
         dropped, count = disagreements(dataset, logits, default_spec(dataset), request.clean, tick)
     store = begin_store(
-        Path(spec["place"]), dataset, info, request,
-        made_by=spec["made_by"], named=spec["named"], dropped=dropped,
-    )  # fmt: skip
+        Path(spec["place"]),
+        dataset,
+        info,
+        request,
+        made_by=spec["made_by"],
+        named=spec["named"],
+        dropped=dropped,
+    )
     left = need(store, tuple(spec["part"]))
     refuse_if_full(store, left)
     return {
@@ -145,10 +150,11 @@ def ask_teacher(spec: Mapping[str, Any], tick: Tick) -> Values:
     info = TeacherInfo.from_dict(spec["info"])
     if info.digest != store.spec.teacher_hash:
         raise refuse(
-            f"label store {store.folder}", f"teacher {store.spec.teacher_id}, weights "
-            f"{store.spec.teacher_hash[:12]}", f"{info.id}, weights {info.digest[:12]}",
+            f"label store {store.folder}",
+            f"teacher {store.spec.teacher_id}, weights {store.spec.teacher_hash[:12]}",
+            f"{info.id}, weights {info.digest[:12]}",
             "name the store's own with --teacher-model",
-        )  # fmt: skip
+        )
     logits = load_teacher(info, spec["device"], store.spec.precision)
     found = verify.ask_teacher(
         store, dataset, logits, spec["records"], spec["random_seed"], spec["device"], tick

@@ -77,8 +77,11 @@ def classes_from_teacher(
 ) -> Path:
     """Label images that have no ground truth by their teacher; the folder of the new data set."""
     spec = {
-        "dataset": str(dataset.folder), "cache": str(cache), "info": dict(info), "device": device,
-    }  # fmt: skip
+        "dataset": str(dataset.folder),
+        "cache": str(cache),
+        "info": dict(info),
+        "device": device,
+    }
     units = float(len(dataset.train) + len(dataset.holdout) + len(dataset.test))
     made = _values(do(Job("relabel", "relabel", spec, units=units)), "labelling by the teacher")
     return Path(made["folder"])

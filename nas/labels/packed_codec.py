@@ -231,10 +231,7 @@ def _bits_of(values: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
 
 
 def check_labels(
-    index: NDArray[Any],
-    prob: NDArray[np.float32],
-    tail: NDArray[np.float32],
-    num_classes: int,
+    index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32], num_classes: int
 ) -> None:
     """Refuse class ids outside 0 to C-1, which a narrow type would wrap, and what is no
     distribution: values outside [0, 1] or not summing to 1 (within 1e-3). Raises InputError."""

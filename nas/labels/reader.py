@@ -113,8 +113,11 @@ class Replay:
         self._spec = store.spec.augment
         self._epochs = store.epochs if epochs is None else epochs
         self._batch_size, self._seed, self._beyond, self._topk = (
-            batch_size, random_seed, beyond, topk,
-        )  # fmt: skip
+            batch_size,
+            random_seed,
+            beyond,
+            topk,
+        )
         batched = self._spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, self._spec, device if batched else "cpu")
@@ -161,8 +164,12 @@ class Replay:
         recipes = [plan.of(self._at[rows]) for rows in batches]
         for rows, made in zip(batches, stream(self._inputs, recipes, self._workers), strict=True):
             said = labels[self._at[rows]]
-            yield _batch(made, said if self._topk is None else said.best(self._topk),
-                         self._split.labels[rows], rows)  # fmt: skip
+            yield _batch(
+                made,
+                said if self._topk is None else said.best(self._topk),
+                self._split.labels[rows],
+                rows,
+            )
 
     def inputs(self, epoch: int, rows: Rows) -> Tensor:
         """Make the inputs of rows in an epoch: float32 [n, 3, S, S]."""
@@ -180,9 +187,11 @@ class Replay:
         mixed = np.flatnonzero(recipe.partner_rows != NOBODY)
         share = np.ones(len(rows))
         share[mixed] = shares(
-            recipe.codes[mixed].tolist(), recipe.partner_codes[mixed].tolist(),
-            (self._spec.img_size, self._spec.img_size), self._spec,
-        )  # fmt: skip
+            recipe.codes[mixed].tolist(),
+            recipe.partner_codes[mixed].tolist(),
+            (self._spec.img_size, self._spec.img_size),
+            self._spec,
+        )
         found = np.zeros((len(rows), self._store.spec.num_classes), dtype=np.float32)
         found[np.arange(len(rows)), own] = share
         found[mixed, self._split.labels[recipe.partner_rows[mixed]]] += 1 - share[mixed]
@@ -195,9 +204,11 @@ class Replay:
     def _stored(self, epoch: int) -> int:
         if epoch >= self._epochs and self._beyond == "refuse":
             raise refuse(
-                f"label store {self._store.folder}", f"{self._epochs} epochs",
-                f"epoch {epoch + 1}", "build more epochs, or allow --beyond cycle",
-            )  # fmt: skip
+                f"label store {self._store.folder}",
+                f"{self._epochs} epochs",
+                f"epoch {epoch + 1}",
+                "build more epochs, or allow --beyond cycle",
+            )
         return epoch % self._epochs
 
     def _planned(self, epoch: int) -> Plan:
@@ -217,8 +228,9 @@ class Replay:
             raise refuse(
                 f"label store {self._store.folder}",
                 f"{len(found)} of {len(self._rows)} images whose mixing partner is in the data",
-                "at least 2", "train on the data that the store was built on",
-            )  # fmt: skip
+                "at least 2",
+                "train on the data that the store was built on",
+            )
         return found
 
     def _count_steps(self) -> int:

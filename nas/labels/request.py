@@ -21,13 +21,7 @@ from nas.labels.build import labelled_keys, start_store
 from nas.labels.codec import make_codec
 from nas.labels.keys import keys_digest
 from nas.labels.store import LabelStore, read_dropped
-from nas.labels.store_spec import (
-    TEACHER_BATCH,
-    StoreSpec,
-    check_precision,
-    default_topk,
-    store_id,
-)
+from nas.labels.store_spec import TEACHER_BATCH, StoreSpec, check_precision, default_topk, store_id
 from space.errors import refuse
 
 CLEAN_RATIO = 0.01
@@ -118,8 +112,12 @@ def begin_store(
     train = labelled_keys(dataset.train, request.limit, gone)
     holdout = labelled_keys(dataset.holdout, None, frozenset())
     if not train.shape[1]:
-        raise refuse("--clean", "no image left", "images on which teacher and label agree",
-                     "lower --clean, or take a better --teacher")  # fmt: skip
+        raise refuse(
+            "--clean",
+            "no image left",
+            "images on which teacher and label agree",
+            "lower --clean, or take a better --teacher",
+        )
     classes = info.num_classes
     topk = default_topk(classes) if request.topk is None else request.topk
     spec = StoreSpec(
@@ -173,12 +171,15 @@ def disagreements(
             row = int(rows[at])
             found.append(
                 (
-                    float(mine[at] / best[at]), split.keys[row],
+                    float(mine[at] / best[at]),
+                    split.keys[row],
                     split.names[row] if len(split.names) else "",
-                    dataset.classes[given[at]], dataset.classes[int(said[at].argmax())],
-                    f"{mine[at]:.6g}", f"{best[at]:.6g}",
+                    dataset.classes[given[at]],
+                    dataset.classes[int(said[at].argmax())],
+                    f"{mine[at]:.6g}",
+                    f"{best[at]:.6g}",
                 )
-            )  # fmt: skip
+            )
         tick(float(len(rows)))
     table = io.StringIO()
     writer = Writer(table)

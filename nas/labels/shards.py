@@ -71,9 +71,7 @@ def sealed(piece: Piece, store_id: str, records: NDArray[np.uint8]) -> bytes:
 
 
 def _seal(piece: Piece, store_id: str, record_bytes: int, body: bytes | memoryview) -> bytes:
-    front = (
-        _MAGIC, bytes.fromhex(store_id), piece.epoch, piece.number, piece.count, record_bytes,
-    )  # fmt: skip
+    front = (_MAGIC, bytes.fromhex(store_id), piece.epoch, piece.number, piece.count, record_bytes)
     total = hashlib.blake2b(body, digest_size=32)
     total.update(_LAYOUT.pack(*front, b"")[: -total.digest_size])
     return _LAYOUT.pack(*front, total.digest())

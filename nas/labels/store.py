@@ -44,8 +44,11 @@ from space.errors import InputError, refuse
 
 Rows = NDArray[np.int64]
 MANIFEST, KEYS, HOLDOUT_KEYS, DROPPED = (
-    "manifest.json", "keys.bin", "holdout-keys.bin", "dropped.csv",
-)  # fmt: skip
+    "manifest.json",
+    "keys.bin",
+    "holdout-keys.bin",
+    "dropped.csv",
+)
 
 
 class LabelStore:
@@ -96,9 +99,11 @@ class LabelStore:
             )
         except FileNotFoundError:
             raise refuse(
-                f"label store {self.folder}", f"no piece {piece.name}", "all its pieces",
+                f"label store {self.folder}",
+                f"no piece {piece.name}",
+                "all its pieces",
                 "build it to the end",
-            ) from None  # fmt: skip
+            ) from None
         except (OSError, ValueError) as error:
             raise damaged(self.folder, error) from error
 
@@ -135,9 +140,11 @@ class EpochLabels:
 def damaged(folder: Path, why: object) -> Exception:
     """Say that a store is not as it was written."""
     return refuse(
-        f"label store {folder}", why, "the files as they were written",
+        f"label store {folder}",
+        why,
+        "the files as they were written",
         "delete what is damaged and build again; `nas.labels verify` lists it",
-    )  # fmt: skip
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -149,9 +156,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = read_sealed(path)
         if manifest["schema"] != SCHEMA:
             raise refuse(
-                f"label store {folder}", f"schema {manifest['schema']}",
-                f"schema {SCHEMA}, which this version reads", "build it anew",
-            )  # fmt: skip
+                f"label store {folder}",
+                f"schema {manifest['schema']}",
+                f"schema {SCHEMA}, which this version reads",
+                "build it anew",
+            )
         odd = sorted(dict(manifest["files"]).keys() - {KEYS, HOLDOUT_KEYS, DROPPED})
         if odd:  # they are hashed and copied by name
             raise refuse(f"{path}: files", odd[0], f"{KEYS}, {HOLDOUT_KEYS} and {DROPPED} only")
@@ -196,9 +205,11 @@ def open_store(
     store = LabelStore(folder, manifest)
     if epochs is not None and store.epochs < epochs:
         raise refuse(
-            f"label store {folder}", f"{store.epochs} epochs", f"{epochs} epochs",
+            f"label store {folder}",
+            f"{store.epochs} epochs",
+            f"{epochs} epochs",
             "build more, or let the labels start again (--beyond cycle)",
-        )  # fmt: skip
+        )
     for epoch in (HOLDOUT_EPOCH, *range(store.epochs)):
         for piece in store.pieces(epoch):
             if not (folder / piece.name).is_file():

@@ -120,11 +120,7 @@ def ask_teacher(
 
 
 def _divergences(
-    store: LabelStore,
-    replay: Replay,
-    epoch: int,
-    rows: np.ndarray,
-    teacher_logits: TeacherLogits,
+    store: LabelStore, replay: Replay, epoch: int, rows: np.ndarray, teacher_logits: TeacherLogits
 ) -> list[float]:
     with torch.no_grad():
         logits = teacher_logits(replay.inputs(epoch, rows)).double()

@@ -91,10 +91,14 @@ def _main(given: argparse.Namespace) -> int:
         row = bench.row(network, known)
         rows.append(row)
         write_rows(given.out, rows)
-        pace = row.reason if row.state == FAILED else (
-            f"{row.images_per_s:.1f} [{row.images_per_s_lo:.1f}, {row.images_per_s_hi:.1f}] "
-            f"images/s, {row.ratio:.3f}x the reference"
-        )  # fmt: skip
+        pace = (
+            row.reason
+            if row.state == FAILED
+            else (
+                f"{row.images_per_s:.1f} [{row.images_per_s_lo:.1f}, {row.images_per_s_hi:.1f}] "
+                f"images/s, {row.ratio:.3f}x the reference"
+            )
+        )
         print(f"{number}/{len(networks)}  {row.key}  {pace}", flush=True)
     failed = sum(row.state == FAILED for row in rows)
     print(json.dumps({"rows": len(rows), "failed": failed, "out": str(given.out)}))
@@ -175,10 +179,16 @@ class _Bench:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             return replace(empty, state=FAILED, reason=reason)
         values = {
-            **summary(timed), "parity": None, "agrees": None, "done": "ONNX", "load": now.load,
-            "when": now.when, "clock_mhz": now.clock_mhz, "threads": self._threads,
+            **summary(timed),
+            "parity": None,
+            "agrees": None,
+            "done": "ONNX",
+            "load": now.load,
+            "when": now.when,
+            "clock_mhz": now.clock_mhz,
+            "threads": self._threads,
             "peak_mem_bytes": None,
-        }  # fmt: skip
+        }
         row = replace(empty, **measured_columns(values))
         if network["batch"] == 1:
             latency = {n: values[f"latency_ms_{n}"] for n in ("p50", "p50_lo", "p50_hi", "p90")}

@@ -130,9 +130,14 @@ def fingerprint_of(row: DeviceRow) -> Fingerprint:
     """Rebuild the fingerprint that a row was measured under, and check its id."""
     values = {n[3:]: getattr(row, n) for n in COLUMNS if n.startswith("on_")}
     values.update(
-        device=row.device.partition(":")[0], threads=row.threads, runtime=row.runtime,
-        dtype=row.dtype, batch=row.batch, img_size=row.img_size, id=row.fingerprint,
-    )  # fmt: skip
+        device=row.device.partition(":")[0],
+        threads=row.threads,
+        runtime=row.runtime,
+        dtype=row.dtype,
+        batch=row.batch,
+        img_size=row.img_size,
+        id=row.fingerprint,
+    )
     return Fingerprint.from_dict(values)
 
 
@@ -163,9 +168,11 @@ def read_rows(path: Path, flag: str) -> list[DeviceRow]:
     if missing or sorted(header) != sorted(COLUMNS):
         lacks = sorted(set(COLUMNS) - set(header))[:3]
         raise refuse(
-            flag, f"{path} with other columns (without {', '.join(lacks) or 'none'})",
-            "a table of python -m benchmarks.throughput", "make it with this version",
-        )  # fmt: skip
+            flag,
+            f"{path} with other columns (without {', '.join(lacks) or 'none'})",
+            "a table of python -m benchmarks.throughput",
+            "make it with this version",
+        )
     rows = []
     for number, cells in enumerate(lines, start=2):
         if len(cells) != len(header):
@@ -227,7 +234,9 @@ def one_fingerprint(rows: Sequence[DeviceRow], where: str) -> str:
     found = sorted({row.fingerprint for row in rows if row.state == OK})
     if len(found) != 1:
         raise refuse(
-            where, f"rows of {len(found)} fingerprints ({', '.join(found[:3])})",
-            "those of one device, runtime, dtype, batch and resolution", "split the table",
-        )  # fmt: skip
+            where,
+            f"rows of {len(found)} fingerprints ({', '.join(found[:3])})",
+            "those of one device, runtime, dtype, batch and resolution",
+            "split the table",
+        )
     return found[0]

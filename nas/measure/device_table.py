@@ -43,9 +43,11 @@ class DeviceTable:
         seed_key = family.key(seed, ctx)
         if seed_key not in self._rows:
             raise refuse(
-                flag, f"{shown} without the seed {family.label(seed)}", "the seed among its rows",
+                flag,
+                f"{shown} without the seed {family.label(seed)}",
+                "the seed among its rows",
                 "measure it too: add it to --arch",
-            )  # fmt: skip
+            )
         self._seed = self._rows[seed_key]
         self.predictor: Predictor = fit_predictor(
             family,
@@ -78,9 +80,11 @@ class DeviceTable:
         for row in rows:
             if row.state == OK and row.fingerprint != self.fingerprint:
                 raise refuse(
-                    where, f"a row of fingerprint {row.fingerprint}", self.fingerprint,
+                    where,
+                    f"a row of fingerprint {row.fingerprint}",
+                    self.fingerprint,
                     "measure on the device, runtime and batch of --device-table",
-                )  # fmt: skip
+                )
             if row.state == OK and row.spec:
                 self._take(row, where, self._finalists)
 
@@ -96,9 +100,11 @@ class DeviceTable:
 
     def _beside_one(self, row: DeviceRow) -> bool:
         """Tell whether a row's ratio and the seed's are to one reference."""
-        return row.ratio is not None and self._seed.ratio is not None and (
-            row.reference == self._seed.reference
-        )  # fmt: skip
+        return (
+            row.ratio is not None
+            and self._seed.ratio is not None
+            and (row.reference == self._seed.reference)
+        )
 
     def _row(self, arch: Arch, final: bool) -> DeviceRow | None:
         key = self.family.key(arch, self.ctx)
@@ -141,17 +147,32 @@ class DeviceTable:
                 "latency_ms_p50_hi": 1e3 / speed[1],
             }
         return Measurement(
-            images_per_s=speed[0], images_per_s_lo=speed[1], images_per_s_hi=speed[2],
-            ratio=ratio[0], ratio_lo=ratio[1], ratio_hi=ratio[2],
+            images_per_s=speed[0],
+            images_per_s_lo=speed[1],
+            images_per_s_hi=speed[2],
+            ratio=ratio[0],
+            ratio_lo=ratio[1],
+            ratio_hi=ratio[2],
             reference_images_per_s=seed.images_per_s,
             coverage=0.95 if row is None else source.coverage or 0.95,
-            blocks=source.blocks or 1, passes=source.passes or 1, seconds=0.0,
-            img_size=self.ctx.img_size, num_classes=self.ctx.num_classes,
-            in_chans=self.ctx.in_chans, batch=self.setting.batch, dtype=self.setting.dtype,
-            runtime=self.setting.runtime, device=self.setting.device, threads=source.threads,
-            fingerprint=self.fingerprint, load=source.load, when=source.when,
-            peak_mem_bytes=None if row is None else row.peak_mem_bytes, done=done, **latency,
-        )  # fmt: skip
+            blocks=source.blocks or 1,
+            passes=source.passes or 1,
+            seconds=0.0,
+            img_size=self.ctx.img_size,
+            num_classes=self.ctx.num_classes,
+            in_chans=self.ctx.in_chans,
+            batch=self.setting.batch,
+            dtype=self.setting.dtype,
+            runtime=self.setting.runtime,
+            device=self.setting.device,
+            threads=source.threads,
+            fingerprint=self.fingerprint,
+            load=source.load,
+            when=source.when,
+            peak_mem_bytes=None if row is None else row.peak_mem_bytes,
+            done=done,
+            **latency,
+        )
 
     def _ratio(self, row: DeviceRow) -> tuple[float, float, float]:
         """Return a measured network's ratio to the seed, intervals of both taken together."""

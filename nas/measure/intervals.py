@@ -89,9 +89,12 @@ def _tails(n: int, q: float) -> tuple[float, ...]:
 
 def _log_term(n: int, k: int, q: float) -> float:
     return math.exp(
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
-        + k * math.log(q) + (n - k) * math.log(1.0 - q)
-    )  # fmt: skip
+        math.lgamma(n + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(n - k + 1)
+        + k * math.log(q)
+        + (n - k) * math.log(1.0 - q)
+    )
 
 
 def quantile_interval(
@@ -122,9 +125,11 @@ def quantile_interval(
     low = (
         max(1, math.floor(i * n / used)) if used == n else max(1, math.floor((i - 0.5) / used * n))
     )
-    high = min(n, math.ceil(j * n / used)) if used == n else min(
-        n, math.ceil((j - 0.5) / used * n) + 1
-    )  # fmt: skip
+    high = (
+        min(n, math.ceil(j * n / used))
+        if used == n
+        else min(n, math.ceil((j - 0.5) / used * n) + 1)
+    )
     reached = max(0.0, 1.0 - missed_low - missed_high)
     return Interval(quantile(values, q), ordered[low - 1], ordered[high - 1], reached, count)
 

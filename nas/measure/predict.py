@@ -69,10 +69,7 @@ class Boosted:
         return found
 
 
-MODELS: dict[str, Callable[[], Model]] = {
-    "additive": Additive,
-    "boosted": Boosted,
-}
+MODELS: dict[str, Callable[[], Model]] = {"additive": Additive, "boosted": Boosted}
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,11 @@ def fit_predictor(
     """Fit every model, keep the one of the least median held-out error. Refuses too few rows."""
     if len(archs) < LEAST_ROWS:
         raise refuse(
-            "--device-table", f"{len(archs)} measured networks", f"at least {LEAST_ROWS}",
+            "--device-table",
+            f"{len(archs)} measured networks",
+            f"at least {LEAST_ROWS}",
             "measure more: python -m benchmarks.throughput --space tinyvit --sample 200",
-        )  # fmt: skip
+        )
     terms = terms_of(family, archs, ctx)
     seconds = 1.0 / np.asarray(images_per_s, dtype=np.float64)
     errors, scores = {}, {}

@@ -152,11 +152,16 @@ def _draw_series(
         _bars(axes, point, x, by_params, tint)
         shape, size, _ = _MARKS[point.kind]
         axes.plot(
-            [x], [y], marker=shape, ms=size, ls="none", zorder=6 if special else 4,
+            [x],
+            [y],
+            marker=shape,
+            ms=size,
+            ls="none",
+            zorder=6 if special else 4,
             color="white" if point.kind == "published" else tint,
             mec=tint if point.kind == "published" else "white",
             mew=1.6 if point.kind == "published" else 0.7,
-        )  # fmt: skip
+        )
 
 
 def _bars(axes: Axes, point: Point, x: float, by_params: bool, colour: str) -> None:
@@ -230,21 +235,33 @@ def _legend(figure: Figure, chart: Chart) -> int:
         hollow = kind == "published"
         handles.append(
             Line2D(
-                [], [], marker=shape, ls="none", ms=min(size, 10), label=name,
-                color="white" if hollow else tint, mec=tint if hollow else "white",
+                [],
+                [],
+                marker=shape,
+                ls="none",
+                ms=min(size, 10),
+                label=name,
+                color="white" if hollow else tint,
+                mec=tint if hollow else "white",
                 mew=1.6 if hollow else 0.7,
             )
-        )  # fmt: skip
+        )
     if any(len(series.path) > 1 for series in chart.series):
         handles.append(Line2D([], [], color=colour, lw=1.6, label="path of incumbents"))
     handles.append(Line2D([], [], color=_GREY, lw=1.1, ls=":", label="front of the panel"))
     columns = min(6, len(handles))
     while True:
         legend = figure.legend(
-            handles=handles, loc="lower left", ncols=columns, fontsize=8.5, frameon=False,
-            bbox_to_anchor=(0.08, 0.015 + 0.034 * len(_wrapped(chart.notes))), columnspacing=1.4,
-            handletextpad=0.5, borderaxespad=0.2,
-        )  # fmt: skip
+            handles=handles,
+            loc="lower left",
+            ncols=columns,
+            fontsize=8.5,
+            frameon=False,
+            bbox_to_anchor=(0.08, 0.015 + 0.034 * len(_wrapped(chart.notes))),
+            columnspacing=1.4,
+            handletextpad=0.5,
+            borderaxespad=0.2,
+        )
         if columns == 1 or legend.get_window_extent().x1 <= 0.99 * figure.bbox.width:
             break
         legend.remove()
@@ -264,9 +281,25 @@ def _along_path(axes: Axes, series: Series, by_params: bool) -> list[tuple[float
 
 
 _OFFSETS = (
-    (8, 6), (8, -12), (-8, 6), (-8, -12), (0, 12), (0, -18), (14, 0), (-14, 0), (18, 16), (-18, 16),
-    (18, -22), (-18, -22), (28, 0), (-28, 0), (36, 14), (-36, 14), (36, -20), (-36, -20),
-)  # fmt: skip
+    (8, 6),
+    (8, -12),
+    (-8, 6),
+    (-8, -12),
+    (0, 12),
+    (0, -18),
+    (14, 0),
+    (-14, 0),
+    (18, 16),
+    (-18, 16),
+    (18, -22),
+    (-18, -22),
+    (28, 0),
+    (-28, 0),
+    (36, 14),
+    (-36, 14),
+    (36, -20),
+    (-36, -20),
+)
 
 
 def _name_points(axes: Axes, chart: Chart, by_params: bool) -> None:
@@ -298,9 +331,14 @@ def _name_points(axes: Axes, chart: Chart, by_params: bool) -> None:
         for dx, dy in _OFFSETS:
             side = "left" if dx > 0 else "right" if dx < 0 else "center"
             text = axes.annotate(
-                point.label, (x, point.score), (dx, dy), textcoords="offset points",
-                ha=side, fontsize=8.5, zorder=8,
-            )  # fmt: skip
+                point.label,
+                (x, point.score),
+                (dx, dy),
+                textcoords="offset points",
+                ha=side,
+                fontsize=8.5,
+                zorder=8,
+            )
             box = text.get_window_extent(renderer).padded(2)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0
             clear = not any(box.overlaps(other) for other in taken)

@@ -170,9 +170,11 @@ def _check_tables(folder: Path, told: Mapping[str, Any]) -> None:
         if name in told and found.get(name) != told[name]:
             got = "content that its checksum in result.json does not fit"
             raise refuse(
-                str(folder / name), got if name in found else "no such file",
-                "the table as the run drew it", "restore it",
-            )  # fmt: skip
+                str(folder / name),
+                got if name in found else "no such file",
+                "the table as the run drew it",
+                "restore it",
+            )
 
 
 def section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -108,9 +108,21 @@ def final_rows(run: RunFiles) -> list[list[str]]:
 
 
 STEPS_HEADER = (
-    "step", "band", "required", "contractions", "shortlisted", "too slow", "not selected",
-    "failed", "scored", "kept", "params", "x seed", "soft loss", "time",
-)  # fmt: skip
+    "step",
+    "band",
+    "required",
+    "contractions",
+    "shortlisted",
+    "too slow",
+    "not selected",
+    "failed",
+    "scored",
+    "kept",
+    "params",
+    "x seed",
+    "soft loss",
+    "time",
+)
 
 
 def step_rows(run: RunFiles) -> list[list[str]]:

@@ -216,7 +216,7 @@ def caveats(run: RunFiles) -> list[str]:
     said = [
         f"A proxy score is the soft loss after {short}{start.get(str(init), '')}, on "
         f"{images if images is not None else 'the'} holdout images that the search chose by. It "
-        "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen.",
+        "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen."
     ]
     distill = config.get("distill", "sparse")
     if distill != "sparse":

@@ -183,9 +183,10 @@ def hyperband(
     import optuna
 
     pruner = optuna.pruners.HyperbandPruner(
-        min_resource=int(rung_epochs[0]), max_resource=int(rung_epochs[-1]),
+        min_resource=int(rung_epochs[0]),
+        max_resource=int(rung_epochs[-1]),
         reduction_factor=reduction,
-    )  # fmt: skip
+    )
     return _pruned(curves, rung_epochs, pruner, random_seed)
 
 
@@ -199,9 +200,11 @@ def _pruned(curves: npt.ArrayLike, rung_epochs: Sequence[int], pruner: Any, seed
     try:
         # A bracket follows from the study's name and the trial's number: both are ours.
         study = optuna.create_study(
-            study_name=f"race-{seed}", direction="minimize", pruner=pruner,
+            study_name=f"race-{seed}",
+            direction="minimize",
+            pruner=pruner,
             sampler=optuna.samplers.RandomSampler(seed=seed),
-        )  # fmt: skip
+        )
         spent, reached = 0, []
         for i in np.random.default_rng(seed).permutation(len(table)).tolist():
             trial = study.ask()

@@ -84,9 +84,11 @@ def resumed_shared(kept: Any, storage: str | None, run_json: Path) -> Shared | N
         if storage is not None:
             url, _ = _address(storage)
             raise refuse(
-                "--storage", f"{url} on a run with a study.db of its own", "the run's own setting",
+                "--storage",
+                f"{url} on a run with a study.db of its own",
+                "the run's own setting",
                 "drop --storage, or start a new run in another folder",
-            )  # fmt: skip
+            )
         return None
     if not isinstance(kept, Mapping) or not all(isinstance(kept.get(k), str) for k in _KEPT):
         raise refuse(f"{run_json}: storage", kept, "the url and the study of a run")
@@ -149,10 +151,13 @@ def _engine_url(where: Where) -> tuple[str, dict[str, Any]]:
         url = url.set(drivername=f"postgresql+{_driver(url.drivername)}", password=where.password)
         # A server that has gone without a word must not hold a run for the hours of TCP's defaults.
         connect = {
-            "connect_timeout": 5, "keepalives_idle": 30, "keepalives_interval": 10,
-            "keepalives_count": 3, "tcp_user_timeout": 30_000,
+            "connect_timeout": 5,
+            "keepalives_idle": 30,
+            "keepalives_interval": 10,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 30_000,
             "fallback_application_name": "vision-contraction",
-        }  # fmt: skip
+        }
         connect = {name: value for name, value in connect.items() if name not in url.query}
     text = url.render_as_string(hide_password=False)
     return text.replace("{", "{{").replace("}", "}}"), connect  # Optuna formats the address
@@ -167,9 +172,11 @@ def _driver(name: str) -> str:
             continue
         return module
     raise refuse(
-        "--storage", f"a {name}:// address, without a driver here", " or ".join(_DRIVERS[name]),
+        "--storage",
+        f"a {name}:// address, without a driver here",
+        " or ".join(_DRIVERS[name]),
         "pip install -e '.[postgres]'",
-    )  # fmt: skip
+    )
 
 
 def open_storage(where: Where, *, fresh: bool, wait_s: float) -> Any:
@@ -331,7 +338,14 @@ def check_database(path: Path, wait_s: float = WAIT_S) -> None:
 
 
 _TABLES = {
-    "studies", "study_directions", "trials", "trial_params", "trial_values",
-    "trial_user_attributes", "trial_system_attributes", "trial_intermediate_values",
-    "version_info", "alembic_version",
-}  # fmt: skip
+    "studies",
+    "study_directions",
+    "trials",
+    "trial_params",
+    "trial_values",
+    "trial_user_attributes",
+    "trial_system_attributes",
+    "trial_intermediate_values",
+    "version_info",
+    "alembic_version",
+}

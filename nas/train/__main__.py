@@ -108,20 +108,29 @@ def _together(
         with ranks.all_or_none():
             dataset = prepared(config.data_spec, cache, console)
             work = Work(
-                config, machine, dataset, folder, ranks, cache, console.line,
-                start_from=start_from, make_teacher=make_teacher,
-            )  # fmt: skip
+                config,
+                machine,
+                dataset,
+                folder,
+                ranks,
+                cache,
+                console.line,
+                start_from=start_from,
+                make_teacher=make_teacher,
+            )
             console.start(float(config.teacher_epochs * len(dataset.train)), "images")
             teacher = work.teacher(console.advance)
             console.stop()
             if ranks.main:
                 stack.enter_context(folder.held())
                 started = {
-                    "dataset": dataset_card(dataset), "versions": versions(), "git": git_commit(),
+                    "dataset": dataset_card(dataset),
+                    "versions": versions(),
+                    "git": git_commit(),
                     "fingerprint": dataclasses.asdict(
                         take_fingerprint(ranks.device, machine.threads)
                     ),
-                }  # fmt: skip
+                }
                 folder.write({**started, **told, **work.settings()})
         ranks.same("teacher and labels", work.taught_by(), "one cache, or one store, for all")
         steps, images = work.source.steps_per_epoch, work.source.images_per_epoch

@@ -120,8 +120,12 @@ class LiveBatches:
     ) -> None:
         assert not spec.mixes, "a full training mixes whole batches"
         if batch_size > len(split):
-            raise refuse("batch_size", batch_size, f"at most the {len(split)} training images",
-                         "--set batch_size=N; the rate scales with it")  # fmt: skip
+            raise refuse(
+                "batch_size",
+                batch_size,
+                f"at most the {len(split)} training images",
+                "--set batch_size=N; the rate scales with it",
+            )
         self._split, self._batch, self._repeats, self._seed = (
             split,
             batch_size,

@@ -11,13 +11,7 @@ from typing import Any
 import torch
 
 from nas.core.io import write_atomic
-from nas.export.weights import (
-    first_mismatch,
-    load_into,
-    load_weights,
-    read_metadata,
-    weights_bytes,
-)
+from nas.export.weights import first_mismatch, load_into, load_weights, read_metadata, weights_bytes
 from space.errors import InputError, refuse
 
 _KEY = "nas.training"

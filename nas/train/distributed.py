@@ -96,8 +96,12 @@ def world_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int
         raise refuse("RANK", rank, f"less than WORLD_SIZE={world}", "start with torchrun")
     missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in environment]
     if world > 1 and missing:
-        raise refuse(", ".join(missing), "nothing", "where the first of the processes listens",
-                     "start with torchrun, or unset WORLD_SIZE")  # fmt: skip
+        raise refuse(
+            ", ".join(missing),
+            "nothing",
+            "where the first of the processes listens",
+            "start with torchrun, or unset WORLD_SIZE",
+        )
     return rank, max(world, 1), local
 
 

@@ -40,24 +40,34 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     take_fingerprint(device, 1)  # refuses a device that is not there
     console = Console(quiet=given.quiet)
     spec = DataSpec(
-        given.data, size, ALL_IMAGES if given.proxy_images is None else given.proxy_images,
-        parse_share("--max-broken", given.max_broken), given.data_seed,
+        given.data,
+        size,
+        ALL_IMAGES if given.proxy_images is None else given.proxy_images,
+        parse_share("--max-broken", given.max_broken),
+        given.data_seed,
         pixel_cache=given.pixel_cache,
-    )  # fmt: skip
+    )
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
     dataset = prepared(spec, cache, console)
     if list(dataset.classes) != left.classes:
         theirs, own = (", ".join(map(str, c[:3])) for c in (left.classes, dataset.classes))
-        raise refuse("--data", f"{dataset.num_classes} classes ({own}, ...)",
-                     f"the {len(left.classes)} of {left.path} ({theirs}, ...)")  # fmt: skip
+        raise refuse(
+            "--data",
+            f"{dataset.num_classes} classes ({own}, ...)",
+            f"the {len(left.classes)} of {left.path} ({theirs}, ...)",
+        )
     split = getattr(dataset, given.split)
     model = place(left.build(), device)
     console.start(float(len(split)), "images")
     try:
         outcome = evaluate(
-            _fused(model, given.fusion), split, preset_spec("default", dataset),
-            num_classes=dataset.num_classes, device=device, tick=console.advance,
-        )  # fmt: skip
+            _fused(model, given.fusion),
+            split,
+            preset_spec("default", dataset),
+            num_classes=dataset.num_classes,
+            device=device,
+            tick=console.advance,
+        )
     finally:
         console.stop()
     (top1, se), (top5, se5) = outcome.top(1), outcome.top(5)
@@ -74,9 +84,14 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     for line in table.splitlines() if given.out is None else ():
         console.line(line)
     return {
-        "split": given.split, "n": len(split), "top1": top1, "top1_se": se, "top5": top5,
-        "top5_se": se5, "loss": outcome.mean_loss,
-    }  # fmt: skip
+        "split": given.split,
+        "n": len(split),
+        "top1": top1,
+        "top1_se": se,
+        "top5": top5,
+        "top5_se": se5,
+        "loss": outcome.mean_loss,
+    }
 
 
 def _fused(model: nn.Module, how: str) -> Callable[[Tensor], Tensor]:

@@ -74,9 +74,13 @@ def rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     peak, least, first = recipe.rates()
     if recipe.schedule == "epoch":
         return cosine_at(
-            step // steps_per_epoch, total=recipe.epochs, warmup=recipe.warmup_epochs,
-            lr=peak, min_lr=least, first=first,
-        )  # fmt: skip
+            step // steps_per_epoch,
+            total=recipe.epochs,
+            warmup=recipe.warmup_epochs,
+            lr=peak,
+            min_lr=least,
+            first=first,
+        )
     total = recipe.epochs * steps_per_epoch
     warmup = int(recipe.warmup_epochs * steps_per_epoch)
     return cosine_at(step, total=total, warmup=warmup, lr=peak, min_lr=least, first=first)
@@ -120,31 +124,46 @@ class _Loop:
         if recipe.layer_decay is not None:
             scales = block_scales(self._model, course.blocks, recipe.layer_decay)
         optimizer = make_grouped_optimizer(
-            self._model, lr=recipe.rates()[0], weight_decay=recipe.weight_decay,
-            betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, scales=scales,
-        )  # fmt: skip
+            self._model,
+            lr=recipe.rates()[0],
+            weight_decay=recipe.weight_decay,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+            scales=scales,
+        )
         self._ema: Any = None
         if recipe.ema_decay is not None:
             self._ema = ModelEmaV3(
                 self._model, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup
             )
         self._stepper = Stepper(
-            self._model, optimizer, device=ranks.device, dtype=AMP[course.amp],
-            clip_norm=recipe.clip_norm, everyone=ranks.sum,
-        )  # fmt: skip
+            self._model,
+            optimizer,
+            device=ranks.device,
+            dtype=AMP[course.amp],
+            clip_norm=recipe.clip_norm,
+            everyone=ranks.sum,
+        )
         self._loss = DistillLoss(
-            kind=recipe.distill, alpha=recipe.distill_alpha, temperature=recipe.temperature,
-            reduction=recipe.kl_reduction, token_loss=recipe.token_loss,
+            kind=recipe.distill,
+            alpha=recipe.distill_alpha,
+            temperature=recipe.temperature,
+            reduction=recipe.kl_reduction,
+            token_loss=recipe.token_loss,
             label_smoothing=recipe.label_smoothing,
-        )  # fmt: skip
+        )
         self._mixup: Any = None
         if recipe.mixes:
             make: Any = timm_mixup.Mixup  # has no types
             self._mixup = make(
-                mixup_alpha=recipe.mixup, cutmix_alpha=recipe.cutmix, prob=recipe.mix_prob,
-                switch_prob=recipe.mix_switch_prob, mode=recipe.mix_mode,
-                label_smoothing=recipe.label_smoothing, num_classes=course.num_classes,
-            )  # fmt: skip
+                mixup_alpha=recipe.mixup,
+                cutmix_alpha=recipe.cutmix,
+                prob=recipe.mix_prob,
+                switch_prob=recipe.mix_switch_prob,
+                mode=recipe.mix_mode,
+                label_smoothing=recipe.label_smoothing,
+                num_classes=course.num_classes,
+            )
         self._rows: list[Row] = []
         self._step_seed = 0
 
@@ -193,10 +212,14 @@ class _Loop:
         images = int(c.ranks.sum(torch.tensor(float(self._stepper.images))))
         spent = before + time.perf_counter() - began
         row: Row = {
-            "epoch": epoch + 1, "lr": rate, "train_loss": total / max(images, 1),
-            "images": images, "seconds": spent, "images_per_s": images / max(spent, 1e-9),
+            "epoch": epoch + 1,
+            "lr": rate,
+            "train_loss": total / max(images, 1),
+            "images": images,
+            "seconds": spent,
+            "images_per_s": images / max(spent, 1e-9),
             "peak_mem_bytes": peak_memory(c.ranks.device),
-        }  # fmt: skip
+        }
         c.ranks.agree(self._model)
         candidates: list[tuple[str, nn.Module]] = [("raw", self._model)]
         if self._ema is not None:
@@ -205,15 +228,21 @@ class _Loop:
         told = []
         for which, model in candidates:
             outcome = evaluate(
-                model, c.holdout, c.spec, num_classes=c.num_classes, device=c.ranks.device,
+                model,
+                c.holdout,
+                c.spec,
+                num_classes=c.num_classes,
+                device=c.ranks.device,
                 ranks=c.ranks,
-            )  # fmt: skip
+            )
             prefix = "" if which == "raw" else "ema_"
             (top1, se), (top5, _) = outcome.top(1), outcome.top(5)
             row |= {
-                f"{prefix}holdout_loss": outcome.mean_loss, f"{prefix}holdout_top1": top1,
-                f"{prefix}holdout_top1_se": se, f"{prefix}holdout_top5": top5,
-            }  # fmt: skip
+                f"{prefix}holdout_loss": outcome.mean_loss,
+                f"{prefix}holdout_top1": top1,
+                f"{prefix}holdout_top1_se": se,
+                f"{prefix}holdout_top5": top5,
+            }
             if not math.isfinite(outcome.mean_loss):
                 raise Diverged((epoch + 1) * steps - 1, outcome.mean_loss)
             told.append((top1, -outcome.mean_loss, which, model, outcome))
@@ -278,9 +307,13 @@ class _Loop:
         c = self._c
         if c.ranks.main:
             extra = {
-                "step": at, "rows": self._rows, "loss_sum": loss_sum, "images": images,
-                "seconds": seconds, "scaler": self._stepper.scaler.state_dict(),
-            }  # fmt: skip
+                "step": at,
+                "rows": self._rows,
+                "loss_sum": loss_sum,
+                "images": images,
+                "seconds": seconds,
+                "scaler": self._stepper.scaler.state_dict(),
+            }
             position = Position(epoch, c.plan, extra)
             save_checkpoint(
                 c.checkpoint, self._model, self._stepper.optimizer, position, self._more()

@@ -48,9 +48,14 @@ def make_grouped_optimizer(
 
     def make(parameters: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = factory.create_optimizer_v2(
-            parameters, opt="adamw", lr=lr, weight_decay=weight_decay, betas=betas, eps=eps,
+            parameters,
+            opt="adamw",
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=eps,
             fused=True,
-        )  # fmt: skip
+        )
         return optimizer
 
     whole = make(model)

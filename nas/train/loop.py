@@ -147,9 +147,12 @@ def train(
     place(model, device)
     optimizer = make_optimizer(model, settings)
     stepper = Stepper(
-        model, optimizer, device=device, dtype=amp_dtype(settings, device),
+        model,
+        optimizer,
+        device=device,
+        dtype=amp_dtype(settings, device),
         clip_norm=settings.clip_norm,
-    )  # fmt: skip
+    )
     plan = {**asdict(settings), "steps_per_epoch": steps_per_epoch}
     done: list[Epoch] = []
     if checkpoint is not None and checkpoint.exists():
@@ -161,9 +164,15 @@ def train(
     for epoch in range(len(done), last):
         model.train()
         record = _train_epoch(
-            model, stepper, epoch_batches(epoch), step_loss, settings,
-            epoch=epoch, steps_per_epoch=steps_per_epoch, tick=tick,
-        )  # fmt: skip
+            model,
+            stepper,
+            epoch_batches(epoch),
+            step_loss,
+            settings,
+            epoch=epoch,
+            steps_per_epoch=steps_per_epoch,
+            tick=tick,
+        )
         done.append(record)
         if checkpoint is not None:
             extra = {"epochs": [asdict(e) for e in done], "scaler": stepper.scaler.state_dict()}
@@ -191,9 +200,12 @@ def _train_epoch(
     step = epoch * steps_per_epoch
     for batch in batches:
         rate = lr_at(
-            step, total_steps=total_steps, warmup_steps=warmup_steps,
-            lr=settings.lr, min_lr=min(settings.min_lr, settings.lr),
-        )  # fmt: skip
+            step,
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            lr=settings.lr,
+            min_lr=min(settings.min_lr, settings.lr),
+        )
         tick(float(stepper.take(model, (batch,), step_loss, rate, step=step)))
         step += 1
     assert step == (epoch + 1) * steps_per_epoch, "an epoch has as many batches as announced"

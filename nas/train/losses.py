@@ -83,12 +83,7 @@ class SoftLoss:
             raise refuse("--hard-weight", self.hard_weight, "a share from 0 to 1")
 
     def __call__(
-        self,
-        logits: Tensor,
-        index: Tensor,
-        prob: Tensor,
-        tail: Tensor,
-        truth: Tensor | None = None,
+        self, logits: Tensor, index: Tensor, prob: Tensor, tail: Tensor, truth: Tensor | None = None
     ) -> Tensor:
         """Give the loss of each image, float32 [B]; `truth` int64 [B], -1 where it is unknown.
 

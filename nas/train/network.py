@@ -26,8 +26,12 @@ def build(
             if not asked:
                 raise
             told = ", ".join(f"{name}={value:g}" for name, value in asked.items())
-            raise refuse("drop_path, drop_rate", told, f"0 for family {family.name}",
-                         f"its net takes none ({error})") from None  # fmt: skip
+            raise refuse(
+                "drop_path, drop_rate",
+                told,
+                f"0 for family {family.name}",
+                f"its net takes none ({error})",
+            ) from None
 
 
 def freeze_batch_norms(model: nn.Module) -> None:

@@ -88,11 +88,27 @@ class Recipe:
                 raise refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
         for name, least in (("epochs", 1), ("batch_size", 2), ("repeats", 1)):
             _real(self, name, least, math.inf)
-        for name in ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "mixup",
-                     "cutmix", "eps"):  # fmt: skip
+        for name in (
+            "lr",
+            "min_lr",
+            "warmup_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "mixup",
+            "cutmix",
+            "eps",
+        ):
             _real(self, name, 0, math.inf)
-        for name in ("mix_prob", "mix_switch_prob", "distill_alpha", "label_smoothing", "drop_path",
-                     "drop_rate", "beta1", "beta2"):  # fmt: skip
+        for name in (
+            "mix_prob",
+            "mix_switch_prob",
+            "distill_alpha",
+            "label_smoothing",
+            "drop_path",
+            "drop_rate",
+            "beta1",
+            "beta2",
+        ):
             _real(self, name, 0, 1)
         for name in ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2"):
             if getattr(self, name) == 1:
@@ -135,33 +151,88 @@ def _real(recipe: Recipe, name: str, low: float, high: float) -> None:
 
 
 _SMALL = Recipe(
-    "small", epochs=30, batch_size=32, lr=1e-3, min_lr=1e-5, warmup_lr=1e-5, warmup_epochs=1,
-    weight_decay=0.05, lr_batch=None, augment="default",
-)  # fmt: skip
+    "small",
+    epochs=30,
+    batch_size=32,
+    lr=1e-3,
+    min_lr=1e-5,
+    warmup_lr=1e-5,
+    warmup_epochs=1,
+    weight_decay=0.05,
+    lr_batch=None,
+    augment="default",
+)
 _TINYVIT = Recipe(
-    "tinyvit-1k", epochs=300, batch_size=1024, lr=5e-4, min_lr=5e-6, warmup_lr=5e-7,
-    warmup_epochs=20, weight_decay=0.05, mixup=0.8, cutmix=1.0,
-)  # fmt: skip
+    "tinyvit-1k",
+    epochs=300,
+    batch_size=1024,
+    lr=5e-4,
+    min_lr=5e-6,
+    warmup_lr=5e-7,
+    warmup_epochs=20,
+    weight_decay=0.05,
+    mixup=0.8,
+    cutmix=1.0,
+)
 _LARGER = replace(
-    _TINYVIT, epochs=30, warmup_epochs=5, lr=2e-5, min_lr=2e-7, warmup_lr=2e-8, weight_decay=1e-8,
-    bn="eval", mixup=0.0, cutmix=0.0, drop_path=0.1,
-)  # fmt: skip
+    _TINYVIT,
+    epochs=30,
+    warmup_epochs=5,
+    lr=2e-5,
+    min_lr=2e-7,
+    warmup_lr=2e-8,
+    weight_decay=1e-8,
+    bn="eval",
+    mixup=0.0,
+    cutmix=0.0,
+    drop_path=0.1,
+)
 _DEIT = Recipe(
-    "deit", epochs=300, batch_size=1024, lr=5e-4, min_lr=1e-5, warmup_lr=1e-6, warmup_epochs=5,
-    weight_decay=0.05, lr_scales="peak", schedule="epoch", clip_norm=None, drop_path=0.1,
-    mixup=0.8, cutmix=1.0, repeats=3, ema_decay=0.99996,
-)  # fmt: skip
+    "deit",
+    epochs=300,
+    batch_size=1024,
+    lr=5e-4,
+    min_lr=1e-5,
+    warmup_lr=1e-6,
+    warmup_epochs=5,
+    weight_decay=0.05,
+    lr_scales="peak",
+    schedule="epoch",
+    clip_norm=None,
+    drop_path=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+    repeats=3,
+    ema_decay=0.99996,
+)
 PRESETS: Mapping[str, Recipe] = {
     r.name: r
     for r in (
         _SMALL,
         replace(
-            _TINYVIT, name="tinyvit-22k-distill", epochs=90, batch_size=4096, lr=2.5e-4,
-            warmup_epochs=5, weight_decay=0.01, mixup=0.0, cutmix=0.0, distill="sparse",
+            _TINYVIT,
+            name="tinyvit-22k-distill",
+            epochs=90,
+            batch_size=4096,
+            lr=2.5e-4,
+            warmup_epochs=5,
+            weight_decay=0.01,
+            mixup=0.0,
+            cutmix=0.0,
+            distill="sparse",
         ),
         replace(
-            _TINYVIT, name="tinyvit-22k-1k", epochs=30, lr=2.5e-4, min_lr=1e-5, warmup_epochs=5,
-            weight_decay=1e-8, layer_decay=0.8, bn="eval", mixup=0.0, cutmix=0.0,
+            _TINYVIT,
+            name="tinyvit-22k-1k",
+            epochs=30,
+            lr=2.5e-4,
+            min_lr=1e-5,
+            warmup_epochs=5,
+            weight_decay=1e-8,
+            layer_decay=0.8,
+            bn="eval",
+            mixup=0.0,
+            cutmix=0.0,
         ),
         _TINYVIT,
         replace(_LARGER, name="tinyvit-384", img_size=384),
@@ -169,11 +240,17 @@ PRESETS: Mapping[str, Recipe] = {
         _DEIT,
         replace(_DEIT, name="deit-token", distill="token"),
         replace(
-            _DEIT, name="deit-384", img_size=384, epochs=30, batch_size=512, lr=5e-6, min_lr=5e-6,
+            _DEIT,
+            name="deit-384",
+            img_size=384,
+            epochs=30,
+            batch_size=512,
+            lr=5e-6,
+            min_lr=5e-6,
             weight_decay=1e-8,
         ),
     )
-}  # fmt: skip
+}
 """`small` is this toolkit's own, for small data sets. The others have the values of the authors'
 configurations: TinyViT's yaml files over its config.py, DeiT's main.py and README."""
 

@@ -122,8 +122,12 @@ class Work:
         self.recipe = config.recipe
         self.family, self.arch = config.of
         if not dataset.labelled:
-            raise refuse("--data", f"{dataset.name}, whose images have no classes",
-                         "images by class", "a folder for each class")  # fmt: skip
+            raise refuse(
+                "--data",
+                f"{dataset.name}, whose images have no classes",
+                "images by class",
+                "a folder for each class",
+            )
         self.ctx = Context(dataset.img_size, dataset.num_classes)
         self.family.check(self.arch, self.ctx)
         self.share = Share(ranks.rank, ranks.world, machine.turns)
@@ -136,15 +140,24 @@ class Work:
     def _model(self) -> nn.Module:
         recipe, config = self.recipe, self.config
         model = build(
-            self.family, self.arch, self.ctx, drop_path=recipe.drop_path,
-            drop_rate=recipe.drop_rate, seed=config.random_seed,
-        )  # fmt: skip
+            self.family,
+            self.arch,
+            self.ctx,
+            drop_path=recipe.drop_path,
+            drop_rate=recipe.drop_rate,
+            seed=config.random_seed,
+        )
         # A training that goes on has its weights in its checkpoint.
         if config.init != "scratch" and not self.folder.checkpoint.exists():
             note = self._start_from(
-                model, self.family, self.arch, self.ctx, config.init, resize=config.resize,
+                model,
+                self.family,
+                self.arch,
+                self.ctx,
+                config.init,
+                resize=config.resize,
                 head_map=None if config.head_map is None else Path(config.head_map),
-            )  # fmt: skip
+            )
             self.say(f"start: {note}")
         if recipe.distill == "token":
             set_token_training(model, True)
@@ -159,16 +172,25 @@ class Work:
         recipe, machine = self.recipe, self.machine
         if self.config.labels is None:
             return LiveBatches(
-                self.dataset.train, self.spec, batch_size=recipe.batch_size,
-                repeats=recipe.repeats, random_seed=self.config.random_seed,
-                workers=machine.workers, device=self.ranks.device,
-            )  # fmt: skip
+                self.dataset.train,
+                self.spec,
+                batch_size=recipe.batch_size,
+                repeats=recipe.repeats,
+                random_seed=self.config.random_seed,
+                workers=machine.workers,
+                device=self.ranks.device,
+            )
         store = open_store(Path(self.config.labels), use=self.dataset)
         self.spec, self._store_id = store.spec.augment, store.id
         replay = Replay(
-            self.dataset.train, store, recipe.batch_size, self.config.random_seed,
-            machine.workers, missing=self.config.missing, device=self.ranks.device,
-        )  # fmt: skip
+            self.dataset.train,
+            store,
+            recipe.batch_size,
+            self.config.random_seed,
+            machine.workers,
+            missing=self.config.missing,
+            device=self.ranks.device,
+        )
         for note in replay.notes:
             self.say(f"labels: {note}")
         self.say(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
@@ -180,11 +202,16 @@ class Work:
         if config.teacher is None:
             return None
         made = self._make_teacher(
-            parse_teacher(config.teacher), self.dataset, self._cache,
+            parse_teacher(config.teacher),
+            self.dataset,
+            self._cache,
             # Not the training's own seed, so that several of them have one teacher.
-            random_seed=config.data_seed, epochs=config.teacher_epochs,
-            device=self.ranks.device, threads=self.machine.threads, tick=tick,
-        )  # fmt: skip
+            random_seed=config.data_seed,
+            epochs=config.teacher_epochs,
+            device=self.ranks.device,
+            threads=self.machine.threads,
+            tick=tick,
+        )
         for note in made.notes:
             self.say(note)
         said = f"{made.holdout_top1:.1%} +- {made.holdout_top1_se:.1%} on the holdout"
@@ -215,16 +242,27 @@ class Work:
         """Train, keep the best by the holdout, test it once; returns what `result.json` holds."""
         blocks = tuple(b for group in self.family.blocks(self.arch).values() for b in group)
         if self.recipe.layer_decay is not None and not blocks:
-            raise refuse("layer_decay", self.recipe.layer_decay, "none for this family",
-                         "it names no blocks")  # fmt: skip
+            raise refuse(
+                "layer_decay", self.recipe.layer_decay, "none for this family", "it names no blocks"
+            )
         course = Course(
-            model=self.model, source=self.source, recipe=self.recipe,
-            holdout=self.dataset.holdout, spec=self.spec, num_classes=self.ctx.num_classes,
-            ranks=self.ranks, turns=self.machine.turns, random_seed=self.config.random_seed,
-            plan=self.plan(), checkpoint=self.folder.checkpoint, blocks=blocks, teacher=teacher,
-            amp=self.machine.amp, compile=self.machine.compile,
+            model=self.model,
+            source=self.source,
+            recipe=self.recipe,
+            holdout=self.dataset.holdout,
+            spec=self.spec,
+            num_classes=self.ctx.num_classes,
+            ranks=self.ranks,
+            turns=self.machine.turns,
+            random_seed=self.config.random_seed,
+            plan=self.plan(),
+            checkpoint=self.folder.checkpoint,
+            blocks=blocks,
+            teacher=teacher,
+            amp=self.machine.amp,
+            compile=self.machine.compile,
             save_steps=self.machine.save_steps,
-        )  # fmt: skip
+        )
         report = _Report(self, throughput)
         began = time.monotonic()
         try:
@@ -244,10 +282,13 @@ class Work:
         good = "checkpoint.safetensors" if self.folder.checkpoint.exists() else None
         best = "best.safetensors" if (self.folder.path / "best.json").exists() else None
         result = {
-            "status": "diverged", "step": error.step, "loss": str(error.loss),
+            "status": "diverged",
+            "step": error.step,
+            "loss": str(error.loss),
             "epoch": error.step // self.source.steps_per_epoch + 1,
-            "checkpoint": good, "best": best,
-        }  # fmt: skip
+            "checkpoint": good,
+            "best": best,
+        }
         if self.ranks.main:
             write_json(self.folder.path / RESULT, result)
         return result
@@ -265,58 +306,78 @@ class Work:
         best = best_of(rows) if told is None else rows[int(told) - 1]
         load_into(self.model, state)
         tested = evaluate(
-            self.model, self.dataset.test, self.spec, num_classes=self.ctx.num_classes,
-            device=self.ranks.device, ranks=self.ranks,
-        )  # fmt: skip
+            self.model,
+            self.dataset.test,
+            self.spec,
+            num_classes=self.ctx.num_classes,
+            device=self.ranks.device,
+            ranks=self.ranks,
+        )
         score = self.score(best, best["best_of"]) | tested_score(tested)
         if self.ranks.main:
             self.leave("best", state, score, throughput)
             by_class = tested.by_class(self.dataset.classes)
             (self.folder.path / "test_classes.csv").write_text(by_class, encoding="utf-8")
         return {
-            "status": "finished", "key": self.family.key(self.arch, self.ctx),
+            "status": "finished",
+            "key": self.family.key(self.arch, self.ctx),
             "params": self.family.count_params(self.arch, self.ctx),
-            "recipe": self.recipe.name, "epochs": len(rows),
+            "recipe": self.recipe.name,
+            "epochs": len(rows),
             "train_seconds": sum(row["seconds"] for row in rows),
             "images_per_s": sum(r["images"] for r in rows) / sum(r["seconds"] for r in rows),
             "peak_mem_bytes": max(row["peak_mem_bytes"] for row in rows),
             **{k: v for k, v in score.items() if k != "kind"},
-        }  # fmt: skip
+        }
 
     def score(self, row: Row, which: str) -> dict[str, Any]:
         """Tell what is known of an epoch's weights, "raw" or "ema"."""
         prefix = "" if which == "raw" else "ema_"
         names = ("holdout_loss", "holdout_top1", "holdout_top1_se", "holdout_top5")
         return {
-            "kind": "trained", "epoch": row["epoch"], "weights": which,
-            "recipe": self.recipe.name, **{name: row[f"{prefix}{name}"] for name in names},
+            "kind": "trained",
+            "epoch": row["epoch"],
+            "weights": which,
+            "recipe": self.recipe.name,
+            **{name: row[f"{prefix}{name}"] for name in names},
             "holdout_n": len(self.dataset.holdout),
-        }  # fmt: skip
+        }
 
     def leave(
         self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any], throughput: Any
     ) -> None:
         """Write a model under the folder."""
         write_model(
-            self.folder.path / stem, state, family=self.family, arch=self.arch, ctx=self.ctx,
-            dataset=self.dataset, score=score, throughput=throughput,
-        )  # fmt: skip
+            self.folder.path / stem,
+            state,
+            family=self.family,
+            arch=self.arch,
+            ctx=self.ctx,
+            dataset=self.dataset,
+            score=score,
+            throughput=throughput,
+        )
 
     def settings(self) -> dict[str, Any]:
         """Give what `train.json` holds beside versions."""
         return {
-            "config": self.config.to_dict(), "machine": asdict(self.machine),
+            "config": self.config.to_dict(),
+            "machine": asdict(self.machine),
             "augment": self.spec.to_dict(),
-        }  # fmt: skip
+        }
 
 
 def tested_score(tested: Outcome) -> dict[str, Any]:
     """Tell how a split went, under the names of a test."""
     (top1, se), (top5, se5) = tested.top(1), tested.top(5)
     return {
-        "test_top1": top1, "test_top1_se": se, "test_top5": top5, "test_top5_se": se5,
-        "test_loss": tested.mean_loss, "test_n": len(tested.truth),
-    }  # fmt: skip
+        "test_top1": top1,
+        "test_top1_se": se,
+        "test_top5": top5,
+        "test_top5_se": se5,
+        "test_loss": tested.mean_loss,
+        "test_n": len(tested.truth),
+    }
 
 
 class _Report:

@@ -189,9 +189,11 @@ def set_token_training(model: nn.Module, on: bool) -> None:
         switch(on)
     elif on:
         raise refuse(
-            "--distill", "token for a net without a distillation token", "one that has it",
+            "--distill",
+            "token for a net without a distillation token",
+            "one that has it",
             "hard distils the same without one",
-        )  # fmt: skip
+        )
 
 
 def fuse(outputs: Heads, how: str) -> Tensor:

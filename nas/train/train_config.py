@@ -51,8 +51,12 @@ class TrainConfig:
         if self.resize not in family.resizes:
             raise refuse("--resize", self.resize, f"one of {', '.join(family.resizes)}")
         if self.labels is not None and self.teacher is not None:
-            raise refuse("--teacher", f"{self.teacher} beside --labels", "one of them",
-                         "stored labels need no teacher")  # fmt: skip
+            raise refuse(
+                "--teacher",
+                f"{self.teacher} beside --labels",
+                "one of them",
+                "stored labels need no teacher",
+            )
         kind = self.recipe.distill
         taught = self.labels is not None or self.teacher is not None
         if kind != "none" and not taught:
@@ -65,19 +69,31 @@ class TrainConfig:
             remedy = "--distill sparse, soft, hard or token"
             raise refuse(what, got, "a kind of distillation", remedy)
         if self.head_map is not None and self.init == "scratch":
-            raise refuse("--head-map", f"{self.head_map} with --init scratch", "weights to map",
-                         "--init FILE")  # fmt: skip
+            raise refuse(
+                "--head-map",
+                f"{self.head_map} with --init scratch",
+                "weights to map",
+                "--init FILE",
+            )
         for name in ("random_seed", "data_seed"):
             if getattr(self, name) < 0:
                 flag = f"--{name.replace('_', '-')}"
                 raise refuse(flag, getattr(self, name), "an integer >= 0")
         if self.labels is not None and self.recipe.mixes:
-            raise refuse("--labels", f"beside the recipe's mixup={self.recipe.mixup:g} and cutmix="
-                         f"{self.recipe.cutmix:g}", "no mixing but the store's own",
-                         "--set mixup=0 --set cutmix=0")  # fmt: skip
+            raise refuse(
+                "--labels",
+                f"beside the recipe's mixup={self.recipe.mixup:g} and cutmix="
+                f"{self.recipe.cutmix:g}",
+                "no mixing but the store's own",
+                "--set mixup=0 --set cutmix=0",
+            )
         if self.labels is not None and self.recipe.repeats > 1:
-            raise refuse("--labels", f"beside the recipe's repeats={self.recipe.repeats}",
-                         "an image once an epoch, as stored", "--set repeats=1")  # fmt: skip
+            raise refuse(
+                "--labels",
+                f"beside the recipe's repeats={self.recipe.repeats}",
+                "an image once an epoch, as stored",
+                "--set repeats=1",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON, the inverse of `read_config`."""
@@ -93,10 +109,13 @@ class TrainConfig:
     def data_spec(self) -> DataSpec:
         """Say which data is asked for: all of it, unless `proxy_images` says otherwise."""
         return DataSpec(
-            self.data, self.recipe.img_size if self.img_size is None else self.img_size,
+            self.data,
+            self.recipe.img_size if self.img_size is None else self.img_size,
             ALL_IMAGES if self.proxy_images is None else self.proxy_images,
-            self.max_broken, self.data_seed, pixel_cache=self.pixel_cache,
-        )  # fmt: skip
+            self.max_broken,
+            self.data_seed,
+            pixel_cache=self.pixel_cache,
+        )
 
 
 def read_config(value: Mapping[str, Any]) -> TrainConfig:

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 def build_parser(description: str | None = None) -> Parser:
     """Return the parser of `python -m nas.train`."""
     parser = Parser(
-        prog="python -m nas.train", description=description, allow_abbrev=False,
+        prog="python -m nas.train",
+        description=description,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     what = parser.add_argument_group("what")
     add = what.add_argument
     add("--arch", metavar="ARCH", help="a published name (5M), a JSON file with an arch, or a run")
@@ -43,16 +45,27 @@ def build_parser(description: str | None = None) -> Parser:
         metavar="NET",
         help="ask a teacher while training: auto, a timm name, MODEL:FILE",
     )
-    add("--distill", choices=CHOICES["distill"], help="how (default: the recipe's, else sparse "
-        "with --labels and soft with --teacher)")  # fmt: skip
+    add(
+        "--distill",
+        choices=CHOICES["distill"],
+        help="how (default: the recipe's, else sparse with --labels and soft with --teacher)",
+    )
     add("--init", default="scratch", metavar="WEIGHTS", help="scratch, a file, or a timm tag")
-    add("--resize", metavar="HOW", help="positions of another image size: published (default where "
-        "the family has it), timm, or own")  # fmt: skip
+    add(
+        "--resize",
+        metavar="HOW",
+        help="positions of another image size: published (default where "
+        "the family has it), timm, or own",
+    )
     add("--head-map", metavar="FILE", help="for each class the old one it starts from, -1 for none")
     how = parser.add_argument_group("how")
     add = how.add_argument
-    add("--recipe", default="small", metavar="NAME",
-        help=f"{', '.join(PRESETS)}, or a JSON file (default: small)")  # fmt: skip
+    add(
+        "--recipe",
+        default="small",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}, or a JSON file (default: small)",
+    )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value")
     add("--epochs", type=int, help="short for --set epochs=N")
     add("--batch-size", type=int, help="the whole batch, of all processes and turns")
@@ -61,11 +74,20 @@ def build_parser(description: str | None = None) -> Parser:
     data = parser.add_argument_group("data")
     add = data.add_argument
     add("--proxy-images", type=int, metavar="N", help="use so many images only (default: all)")
-    add("--data-seed", type=int, default=0, metavar="N", help="of the images held out; a store's "
-        "or a run's --random-seed (default: 0)")  # fmt: skip
+    add(
+        "--data-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the images held out; a store's or a run's --random-seed (default: 0)",
+    )
     add("--max-broken", default="1%", metavar="SHARE")
-    add("--no-pixel-cache", dest="pixel_cache", action="store_false",
-        help="decode files each time instead of keeping their pixels")  # fmt: skip
+    add(
+        "--no-pixel-cache",
+        dest="pixel_cache",
+        action="store_false",
+        help="decode files each time instead of keeping their pixels",
+    )
     add("--missing", choices=("refuse", "skip"), default="refuse", help="images without a label")
     add("--teacher-epochs", type=int, default=15, help="of the auto teacher")
     add("--cache-dir", metavar="DIR")
@@ -74,8 +96,12 @@ def build_parser(description: str | None = None) -> Parser:
     add("--device", help="cpu (default) or cuda; under torchrun each process has its own GPU")
     add("--threads", type=int, help="torch's, a process (default: the cores, shared)")
     add("--workers", type=int, help="loader processes of each process (default: 0; 8 with a GPU)")
-    add("--accumulate", type=int, metavar="N", help="turns in which a process sees its share of a "
-        "batch (default: 1)")  # fmt: skip
+    add(
+        "--accumulate",
+        type=int,
+        metavar="N",
+        help="turns in which a process sees its share of a batch (default: 1)",
+    )
     add("--amp", choices=AMPS, help="mixed precision (default: auto: on GPUs)")
     switch = argparse.BooleanOptionalAction
     add("--compile", action=switch, help="torch.compile")
@@ -89,8 +115,12 @@ def build_parser(description: str | None = None) -> Parser:
     add("--plan", action="store_true", help="print every value, and stop")
     add("--evaluate", metavar="MODEL", help="evaluate a model of a run or training on --data")
     add("--split", choices=("test", "holdout"), default="test", help="for --evaluate")
-    add("--fusion", choices=("logits", "softmax"), default="logits",
-        help="for --evaluate, of two heads: the mean of logits, or of probabilities")  # fmt: skip
+    add(
+        "--fusion",
+        choices=("logits", "softmax"),
+        default="logits",
+        help="for --evaluate, of two heads: the mean of logits, or of probabilities",
+    )
     add("--quiet", action="store_true")
     add("--json", action="store_true", help="end with one line of JSON")
     return parser
@@ -127,16 +157,25 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
     usual = "published" if "published" in get_family(family).resizes else "own"
     params = get_family(family).count_params(get_family(family).arch(arch), REFERENCE_CONTEXT)
     return TrainConfig(
-        family=family, arch=arch, arch_from=arch_from, data=_path(given.data, data=True),
-        recipe=_fitted(given, params), img_size=given.img_size, proxy_images=given.proxy_images,
-        max_broken=parse_share("--max-broken", given.max_broken), pixel_cache=given.pixel_cache,
-        labels=None if given.labels is None else _path(given.labels), missing=given.missing,
-        teacher=given.teacher, teacher_epochs=given.teacher_epochs,
+        family=family,
+        arch=arch,
+        arch_from=arch_from,
+        data=_path(given.data, data=True),
+        recipe=_fitted(given, params),
+        img_size=given.img_size,
+        proxy_images=given.proxy_images,
+        max_broken=parse_share("--max-broken", given.max_broken),
+        pixel_cache=given.pixel_cache,
+        labels=None if given.labels is None else _path(given.labels),
+        missing=given.missing,
+        teacher=given.teacher,
+        teacher_epochs=given.teacher_epochs,
         init=given.init if given.init == "scratch" else _path(given.init),
         resize=given.resize or usual,
         head_map=None if given.head_map is None else _path(given.head_map),
-        random_seed=given.random_seed, data_seed=given.data_seed,
-    )  # fmt: skip
+        random_seed=given.random_seed,
+        data_seed=given.data_seed,
+    )
 
 
 def _fitted(given: argparse.Namespace, params: int) -> Recipe:
@@ -174,11 +213,15 @@ def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machin
     device = given.device or str(kept.get("device", "cpu"))
     take_fingerprint(device, 1)  # refuses a device that is not there
     asked = {
-        "device": device, "threads": given.threads, "workers": given.workers,
-        "turns": given.accumulate, "compile": given.compile,
-        "grad_checkpointing": given.grad_checkpointing, "save_steps": given.save_steps,
+        "device": device,
+        "threads": given.threads,
+        "workers": given.workers,
+        "turns": given.accumulate,
+        "compile": given.compile,
+        "grad_checkpointing": given.grad_checkpointing,
+        "save_steps": given.save_steps,
         "keep_every": given.keep_every,
-    }  # fmt: skip
+    }
     cores = usable_cpus() // local_world()
     usual = {
         "threads": max(1, cores),
@@ -213,12 +256,27 @@ def describe(config: TrainConfig, world: int) -> list[str]:
 def check_only_machine(given: argparse.Namespace) -> None:
     """Refuse flags beside --resume that would change what was asked."""
     free = {
-        "resume", "cache_dir", "quiet", "json", "device", "threads", "workers", "accumulate", "amp",
-        "compile", "grad_checkpointing", "save_steps", "keep_every",
-    }  # fmt: skip
+        "resume",
+        "cache_dir",
+        "quiet",
+        "json",
+        "device",
+        "threads",
+        "workers",
+        "accumulate",
+        "amp",
+        "compile",
+        "grad_checkpointing",
+        "save_steps",
+        "keep_every",
+    }
     usual = vars(build_parser().parse_args([]))
     for name, value in vars(given).items():
         if name not in free and value != usual[name]:
             flag = "--no-pixel-cache" if name == "pixel_cache" else f"--{name.replace('_', '-')}"
-            raise refuse(flag, f"{value} beside --resume", "what the training began with",
-                         "start a new one with another --out")  # fmt: skip
+            raise refuse(
+                flag,
+                f"{value} beside --resume",
+                "what the training began with",
+                "start a new one with another --out",
+            )

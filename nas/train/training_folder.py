@@ -25,13 +25,31 @@ from space.errors import refuse
 from space.family import Arch, Family
 
 LOG_COLUMNS = (
-    "epoch", "lr", "train_loss", "holdout_loss", "holdout_top1", "holdout_top1_se", "holdout_top5",
-    "ema_holdout_loss", "ema_holdout_top1", "ema_holdout_top1_se", "ema_holdout_top5", "best_of",
-    "images", "images_per_s", "seconds", "peak_mem_bytes",
-)  # fmt: skip
+    "epoch",
+    "lr",
+    "train_loss",
+    "holdout_loss",
+    "holdout_top1",
+    "holdout_top1_se",
+    "holdout_top5",
+    "ema_holdout_loss",
+    "ema_holdout_top1",
+    "ema_holdout_top1_se",
+    "ema_holdout_top5",
+    "best_of",
+    "images",
+    "images_per_s",
+    "seconds",
+    "peak_mem_bytes",
+)
 SETTINGS, CHECKPOINT, LOG, CURVE, RESULT, LOCK = (
-    "train.json", "checkpoint.safetensors", "log.csv", "curve.png", "result.json", ".lock",
-)  # fmt: skip
+    "train.json",
+    "checkpoint.safetensors",
+    "log.csv",
+    "curve.png",
+    "result.json",
+    ".lock",
+)
 PARTS = ("config", "machine")
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
@@ -77,8 +95,12 @@ class Folder:
             return None
         data = read_json(self.path / RESULT, "how a training ended")
         if not isinstance(data, dict) or data.get("status") not in ("finished", "diverged"):
-            raise refuse(str(self.path / RESULT), "another format", "what nas.train wrote",
-                         "remove it, and --resume")  # fmt: skip
+            raise refuse(
+                str(self.path / RESULT),
+                "another format",
+                "what nas.train wrote",
+                "remove it, and --resume",
+            )
         return data
 
     @contextmanager
@@ -161,9 +183,10 @@ def draw_curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
         top.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
     rate.plot(epochs, [row["lr"] for row in rows], mark, color=BLUE, ls="-")
     for axes, name in (
-        (loss, "loss, nats"), (top, "holdout top-1, % (band: one standard error)"),
+        (loss, "loss, nats"),
+        (top, "holdout top-1, % (band: one standard error)"),
         (rate, "learning rate at the epoch's end"),
-    ):  # fmt: skip
+    ):
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_xlabel("epoch", fontsize=9)
         axes.tick_params(labelsize=8)
@@ -193,11 +216,13 @@ def write_model(
     stem.parent.mkdir(exist_ok=True)
     write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
     told = model_json(
-        family, arch, ctx,
+        family,
+        arch,
+        ctx,
         classes=dataset.classes,
         sha256=hashlib.sha256(data).hexdigest(),
         score=score,
         throughput=throughput,
         preprocessing=preprocessing_of(dataset),
-    )  # fmt: skip
+    )
     write_json(stem.with_name(f"{stem.name}.json"), told)

@@ -84,9 +84,16 @@ def transfer(
     and "seconds" by check. `out`: a CSV of the rows. Raises InputError.
     """
     asked = _Asked(
-        Path(source).expanduser(), data, _known(checks), img_size, random_seed, device, epochs,
-        finetune, None if out is None else Path(out).expanduser(),
-    )  # fmt: skip
+        Path(source).expanduser(),
+        data,
+        _known(checks),
+        img_size,
+        random_seed,
+        device,
+        epochs,
+        finetune,
+        None if out is None else Path(out).expanduser(),
+    )
     _check(asked)
     cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
     console = Console(quiet=True) if console is None else console
@@ -99,10 +106,14 @@ def transfer(
     if asked.out is not None:
         _write(asked.out, rows)
     return {
-        "source": str(source), "data": data, "img_size": backbone.img_size,
-        "random_seed": random_seed, "finetune": finetune,
-        "rows": [row.to_dict() for row in rows], "seconds": seconds,
-    }  # fmt: skip
+        "source": str(source),
+        "data": data,
+        "img_size": backbone.img_size,
+        "random_seed": random_seed,
+        "finetune": finetune,
+        "rows": [row.to_dict() for row in rows],
+        "seconds": seconds,
+    }
 
 
 def _known(checks: Sequence[str]) -> tuple[str, ...]:
@@ -204,9 +215,13 @@ def _units(asked: _Asked, dataset: Dataset | None) -> float:
 
 
 def _sides(
-    asked: _Asked, backbone: Backbone, dataset: Dataset, spec: AugmentSpec, seed: int | None,
+    asked: _Asked,
+    backbone: Backbone,
+    dataset: Dataset,
+    spec: AugmentSpec,
+    seed: int | None,
     console: Console,
-) -> tuple[Side, Side, Side]:  # fmt: skip
+) -> tuple[Side, Side, Side]:
     """Give the features of train, holdout and test."""
     import numpy as np
 
@@ -311,19 +326,30 @@ def _write(out: Path, rows: Sequence[Row]) -> None:
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="python -m nas.transfer", description=__doc__, allow_abbrev=False,
+        prog="python -m nas.transfer",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a run's folder, a model's JSON, weights, or an export")
     add("--data", help="as in nas.contract, with classes; not needed for segment")
     add("--checks", default=",".join(CHECKS), help=f"some of them (default: {','.join(CHECKS)})")
     add("--img-size", type=int, metavar="PX", help="of all checks (default: the model's own)")
-    add("--random-seed", type=int, default=0, metavar="N",
-        help="of the fresh weights, the cuts, the masks and the head (default: 0)")  # fmt: skip
+    add(
+        "--random-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the fresh weights, the cuts, the masks and the head (default: 0)",
+    )
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    add("--epochs", type=int, metavar="N",
-        help="of the segmentation (default: 12; 5 with --finetune)")  # fmt: skip
+    add(
+        "--epochs",
+        type=int,
+        metavar="N",
+        help="of the segmentation (default: 12; 5 with --finetune)",
+    )
     add("--finetune", action="store_true", help="segment: train the backbone, too")
     add("--cache-dir", metavar="DIR", help="decoded data (default: as in nas.contract)")
     add("--out", metavar="FILE.csv", help="write the rows, as shares")
@@ -343,11 +369,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
         console = Console(quiet=given.quiet)
         told = transfer(
-            given.source, given.data, checks=[c.strip() for c in given.checks.split(",")],
-            img_size=given.img_size, random_seed=given.random_seed, device=given.device,
-            epochs=given.epochs, finetune=given.finetune, cache_dir=given.cache_dir,
-            out=given.out, console=console,
-        )  # fmt: skip
+            given.source,
+            given.data,
+            checks=[c.strip() for c in given.checks.split(",")],
+            img_size=given.img_size,
+            random_seed=given.random_seed,
+            device=given.device,
+            epochs=given.epochs,
+            finetune=given.finetune,
+            cache_dir=given.cache_dir,
+            out=given.out,
+            console=console,
+        )
         for line in table([Row(**row) for row in told["rows"]]):
             console.line(line)
         took = ", ".join(f"{name} {seconds:g} s" for name, seconds in told["seconds"].items())

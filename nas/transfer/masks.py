@@ -78,9 +78,9 @@ def _gasket(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
     return np.asarray(((i & j) == 0) + 1e-3 * _clouds(u, v, rng))
 
 
-KINDS: Mapping[str, Texture] = MappingProxyType({
-    "clouds": _clouds, "stripes": _stripes, "checks": _checks, "cells": _cells, "gasket": _gasket,
-})  # fmt: skip
+KINDS: Mapping[str, Texture] = MappingProxyType(
+    {"clouds": _clouds, "stripes": _stripes, "checks": _checks, "cells": _cells, "gasket": _gasket}
+)
 """The classes in order: 0 is the background. A texture takes coordinates in periods, any shape."""
 
 

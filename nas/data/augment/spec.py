@@ -136,11 +136,16 @@ def _check_batched(spec: AugmentSpec) -> None:
     """Refuse what the batched engine does not offer."""
     offers = "crop, flip, color_jitter, pixel erasing, mixup and CutMix"
     if spec.policy is not None:
-        raise refuse("augmentation policy", f"{spec.policy} in the batched engine", offers,
-                     "engine timm, or policy none")  # fmt: skip
+        raise refuse(
+            "augmentation policy",
+            f"{spec.policy} in the batched engine",
+            offers,
+            "engine timm, or policy none",
+        )
     if spec.interpolation != "bicubic":
-        raise refuse("augmentation interpolation", f"{spec.interpolation} in the batched engine",
-                     "bicubic")  # fmt: skip
+        raise refuse(
+            "augmentation interpolation", f"{spec.interpolation} in the batched engine", "bicubic"
+        )
     if spec.erase_prob > 0 and (spec.erase_mode, spec.erase_count) != ("pixel", 1):
         got = f"{spec.erase_count} boxes of {spec.erase_mode} in the batched engine"
         raise refuse("augmentation erasing", got, "one box of pixel noise")
@@ -163,9 +168,10 @@ def _check_policy(spec: AugmentSpec) -> None:
         except Exception as error:  # timm, torch and Pillow have their own kinds
             why = " ".join(str(error).split())[:80]
             raise refuse(
-                "augmentation policy", f"{spec.policy!r} ({type(error).__name__} {why})",
+                "augmentation policy",
+                f"{spec.policy!r} ({type(error).__name__} {why})",
                 "a policy that timm reads, such as rand-m9-mstd0.5-inc1",
-            ) from error  # fmt: skip
+            ) from error
 
 
 def default_spec(dataset: Dataset) -> AugmentSpec:
@@ -258,10 +264,7 @@ class Augmenter:
         assert spec.engine == "timm", "the batched engine has an augmenter of its own"
         self.spec = spec
         geometry, policy, final = _timms(spec)
-        self._on_image: Sequence[Callable[[Any], Any]] = (
-            *geometry.transforms,
-            *policy.transforms,
-        )
+        self._on_image: Sequence[Callable[[Any], Any]] = (*geometry.transforms, *policy.transforms)
         # The last one erases; turning into a tensor and normalising is done batch by batch here.
         self._erase: Callable[[Any], Any] | None = (
             final.transforms[-1] if spec.erase_prob > 0 else None

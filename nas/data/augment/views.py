@@ -93,9 +93,12 @@ class Views:
         others = made[torch.from_numpy(back[len(recipe) :])]
         at = torch.from_numpy(np.flatnonzero(mixed))
         own[at] = mix(
-            own[at], others, _ints(recipe.codes[mixed]), _ints(recipe.partner_codes[mixed]),
+            own[at],
+            others,
+            _ints(recipe.codes[mixed]),
+            _ints(recipe.partner_codes[mixed]),
             self._spec,
-        )  # fmt: skip
+        )
         return own
 
     def _views(self, rows: Rows, codes: NDArray[np.uint64]) -> Tensor:

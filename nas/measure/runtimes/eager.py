@@ -93,9 +93,11 @@ def torch_ready(forward: Callable[[Any], Any], order: Order, layout: Any, done: 
     device, dtype = order.setting.device, getattr(torch, order.setting.dtype)
 
     def put(images: Tensor) -> Tensor:
-        return images.to(device=device, dtype=dtype).contiguous(memory_format=layout) if (
-            layout is torch.channels_last
-        ) else images.to(device=device, dtype=dtype)  # fmt: skip
+        return (
+            images.to(device=device, dtype=dtype).contiguous(memory_format=layout)
+            if (layout is torch.channels_last)
+            else images.to(device=device, dtype=dtype)
+        )
 
     bound = put(order.images)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nas.search.study import COLUMNS, STAGES, Ledger, Row
+from nas.search.study import COLUMNS, STAGES, Ledger, Trial
 from space.errors import InputError
 
 ARCH = {"embed_dims": [64, 128], "mlp_ratio": 4.0, "head_dim": 32}
 MET = {"params": -5.0, "throughput": 0.0}
 
 
-def row(step: int, key: str, **changes: object) -> Row:
-    base = Row(step, key, key.upper(), "seed", "a 2->1", 1, "", 10, 20, 30)
+def row(step: int, key: str, **changes: object) -> Trial:
+    base = Trial(step, key, key.upper(), "seed", "a 2->1", 1, "", 10, 20, 30)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 

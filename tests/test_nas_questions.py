@@ -33,7 +33,7 @@ from nas.measure.interference import Disturbance
 from nas.report import status
 from nas.search.constraints import bench_setting, requirements_of
 from nas.search.strategies import strategy_names
-from nas.search.study import Ledger, Row
+from nas.search.study import Ledger, Trial
 from space import Context, get_family
 from space.contractions import Band
 from space.errors import InputError
@@ -267,7 +267,7 @@ def test_a_replay_goes_on_from_the_nearest_larger_model(
         contract(target_params="250K", replay=str(tmp_path))
 
 
-def kept_run(folder: Path, rows: list[Row], **config: Any) -> None:
+def kept_run(folder: Path, rows: list[Trial], **config: Any) -> None:
     """The folder of a run, as far as a replay reads it."""
     folder.mkdir()
     of = RunConfig(seed="small", seed_arch=SMALL_ARCH, target_params=400_000, steps=2, **config)
@@ -284,7 +284,7 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
     dataset = cast(Any, SimpleNamespace(fingerprint="data"))
     scored: dict[str, Any] = {"stage": "kept", "state": "complete"}
     rows = [
-        Row(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, epochs=e, **scored)
+        Trial(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, epochs=e, **scored)
         for s, k, x, e in ((1, "a", 0.5, 2), (2, "a", 0.4, 2), (1, "b", 0.3, 3))
     ]
     kept_run(tmp_path / "first", rows)
@@ -293,7 +293,7 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
         losses.parent.with_name(name).mkdir(parents=True)
         save_file({"soft_loss": np.zeros(3)}, losses.parent.with_name(name) / losses.name)
     again = [
-        Row(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
+        Trial(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
         for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))
     ]
     kept_run(tmp_path / "second", again, replay=str(tmp_path / "first"))

@@ -30,7 +30,7 @@ FILES = ("report.md", "pareto.png", "pareto.svg")
 def test_columns_are_those_that_the_driver_writes() -> None:
     from dataclasses import fields
 
-    from nas.contract.steps_table import StepRow
+    from nas.search.steps_table import StepRow
     from nas.search.study import COLUMNS
 
     assert ("trial", *(f.name for f in fields(Candidate))) == COLUMNS

@@ -33,7 +33,7 @@ from nas.core.stats import (
 from nas.jobs.job import Job, Result
 from nas.jobs.outcomes import failed_before, keep_failure
 from nas.search.constraints import band_at
-from nas.search.study import Row
+from nas.search.study import Trial
 from space import Context, get_family
 from space.contractions import count_contractions
 from space.errors import InputError
@@ -288,7 +288,7 @@ class Paper:
         self.said = io.StringIO()
         self.console = Console(stream=self.said)
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.rows: list[tuple[Row, dict[str, Any]]] = []
+        self.rows: list[tuple[Trial, dict[str, Any]]] = []
         self.ledger = cast(Any, self)
         folder.mkdir(exist_ok=True)
 
@@ -352,7 +352,7 @@ def test_a_report_is_of_archs_that_the_run_could_train(tmp_path: Path) -> None:
     of = [(FAMILY.key(a, CTX), FAMILY.count_params(a, CTX), FAMILY.to_dict(a)) for a in archs]
     stages = [("proxy", "failed"), ("proxy", "complete"), ("kept", "complete"), ("race", "pruned")]
     table = {
-        key: (Row(2, key, "", "", "", 1, "", params, params, 1, stage=stage, state=state), arch)
+        key: (Trial(2, key, "", "", "", 1, "", params, params, 1, stage=stage, state=state), arch)
         for (key, params, arch), (stage, state) in zip(of, stages, strict=True)
     }
     paper.ledger = cast(

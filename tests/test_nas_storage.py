@@ -27,7 +27,7 @@ from nas.contract.state import Run
 from nas.contract.work import Outcome
 from nas.search import storage
 from nas.search.storage import Shared, StudyAway, check_reachable, new_shared, resumed_shared
-from nas.search.study import Ledger, Row, ledger_of, read_ledger
+from nas.search.study import Ledger, Trial, ledger_of, read_ledger
 from space import get_family
 from space.errors import InputError, refuse, without_passwords
 
@@ -36,18 +36,19 @@ BOUNDS = {"params": -5.0, "throughput": 0.25}
 needs_server = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
-def rows(count: int, tag: str = "k") -> list[Row]:
+def rows(count: int, tag: str = "k") -> list[Trial]:
     ends = [
         {"state": "complete", "stage": "kept", "soft_loss": 0.1 + 0.2},
         {"stage": "throughput", "reason": "zu langsam: 3 % \x00 'quoted' \U0001f600"},
         {"state": "failed", "stage": "proxy", "violation": float("inf")},
     ]
     return [
-        Row(n, f"{tag}{n}", "", "", "", 1, "", 10**9 + n, 2, 3, **ends[n % 3]) for n in range(count)
+        Trial(n, f"{tag}{n}", "", "", "", 1, "", 10**9 + n, 2, 3, **ends[n % 3])
+        for n in range(count)
     ]  # type: ignore[arg-type]
 
 
-def fill(ledger: Ledger, wanted: list[Row]) -> None:
+def fill(ledger: Ledger, wanted: list[Trial]) -> None:
     for row in wanted:
         ledger.add(row, ARCH, BOUNDS)
 
@@ -128,9 +129,9 @@ def server_studies(server: Server, database: str = DATABASE) -> list[str]:
 def test_the_drivers_process_has_no_torch(server: Server) -> None:
     script = (
         "import sys\nsys.modules['torch'] = None\n"
-        "from nas.search.study import Ledger, Row\nfrom nas.search.storage import *\n"
+        "from nas.search.study import Ledger, Trial\nfrom nas.search.storage import *\n"
         "shared = new_shared(sys.argv[1], Path('x'))\ncheck_reachable(shared)\n"
-        "Ledger(shared, create=True).add(Row(1, 'a', '', '', '', 1, '', 1, 1, 1), {'d': 1}, {})\n"
+        "Ledger(shared, create=True).add(Trial(1, 'a', '', '', '', 1, '', 1, 1, 1), {'d': 1}, {})\n"
     )
     subprocess.run([sys.executable, "-c", script, server.url()], check=True, timeout=120)
 

@@ -18,19 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nas.search.storage import StudyAway
-from nas.search.study import CHECKSUM, Ledger, Row, ledger_of
+from nas.search.study import CHECKSUM, Ledger, Trial, ledger_of
 from space.errors import InputError
 
 ARCH = {"embed_dims": [64, 128], "mlp_ratio": 4.0, "head_dim": 32}
 SCORED: dict[str, object] = {"state": "complete", "stage": "kept", "soft_loss": 0.4375}
 ROWS = [
-    Row(0, "seed", "21M", "", "", 0, "", 21_198_568, 21_198_568, 10, **SCORED),  # type: ignore[arg-type]
-    Row(1, "a", "", "seed", "depths[2] 6->5", 1, "", 10, 20, 30, reason='"slow", by 3 %\n'),
-    Row(1, "b", "", "seed", "mlp_ratio 4->3", 1, "5M", 10, 20, 30, state="failed", stage="proxy"),
-    Row(1, "c", "", "seed", "both", 2, "", 9, 19, 29, 101.25, 100.5, 102.0, **SCORED),  # type: ignore[arg-type]
-    Row(2, "c", "", "c", "", 0, "", 9, 19, 29, violation=0.0625, log="logs/s2-c.log"),
+    Trial(0, "seed", "21M", "", "", 0, "", 21_198_568, 21_198_568, 10, **SCORED),  # type: ignore[arg-type]
+    Trial(1, "a", "", "seed", "depths[2] 6->5", 1, "", 10, 20, 30, reason='"slow", by 3 %\n'),
+    Trial(1, "b", "", "seed", "mlp_ratio 4->3", 1, "5M", 10, 20, 30, state="failed", stage="proxy"),
+    Trial(1, "c", "", "seed", "both", 2, "", 9, 19, 29, 101.25, 100.5, 102.0, **SCORED),  # type: ignore[arg-type]
+    Trial(2, "c", "", "c", "", 0, "", 9, 19, 29, violation=0.0625, log="logs/s2-c.log"),
 ]
-NEW = Row(2, "d", "", "c", "", 1, "", 8, 18, 28, reason="one more")
+NEW = Trial(2, "d", "", "c", "", 1, "", 8, 18, 28, reason="one more")
 CONSTRAINTS = {"params": -5.0, "throughput": 0.25}
 
 
@@ -323,14 +323,14 @@ def test_a_copy_that_writes_too_is_found_out(tmp_path: Path) -> None:
     ours, other = Ledger(path, create=False), Ledger(path, create=False)
     other.add(NEW, ARCH, CONSTRAINTS)
     with pytest.raises(InputError, match="another process"):
-        ours.add(Row(3, "x", "", "", "", 1, "", 1, 1, 1), ARCH, CONSTRAINTS)
+        ours.add(Trial(3, "x", "", "", "", 1, "", 1, 1, 1), ARCH, CONSTRAINTS)
     ours.add(NEW, ARCH, CONSTRAINTS)  # the same row: as if the answer to it had been lost
     ours.close()
     other.close()
     assert outcome_rows(path) == [*ROWS, NEW]
 
 
-def outcome_rows(path: Path) -> list[Row]:
+def outcome_rows(path: Path) -> list[Trial]:
     ledger = Ledger(path, create=False)
     ledger.close()
     return ledger.rows

@@ -15,10 +15,10 @@ from nas.contract.gates import Candidate, gate
 from nas.contract.milestones import write_milestone
 from nas.contract.scoring import choose, decide, score
 from nas.contract.state import Incumbent, Run, derived_seed
-from nas.contract.steps_table import StepRow, write_steps
 from nas.contract.timing import MEASURE_COST
 from nas.core.requirement import Requirement
 from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
+from nas.search.steps_table import StepRow, write_steps
 from nas.search.strategies import Ask, Seen
 from space.contractions import Band, count_contractions
 from space.family import Arch

@@ -11,7 +11,7 @@ from nas.jobs.job import Result
 from nas.jobs.outcomes import log_of
 from nas.measure.measurement import Measurement
 from nas.search.constraints import StepBounds
-from nas.search.study import Row
+from nas.search.study import Trial
 from space import REFERENCE_CONTEXT
 from space.contractions import Shortlisted
 from space.family import Arch
@@ -47,11 +47,11 @@ def measured_of(candidate: Candidate) -> Measurement:
     return candidate.measured
 
 
-def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
+def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Trial:
     """Return a candidate's ledger row as far as it is known, with `more` filled in."""
     arch, family = candidate.of.arch, run.family
     measured = candidate.measured
-    row = Row(
+    row = Trial(
         step=step,
         key=candidate.key,
         label=family.label(arch),
@@ -80,7 +80,7 @@ def row_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Row:
     return replace(row, **more)
 
 
-def add_row(run: Run, row: Row, arch: Arch, violation: float = 0.0) -> None:
+def add_row(run: Run, row: Trial, arch: Arch, violation: float = 0.0) -> None:
     """Write one decided candidate to the study, with its violations (at most 0 where met).
 
     `violation` is by what share it missed a requirement.

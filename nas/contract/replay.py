@@ -17,7 +17,7 @@ from nas.contract.run_folder import SCHEMA, settings_of
 from nas.core.config import RunConfig, flag
 from nas.core.io import read_json
 from nas.search.constraints import PACE, bench_setting, requirements_of
-from nas.search.study import Row, read_ledger
+from nas.search.study import Trial, read_ledger
 from space.contractions import Band
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -61,7 +61,7 @@ class Earlier:
     folder: Path
     config: RunConfig
     data: Mapping[str, Any]
-    scored: tuple[tuple[Row, Arch], ...]
+    scored: tuple[tuple[Trial, Arch], ...]
     milestones: tuple[Milestone, ...]
     before: Earlier | None = None
 
@@ -166,12 +166,12 @@ def _milestones(folder: Path, family: Family) -> tuple[Milestone, ...]:
     return tuple(found)
 
 
-def answers(earlier: Earlier, band: Band) -> list[tuple[Row, Arch]]:
+def answers(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
     """Return the scored archs inside a band, best first, each net once.
 
     One that was scored in several steps counts by its last score.
     """
-    latest: dict[str, tuple[Row, Arch]] = {}
+    latest: dict[str, tuple[Trial, Arch]] = {}
     for row, arch in earlier.scored:
         light = band.max_macs is None or row.macs <= band.max_macs
         if band.lo <= row.params <= band.hi and light:

@@ -17,7 +17,7 @@ from nas.data import Dataset
 from nas.jobs.job import Result
 from nas.search.constraints import band_at, bounds_at, requirements_of, usual_steps
 from nas.search.selection import Scored, paired_error, rank
-from nas.search.study import Row
+from nas.search.study import Trial
 from space import Context
 from space.contractions import listed
 from space.family import Family
@@ -39,7 +39,7 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     )
     if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
         bounds = replace(bounds, least_ratio=None)
-    passed: list[tuple[Row, Candidate]] = []
+    passed: list[tuple[Trial, Candidate]] = []
     folders: dict[str, Path] = {}
     known = [(of, *each) for of in lineage(earlier) for each in answers(of, bounds.band)]
     for of, row, arch in known:
@@ -99,7 +99,7 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     return found
 
 
-def _folder(earlier: Earlier, row: Row) -> Path | None:
+def _folder(earlier: Earlier, row: Trial) -> Path | None:
     """Return where the losses per image behind a score lie, None where they are gone.
 
     A replay's own answers have theirs with the run that it replayed.

@@ -16,7 +16,7 @@ from nas.jobs.job import Result
 from nas.labels import make_store as labelling
 from nas.measure.measurement import Measurement
 from nas.search.constraints import PACE, bench_setting, requirements_of
-from nas.search.study import Row
+from nas.search.study import Trial
 from space import REFERENCE_CONTEXT
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -294,7 +294,7 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
 def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
     """Write the seed's own ledger row, step 0."""
     family, arch = run.family, run.seed_arch
-    row = Row(
+    row = Trial(
         step=0,
         key=run.key(arch),
         label=family.label(arch),
@@ -329,7 +329,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
     run.ledger.write_csv(run.folder.path / "ledger.csv")
 
 
-def incumbent_of(run: Run, row: Row) -> Incumbent:
+def incumbent_of(run: Run, row: Trial) -> Incumbent:
     """Return the incumbent that a kept row tells of."""
     arch = _arch_of(run, row)
     assert row.ratio is not None
@@ -361,7 +361,7 @@ def best_so_far(run: Run, steps: int) -> Incumbent | None:
     return next((each for each in found if each.weights.exists()), None)
 
 
-def _arch_of(run: Run, row: Row) -> Arch:
+def _arch_of(run: Run, row: Trial) -> Arch:
     return run.family.arch(run.ledger.arch(row.step, row.key))
 
 

@@ -18,11 +18,11 @@ from nas.contract.proxy_check import trust_in_time
 from nas.contract.reuse import answered, begun_at, reused_words
 from nas.contract.scoring import confirm
 from nas.contract.state import Incumbent, Run
-from nas.contract.steps_table import StepRow
 from nas.core.io import write_json
 from nas.jobs.executor import OutOfTime
 from nas.report import write_report
 from nas.report.read import table_digests
+from nas.search.steps_table import StepRow
 
 
 @dataclass(frozen=True)

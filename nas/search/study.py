@@ -39,7 +39,7 @@ CHECKSUM = "sha256"
 
 
 @dataclass(frozen=True)
-class Row:
+class Trial:
     """One shortlisted candidate and what became of it.
 
     `parent` is the key of the arch it was contracted from; `moves` is its difference in words;
@@ -88,7 +88,7 @@ class Row:
     log: str = ""
 
 
-COLUMNS = ("trial", *(f.name for f in dataclasses.fields(Row)))
+COLUMNS = ("trial", *(f.name for f in dataclasses.fields(Trial)))
 
 
 def _flat(arch: Mapping[str, Any]) -> dict[str, float]:
@@ -118,7 +118,7 @@ class Ledger:
         self._wait_s = wait_s
         self._label = str(where) if isinstance(where, Path) else where.label
         self._name = STUDY if isinstance(where, Path) else where.study
-        self._rows: dict[tuple[int, str], Row] = {}
+        self._rows: dict[tuple[int, str], Trial] = {}
         self._archs: dict[tuple[int, str], Mapping[str, Any]] = {}
         self._count = 0
         self._last = ""
@@ -203,7 +203,7 @@ class Ledger:
         )
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Trial]:
         """Every decided candidate, in the order of decision."""
         return list(self._rows.values())
 
@@ -220,7 +220,7 @@ class Ledger:
         row = self._rows.get((step, key))
         return row is not None and (row.state, row.stage) == ("failed", stage)
 
-    def add(self, row: Row, arch: Mapping[str, Any], constraints: Mapping[str, float]) -> None:
+    def add(self, row: Trial, arch: Mapping[str, Any], constraints: Mapping[str, float]) -> None:
         """Write one decided candidate, whole, as a finished trial.
 
         `constraints` are violations by name, at most 0 where met, as Optuna has them.
@@ -321,7 +321,7 @@ def checksum(
 
 
 def _trial(
-    row: Row, arch: Mapping[str, Any], constraints: Mapping[str, float], found: str
+    row: Trial, arch: Mapping[str, Any], constraints: Mapping[str, float], found: str
 ) -> FrozenTrial:
     """Return a row as Optuna keeps it."""
     import optuna
@@ -371,9 +371,9 @@ def _create(path: Path) -> None:
     aside.replace(path)
 
 
-def _row_from_attrs(attrs: Mapping[str, Any], where: str) -> Row:
+def _row_from_attrs(attrs: Mapping[str, Any], where: str) -> Trial:
     data = attrs.get("row")
-    fields = dataclasses.fields(Row)
+    fields = dataclasses.fields(Trial)
     names = {f.name for f in fields}
     needed = {f.name for f in fields if f.default is dataclasses.MISSING}
     if not isinstance(data, Mapping) or not needed <= set(data) <= names:
@@ -383,4 +383,4 @@ def _row_from_attrs(attrs: Mapping[str, Any], where: str) -> Row:
             "a row written by this toolkit",
             "start a new run in another folder",
         )
-    return Row(**data)
+    return Trial(**data)

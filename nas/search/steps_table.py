@@ -11,7 +11,7 @@ from pathlib import Path
 from nas.core.io import write_atomic
 from nas.core.table import Writer
 from nas.search.constraints import StepBounds
-from nas.search.study import Row
+from nas.search.study import Trial
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StepRow:
 
     @classmethod
     def of(
-        cls, step: int, bounds: StepBounds, counted: int, rows: Sequence[Row], best: Row
+        cls, step: int, bounds: StepBounds, counted: int, rows: Sequence[Trial], best: Trial
     ) -> StepRow:
         """Count the rows of one step."""
         required = bounds.describe()

@@ -198,7 +198,7 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         prepare(spec, tmp_path, die)
-    stale = tmp_path / "data" / f"{prepare(spec, tmp_path).folder.name}.tmp-1"
+    stale = tmp_path / "data" / f"{prepare(spec, tmp_path).folder.name}.part"
     good = prepare(spec, tmp_path)
     import shutil
 

@@ -228,7 +228,7 @@ def test_what_is_removed_while_one_opens_it_is_built_anew(
 
 def test_halves_of_other_sets_go_unless_their_builder_lives(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    for name in ("dead-1.tmp-99", "alive-2.tmp-98", "bare-3.tmp-97", "x-4.gone-96"):
+    for name in ("dead-1.part", "alive-2.part", "bare-3.part", "x-4.gone-96"):
         (data / name).mkdir(parents=True)
         (data / name / "meta.json").write_text("half")
     (data / "dead-1.lock").touch()
@@ -247,7 +247,7 @@ def test_halves_of_other_sets_go_unless_their_builder_lives(tmp_path: Path) -> N
         assert process.stdout.readline() == "locked\n"
         assert cache_report(tmp_path) == []
         make_room(tmp_path, 1, 2, "images")
-        assert {p.name for p in data.iterdir() if p.is_dir()} == {"alive-2.tmp-98"}
+        assert {p.name for p in data.iterdir() if p.is_dir()} == {"alive-2.part"}
     finally:
         process.communicate("")
     clean_cache(tmp_path, 10**9)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,46 @@ def remove_leftovers(folder: Path) -> None:
             continue
         with contextlib.suppress(OSError):
             leftover.unlink()
+
+
+def get_or_make(
+    key: Path,
+    make: Callable[[Path], None],
+    *,
+    found: Callable[[Path], bool] = Path.is_dir,
+    resumable: bool = False,
+) -> bool:
+    """Make a cache's folder `key` unless it is there already; return whether it was made now.
+
+    One process makes it, under the lock `<key>.lock`, while others wait: `make` fills the draft
+    `<key>.part`, which is then renamed, so that a folder is whole or not there. The draft of a
+    killed process is removed first; a `resumable` one is continued. Raises InputError where the
+    cache cannot be written.
+    """
+    from filelock import FileLock  # slow to import, and the command line needs no cache
+
+    if found(key):
+        return False
+    draft = key.with_name(f"{key.name}.part")
+    try:
+        key.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{key}.lock"):
+            if found(key):
+                return False
+            if not resumable:
+                shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(exist_ok=True)
+            remove_leftovers(draft)
+            try:
+                make(draft)
+                os.rename(draft, key)
+            finally:
+                if not resumable:
+                    shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        want = "a folder with room to write"
+        raise refuse("--cache-dir", f"{key.parent.parent} ({error})", want) from error
+    return True
 
 
 def member(folder: Path, name: object, what: str, *, links: bool = False) -> Path:

@@ -187,11 +187,11 @@ def _clear_leftovers(data: Path) -> None:
     """Remove what was renamed aside or half built by processes that were killed."""
     for gone in data.glob("*.gone-*"):
         shutil.rmtree(gone, ignore_errors=True)
-    for half in data.glob("*.tmp-*"):
+    for half in data.glob("*.part"):
         # A builder that lives holds its lock; it has it before it makes the folder.
         with contextlib.ExitStack() as until:
             try:
-                name = half.name.rpartition(".tmp-")[0]
+                name = half.name.removesuffix(".part")
                 handle = os.open(data / f"{name}.lock", os.O_RDWR)
                 until.callback(os.close, handle)
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

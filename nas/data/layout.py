@@ -14,8 +14,7 @@ and `meta.json`: the rest, the checksums of all files, and one of itself.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from nas.data.cache import claim, hold
+from nas.data.cache import hold
 from nas.data.dataset import Dataset, Split
 from nas.data.decoded import DecodedFiles
 from nas.data.key_tables import KeyTable, NameTable
@@ -81,23 +80,6 @@ def write_meta(folder: Path, meta: Mapping[str, Any], extra: Mapping[str, Any]) 
     write_sealed(
         folder / "meta.json", {**meta, **extra, "fingerprint": fingerprint, "files": files}
     )
-
-
-def build_aside(folder: Path, build: Callable[[Path], None]) -> None:
-    """Have a folder built under another name, then rename it; its build lock must be held.
-
-    It is in use by this process from its first moment on. Raises OSError.
-    """
-    for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)  # left by a kill: the lock is ours
-    aside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    aside.mkdir()
-    try:
-        build(aside)
-        claim(folder)
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _preparation(meta: Mapping[str, Any]) -> str:

@@ -8,25 +8,23 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
+from nas.core.io import get_or_make
 from nas.core.progress import Tick
-from nas.data.cache import hold, make_room
+from nas.data.cache import claim, hold, make_room
 from nas.data.dataset import MEAN, STD, Dataset
 from nas.data.decode import shown_name
 from nas.data.key_tables import KeyTable, NameTable
 from nas.data.layout import (
     FORMAT,
     SIDES,
-    build_aside,
     file_of,
     open_dataset,
     write_meta,
@@ -208,36 +206,22 @@ def cached(
     Raises InputError.
     """
     folder = folder_of(source, random_seed, cache_dir)
-    if not hold(folder):
-        with _building(folder, cache_dir) as missing:
-            if missing:
-                one = source.count * source.store_size**2 * 3 if source.root is None else 0
-                # Decoded in the source's order first, then put in the order of the cut.
-                make_room(cache_dir, one, 2 * one, source.name)
-                build_aside(
-                    folder, lambda aside: _build(source, aside, random_seed, max_broken, tick)
-                )
-                return open_dataset(folder)
+
+    def make(draft: Path) -> None:
+        one = source.count * source.store_size**2 * 3 if source.root is None else 0
+        # Decoded in the source's order first, then put in the order of the cut.
+        make_room(cache_dir, one, 2 * one, source.name)
+        _build(source, draft, random_seed, max_broken, tick)
+        claim(folder)
+
+    if get_or_make(folder, make, found=hold):
+        return open_dataset(folder)
     tick(float(source.count))
     dataset = open_dataset(folder)
     # What was tolerated when it was decoded may not be now.
     told = next((n.partition("e.g. ")[2] for n in dataset.notes if _LEFT_OUT in n), "")
     _check_broken(len(dataset.broken), source.count, max_broken, told)
     return dataset
-
-
-@contextmanager
-def _building(folder: Path, cache_dir: Path) -> Iterator[bool]:
-    """Lock a folder of the cache for building; tells whether it is still missing, and holds it if
-    it is not. Raises InputError where there is no place to write."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):
-            yield not hold(folder)
-    except OSError as error:
-        raise refuse(
-            "--cache-dir", f"{cache_dir} ({error})", "a folder with room to write"
-        ) from error
 
 
 def relabelled(
@@ -267,23 +251,21 @@ def relabelled(
     name = f"{dataset.folder.name.rsplit('-', 1)[0]}-{digest}"
     folder = Path(cache_dir) / "data" / name
 
-    def build(aside: Path) -> None:
+    def make(draft: Path) -> None:
         meta = read_sealed(dataset.folder / "meta.json")
         shared = [p for p in dataset.folder.glob("*.npy") if not p.name.endswith(".labels.npy")]
         for path in shared:
-            _linked(path, aside / path.name)
+            _linked(path, draft / path.name)
         for side in SIDES:
             table = np.asarray(labels_by_side[side], dtype=np.int64)
-            write_table(aside / file_of(side, "labels"), table)
+            write_table(draft / file_of(side, "labels"), table)
         extra = {key: meta.pop(key) for key in ("root", "broken", "notes")}
         for key in ("fingerprint", "files"):
             del meta[key]
-        write_meta(aside, {**meta, "classes": list(classes), "labelled_by": by}, extra)
+        write_meta(draft, {**meta, "classes": list(classes), "labelled_by": by}, extra)
+        claim(folder)
 
-    if not hold(folder):
-        with _building(folder, Path(cache_dir)) as missing:
-            if missing:
-                build_aside(folder, build)
+    get_or_make(folder, make, found=hold)
     return open_dataset(folder)
 
 

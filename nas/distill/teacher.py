@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -12,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.nn import functional
 
-from nas.core.io import remove_leftovers, write_json
+from nas.core.io import get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
 from nas.data.augment.outputs import outputs
@@ -76,15 +74,13 @@ def make_teacher(
     recipe = _recipe(spec, source, settings, dataset, augment, random_seed, device, threads)
     fingerprint = digest_of(recipe)
     folder = cache_dir / "teachers" / fingerprint
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{fingerprint}.lock")):
-            if not (folder / "info.json").is_file():
-                _make(folder, spec, source, settings, dataset, augment, recipe, device, tick)
-            elif settings is not None:
-                tick(float(settings.epochs * len(dataset.train)))
-    except OSError as error:
-        raise refuse("--cache-dir", f"{folder} ({error})", "a folder with room to write") from error
+
+    def make(draft: Path) -> None:
+        identity = f"{spec.name}@{fingerprint[:8]}"
+        _make(draft, identity, spec, source, settings, dataset, augment, recipe, device, tick)
+
+    if not get_or_make(folder, make, resumable=True) and settings is not None:
+        tick(float(settings.epochs * len(dataset.train)))
     return read_teacher(folder)
 
 
@@ -131,6 +127,7 @@ def _recipe(
 
 def _make(
     folder: Path,
+    identity: str,
     spec: TeacherSpec,
     source: Source,
     settings: TrainSettings | None,
@@ -140,13 +137,10 @@ def _make(
     device: str,
     tick: Tick,
 ) -> None:
-    """Train where needed, test on the holdout, and put the folder in place whole."""
+    """Train where needed, test on the holdout, and fill the folder."""
     seed = int(recipe["random_seed"])
     classes = dataset.num_classes or source.num_classes
-    part = folder.with_name(f"{folder.name}.part")
-    part.mkdir(exist_ok=True)
-    remove_leftovers(part)
-    progress = part / "training.safetensors"
+    progress = folder / "training.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inner = load_checked(source, classes)
@@ -167,10 +161,10 @@ def _make(
     correct = np.zeros(0, dtype=bool)
     if dataset.labelled:
         correct = _correct(place(net, device), dataset.holdout, augment, device)
-    digest = save_weights(part / "weights.safetensors", inner.state_dict())
+    digest = save_weights(folder / "weights.safetensors", inner.state_dict())
     top1 = float(correct.mean()) if len(correct) else 0.0
     info = {
-        "id": f"{spec.name}@{folder.name[:8]}",
+        "id": identity,
         "digest": digest,
         "model": source.model,
         "kwargs": recipe["kwargs"],
@@ -186,9 +180,8 @@ def _make(
         "holdout_images": len(correct),
         "notes": list(_notes(spec, source, settings, dataset)),
     }
-    write_json(part / "info.json", {"schema": SCHEMA, "recipe": dict(recipe), "info": info})
+    write_json(folder / "info.json", {"schema": SCHEMA, "recipe": dict(recipe), "info": info})
     progress.unlink(missing_ok=True)
-    os.rename(part, folder)
 
 
 def _notes(

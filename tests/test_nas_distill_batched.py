@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from nas.data.augment import batched_engine as batched
 from nas.data.augment.batched_engine import BatchedAugmenter, uniforms
 from nas.data.augment.spec import AugmentSpec, augmentation_code
-from nas.distill import batched
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PLAIN = AugmentSpec(48, MEAN, STD, hflip=0.0, engine="batched")

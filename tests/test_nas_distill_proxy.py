@@ -17,7 +17,7 @@ from nas.core.config import LABEL_CHOICES
 from nas.core.progress import no_tick
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.spec import default_spec, eval_batch
-from nas.distill import proxy
+from nas.distill import student as proxy
 from nas.distill.student import (
     Evaluation,
     evaluate_test,

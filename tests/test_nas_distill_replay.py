@@ -16,7 +16,7 @@ from nas.data import Dataset, DataSpec, Split, prepare
 from nas.data.augment.mixing import mix, partners
 from nas.data.augment.spec import Augmenter, eval_batch
 from nas.data.augment.views import Views, make_plan
-from nas.distill import pieces as pieces_module
+from nas.labels import shards as pieces_module
 from nas.labels.keys import raw_keys
 from nas.labels.reader import Batch, Replay, batch_sizes, epoch_order, holdout_batches
 from nas.labels.soft_labels import top_labels

@@ -17,9 +17,9 @@ from label_cases import begun, built, contents, toy_for
 
 from nas.data import Dataset, DataSpec, Split, prepare
 from nas.data.augment.spec import Augmenter, augmentation_code, eval_batch
-from nas.distill import build as build_module
-from nas.distill import pieces as pieces_module
-from nas.distill import spec as spec_module
+from nas.labels import build as build_module
+from nas.labels import shards as pieces_module
+from nas.labels import store_spec as spec_module
 from nas.labels.build import all_pieces, build_pieces, merge_stores, need
 from nas.labels.keys import StoredKeys, find_rows, hex_keys, keys_digest, raw_keys, sorted_planes
 from nas.labels.shards import piece_records, pieces_of

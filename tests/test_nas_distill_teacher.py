@@ -16,8 +16,8 @@ from torch.nn import functional
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.spec import default_spec, eval_batch
 from nas.distill import teacher as module
-from nas.distill import teacher_net
 from nas.distill.teacher import make_teacher
+from nas.export import teacher_net
 from nas.export.teacher_net import TeacherNet, parse_teacher
 from nas.export.trained_teacher import TeacherInfo, load_teacher
 from nas.export.weights import save_weights, weights_digest

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from nas.jobs import ray as far
 from nas.jobs.bridge import Bridge, _Running
-from nas.jobs.executor import ray as far
 from nas.jobs.job import Job, Needs, Result
 from nas.jobs.local import LocalPlaces
 from nas.jobs.make import make_executor

@@ -392,7 +392,7 @@ def test_what_says_something_else_is_not_written_over_what_was_there(
         return [(str(p), p.read_bytes()) for p in sorted(tmp_path.rglob("*")) if p.is_file()]
 
     before = contents()
-    again = f"nas.export._{'timm_again' if to == 'timm' else 'program'}"
+    again = f"nas.export.__main__._{'timm_again' if to == 'timm' else 'program'}"
     monkeypatch.setattr(again, lambda *_: lambda x: torch.zeros(len(x), 3))
     assert main(arguments) == 2
     assert "logits that differ by" in capsys.readouterr().err

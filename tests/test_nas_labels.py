@@ -405,7 +405,7 @@ def test_the_cache_is_listed_and_cleaned(
 def test_the_tool_needs_no_torch_to_tell(store: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        f"from nas.labels import main; sys.exit(main(['info', {str(store)!r}]))"
+        f"from nas.labels.__main__ import main; sys.exit(main(['info', {str(store)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from nas.measure import gpu, watch
+from nas.measure import gpu
+from nas.measure import interference as watch
 from nas.measure.fingerprint import Fingerprint, take_fingerprint
 from nas.measure.interference import Conditions, Watch, conditions
 from space import InputError

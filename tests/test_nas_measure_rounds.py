@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.measure import rounds
+from nas.measure import interleave as rounds
 from nas.measure.interference import Disturbance
 from nas.measure.interleave import Bounds, Timed, measure_rounds, planned_looks, settle, summary
 

@@ -8,8 +8,9 @@ import pytest
 import timm
 import torch
 
+from nas.inherit.checkpoint_start import map_head
 from nas.train.groups import block_scales, make_grouped_optimizer
-from nas.train.network import freeze_batch_norms, map_head
+from nas.train.network import freeze_batch_norms
 from space import Context, get_family
 
 CTX = Context(64, 5)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nas.training import loop
 from torch import nn
 
 from nas.export.weights import weights_digest
+from nas.train import loop
 from nas.train.loop import Diverged, TrainSettings, make_optimizer, train
 from nas.train.schedule import lr_at
 from space import Context, get_family

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from nas.training import weights
 from torch import nn
 
+from nas.export import weights
 from nas.export.weights import (
     first_mismatch,
     load_checkpoint,

@@ -15,7 +15,6 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nas.probing import segmentation
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.metrics import balanced_accuracy_score
@@ -27,6 +26,7 @@ from nas.data import DataSpec, prepare
 from nas.data.augment.spec import AugmentSpec, eval_batch
 from nas.export.__main__ import main as export
 from nas.export.model import left_by
+from nas.transfer import segmentation
 from nas.transfer.__main__ import main, transfer
 from nas.transfer.backbone import Backbone, levels, open_backbone
 from nas.transfer.features import pooled, side_of

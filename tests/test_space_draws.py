@@ -13,7 +13,7 @@ import pytest
 from space_cases import FAMILY, random_arch
 
 from space import Arch, Context
-from space import draws as module
+from space import sampling as module
 from space.contractions import Band, contains, count_contractions
 from space.sampling import nearest, sample_band
 

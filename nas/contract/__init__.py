@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from nas.contract.run import contract, plan
+from nas.contract.run import contract
 
-__all__ = ["contract", "plan"]
+__all__ = ["contract"]

@@ -13,7 +13,7 @@ from nas.core.progress import Console
 from nas.core.requirement import COUNTED, LATENCIES
 from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED
-from nas.data.prepare import prepared
+from nas.data.prepared import prepared
 from nas.jobs.executor import Executor, LocalExecutor
 from nas.jobs.job import Job, Needs, Result
 from nas.jobs.means import Means

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nas.core.cli import default_cache
 from nas.core.config import parse_share
 from nas.core.progress import Console
-from nas.data.prepare import prepared
+from nas.data.prepared import prepared
 from nas.measure.fingerprint import take_fingerprint
 from space.errors import refuse
 

@@ -1,7 +1,7 @@
 """How everything trains: the step that all share, and the loop of teachers and proxies.
 
-What differs between them - batches and loss - is passed in. Full trainings (`nas.trainer`) take the
-same step in a loop of their own, which stops and goes on inside an epoch.
+What differs between them - batches and loss - is passed in. Full trainings (`nas.train.fit`)
+take the same step in a loop of their own, which stops and goes on inside an epoch.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from nas.core.cli import Parser, default_cache, guarded
 from nas.core.io import write_atomic
 from nas.core.progress import Console
 from nas.data import Dataset, DataSpec
-from nas.data.prepare import prepared
+from nas.data.prepared import prepared
 from space.errors import refuse
 
 if TYPE_CHECKING:

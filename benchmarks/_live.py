@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks._estimates import Row
 from nas.contract import contract
-from nas.contract.work import Outcome
+from nas.contract.run import RunResult
 from nas.core.cli import default_cache
 from nas.core.config import parse_count
 from nas.core.per_image import paired_difference
@@ -35,17 +35,17 @@ def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _candidates(of: Outcome) -> list[dict[str, str]]:
+def _candidates(of: RunResult) -> list[dict[str, str]]:
     _, rows = read_table(of.folder / "ledger.csv")
     return [row for row in rows if int(row["step"]) > 0]
 
 
-def _searched(of: Outcome) -> float:
+def _searched(of: RunResult) -> float:
     """Return what the candidates of a finished run trained, in MACs x epochs."""
     return sum(int(row["macs"]) * float(row["epochs"] or 0) for row in _candidates(of))
 
 
-def _difference(own: Outcome, other: Outcome, name: str, command: str) -> Row:
+def _difference(own: RunResult, other: RunResult, name: str, command: str) -> Row:
     """Compare the two winners over the same test images."""
     keys = [each.result["winner"] for each in (own, other)]
     called = f"live: test top-1, contraction - {name}"
@@ -68,7 +68,7 @@ def _difference(own: Outcome, other: Outcome, name: str, command: str) -> Row:
 
 def _ran(
     given: argparse.Namespace, told: Mapping[str, Any], name: str, steps: int
-) -> tuple[list[Row], Outcome]:
+) -> tuple[list[Row], RunResult]:
     """Run a strategy, or take over what is finished; settings that differ are refused."""
     folder = given.out.parent / "runs" / f"{given.out.stem}-live-{name}"
     settings: dict[str, Any] = {

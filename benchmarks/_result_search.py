@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.lab import Lab
 from nas.contract import contract
 from nas.contract.final import nearest_published
-from nas.contract.work import Outcome
+from nas.contract.run import RunResult
 from nas.core.cli import default_cache
 from nas.core.config import EFFORTS, SEARCH_CHOICES, parse_count, steps_of
 from nas.core.cpus import usable_cpus
@@ -199,7 +199,7 @@ def search(
     return found_by(lab, role, outcome)
 
 
-def found_by(lab: Lab, role: str, outcome: Outcome) -> Side:
+def found_by(lab: Lab, role: str, outcome: RunResult) -> Side:
     """Read what a search ended with."""
     work: Mapping[str, Any] = outcome.result.get("work") or {}
     counted = work.get("trainings"), work.get("train_gmacs")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from benchmarks.pareto import pareto
 from nas.contract import contract
-from nas.contract.work import Outcome
+from nas.contract.run import RunResult
 from nas.core.io import write_atomic
 from nas.core.progress import Console
 from nas.core.table import Writer
@@ -65,7 +65,7 @@ def pooled_interval(
     return float(differences.mean()), float(lo), float(hi)
 
 
-def _run(data: str, random_seed: int, arguments: argparse.Namespace) -> Outcome:
+def _run(data: str, random_seed: int, arguments: argparse.Namespace) -> RunResult:
     folder = Path(arguments.runs) / f"{data}-{arguments.effort}-{random_seed}"
     if (folder / "run.json").exists():
         return contract(out=folder, resume=True, cache_dir=arguments.cache_dir, console=Console())
@@ -85,7 +85,7 @@ def _run(data: str, random_seed: int, arguments: argparse.Namespace) -> Outcome:
 
 
 def _line(
-    data: str, random_seed: int, effort: str, outcome: Outcome, speedup: float
+    data: str, random_seed: int, effort: str, outcome: RunResult, speedup: float
 ) -> dict[str, Any]:
     found = read_run(outcome.folder)
     run, seed = found.run, found.seed
@@ -127,7 +127,7 @@ def _line(
     return line
 
 
-def _pooled(data: str, effort: str, outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
+def _pooled(data: str, effort: str, outcomes: Sequence[RunResult]) -> dict[str, Any] | None:
     finals = [(o.folder, o.result["final"]) for o in outcomes if o.result.get("final")]
     if len(finals) < 2:
         return None

@@ -257,13 +257,15 @@ def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
-    from nas.contract.checks import with_threads
+    from nas.contract.checks import make_config
     from nas.core.cpus import usable_cpus
 
-    assert with_threads({}, Means()) == {}
-    assert with_threads({}, Means(workers=1)) == {"threads": usable_cpus()}
-    assert with_threads({}, Means(workers=1024)) == {"threads": 1}
-    assert with_threads({"threads": 3}, Means(workers=2)) == {"threads": 3}
-    ray = Means(executor="ray", workers=1024)
-    assert with_threads({}, ray) == {"threads": 1}
-    assert with_threads({}, Means(executor="ray", workers=2, ray_address="auto")) == {}
+    def threads(means: Means, **given: object) -> int:
+        return make_config({"seed": "21M", "target_params": 5_000_000, **given}, means).threads
+
+    assert threads(Means()) == threads(Means(workers=1)) == usable_cpus()
+    assert threads(Means(workers=1024)) == 1
+    assert threads(Means(workers=2), threads=3) == 3
+    assert threads(Means(executor="ray", workers=1024)) == 1
+    cluster = Means(executor="ray", workers=2, ray_address="auto")
+    assert threads(cluster) == usable_cpus()

@@ -20,10 +20,11 @@ from safetensors.numpy import save_file
 from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.contract.campaign import counted_bound
+from nas.contract.checks import resumed_config
 from nas.contract.replay import lineage, read_earlier, replayed_config, set_aside
 from nas.contract.reuse import earlier_of
 from nas.contract.run import plan
-from nas.contract.run_folder import SCHEMA, resumed_config
+from nas.contract.run_folder import SCHEMA
 from nas.contract.state import Run
 from nas.core.config import RunConfig
 from nas.core.io import read_json

@@ -23,8 +23,8 @@ from sqlalchemy.exc import OperationalError
 from benchmarks.throughput_nets import _pareto_set
 from nas.contract.__main__ import main
 from nas.contract.replay import read_earlier
+from nas.contract.run import RunResult
 from nas.contract.state import Run
-from nas.contract.work import Outcome
 from nas.search import storage
 from nas.search.storage import Shared, StudyAway, check_reachable, new_shared, resumed_shared
 from nas.search.study import Ledger, Trial, ledger_of, read_ledger
@@ -423,24 +423,24 @@ def test_an_outage_before_the_first_row_keeps_the_run(
     with serving() as server:
         begun = [*finished.flags, "--out", str(folder), "--storage", server.url(), "--quiet"]
 
-        def first_row(bench: Run, trust: object, *, fresh: bool) -> Outcome:
+        def first_row(bench: Run, trust: object, *, fresh: bool) -> RunResult:
             bench.ledger._wait_s = 0.5
             if fresh:
                 assert len(server_studies(server)) == 1
                 server.kill()
             fill(bench.ledger, rows(1))
-            return Outcome("stopped", 3, "", folder, {})
+            return RunResult("stopped", 3, "", folder, {})
 
-        def refused(bench: Run, trust: object, *, fresh: bool) -> Outcome:
+        def refused(bench: Run, trust: object, *, fresh: bool) -> RunResult:
             assert len(server_studies(server)) == 1
             raise refuse("--steps", 1, "another number")
 
-        monkeypatch.setattr("nas.contract.start.work", refused)
+        monkeypatch.setattr("nas.contract.run.work", refused)
         assert main(begun) == 2
         assert not folder.exists()
         assert server_studies(server) == []
         capfd.readouterr()
-        monkeypatch.setattr("nas.contract.start.work", first_row)
+        monkeypatch.setattr("nas.contract.run.work", first_row)
         assert main(begun) == 2
         error = capfd.readouterr().err
         assert len(error.splitlines()) == 1, error

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.contract.flags import build_parser
-from nas.contract.run import contract, plan
-from nas.contract.work import Outcome
+from nas.contract.run import RunResult, contract, plan
 from nas.core.cli import EXIT_BAD_INPUT, guarded
 from nas.core.config import parse_count, parse_share
 from nas.jobs.means import Means
@@ -128,7 +127,7 @@ def _need(arguments: Mapping[str, Any]) -> None:
             raise refuse(flag, "nothing", "a value", f"add, for example, {example}")
 
 
-def _farewell(outcome: Outcome, seconds: float) -> None:
+def _farewell(outcome: RunResult, seconds: float) -> None:
     """Print the final table, the paths and the next commands."""
     from nas.report import final_table, next_commands
 

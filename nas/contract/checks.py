@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.core.config import RunConfig, flag, with_effort
+from nas.core.config import RunConfig, config_from_dict, flag, with_effort
 from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
 from nas.core.requirement import COUNTED, LATENCIES
@@ -18,30 +18,74 @@ from nas.jobs.executor import Executor, LocalExecutor
 from nas.jobs.job import Job, Needs, Result
 from nas.jobs.means import Means
 from nas.labels import make_store as labelling
+from nas.measure.device_rows import read_rows, write_rows
 from nas.measure.device_table import DeviceTable
+from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.measure.runtimes import check_setting
 from nas.search.constraints import band_at, requirements_of, settings_of, usual_steps
-from space import Context
+from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Family
+from space.freeze import freeze
+
+DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
+"""What a run with `--device-table` keeps: a copy of it, and the finalists' own measurements."""
 
 
-def make_config(given: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of a new run from what the user gave, checked."""
+def make_config(given: Mapping[str, Any], means: Means | None = None) -> RunConfig:
+    """Return the configuration of a new run from what the user gave, checked.
+
+    Several workers on this machine share the usable cores, unless the user named the threads.
+    """
     for name, want in (("seed", "where to start, such as 21M"), ("target_params", "such as 5M")):
         if given.get(name) is None:
             raise refuse(flag(name), "nothing", want)
-    effort = given.get("effort", "normal")
-    settings = with_effort(effort, given)
-    settings.setdefault("threads", usable_cpus())
+    settings = with_effort(given.get("effort", "normal"), given)
+    workers = 1
+    if means is not None and means.ray_address is None:
+        workers = means.workers or 1
+    settings.setdefault("threads", max(1, usable_cpus() // workers))
     return RunConfig(**settings)
 
 
-def with_threads(given: Mapping[str, Any], means: Means) -> dict[str, Any]:
-    """Share the usable cores among several workers, unless the threads of each were named."""
-    if means.workers is None or "threads" in given or means.ray_address is not None:
-        return dict(given)
-    return {**given, "threads": max(1, usable_cpus() // means.workers)}
+def with_seed(config: RunConfig) -> tuple[RunConfig, Family, Arch]:
+    """Return the configuration with its seed arch in it, the family as frozen, and that arch."""
+    family = get_family(config.family)
+    known = config.seed_arch
+    seed_arch = family.arch(known) if known else family.seed(config.seed)
+    frozen = freeze(family, seed_arch, config.freeze)
+    return dataclasses.replace(config, seed_arch=frozen.to_dict(seed_arch)), frozen, seed_arch
+
+
+def saved_config(config: Any) -> RunConfig:
+    """Read the settings in a `run.json`; ill-typed ones are refused in one line."""
+    try:
+        return config_from_dict(config)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise refuse("run.json: config", got, "the settings of a run", "restore it") from None
+
+
+def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of an earlier run, refusing flags that would change its answer.
+
+    `given` holds only the settings that the user named on this command line.
+    """
+    config = saved_config(run["config"])
+    for name, value in given.items():
+        before = getattr(config, name)
+        if isinstance(before, tuple):
+            before, value = list(before), list(value)
+        if value != before:
+            raise refuse(
+                flag(name),
+                f"{value} on a run made with {before}",
+                "the run's own setting",
+                f"drop {flag(name)}, or start a new run in another folder",
+            )
+    return config
 
 
 def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,6 +118,13 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
         raise refuse(name, value, "a text, or several")
     return tuple(str(each) for each in value)
+
+
+def read_lent(config: RunConfig, *, needed: bool) -> list[MeasurementRow]:
+    """Read the file of `--measurements`; unless it is `needed`, one that is gone holds none."""
+    if config.measurements is None or not (needed or Path(config.measurements).is_file()):
+        return []
+    return list(read_measurements(Path(config.measurements)))
 
 
 def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
@@ -268,3 +319,49 @@ def read_device_table(
         bench_batch=setting.batch,
     )
     return told, table
+
+
+def check_same_data(config: RunConfig, known: str, dataset: Dataset) -> None:
+    """Refuse to resume a run on other data than it began with."""
+    if dataset.fingerprint != known:
+        raise refuse(
+            "--data",
+            f"{config.data} with fingerprint {dataset.fingerprint}",
+            f"the run's own data, {known}",
+            "restore the data or start a new run",
+        )
+
+
+def check_same_device(
+    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse to resume a run on another device or software than it was measured on."""
+    for device, fingerprint in now.items():
+        known = before.get(device, {})
+        if known.get("id") == fingerprint["id"]:
+            continue
+        changed = [
+            f"{name} {known.get(name)} -> {value}"
+            for name, value in fingerprint.items()
+            if name != "id" and known.get(name) != value
+        ]
+        raise refuse(
+            "--resume",
+            f"another device or software ({'; '.join(changed)})",
+            "that of the run's measurements",
+            "resume there, or start a new run here",
+        )
+
+
+def take_finalists(out: Path, table: DeviceTable | None, finalists: Path | None) -> None:
+    """Keep the finalists' measurements in the run's folder and add them to its device table."""
+    kept = out / FINALIST_ROWS
+    if finalists is not None:
+        if table is None:
+            want = "a run with a --device-table"
+            raise refuse("--finalists", finalists, want, "drop --finalists")
+        rows = read_rows(finalists, "--finalists")
+        table.add_finalists(rows, "--finalists")
+        write_rows(kept, rows)
+    elif table is not None and kept.exists():
+        table.add_finalists(read_rows(kept, "--finalists"), str(kept))

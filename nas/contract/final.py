@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nas.contract.campaign import band_text
 from nas.contract.gates import shown, told
-from nas.contract.milestones import write_model
-from nas.contract.scoring import with_order
+from nas.contract.milestones import write_family, write_model
+from nas.contract.scoring import confirm, with_order
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.io import read_json, write_json
 from nas.core.per_image import paired_difference
 from nas.jobs.job import Result
 from nas.measure.measurement import Measurement
+from nas.report import write_report
+from nas.report.read import table_digests
 from nas.search.constraints import requirements_of
+from nas.search.steps_table import StepRow
 from space import REFERENCE_CONTEXT, get_family
 from space.contractions import contains
 from space.errors import InputError
@@ -28,6 +32,41 @@ class Unverified:
     """Finalists that only predictions speak for: measure them on their device first."""
 
     finalists: tuple[Incumbent, ...]
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what is recorded when time runs out in the middle."""
+
+    status: str = "stopped"
+    message: str = ""
+    seed: Incumbent | None = None
+    steps: list[StepRow] = field(default_factory=list)
+    incumbents: list[Incumbent] = field(default_factory=list)
+    path: Sequence[Sequence[Incumbent]] = ()
+    best: Incumbent | None = None
+    final: dict[str, Any] | None = None
+    reused: dict[str, Any] | None = None
+
+
+def finish(run: Run, seed: Incumbent, progress: Progress) -> None:
+    """Confirm the finalists, pick the winner and compare it, noting all in `progress`."""
+    progress.incumbents = confirm(run, progress.incumbents)
+    picked = pick_winner(run, progress.incumbents)
+    if isinstance(picked, str):
+        progress.status, progress.message = "stuck", picked
+        return
+    if isinstance(picked, Unverified):
+        progress.best = picked.finalists[0]
+        progress.status, progress.message = "unverified", _unverified(run, picked)
+        return
+    winner, measured, verdicts = picked
+    compared = compare(run, seed, winner, measured, verdicts)
+    if isinstance(compared, str):
+        progress.status, progress.message = "stuck", compared
+        return
+    progress.best, progress.final = winner, compared
+    progress.status, progress.message = "reached", _reached(run, compared)
 
 
 def pick_winner(
@@ -215,11 +254,103 @@ def compare(
     return final
 
 
-def write_best(
-    run: Run, best: Incumbent, weights: Path, score: Mapping[str, Any], role: str
-) -> None:
-    """Write `best.json` and `best.safetensors`: a plain timm model and what is known of it."""
-    write_model(run, best, weights, score, role, run.folder.path / "best")
+def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]:
+    """Write the best model, the tables, `result.json` and the report; return `result.json`."""
+    folder = run.folder.path
+    won = None if progress.final is None else progress.best
+    result = {
+        "status": progress.status,
+        "exit_code": 0 if progress.status == "reached" else 3,
+        "message": progress.message,
+        "winner": None if won is None else won.key,
+        "path": [incumbents[0].key for incumbents in progress.path],
+        "final": progress.final,
+        "reused": progress.reused,
+        "trust": None,
+        "work": asdict(run.work()),
+        "finalists": [_finalist(i) for i in progress.incumbents if i.parent is not None],
+        "seconds": round(seconds, 1),
+        # What kind of moment the machine had.
+        "seed_images_per_s": next((r.images_per_s for r in run.ledger.rows if r.step == 0), None),
+    }
+    _write_best(run, progress)
+    run.ledger.write_csv(folder / "ledger.csv")
+    write_family(folder)
+    result["tables"] = table_digests(folder)
+    write_json(run.folder.result_json, result)
+    write_report(folder)
+    return result
+
+
+def _write_best(run: Run, progress: Progress) -> None:
+    """Write `best.json` and `best.safetensors`, with the final weights where there are any."""
+    best = progress.best
+    if best is None or best.key == run.key(run.seed_arch):
+        return
+    stem = run.folder.path / "best"
+    if progress.final is not None:
+        weights = run.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
+        if weights.exists():  # gone when a finished run is opened again
+            write_model(run, best, weights, _score(progress.final), "final", stem)
+    elif best.weights.exists():  # a replay's answers may have scores only
+        images = len(run.dataset.holdout.labels)
+        score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
+        write_model(run, best, best.weights, score, "gate", stem)
+
+
+def _finalist(of: Incumbent) -> dict[str, Any]:
+    """Return what is known of a finalist: its losses from the first and the second random seed."""
+    return {
+        "key": of.key,
+        "ratio": of.ratio,
+        "soft_loss": of.soft_loss,
+        "soft_loss_again": of.second_loss,
+    }
+
+
+def _reached(run: Run, final: Mapping[str, Any]) -> str:
+    winner = final["winner"]
+    band = run.band(run.config.steps)
+    said = (
+        f"reached: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
+        f"{winner['ratio']:.2f}x the seed's throughput "
+        f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
+        f"test top-1 {winner['top1']:.1%} +- {winner['top1_se']:.1%}"
+    )
+    if final["metric"] != "top1" and winner["metric"] is not None:
+        name = final["metric"].replace("_", " ")
+        said += f", {name} {winner['metric']:.1%} +- {winner['metric_se']:.1%}"
+    for verdict in final["requirements"]:
+        if ": undecided at " in verdict:
+            said += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
+    if run.timings.reused:
+        said += f"; {run.timings.reused} measurements were taken from the cache of earlier runs"
+    return said
+
+
+def _unverified(run: Run, found: Unverified) -> str:
+    """Say what is left to do before anything is promised."""
+    command = write_finalists(run, found.finalists)
+    return (
+        f"unverified: {len(found.finalists)} finalists meet the requirements by prediction only; "
+        f"measure them on their device: {command}; then go on here with: python -m nas.contract "
+        f"--resume {run.folder.path} --finalists finalists.csv"
+    )
+
+
+def _score(final: Mapping[str, Any]) -> dict[str, Any]:
+    winner = final["winner"]
+    return {
+        "kind": "final",
+        "soft_loss": winner["soft_loss"],
+        "soft_loss_se": winner["soft_loss_se"],
+        "metric": winner["metric"],
+        "metric_se": winner["metric_se"],
+        "holdout_top1": winner["holdout_top1"],
+        "test_top1": winner["top1"],
+        "test_top1_se": winner["top1_se"],
+        "test_n": winner["test_n"],
+    }
 
 
 def read_result(path: Path) -> dict[str, Any]:

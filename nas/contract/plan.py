@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 
 import numpy as np
 
-from nas.contract.campaign import counted_bound, lighter_band, run_requirement
+from nas.contract.campaign import band_text, counted_bound, lighter_band, run_requirement
 from nas.contract.final import nearest_published
 from nas.contract.proxy_check import trust_work
 from nas.contract.race import rungs_of
@@ -403,3 +403,41 @@ def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
     if config.racing:
         weights += 12 * largest * config.proxied
     return pixels + labels + weights
+
+
+def plan_text(run: Run, plan: Plan) -> str:
+    """Write the plan as lines for the terminal."""
+    lines = [
+        f"{'step':>4}  {'band':<20} {'contractions':>13} {'on the way':>11} {'fast enough':>12}  "
+        f"{'timed':>5} {'trained':>7} {'GMACs':>9}  what binds"
+    ]
+    for s in plan.steps:
+        share = "-" if s.fast_share is None else f"about {s.fast_share:.0%}"
+        lines.append(
+            f"{s.step:>4}  {band_text(s.band_lo, s.band_hi):<20} {s.contractions:>13,} "
+            f"{s.likely:>11,} {share:>12}  {s.timings:>5} {s.trainings:>7} {s.train_gmacs:>9,.0f}  "
+            f"{s.binds}"
+        )
+    floor = f"{plan.floor_params:,} parameters"
+    if plan.floor_ratio is not None:
+        floor += f" at {plan.floor_ratio:.2f}x the seed's throughput"
+    lines += [
+        "contractions: of the seed in the band, exact; on the way: of the incumbents that a plan "
+        "without training meets; fast enough: an estimate",
+        f"the space reaches from {floor} (measured) to {plan.ceiling_params:,} parameters",
+        f"work: {plan.work.timings} timings, {plan.work.trainings} trainings of "
+        f"{plan.work.train_gmacs:,.0f} GMACs in all, the teacher beside them",
+        f"estimated: {plan.hours:.2f} device-hours here ({plan.pace.gmacs_per_s:,.1f} GMACs/s of "
+        f"training, {plan.pace.timing_s:.1f} s a timing; less where the cache helps) and "
+        f"{plan.disk_bytes / 1e6:,.0f} MB of disk at most",
+        f"throughput estimated from MACs over {plan.pace.measured} timed archs, "
+        f"+-{math.expm1(plan.pace.spread):.0%} (one standard deviation)",
+    ]
+    if plan.trust is not None:
+        lines.append(
+            f"of this the trust report, after a run that reaches its target: {plan.trust.timings} "
+            f"timings, {plan.trust.trainings} trainings of {plan.trust.train_gmacs:,.0f} GMACs"
+        )
+    if plan.stuck is not None:
+        lines.append(f"warning: {plan.stuck}")
+    return "\n".join(lines)

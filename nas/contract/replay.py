@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nas.contract.run_folder import SCHEMA, settings_of
+from nas.contract.checks import saved_config
+from nas.contract.run_folder import SCHEMA
 from nas.core.config import RunConfig, flag
 from nas.core.io import read_json
 from nas.search.constraints import PACE, bench_setting, requirements_of
@@ -79,7 +80,7 @@ def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
     data = read_json(path, "the run.json of a run")
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
         raise refuse(str(path), "another format", f"schema {SCHEMA}", "replay a newer run")
-    return settings_of(data["config"]), data
+    return saved_config(data["config"]), data
 
 
 def replayed_config(given: Mapping[str, Any]) -> RunConfig:

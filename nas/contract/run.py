@@ -1,19 +1,95 @@
-"""Contracting a seed model to a budget, as functions for Python users."""
+"""Contract a seed model to a budget: how a run starts, takes its steps and ends."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nas.contract.plan import Plan
-from nas.contract.planning import plan as plan_run
-from nas.contract.proxy_check import check_number
-from nas.contract.start import run
-from nas.contract.work import Outcome
+from nas.contract import seed as stage
+from nas.contract.campaign import contract_steps
+from nas.contract.checks import (
+    DEVICE_ROWS,
+    ask_fingerprints,
+    check_possible,
+    check_requirements,
+    check_same_data,
+    check_same_device,
+    check_token,
+    make_config,
+    read_data,
+    read_device_table,
+    read_lent,
+    resolved,
+    resumed_config,
+    take_finalists,
+    with_classes,
+    with_seed,
+    with_steps,
+)
+from nas.contract.final import Progress, finish, read_result, write_result
+from nas.contract.plan import Plan, make_plan, plan_text
+from nas.contract.proxy_check import check_band, check_number, named_archs, trust_in_time
+from nas.contract.replay import replayed_config
+from nas.contract.reuse import answered, begun_at, earlier_of, reused_words, steps_from
+from nas.contract.run_folder import RunDir
+from nas.contract.state import Run
 from nas.core.cli import default_cache
-from nas.core.config import parse_count
+from nas.core.config import RunConfig, parse_count
+from nas.core.io import write_json
+from nas.core.progress import Console
+from nas.core.provenance import git_commit, versions
+from nas.data import Dataset
+from nas.data.dataset import dataset_card
+from nas.jobs.executor import Executor, OutOfTime
+from nas.jobs.make import make_executor
 from nas.jobs.means import Means
-from space.errors import refuse
+from nas.measure.device_rows import write_rows
+from nas.measure.measurement_table import read_measurements
+from nas.report import write_report
+from nas.search.storage import Shared, StudyAway, check_reachable, new_shared, resumed_shared
+from space.errors import InputError, refuse, without_passwords
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    `status` is `reached`, `stuck`, `unverified` (the finalists are only predicted to meet the
+    requirements) or `stopped` (out of time); `exit_code` 0 or 3; `message` one sentence; `folder`
+    the run's; `result` the content of `result.json`.
+    """
+
+    status: str
+    exit_code: int
+    message: str
+    folder: Path
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One process's part in a run: nothing in it changes an answer.
+
+    `deadline` is on the monotonic clock; `trust` archs are trained longer afterwards; `finalists`
+    are the measurements of another device; `executor` replaces the one that `means` describe.
+    """
+
+    cache: Path
+    console: Console
+    means: Means = field(default_factory=Means)
+    executor: Executor | None = None
+    deadline: float | None = None
+    storage: str | None = None
+    trust: int | None = None
+    finalists: Path | None = None
 
 
 def contract(
@@ -28,45 +104,52 @@ def contract(
     trust: int | None = None,
     storage: str | None = None,
     quiet: bool = True,
-    console: Any = None,
-    executor: Any = None,
+    console: Console | None = None,
+    executor: Executor | None = None,
     means: Means | None = None,
     **settings: Any,
-) -> Outcome:
+) -> RunResult:
     """Contract `seed` to `target_params` and leave everything in the run folder `out`.
 
     `settings` are the fields of `nas.core.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`,
     ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
     only settings that equal its own may be given. `trust` archs are trained longer afterwards, for
-    a report on how far the scores can be trusted (`nas.contract.proxy_check`). `means` say where
-    jobs run and how
-    many at once (`nas.jobs.means`), which changes no answer. `storage` is the address of a
-    PostgreSQL database for the study, in place of a `study.db` in the folder. Raises `InputError`
-    (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is an
-    `Outcome`, not an error.
+    a report on how far the scores can be trusted (`nas.contract.proxy_check`). `means` are where
+    jobs run and how many at once (`nas.jobs.means`). `storage` is the address of a PostgreSQL
+    database for the study, in place of a `study.db` in the folder. Raises `InputError` (a
+    `ValueError` of one line) on bad input. A run that ends stuck or out of time is a result, not
+    an error.
     """
-    given = dict(settings)
-    if seed is not None:
-        given["seed"] = seed
-    if target_params is not None:
-        given["target_params"] = parse_count("--target-params", target_params)
     if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
         raise refuse("--max-hours", max_hours, "a number of hours above 0")
     check_number(trust)
-    return run(
-        given,
-        out=None if out is None else Path(out),
-        resume=resume,
-        max_hours=max_hours,
-        cache=Path(cache_dir) if cache_dir is not None else default_cache(),
-        quiet=quiet,
-        console=console,
+    # Results and records must be on disk before the deadline: a few seconds are theirs.
+    deadline = None if max_hours is None else time.monotonic() + max(max_hours * 3600 - 5, 0.0)
+    session = Session(
+        cache=default_cache() if cache_dir is None else Path(cache_dir),
+        console=Console(quiet=quiet) if console is None else console,
+        means=means or Means(),
         executor=executor,
-        finalists=None if finalists is None else Path(finalists),
-        trust=trust,
+        deadline=deadline,
         storage=storage,
-        means=means,
+        trust=trust,
+        finalists=None if finalists is None else Path(finalists),
     )
+    given = _given(seed, target_params, settings)
+    if not resume:
+        if finalists is not None:
+            want = "an earlier run's --resume"
+            raise refuse("--finalists", finalists, want, "name the run: --resume DIR")
+        folder = _default_folder(given) if out is None else Path(out)
+    elif out is None:
+        raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
+    else:
+        folder = Path(out)
+        done = finished_result(given, folder, session)
+        if done is not None:
+            return done
+    with open_run(given, folder, session, resume=resume) as run:
+        return work(run, trust, fresh=not resume)
 
 
 def plan(
@@ -76,8 +159,8 @@ def plan(
     cache_dir: str | Path | None = None,
     trust: int | None = None,
     quiet: bool = True,
-    console: Any = None,
-    executor: Any = None,
+    console: Console | None = None,
+    executor: Executor | None = None,
     **settings: Any,
 ) -> tuple[Plan, str]:
     """Plan `contract` without training: the plan, and the same as text.
@@ -85,13 +168,255 @@ def plan(
     Takes about a minute of measuring; nothing is kept but measurements in the cache.
     """
     check_number(trust)
-    given = {"seed": seed, **settings}
-    given["target_params"] = parse_count("--target-params", target_params)
-    return plan_run(
-        given,
-        cache=Path(cache_dir) if cache_dir is not None else default_cache(),
-        quiet=quiet,
-        console=console,
+    given = _given(seed, target_params, settings)
+    if "replay" in given:
+        raise refuse("--plan", "with --replay", "a new run", "a replay tells what it reuses itself")
+    session = Session(
+        cache=default_cache() if cache_dir is None else Path(cache_dir),
+        console=Console(quiet=quiet) if console is None else console,
         executor=executor,
         trust=trust,
     )
+    with (
+        tempfile.TemporaryDirectory(prefix="plan-") as place,
+        open_run(given, Path(place) / "plan", session, keep=False) as run,
+    ):
+        made = make_plan(run, trust=trust)
+        run.ledger.close()
+        return made, plan_text(run, made)
+
+
+def _given(seed: str | None, target: str | int | None, settings: Mapping[str, Any]) -> Any:
+    """Return the settings that the user named, with absolute paths."""
+    given = dict(settings)
+    if seed is not None:
+        given["seed"] = seed
+    if target is not None:
+        given["target_params"] = parse_count("--target-params", target)
+    return resolved(given)
+
+
+def _default_folder(given: Mapping[str, Any]) -> Path:
+    """Return the folder of a new run without `--out`: date, time, seed and target."""
+    config = replayed_config(given) if "replay" in given else make_config(given)
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+    target = f"{config.target_params / 1e6:g}M"
+    return Path("results/runs") / f"{moment}-{Path(config.seed).stem}-{target}"
+
+
+# Starting a run
+
+
+def finished_result(given: Mapping[str, Any], out: Path, session: Session) -> RunResult | None:
+    """Return the result of a finished run that nothing more is asked of, else None."""
+    folder = RunDir(out)
+    saved = folder.open()
+    try:
+        resumed_config(saved, given)
+        resumed_shared(saved.get("storage"), session.storage, folder.run_json)
+        if session.trust is not None:
+            named_archs(out, session.trust)
+        if not folder.result_json.exists():
+            return None
+        result = read_result(folder.result_json)
+        waits = result["status"] == "unverified" and session.finalists is not None
+        wanted = session.trust is not None and not result.get("trust")
+        if result["status"] == "stopped" or waits or wanted:
+            return None
+        if not (out / "report.md").exists():  # killed after the result
+            write_report(out)
+        return RunResult(result["status"], result["exit_code"], result["message"], out, result)
+    finally:
+        folder.release()
+
+
+@contextlib.contextmanager
+def open_run(
+    given: Mapping[str, Any],
+    out: Path,
+    session: Session,
+    *,
+    resume: bool = False,
+    keep: bool = True,
+) -> Iterator[Run]:
+    """Open a run, new or resumed, for a `with` block; the only place where a run starts.
+
+    A new run that is refused before it decided anything leaves no folder; with `keep` off (a plan)
+    it has no `run.json` and cannot be resumed. Raises InputError on bad input.
+    """
+    folder, console, cache = RunDir(out), session.console, session.cache
+    worker = session.executor
+    run: Run | None = None
+    saved = folder.open() if resume else None
+    try:
+        if saved is not None:
+            config = resumed_config(saved, given)
+        elif "replay" in given:
+            config = replayed_config(given)
+        else:
+            config = make_config(given, session.means)
+        config, family, seed_arch = with_seed(config)
+        rows = read_lent(config, needed=not resume)
+        if saved is not None:
+            shared = resumed_shared(saved.get("storage"), session.storage, folder.run_json)
+        else:
+            folder.check_new()
+            shared = None if session.storage is None else new_shared(session.storage, out)
+            if shared is not None:
+                check_reachable(shared)
+        dataset = with_classes(config, read_data(config, cache, console), cache, console)
+        if saved is not None:
+            check_same_data(config, saved["dataset"]["fingerprint"], dataset)
+        elif "replay" not in given:
+            config = with_steps(config, given, family, seed_arch, dataset)
+        check_possible(config, family, seed_arch, dataset)
+        if session.trust is not None and not (resume and named_archs(out, session.trust)):
+            check_band(session.trust, config, family, seed_arch, dataset)
+        earlier = earlier_of(config, family, dataset)
+        tables = [Path(path) for path in config.device_table]
+        if tables and (resume or earlier is not None):
+            tables = [(out if resume or earlier is None else earlier.folder) / DEVICE_ROWS]
+        if earlier is not None:
+            measured = earlier.folder / "measurements.csv"
+            if not tables and measured.is_file():
+                rows += read_measurements(measured)
+            if not resume and "steps" not in given:
+                config = replace(config, steps=steps_from(earlier, config, family, dataset))
+        config, table = read_device_table(config, tables, family, seed_arch, dataset)
+        if resume:
+            take_finalists(out, table, session.finalists)
+        else:
+            check_requirements(config, family, seed_arch, dataset, table)
+            folder.create()
+        worker = worker or make_executor(
+            session.means, threads=config.threads, device=config.device, folder=out
+        )
+        fingerprints = ask_fingerprints(config, worker, table)
+        if saved is not None:
+            check_same_device(saved["fingerprints"], fingerprints)
+        else:
+            check_token(config, worker, family, seed_arch, dataset)
+            if table is not None:
+                write_rows(out / DEVICE_ROWS, table.rows)
+            if keep:
+                folder.write_run(run_json(config, dataset, fingerprints, shared))
+        run = Run(
+            config=config,
+            family=family,
+            seed_arch=seed_arch,
+            dataset=dataset,
+            folder=folder,
+            executor=worker,
+            console=console,
+            cache=cache,
+            deadline=session.deadline,
+            fingerprints=fingerprints,
+            table=table,
+            earlier=earlier,
+            storage=shared,
+        )
+        run.timings.import_rows(rows, named=not resume and "measurements" in given)
+        # It goes on, so the record of an earlier stop is no longer true.
+        folder.result_json.unlink(missing_ok=True)
+        yield run
+    except InputError as error:
+        if worker is not None:
+            worker.close()
+        if not resume and (run is None or not (run.ledger.rows or isinstance(error, StudyAway))):
+            if run is not None:
+                run.ledger.remove()
+            folder.discard()  # refused before there was anything to keep
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        console.stop()
+        if folder.run_json.exists():
+            console.line(f"interrupted; continue with: python -m nas.contract --resume {out}")
+        else:
+            folder.discard()
+            console.line("interrupted before the run began; nothing was kept")
+        raise
+    finally:
+        if worker is not None and session.executor is None:
+            worker.close()
+        folder.release()
+
+
+def run_json(
+    config: RunConfig,
+    dataset: Dataset,
+    fingerprints: Mapping[str, Mapping[str, Any]],
+    shared: Shared | None,
+) -> dict[str, Any]:
+    """Return what `run.json` records of a new run."""
+    return {
+        "config": config.to_dict(),
+        "command": without_passwords(" ".join(sys.argv)),
+        **({} if shared is None else {"storage": shared.to_json()}),
+        "git": git_commit(),
+        "versions": versions(),
+        "fingerprint": dict(fingerprints[config.device]),
+        "fingerprints": {name: dict(of) for name, of in fingerprints.items()},
+        "dataset": dataset_card(dataset),
+    }
+
+
+# From the seed to the report
+
+
+def work(run: Run, trust: int | None = None, *, fresh: bool) -> RunResult:
+    """Search and finish, as far as time allows, and write the result and the report."""
+    console, folder = run.console, run.folder
+    progress = Progress()
+    started = time.monotonic()
+    stage.announce(run, fresh=fresh)
+    console.start(stage.expected_cost(run))
+    try:
+        search(run, progress)
+    except OutOfTime:
+        taken = progress.steps[-1].step if progress.steps else 0  # a step may have no survivor
+        where = f"at step {taken + 1} of {run.config.steps}"
+        if taken == run.config.steps:
+            where = "in the final comparison"
+        message = f"out of time (--max-hours): stopped {where}; --resume {folder.path} goes on"
+        progress.message = message
+        progress.best = stage.best_so_far(run, taken)
+    finally:
+        console.stop()
+        with contextlib.suppress(Exception):
+            run.executor.close()
+    status = progress.status
+    result = write_result(run, progress, time.monotonic() - started)
+    if trust is not None and progress.final is not None and progress.seed is not None:
+        result["trust"] = trust_in_time(run, progress.seed, trust)
+        result["work"] = dataclasses.asdict(run.work())
+        write_json(folder.result_json, result)
+        write_report(folder.path)
+    elif trust is not None:
+        said = f"trust: no report is made of a run that is {status}"
+        if status == "stopped":
+            said += f"; --resume {folder.path} --trust {trust} goes on"
+        console.line(said)
+    if status not in ("stopped", "unverified"):
+        stage.tidy(run)
+    return RunResult(status, result["exit_code"], progress.message, folder.path, result)
+
+
+def search(run: Run, progress: Progress) -> None:
+    """Go from the seed through the steps to the final comparison, noting all in `progress`."""
+    seed = progress.seed = stage.prepare_seed(run)
+    start, known = seed, []
+    if run.earlier is not None:
+        known = answered(run, run.earlier, seed)
+        start = seed if known else begun_at(run, run.earlier, seed)
+        progress.reused = reused_words(run, run.earlier, seed, start, known)
+        run.console.line(f"replay: {progress.reused['says']}")
+    stuck = None
+    if known:
+        progress.incumbents, progress.path = known, [[seed], known]
+    else:
+        progress.incumbents, stuck, progress.path = contract_steps(run, start, progress.steps)
+    progress.best = progress.incumbents[0]
+    if stuck is not None:
+        progress.status, progress.message = "stuck", stuck.message
+    else:
+        finish(run, seed, progress)

@@ -11,10 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nas.core.config import RunConfig, config_from_dict, flag
 from nas.core.io import read_json, remove_leftovers, write_json
 from nas.jobs.means import LOGS, RECORD, WORKER_LOG
-from space.errors import InputError, refuse
+from space.errors import refuse
 
 SCHEMA = 1
 
@@ -25,7 +24,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = FileLock(path / ".lock", timeout=0)
-        self.created = False
+        self.created = self.begun = False
 
     @property
     def run_json(self) -> Path:
@@ -42,15 +41,19 @@ class RunDir:
         """Finished jobs by key; a job's folder is there whole or not at all."""
         return self.path / "work"
 
-    def create(self) -> None:
-        """Make and lock a fresh folder; a used one is refused with the remedy."""
-        if (self.path / "run.json").exists():
+    def check_new(self) -> None:
+        """Refuse a folder that holds a run already."""
+        if self.run_json.exists():
             raise refuse(
                 "--out",
                 self.path,
                 "a new or empty folder",
                 f"it holds a run: continue it with --resume {self.path}, or name another folder",
             )
+
+    def create(self) -> None:
+        """Make and lock a fresh folder; a used one is refused with the remedy."""
+        self.check_new()
         fresh = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,7 @@ class RunDir:
             )
         self.created = fresh
         self.lock()
+        self.begun = True
 
     def open(self) -> dict[str, Any]:
         """Lock the folder of an earlier run and return its `run.json`."""
@@ -107,6 +111,8 @@ class RunDir:
 
     def discard(self) -> None:
         """Undo `create` after a refusal: nothing of ours stays behind."""
+        if not self.begun:
+            return
         self.release()
         with contextlib.suppress(OSError):
             (self.path / ".lock").unlink()
@@ -138,34 +144,3 @@ class RunDir:
 
 def _why(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
-
-
-def settings_of(config: Any) -> RunConfig:
-    """Read the settings in a `run.json`; ill-typed ones are refused in one line."""
-    try:
-        return config_from_dict(config)
-    except InputError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise refuse("run.json: config", got, "the settings of a run", "restore it") from None
-
-
-def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of an earlier run, refusing flags that would change its answer.
-
-    `given` holds only the settings that the user named on this command line.
-    """
-    config = settings_of(run["config"])
-    for name, value in given.items():
-        before = getattr(config, name)
-        if isinstance(before, tuple):
-            before, value = list(before), list(value)
-        if value != before:
-            raise refuse(
-                flag(name),
-                f"{value} on a run made with {before}",
-                "the run's own setting",
-                f"drop {flag(name)}, or start a new run in another folder",
-            )
-    return config

@@ -19,9 +19,9 @@ from nas.measure.measurement import Measurement
 from nas.measure.measurement_cache import MeasurementCache
 from nas.measure.measurement_table import MeasurementKey, MeasurementRow, MeasurementTable
 from nas.measure.runtimes import find_runtime
-from nas.search.constraints import primary_setting
+from nas.search.constraints import primary_setting, settings_of
 from space import Context
-from space.errors import InputError
+from space.errors import InputError, refuse
 from space.family import Arch, Family
 
 MEASURE_COST = 250.0
@@ -132,6 +132,30 @@ class Timings:
         self.rows.append_row(row)
         self.kept.add(row)
         return measured
+
+    def import_rows(self, rows: Sequence[MeasurementRow], *, named: bool) -> None:
+        """Take over another run's measurements that were made under a setting of this one.
+
+        Where the user `named` their file, one without any that fits is refused.
+        """
+        own = {
+            self.fingerprint_under(setting)
+            for setting in settings_of(self.config)
+            if self.table is None or setting != self.table.setting
+        }
+        fitting = [row for row in rows if row.measurement.fingerprint in own]
+        # A run that was killed while it took them over has the first ones, and takes the rest.
+        known = list(self.rows.rows)
+        if known == fitting[: len(known)]:
+            for row in fitting[len(known) :]:
+                self.rows.append_row(row)
+        if rows and not fitting and named:
+            raise refuse(
+                "--measurements",
+                f"{self.config.measurements} without this fingerprint",
+                f"measurements of {', '.join(sorted(own))}",
+                "measure on this device and software",
+            )
 
     def _weigh(self, name: str, spec: Mapping[str, Any]) -> Result:
         """Weigh a network in a process that did nothing else, from the file that is deployed."""

@@ -4,7 +4,7 @@ Archs of one step's band are trained one epoch from the seed's sliced weights, a
 1, 2, 4, ... epochs, each length a schedule of its own, trained to its end. The table holds how many
 epochs from scratch reach the loss of the inherited one, and what the criterion of importance, by
 which units are inherited, and batch norms estimated anew do to the loss. The parent's own training
-is not counted: a run has it anyway. What inheriting does to the ranking: `benchmarks.proxy_rank`.
+is not counted: a run has it anyway. What inheriting does to the ranking: `benchmarks.proxy`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks._estimates import Floats, Row, bootstrap, crossed, in_words, share, write_rows
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
-from benchmarks.proxy_rank import CRITERION, PROXY_SEED, candidates, chosen, held
+from benchmarks.proxy import CRITERION, PROXY_SEED, candidates, chosen, held
 from nas.core.cli import Parser, guarded
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
@@ -77,7 +77,7 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
 def listed(lab: Lab, given: argparse.Namespace) -> list[Arch]:
     """Return the archs, named before anything is trained and the same when run again.
 
-    Those that `benchmarks.proxy_rank` named in the same folder come first: trainings are shared.
+    Those that `benchmarks.proxy` named in the same folder come first: trainings are shared.
     """
     family, folder = lab.run.family, lab.run.folder.path
     path = folder / f"listed-inheritance-{lab.run.config.target_params}.json"
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure(given.out.with_suffix(".png"), rows, told)
         for row in rows:
             print(in_words(row))
-        print("what inheriting does to the ranking: python -m benchmarks.proxy_rank")
+        print("what inheriting does to the ranking: python -m benchmarks.proxy")
         keys = (
             "archs",
             "seeds",

@@ -29,14 +29,14 @@ def _arch(path: Path) -> object:
 
 
 def _inline(data: bytes, folder: Path) -> object:
-    from benchmarks.throughput_nets import find_nets
+    from benchmarks.throughput.networks import find_nets
 
     text = text_of(data)
     return find_nets([text if text.startswith("{") else "{" + text], get_family("tinyvit"))
 
 
 def _finalists(path: Path) -> object:
-    from benchmarks.throughput_nets import find_nets
+    from benchmarks.throughput.networks import find_nets
 
     return find_nets([str(path)], get_family("tinyvit"))
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.throughput_bundle import CARRIED, SCRIPT, write_bundle
-from benchmarks.throughput_nets import Net, find_nets
-from benchmarks.throughput_plan import Plan
+from benchmarks.throughput.bundle import CARRIED, SCRIPT, write_bundle
+from benchmarks.throughput.flags import Plan
+from benchmarks.throughput.networks import Net, find_nets
 from nas.core.progress import Console
 from nas.core.requirement import Setting
 from nas.measure.bundle import main

@@ -1,4 +1,4 @@
-"""The label benchmarks at sizes that say nothing: they take turns, count rightly and draw."""
+"""The label benchmarks count what they claim, alternate, and run at a tiny size."""
 
 from __future__ import annotations
 
@@ -6,87 +6,129 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import labels, labels_epoch, labels_students
-from benchmarks.labels_stock import data_for, store_for
+from benchmarks.labels import epoch, storage
+from benchmarks.labels.__main__ import main
+from nas.labels.codec import CODECS, make_codec
 from nas.labels.reader import Replay
 
 
-def test_ways_take_turns_and_the_first_round_is_left_out() -> None:
+def test_zipf_labels_are_labels() -> None:
+    for topk, num_classes in ((1, 2), (10, 100), (99, 100)):
+        index, prob, tail = storage.zipf_labels(np.random.default_rng(0), 300, topk, num_classes)
+        assert index.shape == prob.shape == (300, topk)
+        assert all(len(set(row)) == topk for row in index.tolist())
+        np.testing.assert_allclose(prob.sum(1) + tail, 1, atol=1e-6)
+        assert (prob[:, :-1] >= prob[:, 1:]).all()
+    top = storage.zipf_labels(np.random.default_rng(0), 4000, 1, 1000)[1]
+    assert abs(top.mean() - 2 / 3) < 0.02, "the mean of Beta(2, 1)"
+
+
+def test_divergence_is_that_of_the_dense_labels() -> None:
+    rng, c = np.random.default_rng(0), 12
+
+    def dense(label: storage.Label) -> np.ndarray:
+        q = np.repeat(label[2][:, None] / (c - 4), c, 1).astype(np.float64)
+        np.put_along_axis(q, label[0], label[1].astype(np.float64), 1)
+        return q / q.sum(1, keepdims=True)
+
+    labels = []
+    for _ in range(2):
+        mass = rng.dirichlet(np.ones(5), size=50).astype(np.float32)
+        order = rng.permuted(np.tile(np.arange(4), (50, 1)), axis=1)
+        labels.append((order, mass[:, :4], mass[:, 4]))
+    p, q = map(dense, labels)
+    want = (p * np.log(p / q)).sum(1)
+    np.testing.assert_allclose(storage.divergences(*labels), want, rtol=1e-9, atol=1e-12)
+
+
+def test_bytes_are_those_of_a_written_store() -> None:
+    """Images x epochs records, a key an image and a shard's checksum, counted one by one."""
+    exact = storage.zipf_labels(np.random.default_rng(0), 200, 10, 100)
+    images, epochs = storage.MAX_RECORDS, 5
+    rows = storage.measure_bytes(exact, 100, labels="teacher", epochs=epochs)
+    for name in CODECS:
+        found = {row["quantity"]: row["value"] for row in rows if row["name"] == name}
+        records = make_codec(name, 10, 100).record_bytes * images * epochs
+        total = records + 16 * images + storage.SEAL_BYTES * epochs
+        assert found["bytes_a_record"] == pytest.approx(total / (images * epochs), rel=1e-12)
+        assert found["share"] == pytest.approx(total / (44 * images * epochs), rel=1e-12)
+        assert found["kl_mean"] <= found["kl_p99"] < 1e-3
+    assert {row["labels"] for row in rows} == {"teacher"}
+
+
+@pytest.mark.parametrize(("topk", "num_classes", "gib"), [(10, 1000, 15.7), (100, 21841, 480.8)])
+def test_official_storage_is_the_published(topk: int, num_classes: int, gib: float) -> None:
+    exact = storage.zipf_labels(np.random.default_rng(0), 20, topk, num_classes)
+    rows = storage.measure_dataset(exact, num_classes)
+    sizes = {row["name"]: row["value"] for row in rows if row["quantity"] == "gib"}
+    assert sizes["official"] == pytest.approx(gib, abs=0.06)
+    assert sizes["packed"] <= 0.5 * sizes["official"]
+    assert storage.targets_met(rows)
+    worse = [{**r, "value": 0.61} if r["quantity"] == "share" else r for r in rows]
+    assert not storage.targets_met(worse)
+
+
+def test_readers_give_the_labels_of_their_rows(tmp_path: Path) -> None:
+    exact = storage.zipf_labels(np.random.default_rng(0), 30, 7, 1000)
+    rows = np.array([0, 49, 31, 31, 5])
+    index, prob, tail = storage.official_reader(tmp_path, exact, records=50, ranks=3)(rows)
+    np.testing.assert_array_equal(index, exact[0][rows % 30])
+    np.testing.assert_array_equal(prob, exact[1][rows % 30].astype(np.float16).astype(np.float32))
+    np.testing.assert_allclose(prob.sum(1) + tail, 1, atol=1e-6)
+    for name in CODECS:
+        codec = make_codec(name, 7, 1000)
+        read = storage.codec_reader(tmp_path, codec, exact, records=50)
+        want = codec.decode(codec.encode(*exact)[rows % 30])
+        for part, expected in zip(read(rows), want, strict=True):
+            np.testing.assert_array_equal(part, expected)
+
+
+def test_ways_alternate_and_the_first_round_is_left_out() -> None:
     calls: list[str] = []
     ways = {name: (lambda name=name: calls.append(name)) for name in "abc"}  # type: ignore[misc]
-    found = labels_epoch.interleaved(ways, 2, 5, "cpu")
+    found = epoch.alternate(ways, 5, "cpu")
     assert {name: len(times) for name, times in found.items()} == {"a": 5, "b": 5, "c": 5}
-    assert calls[:12] == [*"ccbbaa", *"aabbcc"]
-    assert all(calls.count(name) == 12 for name in "abc")
+    assert calls[: 6 * epoch.STEPS : epoch.STEPS] == [*"cba", *"abc"]
+    assert all(calls.count(name) == 6 * epoch.STEPS for name in "abc")
 
 
-def test_both_engines_replay_the_stock(tmp_path: Path) -> None:
-    dataset = data_for(tmp_path, 16, 320)
+def test_both_engines_replay_the_stores(tmp_path: Path) -> None:
+    dataset = epoch.fractals(tmp_path, 16, 320)
     for engine in ("timm", "batched"):
-        store = store_for(tmp_path, dataset, engine, epochs=1)
+        store = epoch.label_store(tmp_path, dataset, engine, epochs=1)
         assert store.spec.augment.engine == engine
-        batches = labels_epoch.endless(Replay(dataset.train, store, 32, 0))
-        epoch = len(Replay(dataset.train, store, 32, 0).batches(0))
-        assert [next(batches).inputs.shape[1:] for _ in range(epoch + 1)] == [(3, 16, 16)] * (
-            epoch + 1
-        )
+        batches = epoch.endless(Replay(dataset.train, store, 32, 0))
+        length = len(Replay(dataset.train, store, 32, 0).batches(0))
+        shapes = [next(batches).inputs.shape[1:] for _ in range(length + 1)]
+        assert shapes == [(3, 16, 16)] * (length + 1)
 
 
-def test_summaries_are_means_with_their_range_and_can_be_drawn(tmp_path: Path) -> None:
-    rows = [
-        {
-            "part": "topk",
-            "student": "small",
-            "way": "soft",
-            "topk": k,
-            "bytes_a_record": k + 4,
-            "random_seed": s,
-            "soft_loss": 3 - 0.1 * k + s,
-            "top1": 0.1 * k + 0.01 * s,
-        }
-        for k in (1, 5)
-        for s in (0, 1)
-    ]
-    lines = labels_students.summary(rows)
-    assert [(line["topk"], line["seeds"]) for line in lines] == [(1, 2), (5, 2)]
-    assert lines[0]["soft_loss"] == pytest.approx(3.4)
-    assert (lines[0]["soft_loss_lo"], lines[0]["soft_loss_hi"]) == (2.9, 3.9)
-    # One random seed: a rounded mean lies outside a range of no width.
-    labels_students.draw(
-        labels_students.summary([{**row, "soft_loss": 2.71336, "top1": 0.50713} for row in rows]),
-        tmp_path / "g.png",
-    )
-    labels_students.draw(lines, tmp_path / "f.png")
-    assert (tmp_path / "f.png").stat().st_size > 5000
+def test_a_tiny_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.csv"
+    small = ["--records", "100", "--batch", "16", "--repeats", "6"]
+    status = main(["storage", *small, "--out", str(out)])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert status == (0 if storage.targets_met(rows) else 1)
+    with out.open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    rates = [row for row in rows if row["quantity"] in ("records_per_s", "ratio")]
+    assert {row["name"] for row in rates} == {"official", *CODECS}
+    assert all(0 < row["lo"] <= row["value"] <= row["hi"] for row in rates)
 
 
-def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (
-        [],
-        ["weigh"],
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["storage", "--records", "0"],
+        ["storage", "--repeats", "5"],
+        ["storage", "--batch", "-1"],
         ["epoch", "--blocks", "2"],
         ["epoch", "--threads", "0"],
-        ["students", "--seeds", "0"],
-        ["students", "--images", "5"],
-    ):
-        assert labels.main(arguments) == 2
-        assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_students_learn_in_all_three_parts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "s.csv"
-    arguments = [
-        *("--images", "400", "--epochs", "1", "--seeds", "1", "--out", str(out)),
-        *("--figure", str(tmp_path / "f.png"), "--cache-dir", str(tmp_path / "c")),
-    ]
-    assert labels.main(["students", *arguments]) == 0
-    with open(out, newline="") as table:
-        rows = list(csv.DictReader(table))
-    assert [row["part"] for row in rows] == ["topk"] * 5 + ["truth"] * 3 + ["pretraining"] * 6
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(said["summary"]) == 14
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1

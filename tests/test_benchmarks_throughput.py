@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from benchmarks.throughput import main
-from benchmarks.throughput_nets import find_nets
+from benchmarks.throughput.__main__ import main
+from benchmarks.throughput.networks import find_nets
 from nas.measure.device_rows import COLUMNS, FAILED, OK, DeviceRow, read_rows, write_rows
 from nas.measure.runtimes import runtimes
 from space import Context, get_family

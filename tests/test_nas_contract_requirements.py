@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL_ARCH, Finished
 
-from benchmarks.throughput_nets import sample
+from benchmarks.throughput.networks import sample
 from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.core.requirement import parse_requirement

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks._chaos_arena import (
+from benchmarks.faults.arena import (
     ARCH,
     Arena,
     differences,
@@ -20,7 +20,7 @@ from benchmarks._chaos_arena import (
     start,
     store_outcome,
 )
-from benchmarks._chaos_faults import FAULTS
+from benchmarks.faults.catalogue import FAULTS
 from nas.contract import contract
 from nas.jobs.job import Job
 from nas.jobs.means import Means

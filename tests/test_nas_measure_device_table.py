@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from space_cases import random_arch, random_context
 
-from benchmarks.throughput_nets import sample
+from benchmarks.throughput.networks import sample
 from nas.core.requirement import Setting
 from nas.measure import predict
 from nas.measure.device_rows import (

@@ -20,7 +20,7 @@ from postgres_server import DATABASE, PASSWORD, USER, Server, serving, why_not
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from benchmarks.throughput_nets import _pareto_set
+from benchmarks.throughput.networks import _pareto_set
 from nas.contract.__main__ import main
 from nas.contract.replay import read_earlier
 from nas.contract.run import RunResult

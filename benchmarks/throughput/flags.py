@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.throughput_nets import Net, find_nets, sample
-from benchmarks.throughput_plan import Plan
+from benchmarks.throughput.networks import Net, find_nets, sample
 from nas.core.cli import Parser
 from nas.core.config import parse_count
 from nas.core.cpus import read_threads, usable_cpus
@@ -14,6 +14,26 @@ from nas.core.requirement import Setting
 from nas.measure.runtimes import find_runtime
 from space import Context, get_family
 from space.errors import refuse
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, apart from the networks. With `auto`, each network has its own batch."""
+
+    settings: tuple[Setting, ...]
+    auto: bool
+    sizes: tuple[int, ...]
+    num_classes: int
+    reference: Net | None
+    reference_runtime: str | None
+    threads: int
+    blocks: int
+    max_blocks: int
+    precision: float | None
+    latency_passes: int
+    memory: bool
+    accuracy_data: str | None
+    random_seed: int = 0
 
 
 def build_parser(description: str | None) -> Parser:

@@ -1,6 +1,6 @@
 """Repeat the main job over random seeds and data, and compare with the published 5M.
 
-`python -m benchmarks.results` (or `make results`) runs `nas.contract --seed 21M --target-params 5M
+`python -m benchmarks.contract` (or `make results`) runs `nas.contract --seed 21M --target-params 5M
 --min-speedup 1.5` on digits and fractals over three random seeds, resuming what was cut short, and
 writes `results/contract.csv` (one line a run and one pooled line a data set) and a figure for each
 data set. The pooled difference is paired over images and seeds: both are resampled.
@@ -145,14 +145,14 @@ def _pooled(data: str, effort: str, outcomes: Sequence[RunResult]) -> dict[str, 
         lo=lo,
         hi=hi,
         test_images=differences.shape[1],
-        command="python -m benchmarks.results",
+        command="python -m benchmarks.contract",
     )
     return line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run or resume all, write the table and the figures. Exit status 0, 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.results", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.contract", description=__doc__)
     parser.add_argument("--data", nargs="+", default=["digits", "fractals"], help="data sets")
     parser.add_argument("--random-seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     parser.add_argument("--effort", default="normal", help="default: normal")

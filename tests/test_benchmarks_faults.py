@@ -1,4 +1,4 @@
-"""A short campaign; `python -m benchmarks.chaos` is the long one."""
+"""A short campaign; `python -m benchmarks.faults` is the long one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chaos
-from benchmarks._chaos_arena import Arena
-from benchmarks._chaos_faults import FAULTS
-from benchmarks._chaos_tries import Fault, Try, one_line
+from benchmarks.faults import __main__ as chaos
+from benchmarks.faults.arena import Arena
+from benchmarks.faults.catalogue import FAULTS
+from benchmarks.faults.tries import Fault, Try, one_line
 
 QUICK = "kill -9 of the trainer"
 LOCAL = [name for name, fault in FAULTS.items() if not fault.solo]
@@ -33,7 +33,7 @@ def test_a_killed_training_is_survived_and_counted(
     assert tuple(row) == ("fault", "tried", "survived", "lost", "seconds_to_recover", "command")
     assert (row["fault"], row["tried"], row["survived"], row["lost"]) == (QUICK, "1", "1", "0")
     assert row["command"] == (
-        "python -m benchmarks.chaos --only 'kill -9 of the trainer' --tries 1 --jobs 1"
+        "python -m benchmarks.faults --only 'kill -9 of the trainer' --tries 1 --jobs 1"
     )
     assert math.isfinite(float(row["seconds_to_recover"]))
 

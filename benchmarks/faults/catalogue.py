@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks._chaos_arena import Arena, Kind, orphans, start
-from benchmarks._chaos_tries import (
+from benchmarks.faults.arena import Arena, Kind, orphans, start
+from benchmarks.faults.tries import (
     Fault,
     Try,
     builders,
@@ -208,7 +208,7 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
             "ship": folder.name.endswith(EVEN),
         }
         (folder / "order.json").write_text(json.dumps(order))
-        code = f"from benchmarks._chaos_cluster import main; main({str(folder / 'order.json')!r})"
+        code = f"from benchmarks.faults.cluster import main; main({str(folder / 'order.json')!r})"
         inside = f'ip link set lo up && exec {sys.executable} -c "$0"'
         with (folder / "first.log").open("w") as log:
             done = subprocess.run(

@@ -13,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.result import Budget, ResultRow, build_parser, figure, main, shortcomings, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks import _rivals_prune, _rivals_train, rivals
-from benchmarks._result_search import PUBLISHED, Side, Target, checked
-from benchmarks._result_statistics import Paired, paired_interval, verdict
-from benchmarks.result import Budget, ResultRow, build_parser, figure, main, shortcomings, write
+from benchmarks.baselines import prune as _rivals_prune
+from benchmarks.baselines import prune_worker as _rivals_train
+from benchmarks.baselines import pruning as rivals
+from benchmarks.baselines.archs import PUBLISHED, Side, Target, checked
+from benchmarks.baselines.verdict import Paired, paired_interval, verdict
 from nas.core.io import read_json
 from nas.export.weights import save_weights
 from space import Context, get_family

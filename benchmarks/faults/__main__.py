@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._chaos_arena import Arena
-from benchmarks._chaos_faults import FAULTS
-from benchmarks._chaos_tries import Do, Try
 from benchmarks._estimates import write_rows
+from benchmarks.faults.arena import Arena
+from benchmarks.faults.catalogue import FAULTS
+from benchmarks.faults.tries import Do, Try
 from nas.core.cli import Parser, guarded
 from nas.core.progress import Console
 from space.checks import read_int
@@ -56,7 +56,7 @@ class Row:
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="python -m benchmarks.chaos",
+        prog="python -m benchmarks.faults",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -115,7 +115,7 @@ def turns_of(given: argparse.Namespace) -> list[Turn]:
 
 def command_of(given: argparse.Namespace, fault: str) -> str:
     """Return the command that does a fault's tries alone: they depend on nothing else."""
-    words = ["python", "-m", "benchmarks.chaos", "--only", fault]
+    words = ["python", "-m", "benchmarks.faults", "--only", fault]
     for flag in ("tries", "jobs", "random_seed"):
         if getattr(given, flag) != build_parser().get_default(flag):
             words += [f"--{flag.replace('_', '-')}", str(getattr(given, flag))]

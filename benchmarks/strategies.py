@@ -1,4 +1,4 @@
-"""How soon a search finds the best: `python -m benchmarks.search_efficiency`.
+"""How soon a search finds the best: `python -m benchmarks.strategies`.
 
 Every arch of a small closed lattice (a few free slots, all step bands from the seed to the target)
 is scored once from the seed's sliced weights; then each strategy searches that table, from many
@@ -33,10 +33,10 @@ from benchmarks._lattice import (
     reached_after,
     slots_of,
 )
-from benchmarks._live import live
 from benchmarks._searches import FIXED, World, searches
+from benchmarks.baselines.live import live
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
-from benchmarks.proxy_rank import CRITERION, PROXY_SEED
+from benchmarks.proxy import CRITERION, PROXY_SEED
 from nas.core.cli import Parser, guarded
 from nas.core.config import EFFORTS, ROUNDS, SEARCH_CHOICES, steps_of
 from nas.core.io import read_json, write_atomic, write_json
@@ -380,7 +380,7 @@ def figure(path: Path, told: Mapping[str, Any]) -> None:
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(prog="python -m benchmarks.search_efficiency", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.strategies", description=__doc__)
     arguments(parser)
     add = parser.add_argument
     add("--free", default=FREE, help="slots that may change (default %(default)s)")
@@ -418,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, score what is missing, replay, report."""
     argv = sys.argv[1:] if argv is None else list(argv)
     given = build_parser().parse_args(argv)
-    given.command = " ".join(["python -m benchmarks.search_efficiency", *argv])
+    given.command = " ".join(["python -m benchmarks.strategies", *argv])
 
     def work() -> int:
         for name in ("shortlist", "proxied", "beam"):

@@ -1,4 +1,4 @@
-"""How well does a short proxy rank the archs of a step's band? `python -m benchmarks.proxy_rank`.
+"""How well does a short proxy rank the archs of a step's band? `python -m benchmarks.proxy`.
 
 Archs of one step's band, half of them as the search would list them and half drawn uniformly, are
 scored by each proxy, and trained about ten times longer, on several random seeds: the truth. The
@@ -321,7 +321,7 @@ def figure(path: Path, rows: Sequence[TrustRow], told: Mapping[str, object]) -> 
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(prog="python -m benchmarks.proxy_rank", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.proxy", description=__doc__)
     arguments(parser)
     parser.add_argument("--archs", type=int, help="how many archs (default: what the budget pays)")
     images = "training images of the truth (default: all that there are)"
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train what is missing, report."""
     argv = sys.argv[1:] if argv is None else list(argv)
     given = build_parser().parse_args(argv)
-    given.command = " ".join(["python -m benchmarks.proxy_rank", *argv])
+    given.command = " ".join(["python -m benchmarks.proxy", *argv])
 
     def work() -> int:
         for name, least in (("seeds", 2), ("archs", LEAST)):  # before anything is named or trained

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import proxy_rank
+from benchmarks import proxy as proxy_rank
 from benchmarks._estimates import bootstrap, crossed, share
 from benchmarks._lattice import (
     Lattice,
@@ -27,7 +27,7 @@ from benchmarks._lattice import (
 )
 from benchmarks.inheritance import Crossing, ablation_rows, epochs_to_loss, ratio_rows
 from benchmarks.lab import Lab, Training
-from benchmarks.search_efficiency import quartiles, rows_of, seed_sd
+from benchmarks.strategies import quartiles, rows_of, seed_sd
 from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
 from space.contractions import Band, contains

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks._chaos_arena import (
+from benchmarks.faults.arena import (
     Arena,
     Kind,
     Started,

@@ -1,4 +1,4 @@
-"""Is the contracted arch worth its search? `python -m benchmarks.result`.
+"""Is the contracted arch worth its search? `python -m benchmarks.baselines`.
 
 At each target, the contracted arch is compared with the published one nearest in size, the seed's
 widths scaled uniformly, and the best of as many random archs as the contraction scored. The search
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks._result_search import (
+from benchmarks.baselines.archs import (
     CONTRACTED,
     PUBLISHED,
     Side,
@@ -34,7 +34,7 @@ from benchmarks._result_search import (
     sides_of,
     target_of,
 )
-from benchmarks._result_statistics import MARGIN, paired_interval, verdict
+from benchmarks.baselines.verdict import MARGIN, paired_interval, verdict
 from benchmarks.lab import Lab, Trained, Training, opened
 from nas.core.cli import Parser, guarded
 from nas.core.io import write_atomic, write_json
@@ -351,7 +351,7 @@ def figure(path: Path, rows: Sequence[ResultRow]) -> None:
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(prog="python -m benchmarks.result", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.baselines", description=__doc__)
     arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("results/result.csv"))
     return parser
@@ -361,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, search and train what is missing, report."""
     argv = sys.argv[1:] if argv is None else list(argv)
     given = build_parser().parse_args(argv)
-    given.command = " ".join(["python -m benchmarks.result", *argv])
+    given.command = " ".join(["python -m benchmarks.baselines", *argv])
 
     def work() -> int:
         rows, told = compare(checked(given), Console())
@@ -400,7 +400,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return guarded(work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Work on pruned networks in a process of its own: `python -m benchmarks._rivals_train SPEC.json`.
+"""Prune and train in a process of its own: `python -m benchmarks.baselines.prune_worker SPEC`.
 
 A `prune` job leaves pruned.safetensors, timed beside the seed; a `train` job goes on from there as
 `nas.distill.student.train_and_score` trains the contracted arch; a `load` job tries weights in
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks._rivals_prune import (
+from benchmarks.baselines.prune import (
     Variant,
     count,
     fastnas,

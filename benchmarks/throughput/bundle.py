@@ -12,8 +12,8 @@ from typing import Any
 
 import nas
 import space
-from benchmarks.throughput_nets import Net
-from benchmarks.throughput_plan import Plan
+from benchmarks.throughput.flags import Plan
+from benchmarks.throughput.networks import Net
 from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.measure.bundle import LIST

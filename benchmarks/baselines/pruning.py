@@ -1,9 +1,9 @@
-"""What do pruning tools make of the same trained seed? `python -m benchmarks.rivals`.
+"""What do pruning tools make of the same trained seed? `python -m benchmarks.baselines.pruning`.
 
 Structured pruning to the contracted arch's parameters, then the same training on the same soft
 labels, the same random seeds and the same test images, beside the contracted arch. A tool that is
 not installed, crashes, or does not reach the budget is a row that says so. Searches and trainings
-are shared with `python -m benchmarks.result`, where both are called with the same flags.
+are shared with `python -m benchmarks.baselines`, where both are called with the same flags.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks._result_search import (
+from benchmarks.baselines.archs import (
     CONTRACTED,
     Side,
     Target,
@@ -33,9 +33,9 @@ from benchmarks._result_search import (
     search,
     target_of,
 )
-from benchmarks._result_statistics import paired_interval, verdict
+from benchmarks.baselines.compare import FIRST_SEED, Budget
+from benchmarks.baselines.verdict import paired_interval, verdict
 from benchmarks.lab import Lab, Training, opened
-from benchmarks.result import FIRST_SEED, Budget
 from nas.core.cli import Parser, guarded
 from nas.core.io import read_json, write_atomic, write_json
 from nas.core.progress import Console
@@ -52,7 +52,7 @@ MOST_S = 7200.0
 """A rival's job that takes longer is an outcome."""
 
 Work = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
-"""Does one job of `benchmarks._rivals_train` on some threads; returns its result."""
+"""Does one job of `benchmarks.baselines.prune_worker` on some threads; returns its result."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def in_process(spec: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
     path = out.with_name(f"{out.name}.spec.json")
     write_json(path, dict(spec))
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
-    command = [sys.executable, "-m", "benchmarks._rivals_train", str(path)]
+    command = [sys.executable, "-m", "benchmarks.baselines.prune_worker", str(path)]
     with open(out.with_name(f"{out.name}.log"), "w") as log:
         try:
             ended = subprocess.run(
@@ -293,7 +293,7 @@ def _folder(lab: Lab, target: Target) -> Path:
 
 def compare(given: Any, console: Console, work: Work = in_process) -> list[RivalRow]:
     """Search, prune and train what is missing; return the table's rows."""
-    from benchmarks._rivals_prune import VARIANTS, missing
+    from benchmarks.baselines.prune import VARIANTS, missing
 
     budget = Budget(given.budget_hours)
     rows: list[RivalRow] = []
@@ -386,7 +386,7 @@ def figure(path: Path, rows: Sequence[RivalRow]) -> None:
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(prog="python -m benchmarks.rivals", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.baselines.pruning", description=__doc__)
     arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("results/rivals.csv"))
     return parser
@@ -396,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, prune and train what is missing, report."""
     argv = sys.argv[1:] if argv is None else list(argv)
     given = build_parser().parse_args(argv)
-    given.command = " ".join(["python -m benchmarks.rivals", *argv])
+    given.command = " ".join(["python -m benchmarks.baselines.pruning", *argv])
 
     def work() -> int:
         rows = compare(checked(given), Console())

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._chaos_arena import Started, kill, orphans, start
-from benchmarks._chaos_tries import one_line
+from benchmarks.faults.arena import Started, kill, orphans, start
+from benchmarks.faults.tries import one_line
 from nas.core.cli import EXIT_BAD_INPUT
 
 CPUS = 1

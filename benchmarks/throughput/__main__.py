@@ -17,9 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.throughput_flags import build_parser, plan_of
-from benchmarks.throughput_nets import Net
-from benchmarks.throughput_plan import Plan
+from benchmarks.throughput.flags import Plan, build_parser, plan_of
+from benchmarks.throughput.networks import Net
 from nas.core.cli import default_cache, guarded
 from nas.core.progress import Console
 from nas.core.requirement import Setting
@@ -343,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(given: argparse.Namespace) -> int:
     nets, plan = plan_of(given)
     if given.bundle is not None:
-        from benchmarks.throughput_bundle import write_bundle
+        from benchmarks.throughput.bundle import write_bundle
 
         print(json.dumps(write_bundle(given.bundle, nets, plan, Console(quiet=given.quiet))))
         return 0
@@ -353,7 +352,7 @@ def _main(given: argparse.Namespace) -> int:
     if figure is None and given.out is not None:
         figure = given.out.with_suffix(".png")
     if figure is not None and any(row.state == OK for row in rows):
-        from benchmarks.throughput_figure import draw_rows
+        from benchmarks.throughput.figure import draw_rows
 
         draw_rows(rows, figure, found=[net.name for net in nets if net.found])
     failed = [row for row in rows if row.state == FAILED]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.results import main, pooled_interval
+from benchmarks.contract import main, pooled_interval
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)

@@ -1,0 +1,1 @@
+"""A contracted arch beside published, scaled, searched and pruned ones, trained equally."""

@@ -1,0 +1,1 @@
+"""Storage of soft labels, and the cost of an epoch from them."""

@@ -1,0 +1,94 @@
+"""Measure soft labels: bytes of storage, speed of reads, and what an epoch from them costs.
+
+    python -m benchmarks.labels storage [--store DIR] [--records N] [--repeats R] [--batch B]
+    python -m benchmarks.labels epoch [--students 5M] [--img-size 48] [--threads N] [--blocks N]
+
+`storage`, on Zipf-like labels (top-1 ~ Beta(2, 1), the rest by Zipf's law, classes uniform) and on
+those of --store: bytes a record, with keys (16 bytes an image, once a store) and checksums (72
+bytes a shard of 65,536 records), against the 4 + 4K of the official layout; the divergence of the
+decoded from the exact label; random-order batches ready for the loss against per-record reads of
+the official layout, in alternating blocks by processor time. Exit status 0 when the targets are
+met (at most 0.60 of 4 + 4K, mean divergence under 1e-3 nats and p99 under 3e-3, 13 times (K = 10)
+and 2 times (K = 100) the official reads with the whole interval), else 1.
+
+`epoch`: images/s of training steps on replayed labels, image by image and with the batched engine,
+over those on tensors that are there already ("resident"; "bare": without the optimizer); and
+seconds an epoch and peak memory without distillation, with a teacher in the loop, and with replay.
+All alternate block by block in one process. Data: the formula-driven images, 100 classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.estimates import check_at_least, write_table
+from benchmarks.labels.epoch import measure_epochs
+from benchmarks.labels.storage import measure_storage, targets_met
+from nas.core.cli import Parser, guarded
+from nas.measure.fingerprint import take_fingerprint
+
+
+def build_parser() -> Parser:
+    """Return the parser."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m benchmarks.labels", description=__doc__, formatter_class=raw)
+    parts = parser.add_subparsers(dest="part", required=True)
+    add = parts.add_parser("storage").add_argument
+    add("--records", type=int, default=262_144, help="records of a table to read")
+    add("--repeats", type=int, default=24, help="blocks for each reader")
+    add("--batch", type=int, default=4096, help="records of a batch")
+    add("--store", type=Path, help="also measure the labels of this store")
+    add("--out", type=Path, help="also write the rows to this CSV file")
+    add = parts.add_parser("epoch").add_argument
+    add("--students", nargs="+", default=["5M"], metavar="ARCH")
+    add("--img-size", type=int, default=48, metavar="PX")
+    add("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+    add("--blocks", type=int, default=12, metavar="N")
+    add("--device", default="cpu")
+    add("--cache-dir", type=Path, help="default: a folder that is removed again")
+    add("--out", type=Path, help="also write the table to this CSV file")
+    return parser
+
+
+def report(given: argparse.Namespace, rows: Sequence[dict[str, Any]], **more: Any) -> None:
+    """Print the rows and write them; the last line is JSON."""
+    if given.out:
+        write_table(given.out, rows, **more)
+    for row in rows:
+        cells = (
+            f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values() if v is not None
+        )
+        print("  ".join(cells))
+    print(json.dumps({"rows": rows, **more}))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure a part, print and write. Exit status: see above; 2 on bad input."""
+    given = build_parser().parse_args(argv)
+
+    def work() -> int:
+        if given.part == "storage":
+            where, rows = take_fingerprint("cpu", threads=1), measure_storage(given)
+            report(given, rows, fingerprint=where.id)
+            return 0 if targets_met(rows) else 1
+        check_at_least(given, blocks=6)
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure_epochs(given, given.cache_dir or Path(folder))
+        where = take_fingerprint(given.device, given.threads)
+        conditions = {n: getattr(given, n) for n in ("img_size", "threads", "device")}
+        report(given, rows, **conditions, fingerprint=where.id)
+        return 0
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

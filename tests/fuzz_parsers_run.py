@@ -229,16 +229,16 @@ def _train_seeds() -> list[bytes]:
 
 
 def _train(path: Path) -> object:
+    from nas.train.folder import TrainFolder
     from nas.train.train_config import read_config
-    from nas.train.training_folder import Folder
 
-    return read_config(Folder(path.parent).told()["config"])
+    return read_config(TrainFolder(path.parent).read_settings()["config"])
 
 
 def _train_result(path: Path) -> object:
-    from nas.train.training_folder import Folder
+    from nas.train.folder import TrainFolder
 
-    return Folder(path.parent).result()
+    return TrainFolder(path.parent).read_result()
 
 
 def _trust(path: Path) -> object:

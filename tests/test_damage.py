@@ -37,7 +37,7 @@ from nas.labels.store import open_store
 from nas.measure.measurement_table import read_measurements
 from nas.report.read import read_run
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
-from nas.train.training_folder import Folder
+from nas.train.folder import TrainFolder
 from space import get_family
 from space.errors import InputError
 from space.seal import SEAL, sealed, unsealed
@@ -238,7 +238,7 @@ class Tiny:
 
 def of_training(folder: Path) -> list[Case]:
     folder.mkdir()
-    kept = Folder(folder)
+    kept = TrainFolder(folder)
     write_json(folder / "train.json", {"config": {"epochs": 3, "lr": 0.125}, "machine": {"n": 1}})
     write_json(folder / "result.json", {"status": "finished", "test_top1": 0.75, "params": 7})
     tiny = Tiny(folder / "checkpoint.safetensors")
@@ -250,8 +250,8 @@ def of_training(folder: Path) -> list[Case]:
     Evaluation(np.linspace(0, 1, 5, dtype=np.float32), truth[::-1].copy(), truth).save(holdout)
     write_json(folder / "trust.json", {"archs": [{"depth": 1}, {"depth": 2}]})
     return [
-        Case(folder / "train.json", kept.told),
-        Case(folder / "result.json", kept.result),
+        Case(folder / "train.json", kept.read_settings),
+        Case(folder / "result.json", kept.read_result),
         Case(tiny.path, tiny.read),
         Case(weights, lambda: load_weights(weights)),
         Case(weights, lambda: read_metadata(weights)),

@@ -26,7 +26,7 @@ from nas.core.config import (
     with_effort,
 )
 from nas.search.strategies import get_strategy, strategy_names
-from nas.train.rates import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
+from nas.train.optim import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
 from space import get_family
 from space.errors import InputError
 

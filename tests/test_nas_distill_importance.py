@@ -33,7 +33,7 @@ from nas.jobs.run_job import run_job
 from nas.labels.reader import Batch, holdout_batches
 from nas.labels.store import LabelStore
 from nas.train.losses import sparse_soft_cross_entropy
-from nas.train.rates import INHERIT_LR
+from nas.train.optim import INHERIT_LR
 from space import Context, get_family
 from space.errors import InputError
 

@@ -31,11 +31,11 @@ from nas.export.weights import load_weights, weights_digest
 from nas.labels.reader import holdout_batches
 from nas.labels.store import LabelStore
 from nas.train.loop import Diverged
-from nas.train.losses import SoftLoss, dense_target
-from nas.train.rates import SCRATCH_LR
-from nas.train.teaching import DistillLoss
+from nas.train.losses import DistillLoss
+from nas.train.optim import SCRATCH_LR
 from space import Context, get_family
 from space.errors import InputError
+from tests.train_cases import dense_target
 
 FAMILY = get_family("tinyvit")
 ARCH = FAMILY.arch(
@@ -233,13 +233,13 @@ def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
     dataset: Dataset, store: LabelStore
 ) -> None:
     plain = run(dataset, store)
-    assert answer(run(dataset, store, loss=SoftLoss())) == answer(plain)
+    assert answer(run(dataset, store, loss=DistillLoss())) == answer(plain)
     scores = {
         run(dataset, store, loss=loss).soft_loss
         for loss in (
-            SoftLoss(temperature=2.0),
-            SoftLoss(hard_weight=0.5),
-            SoftLoss(kind="kl", temperature=3.0),
+            DistillLoss("soft", 1.0, temperature=2.0),
+            DistillLoss(hard_weight=0.5),
+            DistillLoss("soft", 1.0, temperature=3.0),
         )
     }
     assert len(scores | {plain.soft_loss}) == 4

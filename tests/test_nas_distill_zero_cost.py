@@ -18,7 +18,7 @@ from nas.distill.zero_cost import ZERO_COST, grad_norm, naswot, snip, synflow, z
 from nas.distill.zero_cost_job import zero_cost
 from nas.labels.reader import Batch, Replay
 from nas.labels.store import LabelStore
-from nas.train.losses import SoftLoss
+from nas.train.losses import DistillLoss
 from space import Context, get_family
 from space.errors import InputError
 
@@ -255,7 +255,7 @@ def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: Label
     names = ("inputs", "index", "prob", "tail", "truth", "rows")
     parts = (torch.cat([getattr(b, name) for b in batches])[:24] for name in names)
     arch = FAMILY.arch(ARCH)
-    by_hand = zero_cost_scores(FAMILY, arch, CTX, Batch(*parts), random_seed=3, loss=SoftLoss())
+    by_hand = zero_cost_scores(FAMILY, arch, CTX, Batch(*parts), random_seed=3, loss=DistillLoss())
     assert {k: values[k] for k in ZERO_COST} == by_hand
     whole = zero_cost({**spec, "images": 10_000, "batch_size": 20}, ticks.append)
     assert whole["images"] == len(dataset.train)

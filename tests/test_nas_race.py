@@ -20,7 +20,7 @@ from nas.contract.state import Incumbent, Run, Task
 from nas.core.per_image import judged, losses_of, per_image
 from nas.jobs.job import Job, Result
 from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure
-from nas.train.rates import SCRATCH_LR
+from nas.train.optim import SCRATCH_LR
 from space.errors import InputError
 
 HERE = Path(__file__).parent

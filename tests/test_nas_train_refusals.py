@@ -111,7 +111,10 @@ def test_a_folder_of_something_else_and_processes_that_do_not_divide_are_refused
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     assert train.main(flags(cache, arch, tmp_path / "o")) == 2
-    assert "a multiple of 3, for 3 processes x 1 turns; 30 or 33" in capsys.readouterr().err
+    assert (
+        "a multiple of 3, for 3 processes x 1 accumulation steps; 30 or 33"
+        in capsys.readouterr().err
+    )
     monkeypatch.setenv("RANK", "3")
     assert train.main(flags(cache, arch, tmp_path / "o")) == 2
     assert "start with torchrun" in capsys.readouterr().err

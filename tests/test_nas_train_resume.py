@@ -175,7 +175,7 @@ def test_gradients_that_are_not_numbers_leave_the_good_models(
     take = _Loop._take
 
     def late(self: Any, *args: Any) -> None:
-        last[0] = args[-1] == 2 * self._c.source.steps_per_epoch - 1
+        last[0] = args[-1] == 2 * self._args.source.steps_per_epoch - 1
         take(self, *args)
 
     monkeypatch.setattr(_Loop, "_step_loss", poisoned)
@@ -232,17 +232,17 @@ def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
     assert json.loads((out / "train.json").read_text())["machine"]["amp"] == "bf16"
     assert train.main([*resume, "--amp", "none", "--accumulate", "2"]) == 0
     told = json.loads((out / "train.json").read_text())["machine"]
-    assert (told["amp"], told["turns"], told["save_steps"]) == ("none", 2, 1)
+    assert (told["amp"], told["accumulation_steps"], told["save_steps"]) == ("none", 2, 1)
     assert find_recipe(str(out / "train.json"), 1).epochs == 2
 
 
 def test_two_processes_do_not_write_one_folder(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.train.training_folder import Folder
+    from nas.train.folder import TrainFolder
 
     out = tmp_path / "out"
-    with Folder(out).held():
+    with TrainFolder(out).lock():
         assert train.main(flags(cache, arch_file(tmp_path), out)) == 2
     err = capsys.readouterr().err
     assert "no other process" in err

@@ -64,3 +64,12 @@ def weights(out: Path, name: str = "last") -> dict[str, torch.Tensor]:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def dense_target(
+    index: torch.Tensor, prob: torch.Tensor, tail: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """Spell a stored label out, float32 [B, C]: the oracle of the losses."""
+    each = tail.float() / (num_classes - index.shape[1])
+    target = each[:, None].expand(-1, num_classes).clone()
+    return target.scatter_(1, index, prob.float())

@@ -40,8 +40,8 @@ from nas.labels.reader import Batch, Replay, holdout_batches
 from nas.labels.store import LabelStore, open_store
 from nas.measure.throughput import measure
 from nas.train.loop import train
-from nas.train.losses import SoftLoss
-from nas.train.rates import INHERIT_LR
+from nas.train.losses import DistillLoss, TeacherTargets
+from nas.train.optim import INHERIT_LR
 from space import Context, get_family
 
 Values = dict[str, Any]
@@ -138,14 +138,15 @@ def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
 
 def _gradients(model: nn.Module, replay: Replay) -> list[torch.Tensor | None]:
     """Accumulate the gradients of the training loss over the first batches."""
-    loss = SoftLoss()
+    loss = DistillLoss()
     model.zero_grad()
     for number, batch in enumerate(replay.epoch(0)):
         if number == GRADIENT_BATCHES:
             break
         model.train()  # drops the bias tables that eval mode cached, and the last graph with them
         model.eval()
-        found = loss(model(batch.inputs), batch.index, batch.prob, batch.tail, batch.truth)
+        targets = TeacherTargets(index=batch.index, prob=batch.prob, tail=batch.tail)
+        found = loss(model(batch.inputs), batch.truth, targets)
         found.mean().backward()  # type: ignore[no-untyped-call]
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -220,13 +221,14 @@ def train_module(
     model: nn.Module, replay: Replay, *, epochs: int, batch_size: int, random_seed: int, device: str
 ) -> Values:
     """Train any network as the proxy trains an arch that inherits, batch norms estimated anew."""
-    loss = SoftLoss()
+    loss = DistillLoss()
     recalibrate(model, {}, {}, first_inputs(replay, 0), device, new_input=True)
 
     def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
         inputs = batch.inputs.to(device, memory_format=torch.channels_last)
         index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
-        return loss(net(inputs), index, prob, tail, batch.truth.to(device))
+        targets = TeacherTargets(index=index, prob=prob, tail=tail)
+        return loss(net(inputs), batch.truth.to(device), targets)
 
     settings = proxy_settings(epochs, INHERIT_LR, batch_size=batch_size)
     with torch.random.fork_rng(devices=[]):

@@ -22,8 +22,8 @@ from nas.labels.reader import Batch, Replay
 from nas.labels.request import LabelRequest, begin_store
 from nas.labels.store import LabelStore, open_store
 from nas.measure.intervals import median_interval
-from nas.train.loop import TrainSettings, make_optimizer
-from nas.train.losses import SoftLoss
+from nas.train.losses import DistillLoss, TeacherTargets
+from nas.train.optim import make_optimizer
 from space import Context, get_family
 
 Row = dict[str, Any]
@@ -91,9 +91,9 @@ class Student:
 
     def __init__(self, name: str, dataset: Dataset, device: str) -> None:
         self.model = network(name, dataset, device).train()
-        self.optimizer = make_optimizer(self.model, TrainSettings(epochs=1, lr=1e-4))
+        self.optimizer = make_optimizer(self.model, lr=1e-4, weight_decay=0.05)
         self.device = device
-        self.loss = SoftLoss()
+        self.loss = DistillLoss()
 
     def step(self, batch: Batch, *, optimize: bool = True, hard: bool = False) -> None:
         """Take one training step as the proxy takes it."""
@@ -105,7 +105,8 @@ class Student:
         if hard:
             loss = torch.nn.functional.cross_entropy(logits.float(), truth)
         else:
-            loss = self.loss(logits, index, prob, tail).mean()
+            targets = TeacherTargets(index=index, prob=prob, tail=tail)
+            loss = self.loss(logits, truth, targets).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if optimize:

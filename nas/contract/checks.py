@@ -283,7 +283,7 @@ def check_token(
 ) -> None:
     """Refuse to teach a distillation token that the seed has not; the worker builds it and looks.
 
-    Candidates may lose theirs: they learn on their one head (`nas.train.teaching`).
+    Candidates may lose theirs: they learn on their one head (`nas.train.losses`).
     """
     if config.distill != "token":
         return

@@ -28,7 +28,7 @@ from nas.search.constraints import band_at, primary_setting, settings_of
 from nas.search.storage import Shared
 from nas.search.strategies import get_strategy
 from nas.search.study import ledger_of
-from nas.train.rates import peak_lr
+from nas.train.optim import peak_lr
 from space import Context
 from space.contractions import Band
 from space.errors import InputError

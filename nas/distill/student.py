@@ -24,16 +24,20 @@ from nas.inherit.slice import inherit
 from nas.labels.reader import Batch, Replay, holdout_batches
 from nas.labels.store import LabelStore
 from nas.train.loop import TrainSettings, train
-from nas.train.losses import SoftLoss, sparse_soft_cross_entropy
-from nas.train.rates import INITS
-from nas.train.teaching import DistillLoss, Taught, set_token_training
+from nas.train.losses import (
+    DistillLoss,
+    TeacherTargets,
+    set_token_training,
+    sparse_soft_cross_entropy,
+)
+from nas.train.optim import INITS
 from space import Context
 from space.errors import refuse
 from space.family import Arch, Array, Family
 
 
 def proxy_settings(epochs: int, lr: float, *, batch_size: int = 32) -> TrainSettings:
-    """Give the proxy's recipe for `epochs` epochs at a peak rate (`nas.train.rates.peak_lr`)."""
+    """Give the proxy's recipe for `epochs` epochs at a peak rate (`nas.train.optim.peak_lr`)."""
     warmup = min(1.0, 0.2 * epochs)
     return TrainSettings(epochs=epochs, lr=lr, warmup_epochs=warmup, batch_size=batch_size)
 
@@ -119,7 +123,7 @@ def train_and_score(
     beyond: str = "cycle",
     label_epochs: int | None = None,
     topk: int | None = None,
-    loss: SoftLoss | DistillLoss | None = None,
+    loss: DistillLoss | None = None,
     tick: Tick = no_tick,
 ) -> ProxyScore:
     """Train an arch on stored labels and score it on the holdout; no teacher in memory.
@@ -136,7 +140,7 @@ def train_and_score(
     `Diverged`, `InputError`.
     """
     started = time.perf_counter()
-    loss = SoftLoss() if loss is None else loss
+    loss = DistillLoss() if loss is None else loss
     replay = Replay(
         dataset.train,
         store,
@@ -165,23 +169,19 @@ def train_and_score(
         device=device,
     )
 
-    notes, learns = list(replay.notes), loss
-    if isinstance(loss, DistillLoss):
-        learns = loss.on(model)
-        set_token_training(model, learns.kind == "token")
+    notes, learns = list(replay.notes), loss.on(model)
+    set_token_training(model, learns.kind == "token")
     if learns != loss:
         notes.append(f"no distillation token here: {learns.kind} distillation on its one head")
 
     def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
         inputs, index, prob, tail = _placed(batch, device)
-        truth = batch.truth.to(device)
-        if isinstance(learns, DistillLoss):
-            return learns(net(inputs), truth, Taught(index=index, prob=prob, tail=tail))
-        return learns(net(inputs), index, prob, tail, truth)
+        targets = TeacherTargets(index=index, prob=prob, tail=tail)
+        return learns(net(inputs), batch.truth.to(device), targets)
 
     def batches(epoch: int) -> Iterator[Batch]:
         for batch in replay.epoch(epoch):
-            if isinstance(learns, DistillLoss) and learns.needs_truth:
+            if learns.needs_truth:
                 # Of mixed images the classes of both, as the teacher's labels are of both.
                 yield replace(batch, truth=replay.truth(epoch, batch.rows.numpy()))
             else:

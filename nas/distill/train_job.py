@@ -78,8 +78,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
     from nas.inherit.importance import load_order
     from nas.labels.store import open_store
     from nas.measure.macs import fvcore_macs
-    from nas.train.losses import SoftLoss
-    from nas.train.teaching import DistillLoss
+    from nas.train.losses import DistillLoss
 
     if (out / "result.json").is_file():  # another run finished it while this one waited
         finished: Values = read_json(out / "result.json", "a finished training")["values"]
@@ -113,7 +112,7 @@ def _train_into(spec: Mapping[str, Any], out: Path, part: Path, tick: Tick) -> V
         images = spec.get("images") or len(dataset.train)
         tick = _without(tick, float(before["epochs"] * images))
     # Absent from the jobs of before there was a choice, as from those that stay with sparse.
-    loss: SoftLoss | DistillLoss = SoftLoss(hard_weight=spec.get("hard_weight", 0.0))
+    loss = DistillLoss(hard_weight=spec.get("hard_weight", 0.0))
     if "distill" in spec:
         assert "hard_weight" not in spec, "one loss"
         loss = DistillLoss(spec["distill"])

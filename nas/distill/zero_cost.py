@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from nas.distill.student import start_model
 from nas.labels.reader import Batch
-from nas.train.losses import SoftLoss
+from nas.train.losses import DistillLoss, TeacherTargets
 from space import Context
 from space.errors import refuse
 from space.family import Arch, Family
@@ -136,19 +136,20 @@ def zero_cost_scores(
     *,
     random_seed: int,
     device: str = "cpu",
-    loss: SoftLoss | None = None,
+    loss: DistillLoss | None = None,
 ) -> dict[str, float]:
     """Score an arch with the weights that `random_seed` gives it, by all of `ZERO_COST`.
 
     The loss is that of the proxy on the batch's stored labels. Raises InputError.
     """
-    measure = SoftLoss() if loss is None else loss
+    measure = DistillLoss() if loss is None else loss
     model, _ = start_model(family, arch, ctx, init="scratch", random_seed=random_seed)
     model.to(device)
     here = batch.to(device)
 
     def of(logits: Tensor) -> Tensor:
-        return measure(logits, here.index, here.prob, here.tail, here.truth)
+        targets = TeacherTargets(index=here.index, prob=here.prob, tail=here.tail)
+        return measure(logits, here.truth, targets)
 
     return {
         "grad_norm": grad_norm(model, here.inputs, of),

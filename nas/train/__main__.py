@@ -1,8 +1,8 @@
-"""Train a model for real: `python -m nas.train --arch RUN/best.json --data DATA --out DIR`.
+"""Train a model in full: `python -m nas.train --arch RUN/best.json --data DATA --out DIR`.
 
 By a recipe with published values, each of which --set overrides; alone or under torchrun; from
-true labels, a label store or a teacher that is asked while training. Killed at any moment, it goes
-on: --resume DIR. The folder's best.json is what nas.export takes. Exit status 3: it diverged.
+true labels, a label store or an online teacher. A killed training goes on with --resume DIR. The
+folder's best.json is what nas.export takes. Exit status 3: the training diverged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from nas.core.provenance import git_commit, versions
 from nas.data.dataset import dataset_card
 from nas.data.prepared import prepared
 from nas.measure.fingerprint import take_fingerprint
-from nas.train.evaluate_model import evaluate_model
 from nas.train.train_config import TrainConfig, read_config
 from nas.train.train_flags import (
     build_parser,
@@ -36,78 +35,78 @@ from space import Context
 from space.errors import InputError
 
 if TYPE_CHECKING:
-    from nas.train.session import Machine
-    from nas.train.training_folder import Folder
+    from nas.train.folder import TrainFolder
+    from nas.train.train_config import Machine
 
 EXIT_FINISHED, EXIT_DIVERGED = 0, 3
 
 
 def train(arch: str, data: str, out: str | Path, **flags: Any) -> dict[str, Any]:
-    """Train an arch on a data set into a new folder, as the command does; quietly.
+    """Train an arch on a data set into a new folder, as the command does, without output.
 
     `flags` are the command's, by name: `recipe="tinyvit-1k"`, `set=["lr=1e-4"]`, `compile=True`.
     Returns what `result.json` holds. Raises InputError.
     """
-    words = ["--arch", arch, "--data", data, "--out", str(out), "--quiet"]
+    argv = ["--arch", arch, "--data", data, "--out", str(out), "--quiet"]
     for name, value in flags.items():
         flag = f"--{name.replace('_', '-')}"
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            words += [flag] if each is True else [] if each in (None, False) else [flag, str(each)]
-    return run(build_parser(__doc__).parse_args(words))
+            argv += [flag] if each is True else [] if each in (None, False) else [flag, str(each)]
+    return run(build_parser(__doc__).parse_args(argv))
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Train, or go on; returns what `result.json` holds."""
-    from nas.train.batches import Share, check_parts
+    """Start or resume a training; return what `result.json` holds. Raises InputError."""
+    from nas.train.batches import RankShard, check_batch_size
     from nas.train.distributed import world_of
-    from nas.train.training_folder import Folder
+    from nas.train.folder import TrainFolder
 
     rank, world, _ = world_of()
     console = Console(quiet=given.quiet or rank > 0)
-    told: dict[str, Any] = {}
+    before: dict[str, Any] = {}
     if given.resume is not None:
         check_only_machine(given)
-        folder = Folder(Path(given.resume))
-        told = folder.told()
-        config = read_config(told["config"])
-        result = folder.result()
+        folder = TrainFolder(Path(given.resume))
+        before = folder.read_settings()
+        config = read_config(before["config"])
+        result = folder.read_result()
         if result is not None and result["status"] == "finished":
             return result
     else:
         config = make_config(given)
-        folder = Folder(Path(given.out))
+        folder = TrainFolder(Path(given.out))
         folder.check_new()
-    machine = make_machine(given, told.get("machine", {}))
-    share = Share(rank, world, machine.turns)
-    check_parts("batch_size", config.recipe.batch_size, share, even=config.recipe.mixes)
+    machine = make_machine(given, before.get("machine", {}))
+    shard = RankShard(rank, world, machine.accumulation_steps)
+    check_batch_size("batch_size", config.recipe.batch_size, shard, even=config.recipe.mixes)
     for line in describe(config, world):
         console.line(line)
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
-    return _together(config, machine, folder, told, cache, console)
+    return _train(config, machine, folder, before, cache, console)
 
 
-def _together(
+def _train(
     config: TrainConfig,
     machine: Machine,
-    folder: Folder,
-    told: Mapping[str, Any],
+    folder: TrainFolder,
+    before: Mapping[str, Any],
     cache: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Join the other processes, prepare, train."""
+    """Join the other processes, prepare data and teacher, train."""
     import torch
 
     from nas.distill.teacher import make_teacher
     from nas.inherit.checkpoint_start import start_from
-    from nas.train.distributed import together
-    from nas.train.session import Work
+    from nas.train.distributed import init_distributed
+    from nas.train.session import TrainSession
 
     torch.set_num_threads(machine.threads)
-    with together(machine.device) as ranks, contextlib.ExitStack() as stack:
+    with init_distributed(machine.device) as ranks, contextlib.ExitStack() as stack:
         stack.callback(console.stop)
-        with ranks.all_or_none():
+        with ranks.raise_on_all_ranks():
             dataset = prepared(config.data_spec, cache, console)
-            work = Work(
+            session = TrainSession(
                 config,
                 machine,
                 dataset,
@@ -119,41 +118,41 @@ def _together(
                 make_teacher=make_teacher,
             )
             console.start(float(config.teacher_epochs * len(dataset.train)), "images")
-            teacher = work.teacher(console.advance)
+            teacher = session.load_teacher(console.advance)
             console.stop()
             if ranks.main:
-                stack.enter_context(folder.held())
-                started = {
+                stack.enter_context(folder.lock())
+                device = take_fingerprint(ranks.device, machine.threads)
+                conditions = {
                     "dataset": dataset_card(dataset),
                     "versions": versions(),
                     "git": git_commit(),
-                    "fingerprint": dataclasses.asdict(
-                        take_fingerprint(ranks.device, machine.threads)
-                    ),
+                    "fingerprint": dataclasses.asdict(device),
                 }
-                folder.write({**started, **told, **work.settings()})
-        ranks.same("teacher and labels", work.taught_by(), "one cache, or one store, for all")
-        steps, images = work.source.steps_per_epoch, work.source.images_per_epoch
-        kept = {k: v for k, v in dataclasses.asdict(machine).items() if v is not None}
-        console.line("machine: " + ", ".join(f"{k}={v}" for k, v in kept.items()))
-        console.line(f"augmentation: {json.dumps(work.spec.to_dict())}")
+                folder.write_settings({**conditions, **before, **session.settings()})
+        remedy = "one cache, or one store, for all"
+        ranks.check_same("teacher and labels", session.targets_id(), remedy)
+        steps, images = session.source.steps_per_epoch, session.source.images_per_epoch
+        used = {k: v for k, v in dataclasses.asdict(machine).items() if v is not None}
+        console.line("machine: " + ", ".join(f"{k}={v}" for k, v in used.items()))
+        console.line(f"augmentation: {json.dumps(session.spec.to_dict())}")
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
         console.start(float(images * config.recipe.epochs), "images")
-        return work.train(teacher, console.advance, _pace(config, work.ctx))
+        return session.train(teacher, console.advance, _throughput(config, session.ctx))
 
 
-def _pace(config: TrainConfig, ctx: Context) -> Any:
-    """Take over the throughput that a run measured of this arch, if it is the same net."""
+def _throughput(config: TrainConfig, ctx: Context) -> Any:
+    """Return the throughput that a run measured of this arch, if it is the same net."""
     path = Path(config.arch_from)
     if not path.is_file():
         return None
-    told = read_json(path, "an arch")
-    same = (told.get("img_size"), told.get("num_classes")) == (ctx.img_size, ctx.num_classes)
-    return told.get("throughput") if same else None
+    saved = read_json(path, "an arch")
+    same = (saved.get("img_size"), saved.get("num_classes")) == (ctx.img_size, ctx.num_classes)
+    return saved.get("throughput") if same else None
 
 
-def _say(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
-    """Say how it ended; a divergence also where little is to be said."""
+def _print_result(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
+    """Print how it ended; a divergence even with --quiet."""
     if result["status"] == "diverged":
         kept = [str(result[k]) for k in ("checkpoint", "best") if result[k]]
         print(
@@ -173,12 +172,14 @@ def _say(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and work. Returns the exit status: 0, 2 for bad input, 3 diverged."""
+    """Run the command. Returns the exit status: 0, 2 for bad input, 3 diverged."""
 
     def work() -> int:
         given = build_parser(__doc__).parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
             if given.evaluate is not None:
+                from nas.train.evaluate import evaluate_model
+
                 result = evaluate_model(given)
             elif given.plan:
                 config = make_config(given)
@@ -190,16 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 if world_of()[0]:
                     return EXIT_DIVERGED if result["status"] == "diverged" else EXIT_FINISHED
-                _say(result, given.resume or given.out, given.quiet)
+                _print_result(result, given.resume or given.out, given.quiet)
         if given.json:
             print(json.dumps(result))
         return EXIT_DIVERGED if result.get("status") == "diverged" else EXIT_FINISHED
 
-    return guarded(lambda: _once(work))
+    return guarded(lambda: _on_one_rank(work))
 
 
-def _once(work: Callable[[], int]) -> int:
-    """Do the work; of several processes the first alone says what was refused."""
+def _on_one_rank(work: Callable[[], int]) -> int:
+    """Do the work; of several processes only the first prints an error."""
     from nas.train.distributed import world_of
 
     try:

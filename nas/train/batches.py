@@ -1,11 +1,12 @@
-"""What a full training sees: whole batches, cut into the parts that processes see in turn.
+"""Batches of a full training, divided over processes and gradient accumulation.
 
-Whoever sees which part, and in how many turns, the whole batch is the same: part i of K takes every
-K-th image from i on, as torch's DistributedSampler and DeiT's RASampler deal them out.
+The global batch does not depend on how it is divided: micro-batch i of K takes every K-th image
+from i on, as torch's DistributedSampler and DeiT's RASampler do.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +22,7 @@ from nas.data.augment.stream import Inputs, stream
 from nas.data.augment.views import Recipe
 from nas.labels.keys import raw_keys
 from nas.labels.reader import Replay, epoch_order
-from nas.train.teaching import Taught
+from nas.train.losses import TeacherTargets
 from space.errors import refuse
 
 Rows = NDArray[np.int64]
@@ -29,73 +30,79 @@ _SALT = 0x7EAC4
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which parts of a whole batch are a process's: of `world` processes, `turns` each."""
+class RankShard:
+    """The micro-batches of one process among `world`, each with `accumulation_steps` a step."""
 
     rank: int
     world: int
-    turns: int
+    accumulation_steps: int
 
     @property
-    def parts(self) -> int:
-        """How many parts a whole batch has."""
-        return self.world * self.turns
+    def micro_batches(self) -> int:
+        """How many micro-batches make a global batch."""
+        return self.world * self.accumulation_steps
 
-    def own(self) -> list[int]:
-        """Number this process's parts, in the order of its turns."""
-        return [turn * self.world + self.rank for turn in range(self.turns)]
+    def numbers(self) -> list[int]:
+        """Return the numbers of this process's micro-batches, in order."""
+        return [at * self.world + self.rank for at in range(self.accumulation_steps)]
+
+    def __str__(self) -> str:
+        return f"{self.world} processes x {self.accumulation_steps} accumulation steps"
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One part of a whole batch: inputs float32 [n, 3, S, S], true classes int64 [n] (-1: none) or,
-    of images that a store mixed, shares float32 [n, C]; stored labels where there are any, its
-    `number`, and how many images the `whole` batch has."""
+class MicroBatch:
+    """One part of a global batch.
+
+    `inputs` float32 [n, 3, S, S]; `truth` classes int64 [n] (-1: none) or, of images that a store
+    mixed, shares float32 [n, C]; stored labels as `targets`, if any; `number` of all micro-batches
+    of the step, and the images of the global batch.
+    """
 
     inputs: Tensor
     truth: Tensor
-    taught: Taught | None
+    targets: TeacherTargets | None
     number: int
-    whole: int
+    global_batch: int
 
 
 class Source(Protocol):
-    """Where batches come from: a function of the epoch alone."""
+    """Training batches, which depend on the epoch alone."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many whole batches an epoch has."""
+        """How many optimizer steps an epoch has."""
 
     @property
     def images_per_epoch(self) -> int:
         """How many images an epoch shows, about."""
 
-    def steps(self, epoch: int, start: int, share: Share) -> Iterator[list[Part]]:
-        """Give a process's parts of each whole batch of an epoch, from step `start` on."""
+    def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
+        """Yield a process's micro-batches of each step of an epoch, from step `start` on."""
 
 
-def dealt(batches: Sequence[Rows], share: Share) -> list[tuple[int, int, Rows]]:
-    """Deal whole batches out: (number, whole, rows) of every part of this process, in order."""
-    return [(i, len(rows), rows[i :: share.parts]) for rows in batches for i in share.own()]
+def divide(batches: Sequence[Rows], shard: RankShard) -> list[tuple[int, int, Rows]]:
+    """Return (number, global batch, rows) of each micro-batch of this process, in order."""
+    count = shard.micro_batches
+    return [(i, len(rows), rows[i::count]) for rows in batches for i in shard.numbers()]
 
 
-def check_parts(name: str, images: int, share: Share, *, even: bool) -> None:
-    """Refuse batches that cannot be dealt out equally. `even`: parts of an even number of images,
-    as mixing takes them."""
-    unit = share.parts * (2 if even else 1)
-    if images % unit or images < 2 * share.parts:
+def check_batch_size(name: str, images: int, shard: RankShard, *, even: bool) -> None:
+    """Refuse a batch that cannot be divided equally; `even`: into pairs, as mixing takes them."""
+    count = shard.micro_batches
+    unit = count * (2 if even else 1)
+    if images % unit or images < 2 * count:
         near = max(images // unit, 1) * unit
-        near += unit * (near < 2 * share.parts)
-        said = f"{share.world} processes x {share.turns} turns"
-        want = f"a multiple of {unit}, for {said}" + (" of pairs to mix" if even else "")
+        near += unit * (near < 2 * count)
+        want = f"a multiple of {unit}, for {shard}" + (" of pairs to mix" if even else "")
         raise refuse(name, images, want, f"{near} or {near + unit}")
 
 
 def repeated(order: Rows, repeats: int) -> tuple[Rows, NDArray[np.int64]]:
-    """Repeat the images of a shuffled epoch: as many draws, a `repeats`-th of the images.
+    """Return a shuffled epoch of as many draws in which each image comes `repeats` times.
 
-    Returns rows and the number of each copy, int64 [n]. Copies follow each other, so that parts and
-    processes get different ones. Source: DeiT's repeated augmentation (arXiv 2012.12877).
+    Returns rows and the number of each copy, int64 [n]. Copies follow each other, so that processes
+    get different ones. Source: DeiT's repeated augmentation (arXiv 2012.12877).
     """
     n = len(order)
     distinct = order[: -(-n // repeats)]
@@ -104,8 +111,8 @@ def repeated(order: Rows, repeats: int) -> tuple[Rows, NDArray[np.int64]]:
 
 
 class LiveBatches:
-    """Augmented training images with their true classes; what fills no whole batch waits for
-    another epoch, as in the authors' loaders."""
+    """Augmented training images with their true classes; an incomplete last batch is dropped, as
+    in the authors' loaders."""
 
     def __init__(
         self,
@@ -118,7 +125,7 @@ class LiveBatches:
         workers: int,
         device: str,
     ) -> None:
-        assert not spec.mixes, "a full training mixes whole batches"
+        assert not spec.mixes, "a full training mixes micro-batches itself"
         if batch_size > len(split):
             raise refuse(
                 "batch_size",
@@ -126,12 +133,8 @@ class LiveBatches:
                 f"at most the {len(split)} training images",
                 "--set batch_size=N; the rate scales with it",
             )
-        self._split, self._batch, self._repeats, self._seed = (
-            split,
-            batch_size,
-            repeats,
-            random_seed,
-        )
+        self._split, self._batch = split, batch_size
+        self._repeats, self._seed = repeats, random_seed
         batched = spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, spec, device if batched else "cpu")
@@ -140,7 +143,7 @@ class LiveBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many whole batches an epoch has."""
+        """How many optimizer steps an epoch has."""
         return len(self._split) // self._batch
 
     @property
@@ -149,25 +152,25 @@ class LiveBatches:
         return self.steps_per_epoch * self._batch
 
     def draws(self, epoch: int) -> tuple[Rows, NDArray[np.int64]]:
-        """Give an epoch's rows in order, and which copy of its image each is."""
+        """Return an epoch's rows in order, and the number of each row's copy."""
         order = epoch_order(self._split, self._rows, self._seed, epoch)
         rows, copies = repeated(order, self._repeats)
         return rows[: self.images_per_epoch], copies[: self.images_per_epoch]
 
-    def steps(self, epoch: int, start: int, share: Share) -> Iterator[list[Part]]:
-        """Give a process's parts of each whole batch, from step `start` on."""
+    def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
+        """Yield a process's micro-batches of each step, from step `start` on."""
         rows, copies = self.draws(epoch)
         places = np.arange(start * self._batch, len(rows))
-        mine = dealt(np.split(places, len(places) // self._batch) if len(places) else [], share)
+        mine = divide(np.split(places, len(places) // self._batch) if len(places) else [], shard)
         recipes = [Recipe(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine]
         made = zip(mine, stream(self._inputs, recipes, self._workers), strict=True)
-        parts = []
-        for (number, whole, at), inputs in made:
-            truth = torch.from_numpy(np.asarray(self._split.labels[rows[at]], dtype=np.int64))
-            parts.append(Part(inputs, truth, None, number, whole))
-            if len(parts) == share.turns:
-                yield parts
-                parts = []
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for (number, whole, at), inputs in made:
+                truth = torch.from_numpy(np.asarray(self._split.labels[rows[at]], dtype=np.int64))
+                yield MicroBatch(inputs, truth, None, number, whole)
+
+        yield from _by_step(micro_batches(), shard)
 
     def _codes(self, rows: Rows, copies: NDArray[np.int64], epoch: int) -> NDArray[np.uint64]:
         codes = np.zeros(len(rows), dtype=np.uint64)
@@ -179,20 +182,17 @@ class LiveBatches:
 
 
 class ReplayBatches:
-    """A label store's epochs: stored views, labels and mixing; no image is left out."""
+    """The epochs of a label store: stored views, labels and mixing; no image is dropped."""
 
-    def __init__(self, replay: Replay, share: Share) -> None:
+    def __init__(self, replay: Replay, shard: RankShard) -> None:
         self._replay = replay
-        least = min(len(rows) for rows in replay.batches(0))
-        if least < 2 * share.parts:
-            said = f"{share.world} processes x {share.turns} turns"
-            raise refuse(
-                "batch_size", f"batches of {least} images", f"{2 * share.parts}, for {said}"
-            )
+        least, want = min(len(rows) for rows in replay.batches(0)), 2 * shard.micro_batches
+        if least < want:
+            raise refuse("batch_size", f"batches of {least} images", f"{want}, for {shard}")
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many whole batches an epoch has."""
+        """How many optimizer steps an epoch has."""
         return self._replay.steps_per_epoch
 
     @property
@@ -200,15 +200,20 @@ class ReplayBatches:
         """How many images an epoch shows, at most."""
         return self._replay.images
 
-    def steps(self, epoch: int, start: int, share: Share) -> Iterator[list[Part]]:
-        """Give a process's parts of each whole batch, from step `start` on."""
-        mine = dealt(self._replay.batches(epoch)[start:], share)
+    def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
+        """Yield a process's micro-batches of each step, from step `start` on."""
+        mine = divide(self._replay.batches(epoch)[start:], shard)
         batches = self._replay.made(epoch, [rows for *_, rows in mine])
-        parts = []
-        for (number, whole, rows), batch in zip(mine, batches, strict=True):
-            taught = Taught(index=batch.index, prob=batch.prob, tail=batch.tail)
-            truth = self._replay.truth(epoch, rows)
-            parts.append(Part(batch.inputs, truth, taught, number, whole))
-            if len(parts) == share.turns:
-                yield parts
-                parts = []
+
+        def micro_batches() -> Iterator[MicroBatch]:
+            for (number, whole, rows), batch in zip(mine, batches, strict=True):
+                targets = TeacherTargets(index=batch.index, prob=batch.prob, tail=batch.tail)
+                truth = self._replay.truth(epoch, rows)
+                yield MicroBatch(batch.inputs, truth, targets, number, whole)
+
+        yield from _by_step(micro_batches(), shard)
+
+
+def _by_step(found: Iterator[MicroBatch], shard: RankShard) -> Iterator[list[MicroBatch]]:
+    while step := list(itertools.islice(found, shard.accumulation_steps)):
+        yield step

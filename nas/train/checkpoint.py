@@ -1,4 +1,4 @@
-"""Where a training stands at the end of an epoch, as one safetensors file."""
+"""Training checkpoints: model, optimizer, random state and position in one safetensors file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = "training checkpoint"
 
 @dataclass(frozen=True)
 class Position:
-    """`epoch` epochs are done; `plan` is what decides the bits; `extra` is the loop's own JSON."""
+    """Finished epochs, the settings that decide a training's bits (`plan`), the loop's own JSON."""
 
     epoch: int
     plan: Mapping[str, Any]
@@ -58,8 +58,10 @@ def load_checkpoint_into(
     plan: Mapping[str, Any],
     more: Mapping[str, torch.Tensor] | None = None,
 ) -> Position:
-    """Put model, optimizer, random state and `more` back, in place; refuse another training's file,
-    or damage."""
+    """Restore model, optimizer, random state and `more` in place.
+
+    Raises InputError for a damaged file and for that of a training with another `plan`.
+    """
     text = read_metadata(path, name=_NAME).get(_KEY)
     if text is None:
         raise refuse(_NAME, path, "a file that this toolkit's training wrote", "remove it")
@@ -86,13 +88,12 @@ def load_checkpoint_into(
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        # An older version's file has no seal, and may hold anything.
         got = f"{path} ({type(error).__name__}: {error})"
         raise refuse(_NAME, got, "a whole one", "remove it") from None
 
 
 def _refuse_other(path: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Refuse the checkpoint of a training that was planned otherwise."""
+    """Refuse the checkpoint of a training with other settings."""
     if before != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if plan[k] != before.get(k))
         raise refuse(
@@ -101,7 +102,7 @@ def _refuse_other(path: Path, before: Mapping[str, Any], plan: Mapping[str, Any]
 
 
 def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Moments take the parameter's device and memory layout; fused AdamW counts steps there too."""
+    """Return a value with the parameter's device and memory layout, as fused AdamW needs it."""
     if value.shape != parameter.shape:
         return value.to(parameter.device)
     out = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that torchrun started."""
+"""The processes of a distributed training: one, or those that torchrun started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT = datetime.timedelta(hours=2)
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among `world` processes, and the device that is its own."""
+    """This process's rank among `world` processes, and its device."""
 
     rank: int
     world: int
@@ -28,11 +28,11 @@ class Ranks:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """Sum a tensor over all processes, on this one's device; with one, it is the tensor."""
+        """Return the sum of a tensor over all processes, on this one's device."""
         if self.world == 1:
             return value
         total = value.detach().to(self.device, copy=True)
@@ -40,51 +40,51 @@ class Ranks:
         return total
 
     def gather(self, value: str) -> list[str]:
-        """Give all processes what each says."""
+        """Return the value of each process, to all of them."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
         distributed.all_gather_object(found, value)
         return [str(each) for each in found]
 
-    def same(self, name: str, value: str, remedy: str) -> None:
-        """Refuse what differs between processes. All of them call this."""
+    def check_same(self, name: str, value: str, remedy: str) -> None:
+        """Refuse a value that differs between processes. All of them call this."""
         found = self.gather(value)
         if len(set(found)) > 1:
             raise refuse(name, " and ".join(dict.fromkeys(found)), "one for all processes", remedy)
 
     @contextmanager
-    def all_or_none(self) -> Iterator[None]:
-        """Do what may be refused; what one process refuses, all refuse, with its words."""
-        said = ""
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """Raise an `InputError` of one process in all of them."""
+        message = ""
         try:
             yield
         except InputError as error:
-            said = str(error) or "refused"
-        for rank, text in enumerate(self.gather(said)):
+            message = str(error) or "refused"
+        for rank, text in enumerate(self.gather(message)):
             if text:
                 raise InputError(text if rank == 0 else f"process {rank}: {text}")
 
     def wait(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         if self.world > 1:
             distributed.barrier()
 
-    def agree(self, model: nn.Module) -> None:
-        """Give all processes the first one's buffers: each batch norm has seen its own images."""
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Copy the first process's buffers to all: each batch norm has seen its own images."""
         if self.world > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Wrap a model so that gradients are averaged over all processes."""
+        """Return a model whose gradients are averaged over all processes."""
         if self.world == 1:
             return model
         return nn.parallel.DistributedDataParallel(model)
 
 
 def world_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
-    """Read (rank, world, local rank) as torchrun sets them, or be alone. Raises InputError."""
+    """Read (rank, world, local rank) as torchrun sets them, else (0, 1, 0). Raises InputError."""
     found = []
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)):
         text = environment.get(name, str(default))
@@ -106,16 +106,16 @@ def world_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int
 
 
 def local_world(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many of the processes share this machine."""
+    """Return how many of the processes run on this machine."""
     text = environment.get("LOCAL_WORLD_SIZE", "")
     return int(text) if text.isascii() and text.isdecimal() and int(text) else 1
 
 
 @contextmanager
-def together(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, over gloo on CPUs and nccl on GPUs; or be alone.
+def init_distributed(device: str) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, over gloo on CPUs and nccl on GPUs.
 
-    Of "cuda" each process takes the GPU of its local number. Raises InputError.
+    On "cuda" each process takes the GPU of its local rank. Raises InputError.
     """
     rank, world, local = world_of()
     if world == 1:

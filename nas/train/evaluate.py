@@ -2,49 +2,63 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.core.progress import Tick, no_tick
+from nas.core.cli import default_cache
+from nas.core.config import parse_share
+from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
-from nas.data import Split
+from nas.data import DataSpec, Split
 from nas.data.augment.outputs import outputs
+from nas.data.augment.presets import preset_spec
 from nas.data.augment.spec import AugmentSpec
-from nas.train.distributed import Ranks
+from nas.data.prepared import prepared
+from nas.export.model import left_by
+from nas.export.weights import place
+from nas.measure.fingerprint import take_fingerprint
+from nas.train.distributed import Ranks, world_of
+from nas.train.losses import both_heads, fuse, has_token
+from nas.train.train_config import ALL_IMAGES
+from space.errors import refuse
 
 CLASS_COLUMNS = ("class", "n", "top1", "top1_se", "top5", "top5_se", "most_taken_for")
-ALONE = Ranks(0, 1, "cpu")
+ONE_PROCESS = Ranks(0, 1, "cpu")
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
-    """Per image of a split, in its order: the cross-entropy float32 [n] in nats, how many classes
-    came before the true one, the class that came first and the true one, int64 [n]."""
+class EvalResult:
+    """Per image of a split, in its order.
+
+    `loss`: cross-entropy float32 [n] in nats; `rank`: how many classes scored above the true one;
+    `predicted` and `truth`: classes. All but the loss are int64 [n].
+    """
 
     loss: NDArray[np.float32]
-    place: NDArray[np.int64]
+    rank: NDArray[np.int64]
     predicted: NDArray[np.int64]
     truth: NDArray[np.int64]
 
-    def top(self, k: int) -> tuple[float, float]:
-        """Return the share of images whose class is among the k first, and its standard error."""
-        return share_se(self.place < k)
-
-    @property
-    def mean_loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return float(self.loss.mean(dtype=np.float64))
+    def summary(self, prefix: str = "") -> dict[str, Any]:
+        """Return top-1, top-5, their standard errors, mean loss in nats and the images, by name."""
+        (top1, se), (top5, se5) = (share_se(self.rank < k) for k in (1, 5))
+        values = {"top1": top1, "top1_se": se, "top5": top5, "top5_se": se5}
+        values |= {"loss": float(self.loss.mean(dtype=np.float64)), "n": len(self.truth)}
+        return {f"{prefix}{name}": value for name, value in values.items()}
 
     def by_class(self, classes: Sequence[str]) -> str:
-        """Draw a table by class, as CSV with `CLASS_COLUMNS`."""
+        """Return a table by class, as CSV with `CLASS_COLUMNS`."""
         out = io.StringIO()
         writer = Writer(out)
         writer.writerow(CLASS_COLUMNS)
@@ -52,7 +66,7 @@ class Outcome:
             at = self.truth == number
             wrong = self.predicted[at & (self.predicted != number)]
             most = classes[int(np.bincount(wrong).argmax())] if len(wrong) else ""
-            tops = [f"{x:.6f}" for k in (1, 5) for x in share_se(self.place[at] < k)]
+            tops = [f"{x:.6f}" for k in (1, 5) for x in share_se(self.rank[at] < k)]
             writer.writerow([name, int(at.sum()), *(tops if at.any() else [""] * 4), most])
         return out.getvalue()
 
@@ -65,36 +79,36 @@ def share_se(hits: NDArray[np.bool_]) -> tuple[float, float]:
 
 
 def evaluate(
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: Callable[[Tensor], Tensor],
     split: Split,
     spec: AugmentSpec,
     *,
     num_classes: int,
     device: str = "cpu",
-    ranks: Ranks = ALONE,
+    ranks: Ranks = ONE_PROCESS,
     tick: Tick = no_tick,
-) -> Outcome:
+) -> EvalResult:
     """Evaluate on a labelled split, each process on its share of the images; all get the whole.
 
     A module is put through train() into eval mode, which drops what it may have cached of older
-    weights, and stays there. Float32. A class that ties with the true one does not come before it;
-    outputs that are not numbers are wrong.
+    weights, and stays there. Float32. A class that ties with the true one does not count as above
+    it; outputs that are not numbers are wrong.
     """
     if isinstance(network, nn.Module):
         network.train().eval()
     n = len(split)
     # One table for all processes to add up: each row is filled by one of them.
     table = torch.zeros((n, 3), dtype=torch.float64, device=device)
-    mine = np.arange(ranks.rank, n, ranks.world)
+    own_rows = np.arange(ranks.rank, n, ranks.world)
     labels = torch.from_numpy(np.array(split.labels, dtype=np.int64))
-    for rows, logits in outputs(network, split, spec, device=device, rows=mine):
+    for rows, logits in outputs(network, split, spec, device=device, rows=own_rows):
         truth = labels[torch.from_numpy(rows)].to(device)
         assert logits.shape[1] == num_classes, (logits.shape, num_classes)
-        theirs = logits.gather(1, truth[:, None])
+        of_truth = logits.gather(1, truth[:, None])
         found = torch.stack(
             [
                 functional.cross_entropy(logits, truth, reduction="none").double(),
-                (~(logits <= theirs)).sum(1).double(),  # what is not a number comes before all
+                (~(logits <= of_truth)).sum(1).double(),  # what is not a number ranks above all
                 logits.argmax(1).double(),
             ],
             dim=1,
@@ -102,9 +116,75 @@ def evaluate(
         table[torch.from_numpy(rows).to(device)] = found
         tick(float(len(rows)))
     whole = ranks.sum(table).cpu().numpy()
-    return Outcome(
+    return EvalResult(
         whole[:, 0].astype(np.float32),
         whole[:, 1].astype(np.int64),
         whole[:, 2].astype(np.int64),
         np.asarray(split.labels, dtype=np.int64),
     )
+
+
+def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate a saved model on a split of a data set, as `nas.train --evaluate` asks.
+
+    Returns what `--json` prints. Raises InputError.
+    """
+    if world_of()[1] > 1:
+        raise refuse("--evaluate", "several processes", "one", "start it without torchrun")
+    if given.data is None:
+        raise refuse("--data", "nothing", "the data set to evaluate on")
+    saved = left_by(Path(given.evaluate))
+    size = saved.context.img_size
+    if given.img_size not in (None, size):
+        raise refuse("--img-size", given.img_size, f"the model's own {size}", "leave it out")
+    device = given.device or "cpu"
+    take_fingerprint(device, 1)  # refuses a device that is not there
+    console = Console(quiet=given.quiet)
+    spec = DataSpec(
+        given.data,
+        size,
+        ALL_IMAGES if given.proxy_images is None else given.proxy_images,
+        parse_share("--max-broken", given.max_broken),
+        given.data_seed,
+        pixel_cache=given.pixel_cache,
+    )
+    cache = Path(given.cache_dir) if given.cache_dir else default_cache()
+    dataset = prepared(spec, cache, console)
+    if list(dataset.classes) != saved.classes:
+        want, got = (", ".join(map(str, c[:3])) for c in (saved.classes, dataset.classes))
+        raise refuse(
+            "--data",
+            f"{dataset.num_classes} classes ({got}, ...)",
+            f"the {len(saved.classes)} of {saved.path} ({want}, ...)",
+        )
+    split = getattr(dataset, given.split)
+    network: Callable[[Tensor], Tensor]
+    network = model = place(saved.build(), device)
+    if given.fusion != "logits" and has_token(model):
+        network = lambda inputs: fuse(both_heads(model, inputs), given.fusion)  # noqa: E731
+    console.start(float(len(split)), "images")
+    try:
+        result = evaluate(
+            network,
+            split,
+            preset_spec("default", dataset),
+            num_classes=dataset.num_classes,
+            device=device,
+            tick=console.advance,
+        )
+    finally:
+        console.stop()
+    table = result.by_class(dataset.classes)
+    if given.out is not None:
+        try:
+            Path(given.out).write_text(table, encoding="utf-8")
+        except OSError as error:
+            raise refuse("--out", given.out, "a CSV file to write", error.strerror or "") from None
+    summary = {"split": given.split, **result.summary()}
+    console.line(
+        "{split}: top-1 {top1:.2%} +- {top1_se:.2%}, top-5 {top5:.2%} +- {top5_se:.2%} on "
+        "{n} images".format(**summary)
+    )
+    for line in table.splitlines() if given.out is None else ():
+        console.line(line)
+    return summary

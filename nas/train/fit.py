@@ -1,4 +1,4 @@
-"""The loop of a full training: whole batches over processes and turns, resumable at any step."""
+"""The loop of a full training: global batches over processes, resumable at any step."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ from nas.core.progress import Tick, no_tick
 from nas.data import Split
 from nas.data.augment.spec import LOCK, AugmentSpec, borrowed_generators, seed_all
 from nas.export.weights import place
-from nas.train.batches import Part, Share, Source
+from nas.train.batches import MicroBatch, RankShard, Source
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
 from nas.train.distributed import Ranks
-from nas.train.evaluate import Outcome, evaluate
-from nas.train.groups import block_scales, make_grouped_optimizer
+from nas.train.evaluate import EvalResult, evaluate
 from nas.train.loop import Diverged, Stepper
-from nas.train.network import freeze_batch_norms
+from nas.train.losses import DistillLoss, TeacherTargets
+from nas.train.optim import cosine_at, layer_lr_scales, make_optimizer
 from nas.train.recipe import Recipe
-from nas.train.schedule import cosine_at
-from nas.train.teaching import DistillLoss, Taught
+from space.errors import refuse
 
 Row = dict[str, Any]
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
-    """All that a full training takes.
+class FitArgs:
+    """The arguments of a full training.
 
-    `plan` is what decides its bits, as plain JSON; `blocks` names the net's blocks for layer decay;
-    `teacher` gives the logits of inputs, if it is asked while training; a checkpoint is written
-    after every epoch and every `save_steps` steps.
+    `plan` holds the settings that decide its bits, as plain JSON; `blocks` names the net's blocks
+    for layer decay; `teacher` returns the logits of inputs, if one teaches online; a checkpoint is
+    written after every epoch and every `save_steps` steps.
     """
 
     model: nn.Module
@@ -53,7 +52,7 @@ class Course:
     spec: AugmentSpec
     num_classes: int
     ranks: Ranks
-    turns: int
+    accumulation_steps: int
     random_seed: int
     plan: Mapping[str, Any]
     checkpoint: Path
@@ -64,31 +63,27 @@ class Course:
     save_steps: int | None = None
 
 
-Report = Callable[[list[Row], Callable[[], Mapping[str, Tensor]], Outcome, str | None], None]
-"""Takes the rows so far, the best of this epoch's weights, their outcome, and which they are ("raw"
-or "ema") if they are the best of all so far."""
+Report = Callable[[list[Row], Callable[[], Mapping[str, Tensor]], str | None], None]
+"""Takes the rows so far, a function that returns the better weights of this epoch, and which they
+are ("raw" or "ema") if they are the best of all epochs so far."""
 
 
 def rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of a 0-based step."""
     peak, least, first = recipe.rates()
     if recipe.schedule == "epoch":
-        return cosine_at(
-            step // steps_per_epoch,
-            total=recipe.epochs,
-            warmup=recipe.warmup_epochs,
-            lr=peak,
-            min_lr=least,
-            first=first,
-        )
-    total = recipe.epochs * steps_per_epoch
-    warmup = int(recipe.warmup_epochs * steps_per_epoch)
-    return cosine_at(step, total=total, warmup=warmup, lr=peak, min_lr=least, first=first)
+        t, total, warmup = step // steps_per_epoch, recipe.epochs, recipe.warmup_epochs
+    else:
+        t, total = step, recipe.epochs * steps_per_epoch
+        warmup = int(recipe.warmup_epochs * steps_per_epoch)
+    return cosine_at(t, total=total, warmup=warmup, lr=peak, min_lr=least, first=first)
 
 
 def best_of(rows: Sequence[Row]) -> Row:
-    """Return the epoch whose better weights, averaged or not, are the best on the holdout: by
-    top-1, then loss; of equal ones the first, which was kept."""
+    """Return the epoch whose better weights, averaged or not, are best on the holdout.
+
+    Top-1 decides, then loss; of equal ones the first, which was kept.
+    """
 
     def merit(row: Row) -> tuple[float, float]:
         prefix = "" if row["best_of"] == "raw" else "ema_"
@@ -97,33 +92,43 @@ def best_of(rows: Sequence[Row]) -> Row:
     return max(rows, key=merit)
 
 
-def part_seed(random_seed: int, step: int, part: int) -> int:
-    """Seed of what a part of a step draws: the same for one process in turns and for several."""
-    text = f"{random_seed}/{step}/{part}".encode()
+def micro_batch_seed(random_seed: int, step: int, number: int) -> int:
+    """Return the seed of a micro-batch's draws, the same however the batch is divided."""
+    text = f"{random_seed}/{step}/{number}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def fit(course: Course, report: Report, tick: Tick = no_tick) -> list[Row]:
-    """Train `course.model` in place, from its checkpoint on if there is one; a row for each epoch.
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Put batch norms into eval mode: they use and keep the statistics that they have."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
-    `report` is called after every epoch, by every process; `tick` counts images of all processes.
-    What is drawn inside the net follows from (random seed, step, part) alone, so that a run goes on
-    to the same weights wherever it stopped, on the CPU to the bit. Raises `Diverged`.
+
+def fit(args: FitArgs, report: Report, tick: Tick = no_tick) -> list[Row]:
+    """Train `args.model` in place, from its checkpoint on if there is one; a row for each epoch.
+
+    Every process calls `report` after every epoch; `tick` counts images of all processes. Draws
+    inside the net depend on (random seed, step, micro-batch) alone, so that a resumed run ends in
+    the same weights wherever it stopped, on the CPU to the bit. Raises `Diverged`, InputError.
     """
     with torch.random.fork_rng(devices=[]):
-        return _Loop(course, tick).run(report)
+        return _Loop(args, tick).run(report)
 
 
 class _Loop:
-    def __init__(self, course: Course, tick: Tick) -> None:
-        self._c, self._tick = course, tick
-        recipe, ranks = course.recipe, course.ranks
-        self._model = place(course.model, ranks.device)
-        self._share = Share(ranks.rank, ranks.world, course.turns)
+    def __init__(self, args: FitArgs, tick: Tick) -> None:
+        self._args, self._tick = args, tick
+        recipe, ranks = args.recipe, args.ranks
+        self._model = place(args.model, ranks.device)
+        self._shard = RankShard(ranks.rank, ranks.world, args.accumulation_steps)
         scales = None
         if recipe.layer_decay is not None:
-            scales = block_scales(self._model, course.blocks, recipe.layer_decay)
-        optimizer = make_grouped_optimizer(
+            if not args.blocks:
+                want = "none for this family"
+                raise refuse("layer_decay", recipe.layer_decay, want, "it names no blocks")
+            scales = layer_lr_scales(self._model, args.blocks, recipe.layer_decay)
+        optimizer = make_optimizer(
             self._model,
             lr=recipe.rates()[0],
             weight_decay=recipe.weight_decay,
@@ -140,9 +145,9 @@ class _Loop:
             self._model,
             optimizer,
             device=ranks.device,
-            dtype=AMP[course.amp],
+            dtype=AMP[args.amp],
             clip_norm=recipe.clip_norm,
-            everyone=ranks.sum,
+            all_reduce=ranks.sum,
         )
         self._loss = DistillLoss(
             kind=recipe.distill,
@@ -162,190 +167,192 @@ class _Loop:
                 switch_prob=recipe.mix_switch_prob,
                 mode=recipe.mix_mode,
                 label_smoothing=recipe.label_smoothing,
-                num_classes=course.num_classes,
+                num_classes=args.num_classes,
             )
         self._rows: list[Row] = []
-        self._step_seed = 0
+        self._seed = 0
 
     def run(self, report: Report) -> list[Row]:
         """Train to the end of the recipe."""
-        c = self._c
-        with c.ranks.all_or_none():
+        args = self._args
+        with args.ranks.raise_on_all_ranks():
             epoch, start, seconds = self._resume()
-        at, remedy = f"epoch {epoch}, step {start}", "a folder that all machines share"
-        c.ranks.same("checkpoint", at, remedy)
-        if c.compile:
+        position, remedy = f"epoch {epoch}, step {start}", "a folder that all machines share"
+        args.ranks.check_same("checkpoint", position, remedy)
+        if args.compile:
             self._model.compile()
-        network = c.ranks.wrap(self._model)
-        while epoch < c.recipe.epochs:
-            row, weights, outcome, which = self._epoch(network, epoch, start, seconds)
+        network = args.ranks.wrap(self._model)
+        while epoch < args.recipe.epochs:
+            row = self._train_epoch(network, epoch, start, seconds)
+            which, weights = self._evaluate(row)
             self._rows.append(row)
             epoch, start, seconds = epoch + 1, 0, 0.0
             best = best_of(self._rows) is row
-            report(self._rows, weights, outcome, which if best else None)
+            report(self._rows, weights, which if best else None)
             self._save(epoch, 0, 0.0, 0, 0.0)
         return self._rows
 
-    def _epoch(
-        self, network: nn.Module, epoch: int, start: int, before: float
-    ) -> tuple[Row, Callable[[], Mapping[str, Tensor]], Outcome, str]:
-        c, steps = self._c, self._c.source.steps_per_epoch
+    def _train_epoch(self, network: nn.Module, epoch: int, start: int, before: float) -> Row:
+        """Train one epoch from step `start` on; `before`: seconds already spent on it."""
+        args, steps = self._args, self._args.source.steps_per_epoch
         self._model.train()
-        if c.recipe.bn == "eval":
+        if args.recipe.bn == "eval":
             freeze_batch_norms(self._model)
         if start == 0:
             self._stepper.begin()
-        began, rate = time.perf_counter(), 0.0
-        at = start
-        for parts in c.source.steps(epoch, start, self._share):
-            step = epoch * steps + at
-            rate = rate_at(c.recipe, step, steps)
-            self._take(network, parts, rate, step)
-            at += 1
-            if c.save_steps is not None and at % c.save_steps == 0 and at < steps:
-                total = self._good(step)
-                images = int(c.ranks.sum(torch.tensor(float(self._stepper.images))))
-                spent = before + time.perf_counter() - began
-                self._save(epoch, at, total, images, spent)
-        assert at == steps, f"{at} of {steps} steps"
-        total = self._good((epoch + 1) * steps - 1)
-        images = int(c.ranks.sum(torch.tensor(float(self._stepper.images))))
-        spent = before + time.perf_counter() - began
-        row: Row = {
+        started, rate = time.perf_counter() - before, 0.0
+        done = start
+        for micro_batches in args.source.steps(epoch, start, self._shard):
+            step = epoch * steps + done
+            rate = rate_at(args.recipe, step, steps)
+            self._take(network, micro_batches, rate, step)
+            done += 1
+            if args.save_steps is not None and done % args.save_steps == 0 and done < steps:
+                total, images = self._checked_sums(step)
+                self._save(epoch, done, total, images, time.perf_counter() - started)
+        assert done == steps, f"{done} of {steps} steps"
+        total, images = self._checked_sums((epoch + 1) * steps - 1)
+        seconds = time.perf_counter() - started
+        return {
             "epoch": epoch + 1,
             "lr": rate,
             "train_loss": total / max(images, 1),
             "images": images,
-            "seconds": spent,
-            "images_per_s": images / max(spent, 1e-9),
-            "peak_mem_bytes": peak_memory(c.ranks.device),
+            "seconds": seconds,
+            "images_per_s": images / max(seconds, 1e-9),
+            "peak_mem_bytes": peak_memory(args.ranks.device),
         }
-        c.ranks.agree(self._model)
-        candidates: list[tuple[str, nn.Module]] = [("raw", self._model)]
-        if self._ema is not None:
-            c.ranks.agree(self._ema.module)
-            candidates.append(("ema", self._ema.module))
-        told = []
-        for which, model in candidates:
-            outcome = evaluate(
-                model,
-                c.holdout,
-                c.spec,
-                num_classes=c.num_classes,
-                device=c.ranks.device,
-                ranks=c.ranks,
-            )
-            prefix = "" if which == "raw" else "ema_"
-            (top1, se), (top5, _) = outcome.top(1), outcome.top(5)
-            row |= {
-                f"{prefix}holdout_loss": outcome.mean_loss,
-                f"{prefix}holdout_top1": top1,
-                f"{prefix}holdout_top1_se": se,
-                f"{prefix}holdout_top5": top5,
-            }
-            if not math.isfinite(outcome.mean_loss):
-                raise Diverged((epoch + 1) * steps - 1, outcome.mean_loss)
-            told.append((top1, -outcome.mean_loss, which, model, outcome))
-        best = max(told, key=lambda one: one[:2])
-        row["best_of"], chosen = best[2], best[3]
-        return row, lambda: chosen.state_dict(), best[4], best[2]
 
-    def _good(self, step: int) -> float:
-        """Return the sum of losses, or raise `Diverged`: what is kept must be good.
+    def _evaluate(self, row: Row) -> tuple[str, Callable[[], Mapping[str, Tensor]]]:
+        """Add the holdout's scores to an epoch's row; return which weights are better, and those.
 
-        On a GPU the loss may not have been looked at yet; and a loss may be finite whose gradients
-        are not.
+        Raises `Diverged` for a loss that is not finite.
         """
-        total = self._stepper.look(step)
+        args = self._args
+        candidates: list[tuple[str, str, nn.Module]] = [("raw", "", self._model)]
+        if self._ema is not None:
+            candidates.append(("ema", "ema_", self._ema.module))
+        found = []
+        for which, prefix, model in candidates:
+            args.ranks.broadcast_buffers(model)
+            result: EvalResult = evaluate(
+                model,
+                args.holdout,
+                args.spec,
+                num_classes=args.num_classes,
+                device=args.ranks.device,
+                ranks=args.ranks,
+            )
+            scores = result.summary()
+            names = ("loss", "top1", "top1_se", "top5")
+            row |= {f"{prefix}holdout_{name}": scores[name] for name in names}
+            if not math.isfinite(scores["loss"]):
+                last_step = row["epoch"] * args.source.steps_per_epoch - 1
+                raise Diverged(last_step, scores["loss"])
+            found.append((scores["top1"], -scores["loss"], which, model))
+        *_, row["best_of"], best = max(found, key=lambda one: one[:2])
+        return row["best_of"], lambda: best.state_dict()
+
+    def _checked_sums(self, step: int) -> tuple[float, int]:
+        """Return the sum of losses and the images of this epoch, over all processes.
+
+        Raises `Diverged` unless losses and weights are finite, since what follows is kept: on a GPU
+        the loss may not have been looked at yet, and gradients may not be finite where it is.
+        """
+        total = self._stepper.check_loss(step)
         sums = torch.stack([p.detach().float().sum() for p in self._model.parameters()])
         if not bool(torch.isfinite(sums).all()):
             raise Diverged(step, math.nan)
-        return total
+        return total, int(self._args.ranks.sum(torch.tensor(float(self._stepper.images))))
 
-    def _take(self, network: nn.Module, parts: list[Part], rate: float, step: int) -> None:
-        c = self._c
-        last = len(parts) - 1
+    def _take(
+        self, network: nn.Module, micro_batches: list[MicroBatch], rate: float, step: int
+    ) -> None:
+        args, last = self._args, len(micro_batches) - 1
+        global_batch = micro_batches[0].global_batch
 
         @contextlib.contextmanager
-        def before(turn: int) -> Iterator[None]:
-            self._step_seed = part_seed(c.random_seed, step, parts[turn].number)
-            torch.manual_seed(self._step_seed)
+        def around(at: int) -> Iterator[None]:
+            self._seed = micro_batch_seed(args.random_seed, step, micro_batches[at].number)
+            torch.manual_seed(self._seed)
             with contextlib.ExitStack() as stack:
-                if turn < last and isinstance(network, nn.parallel.DistributedDataParallel):
+                if at < last and isinstance(network, nn.parallel.DistributedDataParallel):
                     stack.enter_context(network.no_sync())
                 yield
 
-        # Processes average their gradients; together they see `whole` images.
-        share = c.ranks.world / parts[0].whole
+        # Processes average their gradients; together they see `global_batch` images.
         self._stepper.take(
-            network, parts, self._step_loss, rate, step=step, share=share, before=before
+            network,
+            micro_batches,
+            self._step_loss,
+            rate,
+            step=step,
+            weight=args.ranks.world / global_batch,
+            around=around,
         )
         if self._ema is not None:
             self._ema.update(self._model, step=step + 1)
-        self._tick(float(parts[0].whole))
+        self._tick(float(global_batch))
 
-    def _step_loss(self, network: nn.Module, part: Part) -> Tensor:
-        inputs, target = part.inputs, part.truth
+    def _step_loss(self, network: nn.Module, batch: MicroBatch) -> Tensor:
+        inputs, truth = batch.inputs, batch.truth
         if self._mixup is not None:
             with LOCK, borrowed_generators():
-                seed_all(self._step_seed)
-                inputs, target = self._mixup(inputs, target)
-        device = self._c.ranks.device
+                seed_all(self._seed)
+                inputs, truth = self._mixup(inputs, truth)
+        device = self._args.ranks.device
         inputs = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
-        taught = part.taught.to(device) if part.taught is not None else None
-        if taught is None and self._c.teacher is not None:
-            taught = Taught(logits=self._c.teacher(inputs))
-        return self._loss(network(inputs), target.to(device, non_blocking=True), taught)
+        targets = batch.targets.to(device) if batch.targets is not None else None
+        if targets is None and self._args.teacher is not None:
+            targets = TeacherTargets(logits=self._args.teacher(inputs))
+        return self._loss(network(inputs), truth.to(device, non_blocking=True), targets)
 
-    def _more(self) -> dict[str, Tensor]:
+    def _ema_state(self) -> dict[str, Tensor]:
         if self._ema is None:
             return {}
         return {f"ema.{k}": v for k, v in self._ema.module.state_dict().items()}
 
-    def _save(self, epoch: int, at: int, loss_sum: float, images: int, seconds: float) -> None:
-        """Write where this stands; the first process does."""
-        c = self._c
-        if c.ranks.main:
+    def _save(self, epoch: int, step: int, loss_sum: float, images: int, seconds: float) -> None:
+        """Write the checkpoint, in the first process; all wait for it."""
+        args = self._args
+        if args.ranks.main:
             extra = {
-                "step": at,
+                "step": step,
                 "rows": self._rows,
                 "loss_sum": loss_sum,
                 "images": images,
                 "seconds": seconds,
                 "scaler": self._stepper.scaler.state_dict(),
             }
-            position = Position(epoch, c.plan, extra)
+            position = Position(epoch, args.plan, extra)
             save_checkpoint(
-                c.checkpoint, self._model, self._stepper.optimizer, position, self._more()
+                args.checkpoint, self._model, self._stepper.optimizer, position, self._ema_state()
             )
-        c.ranks.wait()
+        args.ranks.wait()
 
     def _resume(self) -> tuple[int, int, float]:
-        """Return epoch, step in it and its seconds so far."""
-        c = self._c
-        if not c.checkpoint.exists():
+        """Restore the checkpoint; return the epoch, the step in it and its seconds so far."""
+        args = self._args
+        if not args.checkpoint.exists():
             return 0, 0, 0.0
         found = load_checkpoint_into(
-            c.checkpoint, self._model, self._stepper.optimizer, c.plan, self._more()
+            args.checkpoint, self._model, self._stepper.optimizer, args.plan, self._ema_state()
         )
         extra = found.extra
         self._rows = list(extra["rows"])
         if extra["scaler"] and self._stepper.scaler.is_enabled():
             self._stepper.scaler.load_state_dict(extra["scaler"])
-        main = c.ranks.main  # sums over processes count what was before once
+        main = args.ranks.main  # sums over processes count what was before once
         self._stepper.begin(extra["loss_sum"] if main else 0.0, extra["images"] if main else 0)
-        steps = c.source.steps_per_epoch
+        steps = args.source.steps_per_epoch
         done = (found.epoch * steps + int(extra["step"])) / max(steps, 1)
-        self._tick(done * c.source.images_per_epoch)
+        self._tick(done * args.source.images_per_epoch)
         return found.epoch, int(extra["step"]), float(extra["seconds"])
 
 
 def peak_memory(device: str) -> int:
-    """Bytes that this process has held at most: of the GPU, or of main memory."""
+    """Return the most bytes that this process has held: of the GPU, or of main memory."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(most) * (1 if sys.platform == "darwin" else 1024)
-
-
-__all__ = ["AMP", "Course", "Diverged", "Row", "best_of", "fit", "part_seed", "rate_at"]

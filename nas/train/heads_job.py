@@ -16,7 +16,7 @@ def heads(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     """
     import torch
 
-    from nas.train.teaching import has_token
+    from nas.train.losses import has_token
 
     family, context = get_family(spec["family"]), Context(**spec["context"])
     with torch.device("meta"), torch.random.fork_rng(devices=[]):

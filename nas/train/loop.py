@@ -1,7 +1,7 @@
-"""How everything trains: the step that all share, and the loop of teachers and proxies.
+"""The training step that all trainings share, and the loop of teachers and proxies.
 
-What differs between them - batches and loss - is passed in. Full trainings (`nas.train.fit`)
-take the same step in a loop of their own, which stops and goes on inside an epoch.
+Callers pass batches and loss. A full training (`nas.train.fit`) takes the same step in a loop of
+its own, which can stop and resume inside an epoch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from torch import nn
 from nas.core.progress import Tick, no_tick
 from nas.export.weights import place
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
-from nas.train.groups import make_grouped_optimizer
-from nas.train.schedule import lr_at
+from nas.train.optim import lr_at, make_optimizer
 from space.errors import refuse
 
 B = TypeVar("B")
 
 _CHECK_EVERY = 32
-"""On a GPU, where every look waits for the device; on a CPU every step is looked at."""
+"""Steps between two checks of the loss on a GPU, where each one waits for the device."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. AdamW, cosine per step after a linear warm-up.
+    """The settings of a teacher's or proxy's training: AdamW, cosine after a linear warm-up.
 
     `epochs` is the length of the schedule; `lr` its peak; `warmup_epochs` may be a fraction;
     `clip_norm` None means off; `amp` asks for mixed precision where the device has it (CUDA).
+    Raises InputError.
     """
 
     epochs: int
@@ -48,7 +48,6 @@ class TrainSettings:
     amp: bool = True
 
     def __post_init__(self) -> None:
-        """Check the values at the door."""
         for name, low in (("epochs", 1), ("batch_size", 2)):
             if getattr(self, name) < low:
                 raise refuse(name, getattr(self, name), f"an integer >= {low}")
@@ -71,7 +70,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class History:
-    """What training did: one entry per epoch, those before a resume included."""
+    """The epochs of a training, those before a resume included."""
 
     epochs: tuple[Epoch, ...]
 
@@ -88,38 +87,29 @@ class History:
 
 
 class Diverged(RuntimeError):
-    """The loss stopped being finite: a recorded outcome of a candidate."""
+    """A loss that is not finite, at a 0-based step: a recorded outcome of a candidate."""
 
     def __init__(self, step: int, loss: float) -> None:
-        """Remember the 0-based step at which it was seen, and the loss (nan or inf)."""
         super().__init__(f"loss became {loss} by step {step}")
         self.step = step
         self.loss = loss
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW through timm: no decay on 1-D parameters, biases, and what the model itself excludes.
-
-    For TinyViT that is `attention_biases`, as in the authors' recipe.
-    """
-    return make_grouped_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
-
-
 def amp_dtype(settings: TrainSettings, device: str) -> torch.dtype | None:
-    """Mixed-precision type for this device, or None for full precision (always on the CPU)."""
+    """Return the mixed-precision type for a device, or None for full precision (on the CPU)."""
     if not settings.amp or not device.startswith("cuda"):
         return None
     return half_precision(device)
 
 
 def half_precision(device: str) -> torch.dtype:
-    """The half precision that a GPU is good at: bfloat16 from compute capability 8 on."""
+    """Return the half precision of a GPU: bfloat16 from compute capability 8 on."""
     major, _ = torch.cuda.get_device_capability(device)
     return torch.bfloat16 if major >= 8 else torch.float16
 
 
 def check_every(device: str) -> int:
-    """Steps between two looks at the loss, for which a GPU has to be waited for."""
+    """Return the steps between two checks of the loss."""
     return _CHECK_EVERY if device.startswith("cuda") else 1
 
 
@@ -135,9 +125,9 @@ def train(
     checkpoint: Path | None = None,
     stop_after: int | None = None,
 ) -> History:
-    """Train `model` in place on `device`; leaves it in training mode.
+    """Train `model` in place on `device`; it stays in training mode.
 
-    `epoch_batches(e)` gives the `steps_per_epoch` batches of epoch e and must depend on e alone.
+    `epoch_batches(e)` returns the `steps_per_epoch` batches of epoch e and must depend on e alone.
     `step_loss(model, batch)` moves its batch to the device and returns the loss of each image
     [B], float32. `tick` receives images done. With `checkpoint`, the position is written there at
     the end of each epoch and a later call continues from it, on the CPU to the same bits as an
@@ -145,7 +135,7 @@ def train(
     Raises `Diverged` once the loss is not finite: at that step on the CPU, within 32 on a GPU.
     """
     place(model, device)
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
     stepper = Stepper(
         model,
         optimizer,
@@ -160,20 +150,27 @@ def train(
         done = [Epoch(**record) for record in position.extra["epochs"]]
         stepper.scaler.load_state_dict(position.extra["scaler"])
         tick(float(sum(e.images for e in done)))
+    total_steps = settings.epochs * steps_per_epoch
+    warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
+    min_lr = min(settings.min_lr, settings.lr)
     last = settings.epochs if stop_after is None else min(stop_after, settings.epochs)
     for epoch in range(len(done), last):
         model.train()
-        record = _train_epoch(
-            model,
-            stepper,
-            epoch_batches(epoch),
-            step_loss,
-            settings,
-            epoch=epoch,
-            steps_per_epoch=steps_per_epoch,
-            tick=tick,
-        )
-        done.append(record)
+        stepper.begin()
+        started, step = time.perf_counter(), epoch * steps_per_epoch
+        for batch in epoch_batches(epoch):
+            rate = lr_at(
+                step,
+                total_steps=total_steps,
+                warmup_steps=warmup_steps,
+                lr=settings.lr,
+                min_lr=min_lr,
+            )
+            tick(float(stepper.take(model, (batch,), step_loss, rate, step=step)))
+            step += 1
+        assert step == (epoch + 1) * steps_per_epoch, "an epoch has as many batches as announced"
+        mean = stepper.check_loss(step - 1) / max(stepper.images, 1)
+        done.append(Epoch(mean, stepper.images, time.perf_counter() - started))
         if checkpoint is not None:
             extra = {"epochs": [asdict(e) for e in done], "scaler": stepper.scaler.state_dict()}
             save_checkpoint(checkpoint, model, optimizer, Position(len(done), plan, extra))
@@ -181,44 +178,21 @@ def train(
     return History(tuple(done))
 
 
-def _train_epoch(
-    model: nn.Module,
-    stepper: Stepper,
-    batches: Iterable[B],
-    step_loss: Callable[[nn.Module, B], torch.Tensor],
-    settings: TrainSettings,
-    *,
-    epoch: int,
-    steps_per_epoch: int,
-    tick: Tick,
-) -> Epoch:
-    """One pass over the batches of an epoch."""
-    started = time.perf_counter()
-    total_steps = settings.epochs * steps_per_epoch
-    warmup_steps = min(round(settings.warmup_epochs * steps_per_epoch), total_steps - 1)
-    stepper.begin()
-    step = epoch * steps_per_epoch
-    for batch in batches:
-        rate = lr_at(
-            step,
-            total_steps=total_steps,
-            warmup_steps=warmup_steps,
-            lr=settings.lr,
-            min_lr=min(settings.min_lr, settings.lr),
-        )
-        tick(float(stepper.take(model, (batch,), step_loss, rate, step=step)))
-        step += 1
-    assert step == (epoch + 1) * steps_per_epoch, "an epoch has as many batches as announced"
-    total, images = stepper.end(step - 1)
-    return Epoch(total / max(images, 1), images, time.perf_counter() - started)
+def _nothing_around(at: int) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()
+
+
+def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=dtype)
 
 
 class Stepper:
-    """Takes optimizer steps, and remembers the loss since `begin`.
+    """Takes optimizer steps and sums the loss since `begin`.
 
-    `dtype` is that of mixed precision, or None for full precision. The loss is looked at on every
-    step on the CPU, every 32nd on a GPU, which has to be waited for. `everyone` sums a number over
-    all processes that train together.
+    `dtype` is that of mixed precision, or None for full precision. The loss is checked at every
+    step on the CPU, at every 32nd on a GPU. `all_reduce` sums a number over all processes.
     """
 
     def __init__(
@@ -229,19 +203,19 @@ class Stepper:
         device: str,
         dtype: torch.dtype | None,
         clip_norm: float | None,
-        everyone: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     ) -> None:
         self.optimizer = optimizer
-        self._everyone = everyone
+        self._all_reduce = all_reduce
         kind = device.split(":")[0]
         self.scaler: Any = torch.amp.GradScaler(kind, enabled=dtype is torch.float16)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device, self._dtype, self._clip = device, dtype, clip_norm
-        self._every = check_every(device)
+        self._check_every = check_every(device)
         self.begin()
 
     def begin(self, loss_sum: float = 0.0, images: int = 0) -> None:
-        """Forget the loss so far, or go on from one."""
+        """Start the sums anew, or from those of a checkpoint."""
         self.loss_sum = torch.full((), loss_sum, dtype=torch.float64, device=self._device)
         self.images = images
 
@@ -253,59 +227,45 @@ class Stepper:
         rate: float,
         *,
         step: int,
-        share: float | None = None,
-        before: Callable[[int], contextlib.AbstractContextManager[Any]] | None = None,
+        weight: float | None = None,
+        around: Callable[[int], contextlib.AbstractContextManager[Any]] = _nothing_around,
     ) -> int:
-        """Take one step on the mean loss of one batch, or of several that are seen in turn.
+        """Take one step on the mean loss of one batch, or of several micro-batches.
 
-        `rate` is the learning rate, of which each group takes its `lr_scale`. `share` weighs a sum
-        of losses (one over the whole batch's images); None means the mean of the one batch.
-        `before(i)` is entered around the i-th batch. Returns the images seen here. Raises
-        `Diverged` where the loss is looked at and is not finite.
+        `rate` is the learning rate, of which each group takes its `lr_scale`. `weight` multiplies
+        the sum of losses (one over the images of the global batch); None means the mean of the one
+        batch. `around(i)` is entered for the i-th micro-batch. Returns the images of this process.
+        Raises `Diverged` where the loss is checked and is not finite.
         """
-        assert share is not None or len(batches) == 1
+        assert weight is not None or len(batches) == 1
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         seen = 0
         for at, batch in enumerate(batches):
-            with contextlib.nullcontext() if before is None else before(at):
+            with around(at):
                 with _autocast(self._device, self._dtype):
                     losses = step_loss(network, batch)
                 assert losses.ndim == 1, "step_loss returns one loss per image"
                 if at == 0:
                     self.optimizer.zero_grad(set_to_none=True)
-                mean = losses.mean() if share is None else losses.sum() * share
-                self.scaler.scale(mean).backward()
-            # A non-finite sum stays so: on a GPU a late look still sees what happened before.
+                loss = losses.mean() if weight is None else losses.sum() * weight
+                self.scaler.scale(loss).backward()
+            # A non-finite sum stays so: a later check on a GPU still sees it.
             self.loss_sum += losses.detach().sum(dtype=torch.float64)
             seen += len(losses)
         if self._clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        if step % self._every == 0:
-            self.look(step)
+        if step % self._check_every == 0:
+            self.check_loss(step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.images += seen
         return seen
 
-    def look(self, step: int) -> float:
-        """Return the sum of losses since `begin`; raises `Diverged` when it is not finite."""
-        total = self.total()
+    def check_loss(self, step: int) -> float:
+        """Return the sum of losses since `begin`, of all processes; raises `Diverged`."""
+        total = float(self._all_reduce(self.loss_sum))
         if not math.isfinite(total):
             raise Diverged(step, total)
         return total
-
-    def total(self) -> float:
-        """Return the sum of losses since `begin`, of all processes that train together."""
-        return float(self.loss_sum if self._everyone is None else self._everyone(self.loss_sum))
-
-    def end(self, step: int) -> tuple[float, int]:
-        """Return the sum of losses and the images since `begin`; raises `Diverged`."""
-        return self.look(step), self.images
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.split(":")[0], dtype=dtype)

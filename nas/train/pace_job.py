@@ -18,7 +18,8 @@ def pace(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     import torch
 
     from nas.export.weights import place
-    from nas.train.loop import TrainSettings, amp_dtype, make_optimizer
+    from nas.train.loop import TrainSettings, amp_dtype
+    from nas.train.optim import make_optimizer
 
     family, context = get_family(spec["family"]), Context(**spec["context"])
     device, size = str(spec["device"]), int(spec["batch_size"])
@@ -29,7 +30,8 @@ def pace(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
         images = torch.randn(size, context.in_chans, context.img_size, context.img_size)
         labels = torch.randint(context.num_classes, (size,))
     inputs = images.to(device, memory_format=torch.channels_last)
-    optimizer, dtype = make_optimizer(model, settings), amp_dtype(settings, device)
+    optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
+    dtype = amp_dtype(settings, device)
     best, until = float("inf"), time.perf_counter() + float(spec["seconds"])
     steps = 0
     while steps < 3 or time.perf_counter() < until:

@@ -1,6 +1,6 @@
-"""Recipes: every value that decides a full training, by name, with the published ones as presets.
+"""Recipes: every hyperparameter of a full training, with the published ones as presets.
 
-Values only: no torch. A recipe is plain JSON in `train.json`, and any of it can be overridden.
+Plain values without torch. A recipe is JSON in `train.json`; `--set` overrides any value.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. AdamW, a linear warm-up, then a cosine.
+    """The hyperparameters of a full training: AdamW, a linear warm-up, then a cosine.
 
     `lr` is the peak rate for a whole batch of `lr_batch` images (None: of any); with `lr_scales`
     "all" the two ends of the schedule scale with it. `schedule` says whether rates change with
@@ -129,7 +129,7 @@ class Recipe:
 
     @property
     def mixes(self) -> bool:
-        """Tell whether images of a batch are mixed with each other."""
+        """Whether images of a batch are mixed with each other."""
         return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
     def rates(self) -> tuple[float, float, float]:
@@ -139,7 +139,7 @@ class Recipe:
         return self.lr * scale, self.min_lr * ends, self.warmup_lr * ends
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON, the inverse of `read_recipe`."""
+        """Return plain JSON, the inverse of `read_recipe`."""
         return asdict(self)
 
 
@@ -259,15 +259,15 @@ _DROP_PATH: Mapping[str, tuple[float, float, float]] = {
     "tinyvit-22k-1k": (0.0, 0.0, 0.1),
     "tinyvit-1k": (0.0, 0.1, 0.2),
 }
-"""Published for 5M, 11M and 21M parameters; a net takes that of the size nearest to its own."""
+"""Published for 5M, 11M and 21M parameters; a net takes the value of the nearest size."""
 WARMUP_SHARE = 0.2
 PIPELINE = ("least_crop", "policy", "color_jitter", "erase_prob")
-"""Values that override the pipeline's: None, or "default", leaves them to it; "none" is off."""
+"""Values that override the augmentation's own: None, or "default", keeps it; "none" is off."""
 _SIZES = (5_392_764, 10_996_972, 21_198_568)
 
 
 def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe:
-    """Give a preset (or the recipe of a JSON file) for a net of `params` parameters, overridden.
+    """Return a preset or a JSON file's recipe for a net of `params` parameters, with overrides.
 
     `overrides` are "key=value". Where they change the epochs and not the warm-up, it is a fifth of
     them at most. Raises InputError, naming the nearest key for a misspelt one.
@@ -314,7 +314,7 @@ def read_recipe(value: Any) -> Recipe:
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """Override values, given as text or as values. Raises InputError."""
+    """Return a recipe with other values, given as text or as values. Raises InputError."""
     read: dict[str, Any] = {key: _typed(key, value) for key, value in changes.items()}
     return replace(recipe, **read)
 
@@ -329,7 +329,7 @@ def _known(key: str) -> str:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Read a value as its field's type: "none" stands for off where a field allows it."""
+    """Return a value as its field's type; "none" means off where a field allows it."""
     kind = next(str(f.type) for f in fields(Recipe) if f.name == key)
     if key in PIPELINE and isinstance(value, str):
         if value.lower() == "default":

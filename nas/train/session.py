@@ -1,17 +1,16 @@
-"""A full training from settings and data to the models that it leaves."""
+"""One full training: the model, its batches and teacher, and the models that it saves."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nas.core.cpus import MOST_AT_ONCE, read_threads
 from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
@@ -22,67 +21,24 @@ from nas.export.trained_teacher import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata
 from nas.labels.reader import Replay
 from nas.labels.store import open_store
-from nas.train.batches import LiveBatches, ReplayBatches, Share, Source
+from nas.train.batches import LiveBatches, RankShard, ReplayBatches, Source
 from nas.train.distributed import Ranks
-from nas.train.evaluate import Outcome, evaluate
-from nas.train.fit import Course, Row, best_of, fit
-from nas.train.loop import Diverged, half_precision
-from nas.train.network import build
+from nas.train.evaluate import evaluate
+from nas.train.fit import FitArgs, Row, best_of, fit
+from nas.train.folder import RESULT, TensorBoardLog, TrainFolder, write_model
+from nas.train.loop import Diverged
+from nas.train.losses import set_token_training
 from nas.train.recipe import Recipe
-from nas.train.teaching import set_token_training
-from nas.train.train_config import TrainConfig
-from nas.train.training_folder import RESULT, Board, Folder, write_model
+from nas.train.train_config import Machine, TrainConfig
 from space import Context
-from space.checks import read_int
 from space.errors import refuse
+from space.family import Arch, Family
 
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a training runs on, which may change when it goes on.
-
-    `device` as asked (a process under torchrun has its own GPU); `turns`: parts of its share that a
-    process sees before a step (gradient accumulation); `workers`: loader processes of each;
-    `keep_every`: epochs between models that stay. Raises InputError.
-    """
-
-    device: str
-    threads: int
-    workers: int = 0
-    turns: int = 1
-    amp: str = "none"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    save_steps: int | None = 500
-    keep_every: int | None = None
-
-    def __post_init__(self) -> None:
-        read_threads(self.threads)
-        if self.turns < 1:
-            raise refuse("--accumulate", self.turns, "an integer >= 1")
-        read_int("--workers", self.workers, 0, MOST_AT_ONCE)
-        for name, flag in (("save_steps", "--save-steps"), ("keep_every", "--keep-every")):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise refuse(flag, value, "an integer >= 1")
+Log = Callable[[str], None]
 
 
-def resolve_amp(asked: str, device: str) -> str:
-    """Choose mixed precision for a device. Raises InputError."""
-    cuda = device.startswith("cuda")
-    if asked == "auto":
-        if not cuda:
-            return "none"
-        return "bf16" if half_precision(device) is torch.bfloat16 else "fp16"
-    if asked == "fp16" and not cuda:
-        raise refuse("--amp", f"fp16 on {device}", "a GPU", "bf16 works here, too")
-    return asked
-
-
-def augment_of(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
-    """Resolve a recipe's augmentation of single images. Raises InputError."""
+def augment_spec(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
+    """Return a recipe's augmentation of single images. Raises InputError."""
     name = {"official": "finetune"}.get(recipe.augment, recipe.augment)
     changes: dict[str, Any] = {
         key: getattr(recipe, key)
@@ -96,11 +52,32 @@ def augment_of(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
     return replace(preset_spec(name, dataset), **changes)
 
 
-class Work:
+def build_model(
+    family: Family, arch: Arch, ctx: Context, *, drop_path: float, drop_rate: float, seed: int
+) -> nn.Module:
+    """Build a net with regularisation and fresh weights that depend on `seed` alone.
+
+    Raises InputError if the family's net takes no such regularisation.
+    """
+    options = {"drop_path_rate": drop_path, "drop_rate": drop_rate}
+    used: dict[str, Any] = {name: value for name, value in options.items() if value}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return family.build(arch, ctx, **used)
+        except TypeError as error:
+            if not used:
+                raise
+            got = ", ".join(f"{name}={value:g}" for name, value in used.items())
+            want, remedy = f"0 for family {family.name}", f"its net takes none ({error})"
+            raise refuse("drop_path, drop_rate", got, want, remedy) from None
+
+
+class TrainSession:
     """One process's part in a full training.
 
     `start_from` loads the first weights (`nas.inherit.checkpoint_start`), `make_teacher` trains or
-    finds a teacher (`nas.distill.teacher`).
+    finds a teacher (`nas.distill.teacher`), `log` takes lines for the user. Raises InputError.
     """
 
     def __init__(
@@ -108,38 +85,33 @@ class Work:
         config: TrainConfig,
         machine: Machine,
         dataset: Dataset,
-        folder: Folder,
+        folder: TrainFolder,
         ranks: Ranks,
         cache: Path,
-        say: Say,
+        log: Log,
         *,
         start_from: Callable[..., str],
         make_teacher: Callable[..., TeacherInfo],
     ) -> None:
         self.config, self.machine, self.dataset = config, machine, dataset
-        self.folder, self.ranks, self._cache, self.say = folder, ranks, cache, say
+        self.folder, self.ranks, self._cache, self.log = folder, ranks, cache, log
         self._start_from, self._make_teacher = start_from, make_teacher
         self.recipe = config.recipe
-        self.family, self.arch = config.of
+        self.family, self.arch = config.family_and_arch
         if not dataset.labelled:
-            raise refuse(
-                "--data",
-                f"{dataset.name}, whose images have no classes",
-                "images by class",
-                "a folder for each class",
-            )
+            got = f"{dataset.name}, whose images have no classes"
+            raise refuse("--data", got, "images by class", "a folder for each class")
         self.ctx = Context(dataset.img_size, dataset.num_classes)
         self.family.check(self.arch, self.ctx)
-        self.share = Share(ranks.rank, ranks.world, machine.turns)
-        self.spec = augment_of(self.recipe, dataset)
-        self.model = self._model()
+        self.spec = augment_spec(self.recipe, dataset)
+        self.model = self._build_model()
         self._teacher_digest: str | None = None
         self._store_id: str | None = None
-        self.source = self._source()
+        self.source = self._open_source()
 
-    def _model(self) -> nn.Module:
+    def _build_model(self) -> nn.Module:
         recipe, config = self.recipe, self.config
-        model = build(
+        model = build_model(
             self.family,
             self.arch,
             self.ctx,
@@ -147,7 +119,7 @@ class Work:
             drop_rate=recipe.drop_rate,
             seed=config.random_seed,
         )
-        # A training that goes on has its weights in its checkpoint.
+        # A resumed training has its weights in its checkpoint.
         if config.init != "scratch" and not self.folder.checkpoint.exists():
             note = self._start_from(
                 model,
@@ -158,7 +130,7 @@ class Work:
                 resize=config.resize,
                 head_map=None if config.head_map is None else Path(config.head_map),
             )
-            self.say(f"start: {note}")
+            self.log(f"start: {note}")
         if recipe.distill == "token":
             set_token_training(model, True)
         if self.machine.grad_checkpointing:
@@ -168,7 +140,8 @@ class Work:
             switch(True)
         return model
 
-    def _source(self) -> Source:
+    def _open_source(self) -> Source:
+        """Open the data set's images, or those of a label store with its augmentation."""
         recipe, machine = self.recipe, self.machine
         if self.config.labels is None:
             return LiveBatches(
@@ -192,16 +165,17 @@ class Work:
             device=self.ranks.device,
         )
         for note in replay.notes:
-            self.say(f"labels: {note}")
-        self.say(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
-        return ReplayBatches(replay, self.share)
+            self.log(f"labels: {note}")
+        self.log(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
+        shard = RankShard(self.ranks.rank, self.ranks.world, machine.accumulation_steps)
+        return ReplayBatches(replay, shard)
 
-    def teacher(self, tick: Tick) -> Callable[[Tensor], Tensor] | None:
-        """Make the teacher that is asked while training, or find it in the cache."""
+    def load_teacher(self, tick: Tick) -> Callable[[Tensor], Tensor] | None:
+        """Train the online teacher, or find it in the cache; None if there is none."""
         config = self.config
         if config.teacher is None:
             return None
-        made = self._make_teacher(
+        info = self._make_teacher(
             parse_teacher(config.teacher),
             self.dataset,
             self._cache,
@@ -212,40 +186,31 @@ class Work:
             threads=self.machine.threads,
             tick=tick,
         )
-        for note in made.notes:
-            self.say(note)
-        said = f"{made.holdout_top1:.1%} +- {made.holdout_top1_se:.1%} on the holdout"
-        self.say(f"teacher: {made.id}, {said}")
-        self._teacher_digest = made.digest
-        kind = {"bf16": "bfloat16", "fp16": "float16"}.get(self.machine.amp, "float32")
-        return load_teacher(made, self.ranks.device, kind, stay=True)
+        for note in info.notes:
+            self.log(note)
+        score = f"{info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%} on the holdout"
+        self.log(f"teacher: {info.id}, {score}")
+        self._teacher_digest = info.digest
+        precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.machine.amp, "float32")
+        return load_teacher(info, self.ranks.device, precision, stay=True)
 
-    def taught_by(self) -> str:
-        """Name the labels and the teacher."""
+    def targets_id(self) -> str:
+        """Return the ids of labels and teacher."""
         return f"labels {self._store_id}, teacher {self._teacher_digest}"
 
-    def plan(self) -> dict[str, Any]:
-        """Collect what decides the weights, as plain JSON."""
+    def settings(self) -> dict[str, Any]:
+        """Return the part of `train.json` that the configuration decides."""
         return {
-            "recipe": self.recipe.to_dict(),
-            "key": self.family.key(self.arch, self.ctx),
-            "data": self.dataset.fingerprint,
-            "steps_per_epoch": self.source.steps_per_epoch,
-            "random_seed": self.config.random_seed,
-            "labels": self._store_id,
-            "teacher": self._teacher_digest,
+            "config": self.config.to_dict(),
+            "machine": asdict(self.machine),
+            "augment": self.spec.to_dict(),
         }
 
     def train(
         self, teacher: Callable[[Tensor], Tensor] | None, tick: Tick, throughput: Any = None
     ) -> dict[str, Any]:
-        """Train, keep the best by the holdout, test it once; returns what `result.json` holds."""
-        blocks = tuple(b for group in self.family.blocks(self.arch).values() for b in group)
-        if self.recipe.layer_decay is not None and not blocks:
-            raise refuse(
-                "layer_decay", self.recipe.layer_decay, "none for this family", "it names no blocks"
-            )
-        course = Course(
+        """Train, keep the best weights by the holdout, test them once; return `result.json`."""
+        args = FitArgs(
             model=self.model,
             source=self.source,
             recipe=self.recipe,
@@ -253,57 +218,62 @@ class Work:
             spec=self.spec,
             num_classes=self.ctx.num_classes,
             ranks=self.ranks,
-            turns=self.machine.turns,
+            accumulation_steps=self.machine.accumulation_steps,
             random_seed=self.config.random_seed,
-            plan=self.plan(),
+            plan={
+                "recipe": self.recipe.to_dict(),
+                "key": self.family.key(self.arch, self.ctx),
+                "data": self.dataset.fingerprint,
+                "steps_per_epoch": self.source.steps_per_epoch,
+                "random_seed": self.config.random_seed,
+                "labels": self._store_id,
+                "teacher": self._teacher_digest,
+            },
             checkpoint=self.folder.checkpoint,
-            blocks=blocks,
+            blocks=tuple(b for group in self.family.blocks(self.arch).values() for b in group),
             teacher=teacher,
             amp=self.machine.amp,
             compile=self.machine.compile,
             save_steps=self.machine.save_steps,
         )
-        report = _Report(self, throughput)
-        began = time.monotonic()
+        report = _EpochReport(self, throughput)
+        started = time.monotonic()
         try:
-            rows = fit(course, report, tick)
+            rows = fit(args, report, tick)
+            result = self._finish(rows, throughput)
+            result["seconds_here"] = time.monotonic() - started
         except Diverged as error:
-            return self._diverged(error)
+            result = self._diverged(error)
         finally:
             report.close()
-        result = self._finish(rows, throughput)
-        result["seconds_here"] = time.monotonic() - began
         if self.ranks.main:
             write_json(self.folder.path / RESULT, result)
         return result
 
     def _diverged(self, error: Diverged) -> dict[str, Any]:
-        """Say how far the training came; what was good stays."""
-        good = "checkpoint.safetensors" if self.folder.checkpoint.exists() else None
+        """Return the result of a training that diverged; its good files stay."""
+        checkpoint = "checkpoint.safetensors" if self.folder.checkpoint.exists() else None
         best = "best.safetensors" if (self.folder.path / "best.json").exists() else None
-        result = {
+        return {
             "status": "diverged",
             "step": error.step,
             "loss": str(error.loss),
             "epoch": error.step // self.source.steps_per_epoch + 1,
-            "checkpoint": good,
+            "checkpoint": checkpoint,
             "best": best,
         }
-        if self.ranks.main:
-            write_json(self.folder.path / RESULT, result)
-        return result
 
     def _finish(self, rows: list[Row], throughput: Any) -> dict[str, Any]:
-        """Leave the last weights, test the best ones, and tell."""
+        """Save the last weights, test the best ones; return the result."""
         if self.ranks.main:
-            self.leave("last", self.model.state_dict(), self.score(rows[-1], "raw"), throughput)
+            self.save("last", self.model.state_dict(), self.score(rows[-1], "raw"), throughput)
         self.ranks.wait()
-        kept = self.folder.path / "best.safetensors"
-        with self.ranks.all_or_none():
-            state = load_weights(kept, name="best weights")
-            # The file says itself which epoch it is of, wherever a kill fell.
-            told = read_metadata(kept, name="best weights").get("epoch")
-        best = best_of(rows) if told is None else rows[int(told) - 1]
+        best_path = self.folder.path / "best.safetensors"
+        with self.ranks.raise_on_all_ranks():
+            state = load_weights(best_path, name="best weights")
+            # The file names its epoch, wherever a kill fell.
+            epoch = read_metadata(best_path, name="best weights").get("epoch")
+        best = best_of(rows) if epoch is None else rows[int(epoch) - 1]
         load_into(self.model, state)
         tested = evaluate(
             self.model,
@@ -313,9 +283,9 @@ class Work:
             device=self.ranks.device,
             ranks=self.ranks,
         )
-        score = self.score(best, best["best_of"]) | tested_score(tested)
+        score = self.score(best, best["best_of"]) | tested.summary("test_")
         if self.ranks.main:
-            self.leave("best", state, score, throughput)
+            self.save("best", state, score, throughput)
             by_class = tested.by_class(self.dataset.classes)
             (self.folder.path / "test_classes.csv").write_text(by_class, encoding="utf-8")
         return {
@@ -331,7 +301,7 @@ class Work:
         }
 
     def score(self, row: Row, which: str) -> dict[str, Any]:
-        """Tell what is known of an epoch's weights, "raw" or "ema"."""
+        """Return the score of an epoch's weights, "raw" or "ema"."""
         prefix = "" if which == "raw" else "ema_"
         names = ("holdout_loss", "holdout_top1", "holdout_top1_se", "holdout_top5")
         return {
@@ -343,10 +313,10 @@ class Work:
             "holdout_n": len(self.dataset.holdout),
         }
 
-    def leave(
+    def save(
         self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any], throughput: Any
     ) -> None:
-        """Write a model under the folder."""
+        """Write a model in the training's folder."""
         write_model(
             self.folder.path / stem,
             state,
@@ -358,69 +328,42 @@ class Work:
             throughput=throughput,
         )
 
-    def settings(self) -> dict[str, Any]:
-        """Give what `train.json` holds beside versions."""
-        return {
-            "config": self.config.to_dict(),
-            "machine": asdict(self.machine),
-            "augment": self.spec.to_dict(),
-        }
 
+class _EpochReport:
+    """Writes log, curve and models after every epoch, and a line for the user."""
 
-def tested_score(tested: Outcome) -> dict[str, Any]:
-    """Tell how a split went, under the names of a test."""
-    (top1, se), (top5, se5) = tested.top(1), tested.top(5)
-    return {
-        "test_top1": top1,
-        "test_top1_se": se,
-        "test_top5": top5,
-        "test_top5_se": se5,
-        "test_loss": tested.mean_loss,
-        "test_n": len(tested.truth),
-    }
-
-
-class _Report:
-    """What happens after every epoch: log, curve, models, a line."""
-
-    def __init__(self, work: Work, throughput: Any) -> None:
-        self._work, self._throughput = work, throughput
-        self._board: Board | None = None
-        self.rows: list[Row] = []
+    def __init__(self, session: TrainSession, throughput: Any) -> None:
+        self._session, self._throughput = session, throughput
+        self._board: TensorBoardLog | None = None
 
     def __call__(
-        self,
-        rows: list[Row],
-        weights: Callable[[], Mapping[str, Tensor]],
-        outcome: Outcome,
-        best: str | None,
+        self, rows: list[Row], weights: Callable[[], Mapping[str, Tensor]], best: str | None
     ) -> None:
-        work, row = self._work, rows[-1]
-        self.rows = rows
-        if not work.ranks.main:
+        session, row = self._session, rows[-1]
+        if not session.ranks.main:
             return
-        which = row["best_of"]
-        if best is not None:
-            work.leave("best", weights(), work.score(row, which), self._throughput)
-        every = work.machine.keep_every
+        stems = ["best"] if best is not None else []
+        every = session.machine.keep_every
         if every is not None and row["epoch"] % every == 0:
-            stem = f"epochs/epoch-{row['epoch']:04d}"
-            work.leave(stem, weights(), work.score(row, which), self._throughput)
+            stems.append(f"epochs/epoch-{row['epoch']:04d}")
+        for stem in stems:
+            score = session.score(row, row["best_of"])
+            session.save(stem, weights(), score, self._throughput)
         if self._board is None:
-            self._board = Board(work.folder.path, row["epoch"])
+            self._board = TensorBoardLog(session.folder.path, row["epoch"])
             if self._board.writer is None:
-                work.say('log: no TensorBoard here; pip install -e ".[train]"')
+                session.log('log: no TensorBoard here; pip install -e ".[train]"')
         self._board.add(row)
-        work.folder.write_log(rows)
-        work.say(line_of(row, work.recipe.epochs, best is not None))
+        session.folder.write_log(rows)
+        session.log(format_epoch(row, session.recipe.epochs, best is not None))
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
 
 
-def line_of(row: Row, epochs: int, best: bool) -> str:
-    """Say how an epoch went."""
+def format_epoch(row: Row, epochs: int, best: bool) -> str:
+    """Return an epoch's line for the user; a star marks the best so far."""
     parts = [
         f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}",
         f"holdout {row['holdout_loss']:.4f}",
@@ -428,10 +371,10 @@ def line_of(row: Row, epochs: int, best: bool) -> str:
     ]
     if "ema_holdout_top1" in row:
         parts.append(f"averaged {row['ema_holdout_top1']:.1%}")
-    left = row["seconds"] * (epochs - row["epoch"])
+    remaining_s = row["seconds"] * (epochs - row["epoch"])
     parts += [f"lr {row['lr']:.2e}", f"{row['images_per_s']:.0f} images/s"]
-    if left:
-        parts.append(f"about {_duration(left)} left")
+    if remaining_s:
+        parts.append(f"about {_duration(remaining_s)} left")
     return ", ".join(parts) + (" *" if best else "")
 
 

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nas.core.cli import Parser
 from nas.core.config import RunConfig, parse_share
@@ -15,12 +15,9 @@ from nas.core.io import read_json
 from nas.data.dataset import EMBEDDED
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.recipe import CHOICES, PIPELINE, PRESETS, Recipe, changed, find_recipe
-from nas.train.train_config import AMPS, TrainConfig
+from nas.train.train_config import AMPS, Machine, TrainConfig, resolve_amp
 from space import REFERENCE_CONTEXT, get_family
 from space.errors import InputError, refuse
-
-if TYPE_CHECKING:
-    from nas.train.session import Machine
 
 
 def build_parser(description: str | None = None) -> Parser:
@@ -206,7 +203,6 @@ def _path(text: str, *, data: bool = False) -> str:
 def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machine:
     """Resolve what the training runs on: what is given now, else what it began with."""
     from nas.train.distributed import local_world
-    from nas.train.session import Machine, resolve_amp
 
     known = {f.name for f in dataclasses.fields(Machine)}
     kept = {k: v for k, v in before.items() if k in known}
@@ -216,7 +212,7 @@ def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machin
         "device": device,
         "threads": given.threads,
         "workers": given.workers,
-        "turns": given.accumulate,
+        "accumulation_steps": given.accumulate,
         "compile": given.compile,
         "grad_checkpointing": given.grad_checkpointing,
         "save_steps": given.save_steps,
@@ -237,7 +233,7 @@ def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machin
 def describe(config: TrainConfig, world: int) -> list[str]:
     """Say every value that decides the training, in lines."""
     recipe = config.recipe
-    family, arch = config.of
+    family, arch = config.family_and_arch
     peak, least, first = recipe.rates()
     words = dict.fromkeys(PIPELINE, "default")
     told = ", ".join(

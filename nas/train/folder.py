@@ -1,4 +1,4 @@
-"""A full training's folder: what it was asked, its log and curve, and the models that it leaves."""
+"""The folder of a full training: settings, checkpoint, log, curve, result and saved models."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Where a full training keeps everything."""
+class TrainFolder:
+    """The folder of a full training and its files."""
 
     path: Path
 
     @property
     def checkpoint(self) -> Path:
-        """Where the training stands."""
+        """The checkpoint's path."""
         return self.path / CHECKPOINT
 
     def check_new(self) -> None:
-        """Refuse a place where something else lies."""
+        """Refuse a folder that holds anything. Raises InputError."""
         used = self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir())
         if used or (self.path.exists() and not self.path.is_dir()):
             remedy = "name another folder"
@@ -74,23 +74,23 @@ class Folder:
                 remedy = f"go on with it: --resume {self.path}; or {remedy}"
             raise refuse("--out", self.path, "a folder that is new or empty", remedy)
 
-    def write(self, told: Mapping[str, Any]) -> None:
-        """Make the folder and say what is asked. Raises InputError."""
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Create the folder and write `train.json`. Raises InputError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / SETTINGS, dict(told))
+            write_json(self.path / SETTINGS, dict(settings))
         except OSError as error:
             raise refuse("--out", f"{self.path} ({error.strerror})", "a place to write") from None
 
-    def told(self) -> dict[str, Any]:
-        """Read what was asked. Raises InputError."""
+    def read_settings(self) -> dict[str, Any]:
+        """Read `train.json`. Raises InputError."""
         data = read_json(self.path / SETTINGS, "the folder of a training by nas.train")
         if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in PARTS):
             raise refuse(str(self.path / SETTINGS), "another format", "what nas.train wrote")
         return data
 
-    def result(self) -> dict[str, Any] | None:
-        """Read how a training ended, if it has. Raises InputError."""
+    def read_result(self) -> dict[str, Any] | None:
+        """Read `result.json`; None before the training's end. Raises InputError."""
         if not (self.path / RESULT).is_file():
             return None
         data = read_json(self.path / RESULT, "how a training ended")
@@ -104,8 +104,8 @@ class Folder:
         return data
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Be the only process that writes here. Raises InputError where another one is."""
+    def lock(self) -> Iterator[None]:
+        """Be the only process that writes here. Raises InputError if another one does."""
         lock = FileLock(self.path / LOCK, timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Folder:
             lock.release()
 
     def write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Draw `log.csv` and `curve.png` anew from all epochs."""
+        """Write `log.csv` and `curve.png` from the rows of all epochs."""
         out = io.StringIO()
         writer = Writer(out, LOG_COLUMNS)
         writer.writeheader()
@@ -133,8 +133,8 @@ class Folder:
             write_atomic(self.path / CURVE, draw_curve(rows))
 
 
-class Board:
-    """A TensorBoard log beside the CSV, where the package is installed."""
+class TensorBoardLog:
+    """A TensorBoard log beside the CSV, if the package is installed."""
 
     def __init__(self, folder: Path, first_epoch: int) -> None:
         self.writer: Any = None
@@ -147,7 +147,7 @@ class Board:
         self.writer = make(str(folder / "tensorboard"), purge_step=first_epoch)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Add an epoch's numbers."""
+        """Add the numbers of an epoch."""
         if self.writer is None:
             return
         for name in LOG_COLUMNS:
@@ -163,7 +163,7 @@ class Board:
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draw losses, accuracy and learning rate by epoch, as PNG."""
+    """Return a figure of losses, accuracy and learning rate by epoch, as PNG."""
     figure = Figure(figsize=(9.0, 3.4), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     loss, top, rate = figure.subplots(1, 3)
@@ -211,11 +211,11 @@ def write_model(
     score: Mapping[str, Any],
     throughput: Mapping[str, Any] | None,
 ) -> None:
-    """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and what is known of it."""
+    """Write `<stem>.safetensors` and `<stem>.json`: the weights of a timm model and its record."""
     data = weights_bytes(state, {"epoch": str(score["epoch"])})
     stem.parent.mkdir(exist_ok=True)
     write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
-    told = model_json(
+    record = model_json(
         family,
         arch,
         ctx,
@@ -225,4 +225,4 @@ def write_model(
         throughput=throughput,
         preprocessing=preprocessing_of(dataset),
     )
-    write_json(stem.with_name(f"{stem.name}.json"), told)
+    write_json(stem.with_name(f"{stem.name}.json"), record)

@@ -1,4 +1,4 @@
-"""What a student learns: every kind equals its definition and timm's, from a teacher or a store."""
+"""Every loss equals its definition and timm's, from a teacher in memory or from stored labels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,116 @@ from typing import Any
 
 import pytest
 import torch
+from timm.loss import SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch import Tensor, nn
 
 from nas.core.config import LABEL_CHOICES
-from nas.train.losses import dense_target
-from nas.train.teaching import (
+from nas.train.losses import (
     DISTILL,
     DistillLoss,
-    Taught,
+    TeacherTargets,
     both_heads,
     fuse,
     has_token,
+    label_entropy,
+    retemper,
     set_token_training,
+    sparse_soft_cross_entropy,
 )
 from space import Context, get_family
 from space.errors import InputError
+from tests.train_cases import dense_target
+
+
+def problem(
+    batch: int, classes: int, topk: int, seed: int, spread: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, classes, generator=gen) * spread
+    teacher = torch.softmax(torch.randn(batch, classes, generator=gen).double() * spread, 1)
+    prob, index = teacher.topk(topk, dim=1)
+    tail = teacher.scatter(1, index, 0.0).sum(1)
+    return logits, index, prob.float(), tail.float()
+
+
+@pytest.mark.parametrize(
+    ("classes", "topk"), [(2, 1), (3, 2), (10, 9), (10, 1), (100, 10), (1000, 10), (5000, 100)]
+)
+def test_sparse_equals_dense_with_gradients(classes: int, topk: int) -> None:
+    for seed in range(5):
+        logits, index, prob, tail = problem(7, classes, topk, seed)
+        target = dense_target(index, prob, tail, classes)
+        assert torch.allclose(target.sum(1), torch.ones(7), atol=1e-6)
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        loss = sparse_soft_cross_entropy(ours, index, prob, tail)
+        assert loss.shape == (7,)
+        assert loss.dtype == torch.float32
+        dense = SoftTargetCrossEntropy()(theirs, target)
+        assert abs(float((loss.mean() - dense).detach())) <= 1e-6 * max(1.0, float(dense.detach()))
+        loss.mean().backward()
+        dense.backward()
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+def test_the_best_student_is_the_teacher() -> None:
+    for seed in range(5):
+        logits, index, prob, tail = problem(4, 20, 5, seed)
+        target = dense_target(index, prob, tail, 20)
+        best = sparse_soft_cross_entropy(target.log(), index, prob, tail)
+        assert (best <= sparse_soft_cross_entropy(logits, index, prob, tail) + 1e-6).all()
+
+
+def test_a_zero_tail_costs_nothing_for_impossible_classes() -> None:
+    logits = torch.tensor([[200.0, -200.0, -200.0]])
+    loss = sparse_soft_cross_entropy(
+        logits, torch.tensor([[0]]), torch.tensor([[1.0]]), torch.tensor([0.0])
+    )
+    assert float(loss) == 0.0
+
+
+def test_autocast_and_half_logits_do_not_lower_the_precision() -> None:
+    logits, index, prob, tail = problem(16, 1000, 10, 0, spread=6.0)
+    rounded = logits.bfloat16()
+    want = sparse_soft_cross_entropy(rounded.float(), index, prob, tail)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = sparse_soft_cross_entropy(rounded, index, prob, tail)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("heat", [0.5, 1.0, 2.0, 4.0, 20.0])
+@pytest.mark.parametrize(("classes", "topk"), [(2, 1), (10, 9), (100, 10), (1000, 10)])
+def test_retempered_labels_are_those_of_softened_logits(
+    classes: int, topk: int, heat: float
+) -> None:
+    _, index, prob, tail = problem(6, classes, topk, 3)
+    warm, rest = retemper(prob, tail, classes, heat)
+    dense = dense_target(index, prob, tail, classes).double()  # the tail is spread evenly
+    want = dense ** (1 / heat)
+    want = want / want.sum(1, keepdim=True)
+    assert torch.allclose(warm.double(), want.gather(1, index), atol=1e-6)
+    assert torch.allclose(warm.sum(1) + rest, torch.ones(6), atol=1e-6)
+    assert (rest >= 0).all()
+    impossible = retemper(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0]), 5, heat)
+    assert impossible[0].tolist() == [[1.0, 0.0]]
+    assert impossible[1].tolist() == [0.0]
+
+
+def test_the_divergence_is_zero_for_the_teacher_itself_and_finite_for_certain_ones() -> None:
+    _, index, prob, tail = problem(6, 30, 5, 0)
+    targets = TeacherTargets(index=index, prob=prob, tail=tail)
+    itself = dense_target(index, prob, tail, 30).log()
+    assert targets.divergence(itself, 1.0).abs().max() < 1e-5
+    certain = torch.tensor([[1.0, 0.0]])
+    assert label_entropy(certain, torch.tensor([0.0]), 30).tolist() == [0.0]
+    sure = TeacherTargets(index=torch.tensor([[3, 4]]), prob=certain, tail=torch.zeros(1))
+    assert torch.isfinite(sure.divergence(torch.zeros(1, 30), 2.0)).all()
+    with pytest.raises(InputError):
+        retemper(torch.ones(1, 1), torch.zeros(1), 3, -1.0)
+
 
 VIT = get_family("vit")
 SMALL = {
@@ -50,12 +144,12 @@ def classes_of(seed: int, classes: int = CLASSES) -> Tensor:
     return torch.randint(classes, (BATCH,), generator=torch.Generator().manual_seed(seed))
 
 
-def stored(seed: int, topk: int, classes: int = CLASSES) -> tuple[Taught, Taught]:
+def stored(seed: int, topk: int, classes: int = CLASSES) -> tuple[TeacherTargets, TeacherTargets]:
     """The same teacher twice: as a store keeps it, and as logits of an evenly spread tail."""
     prob, index = drawn(seed + 200, BATCH, classes).softmax(1).topk(topk, dim=1)
     tail = 1 - prob.sum(1)
     dense = dense_target(index, prob, tail, classes).log()
-    return Taught(index=index, prob=prob, tail=tail), Taught(logits=dense + 3.0)
+    return TeacherTargets(index=index, prob=prob, tail=tail), TeacherTargets(logits=dense + 3.0)
 
 
 def oracle(loss: DistillLoss, outputs: Any, target: Tensor, teacher: Tensor) -> Tensor:
@@ -81,15 +175,24 @@ def oracle(loss: DistillLoss, outputs: Any, target: Tensor, teacher: Tensor) -> 
         hard = -two.log_softmax(0)[said.argmax()]
         own = -(truth * one.log_softmax(0)).sum()
         share = loss.alpha if known else 1.0
-        told = {"soft": soft, "hard": hard, "token": hard if loss.token_loss == "hard" else soft}
-        whole = {"none": own, "sparse": -(said.softmax(0) * one.log_softmax(0)).sum()}
-        found.append(whole.get(loss.kind, (1 - share) * own + share * told.get(loss.kind, own)))
+        taught = {
+            "none": own,
+            "sparse": -(said.softmax(0) * one.log_softmax(0)).sum(),
+            "soft": soft,
+            "hard": hard,
+            "token": hard if loss.token_loss == "hard" else soft,
+        }
+        if loss.kind == "sparse":
+            share = 1 - loss.hard_weight if known else 1.0
+        found.append((1 - share) * own + share * taught[loss.kind])
     return torch.stack(found)
 
 
 LOSSES = [
     DistillLoss("none", label_smoothing=0.1),
     DistillLoss("sparse", temperature=4.0),
+    DistillLoss("sparse", hard_weight=0.3),
+    DistillLoss("sparse", hard_weight=1.0),
     *(DistillLoss("soft", 0.3, t, r) for t in (1.0, 3.0) for r in ("batchmean", "numel")),
     DistillLoss("soft", 0.0),
     DistillLoss("hard", 0.7, label_smoothing=0.1),
@@ -178,7 +281,7 @@ def test_values_and_gradients_are_those_of_timms_tasks(
         told = task(torch.zeros(BATCH, 3, 4, 4), target)["loss"]
         told.backward()
         wanted = [p.grad for p in shared["student_model"].outputs]
-        taught = Taught(logits=teacher)
+        taught = TeacherTargets(logits=teacher)
         value, grads = learned(
             lambda *o, loss=loss, target=target, taught=taught: loss(
                 o[0] if len(o) == 1 else o, target, taught
@@ -195,7 +298,7 @@ def test_values_and_gradients_are_those_of_timms_tasks(
 def test_numel_is_batchmean_over_the_classes(kind: str, classes: int) -> None:
     mean = DistillLoss(kind, 1.0, 3.0, "batchmean", "soft")
     outputs, target = heads(0, classes), classes_of(0, classes)
-    taught = Taught(logits=drawn(9, BATCH, classes))
+    taught = TeacherTargets(logits=drawn(9, BATCH, classes))
     by_mean, by_numel = (
         each(outputs, target, taught) for each in (mean, replace(mean, reduction="numel"))
     )
@@ -249,7 +352,7 @@ def test_each_head_learns_from_its_own_teacher_alone() -> None:
     outputs, target = heads(3), classes_of(3)
     grads = []
     for truth, seed in ((target, 1), (target, 2), (target.flip(0), 1)):
-        taught = Taught(logits=drawn(seed, BATCH, CLASSES))
+        taught = TeacherTargets(logits=drawn(seed, BATCH, CLASSES))
         _, found = learned(
             lambda *o, y=truth, t=taught: DistillLoss("token")(o, y, t).mean(), outputs
         )
@@ -263,7 +366,7 @@ def test_each_head_learns_from_its_own_teacher_alone() -> None:
 
 def test_hard_distillation_needs_no_token() -> None:
     (logits, other), target = heads(4), classes_of(4)
-    taught = Taught(logits=drawn(5, BATCH, CLASSES))
+    taught = TeacherTargets(logits=drawn(5, BATCH, CLASSES))
     loss = DistillLoss("hard", 0.5)
     entropy = nn.functional.cross_entropy
     want = (entropy(logits, target) + entropy(logits, taught.best())) / 2
@@ -275,13 +378,13 @@ def test_hard_distillation_needs_no_token() -> None:
 def test_an_image_of_unknown_class_is_the_teachers_alone() -> None:
     outputs, known = heads(6), classes_of(6)
     unknown = torch.full_like(known, -1)
-    taught = Taught(logits=drawn(7, BATCH, CLASSES))
+    taught = TeacherTargets(logits=drawn(7, BATCH, CLASSES))
     for loss in LOSSES:
         if loss.kind == "none":
             with pytest.raises(AssertionError, match="need their class"):
                 loss(outputs, unknown, None)
             continue
-        alone = replace(loss, alpha=1.0)
+        alone = replace(loss, alpha=1.0, hard_weight=0.0)
         assert torch.equal(loss(outputs, unknown, taught), alone(outputs, known, taught))
         with pytest.raises(AssertionError, match="takes a teacher"):
             loss(outputs, known, None)
@@ -300,6 +403,7 @@ def test_an_image_of_unknown_class_is_the_teachers_alone() -> None:
         ({"reduction": "mean"}, "--kl-reduction"),
         ({"token_loss": "none"}, "--token-loss"),
         ({"label_smoothing": 1.0}, "--label-smoothing"),
+        ({"hard_weight": 1.5}, "--hard-weight"),
     ],
 )
 def test_losses_that_do_not_exist_are_refused(change: dict[str, Any], named: str) -> None:

@@ -1,16 +1,19 @@
-"""Parameter groups: the authors' layer decay, and no weight decay where they have none."""
+"""The optimizer: the authors' layer decay and weight decay, and the schedule's formula."""
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nas.inherit.checkpoint_start import map_head
-from nas.train.groups import block_scales, make_grouped_optimizer
-from nas.train.network import freeze_batch_norms
+from nas.train.fit import freeze_batch_norms
+from nas.train.optim import layer_lr_scales, lr_at, make_optimizer
 from space import Context, get_family
 
 CTX = Context(64, 5)
@@ -51,11 +54,11 @@ def official_scale(name: str, depths: tuple[int, ...], decay: float) -> float:
 @pytest.mark.parametrize("decay", [0.8, 0.5, 1.0])
 def test_layer_decay_is_the_authors(depths: tuple[int, int, int, int], decay: float) -> None:
     model, blocks = tinyvit(depths)
-    scales = block_scales(model, blocks, decay)
+    scales = layer_lr_scales(model, blocks, decay)
     assert set(scales) == {name for name, _ in model.named_parameters()}
     for name, scale in scales.items():
         assert scale == pytest.approx(official_scale(name, depths, decay)), name
-    optimizer = make_grouped_optimizer(
+    optimizer = make_optimizer(
         model, lr=1.0, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, scales=scales
     )
     names = {id(p): n for n, p in model.named_parameters()}
@@ -71,7 +74,7 @@ def test_layer_decay_is_the_authors(depths: tuple[int, int, int, int], decay: fl
 
 def test_without_layer_decay_the_groups_are_timms() -> None:
     model, _ = tinyvit((1, 1, 1, 1))
-    ours = make_grouped_optimizer(
+    ours = make_optimizer(
         model, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-7, scales=None
     )
     theirs = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
@@ -108,3 +111,25 @@ def test_a_mapped_head_takes_rows_and_the_mean_for_what_is_missing() -> None:
         wanted = torch.cat([v, v[index[index != -1]].mean(0, keepdim=True)], 0)[index]
         assert torch.equal(mapped[key], wanted)
     assert mapped["other"] is state["other"]
+
+
+@given(
+    total=st.integers(1, 60), share=st.floats(0, 1), lr=st.floats(1e-6, 1.0), low=st.floats(0, 1)
+)
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_the_schedule_is_its_formula(total: int, share: float, lr: float, low: float) -> None:
+    warm = min(int(share * total), total - 1)
+    floor = low * lr
+    rates = [
+        lr_at(s, total_steps=total, warmup_steps=warm, lr=lr, min_lr=floor) for s in range(total)
+    ]
+    for s in range(warm):
+        assert math.isclose(rates[s], lr * (s + 1) / (warm + 1))
+    for s in range(warm, total):
+        angle = math.pi * (s - warm) / (total - warm)
+        assert math.isclose(rates[s], floor + (lr - floor) * (1 + math.cos(angle)) / 2)
+    assert max(rates) == rates[warm]
+    assert math.isclose(rates[warm], lr)
+    assert rates[:warm] == sorted(rates[:warm])
+    assert rates[warm:] == sorted(rates[warm:], reverse=True)
+    assert lr_at(total, total_steps=total, warmup_steps=warm, lr=lr, min_lr=floor) == floor

@@ -13,7 +13,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.spec import default_spec
-from nas.train.batches import LiveBatches, Share, check_parts, dealt, repeated
+from nas.train.batches import LiveBatches, RankShard, check_batch_size, divide, repeated
 from space.errors import InputError
 
 
@@ -47,7 +47,7 @@ def test_repeats_are_dealt_out_as_timms_sampler_does(world: int) -> None:
         )
         theirs = list(sampler)
         batch = 24
-        mine = dealt(np.split(rows, n // batch), Share(rank, world, 1))
+        mine = divide(np.split(rows, n // batch), RankShard(rank, world, 1))
         ours = np.concatenate([part for *_, part in mine]).tolist()
         assert ours == theirs
 
@@ -62,8 +62,8 @@ def test_parts_make_up_the_whole_batch_once(world: int, turns: int, whole: int, 
     batches = [np.arange(s * whole, (s + 1) * whole) for s in range(steps)]
     seen: dict[int, list[int]] = {s: [] for s in range(steps)}
     for rank in range(world):
-        share = Share(rank, world, turns)
-        mine = dealt(batches, share)
+        share = RankShard(rank, world, turns)
+        mine = divide(batches, share)
         assert len(mine) == steps * turns
         for at, (number, size, rows) in enumerate(mine):
             assert size == whole
@@ -86,7 +86,7 @@ def test_two_processes_in_one_turn_see_the_parts_of_one_in_two(digits: Dataset) 
         )
         return [
             (part.number, part.inputs)
-            for step in source.steps(2, 0, Share(rank, world, turns))
+            for step in source.steps(2, 0, RankShard(rank, world, turns))
             for part in step
         ]
 
@@ -108,7 +108,7 @@ def test_an_epoch_goes_on_from_any_step_and_copies_are_other_views(digits: Datas
         workers=0,
         device="cpu",
     )
-    share = Share(0, 1, 1)
+    share = RankShard(0, 1, 1)
     whole = [step[0] for step in source.steps(1, 0, share)]
     assert len(whole) == source.steps_per_epoch
     for start in (1, source.steps_per_epoch - 1, source.steps_per_epoch):
@@ -129,26 +129,26 @@ def test_an_epoch_goes_on_from_any_step_and_copies_are_other_views(digits: Datas
 @pytest.mark.parametrize(
     ("images", "share", "even", "ok"),
     [
-        (32, Share(0, 2, 1), False, True),
-        (33, Share(0, 2, 1), False, False),
-        (2, Share(0, 2, 1), False, False),  # batch norm needs two of each
-        (12, Share(0, 3, 2), True, True),
-        (18, Share(0, 3, 2), True, False),
-        (18, Share(0, 3, 2), False, True),
+        (32, RankShard(0, 2, 1), False, True),
+        (33, RankShard(0, 2, 1), False, False),
+        (2, RankShard(0, 2, 1), False, False),  # batch norm needs two of each
+        (12, RankShard(0, 3, 2), True, True),
+        (18, RankShard(0, 3, 2), True, False),
+        (18, RankShard(0, 3, 2), False, True),
     ],
 )
 def test_a_batch_that_processes_cannot_share_is_refused_with_the_nearest(
-    images: int, share: Share, even: bool, ok: bool
+    images: int, share: RankShard, even: bool, ok: bool
 ) -> None:
     if ok:
-        check_parts("batch_size", images, share, even=even)
+        check_batch_size("batch_size", images, share, even=even)
         return
     with pytest.raises(InputError) as error:
-        check_parts("batch_size", images, share, even=even)
+        check_batch_size("batch_size", images, share, even=even)
     near = [int(word) for word in str(error.value).split(";")[-1].split() if word.isdigit()]
     assert near
     for each in near:
-        check_parts("batch_size", each, share, even=even)
+        check_batch_size("batch_size", each, share, even=even)
 
 
 def test_more_than_all_images_make_no_batch(digits: Dataset, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from benchmarks.baselines.live import live
 from benchmarks.lab import Lab, Trained, Training, arguments, opened
 from benchmarks.proxy import CRITERION, PROXY_SEED
 from nas.core.cli import Parser, guarded
-from nas.core.config import EFFORTS, ROUNDS, SEARCH_CHOICES, steps_of
+from nas.core.config import EFFORTS, ROUNDS, choices_of, effort_defaults, steps_of
 from nas.core.io import read_json, write_atomic, write_json
 from nas.core.progress import Console
 from nas.core.table import Writer
@@ -396,7 +396,7 @@ def build_parser() -> Parser:
     add("--shortlist", type=int, help="archs listed a step (default: the effort's)")
     add("--proxied", type=int, help="of them scored, 0: all (default: the effort's)")
     add("--beam", type=int, help="default: the effort's")
-    ways = SEARCH_CHOICES["choose"]
+    ways = choices_of("choose")
     add("--choose", choices=ways, default=ways[0], help="as nas.contract (default %(default)s)")
     add("--evaluations", type=int, default=60, help="what a search may spend (default %(default)s)")
     add("--replays", type=int, default=50, help="random seeds a strategy (default %(default)s)")
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         for name in ("shortlist", "proxied", "beam"):
             if getattr(given, name) is None:
-                setattr(given, name, EFFORTS[given.effort][name])
+                setattr(given, name, effort_defaults(given.effort)[name])
         for name, least in (
             ("sd_archs", 2),
             ("sd_seeds", 2),

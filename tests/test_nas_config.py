@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.contract.checks import make_config, with_steps
+from nas.contract.flags import build_parser
 from nas.core.config import (
     EFFORTS,
     MOST_STEPS,
@@ -20,11 +21,13 @@ from nas.core.config import (
     STEP_KEEPS,
     RunConfig,
     config_from_dict,
+    effort_defaults,
     parse_count,
     parse_share,
     steps_of,
     with_effort,
 )
+from nas.core.settings import settings_of, table_of
 from nas.search.strategies import get_strategy, strategy_names
 from nas.train.optim import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
 from space import get_family
@@ -44,13 +47,14 @@ def test_every_effort_is_a_legal_configuration_and_survives_json(effort: str) ->
 
 def test_an_effort_sets_only_settings_that_exist_and_the_same_ones() -> None:
     names = {f.name for f in dataclasses.fields(RunConfig)}
-    keys = {frozenset(values) for values in EFFORTS.values()}
+    keys = {frozenset(effort_defaults(effort)) for effort in EFFORTS}
     assert len(keys) == 1
     assert next(iter(keys)) <= names
 
 
 def test_effort_high_times_24_and_trains_eight_a_step() -> None:
-    assert (EFFORTS["high"]["shortlist"], EFFORTS["high"]["proxied"]) == (24, 8)
+    high = effort_defaults("high")
+    assert (high["shortlist"], high["proxied"]) == (24, 8)
 
 
 def test_steps_are_as_many_as_the_way_is_long() -> None:
@@ -147,6 +151,18 @@ def test_shares_parse_as_numbers_and_percentages(share: float) -> None:
 def test_bad_shares_are_refused(text: str) -> None:
     with pytest.raises(InputError):
         parse_share("--max-broken", text)
+
+
+def test_every_setting_has_one_flag_and_the_table_lists_them_all() -> None:
+    flags = {action.dest: action for action in build_parser()._actions}
+    table = table_of(RunConfig, EFFORTS)
+    for field in settings_of(RunConfig):
+        assert flags[field.name].option_strings == [field.flag]
+        assert f"| `{field.flag}` |" in table
+    undescribed = {f.name for f in dataclasses.fields(RunConfig)} - {
+        f.name for f in settings_of(RunConfig)
+    }
+    assert undescribed == {"seed_arch"}
 
 
 def test_unknown_settings_in_run_json_are_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from label_cases import built
 
-from nas.core.config import LABEL_CHOICES
+from nas.core.config import choices_of
 from nas.core.progress import no_tick
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.spec import default_spec, eval_batch
@@ -246,7 +246,7 @@ def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
     assert all(math.isfinite(score) for score in scores)
 
 
-KINDS = LABEL_CHOICES["distill"]
+KINDS = choices_of("distill")
 VIT = get_family("vit")
 TOKEN = VIT.arch(
     {

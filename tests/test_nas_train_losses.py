@@ -13,7 +13,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.task import LogitDistillationTask, TokenDistillationTask
 from torch import Tensor, nn
 
-from nas.core.config import LABEL_CHOICES
+from nas.core.config import choices_of
 from nas.train.losses import (
     DISTILL,
     DistillLoss,
@@ -412,7 +412,7 @@ def test_losses_that_do_not_exist_are_refused(change: dict[str, Any], named: str
 
 
 def test_the_choices_of_a_run_are_kinds_that_learn_from_a_teacher() -> None:
-    assert LABEL_CHOICES["distill"] == DISTILL[1:]
+    assert choices_of("distill") == DISTILL[1:]
     assert [kind for kind in DISTILL if not DistillLoss(kind).needs_truth] == ["sparse"]
 
 

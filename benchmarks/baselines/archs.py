@@ -14,7 +14,7 @@ from nas.contract import contract
 from nas.contract.final import nearest_published
 from nas.contract.run import RunResult
 from nas.core.cli import default_cache
-from nas.core.config import EFFORTS, SEARCH_CHOICES, parse_count, steps_of
+from nas.core.config import EFFORTS, choices_of, effort_defaults, parse_count, steps_of
 from nas.core.cpus import usable_cpus
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
@@ -79,7 +79,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--effort", default="normal", help=f"of the searches: {', '.join(EFFORTS)} (normal)")
     for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int, help="of the searches (that of the effort)")
-    ways = SEARCH_CHOICES["choose"]
+    ways = choices_of("choose")
     add("--choose", choices=ways, default=ways[0], help=f"as nas.contract (default {ways[0]})")
     add("--device", default="cpu", help="default cpu")
     add("--workers", type=int, default=usable_cpus(), help="trainings at a time")
@@ -102,7 +102,7 @@ def checked(given: argparse.Namespace) -> argparse.Namespace:
         raise refuse("--targets", " ".join(given.targets), "each target once")
     given.target_params = given.targets[0]
     if given.proxy_epochs is None:
-        given.proxy_epochs = EFFORTS[given.effort]["proxy_epochs"]
+        given.proxy_epochs = effort_defaults(given.effort)["proxy_epochs"]
     return given
 
 
@@ -138,7 +138,7 @@ def search_settings(lab: Lab, given: argparse.Namespace, target: Target) -> dict
     # All of them, so that a search made with other sizes is not taken for this one.
     asked = {name: getattr(given, name) for name in SIZES}
     start = lab.run.family.count_params(lab.run.seed_arch, lab.run.context)
-    usual = {**EFFORTS[given.effort], "steps": steps_of(given.effort, start, target.params)}
+    usual = {**effort_defaults(given.effort), "steps": steps_of(given.effort, start, target.params)}
     sizes = {k: usual[k] if v is None else v for k, v in asked.items()}
     return {
         **sizes,

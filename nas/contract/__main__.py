@@ -10,29 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.contract.flags import build_parser
+from nas.contract.flags import SessionOptions, build_parser
 from nas.contract.run import RunResult, contract, plan
 from nas.core.cli import EXIT_BAD_INPUT, guarded
-from nas.core.config import parse_count, parse_share
+from nas.core.config import RunConfig
+from nas.core.settings import parsed
 from nas.jobs.means import Means
 from space.errors import InputError, refuse
 
 EXIT_REACHED, EXIT_STUCK = 0, 3
 
 
-_SESSION = (
-    "out",
-    "resume",
-    "finalists",
-    "plan",
-    "trust",
-    "status",
-    "max_hours",
-    "cache_dir",
-    "quiet",
-    "json",
-    "storage",
-)
+_SESSION = tuple(field.name for field in dataclasses.fields(SessionOptions))
 _MEANS = tuple(field.name for field in dataclasses.fields(Means))
 
 
@@ -58,13 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
         if resume is None and "replay" not in arguments:
             _need(arguments)
-        for name, parse in (
-            ("target_params", parse_count),
-            ("params_tolerance", parse_share),
-            ("max_broken", parse_share),
-        ):
-            if name in arguments:
-                arguments[name] = parse("--" + name.replace("_", "-"), arguments[name])
+        arguments = parsed(RunConfig, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -5,65 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from nas.core.cpus import MOST_AT_ONCE
 from nas.core.requirement import parse_requirement
+from nas.core.settings import check_settings, setting, settings_of
 from space.errors import refuse
 
-EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    # The whole job on digits in about a minute and a half on two quiet cores.
-    "smoke": {
-        "shortlist": 6,
-        "proxied": 2,
-        "beam": 1,
-        "draws": 4,
-        "proxy_images": 800,
-        "img_size": 48,
-        "teacher_epochs": 10,
-        "seed_epochs": 3,
-        "proxy_epochs": 1,
-        "final_epochs": 3,
-        "bench_batch": 16,
-        "bench_blocks": 6,
-        "bench_max_blocks": 12,
-    },
-    # The README's run: about ten minutes on two quiet cores with the digits.
-    "normal": {
-        "shortlist": 12,
-        "proxied": 3,
-        "beam": 2,
-        "draws": 3,
-        "proxy_images": None,
-        "img_size": None,
-        "teacher_epochs": 10,
-        "seed_epochs": 4,
-        "proxy_epochs": 2,
-        "final_epochs": 8,
-        "bench_batch": 16,
-        "bench_blocks": 10,
-        "bench_max_blocks": 30,
-    },
-    # A long run, for a night or a GPU: times 24 and trains eight a step.
-    "high": {
-        "shortlist": 24,
-        "proxied": 8,
-        "beam": 3,
-        "draws": 3,
-        "proxy_images": None,
-        "img_size": None,
-        "teacher_epochs": 30,
-        "seed_epochs": 20,
-        "proxy_epochs": 5,
-        "final_epochs": 30,
-        "bench_batch": 32,
-        "bench_blocks": 20,
-        "bench_max_blocks": 160,
-    },
-}
-"""Documented constants behind `--effort`; each has a flag of its own."""
+EFFORTS = ("smoke", "normal", "high")
+"""Smoke: the whole job on digits in about a minute and a half on two quiet cores; normal: the
+README's run, about ten minutes; high: a night, or a GPU."""
 
 STEP_KEEPS: Mapping[str, float] = {"smoke": 0.5, "normal": 0.7, "high": 0.8}
 """What share of the parameters a step keeps, roughly, by effort: 21M to 5M in 2, 4 or 6 steps."""
@@ -71,213 +24,8 @@ ROUNDS: Mapping[str, int] = {"smoke": 2, "normal": 4, "high": 6}
 """Steps of a strategy that works in the target's band all along: how often it learns and lists."""
 MOST_STEPS = 64
 
-LABEL_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "beyond": ("refuse", "cycle"),
-    "missing_labels": ("refuse", "skip"),
-    "codec": ("plain", "packed"),
-    "augment": ("default", "22k", "1k", "finetune", "batched"),
-    "distill": ("sparse", "soft", "hard", "token"),
-}
-"""What the settings about soft labels may be; see `nas.distill`."""
-SEARCH_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "proxy_init": ("inherit", "scratch"),
-    "importance": ("prefix", "l1", "l2", "taylor"),
-    "metric": ("top1", "balanced_accuracy", "macro_f1"),
-    "choose": ("near", "spread"),
-    "strategy": ("contraction", "random", "uniform", "evolution", "tpe", "nsga2", "gp"),
-}
-"""What the settings about scores and their candidates may be; see `nas.search`, `nas.distill`."""
-
 NO_SLOWER_SLACK = 0.02
 """Without a throughput constraint, a contraction may measure this much slower than its parent."""
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides the answer of a run. Two runs of equal configuration, measurements
-    and threads end with the same arch, score and weights.
-
-    Sizes are counts; `max_broken` and `params_tolerance` are shares; `min_throughput` is images/s
-    at `bench_batch` and `bench_dtype`; `min_speedup` is a ratio to the seed's throughput; `require`
-    are further requirements as `nas.core.requirement` reads them. `device_table` are files of
-    measurements made on the device that the result is for, when it is not this one.
-    """
-
-    seed: str
-    target_params: int
-    seed_arch: Mapping[str, Any] = field(default_factory=dict)
-    family: str = "tinyvit"
-    params_tolerance: float = 0.10
-    min_throughput: float | None = None
-    min_speedup: float | None = None
-    require: tuple[str, ...] = ()
-    device_table: tuple[str, ...] = ()
-    data: str = "digits"
-    img_size: int | None = None
-    proxy_images: int | None = None
-    max_broken: float = 0.01
-    pixel_cache: bool = True
-    teacher: str = "auto"
-    labels: str | None = None
-    label_epochs: int | None = None
-    beyond: str = "refuse"
-    missing_labels: str = "refuse"
-    topk: int | None = None
-    codec: str = "packed"
-    augment: str = "default"
-    distill: str = "sparse"
-    seed_weights: str | None = None
-    strategy: str = "contraction"
-    choose: str = "near"
-    freeze: tuple[str, ...] = ()
-    metric: str = "top1"
-    proxy_init: str = "inherit"
-    importance: str = "l1"
-    racing: bool = True
-    anchors: bool = True
-    effort: str = "normal"
-    steps: int = 4
-    shortlist: int = 12
-    proxied: int = 3
-    beam: int = 2
-    draws: int = 3
-    teacher_epochs: int = 10
-    seed_epochs: int = 4
-    proxy_epochs: int = 2
-    final_epochs: int = 8
-    batch_size: int = 32
-    bench_batch: int = 16
-    bench_blocks: int = 10
-    bench_max_blocks: int = 30
-    bench_dtype: str = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    random_seed: int = 0
-    bench_runtime: str = "eager"
-    bench_device: str | None = None
-    measurements: str | None = None
-    replay: str | None = None
-    measurement_cache: bool = True
-
-    def __post_init__(self) -> None:
-        check_config(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON, the inverse of `config_from_dict`."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
-
-
-def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
-    """Rebuild a configuration from `run.json`; unknown or missing keys are refused."""
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    unknown = sorted(set(data) - names)
-    missing = sorted({"seed", "target_params"} - set(data))
-    if unknown or missing:
-        raise refuse(
-            "run.json: config",
-            f"unknown {unknown} and missing {missing} settings",
-            "the settings of this version",
-            "start a new run in another folder",
-        )
-    settings = {"choose": "spread", **data}  # as it was before there was a choice
-    for name in ("require", "device_table", "freeze"):
-        settings[name] = tuple(settings.get(name, ()))
-    return RunConfig(**settings)
-
-
-def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of one effort, overridden by those that the user gave."""
-    if effort not in EFFORTS:
-        raise refuse("--effort", effort, f"one of {', '.join(EFFORTS)}")
-    return {**EFFORTS[effort], **given, "effort": effort}
-
-
-def steps_of(effort: str, params: int, target_params: int) -> int:
-    """Return how many steps an effort takes from one number of parameters to another.
-
-    Steps as long as the way asks for, rather than a fixed number of them: on a short way, many
-    small steps spend trainings on archs that are not yet in the target's band.
-    """
-    steps = round(math.log(target_params / params) / math.log(STEP_KEEPS[effort]))
-    return min(max(steps, 1), MOST_STEPS)
-
-
-def flag(name: str) -> str:
-    """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
-    negated = name in ("anchors", "pixel_cache", "measurement_cache", "racing")
-    return ("--no-" if negated else "--") + name.replace("_", "-")
-
-
-def _whole(config: RunConfig, name: str, least: int, most: int | None = None) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise refuse(flag(name), value, f"an integer >= {least}")
-    if most is not None and value > most:
-        raise refuse(flag(name), value, f"an integer <= {most}")
-
-
-def check_config(config: RunConfig) -> None:
-    """Refuse a configuration that could not run, naming the flag (house rule 2)."""
-    _whole(config, "target_params", 1)
-    for name in ("shortlist", "proxied", "beam", "draws", "bench_batch"):
-        _whole(config, name, 1, 100_000)
-    _whole(config, "steps", 1, MOST_STEPS)
-    for name in ("teacher_epochs", "seed_epochs", "proxy_epochs", "final_epochs"):
-        _whole(config, name, 1, 100_000)
-    _whole(config, "bench_blocks", 6, 10_000)
-    _whole(config, "bench_max_blocks", config.bench_blocks, 100_000)
-    _whole(config, "batch_size", 2, 65_536)
-    _whole(config, "threads", 1, MOST_AT_ONCE)
-    _whole(config, "random_seed", 0, 2**31 - 1)
-    least = {"img_size": 16, "proxy_images": 20, "topk": 1, "label_epochs": 1}
-    for name, low in least.items():
-        if getattr(config, name) is not None:
-            _whole(config, name, low)
-    for name, choices in LABEL_CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise refuse(flag(name), getattr(config, name), f"one of {', '.join(choices)}")
-    for name in ("min_throughput", "min_speedup"):
-        value = getattr(config, name)
-        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            unit = "images/s" if name == "min_throughput" else "a ratio to the seed, such as 1.9"
-            raise refuse(flag(name), value, f"a number above 0 ({unit})")
-    if config.bench_dtype not in ("float32", "bfloat16", "float16"):
-        raise refuse("--bench-dtype", config.bench_dtype, "float32, bfloat16 or float16")
-    kind, _, index = config.device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or config.device == "cpu:":
-        raise refuse("--device", config.device, "cpu, cuda or cuda:N")
-    if isinstance(config.require, str) or not all(isinstance(r, str) for r in config.require):
-        raise refuse("--require", config.require, "a list of requirements")
-    for text in config.require:
-        parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch)
-    if not 0.0 <= config.params_tolerance < 1.0:
-        raise refuse("--params-tolerance", config.params_tolerance, "a share in [0, 1)")
-    if not 0.0 <= config.max_broken < 1.0:
-        raise refuse("--max-broken", config.max_broken, "a share in [0, 1), such as 0.01 or 1%")
-    if config.proxied > config.shortlist:
-        raise refuse(
-            "--proxied",
-            config.proxied,
-            f"at most --shortlist={config.shortlist}",
-            "lower one or raise the other",
-        )
-    if config.beam > config.proxied:
-        raise refuse("--beam", config.beam, f"at most --proxied={config.proxied}")
-    for name, choices in SEARCH_CHOICES.items():
-        if getattr(config, name) not in choices:
-            raise refuse(flag(name), getattr(config, name), f"one of {', '.join(choices)}")
-    if isinstance(config.freeze, str) or not all(isinstance(name, str) for name in config.freeze):
-        raise refuse("--freeze", config.freeze, "a list of factors, slots or parts")
-    if config.labels is not None and config.teacher != "auto":
-        raise refuse(
-            "--labels with --teacher",
-            f"{config.labels} and {config.teacher}",
-            "one of the two, as a store already holds its teacher's labels",
-            "drop --teacher",
-        )
 
 
 _SUFFIXES = {"k": 1_000, "m": 1_000_000, "b": 1_000_000_000, "g": 1_000_000_000}
@@ -309,3 +57,358 @@ def parse_share(name: str, text: str | float) -> float:
     if not 0.0 <= value < 1.0:
         raise refuse(name, shown, "a share in [0, 1) such as 0.01 or 1%")
     return value
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the answer of a run.
+
+    Two runs of equal configuration, measurements and threads end with the same arch, score and
+    weights. Settings with `efforts` take their default from `effort` (`with_effort`).
+    """
+
+    seed: str = setting(
+        MISSING,
+        "where contraction starts: 5M, 11M, 21M, or a JSON file",
+        group="what to reach",
+        metavar="ARCH",
+    )
+    target_params: int = setting(
+        MISSING, "parameters to reach: 5M, 350K, ...", metavar="N", low=1, parse=parse_count
+    )
+    seed_arch: Mapping[str, Any] = field(default_factory=dict)
+    params_tolerance: float = setting(
+        0.10,
+        "the target is a band of this share either way",
+        metavar="SHARE",
+        parse=parse_share,
+        low=0.0,
+    )
+    min_throughput: float | None = setting(
+        None,
+        "least throughput on the device",
+        metavar="IMAGES_PER_S",
+        above=0.0,
+        want="a number above 0 (images/s)",
+        default_text="no such bound",
+    )
+    min_speedup: float | None = setting(
+        None,
+        "least throughput relative to the seed, timed interleaved; with neither bound, a "
+        "contraction may not be slower than its parent, less 2 %",
+        metavar="RATIO",
+        above=0.0,
+        want="a number above 0 (a ratio to the seed, such as 1.9)",
+        default_text="no such bound",
+    )
+    require: tuple[str, ...] = setting(
+        (),
+        "METRIC>=VALUE@DEVICE[:RUNTIME][:DTYPE][:bBATCH], may be repeated: "
+        "'speedup>=1.9@cpu:onnxruntime:b1', 'images_per_s>=3000@cuda:b256', "
+        "'latency_ms<=20@cpu:b1', 'latency_p99_ms<=30@cpu', 'peak_mem_mb<=400@cpu:b1', "
+        "'macs<=1.2G', 'params<=5.2M'",
+        metavar="REQUIREMENT",
+        want="a list of requirements",
+    )
+    device_table: tuple[str, ...] = setting(
+        (),
+        "measurements of a device that is not this one, made there by python -m "
+        "benchmarks.throughput; what it has not measured is predicted, and nothing is promised "
+        "before the finalists are measured there (--finalists)",
+        metavar="FILE",
+        many=True,
+    )
+    family: str = setting("tinyvit", "kind of model")
+    data: str = setting(
+        "digits",
+        "digits, fractals, an image folder, or torch/..., hfds/..., wds/...",
+        group="data and teacher",
+        metavar="SOURCE",
+    )
+    img_size: int | None = setting(
+        None,
+        "resolution",
+        metavar="PX",
+        low=16,
+        efforts=(48, None, None),
+        default_text="smoke 48, else from data",
+    )
+    proxy_images: int | None = setting(
+        None,
+        "train and score on a stratified subset of N images",
+        metavar="N",
+        low=20,
+        efforts=(800, None, None),
+        default_text="smoke 800, else 10000",
+    )
+    max_broken: float = setting(
+        0.01,
+        "broken images tolerated",
+        metavar="SHARE",
+        parse=parse_share,
+        low=0.0,
+        default_text="1%",
+    )
+    pixel_cache: bool = setting(
+        True, "decode a folder's images each time instead of keeping their pixels"
+    )
+    teacher: str = setting(
+        "auto", "auto, a timm name with pretrained weights, or MODEL:FILE", metavar="MODEL"
+    )
+    labels: str | None = setting(None, "use this soft-label store", metavar="STORE")
+    label_epochs: int | None = setting(
+        None,
+        "epochs of labels to store",
+        metavar="N",
+        low=1,
+        default_text="those of the longest training",
+    )
+    beyond: str = setting(
+        "refuse", "training past the stored epochs", metavar="POLICY", choices=("refuse", "cycle")
+    )
+    missing_labels: str = setting(
+        "refuse", "images without a label in --labels", metavar="POLICY", choices=("refuse", "skip")
+    )
+    topk: int | None = setting(
+        None,
+        "classes kept a label",
+        metavar="K",
+        low=1,
+        default_text="10, or 100 of more than 10,000; at most classes-1",
+    )
+    codec: str = setting("packed", "records", choices=("plain", "packed"))
+    augment: str = setting(
+        "default",
+        "augmentation",
+        metavar="PRESET",
+        choices=("default", "22k", "1k", "finetune", "batched"),
+    )
+    distill: str = setting(
+        "sparse",
+        "what seed, candidates and winner learn: the teacher's stored labels alone (sparse), or "
+        "half the true labels and half the teacher's: soft (KL), hard (its best class), token "
+        "(hard, on the distillation token's own head; without a token as hard); scores stay the "
+        "loss against the teacher's labels",
+        metavar="KIND",
+        choices=("sparse", "soft", "hard", "token"),
+    )
+    seed_weights: str | None = setting(
+        None,
+        "start the seed from a checkpoint or a timm tag",
+        metavar="FILE|TAG",
+        default_text="from scratch",
+    )
+    effort: str = setting(
+        "normal",
+        "sets what names the efforts as its defaults",
+        group="how hard to look",
+        choices=EFFORTS,
+    )
+    steps: int = setting(
+        4,
+        "steps from seed to target",
+        metavar="N",
+        low=1,
+        high=MOST_STEPS,
+        default_text="as many as cut about this share each: "
+        + ", ".join(f"{effort} {1 - keeps:.0%}" for effort, keeps in STEP_KEEPS.items()),
+    )
+    shortlist: int = setting(
+        12, "candidates timed a step", metavar="N", low=1, high=100_000, efforts=(6, 12, 24)
+    )
+    proxied: int = setting(
+        3, "candidates trained a step", metavar="N", low=1, high=100_000, efforts=(2, 3, 8)
+    )
+    beam: int = setting(
+        2, "incumbents kept a step", metavar="N", low=1, high=100_000, efforts=(1, 2, 3)
+    )
+    draws: int = setting(
+        3,
+        "shortlists drawn before a step is stuck",
+        metavar="N",
+        low=1,
+        high=100_000,
+        efforts=(4, 3, 3),
+    )
+    teacher_epochs: int = setting(
+        10, "epochs of the auto teacher", metavar="N", low=1, high=100_000, efforts=(10, 10, 30)
+    )
+    seed_epochs: int = setting(
+        4, "epochs of the seed", metavar="N", low=1, high=100_000, efforts=(3, 4, 20)
+    )
+    proxy_epochs: int = setting(
+        2, "epochs of a candidate", metavar="N", low=1, high=100_000, efforts=(1, 2, 5)
+    )
+    final_epochs: int = setting(
+        8, "epochs of the final comparison", metavar="N", low=1, high=100_000, efforts=(3, 8, 30)
+    )
+    batch_size: int = setting(32, "training batch", metavar="N", low=2, high=65_536)
+    proxy_init: str = setting(
+        "inherit",
+        "where a candidate starts, its parent's sliced weights or fresh ones",
+        choices=("inherit", "scratch"),
+    )
+    strategy: str = setting(
+        "contraction",
+        "what lists the candidates; all but contraction look inside the target's band at once",
+        metavar="NAME",
+        choices=("contraction", "random", "uniform", "evolution", "tpe", "nsga2", "gp"),
+    )
+    choose: str = setting(
+        "near",
+        "which of contraction's candidates are trained, the nearest to their parent first or "
+        "those that differ most",
+        metavar="HOW",
+        choices=("near", "spread"),
+    )
+    importance: str = setting(
+        "l1",
+        "which units and blocks of its parent a child takes",
+        metavar="NAME",
+        choices=("prefix", "l1", "l2", "taylor"),
+    )
+    racing: bool = setting(
+        True, "train every candidate to the end, also those that cannot win any more"
+    )
+    freeze: tuple[str, ...] = setting(
+        (),
+        "keep a factor, a slot or a stage as it is, may be repeated: window_sizes, "
+        "'embed_dims[3]', stage1",
+        metavar="PART",
+        want="a list of factors, slots or parts",
+    )
+    metric: str = setting(
+        "top1",
+        "the score; with balanced_accuracy and macro_f1 every class counts alike",
+        metavar="NAME",
+        choices=("top1", "balanced_accuracy", "macro_f1"),
+    )
+    anchors: bool = setting(
+        True, "do not add uniform scaling and published archs to the shortlists"
+    )
+    device: str = setting("cpu", "cpu, cuda or cuda:N", group="device and measuring")
+    threads: int = setting(
+        1, "torch threads", metavar="N", low=1, high=MOST_AT_ONCE, default_text="the usable CPUs"
+    )
+    bench_batch: int = setting(
+        16, "images a pass", metavar="N", low=1, high=100_000, efforts=(16, 16, 32)
+    )
+    bench_runtime: str = setting(
+        "eager",
+        "what executes the networks that are timed: eager, eager-fused, compile, onnxruntime, "
+        "openvino, ...",
+        metavar="NAME",
+    )
+    bench_device: str | None = setting(None, "where they are timed", default_text="the --device")
+    measurement_cache: bool = setting(
+        True, "time everything anew instead of taking what earlier runs measured on this device"
+    )
+    bench_dtype: str = setting(
+        "float32", "their arithmetic", choices=("float32", "bfloat16", "float16")
+    )
+    bench_blocks: int = setting(
+        10, "timed blocks at least", metavar="N", low=6, high=10_000, efforts=(6, 10, 20)
+    )
+    bench_max_blocks: int = setting(
+        30, "timed blocks at most", metavar="N", low=6, high=100_000, efforts=(12, 30, 160)
+    )
+    measurements: str | None = setting(
+        None,
+        "reuse the measurements of equal fingerprint from another run's measurements.csv",
+        metavar="FILE",
+    )
+    replay: str | None = setting(
+        None,
+        "answer from what an earlier run measured and scored, training only what is missing",
+        metavar="DIR",
+    )
+    random_seed: int = setting(0, "of every draw", metavar="N", low=0, high=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON, the inverse of `config_from_dict`."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
+    """Rebuild a configuration from `run.json`; unknown or missing keys are refused."""
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    unknown = sorted(set(data) - names)
+    missing = sorted({"seed", "target_params"} - set(data))
+    if unknown or missing:
+        raise refuse(
+            "run.json: config",
+            f"unknown {unknown} and missing {missing} settings",
+            "the settings of this version",
+            "start a new run in another folder",
+        )
+    settings = dict(data)
+    for name in ("require", "device_table", "freeze"):
+        settings[name] = tuple(settings.get(name, ()))
+    return RunConfig(**settings)
+
+
+def effort_defaults(effort: str) -> dict[str, Any]:
+    """Return the settings that an effort sets. Raises InputError."""
+    if effort not in EFFORTS:
+        raise refuse("--effort", effort, f"one of {', '.join(EFFORTS)}")
+    at = EFFORTS.index(effort)
+    return {f.name: f.about.efforts[at] for f in settings_of(RunConfig) if f.about.efforts}
+
+
+def with_effort(effort: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one effort, overridden by those that the user gave."""
+    return {**effort_defaults(effort), **given, "effort": effort}
+
+
+def choices_of(name: str) -> tuple[str, ...]:
+    """Return what a setting of a run may be."""
+    return next(f.about.choices for f in settings_of(RunConfig) if f.name == name)
+
+
+def steps_of(effort: str, params: int, target_params: int) -> int:
+    """Return how many steps an effort takes from one number of parameters to another.
+
+    Steps as long as the way asks for, rather than a fixed number of them: on a short way, many
+    small steps spend trainings on archs that are not yet in the target's band.
+    """
+    steps = round(math.log(target_params / params) / math.log(STEP_KEEPS[effort]))
+    return min(max(steps, 1), MOST_STEPS)
+
+
+def flag(name: str) -> str:
+    """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
+    return next(field.flag for field in settings_of(RunConfig) if field.name == name)
+
+
+def check_config(config: RunConfig) -> None:
+    """Refuse a configuration that could not run, naming the flag."""
+    check_settings(config)
+    if config.bench_max_blocks < config.bench_blocks:
+        want = f"an integer >= --bench-blocks={config.bench_blocks}"
+        raise refuse(flag("bench_max_blocks"), config.bench_max_blocks, want)
+    kind, _, index = config.device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or config.device == "cpu:":
+        raise refuse("--device", config.device, "cpu, cuda or cuda:N")
+    for text in config.require:
+        parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch)
+    for name in ("params_tolerance", "max_broken"):
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise refuse(flag(name), getattr(config, name), "a share in [0, 1), such as 0.01 or 1%")
+    for name, most in (("proxied", "shortlist"), ("beam", "proxied")):
+        value, limit = getattr(config, name), getattr(config, most)
+        if value > limit:
+            want = f"at most {flag(most)}={limit}"
+            raise refuse(flag(name), value, want, "lower one or raise the other")
+    if config.labels is not None and config.teacher != "auto":
+        raise refuse(
+            "--labels with --teacher",
+            f"{config.labels} and {config.teacher}",
+            "one of the two, as a store already holds its teacher's labels",
+            "drop --teacher",
+        )

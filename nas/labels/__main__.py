@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.cli import Parser, default_cache, guarded
-from nas.core.config import LABEL_CHOICES, parse_share
+from nas.core.config import choices_of, parse_share
 from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
 from nas.data.cache import cache_report, clean_cache, parse_bytes
@@ -57,10 +57,10 @@ def build_parser() -> Parser:
     make.add_argument("--teacher-epochs", type=int, default=15, help="of the auto teacher")
     make.add_argument("--epochs", type=int, default=10, help="views of each image (default: 10)")
     make.add_argument("--topk", type=int, help="classes kept (default: 10; 100 of over 10,000)")
-    make.add_argument("--codec", choices=LABEL_CHOICES["codec"], default="packed")
+    make.add_argument("--codec", choices=choices_of("codec"), default="packed")
     make.add_argument(
         "--augment",
-        choices=LABEL_CHOICES["augment"],
+        choices=choices_of("augment"),
         default="default",
         help="pipeline; the official ones are 22k, 1k and finetune",
     )

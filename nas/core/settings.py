@@ -1,0 +1,169 @@
+"""Settings: one dataclass field holds the name, default, range and help of a setting.
+
+The parser, the checks and the table of the documentation are made from the fields. tyro and
+jsonargparse do this too; neither keeps a refusal in one line, nor a default that depends on
+another setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from space.errors import refuse
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field says of a setting beside its name, type and default.
+
+    `group` opens a heading of the help that the following settings belong to. Numbers lie in
+    [`low`, `high`], or above `above`. `parse` reads a text that the type does not: (flag, text) to
+    a value. `want` describes a legal value. `default_text` stands for the default in the help;
+    `efforts` are the defaults by effort, in the order of `nas.core.config.EFFORTS`. A tuple is
+    given by repeating its flag, or with `many` by listing values behind one flag. `const` is the
+    value of the flag alone.
+    """
+
+    help: str
+    group: str = ""
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    parse: Callable[[str, str], Any] | None = None
+    want: str = ""
+    default_text: str | None = None
+    efforts: tuple[Any, ...] = ()
+    many: bool = False
+    const: str | None = None
+
+
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """Return a dataclass field that is a setting; `default` may be `dataclasses.MISSING`."""
+    told = Setting(help, **more)
+    return dataclasses.field(default=default, metadata={"setting": told})
+
+
+@dataclass(frozen=True)
+class Field:
+    """A setting with its name, kind (int, float, str, bool or tuple), default and flag."""
+
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    about: Setting
+
+    @property
+    def flag(self) -> str:
+        """The command-line spelling: `target_params` -> `--target-params`, True -> `--no-...`."""
+        return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
+
+
+def settings_of(cls: type) -> Iterator[Field]:
+    """Return the settings among the fields of a dataclass, in their order."""
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if "setting" in field.metadata:
+            hint, optional = hints[field.name], False
+            if get_origin(hint) in (Union, UnionType):
+                (hint,) = (kind for kind in get_args(hint) if kind is not type(None))
+                optional = True
+            kind = get_origin(hint) or hint
+            yield Field(field.name, kind, optional, field.default, field.metadata["setting"])
+
+
+def add_settings(parser: argparse.ArgumentParser, cls: type, efforts: tuple[str, ...] = ()) -> None:
+    """Add a flag for every setting of a dataclass."""
+    group: Any = parser
+    for field in settings_of(cls):
+        about = field.about
+        if about.group:
+            group = parser.add_argument_group(about.group)
+        options: dict[str, Any] = {"dest": field.name, "help": help_of(field, efforts)}
+        if field.kind is bool and field.optional:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.kind is bool:
+            options["action"] = "store_false" if field.default is True else "store_true"
+        else:
+            options["metavar"] = about.metavar
+            if field.kind is tuple:
+                options |= {"nargs": "+"} if about.many else {"action": "append"}
+            elif about.const is not None:
+                options |= {"nargs": "?", "const": about.const}
+            elif field.kind in (int, float) and about.parse is None:
+                options["type"] = field.kind
+        group.add_argument(field.flag, **options)
+
+
+def default_of(field: Field, efforts: tuple[str, ...] = ()) -> str:
+    """Return the default in words; empty where there is none to tell."""
+    about = field.about
+    if about.default_text is not None:
+        return about.default_text
+    if about.efforts:
+        return ", ".join(f"{e} {v}" for e, v in zip(efforts, about.efforts, strict=True))
+    if field.default in (None, (), dataclasses.MISSING) or field.kind is bool:
+        return ""
+    return str(field.default)
+
+
+def help_of(field: Field, efforts: tuple[str, ...] = ()) -> str:
+    """Return the help of a flag, with its choices and default."""
+    about, default = field.about, default_of(field, efforts)
+    text = about.help
+    if about.choices:
+        text += f": {', '.join(about.choices[:-1])} or {about.choices[-1]}"
+    return (text + (f" (default: {default})" if default else "")).replace("%", "%%")
+
+
+def parsed(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the texts of settings that have a parser of their own. Raises InputError."""
+    found = dict(given)
+    for field in settings_of(cls):
+        value = found.get(field.name)
+        if field.about.parse is not None and value is not None:
+            found[field.name] = field.about.parse(field.flag, value)
+    return found
+
+
+def check_settings(values: Any) -> None:
+    """Refuse a setting of another type, outside its range or choices. Raises InputError."""
+    for field in settings_of(type(values)):
+        value, about = getattr(values, field.name), field.about
+        if value is None and field.optional:
+            continue
+        if about.choices and value not in about.choices:
+            raise refuse(field.flag, value, f"one of {', '.join(about.choices)}")
+        if field.kind is int:
+            low = 0 if about.low is None else about.low
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise refuse(field.flag, value, about.want or f"an integer >= {low:g}")
+        elif field.kind is float:
+            finite = isinstance(value, (int, float)) and math.isfinite(value)
+            if not finite or (about.low is not None and value < about.low):
+                raise refuse(field.flag, value, about.want or f"a number >= {about.low}")
+            if about.above is not None and value <= about.above:
+                raise refuse(field.flag, value, about.want or f"a number above {about.above:g}")
+        elif field.kind is tuple and (
+            isinstance(value, str) or not all(isinstance(each, str) for each in value)
+        ):
+            raise refuse(field.flag, value, about.want or "a list")
+        if about.high is not None and value > about.high:
+            raise refuse(field.flag, value, about.want or f"at most {about.high:g}")
+
+
+def table_of(cls: type, efforts: tuple[str, ...] = ()) -> str:
+    """Return the settings as a Markdown table: flag, default, meaning."""
+    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
+    for field in settings_of(cls):
+        cells = (f"`{field.flag}`", default_of(field, efforts), field.about.help)
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines) + "\n"

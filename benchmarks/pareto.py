@@ -39,7 +39,7 @@ def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
         raise refuse("--out", out, "a file in an existing folder")
     read = [read_run(folder) for folder in runs]
     for run in read:
-        if not any(row.soft_loss is not None for row in run.ledger):
+        if not any(row.soft_loss is not None for row in run.trials):
             raise refuse("RUN", run.folder, "a run with a scored candidate", "let it go on first")
     chart = run_chart(read) if read else None
     if table is not None:

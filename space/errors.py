@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import unquote
 
 
 class InputError(ValueError):
@@ -25,10 +26,22 @@ def refuse(name: str, got: object, want: str, remedy: str = "") -> InputError:
     return InputError(without_passwords(f"{line}; {remedy}" if remedy else line))
 
 
+_USER = re.compile(r"(\b[\w.+-]+://[^\s:/?#@]*):(?:(?!\d+(?:[/?]|$)).*|\S*)@", re.DOTALL)
+_KEY = re.compile(r"([?&])([\w.%+-]+)=(?!\.\.\.)([^&]*)")
+
+
 def without_passwords(text: str) -> str:
-    """Return a text with the passwords of its addresses taken out: `postgresql://me:x@host/db`."""
-    text = re.sub(r"(\b[\w.+-]+://[^\s:/?#@]*):\S*@", r"\1@", text)
-    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1...", text, flags=re.IGNORECASE)
+    """Return a text with the passwords of its addresses taken out: `postgresql://me:x@host/db`.
+
+    A password may hold blanks, so everything up to the last @ goes, and a password in a query up
+    to the next &.
+    """
+
+    def hidden(match: re.Match[str]) -> str:
+        mark, key, _ = match.groups()
+        return f"{mark}{key}=..." if "password" in unquote(key).lower() else match[0]
+
+    return _KEY.sub(hidden, _USER.sub(r"\1@", text))
 
 
 def refuse_multiple(name: str, got: int, unit: int, unit_name: str = "") -> InputError:

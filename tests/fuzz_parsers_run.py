@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
-from dataclasses import fields
+import json
 from pathlib import Path
-from typing import Any
 
 from fuzz_parser import ARCHS, CONTEXT, WEIGHTS, Parser, both, file_of, json_of, text_of
 
@@ -112,52 +110,6 @@ def _run(path: Path) -> object:
     return earlier_config(path.parent)
 
 
-def _cells(kind: Any, rows: list[dict[str, Any]]) -> bytes:
-    from nas.core.table import Writer
-
-    out = io.StringIO(newline="")
-    writer = Writer(out, [field.name for field in fields(kind)])
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue().encode()
-
-
-def _ledger_seeds() -> list[bytes]:
-    from nas.report.read import Candidate
-
-    rows = [
-        {
-            "step": step,
-            "key": f"k{step}",
-            "params": 5_000_000 - step,
-            "ratio": 1.5,
-            "macs": 7,
-            "soft_loss": 0.5,
-            "stage": "kept",
-            "state": "complete",
-            "reason": "=cmd",
-        }
-        for step in (0, 1)
-    ]
-    return [_cells(Candidate, rows)]
-
-
-def _step_seeds() -> list[bytes]:
-    from nas.report.read import Step
-
-    return [_cells(Step, [{"step": 1, "band_lo": 1, "incumbent": "k1", "soft_loss": 0.25}])]
-
-
-def _tables(path: Path) -> object:
-    from nas.report import status
-    from nas.report.read import read_run
-
-    (path.parent / "run.json").write_bytes(_run_seeds()[0])
-    read = read_run(path.parent)
-    status(path.parent)
-    return read
-
-
 def _named_points(path: Path) -> object:
     from benchmarks.pareto import read_series
 
@@ -165,16 +117,21 @@ def _named_points(path: Path) -> object:
 
 
 def _result_seeds() -> list[bytes]:
-    return both(
-        {"status": "reached", "exit_code": 0, "message": "done", "path": ["a"], "tables": {}}
-    )
+    return both({"status": "reached", "exit_code": 0, "message": "done", "path": ["a"]})
 
 
 def _result(path: Path) -> object:
-    from nas.contract.final import read_result
+    from synthetic_run import decided
 
-    _tables(path)
-    return read_result(path)
+    from nas.contract.final import read_result
+    from nas.report.read import RunFiles
+    from nas.report.text import status_lines
+
+    result = read_result(path)
+    trials, steps = decided(1)
+    run = json.loads(_run_seeds()[0])
+    status_lines(RunFiles(path.parent, run, tuple(trials), tuple(steps), result, {}))
+    return result
 
 
 def _best_seeds() -> list[bytes]:
@@ -273,8 +230,6 @@ RUN = (
         _words,
     ),
     Parser("run", _run_seeds, file_of("run.json", _run)),
-    Parser("ledger", _ledger_seeds, file_of("ledger.csv", _tables)),
-    Parser("steps", _step_seeds, file_of("steps.csv", _tables)),
     Parser(
         "points",
         lambda: [b"name,params,images_per_s,score,score_lo\na,5,1.5,0.5,0.4\n"],

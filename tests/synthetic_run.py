@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import csv
+import functools
 import json
 import math
 import random
-from dataclasses import fields
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nas.report.read import Candidate, Step
+from nas.search.study import StepRow, Study, Trial
 
 SEED_KEY = "d96-192-384-576_seed"
 
 
-def ledger_columns() -> list[str]:
-    return ["trial", *(field.name for field in fields(Candidate))]
-
-
-def _row(
-    step: int, key: str, params: int, rng: random.Random, parent: str, **more: Any
-) -> dict[str, Any]:
+def _trial(step: int, key: str, params: int, rng: random.Random, parent: str, **more: Any) -> Trial:
     ratio = 1.0 if step == 0 else (21_000_000 / params) ** 0.7 * rng.uniform(0.9, 1.1)
     loss = 0.35 + 0.9 * math.exp(-params / 6e6) + rng.uniform(-0.05, 0.05)
-    return {
+    values: dict[str, Any] = {
         "step": step,
         "key": key,
         "label": key.replace("_", " "),
@@ -49,18 +44,16 @@ def _row(
         "seconds": rng.uniform(3, 9),
         "stage": "proxy",
         "state": "complete",
-        "reason": "",
-        **more,
     }
+    return Trial(**{**values, **more})
 
 
-def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") -> Path:
-    """Write a run of `steps` steps; `status` None leaves it unfinished (no result, no best)."""
+def decided(steps: int) -> tuple[list[Trial], list[StepRow]]:
+    """Return the trials and step rows of a run; the last trial is its winner."""
     rng = random.Random(7)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [_row(0, SEED_KEY, 20_700_000, rng, "", stage="kept")]
+    rows = [_trial(0, SEED_KEY, 20_700_000, rng, "", stage="kept")]
     path = [SEED_KEY]
-    steps_rows = []
+    finished = []
     unmeasured = dict.fromkeys(("soft_loss", "soft_loss_se", "top1", "top1_se"))
     for step in range(1, steps + 1):
         high = int(20_700_000 * (5.1 / 20.7) ** (step / 4))
@@ -69,43 +62,59 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
         for i in range(3):
             reason = f"not surely as fast as 1.{step}00x the seed (required): 1.{i}13 [1.0, 1.9]"
             more = {**slow, **unmeasured, "reason": reason}
-            rows.append(_row(step, f"d{step}-{i}_slow", high - 9_000 * i, rng, parent, **more))
+            rows.append(_trial(step, f"d{step}-{i}_slow", high - 9_000 * i, rng, parent, **more))
         oom = {"stage": "proxy", "state": "failed", "reason": "out of memory", **unmeasured}
-        rows.append(_row(step, f"d{step}_oom", high - 12_345, rng, parent, **oom))
+        rows.append(_trial(step, f"d{step}_oom", high - 12_345, rng, parent, **oom))
         anchors = {0: "uniform", 1: "published:11M" if step == 2 else ""}
         for i in range(4):
             kept = {"stage": "kept"} if i == 3 else {"reason": "a kept one scored better"}
             params = int(high * (0.93 + 0.02 * i))
             more = {"anchor": anchors.get(i, ""), **kept}
-            rows.append(_row(step, f"d{step}-{i}_n2-{i}", params, rng, parent, **more))
-        path.append(f"d{step}-3_n2-3")
-        steps_rows.append(
-            {
-                "step": step,
-                "band_lo": int(high * 0.8),
-                "band_hi": high,
-                "required": "1.2000x",
-                "contractions": 1_234_567,
-                "shortlisted": 8,
-                "too_slow": 3,
-                "not_selected": 0,
-                "failed": 1,
-                "scored": 4,
-                "kept": 1,
-                "incumbent": path[-1],
-                "params": rows[-1]["params"],
-                "ratio": rows[-1]["ratio"],
-                "soft_loss": rows[-1]["soft_loss"],
-                "top1": rows[-1]["top1"],
-                "seconds": 61.5,
-            }
+            rows.append(_trial(step, f"d{step}-{i}_n2-{i}", params, rng, parent, **more))
+        best = rows[-1]
+        path.append(best.key)
+        finished.append(
+            StepRow(
+                step=step,
+                band_lo=int(high * 0.8),
+                band_hi=high,
+                required="1.2000x",
+                contractions=1_234_567,
+                shortlisted=8,
+                too_slow=3,
+                not_selected=0,
+                failed=1,
+                scored=4,
+                kept=1,
+                incumbent=best.key,
+                params=best.params,
+                ratio=best.ratio,
+                soft_loss=best.soft_loss,
+                top1=best.top1,
+                seconds=61.5,
+            )
         )
-    _write_csv(
-        folder / "ledger.csv",
-        ledger_columns(),
-        [{"trial": number, **row} for number, row in enumerate(rows)],
-    )
-    _write_csv(folder / "steps.csv", [field.name for field in fields(Step)], steps_rows)
+    return rows, finished
+
+
+@functools.cache
+def _study(steps: int) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study(Path(folder) / "study.db", create=True)
+        rows, finished = decided(steps)
+        for row in rows:
+            study.add(row, {"depths": [2, 2, 6, 2]}, {})
+        for step in finished:
+            study.add_step(step)
+        study.close()
+        return (Path(folder) / "study.db").read_bytes()
+
+
+def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") -> Path:
+    """Write a run of `steps` steps; `status` None leaves it unfinished (no result, no best)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.db").write_bytes(_study(steps))
+    rows, finished = decided(steps)
     config = {
         "seed": "21M",
         "target_params": 5_000_000,
@@ -139,14 +148,14 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
     )
     if status is None:
         return folder
-    winner = rows[-1]
+    winner = asdict(rows[-1])
     result: dict[str, Any] = {
         "status": status,
         "exit_code": 0 if status == "reached" else 3,
         "message": {"reached": "the target is reached"}.get(status, f"{status}: time"),
         "winner": winner["key"],
         "finalists": [{"key": winner["key"], "soft_loss": 0.41234, "soft_loss_again": 0.43219}],
-        "path": path,
+        "path": [SEED_KEY, *(step.incumbent for step in finished)],
     }
     if status == "reached":
         side = {name: winner[name] for name in ("key", "params", "macs", "soft_loss")}
@@ -177,13 +186,6 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
         )
     _write_json(folder / "result.json", result)
     return folder
-
-
-def _write_csv(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -55,7 +55,7 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     run = make_run(tmp_path / "run", steps=1)
     unscored = make_run(tmp_path / "unscored", steps=0, status=None)
-    (unscored / "ledger.csv").unlink()
+    (unscored / "study.db").unlink()
     table = tmp_path / "t.csv"
     table.write_text(TABLE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import shutil
@@ -35,7 +34,6 @@ from nas.export.weights import load_checkpoint, load_weights, read_metadata, sav
 from nas.inherit.importance import load_order
 from nas.labels.store import open_store
 from nas.measure.measurement_table import read_measurements
-from nas.report.read import read_run
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
 from nas.train.folder import TrainFolder
 from space import get_family
@@ -141,16 +139,9 @@ def of_run(folder: Path) -> list[Case]:
     def told(path: Path) -> Callable[[], Any]:
         return lambda: read_json(path, "a file")
 
-    def tables() -> Any:
-        files = read_run(folder)
-        return files.ledger, files.steps
-
     cases = [
         Case(folder / "run.json", lambda: earlier_config(folder)),
         Case(folder / "result.json", lambda: read_result(folder / "result.json")),
-        Case(folder / "ledger.csv", tables),
-        Case(folder / "steps.csv", tables),
-        Case(folder / "family.csv", tables),
         Case(
             folder / "measurements.csv",
             lambda: read_measurements(folder / "measurements.csv"),
@@ -199,7 +190,8 @@ def cases(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
 def test_every_json_and_table_of_a_run_has_a_case(run: Path) -> None:
     """What is drawn for eyes only needs none."""
     for_eyes = {"report.md", "pareto.png", "pareto.svg", "worker.log", ".lock", "trust.csv"}
-    elsewhere = {"study.db", "attempts.csv"}  # tests/test_nas_ledger.py; a log that nobody reads
+    for_eyes |= {"ledger.csv", "steps.csv", "family.csv", "attempts.csv"}
+    elsewhere = {"study.db"}  # tests/test_nas_search_study.py
     known = {case.path for case in of_run(run)}
     for path in run.rglob("*"):
         if path.is_file() and path.name not in for_eyes | elsewhere and path.suffix != ".log":
@@ -526,16 +518,6 @@ def test_a_seed_whose_arch_was_changed_is_refused(
     assert get_family("tinyvit").seed(str(path)) == get_family("tinyvit").seed(
         str(run / "best.json")
     )
-
-
-def test_the_tables_of_a_finished_run_are_those_that_it_drew(run: Path) -> None:
-    rows = list(csv.reader((run / "ledger.csv").read_text().splitlines()))
-    assert len(read_run(run).ledger) == len(rows) - 1
-    raw = (run / "ledger.csv").read_bytes()
-    (run / "ledger.csv").unlink()
-    with pytest.raises(InputError, match=r"ledger\.csv: got no such file"):
-        read_run(run)
-    (run / "ledger.csv").write_bytes(raw)
 
 
 def test_the_cache_of_pixels_is_whole_or_refused(tmp_path: Path) -> None:

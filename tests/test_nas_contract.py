@@ -22,8 +22,9 @@ from conftest import SMALL_ARCH, Finished
 
 from nas.contract import contract
 from nas.contract.__main__ import main
+from nas.core.table import table_columns
 from nas.measure.measurement_table import read_measurements
-from nas.search.study import COLUMNS
+from nas.search.study import Trial
 from space import Context, get_family
 from space.errors import InputError
 
@@ -102,7 +103,7 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
 
 def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished) -> None:
     rows = read_csv(finished.folder / "ledger.csv")
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == table_columns(Trial)
     storage = f"sqlite:///{finished.folder}/study.db"
     trials = optuna.load_study(study_name="contraction", storage=storage).trials
     assert [t.user_attrs["row"]["key"] for t in trials] == [r["key"] for r in rows]

@@ -35,7 +35,7 @@ from nas.measure.interference import Disturbance
 from nas.report import status
 from nas.search.constraints import bench_setting, requirements_of
 from nas.search.strategies import strategy_names
-from nas.search.study import Ledger, Trial
+from nas.search.study import Study, Trial
 from space import Context, get_family
 from space.contractions import Band
 from space.errors import InputError
@@ -275,7 +275,7 @@ def kept_run(folder: Path, rows: list[Trial], **config: Any) -> None:
     of = RunConfig(seed="small", seed_arch=SMALL_ARCH, target_params=400_000, steps=2, **config)
     told = {"schema": SCHEMA, "config": of.to_dict(), "dataset": {"fingerprint": "data"}}
     (folder / "run.json").write_text(json.dumps(told))
-    ledger = Ledger(folder / "study.db", create=True)
+    ledger = Study(folder / "study.db", create=True)
     for row in rows:
         ledger.add(row, SMALL_ARCH, {})
     ledger.close()

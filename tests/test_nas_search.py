@@ -23,7 +23,7 @@ from nas.search.constraints import (
     settings_of,
     tightened,
 )
-from nas.search.selection import Scored, Timed, paired_error, pick, rank, spread, unpaired_error
+from nas.search.selection import Scored, Timed, paired_error, pick, rank, spread
 
 
 def config(**changes: object) -> RunConfig:
@@ -199,7 +199,11 @@ def test_ranking_puts_the_fastest_of_the_tied_first_and_the_rest_by_loss(
     rows: list[tuple[float, float, float]],
 ) -> None:
     scored = [Scored(f"k{i}", loss, se, ratio) for i, (loss, se, ratio) in enumerate(rows)]
-    error = unpaired_error(scored)
+    errors = {s.key: s.soft_loss_se for s in scored}
+
+    def error(a: str, b: str) -> float:
+        return math.hypot(errors[a], errors[b])
+
     order = rank(scored, error)
     assert sorted(order) == sorted(s.key for s in scored)
     by_key = {s.key: s for s in scored}

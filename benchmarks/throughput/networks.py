@@ -119,9 +119,9 @@ def _pareto_set(folder: Path, family: Family) -> list[Net]:
     """Return the scored archs of a run that no other one beats in size, speed and score."""
     if not (folder / "run.json").is_file():
         raise refuse("--arch", folder, "a run's folder (with a run.json)")
-    from nas.search.study import read_ledger
+    from nas.search.study import read_study
 
-    ledger = read_ledger(folder, read_run(folder).run)  # refuses a damaged one in its own words
+    ledger = read_study(folder, read_run(folder).run)  # refuses a damaged one in its own words
     rows = [r for r in ledger.rows if r.soft_loss is not None and r.images_per_s is not None]
     if not rows:
         raise refuse("--arch", folder, "a run with a scored candidate", "let it go on first")

@@ -18,8 +18,8 @@ from nas.contract.state import Incumbent, Run, derived_seed
 from nas.contract.timing import MEASURE_COST
 from nas.core.requirement import Requirement
 from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
-from nas.search.steps_table import StepRow, write_steps
 from nas.search.strategies import Ask, Seen
+from nas.search.study import StepRow
 from space.contractions import Band, count_contractions
 from space.family import Arch
 
@@ -205,7 +205,8 @@ def _close_step(
     best = next(r for r in run.ledger.rows if r.key == kept[0].key and r.step == kept[0].step)
     summary = StepRow.of(step, bounds, counted, rows, best)
     steps.append(summary)
-    write_steps(run.folder.path / "steps.csv", steps)
+    run.ledger.add_step(summary)
+    run.ledger.write_steps(run.folder.path / "steps.csv")
     run.ledger.write_csv(run.folder.path / "ledger.csv")
     run.console.line(
         f"step {step}/{run.config.steps}  band {band_text(bounds.band.lo, bounds.band.hi)}  "

@@ -18,9 +18,8 @@ from nas.core.per_image import paired_difference
 from nas.jobs.job import Result
 from nas.measure.measurement import Measurement
 from nas.report import write_report
-from nas.report.read import table_digests
 from nas.search.constraints import requirements_of
-from nas.search.steps_table import StepRow
+from nas.search.study import StepRow
 from space import REFERENCE_CONTEXT, get_family
 from space.contractions import contains
 from space.errors import InputError
@@ -276,7 +275,7 @@ def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]
     _write_best(run, progress)
     run.ledger.write_csv(folder / "ledger.csv")
     write_family(folder)
-    result["tables"] = table_digests(folder)
+    run.ledger.export(folder / "study.db")
     write_json(run.folder.result_json, result)
     write_report(folder)
     return result

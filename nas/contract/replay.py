@@ -18,7 +18,7 @@ from nas.contract.run_folder import SCHEMA
 from nas.core.config import RunConfig, flag
 from nas.core.io import read_json
 from nas.search.constraints import PACE, bench_setting, requirements_of
-from nas.search.study import Trial, read_ledger
+from nas.search.study import Trial, read_study
 from space.contractions import Band
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -136,7 +136,7 @@ def read_earlier(
             f"the data at hand, {dataset}",
             "restore the data",
         )
-    ledger = read_ledger(folder, data)
+    ledger = read_study(folder, data)
     try:
         scored = tuple(
             (row, family.arch(ledger.arch(row.step, row.key)))

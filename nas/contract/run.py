@@ -54,7 +54,7 @@ from nas.jobs.means import Means
 from nas.measure.device_rows import write_rows
 from nas.measure.measurement_table import read_measurements
 from nas.report import write_report
-from nas.search.storage import Shared, StudyAway, check_reachable, new_shared, resumed_shared
+from nas.search.storage import SharedStudy, StudyAway, check_reachable, new_shared, resumed_shared
 from space.errors import InputError, refuse, without_passwords
 
 
@@ -345,12 +345,12 @@ def run_json(
     config: RunConfig,
     dataset: Dataset,
     fingerprints: Mapping[str, Mapping[str, Any]],
-    shared: Shared | None,
+    shared: SharedStudy | None,
 ) -> dict[str, Any]:
     """Return what `run.json` records of a new run."""
     return {
         "config": config.to_dict(),
-        "command": without_passwords(" ".join(sys.argv)),
+        "command": " ".join(map(without_passwords, sys.argv)),
         **({} if shared is None else {"storage": shared.to_json()}),
         "git": git_commit(),
         "versions": versions(),

@@ -25,9 +25,9 @@ from nas.jobs.job import Job, Needs, Result
 from nas.jobs.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure, left
 from nas.measure.device_table import DeviceTable
 from nas.search.constraints import band_at, primary_setting, settings_of
-from nas.search.storage import Shared
+from nas.search.storage import SharedStudy
 from nas.search.strategies import get_strategy
-from nas.search.study import ledger_of
+from nas.search.study import open_study
 from nas.train.optim import peak_lr
 from space import Context
 from space.contractions import Band
@@ -118,7 +118,7 @@ class Run:
         fingerprints: Mapping[str, Mapping[str, Any]],
         table: DeviceTable | None = None,
         earlier: Earlier | None = None,
-        storage: Shared | None = None,
+        storage: SharedStudy | None = None,
     ) -> None:
         self.config = config
         self.family = family
@@ -157,7 +157,7 @@ class Run:
             do=self.do,
             rest=lambda: self.executor.rest(),
         )
-        self.ledger = ledger_of(folder.path, storage)
+        self.ledger = open_study(folder.path, storage)
 
     def key(self, arch: Arch) -> str:
         """Return the arch's key in this run's context."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from nas.report.figure import Chart, Kind, Point, Series
-from nas.report.read import Candidate, RunFiles, number, section
+from nas.report.read import RunFiles, number, section
 from nas.report.tables import short_count, significant
+from nas.search.study import Trial
 
 SCORE_LABEL = "proxy soft loss, nats (axis turned: up is better)"
 
@@ -34,13 +35,13 @@ def run_chart(runs: Sequence[RunFiles]) -> Chart:
 
 def uses_ratio(run: RunFiles) -> bool:
     """Tell whether every scored candidate after the seed has a ratio to it."""
-    scored = [row for row in run.ledger if row.soft_loss is not None and row.step > 0]
+    scored = [row for row in run.trials if row.soft_loss is not None and row.step > 0]
     return all(row.ratio is not None for row in scored)
 
 
 def run_series(run: RunFiles, relative: bool) -> Series:
     """Collect the scored candidates of one run, each arch once, where it was kept if it was."""
-    keys = dict.fromkeys(row.key for row in run.ledger if row.soft_loss is not None)
+    keys = dict.fromkeys(row.key for row in run.trials if row.soft_loss is not None)
     points = []
     for key in keys:
         row = run.candidate(key)
@@ -86,7 +87,7 @@ def holdout_images(run: RunFiles) -> int | None:
     return None
 
 
-def _point(run: RunFiles, row: Candidate, relative: bool) -> Point:
+def _point(run: RunFiles, row: Trial, relative: bool) -> Point:
     assert row.soft_loss is not None
     assert row.params is not None
     error = row.soft_loss_se
@@ -109,7 +110,7 @@ def _point(run: RunFiles, row: Candidate, relative: bool) -> Point:
     )
 
 
-def _kind(run: RunFiles, row: Candidate) -> Kind:
+def _kind(run: RunFiles, row: Trial) -> Kind:
     if row.step == 0:
         return "seed"
     if run.result.get("status") == "reached" and row.key == run.result.get("winner"):
@@ -119,7 +120,7 @@ def _kind(run: RunFiles, row: Candidate) -> Kind:
     return "uniform" if row.anchor == "uniform" else "candidate"
 
 
-def _label(run: RunFiles, row: Candidate) -> str:
+def _label(run: RunFiles, row: Trial) -> str:
     kind = _kind(run, row)
     if kind == "seed":
         return f"seed {run.seed_name}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.report.read import Candidate, RunFiles, number, section
+from nas.report.read import RunFiles, number, section
+from nas.search.study import Trial
 
 NONE = "-"
 """Shown where nothing was measured."""
@@ -167,7 +168,7 @@ def lineage_rows(run: RunFiles) -> list[list[str]]:
     ]
 
 
-def _of_candidate(row: Candidate) -> list[str]:
+def _of_candidate(row: Trial) -> list[str]:
     # No test top-1: the test set is used once, for the final two.
     return [
         whole(row.params),

@@ -127,8 +127,8 @@ def status_lines(run: RunFiles) -> str:
     """Tell where a run stands: asked, position, last candidate, best so far, what remains."""
     lines = [f"{run.folder}: {run.result.get('status', 'unfinished')}", f"asked: {asked(run)}"]
     lines.append(f"where: {_position(run)}")
-    if run.ledger:
-        last = run.ledger[-1]
+    if run.trials:
+        last = run.trials[-1]
         end = "kept" if last.stage == "kept" else f"stopped at {last.stage}"
         why = f": {last.reason}" if last.reason and last.stage != "kept" else ""
         lines.append(f"last:  step {last.step}, {last.name} ({last.state}), {end}{why}")
@@ -195,7 +195,7 @@ def _family(config: Mapping[str, Any]) -> str:
 def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
     """Count candidates by stage, state and reason, the numbers in reasons left out."""
     found: Counter[str] = Counter()
-    for row in run.ledger:
+    for row in run.trials:
         if row.step == 0:
             continue
         reason = re.sub(r"\d[\d.,]*", "#", row.reason or "")
@@ -355,12 +355,12 @@ def _device(run: RunFiles) -> str:
 def _position(run: RunFiles) -> str:
     done = len([step for step in run.steps if step.step > 0])
     steps = run.config.get("steps")
-    decided = [row for row in run.ledger if row.step > 0]
+    decided = [row for row in run.trials if row.step > 0]
     states = Counter(row.state for row in decided)
     counts = ", ".join(f"{states[name]} {name}" for name in ("complete", "pruned", "failed"))
     if not run.seed:
         return "the seed is not trained yet"
-    spent = duration(sum(row.seconds or 0.0 for row in run.ledger))
+    spent = duration(sum(row.seconds or 0.0 for row in run.trials))
     of = f" of {steps}" if steps else ""
     return f"{done}{of} steps done, {len(decided)} candidates decided ({counts}) in {spent}"
 

@@ -75,12 +75,6 @@ PairedError = Callable[[str, str], float]
 """Standard error of the mean difference in soft loss of two candidates over the same images."""
 
 
-def unpaired_error(scored: Sequence[Scored]) -> PairedError:
-    """Return the error of a difference as if the two were scored on different images."""
-    errors = {s.key: s.soft_loss_se for s in scored}
-    return lambda a, b: math.hypot(errors[a], errors[b])
-
-
 def rank(scored: Sequence[Scored], error: PairedError) -> list[str]:
     """Order candidates from best to worst: by soft loss, ties within noise to the faster.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -52,10 +50,10 @@ def score(
         recall = hits / size
         variance = np.where(size > 1, recall * (1 - recall) / np.maximum(size - 1, 1), 0.0)
         return float(recall.mean()), math.sqrt(float(variance.sum())) / len(size)
-    cells, (a,) = _cells(true, said)
-    drawn = _draws(cells, resamples, random_seed)
-    value = _macro_f1(cells.counts[None, :], cells.truth, a, classes)[0]
-    return float(value), float(_macro_f1(drawn, cells.truth, a, classes).std(ddof=1))
+    counts, (true, said) = _cells(true, said)
+    drawn = _draws(counts, resamples, random_seed)
+    value = _macro_f1(counts[None, :], true, said, classes)[0]
+    return float(value), float(_macro_f1(drawn, true, said, classes).std(ddof=1))
 
 
 def paired(
@@ -70,21 +68,20 @@ def paired(
 ) -> tuple[float, float, float]:
     """Return the metric of a less that of b on the same images, and its 95 % interval.
 
-    Percentile bootstrap over images, both judged on each resample; see `score` for the metrics.
+    Percentile bootstrap over images, both computed on each resample; see `score` for the metrics.
     """
     _known(metric)
     a, b, true = _labels(classes, predicted_a, predicted_b, truth)
-    cells, (at_a, at_b) = _cells(true, a, b)
-    measure = _MEASURES[metric]
+    counts, (true, a, b) = _cells(true, a, b)
+    measure = {"top1": _top1, "balanced_accuracy": _balanced, "macro_f1": _macro_f1}[metric]
 
     def difference(counts: Floats) -> Floats:
-        left = measure(counts, cells.truth, at_a, classes)
-        return np.asarray(left - measure(counts, cells.truth, at_b, classes), dtype=np.float64)
+        return measure(counts, true, a, classes) - measure(counts, true, b, classes)
 
     tail = 50 * (1 - COVERAGE)
-    drawn = difference(_draws(cells, resamples, random_seed))
+    drawn = difference(_draws(counts, resamples, random_seed))
     lo, hi = (float(v) for v in np.percentile(drawn, [tail, 100 - tail]))
-    return float(difference(cells.counts[None, :])[0]), lo, hi
+    return float(difference(counts[None, :])[0]), lo, hi
 
 
 def image_weights(metric: str, truth: npt.ArrayLike) -> Floats:
@@ -104,24 +101,17 @@ def image_weights(metric: str, truth: npt.ArrayLike) -> Floats:
     return weights
 
 
-@dataclass(frozen=True, eq=False)
-class _Cells:
-    """How many images have each combination of true and predicted classes: all a metric needs."""
-
-    truth: Ints
-    counts: Floats
-
-
-def _cells(truth: Ints, *predicted: Ints) -> tuple[_Cells, tuple[Ints, ...]]:
+def _cells(truth: Ints, *predicted: Ints) -> tuple[Floats, tuple[Ints, ...]]:
+    """Return how many images have each combination of classes, and the combinations."""
     rows, counts = np.unique(np.stack([truth, *predicted]), axis=1, return_counts=True)
-    return _Cells(rows[0], counts.astype(np.float64)), tuple(rows[1:])
+    return counts.astype(np.float64), tuple(rows)
 
 
-def _draws(cells: _Cells, resamples: int, random_seed: int) -> Floats:
+def _draws(counts: Floats, resamples: int, random_seed: int) -> Floats:
     """Draw as many images with replacement, by cell: [resamples, cells]."""
-    n = int(cells.counts.sum())
+    n = int(counts.sum())
     rng = np.random.default_rng(random_seed)
-    return rng.multinomial(n, cells.counts / n, size=resamples).astype(np.float64)
+    return rng.multinomial(n, counts / n, size=resamples).astype(np.float64)
 
 
 def _by_class(counts: Floats, where: Ints, classes: int) -> Floats:
@@ -136,29 +126,21 @@ def _top1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
 
 
 def _balanced(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
-    right = truth == said
-    size = _by_class(counts, truth, classes)
-    hits = _by_class(counts[:, right], truth[right], classes)
-    return _mean_of_present(hits, size, size > 0)
+    return _mean_share(counts, truth, said, classes, f1=False)
 
 
 def _macro_f1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
+    return _mean_share(counts, truth, said, classes, f1=True)
+
+
+def _mean_share(counts: Floats, truth: Ints, said: Ints, classes: int, *, f1: bool) -> Floats:
+    """Return the mean over the classes of the truth of recall, or of F1."""
     right = truth == said
     size = _by_class(counts, truth, classes)
     hits = _by_class(counts[:, right], truth[right], classes)
-    return _mean_of_present(2 * hits, size + _by_class(counts, said, classes), size > 0)
-
-
-def _mean_of_present(above: Floats, below: Floats, present: npt.NDArray[np.bool_]) -> Floats:
-    shares = np.where(present, above / np.where(present, below, 1.0), 0.0)
-    return np.asarray(shares.sum(axis=1) / present.sum(axis=1), dtype=np.float64)
-
-
-_MEASURES: dict[str, Callable[[Floats, Ints, Ints, int], Floats]] = {
-    "top1": _top1,
-    "balanced_accuracy": _balanced,
-    "macro_f1": _macro_f1,
-}
+    above, below = (2 * hits, size + _by_class(counts, said, classes)) if f1 else (hits, size)
+    shares = np.where(size > 0, above / np.where(size > 0, below, 1.0), 0.0)
+    return np.asarray(shares.sum(axis=1) / (size > 0).sum(axis=1), dtype=np.float64)
 
 
 def _known(metric: str) -> None:

@@ -27,7 +27,7 @@ def refuse(name: str, got: object, want: str, remedy: str = "") -> InputError:
 
 
 _USER = re.compile(r"(\b[\w.+-]+://[^\s:/?#@]*):(?:(?!\d+(?:[/?]|$)).*|\S*)@", re.DOTALL)
-_KEY = re.compile(r"([?&])([\w.%+-]+)=(?!\.\.\.)([^&]*)")
+_KEY = re.compile(r"[?&]([\w.%+-]+)=(?!\.\.\.)")
 
 
 def without_passwords(text: str) -> str:
@@ -36,12 +36,12 @@ def without_passwords(text: str) -> str:
     A password may hold blanks, so everything up to the last @ goes, and a password in a query up
     to the next &.
     """
-
-    def hidden(match: re.Match[str]) -> str:
-        mark, key, _ = match.groups()
-        return f"{mark}{key}=..." if "password" in unquote(key).lower() else match[0]
-
-    return _KEY.sub(hidden, _USER.sub(r"\1@", text))
+    text = _USER.sub(r"\1@", text)
+    for match in reversed(list(_KEY.finditer(text))):
+        if "password" in unquote(match[1]).lower():
+            end = text.find("&", match.end())
+            text = text[: match.end()] + "..." + (text[end:] if end >= 0 else "")
+    return text
 
 
 def refuse_multiple(name: str, got: int, unit: int, unit_name: str = "") -> InputError:

@@ -88,7 +88,7 @@ def test_rows_are_those_of_sqlite(server: Server, tmp_path: Path) -> None:
 TWO = """
 import sys
 sys.path[:0] = [sys.argv[1]]
-from test_nas_storage import fill, rows
+from test_nas_search_storage import fill, rows
 from nas.search.study import Study
 from nas.search.storage import SharedStudy
 tag, url, password = sys.argv[2:]

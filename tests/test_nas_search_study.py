@@ -118,7 +118,7 @@ BAD = {
     ),
     "text for a number": lambda path: sql(
         path,
-        "UPDATE trial_user_attributes SET value_json = json_set(value_json, '$.params', 'many')",
+        """UPDATE trial_user_attributes SET value_json = replace(value_json, ' 10,', ' "10",')""",
     ),
     "no JSON": lambda path: sql(path, "UPDATE trial_user_attributes SET value_json = '{'"),
     "another step": lambda path: sql(path, "UPDATE study_user_attributes SET value_json = '[]'"),

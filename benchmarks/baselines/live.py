@@ -12,7 +12,8 @@ from nas.contract.run import RunResult
 from nas.core.cli import default_cache
 from nas.core.config import parse_count
 from nas.core.per_image import paired_difference
-from nas.report.read import read_table
+from nas.report.read import read_run
+from nas.search.study import Trial
 from space.errors import InputError
 
 
@@ -20,7 +21,7 @@ def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
     """Run contraction and the best rival once each; return rows of how they ended.
 
     The rival takes as many rounds as train about what contraction trained (GMACs, from its
-    ledger), so that the two last equally long but for what the machine does meanwhile; the seconds
+    trials), so that the two last equally long but for what the machine does meanwhile; the seconds
     of either stand beside. Children inherit from their parents; the same slots are free. `told`:
     what the replays found, with `median` evaluations by strategy and the `frozen` slots.
     """
@@ -35,14 +36,13 @@ def live(given: argparse.Namespace, told: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _candidates(of: RunResult) -> list[dict[str, str]]:
-    _, rows = read_table(of.folder / "ledger.csv")
-    return [row for row in rows if int(row["step"]) > 0]
+def _candidates(of: RunResult) -> list[Trial]:
+    return [trial for trial in read_run(of.folder).trials if trial.step > 0]
 
 
 def _searched(of: RunResult) -> float:
     """Return what the candidates of a finished run trained, in MACs x epochs."""
-    return sum(int(row["macs"]) * float(row["epochs"] or 0) for row in _candidates(of))
+    return sum(trial.macs * trial.epochs for trial in _candidates(of))
 
 
 def _difference(own: RunResult, other: RunResult, name: str, command: str) -> Row:
@@ -118,8 +118,8 @@ def _ran(
             )
         )
     taken = _candidates(ended)
-    seconds = sum(float(row["seconds"]) for row in taken)
-    trained = sum(float(row["epochs"] or 0) > 0 for row in taken)
+    seconds = sum(trial.seconds for trial in taken)
+    trained = sum(trial.epochs > 0 for trial in taken)
     note = f"{steps} steps, {len(taken)} archs timed, {trained} trained"
     rows.append(
         Row(

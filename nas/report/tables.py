@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from nas.report.read import RunFiles, number, section
@@ -96,7 +97,7 @@ def final_rows(run: RunFiles) -> list[list[str]]:
     """Rows under `FINAL_HEADER`: the seed, the winner and the published arch nearest in size."""
     rows = []
     if run.seed:
-        rows.append([f"seed {run.seed_name}", *_of_candidate(run.seed)])
+        rows.append([f"seed {run.seed_name}", *_of_trial(run.seed)])
     final = section(run.result, "final")
     for role in ("winner", "published"):
         values = section(final, role)
@@ -104,43 +105,23 @@ def final_rows(run: RunFiles) -> list[list[str]]:
             name = values.get("name") or values.get("key") or NONE
             rows.append([f"{role} {name}" if role != name else role, *_of_final(values)])
     if not final and run.path and run.path[-1].step > 0:
-        rows.append([f"best so far {run.path[-1].name}", *_of_candidate(run.path[-1])])
+        rows.append([f"best so far {run.path[-1].name}", *_of_trial(run.path[-1])])
     return rows
 
 
-STEPS_HEADER = (
-    "step",
-    "band",
-    "required",
-    "contractions",
-    "shortlisted",
-    "too slow",
-    "not selected",
-    "failed",
-    "scored",
-    "kept",
-    "params",
-    "x seed",
-    "soft loss",
-    "time",
-)
+_COUNTS = ("contractions", "shortlisted", "too slow", "not selected", "failed", "scored", "kept")
+STEPS_HEADER = ("step", "band", "required", *_COUNTS, "params", "x seed", "soft loss", "time")
 
 
 def step_rows(run: RunFiles) -> list[list[str]]:
     """Rows under `STEPS_HEADER`."""
+    counts = [name.replace(" ", "_") for name in (*_COUNTS, "params")]
     return [
         [
             str(step.step),
             f"{short_count(step.band_lo)} to {short_count(step.band_hi)}",
             step.required or NONE,
-            whole(step.contractions),
-            whole(step.shortlisted),
-            whole(step.too_slow),
-            whole(step.not_selected),
-            whole(step.failed),
-            whole(step.scored),
-            whole(step.kept),
-            whole(step.params),
+            *(whole(getattr(step, name)) for name in counts),
             decimal(step.ratio, 2),
             decimal(step.soft_loss),
             duration(step.seconds),
@@ -168,16 +149,10 @@ def lineage_rows(run: RunFiles) -> list[list[str]]:
     ]
 
 
-def _of_candidate(row: Trial) -> list[str]:
+def _of_trial(row: Trial) -> list[str]:
     # No test top-1: the test set is used once, for the final two.
-    return [
-        whole(row.params),
-        short_count(row.macs),
-        with_interval(row.images_per_s, row.images_per_s_lo, row.images_per_s_hi),
-        "1" if row.step == 0 else with_interval(row.ratio, row.ratio_lo, row.ratio_hi),
-        NONE,
-        NONE,
-    ]
+    ratio = {"ratio": 1, "ratio_lo": None, "ratio_hi": None} if row.step == 0 else {}
+    return _of_final({**asdict(row), **ratio, "top1": None, "soft_loss": None})
 
 
 def _of_final(values: Mapping[str, Any]) -> list[str]:

@@ -149,41 +149,41 @@ def status_lines(run: RunFiles) -> str:
 
 def next_commands(run: RunFiles) -> tuple[str, ...]:
     """Return the commands that make most sense after this run, the first first."""
-    folder = shlex.quote(str(run.folder))
+    config, status, quote = run.config, run.result.get("status"), shlex.quote
+    folder = quote(str(run.folder))
     resume = f"python -m nas.contract --resume {folder}"
-    status = run.result.get("status")
-    config = run.config
+    target = number(config, "target_params") or 0
     if status == "reached":
-        target = number(config, "target_params") or 0
-        seed = shlex.quote(str(run.folder / "best.json"))
+        data = f"--data {quote(str(config.get('data', 'digits')))}"
+        if config.get("img_size"):
+            data += f" --img-size {config['img_size']}"
+        out, trained = (quote(f"{run.folder.name}-{end}") for end in ("timm", "trained"))
         further = (
-            f"python -m nas.contract{_family(config)} --seed {seed} --target-params "
-            f"{short_count(target * 0.8)} --data {shlex.quote(str(config.get('data', 'digits')))}"
+            f"python -m nas.contract{_family(config)} --seed {quote(str(run.folder / 'best.json'))}"
+            f" --target-params {short_count(target * 0.8)} {data}"
         )
-        if config.get("img_size"):
-            further += f" --img-size {config['img_size']}"
         if config.get("teacher", "auto") != "auto":
-            further += f" --teacher {shlex.quote(str(config['teacher']))}"
-        out, trained = (shlex.quote(f"{run.folder.name}-{end}") for end in ("timm", "trained"))
-        data = shlex.quote(str(config.get("data", "digits")))
-        train = f"python -m nas.train --arch {folder} --data {data}"
-        if config.get("img_size"):
-            train += f" --img-size {config['img_size']}"
-        train += f" --init {folder}/best.safetensors --out {trained}"
-        return f"python -m nas.export {folder} --to timm --out {out}", train, further
+            further += f" --teacher {quote(str(config['teacher']))}"
+        return (
+            f"python -m nas.export {folder} --to timm --out {out}",
+            f"python -m nas.train --arch {folder} {data} --init {folder}/best.safetensors "
+            f"--out {trained}",
+            further,
+        )
+    show = f"python -m nas.contract --status {folder}"
     if status == "unverified":
-        return f"{resume} --finalists finalists.csv", f"python -m nas.contract --status {folder}"
+        return f"{resume} --finalists finalists.csv", show
     if status == "stuck":
         again = (
             f"python -m nas.contract{_family(config)} --seed "
-            f"{shlex.quote(str(config.get('seed', '21M')))} "
-            f"--target-params {short_count(number(config, 'target_params'))} --effort high"
+            f"{quote(str(config.get('seed', '21M')))} --target-params {short_count(target)} "
+            "--effort high"
         )
         bound = number(config, "min_speedup")
         if bound is not None:
             again += f" --min-speedup {1 + (bound - 1) / 2:.3g}"
         return again, f"python -m benchmarks.pareto {folder}"
-    return resume, f"python -m nas.contract --status {folder}"
+    return resume, show
 
 
 def _family(config: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ Kind = Literal["candidate", "uniform", "named", "published", "seed", "winner"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours, told apart by colour-blind readers; one for each series, in turn."""
 
-_MARKS: dict[str, tuple[str, float, str]] = {
+_MARKS: dict[Kind, tuple[str, float, str]] = {
     "candidate": ("o", 4.5, "candidate"),
     "uniform": ("s", 5.0, "uniform scaling"),
     "named": ("o", 6.0, "arch"),
@@ -117,12 +117,10 @@ def front(
 
     Of equal points one remains.
     """
-    ordered = sorted(set(points), key=lambda p: (p[0] if x_lower else -p[0], p[1]))
-    if not y_lower:
-        ordered.sort(key=lambda p: (p[0] if x_lower else -p[0], -p[1]))
+    x_sign, y_sign = (1 if lower else -1 for lower in (x_lower, y_lower))
     kept: list[tuple[float, float]] = []
-    for point in ordered:
-        if not kept or (point[1] < kept[-1][1] if y_lower else point[1] > kept[-1][1]):
+    for point in sorted(set(points), key=lambda p: (x_sign * p[0], y_sign * p[1])):
+        if not kept or y_sign * point[1] < y_sign * kept[-1][1]:
             kept.append(point)
     return kept
 
@@ -150,18 +148,14 @@ def _draw_series(
         special = point.key in series.path or point.kind not in ("candidate", "uniform")
         tint = colour if special or not one else _GREY
         _bars(axes, point, x, by_params, tint)
-        shape, size, _ = _MARKS[point.kind]
-        axes.plot(
-            [x],
-            [y],
-            marker=shape,
-            ms=size,
-            ls="none",
-            zorder=6 if special else 4,
-            color="white" if point.kind == "published" else tint,
-            mec=tint if point.kind == "published" else "white",
-            mew=1.6 if point.kind == "published" else 0.7,
-        )
+        axes.plot([x], [y], zorder=6 if special else 4, **_marker(point.kind, tint))
+
+
+def _marker(kind: Kind, colour: str) -> dict[str, Any]:
+    """Return how matplotlib draws a kind of point; published archs are hollow."""
+    shape, size, _ = _MARKS[kind]
+    fill, edge, width = (colour, "white", 0.7) if kind != "published" else ("white", colour, 1.6)
+    return {"marker": shape, "ms": size, "ls": "none", "color": fill, "mec": edge, "mew": width}
 
 
 def _bars(axes: Axes, point: Point, x: float, by_params: bool, colour: str) -> None:
@@ -227,25 +221,11 @@ def _legend(figure: Figure, chart: Chart) -> int:
         for number, series in enumerate(chart.series):
             tint = COLOURS[number % len(COLOURS)]
             handles.append(Line2D([], [], color=tint, lw=3, label=series.name[:32]))
-    for kind, (shape, size, name) in _MARKS.items():
-        if kind not in kinds:
-            continue
-        plain = kind in ("candidate", "uniform")
-        tint = _GREY if plain and one else colour
-        hollow = kind == "published"
-        handles.append(
-            Line2D(
-                [],
-                [],
-                marker=shape,
-                ls="none",
-                ms=min(size, 10),
-                label=name,
-                color="white" if hollow else tint,
-                mec=tint if hollow else "white",
-                mew=1.6 if hollow else 0.7,
-            )
-        )
+    for kind, (_, size, name) in _MARKS.items():
+        if kind in kinds:
+            tint = _GREY if one and kind in ("candidate", "uniform") else colour
+            look = {**_marker(kind, tint), "ms": min(size, 10)}
+            handles.append(Line2D([], [], label=name, **look))
     if any(len(series.path) > 1 for series in chart.series):
         handles.append(Line2D([], [], color=colour, lw=1.6, label="path of incumbents"))
     handles.append(Line2D([], [], color=_GREY, lw=1.1, ls=":", label="front of the panel"))
@@ -266,8 +246,7 @@ def _legend(figure: Figure, chart: Chart) -> int:
             break
         legend.remove()
         columns -= 1
-    rows = math.ceil(len(handles) / columns)
-    return rows
+    return math.ceil(len(handles) / columns)
 
 
 def _along_path(axes: Axes, series: Series, by_params: bool) -> list[tuple[float, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import json
 import math
@@ -190,3 +191,12 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def as_saved_by_a_spreadsheet(path: Path) -> None:
+    """Rewrite a table with other line ends, quotes, order of columns and a byte order mark."""
+    with path.open(newline="") as file:
+        columns, *rows = csv.reader(file)
+    with path.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file, lineterminator="\r\n", quoting=csv.QUOTE_ALL)
+        writer.writerows([line[::-1] for line in (columns, *rows)])

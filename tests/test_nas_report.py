@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic_run import SEED_KEY, make_run
+from synthetic_run import SEED_KEY, as_saved_by_a_spreadsheet, make_run
 
 from nas.report import final_table, status, write_report
 from nas.report.charts import run_chart
@@ -176,15 +175,6 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path, tmp_path / "file"):
         with pytest.raises(InputError, match="RUN"):
             status(path)
-
-
-def as_saved_by_a_spreadsheet(path: Path) -> None:
-    """Other line ends, quotes and order of columns, and a byte order mark."""
-    with path.open(newline="") as file:
-        columns, *rows = csv.reader(file)
-    with path.open("w", newline="", encoding="utf-8-sig") as file:
-        writer = csv.writer(file, lineterminator="\r\n", quoting=csv.QUOTE_ALL)
-        writer.writerows([line[::-1] for line in (columns, *rows)])
 
 
 def test_no_table_is_read_back(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from conftest import Finished
+from synthetic_run import as_saved_by_a_spreadsheet
 
+from benchmarks.pareto import main as pareto
+from nas.contract.__main__ import main as contract
 from nas.core.table import read_table
 from nas.search import storage
 from nas.search.storage import StudyAway
@@ -265,3 +270,18 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     study.close()
     assert os.listdir(folder) == ["study.db"]
     assert rows_of(folder / "study.db") == TRIALS[:1]
+
+
+def test_tables_of_a_run_saved_by_a_spreadsheet_are_no_hindrance(
+    finished: Finished, tmp_path: Path
+) -> None:
+    run = tmp_path / finished.folder.name
+    shutil.copytree(finished.folder, run)
+    for name in ("ledger.csv", "steps.csv", "family.csv"):
+        as_saved_by_a_spreadsheet(run / name)
+    (run / "report.md").unlink()
+    resume = ["--resume", str(run), "--cache-dir", str(finished.cache), "--quiet"]
+    assert contract(["--status", str(run)]) == contract(resume) == 0
+    report = (run / "report.md").read_text().replace(str(run), str(finished.folder))
+    assert report == (finished.folder / "report.md").read_text()
+    assert pareto([str(run), "--out", str(tmp_path / "pareto.png")]) == 0

@@ -30,8 +30,10 @@ from nas.contract.state import Incumbent, Run, Task
 from nas.core.cli import default_cache
 from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
+from nas.distill.jobs import ParentWeights, ScoreJob, score
 from nas.jobs.executor import LocalExecutor
 from nas.jobs.job import Job
+from nas.train.jobs import PaceJob, pace
 from space import get_family
 from space.errors import refuse
 from space.family import Arch
@@ -163,13 +165,15 @@ class Lab:
     def pace(self, arch: Arch) -> float:
         """Return how many images a second train on this machine, all workers together (rough)."""
         run = self.run
-        spec = {
-            **run.network(arch),
-            "batch_size": run.config.batch_size,
-            "seconds": 8.0,
-            "device": run.config.device,
-        }
-        result = run.do(Job("pace", "pace", spec))
+        job = PaceJob(
+            family=run.family.name,
+            arch=run.family.to_dict(arch),
+            context=run.context,
+            batch_size=run.config.batch_size,
+            seconds=8.0,
+            device=run.config.device,
+        )
+        result = run.do(Job(pace, job, "pace"))
         run.executor.close()  # its threads would only be in the way
         return float(result.values["images_per_s"]) if result.ok else 50.0
 
@@ -177,16 +181,28 @@ class Lab:
         """Score the parent's sliced weights, without training."""
         assert of.parent is not None, "no training and no parent: nothing to score"
         folder = run.folder.job_folder(name)
-        spec = {
-            **run.train_spec(
-                of.arch, epochs=0, init=of.init, parent=of.parent, first_epoch=0, test=False
+        job = ScoreJob(
+            family=run.family.name,
+            arch=run.family.to_dict(of.arch),
+            context=run.context,
+            dataset=run.dataset.folder,
+            store=Path(run.store["folder"]),
+            label_epochs=run.store["use_epochs"],
+            missing=run.config.missing_labels,
+            beyond=run.config.beyond,
+            batch_size=run.config.batch_size,
+            random_seed=of.random_seed,
+            device=run.config.device,
+            parent=ParentWeights(
+                arch=run.family.to_dict(of.parent.arch),
+                weights=of.parent.weights,
+                order=of.parent.order,
             ),
-            "random_seed": of.random_seed,
-            "recalibrate": of.recalibrate,
-            "images": of.images,
-            "out": str(folder),
-        }
-        result = run.do_all([Task(Job("score", name, spec), folder, 0.0)])[0]
+            recalibrate=of.recalibrate,
+            images=of.images,
+            out=folder,
+        )
+        result = run.do_all([Task(Job(score, job, name), folder, 0.0)])[0]
         if not result.ok:
             return Trained(of, name, {}, {}, result.seconds, result.reason)
         return Trained(of, name, {0: folder}, {0: result.values}, result.seconds)

@@ -27,6 +27,8 @@ from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.core.stats import in_words, indistinguishable, kendall, regret
 from nas.jobs.job import Job
+from nas.train import jobs as train_jobs
+from nas.train.jobs import PaceJob
 from space.contractions import shortlist
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -149,13 +151,15 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
     run = lab.run
     band = run.band(run.config.steps)
     arch = sample_band(run.family, run.seed_arch, run.context, band, 1, random_seed=0)[0]
-    spec = {
-        **run.network(arch),
-        "batch_size": run.config.batch_size,
-        "seconds": 8.0,
-        "device": run.config.device,
-    }
-    result = run.do(Job("pace", "pace", spec))
+    job = PaceJob(
+        family=run.family.name,
+        arch=run.family.to_dict(arch),
+        context=run.context,
+        batch_size=run.config.batch_size,
+        seconds=8.0,
+        device=run.config.device,
+    )
+    result = run.do(Job(train_jobs.pace, job, "pace"))
     run.executor.close()
     pace = float(result.values["images_per_s"]) if result.ok else 50.0
     images, holdout = len(run.dataset.train.labels), len(run.dataset.holdout.labels)

@@ -1,4 +1,4 @@
-"""A worker with a few more kinds of jobs, for the executor's tests: `python tests/_worker.py`."""
+"""Job functions for the executor's tests; `python -m tests._worker` is a worker that has them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.progress import Tick
-from nas.jobs import run_job as runner
 from nas.jobs import worker
 from space.errors import refuse
 
 
-def _echo(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def echo(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     import torch
 
     print("noise on standard output")
@@ -26,29 +25,29 @@ def _echo(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {"said": spec.get("say"), "pid": os.getpid(), "threads": torch.get_num_threads()}
 
 
-def _raise(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def fail(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     raise {"runtime": RuntimeError("two\nlines"), "memory": MemoryError()}[spec["what"]]
 
 
-def _refuse(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def refused(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     raise refuse("--teacher", "x", "y")
 
 
-def _die(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def die(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     if spec["how"] == "exit":
         os._exit(7)
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def _sleep(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def sleep(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     with open(spec["pid_file"], "w") as out:
         out.write(str(os.getpid()))
     time.sleep(spec["seconds"])
     return {}
 
 
-def _fork(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def fork(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     """Leave a child that holds the worker's pipes, as some libraries do; die if asked to."""
     child = os.fork()
     if child == 0:
@@ -59,7 +58,7 @@ def _fork(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {"child": child}
 
 
-def _meet(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def meet(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     """Come to a place and wait until others are there too: they run at the same time."""
     mine = Path(spec["mine"])
     with mine.open("a") as out:
@@ -71,7 +70,7 @@ def _meet(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {"pid": os.getpid()}
 
 
-def _flaky(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def flaky(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     """Die the first few times."""
     tick(3.0)
     counter = Path(spec["counter"])
@@ -82,13 +81,13 @@ def _flaky(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {"lives": len(counter.read_text())}
 
 
-def _during(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def during(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     began = time.monotonic()
     time.sleep(spec["seconds"])
     return {"began": began, "ended": time.monotonic()}
 
 
-def _cores(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def cores(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     import torch
 
     torch.ones(64, 64) @ torch.ones(64, 64)
@@ -96,25 +95,21 @@ def _cores(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     return {"cores": sorted(set().union(*(os.sched_getaffinity(t) for t in threads)))}
 
 
-def _hog(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def hog(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     import torch
 
     return {"sum": float(torch.ones(int(spec["bytes"]) // 4).sum())}
 
 
-def _full(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def full(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     raise OSError(errno.ENOSPC, "No space left on device", "/somewhere/weights")
 
 
-def _noise(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
+def noise(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     print(spec["say"])
     os.system(f"echo {spec['say']} of a child")
     return {}
 
 
-runner._KINDS.update(meet=_meet, flaky=_flaky, during=_during, cores=_cores, hog=_hog)
-runner._KINDS.update(fork=_fork, full=_full, noise=_noise)
-runner._KINDS.update(echo=_echo, **{"raise": _raise}, refuse=_refuse, die=_die, sleep=_sleep)
-
 if __name__ == "__main__":
-    sys.exit(worker.main())
+    sys.exit(worker.main(("tests._worker",)))

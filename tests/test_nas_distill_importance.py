@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from space_cases import one_thread  # noqa: F401 - a fixture, used by every test
 from torch import nn
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.distill.student import start_model
+from nas.distill.jobs import ParentWeights, TrainJob, train
+from nas.distill.student import ParentNetwork, start_model
 from nas.export.weights import load_weights, save_weights, weights_digest
 from nas.inherit.importance import (
     CRITERIA,
@@ -27,9 +27,9 @@ from nas.inherit.importance import (
     taylor_scores,
     weight_norms,
 )
+from nas.inherit.jobs import ImportanceJob, rank_by_importance
 from nas.inherit.slice import inherit
-from nas.jobs.job import Job
-from nas.jobs.run_job import run_job
+from nas.jobs.job import Job, Result, run_job
 from nas.labels.reader import Batch, holdout_batches
 from nas.labels.store import LabelStore
 from nas.train.losses import sparse_soft_cross_entropy
@@ -278,40 +278,34 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelSt
 
 
 @pytest.fixture(scope="module")
-def job(
-    dataset: Dataset, store: LabelStore, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Any]:
-    folder = tmp_path_factory.mktemp("i")
-    save_weights(folder / "parent.safetensors", built().state_dict())
+def given(dataset: Dataset, store: LabelStore) -> dict[str, Any]:
+    return {
+        "family": "tinyvit",
+        "arch": FAMILY.to_dict(ARCH),
+        "context": CTX,
+        "dataset": dataset.folder,
+        "store": store.folder,
+        "batch_size": 8,
+        "random_seed": 0,
+        "device": "cpu",
+        "missing": "refuse",
+    }
 
-    def run(kind: str, **changes: Any) -> Any:
-        spec = {
-            "family": "tinyvit",
-            "arch": FAMILY.to_dict(ARCH),
-            "context": vars(CTX),
-            "weights": str(folder / "parent.safetensors"),
-            "dataset": str(dataset.folder),
-            "store": str(store.folder),
-            "images": 24,
-            "batch_size": 8,
-            "random_seed": 0,
-            "device": "cpu",
-            "missing": "refuse",
-            "out": str(folder / "order.json"),
-            **changes,
-        }
-        return run_job(Job(kind, kind, spec))
 
-    return run
+def ranked(given: dict[str, Any], criterion: str, out: Path, weights: Path) -> Result:
+    job = ImportanceJob(**given, images=24, criterion=criterion, out=out, weights=weights)
+    return run_job(Job(rank_by_importance, job, "rank"))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_job_ranks_on_replayed_images(
-    job: Callable[..., Any], criterion: str, tmp_path: Path
+    given: dict[str, Any], criterion: str, tmp_path: Path
 ) -> None:
+    weights = tmp_path / "parent.safetensors"
+    save_weights(weights, built().state_dict())
     files = [tmp_path / "deep" / name for name in ("1.json", "2.json")]
     for file in files:
-        result = job("importance", criterion=criterion, out=str(file))
+        result = ranked(given, criterion, file, weights)
         assert result.ok, result.reason
         assert result.values == {"file": str(file), "criterion": criterion}
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -324,49 +318,34 @@ def test_the_job_ranks_on_replayed_images(
 
 
 def test_a_training_starts_from_what_is_wanted_most(
-    job: Callable[..., Any], dataset: Dataset, store: LabelStore, tmp_path: Path
+    given: dict[str, Any], dataset: Dataset, store: LabelStore, tmp_path: Path
 ) -> None:
     parent, order = tmp_path / "parent.safetensors", tmp_path / "order.json"
     save_weights(parent, built().state_dict())
-    assert job("importance", criterion="taylor", weights=str(parent), out=str(order)).ok
+    assert ranked(given, "taylor", order, parent).ok
     child = replace(ARCH, embed_dims=(16, 32, 32, 48), depths=(2, 1, 2, 1), mlp_ratio=1.0)
     losses = []
-    for chosen in ({"order": str(order)}, {"order": None}, {}):
-        out = tmp_path / f"out{len(losses)}"
-        result = job(
-            "train",
-            arch=FAMILY.to_dict(child),
+    for number, chosen in enumerate((order, None)):
+        job = TrainJob(
+            **{**given, "arch": FAMILY.to_dict(child)},
+            store_id=store.id,
             init="inherit",
             lr=INHERIT_LR,
             epochs=1,
-            parent={"arch": FAMILY.to_dict(ARCH), "weights": str(parent), **chosen},
-            shared=False,
-            checkpoint=False,
-            first_epoch=0,
+            parent=ParentWeights(arch=FAMILY.to_dict(ARCH), weights=parent, order=chosen),
             beyond="cycle",
             label_epochs=None,
-            test=False,
-            out=str(out),
+            out=tmp_path / f"out{number}",
         )
+        result = run_job(Job(train, job, "train"))
         assert result.ok, result.reason
         losses.append(result.values["soft_loss"])
-    assert losses[0] != losses[1] == losses[2]
+    assert losses[0] != losses[1]
     # Its very first weights, and statistics that were estimated on the first batches.
-    given: dict[str, Any] = {"parent_arch": ARCH, "parent_weights": parent}
     inputs = [b.inputs for b in holdout_batches(dataset, store, 8)]
-    model, copied = start_model(
-        FAMILY,
-        child,
-        CTX,
-        init="inherit",
-        random_seed=0,
-        order=load_order(order),
-        inputs=inputs,
-        **given,
-    )
-    plain, _ = start_model(
-        FAMILY, child, CTX, init="inherit", random_seed=0, order=load_order(order), **given
-    )
+    source = ParentNetwork(arch=ARCH, weights=parent, order=load_order(order))
+    model, copied = start_model(FAMILY, child, CTX, random_seed=0, parent=source, inputs=inputs)
+    plain, _ = start_model(FAMILY, child, CTX, random_seed=0, parent=source)
     state, slicing = model.state_dict(), FAMILY.slicing(ARCH, child, CTX, CTX, load_order(order))
     assert copied == sum(t.numel() for t in state.values())
     old = load_weights(parent)
@@ -378,7 +357,7 @@ def test_a_training_starts_from_what_is_wanted_most(
     assert all("running" in k or "num_batches" in k for k in moved)
 
 
-def test_a_damaged_order_is_refused(job: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_damaged_order_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "order.json"
     for text in (
         "{",
@@ -391,6 +370,7 @@ def test_a_damaged_order_is_refused(job: Callable[..., Any], tmp_path: Path) -> 
         with pytest.raises(InputError, match="order of units") as caught:
             load_order(file)
         assert "\n" not in str(caught.value)
-    result = job("importance", criterion="magic", out=str(tmp_path / "o.json"))
+    save_weights(tmp_path / "parent.safetensors", built().state_dict())
+    result = ranked(given, "magic", tmp_path / "o.json", tmp_path / "parent.safetensors")
     assert not result.ok
     assert "--importance" in result.reason

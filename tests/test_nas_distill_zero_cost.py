@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from label_cases import built
 from torch import Tensor, nn
 
 from nas.data import Dataset, DataSpec, prepare
+from nas.distill.jobs import ZeroCostJob, zero_cost
 from nas.distill.zero_cost import ZERO_COST, grad_norm, naswot, snip, synflow, zero_cost_scores
-from nas.distill.zero_cost_job import zero_cost
 from nas.labels.reader import Batch, Replay
 from nas.labels.store import LabelStore
 from nas.train.losses import DistillLoss
@@ -230,26 +231,28 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelSt
     return built(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=2, topk=4)
 
 
+def job_of(dataset: Dataset, store: LabelStore, **more: Any) -> ZeroCostJob:
+    return ZeroCostJob(
+        family="tinyvit",
+        arch=ARCH,
+        context=Context(dataset.img_size, 10),
+        dataset=dataset.folder,
+        store=store.folder,
+        device="cpu",
+        missing="refuse",
+        **more,
+    )
+
+
 def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: LabelStore) -> None:
-    spec = {
-        "family": "tinyvit",
-        "arch": ARCH,
-        "context": {"img_size": 32, "num_classes": 10},
-        "dataset": str(dataset.folder),
-        "store": str(store.folder),
-        "images": 24,
-        "batch_size": 24,
-        "random_seed": 3,
-        "device": "cpu",
-        "missing": "refuse",
-    }
+    job = job_of(dataset, store, images=24, batch_size=24, random_seed=3)
     ticks: list[float] = []
-    values = zero_cost(spec, ticks.append)
+    values = zero_cost(job, ticks.append)
     assert set(values) == {*ZERO_COST, "images"}
     assert sum(ticks) == values["images"] == 24
     assert json.loads(json.dumps(values, allow_nan=False)) == values
-    assert zero_cost(spec, ticks.append) == values
-    assert zero_cost({**spec, "random_seed": 4}, ticks.append) != values
+    assert zero_cost(job, ticks.append) == values
+    assert zero_cost(replace(job, random_seed=4), ticks.append) != values
     # The oracle: the batches of a training, joined by hand.
     batches = list(Replay(dataset.train, store, 24, 3).epoch(0))
     names = ("inputs", "index", "prob", "tail", "truth", "rows")
@@ -257,25 +260,13 @@ def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: Label
     arch = FAMILY.arch(ARCH)
     by_hand = zero_cost_scores(FAMILY, arch, CTX, Batch(*parts), random_seed=3, loss=DistillLoss())
     assert {k: values[k] for k in ZERO_COST} == by_hand
-    whole = zero_cost({**spec, "images": 10_000, "batch_size": 20}, ticks.append)
+    whole = zero_cost(replace(job, images=10_000, batch_size=20), ticks.append)
     assert whole["images"] == len(dataset.train)
     with pytest.raises(InputError, match="images"):
-        zero_cost({**spec, "images": 1}, ticks.append)
+        zero_cost(replace(job, images=1), ticks.append)
 
 
 def test_a_store_of_other_data_is_refused(store: LabelStore, tmp_path: Path) -> None:
     other = prepare(DataSpec("digits", img_size=48, proxy_images=60), tmp_path)
-    spec = {
-        "family": "tinyvit",
-        "arch": ARCH,
-        "context": {"img_size": 48, "num_classes": 10},
-        "dataset": str(other.folder),
-        "store": str(store.folder),
-        "images": 8,
-        "batch_size": 8,
-        "random_seed": 0,
-        "device": "cpu",
-        "missing": "refuse",
-    }
     with pytest.raises(InputError):
-        zero_cost(spec, lambda _: None)
+        zero_cost(job_of(other, store, images=8, batch_size=8, random_seed=0), lambda _: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from nas.jobs.executor import LocalExecutor, OutOfTime
-from nas.jobs.job import Job
+from nas.jobs.job import Job, JobFunction
+from tests import _worker
 
-WORKER = [sys.executable, str(Path(__file__).with_name("_worker.py"))]
+WORKER = [sys.executable, "-m", "tests._worker"]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,9 @@ def alive(pid: int) -> bool:
 
 def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: LocalExecutor) -> None:
     ticks: list[float] = []
-    job = Job("echo", "a", {"say": "häß\n", "ticks": 5})
+    job = Job(_worker.echo, {"say": "häß\n", "ticks": 5}, "a")
     first = executor.run(job, tick=ticks.append)
-    second = executor.run(Job("echo", "b", {"say": [1, None]}))
+    second = executor.run(Job(_worker.echo, {"say": [1, None]}, "b"))
     assert first.ok
     assert first.values["said"] == "häß\n"
     assert first.values["threads"] == 1
@@ -47,31 +49,31 @@ def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: Loc
 
 
 @pytest.mark.parametrize(
-    ("kind", "spec", "reason"),
+    ("function", "spec", "reason"),
     [
-        ("raise", {"what": "runtime"}, "RuntimeError: two lines"),
-        ("raise", {"what": "memory"}, "out of memory"),
-        ("die", {"how": "exit"}, "ended with status 7"),
-        ("die", {"how": "kill"}, "killed by SIGKILL; out of memory?"),
-        ("no such kind", {}, "KeyError"),
+        (_worker.fail, {"what": "runtime"}, "RuntimeError: two lines"),
+        (_worker.fail, {"what": "memory"}, "out of memory"),
+        (_worker.die, {"how": "exit"}, "ended with status 7"),
+        (_worker.die, {"how": "kill"}, "killed by SIGKILL; out of memory?"),
+        (pickle.dumps, {}, "ended with status 1"),  # no job function: nothing else is ever called
     ],
 )
 def test_a_failing_job_is_a_result_and_the_next_job_runs(
-    executor: LocalExecutor, kind: str, spec: dict[str, str], reason: str
+    executor: LocalExecutor, function: JobFunction, spec: dict[str, str], reason: str
 ) -> None:
-    result = executor.run(Job(kind, "bad", spec))
+    result = executor.run(Job(function, spec, "bad"))
     assert not result.ok
     assert result.reason is not None
     assert reason in result.reason
     assert "\n" not in result.reason
-    assert executor.run(Job("echo", "after", {"say": 1})).ok
+    assert executor.run(Job(_worker.echo, {"say": 1}, "after")).ok
 
 
 @pytest.mark.parametrize("die", [False, True])
 def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: bool) -> None:
     """Such as the one that a library forks to send its usage data."""
     executor = LocalExecutor(threads=1, command=WORKER)
-    result = executor.run(Job("fork", "a", {"die": die}))
+    result = executor.run(Job(_worker.fork, {"die": die}, "a"))
     assert result.ok is not die
     if die:
         assert result.reason is not None
@@ -87,7 +89,7 @@ def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: b
 
 
 def test_bad_input_is_marked_as_such(executor: LocalExecutor) -> None:
-    result = executor.run(Job("refuse", "bad", {}))
+    result = executor.run(Job(_worker.refused, {}, "bad"))
     assert result.values == {"input_error": True}
     assert result.reason == "--teacher: got x, want y"
 
@@ -95,21 +97,22 @@ def test_bad_input_is_marked_as_such(executor: LocalExecutor) -> None:
 def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(
     executor: LocalExecutor, tmp_path: Path
 ) -> None:
-    executor.run(Job("echo", "warm", {}))
+    executor.run(Job(_worker.echo, {}, "warm"))
     pid_file = tmp_path / "pid"
-    job = Job("sleep", "long", {"seconds": 600, "pid_file": str(pid_file)})
+    job = Job(_worker.sleep, {"seconds": 600, "pid_file": str(pid_file)}, "long")
     with pytest.raises(OutOfTime):
         executor.run(job, deadline=time.monotonic() + 1.0)
     assert not alive(int(pid_file.read_text()))
-    assert executor.run(Job("echo", "after", {"say": 2})).ok
+    assert executor.run(Job(_worker.echo, {"say": 2}, "after")).ok
 
 
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     code = (
-        "import sys; from nas.jobs.executor import LocalExecutor; from nas.jobs.job import Job\n"
-        f"LocalExecutor(threads=1, command={WORKER!r}).run("
-        f"Job('sleep', 'x', {{'seconds': 600, 'pid_file': {str(pid_file)!r}}}))"
+        "from nas.jobs.executor import LocalExecutor; from nas.jobs.job import Job\n"
+        "from tests import _worker\n"
+        f"job = Job(_worker.sleep, {{'seconds': 600, 'pid_file': {str(pid_file)!r}}}, 'x')\n"
+        f"LocalExecutor(threads=1, command={WORKER!r}).run(job)"
     )
     driver = subprocess.Popen([sys.executable, "-c", code])
     try:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from nas.jobs.executor import LocalExecutor, OutOfTime
-from nas.jobs.job import Job, Needs
+from nas.jobs.job import Job
 from nas.jobs.make import make_executor, workers_for
 from nas.jobs.means import Means
 from nas.jobs.pool import ATTEMPT_COLUMNS
 from space.errors import InputError
+from tests import _worker
 from tests.test_nas_executor import WORKER, alive
 
 
@@ -46,7 +47,7 @@ def attempts(folder: Path) -> list[dict[str, str]]:
 def meeting(folder: Path, name: str, *others: str, **more: Any) -> Job:
     """A job that ends only when the others have begun."""
     spec = {"mine": str(folder / name), "others": [str(folder / other) for other in others]}
-    return Job("meet", name, spec, **more)
+    return Job(_worker.meet, spec, name, **more)
 
 
 def came(folder: Path, name: str) -> int:
@@ -57,7 +58,7 @@ def came(folder: Path, name: str) -> int:
 def test_jobs_run_side_by_side_and_results_stream_as_they_end(
     two: LocalExecutor, tmp_path: Path
 ) -> None:
-    jobs = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a"), Job("echo", "c", {})]
+    jobs = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a"), Job(_worker.echo, {}, "c")]
     results = {result.key: result for result in two.stream(jobs)}
     assert all(result.ok for result in results.values())
     assert results["a"].values["pid"] != results["b"].values["pid"]
@@ -71,7 +72,7 @@ def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
 ) -> None:
     ticks: list[float] = []
     spec = {"counter": str(tmp_path / "counter"), "deaths": deaths}
-    jobs = [Job("flaky", "flaky", spec, units=3.0), Job("echo", "other", {"say": 1})]
+    jobs = [Job(_worker.flaky, spec, "flaky", units=3.0), Job(_worker.echo, {"say": 1}, "other")]
     results = {
         result.key: result
         for result in two.stream(jobs, tick=lambda key, units: ticks.append(units))
@@ -99,19 +100,19 @@ def test_a_job_that_hangs_is_ended_and_tried_again(tmp_path: Path) -> None:
     with executor:
         pid_file = tmp_path / "pid"
         spec = {"seconds": 600, "pid_file": str(pid_file)}
-        result = executor.run(Job("sleep", "long", spec))
+        result = executor.run(Job(_worker.sleep, spec, "long"))
         assert not result.ok
         assert result.reason is not None
         assert "no end after 3 s (--job-minutes); 2 attempts" in result.reason
         assert not alive(int(pid_file.read_text()))
         assert [row["outcome"] for row in attempts(tmp_path)] == ["late", "late"]
-        assert executor.run(Job("echo", "after", {})).ok
+        assert executor.run(Job(_worker.echo, {}, "after")).ok
 
 
 def test_who_must_be_alone_is_alone(two: LocalExecutor) -> None:
     alone = {"t1", "t2"}
     jobs = [
-        Job("during", key, {"seconds": 0.3}, needs=Needs(alone=key in alone))
+        Job(_worker.during, {"seconds": 0.3}, key, timed=key in alone)
         for key in ("a", "b", "t1", "c", "t2", "d", "e")
     ]
     spans = {r.key: (r.values["began"], r.values["ended"]) for r in two.stream(jobs)}
@@ -122,7 +123,7 @@ def test_who_must_be_alone_is_alone(two: LocalExecutor) -> None:
 
 
 def test_what_a_job_prints_is_in_its_own_log(two: LocalExecutor, tmp_path: Path) -> None:
-    jobs = [Job("noise", key, {"say": f"this is {key}"}) for key in "abcd"]
+    jobs = [Job(_worker.noise, {"say": f"this is {key}"}, key) for key in "abcd"]
     assert all(result.ok for result in two.stream(jobs))
     for key in "abcd":
         text = (tmp_path / "logs" / f"{key}.log").read_text()
@@ -143,7 +144,7 @@ def test_an_idle_worker_runs_ahead_and_its_work_counts_once_if_it_is_chosen(
     def tick(key: str, units: float) -> None:
         ticks[key] = ticks.get(key, 0.0) + units
 
-    long, short = meeting(tmp_path, "long", "chosen"), Job("echo", "short", {})
+    long, short = meeting(tmp_path, "long", "chosen"), Job(_worker.echo, {}, "short")
     chosen = meeting(tmp_path, "chosen")
     other = meeting(tmp_path, "other")
     found = []
@@ -162,8 +163,8 @@ def test_an_idle_worker_runs_ahead_and_its_work_counts_once_if_it_is_chosen(
 
 def test_who_stops_listening_ends_what_runs(two: LocalExecutor, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    sleep = Job("sleep", "long", {"seconds": 600, "pid_file": str(pid_file)})
-    for result in two.stream([sleep, Job("echo", "a", {})]):
+    sleep = Job(_worker.sleep, {"seconds": 600, "pid_file": str(pid_file)}, "long")
+    for result in two.stream([sleep, Job(_worker.echo, {}, "a")]):
         assert result.key == "a"
         while not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.02)
@@ -172,19 +173,19 @@ def test_who_stops_listening_ends_what_runs(two: LocalExecutor, tmp_path: Path) 
     while alive(int(pid_file.read_text())) and time.monotonic() < until:
         time.sleep(0.05)
     assert not alive(int(pid_file.read_text()))
-    assert two.run(Job("echo", "after", {})).ok
+    assert two.run(Job(_worker.echo, {}, "after")).ok
     spare = [row for row in attempts(tmp_path) if row["outcome"] == "spare"]
     assert [row["job"] for row in spare] == ["long"]
 
 
 def test_a_deadline_ends_all(two: LocalExecutor, tmp_path: Path) -> None:
     files = [tmp_path / f"pid{n}" for n in range(2)]
-    jobs = [Job("sleep", f.name, {"seconds": 600, "pid_file": str(f)}) for f in files]
+    jobs = [Job(_worker.sleep, {"seconds": 600, "pid_file": str(f)}, f.name) for f in files]
     with pytest.raises(OutOfTime):
         list(two.stream(jobs, deadline=time.monotonic() + 8.0))
     for file in files:
         assert not file.exists() or not alive(int(file.read_text()))
-    assert two.run(Job("echo", "after", {})).ok
+    assert two.run(Job(_worker.echo, {}, "after")).ok
 
 
 @pytest.mark.skipif(
@@ -196,27 +197,27 @@ def test_workers_have_cores_of_their_own_but_for_timing(two: LocalExecutor, tmp_
     every = sorted(os.sched_getaffinity(0))
     seen = set()
     for number in range(12):
-        seen.add(tuple(two.run(Job("cores", f"c{number}", {})).values["cores"]))
+        seen.add(tuple(two.run(Job(_worker.cores, {}, f"c{number}")).values["cores"]))
     assert seen <= {(every[0],), (every[1],)}
-    timed = two.run(Job("cores", "timed", {}, needs=Needs(timed=True, alone=True)))
+    timed = two.run(Job(_worker.cores, {}, "timed", timed=True))
     assert timed.values["cores"] == every
-    assert len(two.run(Job("cores", "after", {})).values["cores"]) == 1
+    assert len(two.run(Job(_worker.cores, {}, "after")).values["cores"]) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of data are Linux's")
 def test_too_much_memory_is_the_jobs_failure_alone(tmp_path: Path) -> None:
     with LocalExecutor(threads=1, command=WORKER, memory_bytes=4_000_000_000) as executor:
-        small = executor.run(Job("hog", "small", {"bytes": 1e8}))
+        small = executor.run(Job(_worker.hog, {"bytes": 1e8}, "small"))
         assert small.ok, small.reason
-        large = executor.run(Job("hog", "large", {"bytes": 8e9}))
+        large = executor.run(Job(_worker.hog, {"bytes": 8e9}, "large"))
         assert not large.ok
         assert large.reason is not None
         assert "memory" in large.reason
-        assert executor.run(Job("echo", "after", {})).ok
+        assert executor.run(Job(_worker.echo, {}, "after")).ok
 
 
 def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
-    result = two.run(Job("full", "full", {}))
+    result = two.run(Job(_worker.full, {}, "full"))
     assert result.values == {"input_error": True}
     assert result.reason is not None
     assert result.reason.startswith("/somewhere/weights: got No space left on device")

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,13 +30,15 @@ from nas.contract.state import Run
 from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.core.progress import Console
+from nas.distill.jobs import TrainJob, train
 from nas.jobs.executor import InlineExecutor
-from nas.jobs.job import Job, Result
+from nas.jobs.job import Job, JobFunction, Result
 from nas.measure.interference import Disturbance
 from nas.report import status
 from nas.search.constraints import bench_setting, requirements_of
 from nas.search.strategies import strategy_names
 from nas.search.study import Study, Trial
+from nas.train.jobs import pace
 from space import Context, get_family
 from space.contractions import Band
 from space.errors import InputError
@@ -92,10 +95,10 @@ class Counting(InlineExecutor):
     """Runs jobs here and remembers which there were."""
 
     def __init__(self) -> None:
-        self.jobs: list[tuple[str, str]] = []
+        self.jobs: list[tuple[JobFunction, str]] = []
 
     def run(self, job: Job, **more: Any) -> Result:
-        self.jobs.append((job.kind, job.key))
+        self.jobs.append((job.function, job.key))
         return super().run(job, **more)
 
 
@@ -126,7 +129,11 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
         failed: str | None = None
 
         def run(self, job: Job, **more: Any) -> Result:
-            if job.kind == "train" and job.key.startswith("s1-") and self.failed in (None, job.key):
+            if (
+                job.function is train
+                and job.key.startswith("s1-")
+                and self.failed in (None, job.key)
+            ):
                 self.failed = job.key
                 return Result(job.key, False, {}, "out of memory")
             return super().run(job, **more)
@@ -141,7 +148,7 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
     again = contract(out=folder, resume=True, cache_dir=finished.cache, executor=counting)
     assert again.result["winner"] == first.result["winner"]
     assert (folder / "ledger.csv").read_bytes() == before
-    assert not [key for kind, key in counting.jobs if kind == "train"]
+    assert not [key for function, key in counting.jobs if function is train]
 
 
 def test_status_tells_what_is_decided_while_a_step_trains(
@@ -151,7 +158,7 @@ def test_status_tells_what_is_decided_while_a_step_trains(
 
     class Looking(InlineExecutor):
         def run(self, job: Job, **more: Any) -> Result:
-            if job.kind == "train" and job.key.startswith("s1-"):
+            if job.function is train and job.key.startswith("s1-"):
                 told.append(status(folder))
             return super().run(job, **more)
 
@@ -377,8 +384,8 @@ def test_a_run_of_before_there_was_distillation_by_kind_goes_on_as_it_was(tmp_pa
 def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path) -> None:
     arch = FAMILY.arch(SMALL_ARCH)
 
-    def asked(distill: str, **more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The spec of a job, and its key's."""
+    def asked(distill: str, **more: Any) -> tuple[TrainJob, str]:
+        """A training's argument, and the name that it is cached by."""
         config = RunConfig(seed="small", target_params=300_000, distill=distill)
         run = cast(Any, object.__new__(Run))
         run.config, run.family, run.context, run.trained = config, FAMILY, CTX, {}
@@ -395,21 +402,17 @@ def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path
 
         run.do_all = do_all
         run.train(arch, "a", out=tmp_path / "a", epochs=2, init="scratch", **more)
-        spec = run.train_spec(
-            arch, epochs=2, init="scratch", parent=None, first_epoch=0, test=False
-        )
-        return dict(jobs[0].spec), {"digest": run.spec_digest(spec), **spec}
+        job = run.train_job(arch, out=tmp_path / "a", epochs=2, init="scratch")
+        return jobs[0].argument, run.training_digest(job)
 
-    before, key = asked("sparse")
-    assert "distill" not in before
-    assert "distill" not in key
-    keys = {key["digest"]}
+    before, digest = asked("sparse")
+    digests = {digest}
     for kind in ("soft", "hard", "token"):
-        spec, key = asked(kind)
-        assert spec == {**before, "distill": kind}
-        keys.add(key["digest"])
-        assert asked(kind, hard_weight=1.0)[0] == {**before, "hard_weight": 1.0}
-    assert len(keys) == 4
+        job, digest = asked(kind)
+        assert job == replace(before, distill=kind)
+        digests.add(digest)
+        assert asked(kind, hard_weight=1.0)[0] == replace(before, hard_weight=1.0)
+    assert len(digests) == 4
 
 
 @pytest.mark.slow
@@ -443,16 +446,16 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
     folder = tmp_path / "run"
     outcome = contract(**given, out=folder, executor=Watching(), trust=3)
     assert outcome.status == "reached"
-    trained = [job for job in jobs if job.kind == "train"]
+    trained = [job for job in jobs if job.function is train]
     alone = [job for job in trained if job.key.startswith("trust-hard-")]
     assert len(alone) == 3
     for job in trained:
-        assert job.spec.get("distill") == (None if job in alone else "token"), job.key
+        assert job.argument.distill == ("sparse" if job in alone else "token"), job.key
     lost = set()
     for job in trained:
-        told = json.loads((Path(job.spec["out"]) / "result.json").read_text())["values"]
+        told = json.loads((job.argument.out / "result.json").read_text())["values"]
         says = any("no distillation token" in note for note in told["notes"])
-        assert says == (job not in alone and not job.spec["arch"]["dist_token"]), job.key
+        assert says == (job not in alone and not job.argument.arch["dist_token"]), job.key
         lost |= {job.key} if says else set()
     assert any(key.startswith("s1-") for key in lost)
     assert {r["name"] for r in table(folder / "trust.csv")} >= {"proxy (inherit), hard labels"}
@@ -545,7 +548,7 @@ def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(
 
     class Full(InlineExecutor):
         def run(self, job: Job, **more: Any) -> Result:
-            if job.kind == "pace":
+            if job.function is pace:
                 return Result(job.key, False, {}, "out of memory? (see worker.log)")
             return super().run(job, **more)
 

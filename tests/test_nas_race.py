@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +17,11 @@ from nas.contract.gates import Candidate
 from nas.contract.race import MORE, Entrant, race, rungs_of
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.per_image import judged, losses_of, per_image
-from nas.jobs.job import Job, Result
+from nas.distill.jobs import EarlierRung, TrainJob, train
+from nas.jobs.job import Job, Result, run_job
 from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure
 from nas.train.optim import SCRATCH_LR
+from space import Context
 from space.errors import InputError
 
 HERE = Path(__file__).parent
@@ -59,7 +60,7 @@ class Bench:
         (self.root / name / "weights.safetensors").unlink(missing_ok=True)
 
     def training(self, arch: Any, name: str, *, out: Path, **more: Any) -> Task:
-        return Task(Job("train", name, {"key": str(arch), **more}), out, 0.0)
+        return Task(Job(train, {"key": str(arch), **more}, name), out, 0.0)
 
     def discard(self, folders: Any) -> None:
         assert not any(folder.exists() for folder in folders), "nothing ran ahead here"
@@ -68,15 +69,17 @@ class Bench:
         """Do the jobs one by one; what `ahead` names must be jobs of those that are done."""
         found: dict[str, Result] = {}
         for task in tasks:
-            more = {k: v for k, v in task.job.spec.items() if k != "key"}
+            more = {k: v for k, v in task.job.argument.items() if k != "key"}
             known = failed_before(task.out) if remember else None
-            result = known or self.train(task.job.spec["key"], task.job.key, out=task.out, **more)
+            result = known or self.train(
+                task.job.argument["key"], task.job.key, out=task.out, **more
+            )
             if remember and not result.ok:
                 keep_failure(task.out, result)
             found[task.job.key] = result
             if ahead is not None:
-                done = {t.job.spec["key"] for t in tasks if t.job.key in found}
-                assert {t.job.spec["key"] for t in ahead(found, 4)} <= done
+                done = {t.job.argument["key"] for t in tasks if t.job.key in found}
+                assert {t.job.argument["key"] for t in ahead(found, 4)} <= done
         return [found[task.job.key] for task in tasks]
 
     def train(self, key: str, name: str, **more: Any) -> Result:
@@ -252,16 +255,14 @@ def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:
 
 def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path: Path) -> None:
     """One training of two epochs, straight and as two jobs."""
-    from nas.jobs.run_job import run_job
-
-    spec = json.loads(next(iter(_specs(finished))))
-    assert (spec["init"], spec["lr"]) == ("scratch", SCRATCH_LR)
-    told = {**spec, "epochs": 2, "checkpoint": False, "shared": False, "test": False}
-    whole = run_job(Job("train", "whole", {**told, "out": str(tmp_path / "whole")}))
-    first = run_job(Job("train", "first", {**told, "rung": 1, "out": str(tmp_path / "first")}))
+    (told,) = _scratch_trainings(finished)
+    assert (told.init, told.lr) == ("scratch", SCRATCH_LR)
+    told = replace(told, epochs=2, checkpoint=False, shared=False, test=False)
+    whole = run_job(Job(train, replace(told, out=tmp_path / "whole"), "whole"))
+    first = run_job(Job(train, replace(told, rung=1, out=tmp_path / "first"), "first"))
     ticks: list[float] = []
-    past = {"epochs": 1, "checkpoint": str(tmp_path / "first" / CHECKPOINT)}
-    job = Job("train", "second", {**told, "continue_from": past, "out": str(tmp_path / "second")})
+    past = EarlierRung(epochs=1, checkpoint=tmp_path / "first" / CHECKPOINT)
+    job = Job(train, replace(told, continue_from=past, out=tmp_path / "second"), "second")
     part = tmp_path / "second.part"  # where a worker was killed while it wrote
     part.mkdir()
     (part / f".{CHECKPOINT}.abc123.tmp").write_bytes(b"half")
@@ -282,18 +283,18 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
     assert trained == whole.values["images"] / 2, "the first rung's images are not told twice"
 
 
-def _specs(finished: Any) -> list[str]:
-    """Give the specification of a scratch training on the finished run's data and labels."""
+def _scratch_trainings(finished: Any) -> list[TrainJob]:
+    """Return the argument of a scratch training on the finished run's data and labels."""
     from nas.contract import contract
     from nas.contract.state import Run
     from nas.jobs.executor import InlineExecutor
 
-    found: list[str] = []
+    found: list[TrainJob] = []
 
     class Listening(InlineExecutor):
         def run(self, job: Job, **more: Any) -> Result:
-            if job.kind == "train":
-                found.append(json.dumps(dict(job.spec)))
+            if job.function is train:
+                found.append(job.argument)
                 return Result(job.key, False, {}, "enough")
             return super().run(job, **more)
 
@@ -325,10 +326,22 @@ def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
         config=SimpleNamespace(threads=1, metric="top1"),
     )
 
-    def digest(label_epochs: int, first: int = 0) -> str:
-        spec = {"init": "scratch", "epochs": 4, "first_epoch": first, "label_epochs": label_epochs}
-        return Run.spec_digest(bench, spec)  # type: ignore[arg-type]
+    def digest(label_epochs: int, first_epoch: int = 0) -> str:
+        job = TrainJob(
+            **dict.fromkeys(("family", "missing", "beyond", "device", "store_id"), ""),
+            arch={},
+            context=Context(32, 10),
+            **dict.fromkeys(("dataset", "store", "out"), Path()),
+            batch_size=1,
+            random_seed=0,
+            lr=0.1,
+            init="scratch",
+            epochs=4,
+            first_epoch=first_epoch,
+            label_epochs=label_epochs,
+        )
+        return Run.training_digest(bench, job)  # type: ignore[arg-type]
 
     assert digest(4) == digest(9) == digest(100)
     assert len({digest(3), digest(2), digest(4)}) == 3, "where labels start again, it counts"
-    assert digest(4, first=2) != digest(6, first=2) == digest(60, first=2)
+    assert digest(4, first_epoch=2) != digest(6, first_epoch=2) == digest(60, first_epoch=2)

@@ -30,6 +30,7 @@ from nas.core.stats import (
     kendall_interval,
     regret,
 )
+from nas.distill.jobs import train
 from nas.jobs.job import Job, Result
 from nas.jobs.outcomes import failed_before, keep_failure
 from nas.search.constraints import band_at
@@ -303,13 +304,13 @@ class Paper:
         return band_at(FAMILY.count_params(SEED, CTX), self.config, step)
 
     def training(self, arch: Any, name: str, *, out: Path, **more: Any) -> Task:
-        return Task(Job("train", name, {"arch": arch, **more}), out, 0.0)
+        return Task(Job(train, {"arch": arch, **more}, name), out, 0.0)
 
     def train_all(self, tasks: Any, *, remember: bool) -> list[Result]:
         """Do each once: that it failed is kept, as `Run.do_all` does."""
         found = []
         for task in tasks:
-            spec = dict(task.job.spec)
+            spec = dict(task.job.argument)
             result = failed_before(task.out) or self.train(
                 spec.pop("arch"), task.job.key, out=task.out, **spec
             )

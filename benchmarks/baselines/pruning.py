@@ -122,7 +122,9 @@ def common_spec(lab: Lab, given: Any) -> dict[str, Any]:
     """Return what all jobs of a rival are told, as plain JSON."""
     run, config = lab.run, lab.run.config
     return {
-        **run.network(run.seed_arch),
+        "family": run.family.name,
+        "arch": run.family.to_dict(run.seed_arch),
+        "context": dataclasses.asdict(run.context),
         "weights": str(lab.seed.weights.resolve()),
         "dataset": str(run.dataset.folder),
         "store": run.store["folder"],

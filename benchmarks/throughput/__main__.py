@@ -12,18 +12,19 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.throughput.flags import Plan, build_parser, plan_of
 from benchmarks.throughput.networks import Net
 from nas.core.cli import default_cache, guarded
-from nas.core.progress import Console
+from nas.core.progress import Console, Tick
 from nas.core.requirement import Setting
 from nas.jobs.executor import LocalExecutor
-from nas.jobs.job import Job, Result
+from nas.jobs.job import Job, Result, Values
+from nas.measure import jobs
 from nas.measure.device_rows import (
     FAILED,
     OK,
@@ -34,9 +35,21 @@ from nas.measure.device_rows import (
     write_rows,
 )
 from nas.measure.fingerprint import Fingerprint
+from nas.measure.interleave import Bounds
+from nas.measure.jobs import (
+    AccuracyJob,
+    BatchJob,
+    CountJob,
+    ExportJob,
+    FingerprintJob,
+    MemoryJob,
+    TimingJob,
+)
 from nas.measure.runtimes import find_runtime
 from space import Context
 from space.errors import InputError, refuse
+
+A = TypeVar("A")
 
 LATENCY_BLOCKS = 10
 
@@ -52,16 +65,19 @@ class Bench:
         self.plan, self.console, self._log = plan, console, log
         self._worker = LocalExecutor(threads=plan.threads, log=log)
         self._devices: dict[str, Fingerprint] = {}
-        self._datasets: dict[int, str] = {}
+        self._datasets: dict[int, Path] = {}
 
     def close(self) -> None:
         """End the worker."""
         self._worker.close()
 
-    def do(self, kind: str, key: str, spec: dict[str, Any], *, fresh: bool = False) -> Result:
+    def do(
+        self, function: Callable[[A, Tick], Values], key: str, argument: A, *, fresh: bool = False
+    ) -> Result:
         """Run a job; bad input raises, other failures are results."""
         self.console.describe(key)
-        job = Job(kind, "".join(c if c.isalnum() or c in "-_." else "_" for c in key)[:80], spec)
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)[:80]
+        job = Job(function, argument, name)
         if fresh:
             with LocalExecutor(threads=self.plan.threads, log=self._log) as worker:
                 return worker.run(job, heartbeat=self.console.refresh)
@@ -70,7 +86,7 @@ class Bench:
     def device(self, name: str) -> Fingerprint:
         """Return the fingerprint of a device; one that is not there is refused."""
         if name not in self._devices:
-            found = self.do("hello", f"look at {name}", {"device": name})
+            found = self.do(jobs.fingerprint, f"look at {name}", FingerprintJob(device=name))
             if not found.ok:
                 raise InputError(
                     found.reason
@@ -110,23 +126,23 @@ class Bench:
                 return replace(empty, state=FAILED, reason=reason)
         if self.plan.auto:
             found = self.do(
-                "fastest-batch",
+                jobs.fastest_batch,
                 f"{net.name} batch",
-                {"network": net.spec(ctx), "context": vars(ctx), "setting": vars(setting)},
+                BatchJob(network=net.spec(ctx), context=ctx, setting=setting),
             )
             if not found.ok:
                 return self._failed(empty, found)
             setting = replace(setting, batch=found.values["batch"])
             empty = self._empty(net, ctx, setting)
-        spec = self._spec(net, ctx, setting)
-        measured = self.do("measure", f"{net.name} {setting.text}", spec)
+        timing = self._timing(net, ctx, setting)
+        measured = self.do(jobs.measure, f"{net.name} {setting.text}", timing)
         if not measured.ok:
             return self._failed(empty, measured)
         row = replace(empty, state=OK, **measured_columns(measured.values))
         row = replace(row, **self._counts(net, ctx))
         row = replace(row, **self._latency(net, ctx, setting, measured.values))
         if self.plan.memory:
-            row = replace(row, peak_mem_bytes=self._weigh(net, spec))
+            row = replace(row, peak_mem_bytes=self._weigh(net, ctx, setting))
         if net.trained(ctx) and self.plan.accuracy_data is not None:
             row = replace(row, **self._accuracy(net, ctx, setting))
         return row
@@ -168,19 +184,19 @@ class Bench:
         named = self.plan.reference_runtime
         return setting if named is None else replace(setting, runtime=named, dtype="float32")
 
-    def _spec(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
+    def _timing(self, net: Net, ctx: Context, setting: Setting) -> TimingJob:
         plan = self.plan
-        return {
-            "network": net.spec(ctx),
-            "reference": None if plan.reference is None else plan.reference.spec(ctx),
-            "context": vars(ctx),
-            "setting": vars(setting),
-            "reference_setting": vars(self._beside(setting)),
-            "blocks": plan.blocks,
-            "max_blocks": plan.max_blocks,
-            "bounds": {"precision": plan.precision},
-            "random_seed": plan.random_seed,
-        }
+        return TimingJob(
+            network=net.spec(ctx),
+            reference=None if plan.reference is None else plan.reference.spec(ctx),
+            context=ctx,
+            setting=setting,
+            reference_setting=self._beside(setting),
+            blocks=plan.blocks,
+            max_blocks=plan.max_blocks,
+            bounds=Bounds(precision=plan.precision),
+            random_seed=plan.random_seed,
+        )
 
     def _failed(self, empty: DeviceRow, result: Result) -> DeviceRow:
         if result.values.get("input_error"):
@@ -191,8 +207,8 @@ class Bench:
         if net.family is not None and net.arch is not None:
             params = net.family.count_params(net.arch, ctx)
             return {"params": params, "macs": net.family.count_macs(net.arch, ctx)}
-        spec = {"network": net.spec(ctx), "context": vars(ctx)}
-        found = self.do("count", f"{net.name} counts", spec)
+        asked = CountJob(network=net.spec(ctx), context=ctx)
+        found = self.do(jobs.count, f"{net.name} counts", asked)
         return dict(found.values) if found.ok else {}
 
     def _latency(
@@ -206,30 +222,41 @@ class Bench:
         if setting.batch != 1 or throughput["passes"] * throughput["blocks"] < (
             self.plan.latency_passes
         ):
-            spec = {
-                **self._spec(net, ctx, replace(setting, batch=1)),
-                "reference": None,
-                "reference_setting": None,
-                "blocks": LATENCY_BLOCKS,
-                "max_blocks": LATENCY_BLOCKS,
-                "bounds": {},
-                "min_passes": -(-self.plan.latency_passes // LATENCY_BLOCKS),
-            }
-            found = self.do("measure", f"{net.name} latency", spec)
+            timing = replace(
+                self._timing(net, ctx, replace(setting, batch=1)),
+                reference=None,
+                reference_setting=None,
+                blocks=LATENCY_BLOCKS,
+                max_blocks=LATENCY_BLOCKS,
+                bounds=Bounds(),
+                min_passes=-(-self.plan.latency_passes // LATENCY_BLOCKS),
+            )
+            found = self.do(jobs.measure, f"{net.name} latency", timing)
             if not found.ok:
                 return {}
             values = dict(found.values)
         columns = {f"latency_ms_{name}": values[f"latency_ms_{name}"] for name in names}
         return {**columns, "latency_passes": values["blocks"] * values["passes"]}
 
-    def _weigh(self, net: Net, spec: dict[str, Any]) -> int | None:
+    def _weigh(self, net: Net, ctx: Context, setting: Setting) -> int | None:
         """Return the peak memory of a process that loads and runs the net and does nothing else."""
+        network, seed = net.spec(ctx), self.plan.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            staged = self.do("stage", f"{net.name} stage", {**spec, "out": folder})
+            export = ExportJob(
+                network=network, context=ctx, setting=setting, random_seed=seed, out=Path(folder)
+            )
+            staged = self.do(jobs.export_model, f"{net.name} stage", export)
             if not staged.ok:
                 return None
-            told = {**spec, "staged": staged.values["file"]}
-            weighed = self.do("peak-memory", f"{net.name} memory", told, fresh=True)
+            file = staged.values["file"]
+            weigh = MemoryJob(
+                network=network,
+                context=ctx,
+                setting=setting,
+                random_seed=seed,
+                staged=None if file is None else Path(file),
+            )
+            weighed = self.do(jobs.peak_memory, f"{net.name} memory", weigh, fresh=True)
         return weighed.values["peak_mem_bytes"] if weighed.ok else None
 
     def _accuracy(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
@@ -246,9 +273,14 @@ class Bench:
                     f"--num-classes {ctx.num_classes}",
                     "name the data that they were trained on",
                 )
-            self._datasets[ctx.img_size] = str(data.folder)
-        spec_of = {**self._spec(net, ctx, setting), "dataset": self._datasets[ctx.img_size]}
-        found = self.do("accuracy", f"{net.name} accuracy", spec_of)
+            self._datasets[ctx.img_size] = data.folder
+        asked = AccuracyJob(
+            network=net.spec(ctx),
+            context=ctx,
+            setting=setting,
+            dataset=self._datasets[ctx.img_size],
+        )
+        found = self.do(jobs.accuracy, f"{net.name} accuracy", asked)
         if not found.ok:
             return {"reason": f"no accuracy: {found.reason}"}
         kept = ("top1", "top1_se", "eager_top1", "agreement", "test_n")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nas.core.io import read_json
+from nas.measure.jobs import NetworkSpec
 from nas.report.read import read_run
 from space import Arch, Context, Family, get_family
 from space.errors import InputError, refuse
@@ -37,16 +38,13 @@ class Net:
         """Tell whether the net has weights for a context."""
         return self.weights is not None and self.trained_in in (None, ctx)
 
-    def spec(self, ctx: Context) -> dict[str, Any]:
-        """Return what `nas.measure.jobs.build` takes in a context; weights of another: none."""
-        weights = str(self.weights) if self.trained(ctx) else None
+    def spec(self, ctx: Context) -> NetworkSpec:
+        """Return the network that is built in a context; weights of another one are left out."""
+        weights = self.weights if self.trained(ctx) else None
         if self.family is None or self.arch is None:
-            return {"timm": self.timm, "weights": weights}
-        return {
-            "family": self.family.name,
-            "arch": self.family.to_dict(self.arch),
-            "weights": weights,
-        }
+            return NetworkSpec(timm=self.timm, weights=weights)
+        arch = self.family.to_dict(self.arch)
+        return NetworkSpec(family=self.family.name, arch=arch, weights=weights)
 
     def key(self, ctx: Context) -> str:
         """Return the name of the net as built in a context."""

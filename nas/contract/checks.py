@@ -14,15 +14,19 @@ from nas.core.requirement import COUNTED, LATENCIES
 from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED
 from nas.data.prepared import prepared
+from nas.distill.jobs import teach
 from nas.jobs.executor import Executor, LocalExecutor
-from nas.jobs.job import Job, Needs, Result
+from nas.jobs.job import Job, Result
 from nas.jobs.means import Means
 from nas.labels import make_store as labelling
+from nas.measure import jobs as measure_jobs
 from nas.measure.device_rows import read_rows, write_rows
 from nas.measure.device_table import DeviceTable
+from nas.measure.jobs import FingerprintJob
 from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.measure.runtimes import check_setting
 from nas.search.constraints import band_at, requirements_of, settings_of, usual_steps
+from nas.train.jobs import HeadsJob, heads
 from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -172,7 +176,7 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
             def do(job: Job) -> Result:
                 return worker.run(job, tick=console.advance, heartbeat=console.refresh)
 
-            info = labelling.teach(do, dataset, cache, **asked)["info"]
+            info = teach(do, dataset, cache, **asked)["info"]
             folder = labelling.classes_from_teacher(do, dataset, cache, info, config.device)
     finally:
         console.stop()
@@ -268,7 +272,8 @@ def ask_fingerprints(
     timed = [setting.device for setting in settings_of(config) if setting != elsewhere]
     found: dict[str, Mapping[str, Any]] = {}
     for device in dict.fromkeys((config.device, *timed)):
-        result = worker.run(Job("hello", "hello", {"device": device}, needs=Needs(timed=True)))
+        job = FingerprintJob(device=device)
+        result = worker.run(Job(measure_jobs.fingerprint, job, "hello", timed=True))
         if not result.ok:
             if result.values.get("input_error"):
                 raise InputError(result.reason)
@@ -287,9 +292,9 @@ def check_token(
     """
     if config.distill != "token":
         return
-    context = {"img_size": dataset.img_size, "num_classes": len(dataset.classes)}
-    spec = {"family": family.name, "arch": family.to_dict(seed), "context": context}
-    result = worker.run(Job("heads", "heads", spec))
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    job = HeadsJob(family=family.name, arch=family.to_dict(seed), context=context)
+    result = worker.run(Job(heads, job, "heads"))
     if not result.ok or not result.values["token"]:
         raise refuse(
             flag("distill"),

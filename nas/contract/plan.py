@@ -26,6 +26,8 @@ from nas.jobs.job import Job, Result
 from nas.search.constraints import PACE, StepBounds, bounds_at
 from nas.search.selection import Timed, pick
 from nas.search.strategies import Ask, Seen
+from nas.train.jobs import PaceJob
+from nas.train.jobs import pace as train_pace
 from space.contractions import Shortlisted, count_contractions
 from space.errors import refuse
 from space.family import Arch
@@ -167,13 +169,15 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
 
 def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
     """Return the GMACs a second of training an arch here."""
-    spec = {
-        **run.network(arch),
-        "batch_size": run.config.batch_size,
-        "seconds": seconds,
-        "device": run.config.device,
-    }
-    result = run.do(Job("pace", f"pace-{run.key(arch)}", spec))
+    job = PaceJob(
+        family=run.family.name,
+        arch=run.family.to_dict(arch),
+        context=run.context,
+        batch_size=run.config.batch_size,
+        seconds=seconds,
+        device=run.config.device,
+    )
+    result = run.do(Job(train_pace, job, f"pace-{run.key(arch)}"))
     if not result.ok:
         said = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
         reason = f"{run.family.label(arch)} cannot be trained: {said}"

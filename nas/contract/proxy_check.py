@@ -27,6 +27,7 @@ from nas.core.per_image import losses_of
 from nas.core.stats import ceiling, in_words, indistinguishable, kendall_interval, regret
 from nas.core.table import Writer
 from nas.data import Dataset
+from nas.distill.jobs import ZeroCostJob, zero_cost
 from nas.jobs.executor import OutOfTime
 from nas.jobs.job import Job, Result
 from nas.search.constraints import band_at
@@ -339,17 +340,19 @@ def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
         measured = run.timings.measure(arch, "gate", reference=run.seed_arch)
         if not isinstance(measured, Result):
             values["throughput (slower is better)"] = float(measured.images_per_s)
-        spec = {
-            **run.network(arch),
-            "dataset": str(run.dataset.folder),
-            "store": run.store["folder"],
-            "images": min(ZERO_COST_IMAGES, len(run.dataset.train.labels)),
-            "batch_size": run.config.batch_size,
-            "random_seed": run.config.random_seed,
-            "device": run.config.device,
-            "missing": run.config.missing_labels,
-        }
-        result = run.do(Job("zero-cost", f"zero-{run.key(arch)}", spec))
+        job = ZeroCostJob(
+            family=run.family.name,
+            arch=run.family.to_dict(arch),
+            context=run.context,
+            dataset=run.dataset.folder,
+            store=Path(run.store["folder"]),
+            missing=run.config.missing_labels,
+            images=min(ZERO_COST_IMAGES, len(run.dataset.train.labels)),
+            batch_size=run.config.batch_size,
+            random_seed=run.config.random_seed,
+            device=run.config.device,
+        )
+        result = run.do(Job(zero_cost, job, f"zero-{run.key(arch)}"))
         if result.ok:
             values |= {k: -float(v) for k, v in result.values.items() if k != "images"}
         for name, value in values.items():

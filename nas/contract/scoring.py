@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from nas.contract.gates import Candidate, add_row, measured_of, ratio_of, row_of
 from nas.contract.race import Entrant, Ran, race
 from nas.contract.state import MORE, Incumbent, Run, derived_seed
 from nas.core.per_image import losses_of
+from nas.inherit.jobs import ImportanceJob, rank_by_importance
 from nas.jobs.job import Job
 from nas.jobs.outcomes import failed_before, keep_failure, log_of
 from nas.search.selection import Scored, Timed, paired_error, pick, rank
@@ -30,21 +32,24 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
     # The same arch may be kept in two steps, with other weights.
     path = run.folder.work / f"{config.importance}-{incumbent.step}-{incumbent.key}.json"
     if not path.exists():
-        spec = {
-            **run.network(incumbent.arch),
-            "weights": str(incumbent.weights),
-            "dataset": str(run.dataset.folder),
-            "store": run.store["folder"],
-            "criterion": config.importance,
-            "images": min(IMPORTANCE_IMAGES, len(run.dataset.train.labels)),
-            "batch_size": config.batch_size,
-            "random_seed": config.random_seed,
-            "device": config.device,
-            "missing": config.missing_labels,
-            "out": str(path),
-        }
-        job = Job("importance", f"order-{incumbent.key}", spec)
-        result = failed_before(path) or run.do(job)
+        job = ImportanceJob(
+            family=run.family.name,
+            arch=run.family.to_dict(incumbent.arch),
+            context=run.context,
+            weights=incumbent.weights,
+            dataset=run.dataset.folder,
+            store=Path(run.store["folder"]),
+            criterion=config.importance,
+            images=min(IMPORTANCE_IMAGES, len(run.dataset.train.labels)),
+            batch_size=config.batch_size,
+            random_seed=config.random_seed,
+            device=config.device,
+            missing=config.missing_labels,
+            out=path,
+        )
+        result = failed_before(path) or run.do(
+            Job(rank_by_importance, job, f"order-{incumbent.key}")
+        )
         if not result.ok:
             keep_failure(path, result)
             run.console.line(f"note: no order of importance, the first units: {result.reason}")

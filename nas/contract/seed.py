@@ -12,6 +12,7 @@ from nas.contract.state import MORE, Incumbent, Run
 from nas.contract.timing import MEASURE_COST
 from nas.core.config import RunConfig, flag
 from nas.core.requirement import Requirement, Setting
+from nas.distill.jobs import teach
 from nas.jobs.job import Result
 from nas.labels import make_store as labelling
 from nas.measure.measurement import Measurement
@@ -90,16 +91,11 @@ def prepare_seed(run: Run) -> Incumbent:
     init = "scratch"
     if run.config.seed_weights is not None:
         init = f"file:{run.config.seed_weights}"
-    spec = run.train_spec(
-        run.seed_arch,
-        epochs=run.config.seed_epochs,
-        init=init,
-        parent=None,
-        first_epoch=0,
-        test=False,
+    epochs, cached = run.config.seed_epochs, run.cache / "seeds"
+    out = cached / run.training_digest(
+        run.train_job(run.seed_arch, out=cached, epochs=epochs, init=init)
     )
-    out = run.cache / "seeds" / run.spec_digest(spec)
-    trained = run.train(run.seed_arch, "seed", out=out, epochs=run.config.seed_epochs, init=init)
+    trained = run.train(run.seed_arch, "seed", out=out, epochs=epochs, init=init)
     if not trained.ok:
         raise InputError(f"the seed's training failed: {trained.reason}")
     for note in trained.values.get("notes", ()):
@@ -234,7 +230,7 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         folder = config.labels
     else:
         cost = float(images * config.teacher_epochs) * teacher_cost(run)
-        taught = labelling.teach(
+        taught = teach(
             lambda job: run.do(job, cost=cost),
             data,
             run.cache,

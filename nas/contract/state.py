@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -16,12 +15,15 @@ from nas.contract.replay import Earlier
 from nas.contract.run_folder import RunDir
 from nas.contract.timing import Timings
 from nas.core.config import RunConfig
+from nas.core.dataclass_json import to_json
 from nas.core.per_image import judged
 from nas.core.progress import Console
 from nas.core.requirement import Requirement
 from nas.data import Dataset
+from nas.distill import jobs
+from nas.distill.jobs import EarlierRung, ParentWeights, TrainJob
 from nas.jobs.executor import Executor
-from nas.jobs.job import Job, Needs, Result
+from nas.jobs.job import Job, Result
 from nas.jobs.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure, left
 from nas.measure.device_table import DeviceTable
 from nas.search.constraints import band_at, primary_setting, settings_of
@@ -40,9 +42,6 @@ RUNG = "-rung"
 """Between the name of a raced training and the epochs after which one of its jobs stops."""
 MORE = "-more"
 """What the job of an entrant is called that trains on the epochs which others saved."""
-
-READS = ("dataset", "store", "parent.weights", "parent.order", "continue_from.checkpoint")
-"""What a training reads of the file system (`nas.jobs.job.Needs`)."""
 
 
 @dataclass(frozen=True)
@@ -167,14 +166,6 @@ class Run:
         """Return the GMACs of training on one image, forward and backward."""
         return 3e-9 * self.family.count_macs(arch, self.context)
 
-    def network(self, arch: Arch) -> dict[str, Any]:
-        """Return an arch as built in this run's context, as plain JSON."""
-        return {
-            "family": self.family.name,
-            "arch": self.family.to_dict(arch),
-            "context": dataclasses.asdict(self.context),
-        }
-
     def first_epoch(self, step: int) -> int:
         """Return the first epoch of labels that a step's candidates train on.
 
@@ -297,40 +288,39 @@ class Run:
     ) -> Task:
         """Describe a training of an arch on the stored labels, scored on the holdout (`train`).
 
-        `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. With `test`, the test
-        split is evaluated too, once. In the end the folder `out` holds weights and per-image
-        losses; see `nas.jobs.run_job` for the values. `rung` stops after so many of the `epochs`,
-        and
-        `before` goes on from an earlier rung: its epochs and its folder. `random_seed` is the
-        run's own unless it is given; `images` trains on a fixed subset of that size;
-        `hard_weight` is the share of the loss that goes by the true labels, the rest by soft ones,
-        in place of the run's own `--distill`.
+        The rest is as in `nas.distill.jobs.TrainJob`, but that `before` goes on from an earlier
+        rung: its epochs and its folder. `random_seed` None is the run's own; a `hard_weight` takes
+        the place of the run's own `--distill`.
         """
-        spec = self.train_spec(
-            arch, epochs=epochs, init=init, parent=parent, first_epoch=first_epoch, test=test
+        job = self.train_job(
+            arch,
+            out=out,
+            epochs=epochs,
+            init=init,
+            parent=parent,
+            first_epoch=first_epoch,
+            test=test,
+            random_seed=random_seed,
+            hard_weight=hard_weight,
         )
-        if random_seed is not None:
-            spec["random_seed"] = random_seed
-        done = 0
-        if rung is not None:
-            spec["rung"] = rung
-        if before is not None:
-            done = before[0]
-            spec["continue_from"] = {"epochs": done, "checkpoint": str(before[1] / CHECKPOINT)}
-        if hard_weight:
-            spec.pop("distill", None)
-            spec["hard_weight"] = hard_weight
         each = len(self.dataset.train.labels)
         if images is not None and images < each:
-            spec["images"] = each = images
-        images = each * ((epochs if rung is None else rung) - done)
-        shared = self.folder.path not in out.parents
-        spec = {**spec, "out": str(out), "shared": shared}
-        reads = [r for r in READS if _named(spec, r)]
-        # Weights that the user named stay where they are, and so does the job.
-        needs = Needs() if init.startswith("file:") else Needs(tuple(reads), "out")
-        job = Job("train", name, spec, float(images), needs)
-        return Task(job, out, images * self.image_cost(arch))
+            each = images
+            job = replace(job, images=images)
+        done = 0
+        if before is not None:
+            done = before[0]
+            earlier = EarlierRung(epochs=done, checkpoint=before[1] / CHECKPOINT)
+            job = replace(job, continue_from=earlier)
+        job = replace(job, rung=rung)
+        total = each * ((epochs if rung is None else rung) - done)
+        # Weights that the user named stay on the driver's machine, and so does the job.
+        stays = init.startswith("file:")
+        return Task(
+            Job(jobs.train, job, name, float(total), stays=stays),
+            out,
+            total * self.image_cost(arch),
+        )
 
     def train(self, arch: Arch, name: str, **more: Any) -> Result:
         """Train one arch; see `training`."""
@@ -349,72 +339,70 @@ class Run:
         classes = len(self.dataset.classes)
         return replace(result, values=judged(result.values, task.out, self.config.metric, classes))
 
-    def train_spec(
+    def train_job(
         self,
         arch: Arch,
         *,
+        out: Path,
         epochs: int,
         init: str,
-        parent: Incumbent | None,
-        first_epoch: int,
-        test: bool,
-    ) -> dict[str, Any]:
-        """Return everything that decides the outcome of a training, as plain JSON."""
-        # What was trained before there was a choice keeps its key.
-        distill = self.config.distill
-        return {
-            **self.network(arch),
-            **({} if distill == "sparse" else {"distill": distill}),
-            "dataset": str(self.dataset.folder),
-            "store": self.store["folder"],
-            "store_id": self.store["id"],
-            "epochs": epochs,
-            "batch_size": self.config.batch_size,
-            "init": init,
-            "lr": peak_lr(
+        parent: Incumbent | None = None,
+        first_epoch: int = 0,
+        test: bool = False,
+        random_seed: int | None = None,
+        hard_weight: float = 0.0,
+    ) -> TrainJob:
+        """Return everything that decides the outcome of a training."""
+        config, store = self.config, self.store
+        return TrainJob(
+            family=self.family.name,
+            arch=self.family.to_dict(arch),
+            context=self.context,
+            dataset=self.dataset.folder,
+            store=Path(store["folder"]),
+            store_id=store["id"],
+            label_epochs=store["use_epochs"],
+            missing=config.missing_labels,
+            beyond=config.beyond,
+            epochs=epochs,
+            batch_size=config.batch_size,
+            lr=peak_lr(
                 "scratch" if init == "scratch" else "inherit",
                 self.family.count_params(arch, self.context),
             ),
-            "parent": None
+            init=init,
+            random_seed=config.random_seed if random_seed is None else random_seed,
+            device=config.device,
+            parent=None
             if parent is None
-            else {
-                "arch": self.family.to_dict(parent.arch),
-                "weights": str(parent.weights),
-                "order": None if parent.order is None else str(parent.order),
-            },
-            "first_epoch": first_epoch,
-            "missing": self.config.missing_labels,
-            "beyond": self.config.beyond,
-            "label_epochs": self.store["use_epochs"],
-            "random_seed": self.config.random_seed,
-            "device": self.config.device,
-            "test": test,
+            else ParentWeights(
+                arch=self.family.to_dict(parent.arch), weights=parent.weights, order=parent.order
+            ),
+            first_epoch=first_epoch,
+            distill="sparse" if hard_weight else config.distill,
+            hard_weight=hard_weight,
             # A long training may be cut anywhere; a short one is sooner done again.
-            "checkpoint": epochs >= 5,
-        }
+            checkpoint=epochs >= 5,
+            test=test,
+            shared=self.folder.path not in out.parents,
+            out=out,
+        )
 
-    def spec_digest(self, spec: Mapping[str, Any]) -> str:
+    def training_digest(self, job: TrainJob) -> str:
         """Return a name for everything that decides a cached training, this machine included."""
+        places = ("dataset", "store", "out", "checkpoint", "shared")
         whole = {
-            **{k: v for k, v in spec.items() if k not in ("dataset", "store", "out", "checkpoint")},
+            **{k: v for k, v in to_json(job).items() if k not in places},
             "dataset": self.dataset.fingerprint,
             "threads": self.config.threads,
             "fingerprint": self.fingerprint["id"],
-            "started_from": _file_digest(str(spec["init"])),
-            # More labels than a training comes to change nothing.
-            "label_epochs": min(spec["label_epochs"], spec["first_epoch"] + spec["epochs"]),
+            "started_from": _file_digest(job.init),
         }
+        if job.label_epochs is not None:  # more labels than a training comes to change nothing
+            whole["label_epochs"] = min(job.label_epochs, job.first_epoch + job.epochs)
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _named(spec: Mapping[str, Any], dotted: str) -> bool:
-    """Tell whether a specification names something there: `parent.weights`."""
-    value: Any = spec
-    for part in dotted.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value is not None
 
 
 def _file_digest(init: str) -> str | None:

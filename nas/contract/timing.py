@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,12 @@ from typing import Any
 from nas.core.config import RunConfig
 from nas.core.progress import Console
 from nas.core.requirement import LATENCIES, Requirement, Setting
-from nas.jobs.job import Job, Needs, Result
+from nas.jobs.job import Job, Result
+from nas.measure import jobs
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import Fingerprint
+from nas.measure.interleave import Bounds
+from nas.measure.jobs import ExportJob, MemoryJob, NetworkSpec, TimingJob
 from nas.measure.measurement import Measurement
 from nas.measure.measurement_cache import MeasurementCache
 from nas.measure.measurement_table import MeasurementKey, MeasurementRow, MeasurementTable
@@ -26,10 +28,6 @@ from space.family import Arch, Family
 
 MEASURE_COST = 250.0
 """A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
-
-
-TIMED = Needs(timed=True, alone=True)
-"""A measuring job has its device to itself."""
 
 
 @dataclass(kw_only=True)
@@ -101,23 +99,23 @@ class Timings:
                 return known
             if open_still:
                 role = roles[0]
-        spec = {
-            "network": self._network(arch),
-            "reference": None if reference is None else self._network(reference),
-            "context": dataclasses.asdict(self.context),
-            "setting": dataclasses.asdict(setting),
-            "blocks": self.config.bench_blocks,
-            "max_blocks": self.config.bench_max_blocks,
-            "bounds": _bounds(requirements),
-            "random_seed": self.config.random_seed,
-        }
+        job = TimingJob(
+            network=self._network(arch),
+            reference=None if reference is None else self._network(reference),
+            context=self.context,
+            setting=setting,
+            blocks=self.config.bench_blocks,
+            max_blocks=self.config.bench_max_blocks,
+            bounds=_bounds(requirements),
+            random_seed=self.config.random_seed,
+        )
         name = f"{role}-{asked.arch_key}"
-        result = self.do(Job("measure", name, spec, needs=TIMED), cost=MEASURE_COST)
+        result = self.do(Job(jobs.measure, job, name, timed=True), cost=MEASURE_COST)
         if not result.ok:
             return result
         measured = Measurement.from_dict(result.values)
         if weigh:
-            weighed = self._weigh(name, spec)
+            weighed = self._weigh(name, arch, setting)
             if not weighed.ok:
                 return weighed
             measured = replace(measured, **weighed.values)
@@ -157,15 +155,30 @@ class Timings:
                 "measure on this device and software",
             )
 
-    def _weigh(self, name: str, spec: Mapping[str, Any]) -> Result:
+    def _weigh(self, name: str, arch: Arch, setting: Setting) -> Result:
         """Weigh a network in a process that did nothing else, from the file that is deployed."""
+        network, seed = self._network(arch), self.config.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            staged = self.do(Job("stage", f"stage-{name}", {**spec, "out": folder}, needs=TIMED))
+            export = ExportJob(
+                network=network,
+                context=self.context,
+                setting=setting,
+                random_seed=seed,
+                out=Path(folder),
+            )
+            staged = self.do(Job(jobs.export_model, export, f"stage-{name}", timed=True))
             if not staged.ok:
                 return staged
             self.rest()
-            told = {**spec, "staged": staged.values["file"]}
-            return self.do(Job("peak-memory", f"memory-{name}", told, needs=TIMED))
+            file = staged.values["file"]
+            weigh = MemoryJob(
+                network=network,
+                context=self.context,
+                setting=setting,
+                random_seed=seed,
+                staged=None if file is None else Path(file),
+            )
+            return self.do(Job(jobs.peak_memory, weigh, f"memory-{name}", timed=True))
 
     def _question(
         self, arch: Arch, role: str, reference: Arch | None, setting: Setting
@@ -218,18 +231,17 @@ class Timings:
             return "measured"
         return "table" if self.table.exact(arch, final=final) else "predicted"
 
-    def _network(self, arch: Arch) -> dict[str, Any]:
-        return {"family": self.family.name, "arch": self.family.to_dict(arch)}
+    def _network(self, arch: Arch) -> NetworkSpec:
+        return NetworkSpec(family=self.family.name, arch=self.family.to_dict(arch))
 
 
-def _bounds(requirements: Sequence[Requirement]) -> dict[str, Any]:
-    """Return what a timing is to decide, as `nas.measure.interleave.Bounds` takes it."""
-    bounds: dict[str, Any] = {}
-    for name, metric in (("ratio", "speedup"), ("images_per_s", "images_per_s")):
-        values = [r.bound for r in requirements if r.metric == metric]
-        if values:
-            bounds[name] = max(values)
-    bounds["latency_ms"] = [
-        [LATENCIES[r.metric], r.bound] for r in requirements if r.metric in LATENCIES
-    ]
-    return bounds
+def _bounds(requirements: Sequence[Requirement]) -> Bounds:
+    """Return the bounds that a timing is to decide."""
+
+    def most(metric: str) -> float | None:
+        return max((r.bound for r in requirements if r.metric == metric), default=None)
+
+    latencies = [(LATENCIES[r.metric], r.bound) for r in requirements if r.metric in LATENCIES]
+    return Bounds(
+        ratio=most("speedup"), images_per_s=most("images_per_s"), latency_ms=tuple(latencies)
+    )

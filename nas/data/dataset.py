@@ -125,6 +125,14 @@ class Dataset:
         return 1.0 if self.store_size == self.img_size else self.img_size / (self.store_size + 0.25)
 
 
+def subset_by_key(split: Split, images: int | None) -> list[int] | None:
+    """Take the first images by key, which is a hash of content: a fixed random subset."""
+    if images is None or images >= len(split):
+        return None
+    order = sorted(range(len(split)), key=lambda row: split.keys[row])
+    return order[:images]
+
+
 def dataset_card(dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.name,

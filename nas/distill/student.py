@@ -1,11 +1,11 @@
-"""The proxy: a short training on stored labels, and the score it earns on the holdout."""
+"""Train a student on stored soft labels, and score it on the holdout."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from nas.core.progress import Tick, no_tick
-from nas.data import Dataset, Split
+from nas.data import Dataset
 from nas.data.augment.outputs import EVAL_BATCH, outputs
 from nas.data.augment.spec import AugmentSpec
+from nas.data.dataset import subset_by_key
 from nas.export.weights import load_into, load_weights, place, save_weights
 from nas.inherit.batchnorm import first_inputs, recalibrate
 from nas.inherit.slice import inherit
@@ -30,9 +31,7 @@ from nas.train.losses import (
     set_token_training,
     sparse_soft_cross_entropy,
 )
-from nas.train.optim import INITS
 from space import Context
-from space.errors import refuse
 from space.family import Arch, Array, Family
 
 
@@ -98,74 +97,88 @@ class ProxyScore:
         return {**asdict(self), "notes": list(self.notes)}
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ParentNetwork:
+    """A trained network whose weights a student takes over.
+
+    `context` None: the student's own. `order` tells which of its units and blocks are wanted most
+    (`Family.slicing`); None: the first.
+    """
+
+    arch: Arch
+    weights: Path
+    context: Context | None = None
+    order: Mapping[str, Array] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StudentTraining:
+    """All that decides a training of an arch on stored labels.
+
+    Fresh weights come from `random_seed` alone; with a `parent` they are sliced from its, and batch
+    norms behind a change see the first batches before. Epoch e trains on the store's epoch
+    `first_epoch` + e, so that all candidates see the same batches. `images` takes a seeded subset
+    of the training images. `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) are those of
+    `Replay`. The score is the plain cross-entropy, whatever `loss` trains; one that teaches a
+    distillation token teaches the one head of a net without.
+    """
+
+    family: Family
+    arch: Arch
+    context: Context
+    settings: TrainSettings
+    random_seed: int
+    device: str = "cpu"
+    parent: ParentNetwork | None = None
+    first_epoch: int = 0
+    images: int | None = None
+    workers: int = 0
+    missing: str = "refuse"
+    beyond: str = "cycle"
+    label_epochs: int | None = None
+    topk: int | None = None
+    loss: DistillLoss = field(default_factory=DistillLoss)
+
+
 def train_and_score(
-    family: Family,
-    arch: Arch,
-    ctx: Context,
-    *,
-    store: LabelStore,
+    training: StudentTraining,
     dataset: Dataset,
-    settings: TrainSettings,
-    init: str,
-    random_seed: int,
-    device: str,
-    parent_arch: Arch | None = None,
-    parent_ctx: Context | None = None,
-    parent_weights: Path | None = None,
-    parent_order: Mapping[str, Array] | None = None,
-    first_epoch: int = 0,
-    images_per_epoch: int | None = None,
+    store: LabelStore,
+    *,
     out_weights: Path | None = None,
     checkpoint: Path | None = None,
     stop_after: int | None = None,
-    workers: int = 0,
-    missing: str = "refuse",
-    beyond: str = "cycle",
-    label_epochs: int | None = None,
-    topk: int | None = None,
-    loss: DistillLoss | None = None,
     tick: Tick = no_tick,
 ) -> ProxyScore:
     """Train an arch on stored labels and score it on the holdout; no teacher in memory.
 
-    Fresh weights come from `random_seed` alone. With `init` "inherit" those of `parent_weights`
-    (of `parent_arch` built in `parent_ctx`, default `ctx`) are sliced in, the units that
-    `parent_order` wants most, and batch norms behind a change see the first batches before. Epoch e
-    trains on the store's epoch `first_epoch` + e, so that all candidates see the same batches.
-    `images_per_epoch` takes a seeded subset of the training images. Weights go to `out_weights`
-    with per-image scores beside them (`<stem>.holdout.safetensors`). `checkpoint` and `stop_after`
-    as in `nas.train.loop.train`; `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) as in
-    `Replay`. The score is always the plain cross-entropy, whatever `loss` (by default the same)
-    trains; one that teaches a distillation token teaches the one head of a net without. Raises
-    `Diverged`, `InputError`.
+    Weights go to `out_weights`, per-image scores beside them (`<stem>.holdout.safetensors`).
+    `checkpoint` and `stop_after` are those of `nas.train.loop.train`. Raises `Diverged`,
+    `InputError`.
     """
     started = time.perf_counter()
-    loss = DistillLoss() if loss is None else loss
+    loss, device, settings = training.loss, training.device, training.settings
     replay = Replay(
         dataset.train,
         store,
         settings.batch_size,
-        random_seed,
-        workers=workers,
-        subset=subset_by_key(dataset.train, images_per_epoch),
-        missing=missing,
-        beyond=beyond,
-        epochs=label_epochs,
-        topk=topk,
+        training.random_seed,
+        workers=training.workers,
+        subset=subset_by_key(dataset.train, training.images),
+        missing=training.missing,
+        beyond=training.beyond,
+        epochs=training.label_epochs,
+        topk=training.topk,
         device=device,
     )
     resumed = checkpoint is not None and checkpoint.exists()  # it has its own statistics
     model, copied = start_model(
-        family,
-        arch,
-        ctx,
-        init=init,
-        random_seed=random_seed,
-        parent_arch=parent_arch,
-        parent_ctx=parent_ctx,
-        parent_weights=parent_weights,
-        order=parent_order,
-        inputs=None if resumed else first_inputs(replay, first_epoch),
+        training.family,
+        training.arch,
+        training.context,
+        random_seed=training.random_seed,
+        parent=training.parent,
+        inputs=None if resumed else first_inputs(replay, training.first_epoch),
         device=device,
     )
 
@@ -188,10 +201,10 @@ def train_and_score(
                 yield batch
 
     with torch.random.fork_rng(devices=[]):  # what a net may draw (dropout) is the job's own, too
-        torch.manual_seed(random_seed)
+        torch.manual_seed(training.random_seed)
         history = train(
             model,
-            lambda epoch: batches(first_epoch + epoch),
+            lambda epoch: batches(training.first_epoch + epoch),
             step_loss,
             settings,
             steps_per_epoch=replay.steps_per_epoch,
@@ -202,7 +215,7 @@ def train_and_score(
         )
     scored = evaluate(
         model,
-        holdout_batches(dataset, store, EVAL_BATCH, missing),
+        holdout_batches(dataset, store, EVAL_BATCH, training.missing),
         dataset.holdout.labels,
         device,
         tick,
@@ -238,33 +251,25 @@ def start_model(
     arch: Arch,
     ctx: Context,
     *,
-    init: str,
     random_seed: int,
-    parent_arch: Arch | None = None,
-    parent_ctx: Context | None = None,
-    parent_weights: Path | None = None,
-    order: Mapping[str, Array] | None = None,
+    parent: ParentNetwork | None = None,
     inputs: Iterable[torch.Tensor] | None = None,
     device: str = "cpu",
 ) -> tuple[nn.Module, int]:
     """Build an arch with its first weights; returns it and how many numbers were inherited.
 
-    `order`: which of the parent's units and blocks are wanted most (`Family.slicing`). With
-    `inputs`, batch-norm statistics are estimated anew on them, on `device`, behind whatever differs
-    from the parent (`recalibrate`). The global generator is left as it was. Raises InputError.
+    With a parent and `inputs`, batch-norm statistics are estimated anew on them, on `device`,
+    behind all that differs from the parent (`recalibrate`). The global generator is left as it was.
+    Raises InputError.
     """
-    if init not in INITS:
-        raise refuse("--proxy-init", init, f"one of {', '.join(INITS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed)
         model = family.build(arch, ctx)
-    if init == "scratch":
+    if parent is None:
         return model, 0
-    assert parent_arch is not None, "inheriting takes a parent"
-    assert parent_weights is not None, "inheriting takes a parent's weights"
-    there = parent_ctx or ctx
-    slicing = family.slicing(parent_arch, arch, there, ctx, order)
-    state = load_weights(parent_weights, name="parent weights")
+    there = parent.context or ctx
+    slicing = family.slicing(parent.arch, arch, there, ctx, parent.order)
+    state = load_weights(parent.weights, name="parent weights")
     found = inherit(model, state, slicing)
     if inputs is not None:
         resized = there.img_size != ctx.img_size
@@ -347,11 +352,3 @@ def _placed(
     inputs = batch.inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
     index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
     return inputs, index, prob, tail
-
-
-def subset_by_key(split: Split, images: int | None) -> list[int] | None:
-    """Take the first images by key, which is a hash of content: a fixed random subset."""
-    if images is None or images >= len(split):
-        return None
-    order = sorted(range(len(split)), key=lambda row: split.keys[row])
-    return order[:images]

@@ -143,7 +143,7 @@ def zero_cost_scores(
     The loss is that of the proxy on the batch's stored labels. Raises InputError.
     """
     measure = DistillLoss() if loss is None else loss
-    model, _ = start_model(family, arch, ctx, init="scratch", random_seed=random_seed)
+    model, _ = start_model(family, arch, ctx, random_seed=random_seed)
     model.to(device)
     here = batch.to(device)
 

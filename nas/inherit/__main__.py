@@ -15,6 +15,7 @@ import numpy as np
 from nas.core.cli import Parser, guarded
 from nas.core.config import RunConfig
 from nas.core.io import read_json
+from nas.inherit.jobs import InheritJob, inherit_weights
 from nas.jobs.executor import LocalExecutor
 from nas.jobs.job import Job
 from space import Context, get_family
@@ -246,20 +247,20 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _write(arguments: argparse.Namespace, family: Family, parent: Arch, child: Arch) -> Any:
     """Write the child's weights; returns what the job tells."""
-    spec = {
-        "family": family.name,
-        "parent": family.to_dict(parent),
-        "child": family.to_dict(child),
-        "guess": {"img_size": IMG_SIZE, "num_classes": NUM_CLASSES},
-        "img_size": arguments.img_size,
-        "num_classes": arguments.num_classes,
-        "weights": arguments.weights,
-        "out": arguments.out,
-        "criterion": arguments.importance,
-        "random_seed": arguments.random_seed,
-    }
+    job = InheritJob(
+        family=family.name,
+        parent=family.to_dict(parent),
+        child=family.to_dict(child),
+        guess=Context(IMG_SIZE, NUM_CLASSES),
+        img_size=arguments.img_size,
+        num_classes=arguments.num_classes,
+        weights=arguments.weights,
+        out=Path(arguments.out),
+        criterion=arguments.importance,
+        random_seed=arguments.random_seed,
+    )
     with LocalExecutor(threads=1) as worker:
-        result = worker.run(Job("inherit", "inherit", spec))
+        result = worker.run(Job(inherit_weights, job, "inherit"))
     if result.values.get("input_error"):
         raise InputError(result.reason)
     if not result.ok:

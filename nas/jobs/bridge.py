@@ -217,7 +217,7 @@ class Bridge:
             if told["leaves"] is None:
                 self.say(**which, result=answer["result"], where=answer["where"])
                 continue
-            out = Path(at(told["spec"], told["leaves"]))
+            out = Path(at(told["argument"], told["leaves"]))
             log = None if told["log"] is None else Path(told["log"])
             try:
                 with self._homing:

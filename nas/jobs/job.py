@@ -1,49 +1,80 @@
-"""Values that pass between the driver and the machines that work for it: plain JSON, no torch."""
+"""A job: a function with a frozen dataclass argument that another process can run.
+
+A job function is an ordinary function `f(argument, tick) -> values` in a `jobs.py` beside the code
+that it calls. It imports torch inside, so that whoever submits jobs need not load it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import inspect
+import logging
+import re
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
+from nas.core.dataclass_json import from_json, to_json
+from nas.core.io import disk_refusal
+from nas.core.progress import Tick, no_tick
+from space.errors import InputError
 
-@dataclass(frozen=True)
-class Needs:
-    """What a job asks of the place that it runs on.
+log = logging.getLogger(__name__)
 
-    `reads` and `leaves` name what it reads and leaves of the file system, as dotted paths into its
-    specification: `dataset`, `parent.weights`. A place with other files is given the former, and
-    gives back the latter. Without `leaves` a job stays on the driver's machine, but for one that
-    is `timed`: it belongs to the device that is measured, and is `alone` there. Of the folders in
-    `flat` only the files at their top are read.
-    """
+A = TypeVar("A")
+Values = dict[str, Any]
+JobFunction = Callable[[Any, Tick], Values]
 
-    reads: tuple[str, ...] = ()
-    leaves: str | None = None
-    flat: tuple[str, ...] = ()
-    timed: bool = False
-    alone: bool = False
+READS: Mapping[str, Any] = {"reads": True}
+"""Metadata of a path field: the job reads this file or folder."""
+READS_LAST: Mapping[str, Any] = {"reads": True, "last": True}
+"""The job reads it, and no other job does."""
+LEAVES: Mapping[str, Any] = {"leaves": True}
+"""The job leaves this folder; with such a field it may run on a machine with other files."""
+EXTENDS: Mapping[str, Any] = {"reads": True, "leaves": True, "top_only": True}
+"""The job reads the files at the top of this folder and adds to it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work that a worker can do alone.
+    """A call of `function` with `argument` that some worker makes.
 
-    `kind` names a function in `nas.jobs.run_job`; `key` is unique within a run and safe as a file
-    name;
-    `spec` is plain JSON (paths as strings); `units` is the expected work, for progress and plans.
+    `key` is unique within a run and safe as a file name; `units` is the expected work, for
+    progress. A `timed` job has its device to itself, and that is the measured one; one that
+    `stays` runs on the driver's machine even where a cluster works for it.
     """
 
-    kind: str
+    function: JobFunction
+    argument: Any
     key: str
-    spec: Mapping[str, Any]
     units: float = 0.0
-    needs: Needs = Needs()
+    timed: bool = False
+    stays: bool = False
+
+    if TYPE_CHECKING:  # a type checker compares the function's argument with what it is given
+
+        def __init__(
+            self,
+            function: Callable[[A, Tick], Values],
+            argument: A,
+            key: str,
+            units: float = 0.0,
+            timed: bool = False,
+            stays: bool = False,
+        ) -> None: ...
+
+    @property
+    def name(self) -> str:
+        """The function as `module:function`."""
+        return f"{self.function.__module__}:{self.function.__qualname__}"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job. A failure is an outcome, not an exception.
+    """The outcome of a job; a failure is an outcome, not an exception.
 
     `values` is plain JSON; `reason` is one line and set if and only if `ok` is false.
     """
@@ -55,8 +86,89 @@ class Result:
     seconds: float = 0.0
 
 
+def encode_job(job: Job) -> dict[str, Any]:
+    """Return a job as plain JSON."""
+    return {
+        "function": job.name,
+        "argument": to_json(job.argument),
+        "key": job.key,
+        "units": job.units,
+    }
+
+
+def decode_job(data: Mapping[str, Any], modules: Sequence[str] = ()) -> Job:
+    """Build a job from `encode_job`'s JSON; raises ValueError for a function that is none.
+
+    Functions are looked up in `nas.<package>.jobs` and in the further `modules` only.
+    """
+    module, _, name = data["function"].partition(":")
+    if not re.fullmatch(r"nas\.\w+\.jobs", module) and module not in modules:
+        raise ValueError(f"{data['function']} is no job function")
+    function: JobFunction = getattr(import_module(module), name)
+    parameter = next(iter(inspect.signature(function).parameters))
+    argument = from_json(get_type_hints(function)[parameter], data["argument"])
+    return Job(function, argument, data["key"], data["units"])
+
+
+def file_fields(argument: Any, prefix: str = "") -> dict[str, Mapping[str, Any]]:
+    """Return the metadata of the fields that name files, by dotted name: `parent.weights`.
+
+    Fields without a value are left out.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    if not is_dataclass(argument):
+        return found
+    for each in fields(argument):
+        value = getattr(argument, each.name)
+        if is_dataclass(value):
+            found |= file_fields(value, f"{prefix}{each.name}.")
+        elif value is not None and each.metadata:
+            found[f"{prefix}{each.name}"] = each.metadata
+    return found
+
+
+def with_files(argument: Any, paths: Mapping[str, Path]) -> Any:
+    """Return an argument with other paths in some of its fields, by dotted name."""
+    changes: dict[str, Any] = {}
+    for dotted, path in paths.items():
+        name, _, rest = dotted.partition(".")
+        inner = changes.get(name, getattr(argument, name))
+        changes[name] = with_files(inner, {rest: path}) if rest else path
+    return replace(argument, **changes)
+
+
+def run_job(job: Job, tick: Tick = no_tick) -> Result:
+    """Do one job. Whatever goes wrong becomes a failed result with a reason in one line."""
+    started = time.monotonic()
+    try:
+        values = job.function(job.argument, tick)
+    except InputError as error:
+        return Result(job.key, False, {"input_error": True}, str(error), _since(started))
+    except MemoryError:
+        return Result(job.key, False, {}, "out of memory", _since(started))
+    except Exception as error:
+        full = disk_refusal(error)
+        if full is not None:  # no candidate's fault: the run stops, and goes on where there is room
+            return Result(job.key, False, {"input_error": True}, str(full), _since(started))
+        log.debug("job %s failed", job.key, exc_info=True)
+        traceback.print_exc()
+        return Result(job.key, False, {}, _reason(error), _since(started))
+    return Result(job.key, True, values, None, _since(started))
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether an exception says that memory ran out, on a CPU or a GPU."""
     text = str(error).lower()
     known = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc")
     return isinstance(error, MemoryError) or any(words in text for words in known)
+
+
+def _since(started: float) -> float:
+    return time.monotonic() - started
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if out_of_memory(error):
+        return f"out of memory: {text[:160]}"
+    return f"{type(error).__name__}: {text[:200]}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from queue import Empty, Queue
 
 from nas.jobs.child import Child, Message
-from nas.jobs.job import Job, Result
+from nas.jobs.job import Job, Result, encode_job
 from nas.jobs.pool import Ended, Event, Lost, Pool, Ticked
 
 START_S, ENDING_S = 300.0, 5.0
@@ -128,7 +128,7 @@ class LocalPlaces:
         idle = [worker for worker in self._workers if worker.task is None]
         # One that runs already has its libraries loaded.
         worker = next((w for w in idle if w.alive), idle[0])
-        if job.needs.timed:  # one device for all that is compared
+        if job.timed:  # one device for all that is compared
             worker = idle[0]
         worker.take(_Task(job, attempt, time.monotonic()))
 
@@ -259,13 +259,10 @@ class _Worker:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         message = {
-            "kind": job.kind,
-            "key": job.key,
-            "spec": dict(job.spec),
-            "units": job.units,
+            **encode_job(job),
             "attempt": task.attempt,
             "log": None if log is None else str(log),
-            "timed": job.needs.timed,
+            "timed": job.timed,
         }
         # A worker that is dead already is found out by `poll`.
         self._running().say(message)

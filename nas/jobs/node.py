@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.jobs.job import Job
+from nas.jobs.job import decode_job, run_job
 from nas.jobs.ship import arrive, at, content_name, copy_of, left, place_files, put, state_of
 
 LOG_BYTES = 1 << 20
@@ -81,8 +81,6 @@ def do_here(
     """
     import torch
 
-    from nas.jobs.run_job import run_job
-
     started = time.monotonic()
     torch.set_num_threads(threads)
     near = token is not None and sees(*token)
@@ -102,20 +100,18 @@ def do_here(
             if piece.spent:
                 spent.append(place / piece.name)
         dotted = told["leaves"]
-        out = Path(at(told["spec"], dotted))
+        out = Path(at(told["argument"], dotted))
         work = own / out.name
         arrived = changes.get(dotted) or (str(out) if near and out.is_dir() else None)
         if arrived is not None:  # it goes on with a folder that is there
             copy_of(Path(arrived), work, flat=dotted in told["flat"])
         changes[dotted] = str(work)
-        spec = put(told["spec"], changes)
-        if "shared" in spec:
-            spec["shared"] = False  # nobody else writes here
+        spec = put(told["argument"], changes)
         before = state_of(work)
         log = own / "log"
         began()
         with _printing_to(log):
-            result = run_job(Job(told["kind"], told["key"], spec, told["units"]), said)
+            result = run_job(decode_job({**told, "argument": spec}), said)
         files = left(work, before) if result.ok else {}
         return {
             "result": {**dataclasses.asdict(result), "seconds": time.monotonic() - started},

@@ -12,7 +12,7 @@ from nas.jobs.means import LOGS
 from space.errors import refuse
 
 CHECKPOINT = "checkpoint.safetensors"
-"""What a rung leaves in its folder (`nas.distill.train_job`)."""
+"""What a rung leaves in its folder (`nas.distill.jobs.train`)."""
 
 SPENT = ("weights.safetensors", CHECKPOINT)
 """Files of a finished job that may be gone: nothing starts from them any more."""

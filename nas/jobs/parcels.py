@@ -40,14 +40,14 @@ class Parcels:
         """
         if self._all_near(set(alive)):
             return []
-        spec, flat = told["spec"], told["flat"]
+        spec, flat = told["argument"], told["flat"]
         return [self._box(spec, dotted, flat=dotted in flat) for dotted in told["reads"]]
 
     def let_go(self, told: Mapping[str, Any]) -> None:
         """Let go of what no other job reads."""
         for dotted in told["reads"]:
             if _spent(dotted):
-                self._boxes.pop(at(told["spec"], dotted), None)
+                self._boxes.pop(at(told["argument"], dotted), None)
 
     def _all_near(self, alive: set[str]) -> bool:
         if self._token is None:

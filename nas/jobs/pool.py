@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from nas.core.progress import Tick, no_tick
 from nas.core.table import Writer
-from nas.jobs.job import Job, Result
+from nas.jobs.job import Job, Result, run_job
 from nas.jobs.queue import LEAST_HUNG_S, Dispatcher
 
 KeyTick = Callable[[str, float], None]
@@ -238,7 +238,7 @@ class Pool:
 
     def _add(self, job: Job, *, ahead: bool) -> None:
         self._jobs[job.key] = job
-        self._queue.add(job.key, kind=job.kind, units=job.units, alone=job.needs.alone, ahead=ahead)
+        self._queue.add(job.key, kind=job.name, units=job.units, alone=job.timed, ahead=ahead)
 
     def _clear(self, key: str) -> None:
         self._jobs.pop(key, None)
@@ -357,8 +357,6 @@ class InlineExecutor:
         """Run one job here; the deadline is looked at before it starts only."""
         if deadline is not None and time.monotonic() >= deadline:
             raise OutOfTime(job.key)
-        from nas.jobs.run_job import run_job
-
         return run_job(job, tick)
 
     def stream(

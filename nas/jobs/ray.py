@@ -21,7 +21,7 @@ from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from nas.jobs.child import Child, Message
-from nas.jobs.job import Job, Result
+from nas.jobs.job import Job, Result, encode_job, file_fields
 from nas.jobs.local import LocalPlaces
 from nas.jobs.node import session_place
 from nas.jobs.pool import Begun, Ended, Event, Lost, Pool, Ticked
@@ -81,6 +81,11 @@ class RayExecutor(Pool):
         super().__init__(places, retries=means.retries, copies=True, queues=True, record=record)
 
 
+def _left_by(job: Job) -> str | None:
+    """Return the dotted name of the folder that a job leaves."""
+    return next((k for k, use in file_fields(job.argument).items() if "leaves" in use), None)
+
+
 class RayPlaces:
     """The places of a cluster, and one here."""
 
@@ -126,8 +131,8 @@ class RayPlaces:
 
     def start(self, job: Job, attempt: int) -> None:
         """Start an attempt, there or here."""
-        timed_there = job.needs.timed and self._means.measure_on is not None
-        if job.needs.leaves is None and not timed_there:
+        timed_there = job.timed and self._means.measure_on is not None
+        if not timed_there and (job.timed or job.stays or _left_by(job) is None):
             self._waiting.append((job, attempt))
             self._start_here()
             return
@@ -136,16 +141,14 @@ class RayPlaces:
 
     def _told(self, job: Job, attempt: int) -> dict[str, Any]:
         log = None if self._logs is None else str(self._logs / f"{job.key}.log")
+        files = file_fields(job.argument)
         return {
-            "kind": job.kind,
-            "key": job.key,
-            "spec": dict(job.spec),
-            "units": job.units,
+            **encode_job(job),
             "attempt": attempt,
             "log": log,
-            "reads": list(job.needs.reads),
-            "leaves": job.needs.leaves,
-            "flat": list(job.needs.flat),
+            "reads": [] if job.timed else [k for k, use in files.items() if "reads" in use],
+            "leaves": None if job.timed else _left_by(job),
+            "flat": [k for k, use in files.items() if "top_only" in use],
         }
 
     def _start_here(self) -> None:

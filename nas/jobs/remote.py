@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from nas.jobs.job import Job, Result
+from nas.jobs.job import Result, decode_job
 from nas.jobs.node import Piece, do_here, node_place
+
+EXPORTS, WEIGHS = "nas.measure.jobs:export_model", "nas.measure.jobs:peak_memory"
 
 BOARD_S = 1.0
 """How often a task tells of its progress, and the bridge asks for it."""
@@ -109,23 +111,28 @@ class Bench:
 
         self._board.begin.remote(told["key"], told["attempt"])
         result = self._do(told)
-        if told["kind"] == "peak-memory" or not result.ok:
+        if told["function"] == WEIGHS or not result.ok:
             shutil.rmtree(self._place, ignore_errors=True)
         answer = {"result": dataclasses.asdict(result), "files": {}, "log": b""}
         return {**answer, "where": socket.gethostname()}
 
     def _do(self, told: Mapping[str, Any]) -> Result:
-        kind, key, spec = told["kind"], told["key"], dict(told["spec"])
-        if kind == "stage":
-            spec["out"] = self._room()
-        staged = spec.get("staged")
+        argument = dict(told["argument"])
+        if told["function"] == EXPORTS:
+            argument["out"] = self._room()
+        staged = argument.get("staged")
         if staged is not None and not os.path.exists(staged):  # lost with an earlier actor
-            made = self._executor.run(Job("stage", key, {**spec, "out": self._room()}))
+            again = {k: v for k, v in argument.items() if k != "staged"}
+            again["out"] = self._room()
+            made = self._run({**told, "function": EXPORTS, "argument": again})
             if not made.ok:
                 return made
             self._executor.rest()  # what is weighed has a fresh process
-            spec["staged"] = made.values["file"]
-        return self._executor.run(Job(kind, key, spec, told["units"]))
+            argument["staged"] = made.values["file"]
+        return self._run({**told, "argument": argument})
+
+    def _run(self, told: Mapping[str, Any]) -> Result:
+        return self._executor.run(decode_job(told))
 
     def _room(self) -> str:
         self._place.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
-from nas.jobs.job import Job
+from nas.jobs.job import decode_job, run_job
 
 _TICK_EVERY_S = 0.2
 
@@ -113,8 +114,8 @@ def send(out: TextIO, message: dict[str, Any]) -> None:
     out.flush()
 
 
-def main() -> int:
-    """Serve jobs until standard input ends."""
+def main(modules: Sequence[str] = ()) -> int:
+    """Serve jobs until standard input ends; `modules` are further ones whose functions it runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not reach the protocol
@@ -128,21 +129,21 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(int(hello["threads"]))
-    from nas.jobs.run_job import run_job
-
     output = _Output()
     send(out, {"ready": os.getpid()})
     while True:
         message = jobs.get()
-        job = Job(message["kind"], message["key"], message["spec"], message["units"])
-        which = {"key": job.key, "attempt": message.get("attempt")}
+        which = {"key": message["key"], "attempt": message.get("attempt")}
         moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        told = f"{moment} {job.kind} {job.key}, attempt {which['attempt']}, process {os.getpid()}"
+        told = (
+            f"{moment} {message['function']} {message['key']}, attempt {which['attempt']}, "
+            f"process {os.getpid()}"
+        )
         output.begin(message.get("log"), told)
         if cores:
             _settle(every if message.get("timed") else cores)
         ticker = _Ticker(out, which)
-        result = run_job(job, ticker)
+        result = run_job(decode_job(message, modules), ticker)
         ticker.flush()
         output.end()
         send(out, {**which, "result": dataclasses.asdict(result)})

@@ -14,6 +14,7 @@ from nas.core.config import choices_of, parse_share
 from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
 from nas.data.cache import cache_report, clean_cache, parse_bytes
+from nas.distill.jobs import teach
 from nas.jobs.means import EXECUTORS, Means
 from nas.labels.api import build, info, merge, verify
 from space.errors import refuse
@@ -146,6 +147,7 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
     clean = None if arguments.clean is None else parse_share("--clean", arguments.clean)
     made = build(
         arguments.data,
+        teach=teach,
         teacher=arguments.teacher,
         teacher_epochs=arguments.teacher_epochs,
         epochs=arguments.epochs,
@@ -188,6 +190,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
         teacher=arguments.teacher,
         data=arguments.data,
         teacher_model=arguments.teacher_model,
+        teach=teach,
         random_seed=arguments.random_seed,
         cache_dir=arguments.cache_dir,
         console=console,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,14 @@ from nas.jobs.executor import Executor, LocalExecutor
 from nas.jobs.job import Job, Result
 from nas.jobs.make import make_executor
 from nas.jobs.means import Means
+from nas.labels import jobs
 from nas.labels import make_store as labelling
+from nas.labels.jobs import AskTeacherJob, MergeLabelsJob, VerifyLabelsJob
 from space.checks import read_int
 from space.errors import InputError, refuse
+
+Teach = Callable[..., Mapping[str, Any]]
+"""Has the teacher of a data set made: `nas.distill.jobs.teach`, which lies on a higher layer."""
 
 RETRIES = 2
 """How often a process that died goes on with its pieces."""
@@ -26,6 +31,7 @@ RETRIES = 2
 def build(
     data: str,
     *,
+    teach: Teach,
     teacher: str = "auto",
     epochs: int = 10,
     out: str | Path | None = None,
@@ -53,10 +59,11 @@ def build(
 ) -> Mapping[str, Any]:
     """Make a teacher's soft labels of a data set once: `epochs` views of every training image.
 
-    `data`, `teacher` and the sizes are as in `nas.contract`; `augment` names a preset whose fields
-    `changes` overrides; `limit` labels so many images; `clean` drops images on which teacher and
-    label disagree; `part` (i, n) makes every n-th piece only, for n machines; `means` may name a
-    cluster, and `processes` is how many parts are made there. Returns the store's `folder`, `id`,
+    `teach` has the teacher made (`nas.distill.jobs.teach`). `data`, `teacher` and the sizes are as
+    in `nas.contract`; `augment` names a preset whose fields `changes` overrides; `limit` labels so
+    many images; `clean` drops images on which teacher and label disagree; `part` (i, n) makes every
+    n-th piece only, for n machines; `means` may name a cluster, and `processes` is how many parts
+    are made there. Returns the store's `folder`, `id`,
     `records`, `bytes_per_record` and more. A killed build goes on where it stopped. Raises
     InputError.
     """
@@ -94,7 +101,7 @@ def build(
         labelling.check(do, dataset, request)
         console.start(float(len(dataset.train) * teacher_epochs))
         try:
-            taught = labelling.teach(do, dataset, cache, **taught_by)  # type: ignore[arg-type]
+            taught = teach(do, dataset, cache, **taught_by)
         finally:
             console.stop()
         console.line(f"teacher: {taught['says']}")
@@ -205,6 +212,7 @@ def verify(
     teacher: int | None = None,
     data: str | None = None,
     teacher_model: str | None = None,
+    teach: Teach | None = None,
     random_seed: int = 0,
     cache_dir: str | Path | None = None,
     console: Console | None = None,
@@ -212,7 +220,8 @@ def verify(
     """Read every byte of a store and name what is wrong, one line each; [] for a whole one.
 
     With `teacher`, its teacher is also run again on so many random records; `data` and
-    `teacher_model` say where they are now, if not where they were. Raises InputError.
+    `teacher_model` say where they are now, if not where they were, and `teach` has the teacher made
+    (`nas.distill.jobs.teach`). Raises InputError.
     """
     console = console if console is not None else Console(quiet=True)
     folder = Path(store)
@@ -224,7 +233,7 @@ def verify(
     with LocalExecutor(threads=usable_cpus()) as worker:
         console.start(size)
         try:
-            job = Job("verify-labels", "verify", {"store": str(folder)}, units=size)
+            job = Job(jobs.verify_labels, VerifyLabelsJob(store=folder), "verify", size)
             found = worker.run(job, tick=console.advance, heartbeat=console.refresh)
         finally:
             console.stop()
@@ -233,7 +242,8 @@ def verify(
         wrong: list[str] = list(found.values["problems"])
     if wrong or teacher is None:
         return wrong
-    return _ask(folder, teacher, data, teacher_model, random_seed, cache_dir, console)
+    assert teach is not None, "asking the teacher takes one"
+    return _ask(folder, teacher, data, teacher_model, teach, random_seed, cache_dir, console)
 
 
 def _ask(
@@ -241,6 +251,7 @@ def _ask(
     records: int,
     data: str | None,
     teacher_model: str | None,
+    teach: Teach,
     random_seed: int,
     cache_dir: str | Path | None,
     console: Console,
@@ -256,16 +267,16 @@ def _ask(
     dataset = prepared(DataSpec(**given), cache, console)
     with LocalExecutor(threads=int(asked["threads"])) as worker:
         do = _doer(worker, console)
-        taught = labelling.teach(do, dataset, cache, **asked)["info"]
-        spec = {
-            "store": str(folder),
-            "dataset": str(dataset.folder),
-            "info": dict(taught),
-            "device": asked["device"],
-            "records": records,
-            "random_seed": random_seed,
-        }
-        found = do(Job("ask-teacher", "ask-teacher", spec, units=float(records)))
+        taught = teach(do, dataset, cache, **asked)["info"]
+        job = AskTeacherJob(
+            store=folder,
+            dataset=dataset.folder,
+            teacher=Path(taught["folder"]),
+            device=asked["device"],
+            records=records,
+            random_seed=random_seed,
+        )
+        found = do(Job(jobs.ask_teacher, job, "ask-teacher", float(records)))
     if not found.ok:
         raise InputError(found.reason)
     values = found.values
@@ -284,9 +295,9 @@ def merge(
 
     Returns its `id` and how many pieces are still `missing`.
     """
-    spec = {"store": str(store), "parts": [str(part) for part in parts]}
+    job = MergeLabelsJob(store=Path(store), parts=tuple(Path(part) for part in parts))
     with LocalExecutor(threads=1) as worker:
-        found = worker.run(Job("merge-labels", "merge", spec))
+        found = worker.run(Job(jobs.merge_labels, job, "merge"))
     if not found.ok:
         raise InputError(found.reason)
     return found.values

@@ -3,66 +3,145 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nas.core.progress import Tick
+from nas.jobs.job import EXTENDS, READS, Values
 from space.errors import refuse
 
-Values = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelJob:
+    """A data set without ground truth, and the folder of the teacher that sees its classes."""
+
+    dataset: Path = field(metadata=READS)
+    cache: Path
+    teacher: Path = field(metadata=READS)
+    device: str
 
 
-def relabel(spec: Mapping[str, Any], tick: Tick) -> Values:
+@dataclass(frozen=True, kw_only=True)
+class CheckLabelsJob:
+    """A `nas.labels.request.LabelRequest`, as JSON, for a data set."""
+
+    dataset: Path = field(metadata=READS)
+    request: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeginLabelsJob:
+    """A label store to begin in the folder `place`, or in one of its folders unless it is `named`.
+
+    `part` is (number, of how many) the pieces that are asked for; `made_by` goes to the manifest.
+    """
+
+    dataset: Path
+    teacher: Path
+    request: Mapping[str, Any]
+    place: Path
+    named: bool
+    made_by: Mapping[str, Any]
+    part: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildLabelsJob:
+    """The part of a begun store, in `folder`, that is to be made."""
+
+    folder: Path = field(metadata=EXTENDS)
+    dataset: Path = field(metadata=READS)
+    teacher: Path = field(metadata=READS)
+    part: tuple[int, int]
+    device: str
+    batch_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenLabelsJob:
+    """A store to check for a training of `epochs` epochs on its first `stored` (None: all)."""
+
+    store: Path
+    dataset: Path
+    epochs: int
+    stored: int | None
+    missing: str
+    beyond: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyLabelsJob:
+    """A store to read whole."""
+
+    store: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskTeacherJob:
+    """A store whose teacher is asked again for so many random records."""
+
+    store: Path
+    dataset: Path
+    teacher: Path
+    device: str
+    records: int
+    random_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLabelsJob:
+    """Stores with parts of the same labels, to be copied into one."""
+
+    store: Path
+    parts: tuple[Path, ...]
+
+
+def relabel(job: RelabelJob, tick: Tick) -> Values:
     """Give images without ground truth the classes that their teacher sees: `{"folder": ...}`."""
     from nas.data import open_dataset
     from nas.data.augment.spec import default_spec
     from nas.data.pixels import relabelled
-    from nas.export.trained_teacher import TeacherInfo, load_teacher
+    from nas.export.trained_teacher import load_teacher, read_teacher
     from nas.labels.request import teacher_classes
 
-    dataset = open_dataset(Path(spec["dataset"]))
-    info = TeacherInfo.from_dict(spec["info"])
-    logits = load_teacher(info, spec["device"])
+    dataset = open_dataset(job.dataset)
+    info = read_teacher(job.teacher)
+    logits = load_teacher(info, job.device)
     labels = teacher_classes(dataset, logits, default_spec(dataset), tick)
     classes = tuple(str(number) for number in range(info.num_classes))
-    made = relabelled(dataset, Path(spec["cache"]), labels, classes, info.id)
+    made = relabelled(dataset, job.cache, labels, classes, info.id)
     return {"folder": str(made.folder)}
 
 
-def check_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+def check_labels(job: CheckLabelsJob, tick: Tick) -> Values:
     """Refuse what can be refused before there is a teacher."""
     from nas.data import open_dataset
     from nas.labels.request import LabelRequest, check_request
 
-    check_request(LabelRequest.from_dict(spec["request"]), open_dataset(Path(spec["dataset"])))
+    check_request(LabelRequest.from_dict(job.request), open_dataset(job.dataset))
     return {}
 
 
-def begin_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
     """Begin a label store, or find it begun: folder, id, and what is still to be made."""
     from nas.data import open_dataset
     from nas.data.augment.spec import default_spec
-    from nas.export.trained_teacher import TeacherInfo, load_teacher
+    from nas.export.trained_teacher import load_teacher, read_teacher
     from nas.labels.build import need, refuse_if_full
     from nas.labels.request import LabelRequest, begin_store, disagreements
 
-    dataset = open_dataset(Path(spec["dataset"]))
-    info = TeacherInfo.from_dict(spec["info"])
-    request = LabelRequest.from_dict(spec["request"])
+    dataset = open_dataset(job.dataset)
+    info = read_teacher(job.teacher)
+    request = LabelRequest.from_dict(job.request)
     dropped, count = None, 0
     if request.clean is not None:
         logits = load_teacher(info, request.device)
         dropped, count = disagreements(dataset, logits, default_spec(dataset), request.clean, tick)
     store = begin_store(
-        Path(spec["place"]),
-        dataset,
-        info,
-        request,
-        made_by=spec["made_by"],
-        named=spec["named"],
-        dropped=dropped,
+        job.place, dataset, info, request, made_by=job.made_by, named=job.named, dropped=dropped
     )
-    left = need(store, tuple(spec["part"]))
+    left = need(store, job.part)
     refuse_if_full(store, left)
     return {
         "folder": str(store.folder),
@@ -81,41 +160,41 @@ def begin_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
     }
 
 
-def build_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
     """Make the missing pieces of a part of a store that was begun."""
     from nas.data import open_dataset
-    from nas.export.trained_teacher import TeacherInfo, load_teacher
+    from nas.export.trained_teacher import load_teacher, read_teacher
     from nas.labels.build import build_pieces
     from nas.labels.store import LabelStore, read_manifest
 
-    store = LabelStore(Path(spec["folder"]), read_manifest(Path(spec["folder"])))
-    info = TeacherInfo.from_dict(spec["info"])
+    store = LabelStore(job.folder, read_manifest(job.folder))
+    info = read_teacher(job.teacher)
     build_pieces(
         store,
-        open_dataset(Path(spec["dataset"])),
-        load_teacher(info, spec["device"], store.spec.precision),
-        part=tuple(spec["part"]),
-        batch_size=spec["batch_size"],
-        device=spec["device"],
+        open_dataset(job.dataset),
+        load_teacher(info, job.device, store.spec.precision),
+        part=job.part,
+        batch_size=job.batch_size,
+        device=job.device,
         tick=tick,
     )
     return {}
 
 
-def open_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
     """Open a store for a data set and read what a run will use of it: every byte is checked."""
     from nas.data import open_dataset
     from nas.labels.reader import Replay, holdout_batches
     from nas.labels.store import open_store
 
-    dataset = open_dataset(Path(spec["dataset"]))
-    epochs = spec["epochs"]
-    asked = epochs if spec["beyond"] == "refuse" else None
-    store = open_store(Path(spec["store"]), use=dataset, epochs=asked)
+    dataset = open_dataset(job.dataset)
+    epochs = job.epochs
+    asked = epochs if job.beyond == "refuse" else None
+    store = open_store(job.store, use=dataset, epochs=asked)
     for epoch in range(min(epochs, store.epochs)):
         store.epoch(epoch)
-    replay = Replay(dataset.train, store, 2, 0, missing=spec["missing"], beyond=spec["beyond"])
-    next(holdout_batches(dataset, store, 1, spec["missing"]), None)
+    replay = Replay(dataset.train, store, 2, 0, missing=job.missing, beyond=job.beyond)
+    next(holdout_batches(dataset, store, 1, job.missing), None)
     manifest = store.spec
     says = (
         f"{replay.images} images x {store.epochs} epochs, top {manifest.topk} of "
@@ -125,29 +204,29 @@ def open_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
         "folder": str(store.folder),
         "id": store.id,
         # A shared store may grow while a run goes on: the run keeps to what it began with.
-        "use_epochs": min(spec["stored"] or store.epochs, store.epochs),
+        "use_epochs": min(job.stored or store.epochs, store.epochs),
         "says": says,
     }
     return {**values, "notes": list(replay.notes)}
 
 
-def verify_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+def verify_labels(job: VerifyLabelsJob, tick: Tick) -> Values:
     """Name what is wrong with a store, one line each: `{"problems": [...]}`."""
     from nas.labels.verify import problems
 
-    return {"problems": list(problems(Path(spec["store"]), tick))}
+    return {"problems": list(problems(job.store, tick))}
 
 
-def ask_teacher(spec: Mapping[str, Any], tick: Tick) -> Values:
+def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
     """Run a store's teacher again on random records and compare."""
     from nas.data import open_dataset
-    from nas.export.trained_teacher import TeacherInfo, load_teacher
+    from nas.export.trained_teacher import load_teacher, read_teacher
     from nas.labels import verify
     from nas.labels.store import open_store
 
-    dataset = open_dataset(Path(spec["dataset"]))
-    store = open_store(Path(spec["store"]), use=dataset)
-    info = TeacherInfo.from_dict(spec["info"])
+    dataset = open_dataset(job.dataset)
+    store = open_store(job.store, use=dataset)
+    info = read_teacher(job.teacher)
     if info.digest != store.spec.teacher_hash:
         raise refuse(
             f"label store {store.folder}",
@@ -155,9 +234,9 @@ def ask_teacher(spec: Mapping[str, Any], tick: Tick) -> Values:
             f"{info.id}, weights {info.digest[:12]}",
             "name the store's own with --teacher-model",
         )
-    logits = load_teacher(info, spec["device"], store.spec.precision)
+    logits = load_teacher(info, job.device, store.spec.precision)
     found = verify.ask_teacher(
-        store, dataset, logits, spec["records"], spec["random_seed"], spec["device"], tick
+        store, dataset, logits, job.records, job.random_seed, job.device, tick
     )
     return {
         "records": found.records,
@@ -167,9 +246,9 @@ def ask_teacher(spec: Mapping[str, Any], tick: Tick) -> Values:
     }
 
 
-def merge_labels(spec: Mapping[str, Any], tick: Tick) -> Values:
+def merge_labels(job: MergeLabelsJob, tick: Tick) -> Values:
     """Merge the parts of a store that several machines made."""
     from nas.labels.build import merge_stores, need
 
-    store = merge_stores(Path(spec["store"]), [Path(part) for part in spec["parts"]], tick)
+    store = merge_stores(job.store, job.parts, tick)
     return {"id": store.id, "missing": need(store).pieces}

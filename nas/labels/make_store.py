@@ -11,13 +11,22 @@ from typing import Any
 
 from nas.data import Dataset
 from nas.data.sealed_files import read_sealed
-from nas.jobs.job import Job, Needs, Result
+from nas.jobs.job import Job, Result
+from nas.labels import jobs
+from nas.labels.jobs import (
+    BeginLabelsJob,
+    BuildLabelsJob,
+    CheckLabelsJob,
+    OpenLabelsJob,
+    RelabelJob,
+)
 from space.errors import InputError, refuse
 
 Do = Callable[[Job], Result]
 
 
-def _values(result: Result, what: str) -> Mapping[str, Any]:
+def job_values(result: Result, what: str) -> Mapping[str, Any]:
+    """Return a job's values; raises InputError, about `what`, where it failed."""
     if not result.ok:
         raise InputError(
             result.reason if result.values.get("input_error") else f"{what}: {result.reason}"
@@ -47,50 +56,22 @@ def read_manifest(store: Path) -> Mapping[str, Any]:
     return found
 
 
-def teach(
-    do: Do,
-    dataset: Dataset,
-    cache: Path,
-    *,
-    teacher: str,
-    teacher_epochs: int,
-    random_seed: int,
-    device: str,
-    threads: int,
-) -> Mapping[str, Any]:
-    """Have the teacher of a data set: `info` and a line `says`. Raises InputError."""
-    spec = {
-        "dataset": str(dataset.folder),
-        "cache": str(cache),
-        "teacher": teacher,
-        "teacher_epochs": teacher_epochs,
-        "random_seed": random_seed,
-        "device": device,
-        "threads": threads,
-    }
-    units = float(len(dataset.train) * teacher_epochs)
-    return _values(do(Job("teacher", "teacher", spec, units=units)), f"--teacher {teacher}")
-
-
 def classes_from_teacher(
     do: Do, dataset: Dataset, cache: Path, info: Mapping[str, Any], device: str
 ) -> Path:
     """Label images that have no ground truth by their teacher; the folder of the new data set."""
-    spec = {
-        "dataset": str(dataset.folder),
-        "cache": str(cache),
-        "info": dict(info),
-        "device": device,
-    }
+    job = RelabelJob(
+        dataset=dataset.folder, cache=cache, teacher=Path(info["folder"]), device=device
+    )
     units = float(len(dataset.train) + len(dataset.holdout) + len(dataset.test))
-    made = _values(do(Job("relabel", "relabel", spec, units=units)), "labelling by the teacher")
+    made = job_values(do(Job(jobs.relabel, job, "relabel", units)), "labelling by the teacher")
     return Path(made["folder"])
 
 
 def check(do: Do, dataset: Dataset, request: Mapping[str, Any]) -> None:
     """Refuse, before there is a teacher, what could not be labelled as asked. Raises InputError."""
-    spec = {"dataset": str(dataset.folder), "request": dict(request)}
-    _values(do(Job("check-labels", "check-labels", spec)), "soft labels")
+    job = CheckLabelsJob(dataset=dataset.folder, request=request)
+    job_values(do(Job(jobs.check_labels, job, "check-labels")), "soft labels")
 
 
 def begin(
@@ -105,17 +86,17 @@ def begin(
     part: tuple[int, int] = (1, 1),
 ) -> Mapping[str, Any]:
     """Begin a store, or find it: folder, id, what is still to be made and what room it needs."""
-    spec = {
-        "dataset": str(dataset.folder),
-        "info": dict(info),
-        "request": dict(request),
-        "place": str(place),
-        "named": named,
-        "made_by": dict(made_by),
-        "part": list(part),
-    }
+    job = BeginLabelsJob(
+        dataset=dataset.folder,
+        teacher=Path(info["folder"]),
+        request=request,
+        place=place,
+        named=named,
+        made_by=made_by,
+        part=part,
+    )
     units = float(len(dataset.train))
-    return _values(do(Job("begin-labels", "begin-labels", spec, units=units)), "soft labels")
+    return job_values(do(Job(jobs.begin_labels, job, "begin-labels", units)), "soft labels")
 
 
 def build_job(
@@ -128,17 +109,16 @@ def build_job(
     batch_size: int = 64,
 ) -> Job:
     """Describe the making of a part of a store that was begun."""
-    spec = {
-        "folder": begun["folder"],
-        "dataset": str(dataset.folder),
-        "info": dict(info),
-        "part": list(part),
-        "device": device,
-        "batch_size": batch_size,
-    }
+    job = BuildLabelsJob(
+        folder=Path(begun["folder"]),
+        dataset=dataset.folder,
+        teacher=Path(info["folder"]),
+        part=part,
+        device=device,
+        batch_size=batch_size,
+    )
     records = begun["images"] * begun["epochs"] + len(dataset.holdout)
-    needs = Needs(("dataset", "folder", "info.folder"), "folder", flat=("folder",))
-    return Job("labels", f"labels-{part[0]}-{part[1]}", spec, records / part[1], needs)
+    return Job(jobs.build_labels, job, f"labels-{part[0]}-{part[1]}", records / part[1])
 
 
 def build(do: Do, job: Job) -> None:
@@ -148,7 +128,7 @@ def build(do: Do, job: Job) -> None:
 
 def check_built(result: Result) -> None:
     """Refuse a part of a store that was not made, with its reason. Raises InputError."""
-    _values(result, "soft labels")
+    job_values(result, "soft labels")
 
 
 def open_for(
@@ -165,12 +145,12 @@ def open_for(
 
     Gives folder, id, `use_epochs`, notes and a line `says`. Raises InputError.
     """
-    spec = {
-        "store": str(folder),
-        "dataset": str(dataset.folder),
-        "epochs": epochs,
-        "stored": stored,
-        "missing": missing,
-        "beyond": beyond,
-    }
-    return _values(do(Job("open-labels", "open-labels", spec)), "soft labels")
+    job = OpenLabelsJob(
+        store=Path(folder),
+        dataset=dataset.folder,
+        epochs=epochs,
+        stored=stored,
+        missing=missing,
+        beyond=beyond,
+    )
+    return job_values(do(Job(jobs.open_labels, job, "open-labels")), "soft labels")

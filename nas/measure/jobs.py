@@ -1,4 +1,4 @@
-"""Jobs that time, weigh and compare networks on the worker's device."""
+"""Jobs that time, weigh, count and compare networks on the worker's device."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.core.dataclass_json import to_json
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
-from nas.jobs.job import out_of_memory
+from nas.jobs.job import LEAVES, READS, Values, out_of_memory
+from nas.measure.interleave import LEAST_PASSES, Bounds
 from space import Context, get_family
 from space.errors import refuse
 
@@ -19,8 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nas.measure.throughput import Prepared
-
-Values = dict[str, Any]
 
 MOST_IMAGES = 4096
 """Largest batch that `--batch auto` tries."""
@@ -30,7 +31,98 @@ _kept: dict[str, Prepared] = {}
 candidate would take longer than the timing itself."""
 
 
-def hello(spec: Mapping[str, Any], tick: Tick) -> Values:
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """A network to build: an arch (as JSON) of a family, or a timm model.
+
+    `weights` is a safetensors file; None: fresh weights.
+    """
+
+    family: str | None = None
+    arch: Mapping[str, Any] | None = None
+    timm: str | None = None
+    weights: Path | None = field(default=None, metadata=READS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FingerprintJob:
+    """A device to look at, and the setting and resolution of a number that is measured on it."""
+
+    device: str
+    setting: Setting | None = None
+    img_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingJob:
+    """A network to time, interleaved with a reference; the bounds that it is to decide.
+
+    `reference_setting` None: as `setting`. `min_block_s` is the least seconds of a block.
+    """
+
+    network: NetworkSpec
+    reference: NetworkSpec | None
+    context: Context
+    setting: Setting
+    blocks: int
+    max_blocks: int
+    random_seed: int
+    bounds: Bounds = field(default_factory=Bounds)
+    reference_setting: Setting | None = None
+    min_block_s: float = 0.06
+    min_passes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """A network whose deployed file goes to the folder `out`."""
+
+    network: NetworkSpec
+    context: Context
+    setting: Setting
+    random_seed: int
+    out: Path = field(metadata=LEAVES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryJob:
+    """A network to weigh, from the file `staged` where its runtime deploys one."""
+
+    network: NetworkSpec
+    context: Context
+    setting: Setting
+    random_seed: int
+    staged: Path | None = field(default=None, metadata=READS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchJob:
+    """A network whose fastest batch is wanted; the setting's own batch does not count."""
+
+    network: NetworkSpec
+    context: Context
+    setting: Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccuracyJob:
+    """A trained network to compare with eager float32 on the test images of a data set."""
+
+    network: NetworkSpec
+    context: Context
+    setting: Setting
+    dataset: Path = field(metadata=READS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountJob:
+    """A network to count."""
+
+    network: NetworkSpec
+    context: Context
+
+
+def fingerprint(job: FingerprintJob, tick: Tick) -> Values:
     """Look at the device: `{"fingerprint": {...}}`; an unknown one is bad input.
 
     With `setting`, its runtime is checked too and the fingerprint is that of a number under it.
@@ -38,31 +130,33 @@ def hello(spec: Mapping[str, Any], tick: Tick) -> Values:
     from nas.measure.fingerprint import take_fingerprint
     from nas.measure.runtimes import check_setting
 
-    found = take_fingerprint(spec["device"])
-    if spec.get("setting") is not None:
-        setting = Setting(**spec["setting"])
-        runtime = check_setting(setting, "--require")
+    found = take_fingerprint(job.device)
+    if job.setting is not None:
+        assert job.img_size is not None, "a setting comes with a resolution"
+        runtime = check_setting(job.setting, "--require")
         found = found.under(
             runtime=runtime.name,
             runtime_version=runtime.version(),
-            dtype=setting.dtype,
-            batch=setting.batch,
-            img_size=spec["img_size"],
+            dtype=job.setting.dtype,
+            batch=job.setting.batch,
+            img_size=job.img_size,
         )
     return {"fingerprint": found.to_dict()}
 
 
-def build(network: Mapping[str, Any], ctx: Context) -> nn.Module:
-    """Build `{"family", "arch"}` or `{"timm"}` with fresh weights, or those of `weights`."""
-    if "family" in network:
-        family = get_family(network["family"])
-        model = family.build(family.arch(network["arch"]), ctx)
+def build(network: NetworkSpec, ctx: Context) -> nn.Module:
+    """Build a network; raises InputError for a timm model that there is not."""
+    if network.family is not None:
+        assert network.arch is not None, "a family's network has an arch"
+        family = get_family(network.family)
+        model = family.build(family.arch(network.arch), ctx)
     else:
-        model = _timm_model(network["timm"], ctx)
-    if network.get("weights") is not None:
+        assert network.timm is not None, "neither a family's network nor timm's"
+        model = _timm_model(network.timm, ctx)
+    if network.weights is not None:
         from nas.export.weights import load_into, load_weights
 
-        load_into(model, load_weights(Path(network["weights"])))
+        load_into(model, load_weights(network.weights))
     return model
 
 
@@ -88,101 +182,91 @@ def _timm_model(name: str, ctx: Context) -> nn.Module:
     return made
 
 
-def measure(spec: Mapping[str, Any], tick: Tick) -> Values:
-    """Time a network, with fresh weights unless it names some, against its reference."""
+def measure(job: TimingJob, tick: Tick) -> Values:
+    """Time a network against its reference; both start from `random_seed` unless they have weights.
 
-    from nas.measure.interleave import Bounds
+    Returns `nas.measure.measurement.Measurement` as JSON.
+    """
     from nas.measure.throughput import measure_prepared, prepare
 
-    ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
-    bounds = dict(spec.get("bounds", {}))
-    bounds["latency_ms"] = tuple((n, v) for n, v in bounds.get("latency_ms", ()))
-    with _seeded(spec):
-        network = prepare(build(spec["network"], ctx), ctx=ctx, setting=setting)
+    with _seeded(job.random_seed):
+        network = prepare(build(job.network, job.context), ctx=job.context, setting=job.setting)
     reference = None
-    if spec["reference"] is not None:
-        beside = Setting(**(spec.get("reference_setting") or spec["setting"]))
-        reference = _reference(spec["reference"], ctx, beside, spec["random_seed"])
+    if job.reference is not None:
+        beside = job.reference_setting or job.setting
+        reference = _reference(job.reference, job.context, beside, job.random_seed)
     measured = measure_prepared(
         network,
         reference,
-        bounds=Bounds(**bounds),
-        blocks=spec["blocks"],
-        max_blocks=spec["max_blocks"],
-        min_block_s=spec.get("min_block_s", 0.06),
-        min_passes=max(spec.get("min_passes", 1), _least_passes(bounds, spec["blocks"])),
+        bounds=job.bounds,
+        blocks=job.blocks,
+        max_blocks=job.max_blocks,
+        min_block_s=job.min_block_s,
+        min_passes=max(job.min_passes, _least_passes(job.bounds, job.blocks)),
     )
     network.ready.close()
     return measured.to_dict()
 
 
-def _least_passes(bounds: Mapping[str, Any], blocks: int) -> int:
+def _least_passes(bounds: Bounds, blocks: int) -> int:
     """Return the passes a block without which a bounded percentile could not be told."""
-    from nas.measure.interleave import LEAST_PASSES
-
-    return max([1, *(-(-LEAST_PASSES[name] // blocks) for name, _ in bounds["latency_ms"])])
+    return max([1, *(-(-LEAST_PASSES[name] // blocks) for name, _ in bounds.latency_ms)])
 
 
-def _reference(network: Mapping[str, Any], ctx: Context, setting: Setting, seed: int) -> Prepared:
-    import torch
-
+def _reference(network: NetworkSpec, ctx: Context, setting: Setting, seed: int) -> Prepared:
     from nas.measure.throughput import prepare
 
-    key = json.dumps([network, vars(ctx), vars(setting), seed], sort_keys=True)
+    key = json.dumps(to_json([network, ctx, setting, seed]), sort_keys=True)
     if key not in _kept:
         for old in _kept.values():
             old.ready.close()
         _kept.clear()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with _seeded(seed):
             _kept[key] = prepare(build(network, ctx), ctx=ctx, setting=setting)
     return _kept[key]
 
 
-def stage(spec: Mapping[str, Any], tick: Tick) -> Values:
-    """Write the file that a runtime deploys into the folder `out`: `{"file"}`, None if it has none.
+def export_model(job: ExportJob, tick: Tick) -> Values:
+    """Write the file that a runtime deploys: `{"file"}`, None where it deploys none.
 
     What is weighed loads it in a process that never exported anything.
     """
     from nas.measure.throughput import staged_file
 
-    ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
-    with _seeded(spec):
-        model = build(spec["network"], ctx)
-    made = staged_file(model, ctx=ctx, setting=setting, folder=Path(spec["out"]))
+    with _seeded(job.random_seed):
+        model = build(job.network, job.context)
+    made = staged_file(model, ctx=job.context, setting=job.setting, folder=job.out)
     return {"file": None if made is None else str(made)}
 
 
-def peak_memory(spec: Mapping[str, Any], tick: Tick) -> Values:
+def peak_memory(job: MemoryJob, tick: Tick) -> Values:
     """Weigh a network in this process, which should be a fresh one: `{"peak_mem_bytes"}`."""
     import torch
 
     from nas.measure.memory import peak_memory_bytes
 
-    ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
-    staged = spec.get("staged")
-    with _seeded(spec):
+    with _seeded(job.random_seed):
         peak = peak_memory_bytes(
-            lambda: build(spec["network"], ctx),
-            ctx=ctx,
-            setting=setting,
+            lambda: build(job.network, job.context),
+            ctx=job.context,
+            setting=job.setting,
             threads=torch.get_num_threads(),
-            staged=None if staged is None else Path(staged),
+            staged=job.staged,
         )
     return {"peak_mem_bytes": peak}
 
 
 @contextlib.contextmanager
-def _seeded(spec: Mapping[str, Any]) -> Iterator[None]:
-    """Draw weights from the job's random seed, and leave torch's random state as it was."""
+def _seeded(random_seed: int) -> Iterator[None]:
+    """Draw weights from a random seed, and leave torch's random state as it was."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec["random_seed"])
+        torch.manual_seed(random_seed)
         yield
 
 
-def fastest_batch(spec: Mapping[str, Any], tick: Tick) -> Values:
+def fastest_batch(job: BatchJob, tick: Tick) -> Values:
     """Find the batch of most images/s that fits: `{"batch", "tried": [[batch, images_per_s]]}`.
 
     Batches double from 1; two in a row that bring no 2 % end the search, and so does the first
@@ -190,15 +274,16 @@ def fastest_batch(spec: Mapping[str, Any], tick: Tick) -> Values:
     """
     from nas.measure.throughput import measure as timed
 
-    ctx = Context(**spec["context"])
-    model = build(spec["network"], ctx)
+    model = build(job.network, job.context)
     tried: list[tuple[int, float]] = []
     batch, since_best, best = 1, 0, (1, 0.0)
     why = ""
     while batch <= MOST_IMAGES and since_best < 2:
-        setting = Setting(**{**spec["setting"], "batch": batch})
+        setting = replace(job.setting, batch=batch)
         try:
-            found = timed(model, ctx=ctx, setting=setting, blocks=6, max_blocks=6, retries=0)
+            found = timed(
+                model, ctx=job.context, setting=setting, blocks=6, max_blocks=6, retries=0
+            )
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or not tried:
                 raise
@@ -211,7 +296,7 @@ def fastest_batch(spec: Mapping[str, Any], tick: Tick) -> Values:
     return {"batch": best[0], "tried": tried, "why": why}
 
 
-def accuracy(spec: Mapping[str, Any], tick: Tick) -> Values:
+def accuracy(job: AccuracyJob, tick: Tick) -> Values:
     """Compare a trained network in a runtime with eager float32 on a data set's test images.
 
     `{"top1", "eager_top1", "agreement", "test_n"}`: shares of the test images (whole batches of
@@ -224,8 +309,8 @@ def accuracy(spec: Mapping[str, Any], tick: Tick) -> Values:
     from nas.data.augment.spec import default_spec, eval_batch
     from nas.measure.throughput import prepare, private_copy
 
-    ctx, setting = Context(**spec["context"]), Setting(**spec["setting"])
-    dataset = open_dataset(Path(spec["dataset"]))
+    ctx, setting = job.context, job.setting
+    dataset = open_dataset(job.dataset)
     batch = setting.batch
     augment, split = default_spec(dataset), dataset.test
     whole = len(split) // batch
@@ -233,7 +318,7 @@ def accuracy(spec: Mapping[str, Any], tick: Tick) -> Values:
         raise refuse("--batch", batch, f"at most the {len(split)} test images", "lower it")
     shown = range(0, min(len(dataset.train), 8 * batch) - batch + 1, batch)
     calibration = [eval_batch(dataset.train.pixels[i : i + batch], augment).numpy() for i in shown]
-    model = build(spec["network"], ctx)
+    model = build(job.network, job.context)
     made = prepare(model, ctx=ctx, setting=setting, calibration=calibration)
     eager = private_copy(model, "cpu")
     found, wanted = [], []
@@ -256,14 +341,13 @@ def accuracy(spec: Mapping[str, Any], tick: Tick) -> Values:
     }
 
 
-def count(spec: Mapping[str, Any], tick: Tick) -> Values:
+def count(job: CountJob, tick: Tick) -> Values:
     """Count a network as built: `{"params", "macs"}`; macs is None where a counter gives up."""
     from nas.measure.macs import UnsupportedOperator, fvcore_macs
 
-    ctx = Context(**spec["context"])
-    model = build(spec["network"], ctx)
+    model = build(job.network, job.context)
     try:
-        macs: int | None = fvcore_macs(model, ctx)
+        macs: int | None = fvcore_macs(model, job.context)
     except (UnsupportedOperator, RuntimeError):
         macs = None
     return {"params": sum(p.numel() for p in model.parameters()), "macs": macs}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,21 @@ from label_cases import built
 from nas.core.config import choices_of
 from nas.core.progress import no_tick
 from nas.data import Dataset, DataSpec, prepare
+from nas.data.augment.outputs import EVAL_BATCH
 from nas.data.augment.spec import default_spec, eval_batch
-from nas.distill import student as proxy
+from nas.distill.jobs import TrainJob, train
 from nas.distill.student import (
     Evaluation,
+    ParentNetwork,
+    ProxyScore,
+    StudentTraining,
+    evaluate,
     evaluate_test,
     mean_se,
     proxy_settings,
     start_model,
     train_and_score,
 )
-from nas.distill.train_job import train as train_job
 from nas.export.weights import load_weights, weights_digest
 from nas.labels.reader import holdout_batches
 from nas.labels.store import LabelStore
@@ -63,18 +67,19 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelSt
     return built(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=3, topk=4)
 
 
-def run(dataset: Dataset, store: LabelStore, arch: Any = ARCH, **changes: Any) -> Any:
-    options = {
-        "settings": SETTINGS,
-        "init": "scratch",
-        "random_seed": 0,
-        "device": "cpu",
-        **changes,
-    }
-    return train_and_score(FAMILY, arch, CTX, store=store, dataset=dataset, **options)
+def run(
+    dataset: Dataset, store: LabelStore, arch: Any = ARCH, family: Any = FAMILY, **changes: Any
+) -> ProxyScore:
+    """Train an arch; `changes` are of the training, or options of `train_and_score`."""
+    own = {f.name for f in fields(StudentTraining)}
+    given = {"settings": SETTINGS, "random_seed": 0}
+    given |= {name: value for name, value in changes.items() if name in own}
+    training = StudentTraining(family=family, arch=arch, context=CTX, **given)
+    options = {name: value for name, value in changes.items() if name not in own}
+    return train_and_score(training, dataset, store, **options)
 
 
-def answer(score: proxy.ProxyScore) -> dict[str, Any]:
+def answer(score: ProxyScore) -> dict[str, Any]:
     """Leave out what no two runs share: times and places."""
     timed = ("images_per_s", "seconds", "weights", "per_image")
     return {k: v for k, v in score.to_dict().items() if k not in timed}
@@ -110,7 +115,7 @@ def test_scores_are_those_of_the_weights_left(
         rows = batch.rows.numpy()
         losses[rows] = -(target * logits.log_softmax(1)).sum(1).numpy()
         right[rows] = logits.argmax(1).numpy() == dataset.holdout.labels[rows]
-    kept = Evaluation.load(Path(score.per_image))
+    kept = Evaluation.load(Path(score.per_image or ""))
     np.testing.assert_allclose(kept.soft_loss, losses, rtol=1e-4, atol=1e-5)
     assert (kept.correct == right).all()
     n = len(right)
@@ -155,18 +160,17 @@ def test_scoring_learns(dataset: Dataset, store: LabelStore) -> None:
 def test_an_untouched_child_is_its_parent(
     dataset: Dataset, store: LabelStore, parent: Path
 ) -> None:
-    same, copied = start_model(
-        FAMILY, ARCH, CTX, init="inherit", random_seed=5, parent_arch=ARCH, parent_weights=parent
-    )
+    source = ParentNetwork(arch=ARCH, weights=parent)
+    same, copied = start_model(FAMILY, ARCH, CTX, random_seed=5, parent=source)
     state = load_weights(parent)
     assert weights_digest(same.state_dict()) == weights_digest(state)
     assert copied == sum(t.numel() for t in state.values())
 
 
 def test_a_child_starts_from_its_parent(dataset: Dataset, store: LabelStore, parent: Path) -> None:
-    given = {"parent_arch": ARCH, "parent_weights": parent}
+    source = ParentNetwork(arch=ARCH, weights=parent)
     frozen = replace(SETTINGS, lr=0.0, weight_decay=0.0, min_lr=0.0)
-    inherited = run(dataset, store, CHILD, init="inherit", settings=frozen, **given)
+    inherited = run(dataset, store, CHILD, settings=frozen, parent=source)
     fresh = run(dataset, store, CHILD, settings=frozen)
     assert (
         0
@@ -182,10 +186,10 @@ def test_later_epochs_of_the_store_are_other_epochs(dataset: Dataset, store: Lab
 
 
 def test_a_subset_is_fixed_by_content(dataset: Dataset, store: LabelStore) -> None:
-    some = run(dataset, store, images_per_epoch=24)
+    some = run(dataset, store, images=24)
     assert some.images == 48
-    assert answer(some) == answer(run(dataset, store, images_per_epoch=24))
-    assert answer(run(dataset, store, images_per_epoch=10**6)) == answer(run(dataset, store))
+    assert answer(some) == answer(run(dataset, store, images=24))
+    assert answer(run(dataset, store, images=10**6)) == answer(run(dataset, store))
 
 
 def test_a_diverging_candidate_is_an_outcome(dataset: Dataset, store: LabelStore) -> None:
@@ -223,11 +227,6 @@ def test_means_and_standard_errors(n: int) -> None:
     assert se == pytest.approx(values.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0)
 
 
-def test_unknown_ways_to_start_are_refused(dataset: Dataset, store: LabelStore) -> None:
-    with pytest.raises(InputError, match="scratch, inherit"):
-        run(dataset, store, init="magic")
-
-
 @pytest.mark.slow
 def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
     dataset: Dataset, store: LabelStore
@@ -261,17 +260,9 @@ TOKEN = VIT.arch(
 PLAIN = replace(TOKEN, dist_token=False)
 
 
-def learn(dataset: Dataset, store: LabelStore, arch: Any, kind: str | None, **changes: Any) -> Any:
-    """Train a ViT as `run` does."""
-    options: dict[str, Any] = {
-        "settings": SETTINGS,
-        "init": "scratch",
-        "random_seed": 0,
-        "device": "cpu",
-        "loss": None if kind is None else DistillLoss(kind),
-        **changes,
-    }
-    return train_and_score(VIT, arch, CTX, store=store, dataset=dataset, **options)
+def learn(dataset: Dataset, store: LabelStore, arch: Any, kind: str, **changes: Any) -> ProxyScore:
+    """Train a ViT as `run` does, by a kind of distillation."""
+    return run(dataset, store, arch, VIT, loss=DistillLoss(kind), **changes)
 
 
 def test_every_kind_of_distillation_trains_and_is_scored_alike(
@@ -284,12 +275,12 @@ def test_every_kind_of_distillation_trains_and_is_scored_alike(
         # As anybody has it who loads the weights: both heads' mean, the plain cross-entropy.
         net = VIT.build(TOKEN, CTX)
         net.load_state_dict(load_weights(out))
-        batches = holdout_batches(dataset, store, proxy.EVAL_BATCH)
-        found = proxy.evaluate(net, batches, dataset.holdout.labels, "cpu")
-        assert proxy.mean_se(found.soft_loss)[0] == scores[kind].soft_loss
+        batches = holdout_batches(dataset, store, EVAL_BATCH)
+        found = evaluate(net, batches, dataset.holdout.labels, "cpu")
+        assert mean_se(found.soft_loss)[0] == scores[kind].soft_loss
         assert not scores[kind].notes
     assert len({score.soft_loss for score in scores.values()}) == len(KINDS)
-    default = answer(learn(dataset, store, TOKEN, None))
+    default = answer(run(dataset, store, TOKEN, VIT))
     assert default == {**answer(scores["sparse"]), "weights_digest": None}
 
 
@@ -334,38 +325,34 @@ def test_of_mixed_images_the_classes_of_both_are_learnt(
     assert all(target.ndim == 1 for target in seen), "nothing is counted that nobody asks for"
 
 
-def test_a_job_says_how_it_learns_only_where_that_is_not_sparse(
+def test_a_job_trains_by_the_asked_distillation(
     dataset: Dataset, store: LabelStore, tmp_path: Path
 ) -> None:
-    spec = {
-        "family": "vit",
-        "arch": VIT.to_dict(TOKEN),
-        "context": {"img_size": 32, "num_classes": 10},
-        "dataset": str(dataset.folder),
-        "store": str(store.folder),
-        "shared": False,
-        "init": "scratch",
-        "checkpoint": False,
-        "epochs": 2,
-        "lr": SCRATCH_LR,
-        "batch_size": 16,
-        "random_seed": 0,
-        "device": "cpu",
-        "first_epoch": 0,
-        "missing": "refuse",
-        "beyond": "refuse",
-        "label_epochs": 3,
-        "test": False,
-    }
-    assert not train_job({**spec, "out": str(tmp_path / "token"), "distill": "token"}, no_tick)[
-        "notes"
-    ]
-    for name, more in {"sparse": {}, "token": {"distill": "token"}}.items():
-        told = train_job({**spec, **more, "out": str(tmp_path / name)}, no_tick)
-        want = learn(dataset, store, TOKEN, name, label_epochs=3, beyond="refuse")
+    job = TrainJob(
+        family="vit",
+        arch=VIT.to_dict(TOKEN),
+        context=CTX,
+        dataset=dataset.folder,
+        store=store.folder,
+        store_id=store.id,
+        init="scratch",
+        epochs=2,
+        lr=SCRATCH_LR,
+        batch_size=16,
+        random_seed=0,
+        device="cpu",
+        missing="refuse",
+        beyond="refuse",
+        label_epochs=3,
+        out=tmp_path / "sparse",
+    )
+    for kind in ("sparse", "token"):
+        told = train(replace(job, distill=kind, out=tmp_path / kind), no_tick)
+        want = learn(dataset, store, TOKEN, kind, label_epochs=3, beyond="refuse")
         assert told["soft_loss"] == want.soft_loss
-    lost = {**spec, "arch": VIT.to_dict(PLAIN), "distill": "token", "out": str(tmp_path / "lost")}
-    assert "no distillation token" in train_job(lost, no_tick)["notes"][0]
+        assert not told["notes"]
+    lost = replace(job, arch=VIT.to_dict(PLAIN), distill="token", out=tmp_path / "lost")
+    assert "no distillation token" in train(lost, no_tick)["notes"][0]
 
 
 def test_images_without_a_label_are_skipped_only_where_asked(

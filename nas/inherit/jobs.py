@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nas.core.io import write_json
 from nas.core.progress import Tick
+from nas.jobs.job import READS, Values
 from space import Context, get_family
 from space.errors import refuse
 
-Values = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceJob:
+    """A trained parent whose units and blocks are ranked on about `images` training images.
+
+    `criterion` is one of `nas.inherit.importance.CRITERIA`; the order goes to the file `out`.
+    """
+
+    family: str
+    arch: Mapping[str, Any]
+    context: Context
+    weights: Path = field(metadata=READS)
+    dataset: Path = field(metadata=READS)
+    store: Path = field(metadata=READS)
+    criterion: str
+    images: int
+    batch_size: int
+    random_seed: int
+    device: str
+    missing: str
+    out: Path
 
 
-def importance(spec: Mapping[str, Any], tick: Tick) -> Values:
+@dataclass(frozen=True, kw_only=True)
+class InheritJob:
+    """A child whose first weights are sliced from a checkpoint or timm tag of its parent.
+
+    `guess` is the context of weights that do not show theirs; `img_size` and `num_classes` are the
+    child's own (None: its parent's).
+    """
+
+    family: str
+    parent: Mapping[str, Any]
+    child: Mapping[str, Any]
+    guess: Context
+    img_size: int | None
+    num_classes: int | None
+    weights: str
+    criterion: str
+    random_seed: int
+    out: Path
+
+
+def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     """Rank a parent's units and blocks, and write `out`: `{"criterion": ..., "order": {...}}`.
 
     About `images` training images of the stored epoch 0 are replayed, the same for all criteria;
@@ -25,29 +66,29 @@ def importance(spec: Mapping[str, Any], tick: Tick) -> Values:
     from torch import nn
 
     from nas.data import open_dataset
-    from nas.distill.student import subset_by_key
+    from nas.data.dataset import subset_by_key
     from nas.export.weights import load_into, load_weights, place
     from nas.inherit.importance import rank_blocks, rank_units
     from nas.labels.reader import Batch, Replay
     from nas.labels.store import open_store
     from nas.train.losses import sparse_soft_cross_entropy
 
-    family, context = get_family(spec["family"]), Context(**spec["context"])
-    arch, criterion, device = family.arch(spec["arch"]), spec["criterion"], str(spec["device"])
-    dataset = open_dataset(Path(spec["dataset"]))
-    store = open_store(Path(spec["store"]), use=dataset)
+    family, context = get_family(job.family), job.context
+    arch, criterion, device = family.arch(job.arch), job.criterion, job.device
+    dataset = open_dataset(job.dataset)
+    store = open_store(job.store, use=dataset)
     replay = Replay(
         dataset.train,
         store,
-        spec["batch_size"],
-        spec["random_seed"],
-        subset=subset_by_key(dataset.train, spec["images"]),
-        missing=spec["missing"],
+        job.batch_size,
+        job.random_seed,
+        subset=subset_by_key(dataset.train, job.images),
+        missing=job.missing,
         device=device,
     )
     with torch.random.fork_rng(devices=[]):
         model = family.build(arch, context)
-    load_into(model, load_weights(Path(spec["weights"]), name="parent weights"))
+    load_into(model, load_weights(job.weights, name="parent weights"))
     place(model, device)
 
     def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
@@ -76,13 +117,13 @@ def importance(spec: Mapping[str, Any], tick: Tick) -> Values:
             step_loss=step_loss,
             device=device,
         )
-    out = Path(spec["out"])
+    out = job.out
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"criterion": criterion, "order": order})
     return {"file": str(out), "criterion": criterion}
 
 
-def inherit_weights(spec: Mapping[str, Any], tick: Tick) -> Values:
+def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     """Write a child's first weights to `out`, from a checkpoint or timm tag of its parent.
 
     The parent's context is read off its weights; `img_size` and `num_classes` are the child's own
@@ -96,22 +137,23 @@ def inherit_weights(spec: Mapping[str, Any], tick: Tick) -> Values:
     from nas.inherit.importance import rank_units
     from nas.inherit.slice import checkpoint_context, inherit
 
-    family = get_family(spec["family"])
-    parent, child = family.arch(spec["parent"]), family.arch(spec["child"])
-    changes = {k: spec[k] for k in ("img_size", "num_classes") if spec[k] is not None}
-    guess = replace(Context(**spec["guess"]), **changes)
-    state = load_checkpoint(spec["weights"], name="--weights")
+    family = get_family(job.family)
+    parent, child = family.arch(job.parent), family.arch(job.child)
+    own = {"img_size": job.img_size, "num_classes": job.num_classes}
+    changes = {name: value for name, value in own.items() if value is not None}
+    guess = replace(job.guess, **changes)
+    state = load_checkpoint(job.weights, name="--weights")
     there = checkpoint_context(family, parent, guess, state, name="--weights")
     here = replace(there, **changes)
-    ranked = rank_units(family, parent, there, state, spec["criterion"])
+    ranked = rank_units(family, parent, there, state, job.criterion)
     order = {name: np.array(units, dtype=np.int64) for name, units in ranked.items()}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec["random_seed"])
+        torch.manual_seed(job.random_seed)
         model = family.build(child, here)
     found = inherit(model, state, family.slicing(parent, child, there, here, order))
     try:
-        digest = save_weights(Path(spec["out"]), model.state_dict())
+        digest = save_weights(job.out, model.state_dict())
     except OSError as error:
-        raise refuse("--out", f"{spec['out']} ({error.strerror})", "a file to write") from None
+        raise refuse("--out", f"{job.out} ({error.strerror})", "a file to write") from None
     contexts = {"parent_context": asdict(there), "context": asdict(here)}
     return {**contexts, "copied": found.copied, "kept": found.kept, "digest": digest}

@@ -1,0 +1,460 @@
+"""Jobs that train teachers and students, and score students with little or no training."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from nas.core.io import read_json, remove_leftovers, write_json
+from nas.core.progress import Tick
+from nas.data import Dataset
+from nas.jobs.job import LEAVES, READS, READS_LAST, Job, Result, Values
+from nas.jobs.outcomes import CHECKPOINT
+from nas.labels.make_store import job_values
+from space import Context, get_family
+from space.errors import refuse
+
+if TYPE_CHECKING:
+    from nas.distill.student import Evaluation, ParentNetwork
+    from nas.labels.reader import Batch, Replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherJob:
+    """A teacher by its name (`nas.export.teacher_net.parse_teacher`), to be made for a data set."""
+
+    dataset: Path
+    cache: Path
+    teacher: str
+    epochs: int
+    random_seed: int
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentWeights:
+    """A trained arch (as JSON), its weights and the order of importance of its units, if any."""
+
+    arch: Mapping[str, Any]
+    weights: Path = field(metadata=READS)
+    order: Path | None = field(default=None, metadata=READS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierRung:
+    """An earlier rung of a race: the epochs that it trained, and where it stopped."""
+
+    epochs: int
+    checkpoint: Path = field(metadata=READS_LAST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentJob:
+    """A student arch (as JSON) in its context, and the data and labels that it is judged by.
+
+    `missing` tells what happens to images without a label: `refuse` or `skip`.
+    """
+
+    family: str
+    arch: Mapping[str, Any]
+    context: Context
+    dataset: Path = field(metadata=READS)
+    store: Path = field(metadata=READS)
+    missing: str
+    batch_size: int
+    random_seed: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(StudentJob):
+    """A student to train on stored labels, and all that decides the outcome.
+
+    `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. `rung` stops after so many of
+    the `epochs`; `continue_from` goes on from an earlier rung. `images` trains on a fixed subset
+    of that size. `beyond` and `label_epochs` are those of `nas.labels.reader.Replay`.
+    `hard_weight` is the share of the loss that goes by true labels; `distill` other than `sparse`
+    is a `nas.train.losses.DistillLoss`. With `checkpoint` a killed training goes on at its last
+    epoch. The folder `out` may be `shared` by several runs.
+    """
+
+    store_id: str
+    label_epochs: int | None
+    beyond: str
+    epochs: int
+    lr: float
+    init: str
+    parent: ParentWeights | None = None
+    first_epoch: int = 0
+    images: int | None = None
+    distill: str = "sparse"
+    hard_weight: float = 0.0
+    rung: int | None = None
+    continue_from: EarlierRung | None = None
+    checkpoint: bool = False
+    test: bool = False
+    shared: bool = False
+    out: Path = field(metadata=LEAVES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob(StudentJob):
+    """A student to score with a parent's weights, without training.
+
+    With `recalibrate`, batch norms are first estimated anew on the images that a training of this
+    random seed sees first.
+    """
+
+    label_epochs: int | None
+    beyond: str
+    parent: ParentWeights
+    recalibrate: bool
+    images: int | None = None
+    out: Path = field(metadata=LEAVES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroCostJob(StudentJob):
+    """An untrained student to score on the first `images` images that a training would see."""
+
+    images: int
+
+
+def teach(
+    do: Callable[[Job], Result],
+    dataset: Dataset,
+    cache: Path,
+    *,
+    teacher: str,
+    teacher_epochs: int,
+    random_seed: int,
+    device: str,
+    threads: int,
+) -> Mapping[str, Any]:
+    """Have the teacher of a data set made: its `info` and a line `says`. Raises InputError."""
+    job = TeacherJob(
+        dataset=dataset.folder,
+        cache=cache,
+        teacher=teacher,
+        epochs=teacher_epochs,
+        random_seed=random_seed,
+        device=device,
+        threads=threads,
+    )
+    units = float(len(dataset.train) * teacher_epochs)
+    return job_values(do(Job(train_teacher, job, "teacher", units)), f"--teacher {teacher}")
+
+
+def train_teacher(job: TeacherJob, tick: Tick) -> Values:
+    """Make a teacher, or find it in the cache: `{"info": ..., "says": line}`."""
+    from nas.data import open_dataset
+    from nas.distill.teacher import make_teacher
+    from nas.export.teacher_net import parse_teacher
+
+    info = make_teacher(
+        parse_teacher(job.teacher),
+        open_dataset(job.dataset),
+        job.cache,
+        random_seed=job.random_seed,
+        epochs=job.epochs,
+        device=job.device,
+        threads=job.threads,
+        tick=tick,
+    )
+    notes = "".join(f"; {note}" for note in info.notes)
+    says = (
+        f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- "
+        f"{info.holdout_top1_se:.1%}{notes}"
+    )
+    return {"info": info.to_dict(), "says": says}
+
+
+def train(job: TrainJob, tick: Tick) -> Values:
+    """Train an arch on stored labels and score it; leaves the folder `out` whole.
+
+    It then holds weights.safetensors, holdout.safetensors (per image), with `test`
+    test.safetensors too, and result.json with the values that are returned. With `rung`, it holds
+    checkpoint.safetensors in place of the weights, from which the next rung goes on, on the CPU to
+    the same bits as without a stop.
+    """
+    part = job.out.with_name(f"{job.out.name}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    # Only a folder of the shared cache has several writers; a run's own has its driver.
+    lock = FileLock(job.out.with_name(f"{job.out.name}.lock")) if job.shared else nullcontext()
+    with lock:
+        if (job.out / "result.json").is_file():  # another run finished it while this one waited
+            finished: Values = read_json(job.out / "result.json", "a finished training")["values"]
+            return finished
+        remove_leftovers(part)  # of a worker that was killed
+        return _train_into(job, part, tick)
+
+
+def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
+    from nas.data import open_dataset
+    from nas.distill.student import (
+        StudentTraining,
+        evaluate_test,
+        mean_se,
+        proxy_settings,
+        train_and_score,
+    )
+    from nas.labels.store import open_store
+    from nas.measure.macs import fvcore_macs
+    from nas.train.losses import DistillLoss
+
+    started = time.monotonic()
+    family, context, rung, before = get_family(job.family), job.context, job.rung, job.continue_from
+    arch = family.arch(job.arch)
+    dataset = open_dataset(job.dataset)
+    store = open_store(job.store, use=dataset)
+    parent, notes = _parent_of(job, part)
+    checkpoint = None
+    if job.checkpoint or rung is not None or before is not None:
+        checkpoint = part / CHECKPOINT
+        if before is not None and not checkpoint.exists():
+            _take_over(before.checkpoint, checkpoint)
+    if before is not None:
+        tick = _without(tick, float(before.epochs * (job.images or len(dataset.train))))
+    loss = DistillLoss(hard_weight=job.hard_weight)
+    if job.distill != "sparse":
+        assert not job.hard_weight, "one loss"
+        loss = DistillLoss(job.distill)
+    weights = part / "weights.safetensors"
+    training = StudentTraining(
+        family=family,
+        arch=arch,
+        context=context,
+        settings=proxy_settings(job.epochs, job.lr, batch_size=job.batch_size),
+        random_seed=job.random_seed,
+        device=job.device,
+        parent=parent,
+        first_epoch=job.first_epoch,
+        images=job.images,
+        workers=_loader_workers(job.device),
+        missing=job.missing,
+        beyond=job.beyond,
+        label_epochs=job.label_epochs,
+        loss=loss,
+    )
+    score = train_and_score(
+        training,
+        dataset,
+        store,
+        out_weights=weights,
+        checkpoint=checkpoint,
+        stop_after=rung,
+        tick=tick,
+    )
+    if not math.isfinite(score.soft_loss):
+        raise FloatingPointError(f"the holdout loss is {score.soft_loss}")
+    os.replace(part / "weights.holdout.safetensors", part / "holdout.safetensors")
+    values: Values = {k: v for k, v in score.to_dict().items() if k not in ("weights", "per_image")}
+    values["notes"] = [*notes, *score.notes]
+    if job.test:
+        tested = evaluate_test(
+            family, arch, context, weights, dataset, store.spec.augment, device=job.device
+        )
+        tested.save(part / "test.safetensors")
+        top1, top1_se = mean_se(tested.correct)
+        values.update(test_top1=top1, test_top1_se=top1_se, test_n=len(tested.correct))
+        values["fvcore_macs"] = fvcore_macs(family.build(arch, context), context)
+        assert values["fvcore_macs"] == family.count_macs(arch, context), "the counts disagree"
+    # The checkpoint of a rung is for the next one; its weights are of no use to anyone.
+    for spent in (part / "adopted.safetensors", part / CHECKPOINT if rung is None else weights):
+        spent.unlink(missing_ok=True)
+    _finish(job.out, part, values, started)
+    return values
+
+
+def _parent_of(job: TrainJob, part: Path) -> tuple[ParentNetwork | None, list[str]]:
+    """Return the network whose weights a training starts from, and notes for the user."""
+    from nas.distill.student import ParentNetwork
+    from nas.inherit.adopt import adopt
+
+    init, _, source = job.init.partition(":")
+    if init == "file":
+        arch = get_family(job.family).arch(job.arch)
+        weights = part / "adopted.safetensors"
+        made_in, note = adopt(get_family(job.family), arch, job.context, source, weights)
+        return ParentNetwork(arch=arch, weights=weights, context=made_in), [note]
+    if init == "scratch":
+        return None, []
+    assert job.parent is not None, "inheriting takes a parent"
+    return _network_of(job.family, job.parent), []
+
+
+def _network_of(family: str, parent: ParentWeights) -> ParentNetwork:
+    from nas.distill.student import ParentNetwork
+    from nas.inherit.importance import load_order
+
+    order = None if parent.order is None else load_order(parent.order)
+    arch = get_family(family).arch(parent.arch)
+    return ParentNetwork(arch=arch, weights=parent.weights, order=order)
+
+
+def _take_over(before: Path, checkpoint: Path) -> None:
+    """Copy the checkpoint of an earlier rung; refuse when it is gone."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.tmp")
+    try:
+        shutil.copyfile(before, aside)
+    except FileNotFoundError:
+        want = "the checkpoint of the rung before"
+        raise refuse(str(before), "no such file", want, "start a new run") from None
+    aside.replace(checkpoint)
+
+
+def _without(tick: Tick, units: float) -> Tick:
+    """Leave out the first `units`, which an earlier rung has reported."""
+    left = units
+
+    def after(now: float) -> None:
+        nonlocal left
+        said = min(left, now)
+        left -= said
+        if now > said:
+            tick(now - said)
+
+    return after
+
+
+def _loader_workers(device: str) -> int:
+    """Return how many processes augment: on a CPU training itself needs every core."""
+    return 0 if device == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
+
+
+def _finish(out: Path, part: Path, values: Values, started: float) -> None:
+    """Put a job's folder in place with its result, whole."""
+    files = sorted(path.name for path in part.glob("*.safetensors"))
+    seconds = time.monotonic() - started
+    write_json(part / "result.json", {"values": values, "files": files, "seconds": seconds})
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(part, out)
+
+
+def score(job: ScoreJob, tick: Tick) -> Values:
+    """Slice a parent's weights into an arch and score it on the holdout; no training.
+
+    Leaves the folder `out` whole, with holdout.safetensors (per image) and result.json; returns
+    soft_loss (nats) and top1 with their standard errors over images.
+    """
+    from nas.data import open_dataset
+    from nas.data.augment.outputs import EVAL_BATCH
+    from nas.data.dataset import subset_by_key
+    from nas.distill.student import evaluate, start_model
+    from nas.export.weights import place
+    from nas.inherit.batchnorm import first_inputs
+    from nas.labels.reader import Replay, holdout_batches
+    from nas.labels.store import open_store
+
+    started = time.monotonic()
+    part = job.out.with_name(f"{job.out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # nothing in it is worth going on from
+    part.mkdir(parents=True)
+    family, dataset = get_family(job.family), open_dataset(job.dataset)
+    store = open_store(job.store, use=dataset)
+    inputs = None
+    if job.recalibrate:
+        replay = Replay(
+            dataset.train,
+            store,
+            job.batch_size,
+            job.random_seed,
+            subset=subset_by_key(dataset.train, job.images),
+            missing=job.missing,
+            beyond=job.beyond,
+            epochs=job.label_epochs,
+            device=job.device,
+        )
+        inputs = first_inputs(replay, 0)
+    model, _ = start_model(
+        family,
+        family.arch(job.arch),
+        job.context,
+        random_seed=job.random_seed,
+        parent=_network_of(job.family, job.parent),
+        inputs=inputs,
+        device=job.device,
+    )
+    scored = evaluate(
+        place(model, job.device),
+        holdout_batches(dataset, store, EVAL_BATCH, job.missing),
+        dataset.holdout.labels,
+        job.device,
+        tick,
+    )
+    values = _scores(scored)
+    scored.save(part / "holdout.safetensors")
+    _finish(job.out, part, values, started)
+    return values
+
+
+def _scores(scored: Evaluation) -> Values:
+    """Return mean soft loss and top-1 with their standard errors; diverged: FloatingPointError."""
+    from nas.distill.student import mean_se
+
+    soft_loss, soft_loss_se = mean_se(scored.soft_loss)
+    if not math.isfinite(soft_loss):
+        raise FloatingPointError(f"the holdout loss is {soft_loss}")
+    top1, top1_se = mean_se(scored.correct)
+    return {"soft_loss": soft_loss, "soft_loss_se": soft_loss_se, "top1": top1, "top1_se": top1_se}
+
+
+def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
+    """Score an arch by each of `nas.distill.zero_cost.ZERO_COST`, and tell on how many `images`.
+
+    The batch joins the first batches of a training until they hold as many images as asked (all of
+    the first epoch where that has fewer).
+    """
+    from nas.data import open_dataset
+    from nas.distill.zero_cost import zero_cost_scores
+    from nas.labels.reader import Replay
+    from nas.labels.store import open_store
+
+    if job.images < 2:
+        raise refuse("images", job.images, "an integer >= 2 (images are compared)")
+    family, dataset = get_family(job.family), open_dataset(job.dataset)
+    store = open_store(job.store, use=dataset)
+    replay = Replay(
+        dataset.train,
+        store,
+        job.batch_size,
+        job.random_seed,
+        missing=job.missing,
+        device=job.device,
+    )
+    batch = _first_images(replay, job.images)
+    scores = zero_cost_scores(
+        family,
+        family.arch(job.arch),
+        job.context,
+        batch,
+        random_seed=job.random_seed,
+        device=job.device,
+    )
+    tick(float(len(batch.rows)))
+    return {**scores, "images": len(batch.rows)}
+
+
+def _first_images(replay: Replay, images: int) -> Batch:
+    """Join the first batches until they hold `images` images."""
+    import torch
+
+    from nas.labels.reader import Batch
+
+    found: list[Batch] = []
+    for batch in replay.epoch(0):
+        found.append(batch)
+        if sum(len(b.rows) for b in found) >= images:
+            break
+    names = ("inputs", "index", "prob", "tail", "truth", "rows")
+    return Batch(*(torch.cat([getattr(b, name) for b in found])[:images] for name in names))

@@ -1,7 +1,7 @@
-"""What a training is worth by the run's metric, from what it left per image.
+"""Metrics and paired comparisons of trainings from their stored per-image results.
 
-Under a metric that treats every class alike, so do the soft losses that candidates are ranked by:
-images of rare classes weigh more (`nas.core.metrics.image_weights`).
+Under a metric that weighs every class alike, so do the soft losses that rank candidates: images of
+rare classes weigh more (`nas.core.metrics.image_weights`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class PerImage:
-    """A split's images: soft loss `[n]` in nats, the class that came first, the true one."""
+    """A split's images: soft loss `[n]` in nats, the predicted class, the true one."""
 
     soft_loss: npt.NDArray[np.float64]
     predicted: npt.NDArray[np.int64]
@@ -32,7 +32,7 @@ class PerImage:
 
 
 def per_image(folder: Path, split: str) -> PerImage:
-    """Read what a training left of a split, `holdout` or `test`; damaged: refused."""
+    """Read the results of a training on a split, `holdout` or `test`; damaged ones are refused."""
     path = folder / f"{split}.safetensors"
     kept = load_arrays(path)
     missing = sorted({"soft_loss", "predicted", "truth"} - kept.keys())

@@ -1,4 +1,4 @@
-"""How far a ranking can be trusted: rank agreement, what noise permits, regret, who may be best.
+"""Statistics of rankings: rank agreement, noise ceiling, regret, and which archs may be best.
 
 Losses throughout: lower is better. `truth` [s, n] holds one value per random seed and arch.
 """
@@ -38,7 +38,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Which tau the noise of the truth permits; see `ceiling`."""
+    """The tau that the noise of the truth permits; see `ceiling`."""
 
     pairwise: Estimate
     perfect: Estimate
@@ -46,7 +46,7 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Regret:
-    """What trusting the scores costs, in units of the truth; see `regret`.
+    """The cost of trusting the scores, in units of the truth; see `regret`.
 
     `pick` and `best` are positions: of the lowest score, of the lowest mean truth. `plain` is the
     difference of their mean truths, which is too high by the winner's curse.
@@ -201,7 +201,7 @@ def indistinguishable(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) 
 
 
 def in_words(kept: Sequence[str], losses: Mapping[str, npt.ArrayLike]) -> str:
-    """Say in one sentence what `indistinguishable` found among these losses."""
+    """Return the result of `indistinguishable` among these losses in one sentence."""
     table = {key: _per_image(key, value) for key, value in losses.items()}
     order, n = _by_mean(table), len(table)
     s, images = next(iter(table.values())).shape

@@ -34,7 +34,7 @@ def final_table(run: Path) -> str:
 
 
 def status(run: Path) -> str:
-    """Return lines that tell where a run stands."""
+    """Return lines with the state of a run."""
     return status_lines(read_run(run))
 
 

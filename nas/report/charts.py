@@ -34,7 +34,7 @@ def run_chart(runs: Sequence[RunFiles]) -> Chart:
 
 
 def uses_ratio(run: RunFiles) -> bool:
-    """Tell whether every scored candidate after the seed has a ratio to it."""
+    """Return whether every scored candidate after the seed has a ratio to it."""
     scored = [row for row in run.trials if row.soft_loss is not None and row.step > 0]
     return all(row.ratio is not None for row in scored)
 
@@ -42,28 +42,25 @@ def uses_ratio(run: RunFiles) -> bool:
 def run_series(run: RunFiles, relative: bool) -> Series:
     """Collect the scored candidates of one run, each arch once, where it was kept if it was."""
     keys = dict.fromkeys(row.key for row in run.trials if row.soft_loss is not None)
-    points = []
-    for key in keys:
-        row = run.candidate(key)
-        if row is not None and row.soft_loss is not None and row.params is not None:
-            points.append(_point(run, row, relative))
-    return Series(run.folder.name, tuple(points), tuple(row.key for row in run.path))
+    found = (run.candidate(key) for key in keys)
+    points = tuple(_point(run, row, relative) for row in found if row is not None)
+    return Series(run.folder.name, points, tuple(row.key for row in run.path))
 
 
 def conditions_line(run: RunFiles) -> str:
-    """Say in one line what throughput was measured on and at."""
+    """Return the conditions of the throughput measurements in one line."""
     config = run.config
     device = section(run.run, "fingerprint").get("device_name") or config.get("device") or "?"
-    parts = [str(device)]
-    if config.get("threads"):
-        parts.append(counted(config["threads"], "thread"))
-    for name, form in (("bench_batch", "batch {}"), ("bench_dtype", "{}")):
-        if config.get(name):
-            parts.append(form.format(config[name]))
-    size = image_size(run)
-    if size:
-        parts.append(f"{size} px")
-    return ", ".join([*parts, "eager"])
+    threads, batch, size = config.get("threads"), config.get("bench_batch"), run.img_size
+    parts = [
+        str(device),
+        counted(threads, "thread") if threads else None,
+        f"batch {batch}" if batch else None,
+        config.get("bench_dtype"),
+        f"{size} px" if size else None,
+        config.get("bench_runtime") or "eager",
+    ]
+    return ", ".join(str(part) for part in parts if part)
 
 
 def counted(number_of: Any, what: str) -> str:
@@ -71,25 +68,8 @@ def counted(number_of: Any, what: str) -> str:
     return f"{number_of} {what}" + ("" if number_of == 1 else "s")
 
 
-def image_size(run: RunFiles) -> Any:
-    """The side of the images in pixels, None where the run does not say."""
-    found = run.best.get("img_size") or section(run.run, "dataset").get("img_size")
-    return found or run.config.get("img_size")
-
-
-def holdout_images(run: RunFiles) -> int | None:
-    """The number of images behind a proxy score, None where the run does not say."""
-    dataset = section(run.run, "dataset")
-    for name in ("holdout", "holdout_images", "n_holdout"):
-        found = number(dataset, name)
-        if found is not None:
-            return int(found)
-    return None
-
-
 def _point(run: RunFiles, row: Trial, relative: bool) -> Point:
     assert row.soft_loss is not None
-    assert row.params is not None
     error = row.soft_loss_se
     speed = (row.ratio, row.ratio_lo, row.ratio_hi)
     if not relative:
@@ -115,7 +95,7 @@ def _kind(run: RunFiles, row: Trial) -> Kind:
         return "seed"
     if run.result.get("status") == "reached" and row.key == run.result.get("winner"):
         return "winner"
-    if row.anchor and row.anchor.startswith("published"):
+    if row.anchor.startswith("published"):
         return "published"
     return "uniform" if row.anchor == "uniform" else "candidate"
 
@@ -124,7 +104,7 @@ def _label(run: RunFiles, row: Trial) -> str:
     kind = _kind(run, row)
     if kind == "seed":
         return f"seed {run.seed_name}"
-    if kind == "published" and row.anchor:
+    if kind == "published":
         return "published " + row.anchor.partition(":")[2]
     return kind if kind == "winner" else row.name
 
@@ -139,7 +119,7 @@ def _title(runs: Sequence[RunFiles]) -> str:
 
 
 def _notes(runs: Sequence[RunFiles], relative: bool) -> tuple[str, ...]:
-    images = {holdout_images(run) for run in runs}
+    images = {run.holdout_images for run in runs}
     count = images.pop() if len(images) == 1 else None
     holdout = "the holdout" if count is None else f"{count} holdout images"
     first = (
@@ -157,10 +137,8 @@ def _notes(runs: Sequence[RunFiles], relative: bool) -> tuple[str, ...]:
     if len({_text(run, "fingerprint", "id") for run in runs}) > 1:
         lines[1] += "Runs of different devices or software: compare ratios with care."
     # The random seed cuts the holdout, so the same data may still be other images.
-    if (
-        len({(_text(run, "dataset", "fingerprint"), run.config.get("random_seed")) for run in runs})
-        > 1
-    ):
+    cuts = {(_text(run, "dataset", "fingerprint"), run.config.get("random_seed")) for run in runs}
+    if len(cuts) > 1:
         lines.append("Runs of different images or cuts: losses compare within a colour only.")
     return tuple(lines)
 

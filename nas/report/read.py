@@ -1,4 +1,4 @@
-"""A run as its files tell it: read once, never written, tolerant of a run that is not finished."""
+"""Reading of a run's folder for reports; a run that is not finished has fewer parts."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ class RunFiles:
         return section(self.run, "config")
 
     @property
+    def img_size(self) -> Any:
+        """The side of the images in pixels, None where the run does not say."""
+        found = self.best.get("img_size") or section(self.run, "dataset").get("img_size")
+        return found or self.config.get("img_size")
+
+    @property
+    def holdout_images(self) -> int | None:
+        """The number of images behind a proxy score, None where the run does not say."""
+        found = number(section(self.run, "dataset"), "holdout")
+        return None if found is None else int(found)
+
+    @property
     def seed(self) -> Trial | None:
         """The arch that contraction started from."""
         return next((row for row in self.trials if row.step == 0), None)
@@ -55,7 +67,7 @@ class RunFiles:
         keys = self.result.get("path")
         if not keys or not isinstance(keys, list):
             first = [self.seed.key] if self.seed else []
-            keys = first + [s.incumbent for s in self.steps if s.incumbent and s.step > 0]
+            keys = first + [step.incumbent for step in self.steps]
         named = (key for key in keys if isinstance(key, str))
         found = (self.candidate(key) for key in dict.fromkeys(named))
         return tuple(row for row in found if row is not None)

@@ -1,4 +1,4 @@
-"""The words of a report: what was asked, what came out, how sure that is, what to do next."""
+"""The text of a report: the question, the outcome, its certainty, and the next commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nas.core.config import RunConfig
-from nas.report.charts import conditions_line, counted, holdout_images, image_size
+from nas.report.charts import conditions_line, counted
 from nas.report.read import RunFiles, number, section
 from nas.report.tables import (
     FINAL_HEADER,
@@ -47,7 +47,7 @@ POWER_80 = (1.960 + 0.842) / 1.960
 
 
 def asked(run: RunFiles) -> str:
-    """Say in one sentence what the run was asked for."""
+    """Return in one sentence what the run was asked for."""
     config = run.config
     target, share = number(config, "target_params"), number(config, "params_tolerance")
     aim = "a smaller model"
@@ -56,22 +56,19 @@ def asked(run: RunFiles) -> str:
         if share is not None:
             lo, hi = short_count(target * (1 - share)), short_count(target * (1 + share))
             aim += f" (between {lo} and {hi})"
-    speedup, least = number(config, "min_speedup"), number(config, "min_throughput")
     bounds = []
-    if speedup is not None:
-        bounds.append(f"at least {speedup:g}x the seed's throughput")
-    if least is not None:
-        bounds.append(f"at least {least:g} images/s")
+    for name, unit in (("min_speedup", "x the seed's throughput"), ("min_throughput", " images/s")):
+        least = number(config, name)
+        bounds += [] if least is None else [f"at least {least:g}{unit}"]
     bounds += [str(text) for text in config.get("require") or ()]
-    if not bounds:
-        bounds.append("no step slower than the one before")
-    size = image_size(run)
+    bounds = bounds or ["no step slower than the one before"]
+    size = run.img_size
     where = f"{config.get('data', '?')}" + (f" at {size} px" if size else "")
     return f"From the seed {run.seed_name} to {aim}, {' and '.join(bounds)}, on {where}."
 
 
 def came_out(run: RunFiles) -> str:
-    """Say in a few sentences what the run found so far."""
+    """Return in a few sentences what the run found so far."""
     if not run.result:
         return f"The run has not ended: {_position(run)}."
     final = section(run.result, "final")
@@ -124,7 +121,7 @@ def final_table(run: RunFiles) -> str:
 
 
 def status_lines(run: RunFiles) -> str:
-    """Tell where a run stands: asked, position, last candidate, best so far, what remains."""
+    """Return the state of a run: asked, position, last candidate, best so far, what remains."""
     lines = [f"{run.folder}: {run.result.get('status', 'unfinished')}", f"asked: {asked(run)}"]
     lines.append(f"where: {_position(run)}")
     if run.trials:
@@ -198,8 +195,8 @@ def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
     for row in run.trials:
         if row.step == 0:
             continue
-        reason = re.sub(r"\d[\d.,]*", "#", row.reason or "")
-        what = f"{row.stage or '?'} ({row.state or '?'})"
+        reason = re.sub(r"\d[\d.,]*", "#", row.reason)
+        what = f"{row.stage} ({row.state})"
         found[f"{what}: {reason}" if reason else what] += 1
     ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     rest = sum(count for _, count in ranked[most:])
@@ -207,9 +204,9 @@ def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
 
 
 def caveats(run: RunFiles) -> list[str]:
-    """List what a reader could take for more than it is."""
+    """Return the limits of the results that a reader should know."""
     config = run.config
-    images = holdout_images(run)
+    images = run.holdout_images
     epochs, init = config.get("proxy_epochs"), config.get("proxy_init")
     short = counted(epochs, "epoch") if epochs else "a short distillation"
     start = {"inherit": ", from the parent's sliced weights", "scratch": ", from scratch"}
@@ -264,7 +261,7 @@ def caveats(run: RunFiles) -> list[str]:
 
 
 def _twice(result: Mapping[str, Any]) -> list[str]:
-    """Say both losses of each finalist that was trained from a second random seed."""
+    """Return both losses of each finalist that was trained from a second random seed."""
     listed = result.get("finalists")
     found = []
     for one in listed if isinstance(listed, list) else []:
@@ -353,24 +350,20 @@ def _device(run: RunFiles) -> str:
 
 
 def _position(run: RunFiles) -> str:
-    done = len([step for step in run.steps if step.step > 0])
-    steps = run.config.get("steps")
+    done, steps = len(run.steps), run.config.get("steps")
     decided = [row for row in run.trials if row.step > 0]
     states = Counter(row.state for row in decided)
     counts = ", ".join(f"{states[name]} {name}" for name in ("complete", "pruned", "failed"))
     if not run.seed:
         return "the seed is not trained yet"
-    spent = duration(sum(row.seconds or 0.0 for row in run.trials))
+    spent = duration(sum(row.seconds for row in run.trials))
     of = f" of {steps}" if steps else ""
     return f"{done}{of} steps done, {len(decided)} candidates decided ({counts}) in {spent}"
 
 
 def _remains(run: RunFiles) -> str:
-    done = len([step for step in run.steps if step.step > 0])
-    steps = run.config.get("steps")
-    parts = []
-    if not run.seed:
-        parts.append("teacher, labels and the seed's training")
+    done, steps = len(run.steps), run.config.get("steps")
+    parts = [] if run.seed else ["teacher, labels and the seed's training"]
     if isinstance(steps, int) and steps > done:
         parts.append(f"steps {done + 1} to {steps}" if steps > done + 1 else f"step {steps}")
     return ", ".join([*parts, "the final training and test"])

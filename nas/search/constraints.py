@@ -12,7 +12,7 @@ from nas.search.strategies import get_strategy
 from space.contractions import Band
 
 PACE = ("speedup", "images_per_s", *LATENCIES)
-"""Metrics that say how fast a network is."""
+"""Metrics of a network's pace."""
 
 
 def requirements_of(config: RunConfig) -> tuple[Requirement, ...]:
@@ -71,7 +71,7 @@ class StepBounds:
         return tuple(r for r in self.requirements if r.setting == setting)
 
     def describe(self) -> str:
-        """Say what is required, in the words of the command line."""
+        """Return the requirements in the words of the command line."""
         return " and ".join(r.text for r in self.requirements)
 
 

@@ -1,4 +1,4 @@
-"""Which timed candidates are trained, and which scored ones go on."""
+"""Selection of the timed candidates to train, and ranking of the scored ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Search strategies on one interface: what is listed next, given what was decided so far."""
+"""Search strategies on one interface: they list the next candidates from the decided ones."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _STRATEGIES: tuple[Strategy, ...] = (
 
 
 def strategy_names() -> tuple[str, ...]:
-    """Name the strategies, the default one first."""
+    """Return the names of the strategies, the default one first."""
     return tuple(s.name for s in _STRATEGIES)
 
 
 def get_strategy(name: str) -> Strategy:
-    """Give the strategy called `name` (any case); an unknown one is refused."""
+    """Return the strategy called `name` (any case); an unknown one is refused."""
     for strategy in _STRATEGIES:
         if strategy.name == name.lower():
             return strategy

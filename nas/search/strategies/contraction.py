@@ -14,7 +14,7 @@ class Contraction(Strategy):
     summary = "contractions of the incumbents, fewest notches first, the factors taking turns"
 
     def shortlist(self, ask: Ask) -> list[Shortlisted]:
-        """List the anchors on a step's first draw, then by the rule."""
+        """Return the anchors on a step's first draw, then candidates by the rule."""
         return shortlist(
             ask.family,
             list(ask.incumbents),

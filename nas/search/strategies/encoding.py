@@ -1,4 +1,4 @@
-"""The seed's space as separate genes: one per slot of a factor, each with its ladder's values."""
+"""Encoding of archs as genes: one per slot of a factor, with the slot's ascending choices."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Gene:
 
     @property
     def name(self) -> str:
-        """Name the gene, e.g. "embed_dims[2]"."""
+        """Return the gene's name, e.g. "embed_dims[2]"."""
         return self.field if self.slot is None else f"{self.field}[{self.slot}]"
 
     def index(self, arch: Arch) -> int:
-        """Give the place of an arch's value on the ladder; off it, that of the nearest one."""
+        """Return the position of an arch's value among the choices, or of the nearest choice."""
         value = getattr(arch, self.field)
         value = value if self.slot is None else value[self.slot]
         return int(np.argmin(np.abs(np.array(self.values) - value)))
 
 
 def genes_of(family: Family, seed: Arch, ctx: Context) -> tuple[Gene, ...]:
-    """Find the genes of a seed's contractions: every slot with more than one value as built."""
+    """Return the genes of a seed's contractions: every slot with more than one value as built."""
     axes = {axis.field: axis.values for axis in axes_of(family, seed, ctx)}
     genes = []
     for f in family.factors:
@@ -48,7 +48,7 @@ def genes_of(family: Family, seed: Arch, ctx: Context) -> tuple[Gene, ...]:
 def assembled(
     family: Family, seed: Arch, genes: tuple[Gene, ...], indices: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Put genes' values, by name as places on their ladders, into the seed.
+    """Put genes' values, by name as positions among their choices, into the seed.
 
     Returns a value for every field, which need not make an arch.
     """

@@ -67,7 +67,7 @@ class Evolution(FromSeed):
         return list(children.values())
 
     def describe(self, ask: Ask) -> str:
-        """Say the sizes that the published ones become."""
+        """Return the sizes used here and the published ones."""
         return (
             f"{self.summary}: random until {_enough(ask)} are scored, populations of the last "
             f"{_population(ask)} scored, genes mutated with probability {MUTATED} (published: 100 "
@@ -76,17 +76,17 @@ class Evolution(FromSeed):
 
 
 def _enough(ask: Ask) -> int:
-    """How many must be scored before there are parents."""
+    """Return how many candidates must be scored before there are parents."""
     return max(2, ask.number // PARENTS)
 
 
 def _population(ask: Ask) -> int:
-    """How many of the last scored ones parents are chosen from."""
+    """Return from how many of the last scored candidates parents are chosen."""
     return max(PARENTS, ask.number)
 
 
 def _parents(ask: Ask) -> list[Seen]:
-    """Choose the best quarter of the population; nobody while too few are scored."""
+    """Return the best quarter of the population; none while too few are scored."""
     if len(ask.scored) < _enough(ask):
         return []
     population = sorted(ask.scored[-_population(ask) :], key=lambda s: (s.loss or 0.0, s.key))

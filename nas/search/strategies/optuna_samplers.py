@@ -1,12 +1,12 @@
 """Optuna's samplers as strategies: TPE, NSGA-II and a Gaussian process.
 
-A sampler is made afresh for every question and re-told the past from `Ask.seen`, so nothing is
-kept between questions and a resumed run asks the same. Told are
+A sampler is made afresh for every question and fed the past from `Ask.seen`: nothing is kept
+between questions, and a resumed run repeats itself. It is fed
 
 - scored candidates: complete, with their soft loss, the one objective;
 - those that missed a requirement: complete, with their violation as a constraint and, as they have
   no loss, the mean of those that have one, which says nothing for or against;
-- not those that met everything but were not trained (nothing is known of their loss), nor failures.
+- neither those that met everything but were not trained, as their loss is unknown, nor failures.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 
 
 def startup(ask: Ask) -> int:
-    """How many must be told before a model speaks: Optuna's ten, fewer for short lists.
+    """Return how many trials a sampler needs: Optuna's ten, fewer for short lists.
 
-    Below that, a sampler draws each gene uniformly.
+    With fewer it draws each gene uniformly.
     """
     return min(10, max(5, ask.number // 2))
 
 
 class Sampled(FromSeed):
-    """Asks a sampler for one place on the ladder per slot of a factor.
+    """Asks a sampler for one choice per slot of a factor.
 
-    Places are integers, so that distance along a ladder means something. What is asked for is moved
-    to the nearest contraction in the band that is not on the list, and told as running, so that the
-    next one of the list goes elsewhere.
+    Choices are integers in ascending order, so that their distance has a meaning. Each suggestion
+    is moved to the nearest contraction in the band that is not on the list, and fed back as running
+    so that the next suggestion differs.
     """
 
     lives: ClassVar[bool] = False
-    """Whether the past must be lived through again, for a sampler that counts generations."""
+    """Whether past trials are asked for one by one, for a sampler that counts generations."""
 
     @abstractmethod
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler; `number` is how many trials it needs before it models them."""
 
     def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
-        """Tell the past, then ask and move until the list is full."""
+        """Feed the past, then ask and move until the list is full."""
         import optuna
         from optuna.distributions import BaseDistribution, IntDistribution
         from optuna.trial import TrialState, create_trial
@@ -106,15 +106,15 @@ class Sampled(FromSeed):
         return list(found.values())
 
     def describe(self, ask: Ask) -> str:
-        """Say how many are drawn at random before the model speaks."""
+        """Return how many candidates are drawn at random before the model is used."""
         return f"{self.summary}, drawn at random until {startup(ask)} are told"
 
 
 def told(ask: Ask) -> list[tuple[Seen, float, Mapping[str, float]]]:
-    """Give what a sampler is told of the past: (candidate, value, violations by name).
+    """Return the trials that a sampler is fed: (candidate, value, violations by name).
 
     In order of decision, each net once: as it was scored, else as decided last. One that a race
-    stopped counts as the worst that was scored. Violations are told only if there are any.
+    stopped counts as the worst that was scored. Violations are given only if there are any.
     """
     latest = {s.key: s for s in (*ask.seen, *ask.scored)}
     losses = [s.loss for s in ask.scored if s.loss is not None]

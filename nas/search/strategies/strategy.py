@@ -1,4 +1,4 @@
-"""What a search strategy is asked, what it has seen, and what it answers."""
+"""The interface of search strategies: a question about a step, the decided candidates, a list."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from space.family import Arch, Context, Family
 
 @dataclass(frozen=True)
 class Seen:
-    """One decided candidate of this run.
+    """A decided candidate, as far as strategies use it.
 
     `violation`: by what share it missed a requirement; at most 0 where all are met, infinite when
     it failed. `loss`: its soft loss in nats, when it was scored. `ratio`: its throughput relative
@@ -58,13 +58,13 @@ class Ask:
     seen: tuple[Seen, ...] = ()
 
     def derived_seed(self) -> int:
-        """Give a random seed for this step and draw, in 32 bits."""
+        """Return a random seed for this step and draw, in 32 bits."""
         parts = [self.random_seed % 2**64, self.step, self.draw]
         return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
     @property
     def scored(self) -> tuple[Seen, ...]:
-        """What met the requirements and was scored, each net once, in order of decision."""
+        """The scored candidates that met the requirements, each net once, in order of decision."""
         found = {s.key: s for s in self.seen if s.loss is not None and s.violation <= 0}
         return tuple(found.values())
 
@@ -82,19 +82,19 @@ class Strategy(ABC):
 
     @abstractmethod
     def shortlist(self, ask: Ask) -> list[Shortlisted]:
-        """List at most `ask.number` candidates; equal questions have equal answers.
+        """Return at most `ask.number` candidates; equal questions have equal answers.
 
         All are different nets as built, in the band, smaller than their parent, and not in
         `ask.exclude`. Fewer, or none, when no more are there.
         """
 
     def describe(self, ask: Ask) -> str:
-        """Say in one line how the strategy is set for a question like this one."""
+        """Return in one line how the strategy is set for a question like this one."""
         return self.summary
 
 
 class FromSeed(Strategy):
-    """A strategy that looks at contractions of the seed inside the target's band.
+    """A strategy that lists contractions of the seed inside the target's band.
 
     What was decided in an earlier step is listed again only when nothing else is left.
     """
@@ -103,10 +103,10 @@ class FromSeed(Strategy):
 
     @abstractmethod
     def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
-        """Propose at most `number` different contractions of the seed whose keys are not tried."""
+        """Return at most `number` different contractions of the seed whose keys are not tried."""
 
     def shortlist(self, ask: Ask) -> list[Shortlisted]:
-        """List the anchors on a step's first draw, then what the strategy proposes."""
+        """Return the anchors on a step's first draw, then the proposals of the strategy."""
         decided = {s.key for s in ask.seen}
         return self._list(ask, ask.exclude | decided) or self._list(ask, ask.exclude)
 

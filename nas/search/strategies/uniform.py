@@ -1,4 +1,4 @@
-"""Uniform scaling: what one does without a search."""
+"""Uniform scaling: the baseline that needs no search."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Uniform(FromSeed):
 
 
 def _scalings(ask: Ask) -> Iterator[Arch]:
-    """Give the scalings that lie in the band, in the order in which they are listed."""
+    """Yield the scalings that lie in the band, in the order in which they are listed."""
     family, ctx = ask.family, ask.context
     band = smaller_than(family, ask.seed, ctx, ask.band)
     for shallow in _shallower(ask):
@@ -59,7 +59,7 @@ def _scalings(ask: Ask) -> Iterator[Arch]:
 
 
 def _shallower(ask: Ask) -> Iterator[Arch]:
-    """Give the seed, then the seed with its depths scaled by ever smaller factors."""
+    """Yield the seed, then the seed with its depths scaled by ever smaller factors."""
     yield ask.seed
     values = ask.family.to_dict(ask.seed)
     met = []

@@ -10,9 +10,9 @@ from typing import Any, cast
 import numpy as np
 
 from nas.contract.state import derived_seed
-from nas.search.selection import Timed, pick
+from nas.search.selection import pick
 from nas.search.strategies import Ask, Seen, Strategy
-from space.contractions import Band
+from space.contractions import Band, Candidate
 from space.errors import refuse
 from space.family import Arch, Array, Context, Family
 from space.freeze import freeze
@@ -117,7 +117,7 @@ def replay(
 ) -> list[Scored]:
     """Replay a search on a table of losses by key; returns every evaluation, at most the budget.
 
-    Strategies are asked as `nas.contract.campaign` asks them, anchors off. Throughput plays no
+    Strategies are asked as `nas.contract.step` asks them, anchors off. Throughput plays no
     part: all
     that is listed passes, and losses are those of the table whatever the step. A stepwise strategy
     takes its steps, then lists more in the last one; the others take steps until the budget is
@@ -192,8 +192,11 @@ def _chosen(
     """Choose which of the listed archs are scored, all as fast as each other."""
     if not settings.proxied:
         return list(keys)
-    timed = [Timed(key, _numbers(lattice, key), 1.0, False) for key in keys]
-    return pick(timed, settings.proxied, settings.choose, random_seed=random_seed)
+    seed = lattice.seed
+    listed = [Candidate(lattice.archs[key], key, 0, 0, 0, (), None, seed) for key in keys]
+    features = {key: _numbers(lattice, key) for key in keys}
+    chosen = pick(listed, features, settings.proxied, settings.choose, random_seed=random_seed)
+    return [candidate.key for candidate in chosen]
 
 
 def _numbers(lattice: Lattice, key: str) -> tuple[float, ...]:

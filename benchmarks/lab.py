@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from nas.contract import seed as stage
 from nas.contract.checks import ask_fingerprints, make_config, read_data, resolved
+from nas.contract.race import with_order
 from nas.contract.run_folder import RunDir
-from nas.contract.scoring import with_order
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.cli import default_cache
 from nas.core.cpus import usable_cpus

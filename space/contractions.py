@@ -16,7 +16,7 @@ from space.grid import Axis, Band, Ints, axes_of, checked, mesh, walk
 
 __all__ = [
     "Band",
-    "Shortlisted",
+    "Candidate",
     "anchors_in",
     "contains",
     "count_contractions",
@@ -31,19 +31,31 @@ KEPT = 1 << 18  # entries gathered before all but the best of each stratum are d
 
 
 @dataclass(frozen=True)
-class Shortlisted:
-    """One candidate: what it costs, how far from its nearest parent, and why it is on the list.
+class Candidate:
+    """An arch under test: what it costs, how far it is from its nearest parent, what is measured.
 
     `moved`: fields that differ as built. `anchor`: "uniform", "published:NAME" or None (the rule).
+    Throughput is images/s and relative to the seed, with intervals; `requirements` are those timed
+    so far, with their verdicts, `basis` is where the throughput is from, `seconds` were spent.
     """
 
     arch: Arch
+    key: str
     params: int
     macs: int
     notches: int
     moved: tuple[str, ...]
     anchor: str | None
     parent: Arch
+    images_per_s: float | None = None
+    images_per_s_lo: float | None = None
+    images_per_s_hi: float | None = None
+    ratio: float | None = None
+    ratio_lo: float | None = None
+    ratio_hi: float | None = None
+    requirements: tuple[str, ...] = ()
+    basis: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -249,7 +261,7 @@ def shortlist(
     random_seed: int,
     anchors: bool = True,
     exclude: Collection[str] = (),
-) -> list[Shortlisted]:
+) -> list[Candidate]:
     """Draw at most `size` candidates inside `band`: the anchors, then by rule.
 
     The rule: fewest notches first, the radius widened until the list is full; among equally near
@@ -276,7 +288,7 @@ def shortlist(
 
 def listed(
     family: Family, parents: Sequence[Arch], chosen: Sequence[tuple[str | None, Arch]], ctx: Context
-) -> list[Shortlisted]:
+) -> list[Candidate]:
     """Say of each chosen (anchor, arch) what it costs and how far it is from its nearest parent.
 
     The parent is one that contracts to it, if any does, else any larger one; there must be one.
@@ -292,7 +304,8 @@ def listed(
         nearest = min(away, key=lambda i: sum(away[i].values()))
         moved, macs = away[nearest], family.count_macs(arch, ctx)
         parent, notches = parents[nearest], sum(moved.values())
-        found.append(Shortlisted(arch, params, macs, notches, tuple(moved), anchor, parent))
+        key = family.key(arch, ctx)
+        found.append(Candidate(arch, key, params, macs, notches, tuple(moved), anchor, parent))
     return found
 
 

@@ -165,10 +165,10 @@ def _best(path: Path) -> object:
 
 
 def _milestone(path: Path) -> object:
-    from nas.contract.replay import _milestones
+    from nas.contract.replay import read_models
 
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
-    return _milestones(path.parent.parent, get_family("tinyvit"))
+    return read_models(path.parent.parent, get_family("tinyvit"))
 
 
 def _train_seeds() -> list[bytes]:

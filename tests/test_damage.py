@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from nas.contract.__main__ import main
 from nas.contract.final import read_result
 from nas.contract.proxy_check import named_archs
-from nas.contract.replay import _milestones, earlier_config
+from nas.contract.replay import earlier_config, read_models
 from nas.core.io import read_json, write_json
 from nas.core.per_image import per_image
 from nas.core.seals import load_arrays
@@ -152,7 +152,7 @@ def of_run(folder: Path) -> list[Case]:
         Case(folder / "best.safetensors", model(folder)),
     ]
     for path in sorted((folder / "family").glob("*.json")):
-        cases.append(Case(path, lambda: [m.__dict__ for m in _milestones(folder, family)]))
+        cases.append(Case(path, lambda: [m.__dict__ for m in read_models(folder, family)]))
         cases.append(Case(path.with_suffix(".safetensors"), model(path)))
     for path in sorted((folder / "work").rglob("*")):
         if path.name.endswith(".json"):

@@ -20,13 +20,11 @@ from safetensors.numpy import save_file
 
 from nas.contract import contract
 from nas.contract.__main__ import main
-from nas.contract.campaign import counted_bound
-from nas.contract.checks import resumed_config
-from nas.contract.replay import lineage, read_earlier, replayed_config, set_aside
-from nas.contract.reuse import earlier_of
+from nas.contract.replay import earlier_of, lineage, read_earlier, replayed_config, set_aside
 from nas.contract.run import plan
 from nas.contract.run_folder import SCHEMA
 from nas.contract.state import Run
+from nas.contract.step import binding_count
 from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.core.progress import Console
@@ -352,35 +350,6 @@ def test_a_replay_needs_no_file_that_only_the_earlier_run_was_given(tmp_path: Pa
     assert replayed_config(asked).measurements == str(lent)
 
 
-def test_a_run_of_before_there_was_a_choice_goes_on_as_it_was(tmp_path: Path) -> None:
-    kept_run(tmp_path / "first", [])
-    path = tmp_path / "first" / "run.json"
-    told = json.loads(path.read_text())
-    assert told["config"].pop("choose") == "near"
-    path.write_text(json.dumps(told))
-    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
-    assert replayed_config(asked).choose == "spread"
-    assert replayed_config({**asked, "choose": "near"}).choose == "near"
-
-
-def test_a_run_of_before_there_was_distillation_by_kind_goes_on_as_it_was(tmp_path: Path) -> None:
-    """Sparse: for a resume, for a replay, and in the keys of what is trained."""
-    kept_run(tmp_path / "first", [])
-    path = tmp_path / "first" / "run.json"
-    told = json.loads(path.read_text())
-    assert told["config"].pop("distill") == "sparse"
-    path.write_text(json.dumps(told))
-    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
-    assert replayed_config(asked).distill == "sparse"
-    assert resumed_config(told, {}).distill == "sparse"
-    for other in (
-        lambda: replayed_config({**asked, "distill": "soft"}),
-        lambda: resumed_config(told, {"distill": "soft"}),
-    ):
-        with pytest.raises(InputError, match="--distill: got soft"):
-            other()
-
-
 def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path) -> None:
     arch = FAMILY.arch(SMALL_ARCH)
 
@@ -492,7 +461,7 @@ def test_what_keeps_a_band_empty_is_named(asked: int | None, lo: int, by: str) -
     here = SimpleNamespace(
         key=lambda arch: FAMILY.key(arch, CTX), counted={}, family=FAMILY, context=CTX
     )
-    assert counted_bound(cast(Any, here), [seed], Band(lo, lo + 500_000, asked)) == by
+    assert binding_count(cast(Any, here), [seed], Band(lo, lo + 500_000, asked)) == by
 
 
 def test_a_plan_trains_nothing_and_foretells_the_counted_work(

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nas.contract import scoring
-from nas.contract.gates import Candidate
-from nas.contract.race import MORE, Entrant, race, rungs_of
-from nas.contract.state import Incumbent, Run, Task
+from nas.contract.race import race, rungs_of
+from nas.contract.state import MORE, Incumbent, Run, Task
+from nas.contract.step import Step, rank
 from nas.core.per_image import judged, losses_of, per_image
 from nas.distill.jobs import EarlierRung, TrainJob, train
 from nas.jobs.job import Job, Result, run_job
 from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure
+from nas.search.study import Trial
 from nas.train.optim import SCRATCH_LR
 from space import Context
+from space.contractions import Candidate
 from space.errors import InputError
 
 HERE = Path(__file__).parent
@@ -35,9 +37,25 @@ def test_rungs_end_with_the_whole_length_and_halve_down_to_one(epochs: int) -> N
     assert all(a < b <= 2 * a for a, b in itertools.pairwise(rungs))
 
 
+class Rows:
+    """What a race needs of a study."""
+
+    def __init__(self) -> None:
+        self.rows: list[Trial] = []
+
+    def add(self, trial: Trial, arch: Any, violations: Any) -> None:
+        self.rows.append(trial)
+
+    def arch(self, step: int, key: str) -> str:
+        return key
+
+
 @dataclass
-class Bench:
-    """What a race needs of a run: made-up losses by candidate, and a diary of its trainings."""
+class Bench(Run):
+    """What a race needs of a run: made-up losses by candidate, and a diary of its trainings.
+
+    An arch is its own key.
+    """
 
     root: Path
     means: dict[str, float]
@@ -45,16 +63,38 @@ class Bench:
     failing: frozenset[str] = frozenset()
     fails_late: bool = False
     stepwise: bool = True
+    keep: int = 1
+    epochs: int = 8
+    stored: int = 100
     diary: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.config = SimpleNamespace(
-            racing=self.racing, proxy_init="inherit", metric="top1", beam=1, steps=3
+        same: Any = SimpleNamespace
+        self.config = same(
+            racing=self.racing,
+            proxy_init="inherit",
+            importance="prefix",
+            proxy_epochs=self.epochs,
+            metric="top1",
+            beam=self.keep,
+            steps=3,
         )
-        self.strategy = SimpleNamespace(stepwise=self.stepwise)
-        self.folder = SimpleNamespace(
-            job_folder=lambda name: self.root / name, drop_weights=self._drop
+        self.strategy = same(stepwise=self.stepwise)
+        self.store = {"use_epochs": self.stored}
+        self.folder = same(job_folder=lambda name: self.root / name, drop_weights=self._drop)
+        self.family = same(
+            key=lambda arch, context: arch,
+            label=str,
+            describe_moves=lambda parent, arch: "",
+            count_params=lambda arch, context: 1,
+            to_dict=str,
+            arch=str,
         )
+        self.context = self.seed_arch = self.ledger = same()
+        self.ledger = Rows()  # type: ignore[assignment]
+
+    def band(self, step: int) -> Any:
+        return SimpleNamespace(hi=1)
 
     def _drop(self, name: str) -> None:
         (self.root / name / "weights.safetensors").unlink(missing_ok=True)
@@ -62,25 +102,18 @@ class Bench:
     def training(self, arch: Any, name: str, *, out: Path, **more: Any) -> Task:
         return Task(Job(train, {"key": str(arch), **more}, name), out, 0.0)
 
-    def discard(self, folders: Any) -> None:
-        assert not any(folder.exists() for folder in folders), "nothing ran ahead here"
-
-    def train_all(self, tasks: Any, *, remember: bool, ahead: Any = None) -> list[Result]:
-        """Do the jobs one by one; what `ahead` names must be jobs of those that are done."""
-        found: dict[str, Result] = {}
+    def train_all(self, tasks: Any, **options: Any) -> list[Result]:
+        """Do the jobs one by one."""
+        found = []
         for task in tasks:
             more = {k: v for k, v in task.job.argument.items() if k != "key"}
-            known = failed_before(task.out) if remember else None
-            result = known or self.train(
+            result = failed_before(task.out) or self.train(
                 task.job.argument["key"], task.job.key, out=task.out, **more
             )
-            if remember and not result.ok:
+            if not result.ok:
                 keep_failure(task.out, result)
-            found[task.job.key] = result
-            if ahead is not None:
-                done = {t.job.argument["key"] for t in tasks if t.job.key in found}
-                assert {t.job.argument["key"] for t in ahead(found, 4)} <= done
-        return [found[task.job.key] for task in tasks]
+            found.append(result)
+        return found
 
     def train(self, key: str, name: str, **more: Any) -> Result:
         self.diary.append({"key": key, "name": name, **more})
@@ -102,69 +135,73 @@ class Bench:
         return Result(name, True, values, None, 1.0)
 
 
-def entrants(bench: Bench) -> list[Entrant]:
-    parent = Incumbent(None, "parent", bench.root, 1.0, 1.0, 1.0)  # type: ignore[arg-type]
-    return [Entrant(key, f"s1-{key}", key, parent) for key in bench.means]  # type: ignore[arg-type]
+PARENT = Incumbent(cast(Any, "parent"), "parent", Path("parent"), 1.0, 1.0, 1.0)
 
 
-def run_race(bench: Bench, *, keep: int = 1, epochs: int = 8, stored: int = 100) -> list[Any]:
-    return race(
-        bench, entrants(bench), keep=keep, epochs=epochs, first_epoch=0, stored_epochs=stored
-    )  # type: ignore[arg-type]
+def step_of(bench: Bench, incumbents: Sequence[Incumbent] = ()) -> Step:
+    """A first step whose candidates are all equally fast."""
+    timed = {"images_per_s": 1.0, "ratio": 1.0}
+    found = [
+        Candidate(cast(Any, key), key, 1, 1, 1, (), None, PARENT.arch, **timed)
+        for key in bench.means
+    ]
+    return Step(1, PARENT, incumbents, [PARENT], {}, listed={each.key: each for each in found})
+
+
+def run_race(bench: Bench) -> list[Trial]:
+    step = step_of(bench)
+    return race(bench, step, list(step.listed.values()))
 
 
 def test_losers_stop_and_those_that_remain_get_their_epochs(tmp_path: Path) -> None:
     means = {"a": 1.0, "b": 1.01, **{f"z{i}": 3.0 + i for i in range(6)}}
-    bench = Bench(tmp_path, means)
-    ran = run_race(bench, keep=2)
-    assert [r.entrant.key for r in ran] == list(means), "in the order of the entrants"
-    through = [r for r in ran if r.stopped is None]
-    assert {r.entrant.key for r in through} == {"a", "b"}
-    assert all(r.epochs == 1 for r in ran if r.stopped is not None)
-    assert all("after 1 of 8 epochs" in r.stopped for r in ran if r.stopped is not None)
+    bench = Bench(tmp_path, means, keep=2)
+    raced = run_race(bench)
+    assert [t.key for t in raced] == list(means), "in the order of the candidates"
+    through = [t for t in raced if t.stage != "race"]
+    stopped = [t for t in raced if t.stage == "race"]
+    assert {t.key for t in through} == {"a", "b"}
+    assert all(t.epochs == 1 and "after 1 of 8 epochs" in t.reason for t in stopped)
     # Six stopped after one of eight epochs: 42 saved, 21 more for each of two.
-    assert {r.epochs for r in through} == {8 + 21}
-    assert all(r.folder.name.endswith(MORE) for r in through)
-    spent = sum(r.epochs for r in ran)
-    assert spent <= 8 * len(means)
+    assert {t.epochs for t in through} == {8 + 21}
+    folders = {bench.trial_folder(t).name for t in through}
+    assert all(name.endswith(MORE) for name in folders)
+    assert sum(t.epochs for t in raced) <= 8 * len(means)
     assert not list(tmp_path.glob(f"*/{CHECKPOINT}")), "no checkpoint is left"
-    assert {p.parent.name for p in tmp_path.glob("*/weights.safetensors")} == {
-        r.folder.name for r in through
-    }
+    assert {p.parent.name for p in tmp_path.glob("*/weights.safetensors")} == folders
+    for trial in raced:
+        assert (bench.trial_folder(trial) / "holdout.safetensors").exists()
 
 
 @pytest.mark.parametrize("racing", [False, True])
 def test_equals_all_reach_the_end_and_nothing_is_raced_needlessly(
     tmp_path: Path, racing: bool
 ) -> None:
-    bench = Bench(tmp_path, dict.fromkeys("abcd", 1.0), racing=racing)
-    ran = run_race(bench, keep=1, epochs=4)
-    assert all(r.stopped is None and r.epochs == 4 for r in ran)
+    bench = Bench(tmp_path, dict.fromkeys("abcd", 1.0), racing=racing, epochs=4)
+    assert all((t.stage, t.epochs) == ("proxy", 4) for t in run_race(bench))
     assert len(bench.diary) == (4 * len(rungs_of(4)) if racing else 4)
-    few = Bench(tmp_path / "few", {"a": 1.0, "b": 9.0})
+    few = Bench(tmp_path / "few", {"a": 1.0, "b": 9.0}, keep=2, epochs=4)
     few.root.mkdir()
-    assert all(r.stopped is None for r in run_race(few, keep=2, epochs=4))
+    assert all(t.stage == "proxy" for t in run_race(few))
     assert len(few.diary) == 2, "as many places as candidates: nothing to race for"
 
 
 def test_a_failure_is_an_outcome_of_its_own(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing=frozenset("b"))
-    ran = run_race(bench, epochs=2)
-    assert [r.result.ok for r in ran] == [True, False, True]
-    assert ran[1].result.reason == "out of memory"
+    bench = Bench(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing=frozenset("b"), epochs=2)
+    raced = run_race(bench)
+    assert [t.state for t in raced] == ["complete", "failed", "complete"]
+    assert raced[1].reason == "out of memory"
     assert [d["key"] for d in bench.diary].count("b") == 1, "and is not trained any further"
     done = len(bench.diary)
-    again = run_race(bench, epochs=2)
-    assert [(r.stopped, r.epochs, r.result.reason) for r in again] == [
-        (r.stopped, r.epochs, r.result.reason) for r in ran
-    ]
+    assert run_race(bench) == raced
     assert [d["key"] for d in bench.diary[done:]].count("b") == 0, "nor on resuming"
 
 
 @pytest.mark.parametrize("stored", [3, 9, 100])
 def test_saved_epochs_stay_within_the_stored_labels(tmp_path: Path, stored: int) -> None:
-    bench = Bench(tmp_path, {"a": 1.0, "b": 1.0, **{f"z{i}": 5.0 for i in range(4)}})
-    run_race(bench, epochs=2, stored=stored)
+    means = {"a": 1.0, "b": 1.0, **{f"z{i}": 5.0 for i in range(4)}}
+    bench = Bench(tmp_path, means, epochs=2, stored=stored)
+    run_race(bench)
     more = [d for d in bench.diary if d["name"].endswith(MORE)]
     assert more
     assert all(d["first_epoch"] + d["epochs"] <= stored for d in more)
@@ -172,53 +209,29 @@ def test_saved_epochs_stay_within_the_stored_labels(tmp_path: Path, stored: int)
 
 def test_where_steps_are_compared_all_train_equally_long(tmp_path: Path) -> None:
     means = {"a": 1.0, "b": 1.01, **{f"z{i}": 3.0 + i for i in range(6)}}
-    ran = run_race(Bench(tmp_path, means, stepwise=False), keep=2)
-    assert {r.epochs for r in ran if r.stopped is None} == {8}
+    raced = run_race(Bench(tmp_path, means, stepwise=False, keep=2))
+    assert {t.epochs for t in raced if t.stage != "race"} == {8}
     assert not list(tmp_path.glob(f"*{MORE}"))
 
 
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Rows that `decide` writes; candidates are their keys, all equally fast."""
-    written: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        scoring, "row_of", lambda run, step, candidate, **more: {"key": candidate.key, **more}
-    )
-    monkeypatch.setattr(scoring, "add_row", lambda run, row, arch: written.append(row))
-    monkeypatch.setattr(scoring, "ratio_of", lambda candidate: 1.0)
-    monkeypatch.setattr(scoring, "measured_of", lambda candidate: SimpleNamespace(images_per_s=1.0))
-    return written
-
-
-def decided(bench: Bench, ran: list[Any], beside: Any = ()) -> list[Incumbent]:
-    parent = entrants(bench)[0].parent
-    chosen = [
-        Candidate(SimpleNamespace(arch=key), key, parent)  # type: ignore[arg-type]
-        for key in bench.means
-    ]
-    done = [r for r in ran if r.result.ok]
-    return scoring.decide(bench, 1, chosen, done, beside)  # type: ignore[arg-type]
-
-
-def test_a_race_that_nobody_ends_is_a_recorded_outcome(
-    tmp_path: Path, rows: list[dict[str, Any]]
-) -> None:
+def test_a_race_that_nobody_ends_is_a_recorded_outcome(tmp_path: Path) -> None:
     means = {"a": 1.0, **{f"z{i}": 5.0 + i for i in range(3)}}
-    bench = Bench(tmp_path, means, failing=frozenset("a"), fails_late=True)
-    ran = run_race(bench, epochs=4)
-    assert [r.result.ok for r in ran] == [False, True, True, True]
-    assert decided(bench, ran) == []
-    assert {row["key"] for row in rows} == {"z0", "z1", "z2"}
-    assert {(row["stage"], row["state"]) for row in rows} == {("race", "pruned")}
+    bench = Bench(tmp_path, means, failing=frozenset("a"), fails_late=True, epochs=4)
+    raced = run_race(bench)
+    assert [t.state for t in raced] == ["failed", "pruned", "pruned", "pruned"]
+    assert rank(bench, step_of(bench), raced) == []
+    assert {t.key: (t.stage, t.state) for t in bench.ledger.rows} == {
+        "a": ("proxy", "failed"),
+        **dict.fromkeys(("z0", "z1", "z2"), ("race", "pruned")),
+    }
 
 
-def test_an_arch_trained_again_holds_one_place(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    bench = Bench(tmp_path, {"a": 1.0, "b": 2.0}, stepwise=False)
-    bench.config.beam = 2
-    ran = run_race(bench, keep=2, epochs=2)
-    first = decided(bench, ran)
+def test_an_arch_trained_again_holds_one_place(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"a": 1.0, "b": 2.0}, stepwise=False, keep=2, epochs=2)
+    raced = run_race(bench)
+    first = rank(bench, step_of(bench), raced)
     assert [i.key for i in first] == ["a", "b"]
-    assert [i.key for i in decided(bench, ran, first)] == ["a", "b"]
+    assert [i.key for i in rank(bench, step_of(bench, first), raced)] == ["a", "b"]
 
 
 def test_that_a_job_failed_is_kept_and_success_is_not_in_its_way(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from nas.search.constraints import (
     settings_of,
     tightened,
 )
-from nas.search.selection import Scored, Timed, paired_error, pick, rank, spread
+from nas.search.selection import paired_error, pick, rank, spread
+from space import get_family
+from space.contractions import Candidate
 
 
 def config(**changes: object) -> RunConfig:
@@ -133,8 +136,17 @@ timed_lists = st.lists(
 )
 
 
-def as_timed(rows: list[tuple[int, int, float, bool]]) -> list[Timed]:
-    return [Timed(f"k{i}", (a, b), r, anchor) for i, (a, b, r, anchor) in enumerate(rows)]
+Features = dict[str, tuple[float, ...]]
+
+
+def as_timed(rows: list[tuple[int, int, float, bool]]) -> tuple[list[Candidate], Features]:
+    """Candidates of which only the key, the ratio and the anchor count, and their places."""
+    seed = get_family("tinyvit").seed("5M")
+    found = [
+        Candidate(seed, f"k{i}", 1, 1, 1, (), "uniform" if anchor else None, seed, ratio=r)
+        for i, (_, _, r, anchor) in enumerate(rows)
+    ]
+    return found, {f"k{i}": (a, b) for i, (a, b, _, _) in enumerate(rows)}
 
 
 @settings(max_examples=200, derandomize=True)
@@ -142,10 +154,11 @@ def as_timed(rows: list[tuple[int, int, float, bool]]) -> list[Timed]:
 def test_spread_chooses_distinct_keys_anchors_first_in_any_input_order(
     rows: list[tuple[int, int, float, bool]], count: int, random_seed: int
 ) -> None:
-    timed = as_timed(rows)
-    chosen = spread(timed, count, random_seed=random_seed)
+    timed, features = as_timed(rows)
+    found = spread(timed, features, count, random_seed=random_seed)
+    chosen = [c.key for c in found]
     assert len(chosen) == len(set(chosen)) == min(count, len(timed))
-    assert spread(timed[::-1], count, random_seed=random_seed) == chosen
+    assert spread(timed[::-1], features, count, random_seed=random_seed) == found
     anchors = {t.key for t in timed if t.anchor}
     first = min(len(anchors), (count + 1) // 2)
     assert set(chosen[:first]) <= anchors
@@ -156,8 +169,8 @@ def test_spread_chooses_distinct_keys_anchors_first_in_any_input_order(
 def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_places(
     rows: list[tuple[int, int, float, bool]], count: int
 ) -> None:
-    timed = as_timed(rows)
-    chosen = pick(timed, count, "near", random_seed=0)
+    timed, features = as_timed(rows)
+    chosen = [c.key for c in pick(timed, features, count, "near", random_seed=0)]
     assert len(chosen) == len(set(chosen)) == min(count, len(timed))
     anchors = [t.key for t in timed if t.anchor]
     others = [t.key for t in timed if not t.anchor]
@@ -166,7 +179,8 @@ def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_pl
     assert [k for k in chosen if k in anchors] == anchors[: len(chosen) - len(mine)]
     if len(anchors) >= (count + 1) // 2 and len(others) >= count // 2:
         assert len(mine) == count // 2
-    assert pick(timed, count, "spread", random_seed=3) == spread(timed, count, random_seed=3)
+    spreaded = spread(timed, features, count, random_seed=3)
+    assert pick(timed, features, count, "spread", random_seed=3) == spreaded
 
 
 @settings(max_examples=100, derandomize=True)
@@ -174,9 +188,10 @@ def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_pl
 def test_each_choice_is_as_far_as_any_other_was(
     rows: list[tuple[int, int, float, bool]], random_seed: int
 ) -> None:
-    timed = [Timed(t.key, t.features, t.ratio, False) for t in as_timed(rows)]
-    chosen = spread(timed, min(4, len(timed)), random_seed=random_seed)
-    raw = {t.key: np.array([*t.features, math.log(t.ratio)]) for t in timed}
+    timed, features = as_timed([(a, b, r, False) for a, b, r, _ in rows])
+    spreaded = spread(timed, features, min(4, len(timed)), random_seed=random_seed)
+    chosen = [c.key for c in spreaded]
+    raw = {t.key: np.array([*features[t.key], math.log(t.ratio or 1.0)]) for t in timed}
     stack = np.stack(list(raw.values()))
     extent = np.ptp(stack, axis=0)
     scaled = {k: v / np.where(extent > 0, extent, 1) for k, v in raw.items()}
@@ -198,8 +213,11 @@ scored_lists = st.lists(
 def test_ranking_puts_the_fastest_of_the_tied_first_and_the_rest_by_loss(
     rows: list[tuple[float, float, float]],
 ) -> None:
-    scored = [Scored(f"k{i}", loss, se, ratio) for i, (loss, se, ratio) in enumerate(rows)]
-    errors = {s.key: s.soft_loss_se for s in scored}
+    scored = [
+        SimpleNamespace(key=f"k{i}", soft_loss=loss, ratio=ratio)
+        for i, (loss, _, ratio) in enumerate(rows)
+    ]
+    errors = {f"k{i}": se for i, (_, se, _) in enumerate(rows)}
 
     def error(a: str, b: str) -> float:
         return math.hypot(errors[a], errors[b])
@@ -233,7 +251,7 @@ def test_the_search_and_the_driver_import_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['timm'] = None\n"
         "import nas.search.constraints, nas.search.study, nas.search.selection\n"
-        "import nas.contract, nas.report, nas.jobs.executor, nas.contract.campaign, "
+        "import nas.contract, nas.report, nas.jobs.executor, nas.contract.step, "
         "nas.contract.final\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -18,14 +18,7 @@ from nas.search.strategies import Ask, Seen, get_strategy, strategy_names
 from nas.search.strategies.encoding import genes_of
 from nas.search.strategies.optuna_samplers import startup, told
 from space import Arch, Context, InputError
-from space.contractions import (
-    Band,
-    Shortlisted,
-    anchors_in,
-    contains,
-    count_contractions,
-    shortlist,
-)
+from space.contractions import Band, Candidate, anchors_in, contains, count_contractions, shortlist
 from space.freeze import freeze
 
 ALL = strategy_names()
@@ -79,7 +72,7 @@ def random_question(rng: random.Random) -> Ask:
     )
 
 
-def decided(ask: Ask, listed: Sequence[Shortlisted], rng: random.Random) -> tuple[Seen, ...]:
+def decided(ask: Ask, listed: Sequence[Candidate], rng: random.Random) -> tuple[Seen, ...]:
     """Decide a list at random: scored, passed but not trained, too slow, failed."""
     rows = []
     for s in listed:

@@ -11,7 +11,7 @@ import pytest
 from space_cases import FAMILY, random_arch, random_context
 
 from space import Arch, Context, InputError
-from space.contractions import Band, Shortlisted, contains, count_contractions, shortlist
+from space.contractions import Band, Candidate, contains, count_contractions, shortlist
 from space.grid import BLOCK, _blocks
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
@@ -122,7 +122,7 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
 
 def draw(
     parents: list[Arch], ctx: Context, band: Band, size: int = 24, **more: object
-) -> list[Shortlisted]:
+) -> list[Candidate]:
     return shortlist(FAMILY, parents, ctx, band, size, **{"random_seed": 0, **more})  # type: ignore[arg-type]
 
 

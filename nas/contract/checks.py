@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from nas.core.config import RunConfig, config_from_dict, flag, with_effort
 from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
+from nas.core.provenance import git_commit, versions
 from nas.core.requirement import COUNTED, LATENCIES
 from nas.data import Dataset, DataSpec, open_dataset
-from nas.data.dataset import EMBEDDED
+from nas.data.dataset import EMBEDDED, dataset_card
 from nas.data.prepared import prepared
 from nas.distill.jobs import teach
 from nas.jobs.executor import Executor, LocalExecutor
@@ -26,9 +28,10 @@ from nas.measure.jobs import FingerprintJob
 from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.measure.runtimes import check_setting
 from nas.search.constraints import band_at, requirements_of, settings_of, usual_steps
+from nas.search.storage import SharedStudy
 from nas.train.jobs import HeadsJob, heads
 from space import Context, get_family
-from space.errors import InputError, refuse
+from space.errors import InputError, refuse, without_passwords
 from space.family import Arch, Family
 from space.freeze import freeze
 
@@ -370,3 +373,22 @@ def take_finalists(out: Path, table: DeviceTable | None, finalists: Path | None)
         write_rows(kept, rows)
     elif table is not None and kept.exists():
         table.add_finalists(read_rows(kept, "--finalists"), str(kept))
+
+
+def run_json(
+    config: RunConfig,
+    dataset: Dataset,
+    fingerprints: Mapping[str, Mapping[str, Any]],
+    shared: SharedStudy | None,
+) -> dict[str, Any]:
+    """Return what `run.json` records of a new run."""
+    return {
+        "config": config.to_dict(),
+        "command": " ".join(map(without_passwords, sys.argv)),
+        **({} if shared is None else {"storage": shared.to_json()}),
+        "git": git_commit(),
+        "versions": versions(),
+        "fingerprint": dict(fingerprints[config.device]),
+        "fingerprints": {name: dict(of) for name, of in fingerprints.items()},
+        "dataset": dataset_card(dataset),
+    }

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nas.contract.campaign import band_text
-from nas.contract.gates import shown, told
-from nas.contract.milestones import write_family, write_model
-from nas.contract.scoring import confirm, with_order
-from nas.contract.state import Incumbent, Run, Task
+import numpy as np
+import numpy.typing as npt
+
+from nas.contract.models import write_best, write_family
+from nas.contract.race import with_order
+from nas.contract.state import MORE, Incumbent, Run, Task, derived_seed
+from nas.contract.step import band_text
+from nas.contract.timing import interval_text, verdict_text
 from nas.core.io import read_json, write_json
-from nas.core.per_image import paired_difference
+from nas.core.per_image import losses_of, paired_difference
 from nas.jobs.job import Result
 from nas.measure.measurement import Measurement
 from nas.report import write_report
 from nas.search.constraints import requirements_of
+from nas.search.selection import paired_error, rank
 from nas.search.study import StepRow
 from space import REFERENCE_CONTEXT, get_family
 from space.contractions import contains
@@ -68,6 +72,51 @@ def finish(run: Run, seed: Incumbent, progress: Progress) -> None:
     progress.status, progress.message = "reached", _reached(run, compared)
 
 
+def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
+    """Train the finalists from a second random seed too, and rank them by both, equally long.
+
+    A finalist whose second training fails keeps its place by the first.
+    """
+    if len(finalists) < 2 or any(i.parent is None for i in finalists):
+        return list(finalists)
+    config = run.config
+    losses: dict[str, npt.NDArray[np.float64]] = {}
+    second: dict[str, float] = {}
+    tasks = []
+    for each in finalists:
+        name = f"s{each.step}-{each.key}-again"
+        tasks.append(
+            run.training(
+                each.arch,
+                name,
+                out=run.folder.job_folder(name),
+                epochs=config.proxy_epochs,
+                init=config.proxy_init,
+                parent=None if each.parent is None else with_order(run, each.parent),
+                first_epoch=run.first_epoch(each.step),
+                random_seed=derived_seed(config.random_seed, "again"),
+            )
+        )
+    results = run.train_all(tasks, remember=True)
+    for each, task, result in zip(finalists, tasks, results, strict=True):
+        if not result.ok:
+            run.console.line(f"note: {each.key}: the second random seed failed: {result.reason}")
+            continue
+        # As long as the second one: without the epochs that a race gave it besides.
+        first = each.weights.parent
+        first = first.with_name(first.name.removesuffix(MORE))
+        both = [losses_of(folder, config.metric) for folder in (first, task.out)]
+        losses[each.key] = (both[0] + both[1]) / 2
+        second[each.key] = result.values["soft_loss"]
+        run.folder.drop_weights(task.out.name)
+    if len(second) < len(finalists):
+        return list(finalists)
+    scored = [replace(i, soft_loss=float(losses[i.key].mean())) for i in finalists]
+    order = rank(scored, paired_error(lambda key: losses[key]))
+    by_key = {i.key: i for i in finalists}
+    return [replace(by_key[key], second_loss=second[key]) for key in order]
+
+
 def pick_winner(
     run: Run, ranked: Sequence[Incumbent]
 ) -> tuple[Incumbent, Measurement, tuple[str, ...]] | Unverified | str:
@@ -109,10 +158,10 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
         if setting == run.primary:
             primary = measured
         guessed = guessed or run.timings.predicts(setting, finalist.arch, final=True)
-        verdicts += tuple(told(measured, one) for one in required)
+        verdicts += tuple(verdict_text(measured, one) for one in required)
         for one in required:
             if measured.judge(one) == "fail":
-                missed = f"misses {one.text}: {shown(measured, one.metric)}"
+                missed = f"misses {one.text}: {interval_text(measured, one.metric)}"
                 return missed, primary, guessed, verdicts
     return "", primary, guessed, verdicts
 
@@ -272,29 +321,13 @@ def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]
         # What kind of moment the machine had.
         "seed_images_per_s": next((r.images_per_s for r in run.ledger.rows if r.step == 0), None),
     }
-    _write_best(run, progress)
+    write_best(run, progress.best, progress.final)
     run.ledger.write_csv(folder / "ledger.csv")
     write_family(folder)
     run.ledger.export(folder / "study.db")
     write_json(run.folder.result_json, result)
     write_report(folder)
     return result
-
-
-def _write_best(run: Run, progress: Progress) -> None:
-    """Write `best.json` and `best.safetensors`, with the final weights where there are any."""
-    best = progress.best
-    if best is None or best.key == run.key(run.seed_arch):
-        return
-    stem = run.folder.path / "best"
-    if progress.final is not None:
-        weights = run.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
-        if weights.exists():  # gone when a finished run is opened again
-            write_model(run, best, weights, _score(progress.final), "final", stem)
-    elif best.weights.exists():  # a replay's answers may have scores only
-        images = len(run.dataset.holdout.labels)
-        score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
-        write_model(run, best, best.weights, score, "gate", stem)
 
 
 def _finalist(of: Incumbent) -> dict[str, Any]:
@@ -335,21 +368,6 @@ def _unverified(run: Run, found: Unverified) -> str:
         f"measure them on their device: {command}; then go on here with: python -m nas.contract "
         f"--resume {run.folder.path} --finalists finalists.csv"
     )
-
-
-def _score(final: Mapping[str, Any]) -> dict[str, Any]:
-    winner = final["winner"]
-    return {
-        "kind": "final",
-        "soft_loss": winner["soft_loss"],
-        "soft_loss_se": winner["soft_loss_se"],
-        "metric": winner["metric"],
-        "metric_se": winner["metric_se"],
-        "holdout_top1": winner["holdout_top1"],
-        "test_top1": winner["top1"],
-        "test_top1_se": winner["top1_se"],
-        "test_n": winner["test_n"],
-    }
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -11,24 +11,31 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 
-from nas.contract.campaign import band_text, counted_bound, lighter_band, run_requirement
 from nas.contract.final import nearest_published
 from nas.contract.proxy_check import trust_work
 from nas.contract.race import rungs_of
-from nas.contract.scoring import places
 from nas.contract.seed import label_epochs, measure_seed, teacher_cost
 from nas.contract.state import Incumbent, Run, Work, derived_seed
+from nas.contract.step import (
+    band_text,
+    begin_step,
+    binding_count,
+    count,
+    places,
+    propose,
+    selected,
+    speedup_of,
+)
 from nas.jobs.job import Job, Result
-from nas.search.constraints import PACE, StepBounds, bounds_at
-from nas.search.selection import Timed, pick
-from nas.search.strategies import Ask, Seen
+from nas.search.constraints import PACE, StepBounds
+from nas.search.strategies import Seen
 from nas.train.jobs import PaceJob
 from nas.train.jobs import pace as train_pace
-from space.contractions import Shortlisted, count_contractions
+from space.contractions import Candidate
 from space.errors import refuse
 from space.family import Arch
 from space.sampling import sample_band
@@ -199,126 +206,74 @@ def _needed(run: Run, bounds: StepBounds, images_per_s: float) -> float | None:
         elif required.metric == "images_per_s" and required.setting == run.primary:
             needs.append(required.bound / images_per_s)
         elif required.metric in PACE:
-            start = run.start_values[run_requirement(run, required)]
-            faster = required.bound / start if required.sense == ">=" else start / required.bound
-            needs.append(faster)
+            needs.append(speedup_of(run, required))
     return max(needs) if needs else None
 
 
 def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep], str | None]:
     """Take the steps on paper."""
-    config, strategy = run.config, run.strategy
+    config = run.config
     seed = Incumbent(run.seed_arch, run.key(run.seed_arch), run.folder.path, 1.0, images_per_s, 0.0)
     incumbents = [seed]
     seen: list[Seen] = []
     found: list[PlannedStep] = []
-    for step in range(1, config.steps + 1):
-        parents = incumbents if strategy.stepwise else [seed]
-        bounds = bounds_at(
-            step if strategy.stepwise else config.steps,
-            config,
-            seed_params=run.start_params,
-            seed_values=run.start_values,
-            parent_ratio=parents[0].ratio,
-        )
+    for number in range(1, config.steps + 1):
+        step = begin_step(run, number, seed, incumbents)
+        bounds = step.first_bounds
         need = _needed(run, bounds, images_per_s)
-        listed, passed, timings = [], [], 0
-        tried: set[str] = set()
+        passed: list[Candidate] = []
         for draw in range(config.draws):
-            ask = Ask(
-                step=step,
-                steps=config.steps,
-                number=config.shortlist,
-                draw=draw,
-                family=run.family,
-                context=run.context,
-                seed=run.seed_arch,
-                incumbents=tuple(i.arch for i in incumbents),
-                band=lighter_band(run, bounds, draw),
-                random_seed=derived_seed(config.random_seed, "shortlist", step),
-                anchors=config.anchors and draw == 0,
-                exclude=frozenset(tried),
-                seen=tuple(seen),
-            )
-            listed = strategy.shortlist(ask)
-            tried |= {run.key(each.arch) for each in listed}
-            timings += len(listed)
+            listed = propose(run, step, draw, seen)
             passed = _likely(run, listed, need, pace)
             if passed:
                 break
-        chosen = _chosen(run, step, passed, pace)
-        gmacs = _train_gmacs(run, [c.arch for c in chosen])
+        chosen = selected(run, number, passed)
         share = _fast_share(run, bounds, need, pace)
-        counted = count_contractions(run.family, run.seed_arch, run.context, bounds.band)
-        likely = sum(
-            count_contractions(run.family, p.arch, run.context, bounds.band) for p in parents
-        )
+        counted = count(run, [run.seed_arch], bounds.band)
         found.append(
             PlannedStep(
-                step,
-                bounds.band.lo,
-                bounds.band.hi,
-                counted,
-                likely,
-                share,
-                _binds(run, bounds, counted, share),
-                timings,
-                len(chosen),
-                gmacs,
+                step=number,
+                band_lo=bounds.band.lo,
+                band_hi=bounds.band.hi,
+                contractions=counted,
+                likely=step.contractions,
+                fast_share=share,
+                binds=_binds(run, bounds, counted, share),
+                timings=len(step.listed),
+                trainings=len(chosen),
+                train_gmacs=_train_gmacs(run, [c.arch for c in chosen]),
             )
         )
-        if not chosen and strategy.stepwise:
+        if not chosen and run.strategy.stepwise:
             need_text = "" if need is None else f" ({need:.2f}x the seed is asked for)"
-            return found, f"step {step} may find nothing fast enough{need_text}"
-        seen += [Seen(step, c.arch, run.key(c.arch), c.params, 0.0, 1.0, 1.0) for c in listed]
-        middle = sorted(chosen, key=lambda c: (c.macs, run.key(c.arch)))
-        at = max(0, (len(middle) - places(run, step)) // 2)
-        kept = middle[at : at + places(run, step)]
-        incumbents = [
-            Incumbent(
-                c.arch,
-                run.key(c.arch),
-                run.folder.path,
-                predicted_ratio(run, pace, c.macs),
-                0.0,
-                0.0,
-            )
-            for c in kept
-        ] or incumbents
+            return found, f"step {number} may find nothing fast enough{need_text}"
+        seen += [Seen(number, c.arch, c.key, c.params, 0.0, 1.0, 1.0) for c in listed]
+        middle = sorted(chosen, key=lambda c: (c.macs, c.key))
+        at = max(0, (len(middle) - places(run, number)) // 2)
+        kept = [
+            replace(seed, arch=c.arch, key=c.key, ratio=predicted_ratio(run, pace, c.macs))
+            for c in middle[at : at + places(run, number)]
+        ]
+        incumbents = kept or incumbents
     return found, None
 
 
 def _likely(
-    run: Run, listed: Sequence[Shortlisted], need: float | None, pace: Pace
-) -> list[Shortlisted]:
-    """Return as many as are expected to pass, the likeliest ones."""
+    run: Run, listed: Sequence[Candidate], need: float | None, pace: Pace
+) -> list[Candidate]:
+    """Return as many as are expected to pass, the likeliest ones, with their predicted ratios."""
+    predicted = [replace(c, ratio=predicted_ratio(run, pace, c.macs)) for c in listed]
     if need is None:
-        return list(listed)
-    odds = [_odds(predicted_ratio(run, pace, c.macs), need, pace) for c in listed]
+        return predicted
+    odds = [_odds(c.ratio or 0.0, need, pace) for c in predicted]
     likeliest = sorted(range(len(listed)), key=lambda i: -odds[i])[: round(sum(odds))]
-    return [listed[i] for i in sorted(likeliest)]
+    return [predicted[i] for i in sorted(likeliest)]
 
 
 def _odds(ratio: float, need: float, pace: Pace) -> float:
     """Return how likely an arch of an estimated ratio is fast enough."""
     z = math.log(ratio / need) / max(pace.spread, 1e-6)
     return 0.5 * math.erfc(-z / math.sqrt(2))
-
-
-def _chosen(run: Run, step: int, passed: Sequence[Shortlisted], pace: Pace) -> list[Shortlisted]:
-    """Choose those that would be trained, as the run does."""
-    if not run.strategy.stepwise:
-        return list(passed[: run.config.proxied])
-    timed = []
-    for each in passed:
-        values = run.family.to_dict(each.arch).values()
-        slots = (v if isinstance(v, list) else [v] for v in values)
-        features = tuple(float(v) for slot in slots for v in slot)
-        ratio = predicted_ratio(run, pace, each.macs)
-        timed.append(Timed(run.key(each.arch), features, ratio, each.anchor is not None))
-    seed = derived_seed(run.config.random_seed, "spread", step)
-    keys = set(pick(timed, run.config.proxied, run.config.choose, random_seed=seed))
-    return [each for each in passed if run.key(each.arch) in keys]
 
 
 def _train_gmacs(run: Run, archs: Sequence[Arch]) -> float:
@@ -346,7 +301,7 @@ def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) ->
 
 def _binds(run: Run, bounds: StepBounds, counted: int, share: float | None) -> str:
     if counted == 0:
-        return f"{counted_bound(run, [run.seed_arch], bounds.band)}: nothing in the band"
+        return f"{binding_count(run, [run.seed_arch], bounds.band)}: nothing in the band"
     if share is None:
         return "parameters"
     return "throughput (estimate)" if share < SCARCE else "parameters, then throughput (estimate)"

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contract.scoring import with_order
+from nas.contract.race import with_order
 from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.core.config import RunConfig
 from nas.core.io import read_json, write_atomic, write_json

@@ -1,24 +1,26 @@
-"""The proxy trainings of a step, raced: in rungs on the same batches; who cannot win stops.
+"""The proxy trainings of a step, raced: in rungs on the same batches; what cannot win stops.
 
-A rung is a job of its own that goes on from the one before. Decisions fall when all candidates
-have reached a rung, in the order of keys, so they depend on results alone.
+A rung is a job of its own that continues the one before. Decisions fall when all candidates have
+reached a rung, in the order of keys, so they depend on results alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nas.contract.state import MORE, RUNG, Incumbent, Run, Task
+from nas.contract.step import SCORES, Step, places, trial_of
 from nas.core.per_image import losses_of
-from nas.jobs.job import Result
-from nas.jobs.outcomes import CHECKPOINT
+from nas.inherit.jobs import ImportanceJob, rank_by_importance
+from nas.jobs.job import Job, Result
+from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure, log_of
 from nas.search.racing import share_saved, survivors
-from space.family import Arch
+from nas.search.study import Trial
+from space.contractions import Candidate
 
 ALPHA = 0.05
 """The chance, over a whole race, that the best of it is stopped for the noise of its images."""
@@ -26,31 +28,8 @@ ALPHA = 0.05
 DRIFT_NATS = 0.05
 """How far (standard deviation) two candidates' losses still move apart until the last rung."""
 
-
-@dataclass(frozen=True)
-class Entrant:
-    """A candidate of a race: what is trained, from what, and the name of its job."""
-
-    key: str
-    name: str
-    arch: Arch
-    parent: Incumbent
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What became of an entrant.
-
-    `result` is that of the last job, `epochs` what it trained in all, `stopped` why it did not
-    reach the end (None: it did, or failed). `folder` holds its per-image losses.
-    """
-
-    entrant: Entrant
-    result: Result
-    epochs: int
-    seconds: float
-    folder: Path
-    stopped: str | None = None
+IMPORTANCE_IMAGES = 256
+"""Training images that the importance of units and blocks is judged on."""
 
 
 def rungs_of(epochs: int) -> list[int]:
@@ -61,171 +40,135 @@ def rungs_of(epochs: int) -> list[int]:
     return found
 
 
-def race(
-    run: Run,
-    entrants: Sequence[Entrant],
-    *,
-    keep: int,
-    epochs: int,
-    first_epoch: int,
-    stored_epochs: int,
-) -> list[Ran]:
-    """Train all entrants and return what became of them, in their order.
+def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
+    """Train a step's selected candidates and return them as trials, in their order.
 
-    Each trains `epochs` epochs unless a paired test on the holdout says before that it cannot be
-    among the best `keep` (`nas.search.racing`). The epochs that are saved go to those that
-    remain, as a further schedule from their weights, equally long for all; not so where a later
-    step is compared with this one, as its candidates would not be trained equally long.
-    `stored_epochs` is how many epochs of labels there are.
+    Each trains the epochs of a proxy unless a paired test on the holdout shows before that it
+    cannot be among the best (`nas.search.racing`); failures are trials too. Epochs that are saved
+    go to those that remain, equally long for all; not so where a later step is compared with this
+    one, as its candidates would not be trained equally long.
     """
-    rungs = rungs_of(epochs) if run.config.racing and len(entrants) > keep else [epochs]
-    lane = _Lane(run, epochs, first_epoch)
-    ended: dict[str, Ran] = {}
-    racing = list(entrants)
-    seconds = dict.fromkeys((e.key for e in entrants), 0.0)
-    earlier: int | None = None
-    for rung, coming in zip(rungs, [*rungs[1:], None], strict=True):
-        last = coming is None
-        results = run.train_all(
-            [lane.task(e, rung, earlier) for e in racing],
-            remember=True,
-            ahead=partial(lane.leading, racing, rung, coming, keep),
-        )
-        ran = []
-        for entrant, result in zip(racing, results, strict=True):
+    config, keep, epochs = run.config, places(run, step.number), run.config.proxy_epochs
+    rungs = rungs_of(epochs) if config.racing and len(selected) > keep else [epochs]
+    parents: dict[str, Incumbent] = {}
+    for each in selected:
+        parent = step.parent_of(each)
+        if parent.key not in parents:
+            parents[parent.key] = with_order(run, parent)
+    trials: dict[str, Trial] = {}
+    racing, earlier = list(selected), None
+    for rung in rungs:
+        tasks = [
+            _rung(run, step, each, parents[step.parent_of(each).key], rung, earlier)
+            for each in racing
+        ]
+        results = run.train_all(tasks, remember=True)
+        for at, (each, task, result) in enumerate(zip(racing, tasks, results, strict=True)):
             if earlier is not None:
-                _forget(lane.folder(entrant, earlier))
-            seconds[entrant.key] += result.seconds
-            ran.append(Ran(entrant, result, rung, seconds[entrant.key], lane.folder(entrant, rung)))
-        for each in ran:
-            if last or not each.result.ok:
-                ended[each.entrant.key] = each
-        alive = {each.entrant.key: each for each in ran if each.result.ok}
-        if last or not alive:
+                _forget(_folder(run, step, each, earlier))
+            racing[at] = each = replace(each, seconds=each.seconds + result.seconds)
+            trials[each.key] = _trial(run, step, each, task, result, rung)
+        racing = [each for each in racing if trials[each.key].state != "failed"]
+        if rung == epochs or not racing:
             break
-        losses = {key: losses_of(alive[key].folder, run.config.metric) for key in sorted(alive)}
+        folders = {each.key: _folder(run, step, each, rung) for each in racing}
+        losses = {key: losses_of(folders[key], config.metric) for key in sorted(folders)}
         decision = survivors(losses, keep, alpha=ALPHA, looks=len(rungs) - 1, drift_sd=DRIFT_NATS)
         for key, reason in decision.stop.items():
-            said = f"stopped after {rung} of {epochs} epochs: {reason}"
-            ended[key] = replace(alive[key], stopped=said)
-            _forget(alive[key].folder)
-            assert coming is not None
-            run.discard([lane.folder(alive[key].entrant, coming)])
-        racing = [e for e in racing if e.key in decision.stay]
+            reason = f"stopped after {rung} of {epochs} epochs: {reason}"
+            trials[key] = replace(trials[key], stage="race", state="pruned", reason=reason)
+            _forget(folders[key])
+        racing = [each for each in racing if each.key in decision.stay]
         earlier = rung
-    ran = [ended[e.key] for e in entrants]
-    if not run.strategy.stepwise:
-        return ran
-    return _prolonged(run, ran, epochs, first_epoch, stored_epochs)
+    if run.strategy.stepwise:
+        trials |= _prolonged(run, step, racing, parents, trials)
+    return [trials[each.key] for each in selected]
 
 
-@dataclass(frozen=True)
-class _Lane:
-    """How every entrant of a race is trained: by rungs of a schedule of `epochs`."""
+def _folder(run: Run, step: Step, candidate: Candidate, rung: int) -> Path:
+    """Return the folder of a candidate's training: of a rung, or of the whole length."""
+    cut = "" if rung == run.config.proxy_epochs else f"{RUNG}{rung}"
+    return run.folder.job_folder(f"s{step.number}-{candidate.key}{cut}")
 
-    run: Run
-    epochs: int
-    first_epoch: int
-    described: dict[str, Task] = field(default_factory=dict)
 
-    def folder(self, entrant: Entrant, rung: int) -> Path:
-        """Return the folder of an entrant's job: of a rung, or of the whole length."""
-        cut = "" if rung == self.epochs else f"{RUNG}{rung}"
-        return self.run.folder.job_folder(f"{entrant.name}{cut}")
+def _rung(
+    run: Run, step: Step, candidate: Candidate, parent: Incumbent, rung: int, earlier: int | None
+) -> Task:
+    """Describe a candidate's training up to a rung, from an earlier one."""
+    folder, epochs = _folder(run, step, candidate, rung), run.config.proxy_epochs
+    return run.training(
+        candidate.arch,
+        folder.name,
+        out=folder,
+        epochs=epochs,
+        init=run.config.proxy_init,
+        parent=parent,
+        first_epoch=run.first_epoch(step.number),
+        rung=None if rung == epochs else rung,
+        before=None if earlier is None else (earlier, _folder(run, step, candidate, earlier)),
+    )
 
-    def task(self, entrant: Entrant, rung: int, before: int | None) -> Task:
-        """Describe an entrant's training up to a rung, from an earlier one."""
-        folder = self.folder(entrant, rung)
-        if folder.name not in self.described:  # it is asked for again while others are awaited
-            self.described[folder.name] = self.run.training(
-                entrant.arch,
-                folder.name,
-                out=folder,
-                epochs=self.epochs,
-                init=self.run.config.proxy_init,
-                parent=entrant.parent,
-                first_epoch=self.first_epoch,
-                rung=None if rung == self.epochs else rung,
-                before=None if before is None else (before, self.folder(entrant, before)),
-            )
-        return self.described[folder.name]
 
-    def leading(
-        self,
-        entrants: Sequence[Entrant],
-        rung: int,
-        coming: int | None,
-        keep: int,
-        found: Mapping[str, Result],
-        room: int,
-    ) -> list[Task]:
-        """Describe the coming rung's jobs of the half that leads so far: they may well go on.
-
-        No more than have `room` at a time. On a thousand workers, where hung and slow ones hold a
-        rung up, half of a race's time is saved by it (`docs/scale.md`).
-        """
-        if coming is None:
-            return []
-        by_job = {self.folder(entrant, rung).name: entrant for entrant in entrants}
-        done = [name for name, result in found.items() if result.ok]
-        lead = heapq.nsmallest(
-            min(room, max(keep, len(entrants) // 2)),
-            done,
-            key=lambda name: (found[name].values["soft_loss"], name),
-        )
-        return [self.task(by_job[name], coming, rung) for name in lead]
+def _trial(
+    run: Run, step: Step, candidate: Candidate, task: Task, result: Result, epochs: int
+) -> Trial:
+    """Return what a training made of a candidate."""
+    log = log_of(task.out.name)
+    if not result.ok:
+        failed = {"stage": "proxy", "state": "failed", "reason": result.reason or "failed"}
+        return trial_of(run, step.number, candidate, **failed, log=log)
+    scores = {name: result.values.get(name) for name in SCORES}
+    done: dict[str, Any] = {"stage": "proxy", "state": "complete", "epochs": epochs, "log": log}
+    return trial_of(run, step.number, candidate, **scores, **done)
 
 
 def _prolonged(
-    run: Run, ran: Sequence[Ran], epochs: int, first_epoch: int, stored_epochs: int
-) -> list[Ran]:
-    """Give the epochs that stopped entrants saved to those that reached the end."""
-    stopped = [each for each in ran if each.stopped is not None]
-    through = [each for each in ran if each.stopped is None and each.result.ok]
-    shares = share_saved(sum(epochs - s.epochs for s in stopped), [t.entrant.key for t in through])
+    run: Run,
+    step: Step,
+    through: Sequence[Candidate],
+    parents: Mapping[str, Incumbent],
+    trials: Mapping[str, Trial],
+) -> dict[str, Trial]:
+    """Give the epochs that stopped candidates saved to those that reached the end."""
+    epochs, stored = run.config.proxy_epochs, run.store["use_epochs"]
+    saved = sum(epochs - trial.epochs for trial in trials.values() if trial.stage == "race")
+    shares = share_saved(saved, [each.key for each in through])
     more = min(shares.values(), default=0)  # as long for all: their scores are compared
     if more < 1 or len(through) < 2:
-        return list(ran)
+        return {}
     # Where stored epochs run out, they are taken from the start again.
-    start = first_epoch + epochs if first_epoch + epochs + more <= stored_epochs else 0
-    length = min(more, stored_epochs)
+    first_epoch = run.first_epoch(step.number) + epochs
+    first_epoch = first_epoch if first_epoch + more <= stored else 0
+    length = min(more, stored)
     tasks = []
     for each in through:
+        folder = run.trial_folder(trials[each.key])
         own = replace(
-            each.entrant.parent,
-            arch=each.entrant.arch,
-            key=each.entrant.key,
-            weights=each.folder / "weights.safetensors",
+            parents[step.parent_of(each).key],
+            arch=each.arch,
+            key=each.key,
+            weights=folder / "weights.safetensors",
             order=None,
         )
-        folder = run.folder.job_folder(f"{each.entrant.name}{MORE}")
         tasks.append(
             run.training(
-                each.entrant.arch,
-                folder.name,
-                out=folder,
+                each.arch,
+                f"{folder.name}{MORE}",
+                out=folder.with_name(f"{folder.name}{MORE}"),
                 epochs=length,
                 init="inherit",
                 parent=own,
-                first_epoch=start,
+                first_epoch=first_epoch,
             )
         )
     results = run.train_all(tasks, remember=True)
     if not all(result.ok for result in results):
-        return list(ran)  # all are compared by what they had, equally long
-    longer = {
-        each.entrant.key: replace(
-            each,
-            result=result,
-            epochs=epochs + length,
-            seconds=each.seconds + result.seconds,
-            folder=task.out,
-        )
-        for each, task, result in zip(through, tasks, results, strict=True)
-    }
-    found = [longer.get(each.entrant.key, each) for each in ran]
-    for each in through:
-        run.folder.drop_weights(each.folder.name)
+        return {}  # all are compared by what they had, equally long
+    found = {}
+    for each, task, result in zip(through, tasks, results, strict=True):
+        longer = replace(each, seconds=each.seconds + result.seconds)
+        found[each.key] = _trial(run, step, longer, task, result, epochs + length)
+        run.folder.drop_weights(run.trial_folder(trials[each.key]).name)
     return found
 
 
@@ -233,3 +176,36 @@ def _forget(folder: Path) -> None:
     """Remove where a rung stood, as nothing goes on from there."""
     with contextlib.suppress(OSError):
         (folder / CHECKPOINT).unlink()
+
+
+def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
+    """Return the incumbent with its units and blocks ranked by importance, for its children."""
+    config = run.config
+    if config.proxy_init == "scratch" or config.importance == "prefix" or incumbent.order:
+        return incumbent
+    # The same arch may be kept in two steps, with other weights.
+    path = run.folder.work / f"{config.importance}-{incumbent.step}-{incumbent.key}.json"
+    if not path.exists():
+        job = ImportanceJob(
+            family=run.family.name,
+            arch=run.family.to_dict(incumbent.arch),
+            context=run.context,
+            weights=incumbent.weights,
+            dataset=run.dataset.folder,
+            store=Path(run.store["folder"]),
+            criterion=config.importance,
+            images=min(IMPORTANCE_IMAGES, len(run.dataset.train.labels)),
+            batch_size=config.batch_size,
+            random_seed=config.random_seed,
+            device=config.device,
+            missing=config.missing_labels,
+            out=path,
+        )
+        result = failed_before(path) or run.do(
+            Job(rank_by_importance, job, f"order-{incumbent.key}")
+        )
+        if not result.ok:
+            keep_failure(path, result)
+            run.console.line(f"note: no order of importance, the first units: {result.reason}")
+            return incumbent
+    return replace(incumbent, order=path)

@@ -1,4 +1,4 @@
-"""What an earlier run has to say to another question: `--replay`.
+"""Answer a new question from what an earlier run measured and scored: `--replay`.
 
 A run's ledger holds scores of archs of all sizes, and its `family/` the models that its steps
 started from. A new target or throughput is answered from there: by archs that were scored already
@@ -8,18 +8,32 @@ and meet it, or by steps that start from the nearest larger model instead of fro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nas.contract.checks import saved_config
 from nas.contract.run_folder import SCHEMA
+from nas.contract.state import MORE, Earlier, Incumbent, Run
+from nas.contract.step import SCORES, Step, add_trial, meets_requirements, places, trial_of
 from nas.core.config import RunConfig, flag
 from nas.core.io import read_json
-from nas.search.constraints import PACE, bench_setting, requirements_of
+from nas.core.per_image import losses_of
+from nas.data import Dataset
+from nas.jobs.job import Result
+from nas.search.constraints import (
+    PACE,
+    band_at,
+    bench_setting,
+    bounds_at,
+    requirements_of,
+    usual_steps,
+)
+from nas.search.selection import paired_error, rank
 from nas.search.study import Trial, read_study
-from space.contractions import Band
+from space import Context
+from space.contractions import Band, Candidate, listed
 from space.errors import InputError, refuse
 from space.family import Arch, Family
 
@@ -39,32 +53,6 @@ NEW_QUESTION = (
     "replay",
 )
 """Settings that a replay may change; all others decide what the earlier scores mean."""
-
-
-@dataclass(frozen=True)
-class Milestone:
-    """A trained model that an earlier run left in its `family/`."""
-
-    arch: Arch
-    params: int
-    step: int
-    weights: Path
-    score: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Earlier:
-    """An earlier run: its folder, configuration, scored rows with their archs, and its models.
-
-    `before` is the run that it replayed itself, where that is still there.
-    """
-
-    folder: Path
-    config: RunConfig
-    data: Mapping[str, Any]
-    scored: tuple[tuple[Trial, Arch], ...]
-    milestones: tuple[Milestone, ...]
-    before: Earlier | None = None
 
 
 def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
@@ -149,21 +137,33 @@ def read_earlier(
     if config.replay is not None and Path(config.replay).resolve() not in met:
         with contextlib.suppress(InputError):  # gone or replaced: its scores cannot be compared
             before = read_earlier(Path(config.replay), family, dataset, after=met)
-    return Earlier(folder, config, data, scored, _milestones(folder, family), before)
+    return Earlier(folder, config, data, scored, read_models(folder, family), before)
 
 
-def _milestones(folder: Path, family: Family) -> tuple[Milestone, ...]:
+def read_models(folder: Path, family: Family) -> tuple[Incumbent, ...]:
+    """Read the models in a run's `family/` whose weights are there; damaged ones are refused."""
     found = []
     for path in sorted((folder / "family").glob("*.json")):
         told = read_json(path, "a model of a run")
         weights = path.with_suffix(".safetensors")
-        if weights.is_file():
-            try:
-                arch, score = family.arch(told["arch"]), told["score"]
-                found.append(Milestone(arch, int(told["params"]), score["step"], weights, score))
-            except (KeyError, TypeError, ValueError) as error:
-                got = f"{type(error).__name__}: {error}"
-                raise refuse(str(path), got, "a model of a run", "restore it") from None
+        if not weights.is_file():
+            continue
+        try:
+            score, timed = told["score"], told["throughput"]
+            found.append(
+                Incumbent(
+                    arch=family.arch(told["arch"]),
+                    key=told["key"],
+                    weights=weights,
+                    ratio=timed["ratio"],
+                    images_per_s=timed["images_per_s"],
+                    soft_loss=score["soft_loss"],
+                    soft_loss_se=score["soft_loss_se"],
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise refuse(str(path), got, "a model of a run", "restore it") from None
     return tuple(found)
 
 
@@ -180,13 +180,187 @@ def answers(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
     return sorted(latest.values(), key=lambda found: (found[0].soft_loss or 0.0, found[0].key))
 
 
-def start_of(earlier: Earlier, band: Band) -> Milestone | None:
+def start_of(earlier: Earlier, band: Band, family: Family, context: Context) -> Incumbent | None:
     """Return the smallest model that is still larger than a band, or None: start from the seed."""
-    models = [m for run in lineage(earlier) for m in run.milestones]
-    larger = [m for m in models if m.params > band.hi]
-    return min(larger, key=lambda m: m.params, default=None)
+    models = [model for run in lineage(earlier) for model in run.models]
+    sized = [(family.count_params(model.arch, context), model) for model in models]
+    larger = [each for each in sized if each[0] > band.hi]
+    return min(larger, key=lambda each: each[0], default=(0, None))[1]
 
 
 def lineage(earlier: Earlier) -> list[Earlier]:
     """Return an earlier run, the one that it replayed itself, and so on."""
     return [earlier, *(lineage(earlier.before) if earlier.before is not None else ())]
+
+
+# Replaying
+
+
+def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
+    """Return the best archs that the earlier run scored and that meet the new question.
+
+    Each passes the gates anew, from stored measurements where there are any. Empty when none does.
+    Scores of different steps come from different parents; they are compared as they are.
+    """
+    step = run.config.steps
+    bounds = bounds_at(
+        step,
+        run.config,
+        seed_params=run.start_params,
+        seed_values=run.start_values,
+        parent_ratio=seed.ratio,
+    )
+    if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
+        bounds = replace(bounds, least_ratio=None)
+    here = Step(step, seed, [seed], [seed], {seed.key: bounds})
+    passed: dict[str, tuple[Trial, Candidate]] = {}
+    folders: dict[str, Path] = {}
+    known = [(of, *each) for of in lineage(earlier) for each in answers(of, bounds.band)]
+    for of, row, arch in known:
+        folder = _folder(of, row)
+        if folder is None or row.key in folders:  # the last run that scored it tells
+            continue
+        folders[row.key] = folder
+        (candidate,) = listed(run.family, [run.seed_arch], [(None, arch)], run.context)
+        measured = meets_requirements(run, here, candidate)
+        if measured is not None:
+            passed[row.key] = (row, measured)
+    if not passed:
+        return []
+    values = [replace(row, ratio=candidate.ratio) for row, candidate in passed.values()]
+    order = rank(values, paired_error(lambda key: losses_of(folders[key], run.config.metric)))
+    kept = order[: places(run, step)]
+    found = []
+    for key in order:
+        row, candidate = passed[key]
+        place = f"rank {order.index(key) + 1} of {len(order)}"
+        trial = trial_of(
+            run,
+            step,
+            candidate,
+            **{name: getattr(row, name) for name in SCORES},
+            epochs=row.epochs,
+            stage="kept" if key in kept else "proxy",
+            state="complete",
+            reason=f"{place}; score of step {row.step} of {earlier.folder}",
+        )
+        add_trial(run, trial, candidate.arch)
+        if key in kept:
+            weights = folders[key] / "weights.safetensors"
+            found.append(replace(run.incumbent(trial), weights=weights))
+    return found
+
+
+def _folder(earlier: Earlier, row: Trial) -> Path | None:
+    """Return where the losses per image behind a score lie, None where they are gone.
+
+    A replay's own answers have theirs with the run that it replayed.
+    """
+    longer = MORE if row.epochs > earlier.config.proxy_epochs else ""
+    folder = earlier.folder / "work" / f"s{row.step}-{row.key}{longer}"
+    if (folder / "holdout.safetensors").is_file():
+        return folder
+    if earlier.before is None:
+        return None
+    for old, _ in earlier.before.scored:
+        if (old.key, old.soft_loss) == (row.key, row.soft_loss):
+            found = _folder(earlier.before, old)
+            if found is not None:
+                return found
+    return None
+
+
+def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
+    """Return where the steps begin: the earlier run's smallest model above the band, or the seed.
+
+    The steps' bounds tighten from there.
+    """
+    model = start_of(earlier, run.band(run.config.steps), run.family, run.context)
+    if model is None:
+        return seed
+    measured = run.timings.measure(model.arch, "gate", reference=run.seed_arch)
+    if isinstance(measured, Result) or measured.ratio is None:
+        return seed
+    values = {}
+    for required in requirements_of(run.config):
+        if required.setting is None:
+            count = run.family.count_params
+            if required.metric == "macs":
+                count = run.family.count_macs
+            values[required] = float(count(model.arch, run.context))
+            continue
+        weigh = (required,) if required.metric == "peak_mem_mb" else ()
+        there = run.timings.measure(
+            model.arch,
+            "gate",
+            reference=run.seed_arch,
+            requirements=weigh,
+            setting=required.setting,
+        )
+        if isinstance(there, Result):
+            return seed
+        values[required] = there.interval(required.metric)[0]
+    run.start_values = values
+    run.start_params = run.family.count_params(model.arch, run.context)
+    run.start_macs = run.family.count_macs(model.arch, run.context)
+    run.start_ratio = measured.ratio
+    key = run.key(model.arch)
+    return replace(model, key=key, ratio=measured.ratio, images_per_s=measured.images_per_s)
+
+
+def earlier_of(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
+    """Read the run that a replay answers from, with the scores whose losses per image are left."""
+    if config.replay is None:
+        return None
+    earlier = read_earlier(Path(config.replay), family, dataset.fingerprint)
+    there = tuple(each for each in earlier.scored if _folder(earlier, each[0]) is not None)
+    return replace(earlier, scored=there)
+
+
+def steps_from(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
+    """Return how many steps a replay takes from the earlier run's nearest model to its target."""
+    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    seed_params = family.count_params(family.arch(config.seed_arch), context)
+    start = start_of(earlier, band_at(seed_params, config, config.steps), family, context)
+    params = seed_params if start is None else family.count_params(start.arch, context)
+    return usual_steps(config, params)
+
+
+def reused_words(
+    run: Run, earlier: Earlier, seed: Incumbent, start: Incumbent, known: Sequence[Incumbent]
+) -> dict[str, Any]:
+    """Say what a replay takes from the earlier run."""
+    scores = (
+        sum(row.step == run.config.steps and row.soft_loss is not None for row in run.ledger.rows)
+        if known
+        else 0
+    )
+    if known:
+        says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
+        if scores == 1:
+            says += ", and no choice; a run of its own would look further"
+        lengths = {
+            row.epochs
+            for row in run.ledger.rows
+            if row.step == run.config.steps and row.soft_loss is not None
+        }
+        if len(lengths) > 1:
+            epochs = " and ".join(f"{e:g}" for e in sorted(lengths))
+            says += f"; they were trained {epochs} epochs and are compared as they are"
+    elif start is not seed:
+        says = (
+            f"none of the {len(earlier.scored)} archs scored in {earlier.folder} meets the new "
+            f"question; {run.config.steps} steps from its model of {run.start_params:,} "
+            "parameters"
+        )
+    else:
+        says = f"nothing in {earlier.folder} helps; {run.config.steps} steps from the seed"
+    dropped = set_aside(earlier.config, run.config)
+    if dropped:
+        says += f"; its {' and '.join(dropped)} not asked for any more"
+    return {
+        "run": str(earlier.folder),
+        "scores": scores,
+        "start": None if known else start.key,
+        "says": says,
+    }

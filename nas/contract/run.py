@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from nas.contract import seed as stage
-from nas.contract.campaign import contract_steps
 from nas.contract.checks import (
     DEVICE_ROWS,
     ask_fingerprints,
@@ -29,33 +27,49 @@ from nas.contract.checks import (
     read_lent,
     resolved,
     resumed_config,
+    run_json,
     take_finalists,
     with_classes,
     with_seed,
     with_steps,
 )
 from nas.contract.final import Progress, finish, read_result, write_result
+from nas.contract.models import write_milestone
 from nas.contract.plan import Plan, make_plan, plan_text
 from nas.contract.proxy_check import check_band, check_number, named_archs, trust_in_time
-from nas.contract.replay import replayed_config
-from nas.contract.reuse import answered, begun_at, earlier_of, reused_words, steps_from
+from nas.contract.race import race
+from nas.contract.replay import (
+    answered,
+    begun_at,
+    earlier_of,
+    replayed_config,
+    reused_words,
+    steps_from,
+)
 from nas.contract.run_folder import RunDir
-from nas.contract.state import Run
+from nas.contract.state import Incumbent, Run
+from nas.contract.step import (
+    begin_step,
+    close_step,
+    meets_requirements,
+    propose,
+    rank,
+    select,
+    stuck_message,
+)
 from nas.core.cli import default_cache
-from nas.core.config import RunConfig, parse_count
+from nas.core.config import parse_count
 from nas.core.io import write_json
 from nas.core.progress import Console
-from nas.core.provenance import git_commit, versions
-from nas.data import Dataset
-from nas.data.dataset import dataset_card
 from nas.jobs.executor import Executor, OutOfTime
 from nas.jobs.make import make_executor
 from nas.jobs.means import Means
 from nas.measure.device_rows import write_rows
 from nas.measure.measurement_table import read_measurements
 from nas.report import write_report
-from nas.search.storage import SharedStudy, StudyAway, check_reachable, new_shared, resumed_shared
-from space.errors import InputError, refuse, without_passwords
+from nas.search.storage import StudyAway, check_reachable, new_shared, resumed_shared
+from nas.search.study import StepRow
+from space.errors import InputError, refuse
 
 
 @dataclass(frozen=True)
@@ -341,25 +355,6 @@ def open_run(
         folder.release()
 
 
-def run_json(
-    config: RunConfig,
-    dataset: Dataset,
-    fingerprints: Mapping[str, Mapping[str, Any]],
-    shared: SharedStudy | None,
-) -> dict[str, Any]:
-    """Return what `run.json` records of a new run."""
-    return {
-        "config": config.to_dict(),
-        "command": " ".join(map(without_passwords, sys.argv)),
-        **({} if shared is None else {"storage": shared.to_json()}),
-        "git": git_commit(),
-        "versions": versions(),
-        "fingerprint": dict(fingerprints[config.device]),
-        "fingerprints": {name: dict(of) for name, of in fingerprints.items()},
-        "dataset": dataset_card(dataset),
-    }
-
-
 # From the seed to the report
 
 
@@ -410,13 +405,38 @@ def search(run: Run, progress: Progress) -> None:
         start = seed if known else begun_at(run, run.earlier, seed)
         progress.reused = reused_words(run, run.earlier, seed, start, known)
         run.console.line(f"replay: {progress.reused['says']}")
-    stuck = None
-    if known:
-        progress.incumbents, progress.path = known, [[seed], known]
-    else:
-        progress.incumbents, stuck, progress.path = contract_steps(run, start, progress.steps)
-    progress.best = progress.incumbents[0]
+    path, stuck = ([[seed], known], None) if known else contract_steps(run, start, progress.steps)
+    progress.path, progress.incumbents = path, path[-1]
+    progress.best = path[-1][0]
     if stuck is not None:
-        progress.status, progress.message = "stuck", stuck.message
+        progress.status, progress.message = "stuck", stuck
     else:
         finish(run, seed, progress)
+
+
+def contract_steps(
+    run: Run, start: Incumbent, rows: list[StepRow]
+) -> tuple[list[list[Incumbent]], str | None]:
+    """Take every step; return all steps' incumbents, and what binds where there are no more.
+
+    `rows` collects one row a step as they finish, for `steps.csv`.
+    """
+    path = [[start]]
+    for number in range(1, run.config.steps + 1):
+        step = begin_step(run, number, start, path[-1])
+        kept: list[Incumbent] = []
+        for draw in range(run.config.draws):
+            candidates = propose(run, step, draw)
+            measured = [meets_requirements(run, step, candidate) for candidate in candidates]
+            fast_enough = [candidate for candidate in measured if candidate is not None]
+            kept = rank(run, step, race(run, step, select(run, step, fast_enough)))
+            if kept:
+                break
+        if kept:
+            close_step(run, step, kept, rows)
+            write_milestone(run, number, kept[0])
+            path.append(kept)
+        elif run.strategy.stepwise or (number == run.config.steps and len(path) == 1):
+            return path, stuck_message(run, step)
+        # else the next list of a strategy that looks in one band may fare better
+    return path, None

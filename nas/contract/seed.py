@@ -7,9 +7,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from nas.contract.gates import shown
-from nas.contract.state import MORE, Incumbent, Run
-from nas.contract.timing import MEASURE_COST
+from nas.contract.state import Incumbent, Run
+from nas.contract.timing import MEASURE_COST, interval_text
 from nas.core.config import RunConfig, flag
 from nas.core.requirement import Requirement, Setting
 from nas.distill.jobs import teach
@@ -20,7 +19,6 @@ from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.study import Trial
 from space import REFERENCE_CONTEXT
 from space.errors import InputError, refuse
-from space.family import Arch
 
 TEACHER_COST = 0.35
 """GMACs of training the auto teacher on one image at 48 px, forward and backward (roughly)."""
@@ -176,7 +174,7 @@ def _reachable(run: Run) -> None:
             continue  # nothing is known then, so nothing is refused
         for one in required:
             if measured.judge(one) == "fail":
-                reach = f"about {shown(measured, one.metric)} at the very end"
+                reach = f"about {interval_text(measured, one.metric)} at the very end"
                 named = short_form(config, one)
                 raise refuse(
                     named,
@@ -325,24 +323,6 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
     run.ledger.write_csv(run.folder.path / "ledger.csv")
 
 
-def incumbent_of(run: Run, row: Trial) -> Incumbent:
-    """Return the incumbent that a kept row tells of."""
-    arch = _arch_of(run, row)
-    assert row.ratio is not None
-    assert row.images_per_s is not None
-    assert row.soft_loss is not None
-    longer = MORE if row.epochs > run.config.proxy_epochs else ""
-    return Incumbent(
-        arch=arch,
-        key=row.key,
-        weights=run.folder.job_folder(f"s{row.step}-{row.key}{longer}") / "weights.safetensors",
-        ratio=row.ratio,
-        images_per_s=row.images_per_s,
-        soft_loss=row.soft_loss,
-        step=row.step,
-    )
-
-
 def best_so_far(run: Run, steps: int) -> Incumbent | None:
     """Return the best of the last finished step whose weights are there, None before the first.
 
@@ -353,12 +333,8 @@ def best_so_far(run: Run, steps: int) -> Incumbent | None:
         rows = [r for r in rows if r.step == steps]
     else:
         rows.sort(key=lambda r: r.soft_loss or 0.0)
-    found = (incumbent_of(run, row) for row in rows)
+    found = (run.incumbent(row) for row in rows)
     return next((each for each in found if each.weights.exists()), None)
-
-
-def _arch_of(run: Run, row: Trial) -> Arch:
-    return run.family.arch(run.ledger.arch(row.step, row.key))
 
 
 def tidy(run: Run) -> None:

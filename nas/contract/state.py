@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nas.contract.replay import Earlier
 from nas.contract.run_folder import RunDir
 from nas.contract.timing import Timings
 from nas.core.config import RunConfig
@@ -24,12 +22,12 @@ from nas.distill import jobs
 from nas.distill.jobs import EarlierRung, ParentWeights, TrainJob
 from nas.jobs.executor import Executor
 from nas.jobs.job import Job, Result
-from nas.jobs.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure, left
+from nas.jobs.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure
 from nas.measure.device_table import DeviceTable
 from nas.search.constraints import band_at, primary_setting, settings_of
 from nas.search.storage import SharedStudy
 from nas.search.strategies import get_strategy
-from nas.search.study import open_study
+from nas.search.study import Trial, open_study
 from nas.train.optim import peak_lr
 from space import Context
 from space.contractions import Band
@@ -46,7 +44,7 @@ MORE = "-more"
 
 @dataclass(frozen=True)
 class Incumbent:
-    """An arch that a step may start from: its weights, throughput and score so far.
+    """A kept trial with weights, which a step may start from.
 
     `order` is the file that says which of its units and blocks a child wants most; None: the first.
     `step` is that of its ledger row, `parent` what its weights came from; `second_loss` its soft
@@ -67,15 +65,28 @@ class Incumbent:
 
 
 @dataclass(frozen=True)
+class Earlier:
+    """An earlier run: its folder, configuration, scored trials with their archs, and its models.
+
+    `models` are what it wrote to `family/`. `before` is the run that it replayed itself, where that
+    is still there.
+    """
+
+    folder: Path
+    config: RunConfig
+    data: Mapping[str, Any]
+    scored: tuple[tuple[Trial, Arch], ...]
+    models: tuple[Incumbent, ...]
+    before: Earlier | None = None
+
+
+@dataclass(frozen=True)
 class Task:
     """A job that leaves the folder `out`, and its share of the progress bar."""
 
     job: Job
     out: Path
     cost: float
-
-
-Ahead = Callable[[Mapping[str, Result], int], Sequence[Task]]
 
 
 def derived_seed(*parts: object) -> int:
@@ -162,6 +173,29 @@ class Run:
         """Return the arch's key in this run's context."""
         return self.family.key(arch, self.context)
 
+    def trial_folder(self, trial: Trial) -> Path:
+        """Return the folder of a trial's last training: it holds its losses per image."""
+        more = MORE if trial.epochs > self.config.proxy_epochs else ""
+        cut = f"{RUNG}{trial.epochs}" if trial.stage == "race" else more
+        return self.folder.job_folder(f"s{trial.step}-{trial.key}{cut}")
+
+    def incumbent(self, trial: Trial, parent: Incumbent | None = None) -> Incumbent:
+        """Return a kept trial of this run as an incumbent."""
+        assert trial.ratio is not None
+        assert trial.images_per_s is not None
+        assert trial.soft_loss is not None
+        return Incumbent(
+            arch=self.family.arch(self.ledger.arch(trial.step, trial.key)),
+            key=trial.key,
+            weights=self.trial_folder(trial) / "weights.safetensors",
+            ratio=trial.ratio,
+            images_per_s=trial.images_per_s,
+            soft_loss=trial.soft_loss,
+            soft_loss_se=trial.soft_loss_se or 0.0,
+            step=trial.step,
+            parent=parent,
+        )
+
     def image_cost(self, arch: Arch) -> float:
         """Return the GMACs of training on one image, forward and backward."""
         return 3e-9 * self.family.count_macs(arch, self.context)
@@ -206,15 +240,11 @@ class Run:
         (result,) = self._stream([job], {job.key: cost})
         return result
 
-    def do_all(
-        self, tasks: Sequence[Task], *, remember: bool = False, ahead: Ahead | None = None
-    ) -> list[Result]:
+    def do_all(self, tasks: Sequence[Task], *, remember: bool = False) -> list[Result]:
         """Do jobs that leave folders, side by side where the executor can; results in their order.
 
         Each leaves its folder whole or not at all, with its `result.json`; what an earlier process
         of this run finished is taken over, and that a job failed too where it is to `remember`.
-        `ahead` says, by the results so far and how many jobs may run at once, which jobs idle
-        workers may do in case that they are asked for next.
         """
         found: dict[str, Result] = {}
         open_tasks = {}
@@ -231,19 +261,7 @@ class Run:
             found[result.key] = result
             if remember and not result.ok:
                 keep_failure(open_tasks[result.key].out, result)
-            more_to_come = len(found) < len(tasks)
-            if ahead is not None and more_to_come and self.executor.spare:
-                listed = ahead(found, self.executor.room)
-                more = [task for task in listed if not left(task.out)]
-                self.executor.ahead(task.job for task in more)
         return [found[task.job.key] for task in tasks]
-
-    def discard(self, folders: Sequence[Path]) -> None:
-        """Forget jobs that ran ahead, or may have in an earlier process, and were not chosen."""
-        self.executor.forget([folder.name for folder in folders])
-        for folder in folders:
-            for place in (folder, folder.with_name(f"{folder.name}.part")):
-                shutil.rmtree(place, ignore_errors=True)
 
     def _stream(self, jobs: Sequence[Job], costs: Mapping[str, float]) -> Iterator[Result]:
         """Do jobs, move the bar on as they go, and give their results as they end."""

@@ -30,6 +30,9 @@ MEASURE_COST = 250.0
 """A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
 
 
+UNITS = {"speedup": "x the seed", "images_per_s": " images/s", "peak_mem_mb": " MB"}
+
+
 @dataclass(kw_only=True)
 class Timings:
     """A run's timings: `rows` is its `measurements.csv`, `asked` all that it wanted to know.
@@ -245,3 +248,19 @@ def _bounds(requirements: Sequence[Requirement]) -> Bounds:
     return Bounds(
         ratio=most("speedup"), images_per_s=most("images_per_s"), latency_ms=tuple(latencies)
     )
+
+
+def interval_text(measured: Measurement, metric: str) -> str:
+    """Write a measured value with its interval: `1.93 [1.90, 1.97]x the seed`."""
+    value, lo, hi = measured.interval(metric)
+    digits = 3 if metric == "speedup" else 1
+    unit = UNITS.get(metric, " ms")
+    if lo == hi:
+        return f"{value:.{digits}f}{unit}"
+    return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]{unit}"
+
+
+def verdict_text(measured: Measurement, required: Requirement) -> str:
+    """Write a requirement with its verdict and what was measured."""
+    verdict = measured.judge(required)
+    return f"{required.text}: {verdict} at {interval_text(measured, required.metric)}"

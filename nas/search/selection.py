@@ -3,94 +3,96 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from space.contractions import Candidate
 
-@dataclass(frozen=True)
-class Timed:
-    """A candidate that passed the gates: its place in the space and its throughput ratio."""
-
-    key: str
-    features: tuple[float, ...]
-    ratio: float
-    anchor: bool
+Features = Mapping[str, Sequence[float]]
+"""A candidate's place in the space, as numbers, by its key."""
 
 
-def pick(timed: Sequence[Timed], count: int, how: str, *, random_seed: int) -> list[str]:
-    """Choose `count` of the listed candidates that passed: `how` is "near" or "spread".
+def pick(
+    candidates: Sequence[Candidate], features: Features, count: int, how: str, *, random_seed: int
+) -> list[Candidate]:
+    """Choose `count` of the timed candidates that meet the requirements, by "near" or "spread".
 
     "near": in the order of the list, which a rule made nearest first; anchors come first, up to
-    half of the places. "spread": see `spread`. Returns keys.
+    half of the places. "spread": see `spread`.
     """
     if how == "spread":
-        return spread(timed, count, random_seed=random_seed)
-    anchors = [t.key for t in timed if t.anchor]
+        return spread(candidates, features, count, random_seed=random_seed)
+    anchors = [c for c in candidates if c.anchor is not None]
     first = anchors[: (count + 1) // 2]
-    rest = [t.key for t in timed if not t.anchor]
+    rest = [c for c in candidates if c.anchor is None]
     return [*first, *rest, *anchors[len(first) :]][:count]
 
 
-def spread(timed: Sequence[Timed], count: int, *, random_seed: int) -> list[str]:
+def spread(
+    candidates: Sequence[Candidate], features: Features, count: int, *, random_seed: int
+) -> list[Candidate]:
     """Choose `count` candidates that lie far apart, by farthest-point sampling.
 
     Distance is Euclidean over the moved factors (each scaled to its range among the candidates)
     and the logarithm of the throughput ratio. Anchors come first, up to half of the places, then
     what is farthest from all chosen (without anchors, from the fastest); ties are broken by a
-    seeded order. Returns keys in the order of choice.
+    seeded order. Returns them in the order of choice.
     Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
     """
-    if not timed or count < 1:
+    if not candidates or count < 1:
         return []
     rng = np.random.default_rng(random_seed)
-    by_key = sorted(timed, key=lambda t: t.key)
+    by_key = sorted(candidates, key=lambda c: c.key)
     order = [by_key[i] for i in rng.permutation(len(by_key))]
-    points = np.array([[*t.features, math.log(t.ratio)] for t in order], dtype=np.float64)
+    ratios = [1.0 if c.ratio is None else c.ratio for c in order]
+    rows = [[*features[c.key], math.log(r)] for c, r in zip(order, ratios, strict=True)]
+    points = np.array(rows, dtype=np.float64)
     extent = np.ptp(points, axis=0)
     points = (points - points.min(axis=0)) / np.where(extent > 0, extent, 1.0)
-    anchors = [i for i, t in enumerate(order) if t.anchor]
-    fastest = max(range(len(order)), key=lambda i: order[i].ratio)
+    anchors = [i for i, c in enumerate(order) if c.anchor is not None]
+    fastest = max(range(len(order)), key=lambda i: ratios[i])
     chosen = anchors[: (count + 1) // 2] if anchors else [fastest]
     while len(chosen) < min(count, len(order)):
         away = np.min(np.linalg.norm(points[:, None, :] - points[None, chosen, :], axis=-1), axis=1)
         away[chosen] = -1.0
         chosen.append(int(np.argmax(away)))
-    return [order[i].key for i in chosen]
+    return [order[i] for i in chosen]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A trained candidate: mean soft loss on the holdout (nats, lower is better) and its ratio."""
+class HasScore(Protocol):
+    """A trial or an incumbent: its soft loss (nats, lower is better) and throughput ratio."""
 
-    key: str
-    soft_loss: float
-    soft_loss_se: float
-    ratio: float
+    @property
+    def key(self) -> str: ...
+    @property
+    def soft_loss(self) -> float | None: ...
+    @property
+    def ratio(self) -> float | None: ...
 
 
 PairedError = Callable[[str, str], float]
 """Standard error of the mean difference in soft loss of two candidates over the same images."""
 
 
-def rank(scored: Sequence[Scored], error: PairedError) -> list[str]:
+def rank(scored: Sequence[HasScore], error: PairedError) -> list[str]:
     """Order candidates from best to worst: by soft loss, ties within noise to the faster.
 
     A candidate ties with the best when it is behind by no more than one standard error of their
-    difference. The tied ones come first, fastest first; the others follow by loss.
+    difference. The tied ones come first, fastest first; the others follow by loss. Returns keys.
     """
-    by_loss = sorted(scored, key=lambda s: (s.soft_loss, -s.ratio, s.key))
-    if not by_loss:
+    known = [(s.soft_loss, -s.ratio, s.key) for s in scored if s.soft_loss is not None and s.ratio]
+    assert len(known) == len(scored), "only what was timed and trained can be ranked"
+    if not known:
         return []
-    best = by_loss[0]
-    tied = [
-        s for s in by_loss if s is best or s.soft_loss - best.soft_loss <= error(s.key, best.key)
-    ]
-    rest = [s for s in by_loss if s not in tied]
-    tied.sort(key=lambda s: (-s.ratio, s.soft_loss, s.key))
-    return [s.key for s in (*tied, *rest)]
+    known.sort()
+    best_loss, _, best = known[0]
+    tied = [k for k in known if k[2] == best or k[0] - best_loss <= error(k[2], best)]
+    rest = [k for k in known if k not in tied]
+    tied.sort(key=lambda k: (k[1], k[0], k[2]))
+    return [key for _, _, key in (*tied, *rest)]
 
 
 def paired_error(losses: Callable[[str], npt.NDArray[np.float64]]) -> PairedError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nas.search.strategies.strategy import Ask, Strategy
-from space.contractions import Shortlisted, shortlist
+from space.contractions import Candidate, shortlist
 
 
 class Contraction(Strategy):
@@ -13,7 +13,7 @@ class Contraction(Strategy):
     stepwise = True
     summary = "contractions of the incumbents, fewest notches first, the factors taking turns"
 
-    def shortlist(self, ask: Ask) -> list[Shortlisted]:
+    def shortlist(self, ask: Ask) -> list[Candidate]:
         """Return the anchors on a step's first draw, then candidates by the rule."""
         return shortlist(
             ask.family,

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from space.contractions import Band, Shortlisted, anchors_in, listed
+from space.contractions import Band, Candidate, anchors_in, listed
 from space.family import Arch, Context, Family
 
 
@@ -81,7 +81,7 @@ class Strategy(ABC):
     summary: ClassVar[str]
 
     @abstractmethod
-    def shortlist(self, ask: Ask) -> list[Shortlisted]:
+    def shortlist(self, ask: Ask) -> list[Candidate]:
         """Return at most `ask.number` candidates; equal questions have equal answers.
 
         All are different nets as built, in the band, smaller than their parent, and not in
@@ -105,12 +105,12 @@ class FromSeed(Strategy):
     def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
         """Return at most `number` different contractions of the seed whose keys are not tried."""
 
-    def shortlist(self, ask: Ask) -> list[Shortlisted]:
+    def shortlist(self, ask: Ask) -> list[Candidate]:
         """Return the anchors on a step's first draw, then the proposals of the strategy."""
         decided = {s.key for s in ask.seen}
         return self._list(ask, ask.exclude | decided) or self._list(ask, ask.exclude)
 
-    def _list(self, ask: Ask, tried: frozenset[str]) -> list[Shortlisted]:
+    def _list(self, ask: Ask, tried: frozenset[str]) -> list[Candidate]:
         chosen: dict[str, tuple[str | None, Arch]] = {}
         if ask.anchors and ask.draw == 0:
             for name, arch in anchors_in(ask.family, [ask.seed], ask.context, ask.band):

@@ -98,6 +98,36 @@ def write_milestone(run: Run, step: int, best: Incumbent) -> None:
     write_family(run.folder.path)
 
 
+def write_best(run: Run, best: Incumbent | None, final: Mapping[str, Any] | None) -> None:
+    """Write `best.json` and `best.safetensors`, with the final weights where there are any."""
+    if best is None or best.key == run.key(run.seed_arch):
+        return
+    stem = run.folder.path / "best"
+    if final is not None:
+        weights = run.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
+        if weights.exists():  # gone when a finished run is opened again
+            write_model(run, best, weights, _score(final), "final", stem)
+    elif best.weights.exists():  # a replay's answers may have scores only
+        images = len(run.dataset.holdout.labels)
+        score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
+        write_model(run, best, best.weights, score, "gate", stem)
+
+
+def _score(final: Mapping[str, Any]) -> dict[str, Any]:
+    winner = final["winner"]
+    return {
+        "kind": "final",
+        "soft_loss": winner["soft_loss"],
+        "soft_loss_se": winner["soft_loss_se"],
+        "metric": winner["metric"],
+        "metric_se": winner["metric_se"],
+        "holdout_top1": winner["holdout_top1"],
+        "test_top1": winner["top1"],
+        "test_top1_se": winner["top1_se"],
+        "test_n": winner["test_n"],
+    }
+
+
 def write_family(folder: Path) -> None:
     """Draw `family.csv` from the models in `family/`, and the winner's where there is one."""
     out = io.StringIO()

@@ -1,0 +1,447 @@
+"""One step of a contraction: propose candidates, time them, select some to train, rank those.
+
+Everything here is a function of the configuration, the measurements and the jobs' results, so a
+resumed run repeats itself: what is done is taken over, and what is written is not written twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.contract.state import Incumbent, Run, derived_seed
+from nas.contract.timing import MEASURE_COST, interval_text, verdict_text
+from nas.core.per_image import losses_of
+from nas.core.requirement import Requirement
+from nas.jobs.job import Result
+from nas.jobs.outcomes import log_of
+from nas.measure.measurement import Measurement
+from nas.search import selection
+from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
+from nas.search.strategies import Ask, Seen
+from nas.search.study import StepRow, Trial
+from space import REFERENCE_CONTEXT
+from space.contractions import Band, Candidate, count_contractions
+from space.family import Arch
+
+THROUGHPUT = ("images_per_s", "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi")
+"""What a candidate and its trial keep of the measurement under the run's primary setting."""
+SCORES = ("soft_loss", "soft_loss_se", "top1", "top1_se", "metric", "metric_se")
+"""What a trial keeps of its training."""
+
+
+@dataclass
+class Step:
+    """A step at work.
+
+    `start` is where the steps began, `incumbents` are those of the step before, `parents` those
+    among them that are contracted, `bounds` what their children must meet, by the parent's key;
+    `contractions` counts the band; `listed` are the candidates so far, by key.
+    """
+
+    number: int
+    start: Incumbent
+    incumbents: Sequence[Incumbent]
+    parents: Sequence[Incumbent]
+    bounds: dict[str, StepBounds]
+    contractions: int = 0
+    listed: dict[str, Candidate] = field(default_factory=dict)
+
+    @property
+    def first_bounds(self) -> StepBounds:
+        """Return the bounds of the best parent's children; the band is the same for all."""
+        return self.bounds[self.parents[0].key]
+
+    def parent_of(self, candidate: Candidate) -> Incumbent:
+        """Return the incumbent that a candidate is a contraction of."""
+        return next(each for each in self.parents if each.arch == candidate.parent)
+
+
+def begin_step(run: Run, number: int, start: Incumbent, incumbents: Sequence[Incumbent]) -> Step:
+    """Begin a step at the incumbents, or at the start for a strategy that looks in one band."""
+    config, stepwise = run.config, run.strategy.stepwise
+    parents = incumbents if stepwise else [start]
+    bounds = {
+        parent.key: bounds_at(
+            number if stepwise else config.steps,
+            config,
+            seed_params=run.start_params,
+            seed_values=run.start_values,
+            parent_ratio=parent.ratio,
+        )
+        for parent in parents
+    }
+    step = Step(number, start, incumbents, parents, bounds)
+    step.contractions = count(run, [each.arch for each in parents], step.first_bounds.band)
+    return step
+
+
+def propose(run: Run, step: Step, draw: int, seen: Sequence[Seen] | None = None) -> list[Candidate]:
+    """Return the strategy's next candidates, by what was `seen`: by default, what was decided."""
+    config, strategy = run.config, run.strategy
+    decided = _seen(run, step) if seen is None else seen
+    ask = Ask(
+        step=step.number,
+        steps=config.steps,
+        number=config.shortlist,
+        draw=draw,
+        family=run.family,
+        context=run.context,
+        seed=step.start.arch,
+        incumbents=tuple(i.arch for i in step.incumbents),
+        band=lighter_band(run, step.first_bounds, draw),
+        random_seed=derived_seed(config.random_seed, "shortlist", step.number),
+        anchors=config.anchors and draw == 0,
+        exclude=frozenset(step.listed),
+        seen=tuple(decided),
+    )
+    if seen is None and step.number == 1 and draw == 0 and not strategy.stepwise:
+        run.console.line(f"strategy {strategy.name}: {strategy.describe(ask)}")
+    found = strategy.shortlist(ask)
+    if seen is None and draw:
+        run.console.extend(len(found) * MEASURE_COST)
+    step.listed |= {each.key: each for each in found}
+    return found
+
+
+def _seen(run: Run, step: Step) -> tuple[Seen, ...]:
+    """Return what is decided so far: all steps before, and this step's earlier draws.
+
+    Trials of this step that a resumed run finds but has not come to yet are left out, so that it
+    asks as it did the first time.
+    """
+    return tuple(
+        Seen(
+            step=row.step,
+            arch=run.family.arch(run.ledger.arch(row.step, row.key)),
+            key=row.key,
+            params=row.params,
+            violation=math.inf if row.state == "failed" else row.violation,
+            loss=row.soft_loss if row.state == "complete" else None,  # a whole training's
+            ratio=row.ratio,
+            stopped=row.stage == "race",
+        )
+        for row in run.ledger.rows
+        if 0 < row.step < step.number or (row.step == step.number and row.key in step.listed)
+    )
+
+
+def lighter_band(run: Run, bounds: StepBounds, draw: int) -> Band:
+    """Return the band that a draw looks at: the first one the step's own, the others fewer MACs.
+
+    When no contraction of the first draw was fast enough, the nearest were the wrong place to
+    look: each further draw asks for fewer MACs than the required throughput suggests.
+    """
+    own = bounds.band.max_macs
+    if draw == 0:
+        return bounds.band
+    ratio = (bounds.least_ratio or run.start_ratio) / run.start_ratio
+    for required in bounds.requirements:
+        if required.metric in PACE:
+            ratio = max(ratio, speedup_of(run, required))
+    lighter = int(run.start_macs / ratio * 0.8 ** (draw - 1))
+    return replace(bounds.band, max_macs=lighter if own is None else min(own, lighter))
+
+
+def speedup_of(run: Run, tightened: Requirement) -> float:
+    """Return how many times faster than the start a step's requirement on pace asks for."""
+    start = next(
+        run.start_values[own]
+        for own in requirements_of(run.config)
+        if (own.metric, own.setting) == (tightened.metric, tightened.setting)
+    )
+    return tightened.bound / start if tightened.sense == ">=" else start / tightened.bound
+
+
+def count(run: Run, parents: Sequence[Arch], band: Band) -> int:
+    """Count the contractions of the parents in a band; each parent and band is walked once."""
+    total = 0
+    for parent in parents:
+        key = (run.key(parent), band)
+        if key not in run.counted:
+            run.counted[key] = count_contractions(run.family, parent, run.context, band)
+        total += run.counted[key]
+    return total
+
+
+def binding_count(run: Run, parents: Sequence[Arch], band: Band) -> str:
+    """Name the counted bound that keeps a band empty: without it there would be contractions."""
+    if band.max_macs is not None and count(run, parents, replace(band, max_macs=None)):
+        return "multiply-adds"
+    return "parameters"
+
+
+def band_text(lo: int, hi: int) -> str:
+    """Return a parameter band in words."""
+    return f"[{lo / 1e6:.3f}M, {hi / 1e6:.3f}M]"
+
+
+# Trials
+
+
+def trial_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Trial:
+    """Return a candidate as a trial as far as it is known, with `more` filled in."""
+    arch, family = candidate.arch, run.family
+    return replace(
+        Trial(
+            step=step,
+            key=candidate.key,
+            label=family.label(arch),
+            parent=run.key(candidate.parent),
+            moves=family.describe_moves(candidate.parent, arch),
+            notches=candidate.notches,
+            anchor=candidate.anchor or "",
+            params=candidate.params,
+            params_1000=family.count_params(arch, REFERENCE_CONTEXT),
+            macs=candidate.macs,
+            **{name: getattr(candidate, name) for name in THROUGHPUT},
+            reference="" if candidate.images_per_s is None else run.key(run.seed_arch),
+            requirements="; ".join(candidate.requirements),
+            basis=candidate.basis,
+            seconds=round(candidate.seconds, 3),
+        ),
+        **more,
+    )
+
+
+def add_trial(run: Run, trial: Trial, arch: Arch) -> None:
+    """Write one decided candidate to the study, with its violations (at most 0 where met)."""
+    over = trial.params - run.band(trial.step).hi
+    violations = {"params": float(over), "throughput": trial.violation}
+    run.ledger.add(trial, run.family.to_dict(arch), violations)
+
+
+# Requirements
+
+
+def meets_requirements(run: Run, step: Step, candidate: Candidate) -> Candidate | None:
+    """Time a candidate under every setting, the primary one first, and return it as measured.
+
+    One that misses a bound becomes a trial, is not measured any further, and None is returned.
+    """
+    if run.ledger.failed(step.number, candidate.key, "throughput"):
+        return None
+    arch, bounds = candidate.arch, step.bounds[step.parent_of(candidate).key]
+    for setting in run.settings:
+        primary = setting == run.primary
+        required = bounds.under(setting)
+        if not required and not primary:
+            continue
+        measured = run.timings.measure(
+            arch,
+            "gate",
+            reference=run.seed_arch,
+            requirements=required,
+            setting=setting,
+            step=step.number,
+        )
+        candidate = replace(candidate, seconds=candidate.seconds + measured.seconds)
+        if isinstance(measured, Result):
+            reason = measured.reason or "failed"
+            if not primary:
+                reason = f"{setting.text}: {reason}"
+            log = log_of(f"gate-{candidate.key}")
+            stopped = {"stage": "throughput", "state": "failed", "reason": reason, "log": log}
+            add_trial(run, trial_of(run, step.number, candidate, **stopped), arch)
+            return None
+        if primary:
+            values = {name: getattr(measured, name) for name in THROUGHPUT}
+            candidate = replace(candidate, **values, basis=run.timings.basis(arch))
+        texts = (verdict_text(measured, one) for one in required)
+        candidate = replace(candidate, requirements=(*candidate.requirements, *texts))
+        guessed = run.timings.predicts(setting, arch)
+        missed = _missed(measured, required, guessed)
+        if primary and bounds.least_ratio is not None:
+            missed = [*_slower(measured, bounds.least_ratio), *missed]
+        if missed:
+            reason, violation = "; ".join(text for text, _ in missed), max(v for _, v in missed)
+            trial = trial_of(run, step.number, candidate, stage="throughput", reason=reason)
+            add_trial(run, replace(trial, violation=violation), arch)
+            return None
+    return candidate
+
+
+def _slower(measured: Measurement, least_ratio: float) -> list[tuple[str, float]]:
+    """Return by what share a candidate is slower than its parent, as text too; else nothing.
+
+    This is a guard without a promise, judged by the median: on a noisy machine no interval would
+    clear a bound so near to 1.
+    """
+    ratio, lo, hi = measured.interval("speedup")
+    if ratio >= least_ratio:
+        return []
+    text = f"slower than {least_ratio:.3f}x the seed (its parent less 2 %): "
+    return [(f"{text}{ratio:.3f} [{lo:.3f}, {hi:.3f}]", least_ratio / ratio - 1)]
+
+
+def _missed(
+    measured: Measurement, required: Sequence[Requirement], guessed: bool
+) -> list[tuple[str, float]]:
+    """Return which requirements were missed, as text, and by what share each.
+
+    A requirement must be met by the whole interval; a prediction may not miss it with all of its
+    own, as the device has the last word.
+    """
+    found = []
+    for one in required:
+        verdict = measured.judge(one)
+        if verdict == "pass" or (guessed and verdict == "undecided"):
+            continue
+        word = "misses" if verdict == "fail" else "does not surely meet"
+        _, lo, hi = measured.interval(one.metric)
+        violation = one.bound / lo - 1 if one.sense == ">=" else hi / one.bound - 1
+        text = f"{word} {one.text}: {interval_text(measured, one.metric)}"
+        found.append((text, min(violation, 1e6)))
+    return found
+
+
+# Selecting and ranking
+
+
+def select(run: Run, step: Step, passed: Sequence[Candidate]) -> list[Candidate]:
+    """Return the candidates to train; the others become trials.
+
+    As `--choose` says where the list is a rule's; a strategy that learns puts its best guess first.
+    """
+    config, how = run.config, f"among the first {run.config.proxied}"
+    if run.strategy.stepwise and config.choose == "spread":
+        how = f"among the {config.proxied} best spread"
+    chosen = selected(run, step.number, passed)
+    for candidate in passed:
+        if candidate not in chosen:
+            reason = f"fast enough, but not {how}"
+            trial = trial_of(run, step.number, candidate, stage="selection", reason=reason)
+            add_trial(run, trial, candidate.arch)
+    run.ledger.write_csv(run.folder.path / "ledger.csv")  # for --status meanwhile
+    return chosen
+
+
+def selected(run: Run, number: int, passed: Sequence[Candidate]) -> list[Candidate]:
+    """Return those that a step trains of the candidates that passed."""
+    config = run.config
+    if not run.strategy.stepwise:
+        return list(passed[: config.proxied])
+    seed = derived_seed(config.random_seed, "spread", number)
+    features = {c.key: features_of(run.family.to_dict(c.arch)) for c in passed}
+    return selection.pick(passed, features, config.proxied, config.choose, random_seed=seed)
+
+
+def features_of(arch: dict[str, Any]) -> tuple[float, ...]:
+    """Return an arch as numbers, one a slot, for distances between candidates."""
+    slots = (value if isinstance(value, list) else [value] for value in arch.values())
+    return tuple(float(v) for values in slots for v in values)
+
+
+def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
+    """Rank the trained candidates, write their trials, and return the best as incumbents.
+
+    Strategies that look inside one band all the time keep incumbents of earlier steps for the same
+    places; one that was trained anew stands by the new training. Returns none when nobody reached
+    the end of the race.
+    """
+    scored = [trial for trial in raced if trial.state != "failed"]
+    for trial in raced:
+        if trial.state == "failed":
+            add_trial(run, trial, step.listed[trial.key].arch)
+    through = {trial.key: trial for trial in scored if trial.stage != "race"}
+    older: dict[str, Incumbent] = {}
+    if scored and not run.strategy.stepwise:
+        beside = (i for i in step.incumbents if i is not step.start)
+        older = {i.key: i for i in beside if i.key not in through}
+    folders = {key: run.trial_folder(trial) for key, trial in through.items()}
+    folders |= {key: incumbent.weights.parent for key, incumbent in older.items()}
+
+    @cache
+    def losses(key: str) -> npt.NDArray[np.float64]:
+        return losses_of(folders[key], run.config.metric)
+
+    order = selection.rank([*through.values(), *older.values()], selection.paired_error(losses))
+    kept = order[: places(run, step.number)]
+    position = {key: at for at, key in enumerate(order)}
+    for trial in sorted(scored, key=lambda t: position.get(t.key, len(order))):
+        arch = step.listed[trial.key].arch
+        if trial.key in position:
+            place = f"rank {position[trial.key] + 1} of {len(order)}"
+            if trial.key in kept:
+                trial = replace(trial, stage="kept", reason=f"kept, {place}")
+            else:
+                best = through[order[0]] if order[0] in through else older[order[0]]
+                behind = (trial.soft_loss or 0.0) - (best.soft_loss or 0.0)
+                trial = replace(trial, reason=f"{place}: {behind:+.4f} nats against rank 1")
+        add_trial(run, trial, arch)
+        if trial.key not in kept:
+            run.folder.drop_weights(run.trial_folder(trial).name)
+    return [
+        older[key]
+        if key in older
+        else run.incumbent(through[key], parent=step.parent_of(step.listed[key]))
+        for key in kept
+    ]
+
+
+def places(run: Run, step: int) -> int:
+    """Return how many candidates of a step go on: the beam, or at least two finalists."""
+    return run.config.beam if step < run.config.steps else max(run.config.beam, 2)
+
+
+# The end of a step
+
+
+def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[StepRow]) -> None:
+    """Add the step to `steps.csv`, redraw `ledger.csv`, log it, and drop weights not needed."""
+    rows = [r for r in run.ledger.rows if r.step == step.number]
+    best = next(r for r in run.ledger.rows if (r.key, r.step) == (kept[0].key, kept[0].step))
+    bounds = step.first_bounds
+    summary = StepRow.of(step.number, bounds, step.contractions, rows, best)
+    steps.append(summary)
+    run.ledger.add_step(summary)
+    run.ledger.write_steps(run.folder.path / "steps.csv")
+    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    run.console.line(
+        f"step {step.number}/{run.config.steps}  band {band_text(bounds.band.lo, bounds.band.hi)}  "
+        f"{step.contractions:,} contractions, {summary.shortlisted} timed, {summary.too_slow} too "
+        f"slow, {summary.scored} scored  ->  {best.label}  {best.params / 1e6:.2f}M  "
+        f"{best.ratio:.2f}x  soft loss {best.soft_loss:.4f} +- {best.soft_loss_se:.4f}  "
+        f"top-1 {best.top1:.1%}"
+    )
+    # The start's weights begin the final training, and are shared through the cache; the last
+    # step's parents begin the second random seed of the finalists.
+    keys = {incumbent.key for incumbent in kept}
+    for old in step.incumbents:
+        if old.key not in keys and old is not step.start and step.number < run.config.steps:
+            run.folder.drop_weights(old.weights.parent.name)
+
+
+def stuck_message(run: Run, step: Step) -> str:
+    """Name the constraint that binds and how far off the nearest candidate was."""
+    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    bounds = step.first_bounds
+    rows = [r for r in run.ledger.rows if r.step == step.number]
+    where = f"stuck at step {step.number} of {run.config.steps}: "
+    band = band_text(bounds.band.lo, bounds.band.hi)
+    if not step.listed:
+        by = binding_count(run, [p.arch for p in step.parents], bounds.band)
+        return (
+            f"{where}the budget of {by} binds: {step.contractions} contractions of the incumbent "
+            f"fall in {band}; widen --params-tolerance, loosen the bound or raise --steps"
+        )
+    slow = [r for r in rows if r.stage == "throughput" and r.state == "pruned"]
+    if slow:
+        nearest = max(slow, key=lambda r: r.ratio or 0.0)
+        need = bounds.describe()
+        if bounds.least_ratio is not None:
+            need = " and ".join(filter(None, (f"{bounds.least_ratio:.3f}x the seed", need)))
+        return (
+            f"{where}throughput binds: {len(slow)} of {len(rows)} candidates in {band} miss "
+            f"{need}; the nearest, {nearest.label}, reached {nearest.ratio:.3f}x "
+            f"({nearest.images_per_s:.1f} images/s): {nearest.reason}"
+        )
+    passed = sum(r.stage != "throughput" for r in rows)
+    last = rows[-1].reason if rows else "no reason recorded"
+    return f"{where}all {passed or len(rows)} candidates in {band} failed, the last: {last}"

@@ -169,7 +169,7 @@ def _bundle(path: Path) -> object:
 
 def _spec() -> Any:
     from nas.data.augment.spec import AugmentSpec
-    from nas.labels.store_spec import StoreSpec
+    from nas.labels.store import StoreSpec
 
     spec = AugmentSpec(img_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     return StoreSpec(
@@ -191,7 +191,7 @@ def _spec() -> Any:
 
 def _manifest_seeds() -> list[bytes]:
     from nas.data.sealed_files import digest_of
-    from nas.labels.store_spec import SCHEMA, identity, library_versions
+    from nas.labels.store import SCHEMA, identity, library_versions
 
     spec, libraries = _spec(), library_versions()
     return both(
@@ -200,7 +200,7 @@ def _manifest_seeds() -> list[bytes]:
             "spec": spec.to_dict(),
             "libraries": libraries,
             "epochs": 1,
-            "piece_records": 512,
+            "shard_records": 512,
             "id": digest_of(identity(spec, libraries)),
             "files": {"keys.bin": "0" * 64},
             "made_by": {},
@@ -209,39 +209,28 @@ def _manifest_seeds() -> list[bytes]:
 
 
 def _manifest(path: Path) -> object:
-    from nas.data.sealed_files import digest_of, write_sealed
-    from nas.labels.store import LabelStore, read_manifest
+    from nas.labels.store import load_store
 
     for name, images in (("keys.bin", 3), ("holdout-keys.bin", 2)):
         (path.parent / name).write_bytes(bytes(16 * images))
-    try:  # sealed as it comes, so that what is behind the seal is read too
-        told = json.loads(path.read_bytes())
-        if isinstance(told, dict):
-            told.pop(SEAL, None)
-            digest_of(told)
-            write_sealed(path, told)
-    except (ValueError, RecursionError):
-        pass
-    return LabelStore(path.parent, read_manifest(path.parent))
+    return load_store(path.parent)
 
 
-def _piece_seeds() -> list[bytes]:
+def _shard_seeds() -> list[bytes]:
     import numpy as np
 
-    from nas.labels.shards import pieces_of
-    from nas.labels.shards import sealed as sealed_piece
+    from nas.labels.store import shards_of, with_checksum
 
-    (piece,) = pieces_of(0, 3, 512)
-    return [sealed_piece(piece, "0" * 32, np.arange(12, dtype=np.uint8).reshape(3, 4))]
+    (shard,) = shards_of(0, 3, 512)
+    return [with_checksum(shard, "0" * 32, np.arange(12, dtype=np.uint8).reshape(3, 4))]
 
 
-def _piece(path: Path) -> object:
-    from nas.labels.shards import map_piece, pieces_of
-    from nas.labels.store import damaged
+def _shard(path: Path) -> object:
+    from nas.labels.store import damaged, map_shard, shards_of
 
-    (piece,) = pieces_of(0, 3, 512)
+    (shard,) = shards_of(0, 3, 512)
     try:
-        return map_piece(path, piece, "0" * 32, 4).copy()
+        return map_shard(path, shard, "0" * 32, 4).copy()
     except (OSError, ValueError) as error:  # as `LabelStore.map` does
         raise damaged(path.parent, error) from None
 
@@ -412,7 +401,7 @@ FILES = (
     Parser("device-table", _device_seeds, file_of("device.csv", _device)),
     Parser("bundle", _bundle_seeds, file_of("networks.json", _bundle)),
     Parser("manifest", _manifest_seeds, file_of("manifest.json", _manifest)),
-    Parser("piece", _piece_seeds, file_of("00000.bin", _piece)),
+    Parser("shard", _shard_seeds, file_of("00000.bin", _shard)),
     Parser("dropped", lambda: [b"key,name\n" + b"0" * 32 + b",'=a.png\n"], _dropped),
     Parser("head-map", lambda: [b"0\n-1\n2\n1\n"], file_of("map.txt", _head_map)),
     Parser(

@@ -9,13 +9,13 @@ import torch
 
 from nas.data import Dataset
 from nas.export.trained_teacher import TeacherInfo
-from nas.labels.build import build_pieces
-from nas.labels.request import LabelRequest, begin_store
+from nas.labels.build import begin_store, build_shards
+from nas.labels.request import LabelRequest
 from nas.labels.store import LabelStore, open_store
 
 
 class Toy:
-    """A linear teacher that counts what it was shown; `fail_after` images it is interrupted."""
+    """A linear teacher that counts its images; after `fail_after` of them it is interrupted."""
 
     def __init__(self, pixels: int, classes: int, fail_after: float = float("inf")) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -36,22 +36,10 @@ def toy_for(dataset: Dataset, classes: int = 10, fail_after: float = float("inf"
 
 def teacher_info(classes: int = 10, **changes: Any) -> TeacherInfo:
     values: dict[str, Any] = {
-        "folder": "",
-        "id": "toy",
-        "digest": "abc",
-        "model": "toy",
-        "kwargs": {},
-        "num_classes": classes,
-        "mean": (0.0,),
-        "std": (1.0,),
-        "input_size": None,
-        "student_mean": (0.0,),
-        "student_std": (1.0,),
-        "epochs": 0,
-        "holdout_top1": 0.0,
-        "holdout_top1_se": 0.0,
-        "holdout_images": 0,
-        "notes": (),
+        **{"folder": "", "id": "toy", "digest": "abc", "model": "toy", "kwargs": {}},
+        **{"num_classes": classes, "mean": (0.0,), "std": (1.0,), "input_size": None},
+        **{"student_mean": (0.0,), "student_std": (1.0,), "epochs": 0, "holdout_top1": 0.0},
+        **{"holdout_top1_se": 0.0, "holdout_images": 0, "notes": ()},
         **changes,
     }
     return TeacherInfo(**values)
@@ -70,15 +58,11 @@ def built(
     folder: Path, dataset: Dataset, dropped: str | None = None, classes: int = 10, **request: Any
 ) -> LabelStore:
     store = begun(folder, dataset, dropped, classes, **request)
-    build_pieces(store, dataset, toy_for(dataset, classes))
+    build_shards(store, dataset, toy_for(dataset, classes))
     return open_store(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a store but hidden ones: locks, and drafts of a builder that was killed."""
-    found = (
-        p
-        for p in sorted(folder.rglob("*"))
-        if p.is_file() and not p.relative_to(folder).as_posix().startswith(".")
-    )
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name[0] != "."}

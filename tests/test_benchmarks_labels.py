@@ -12,7 +12,7 @@ import pytest
 from benchmarks.labels import epoch, storage
 from benchmarks.labels.__main__ import main
 from nas.labels.codec import CODECS, make_codec
-from nas.labels.reader import Replay
+from nas.labels.reader import LabelReader
 
 
 def test_zipf_labels_are_labels() -> None:
@@ -52,7 +52,7 @@ def test_bytes_are_those_of_a_written_store() -> None:
     for name in CODECS:
         found = {row["quantity"]: row["value"] for row in rows if row["name"] == name}
         records = make_codec(name, 10, 100).record_bytes * images * epochs
-        total = records + 16 * images + storage.SEAL_BYTES * epochs
+        total = records + 16 * images + storage.CHECKSUM_BYTES * epochs
         assert found["bytes_a_record"] == pytest.approx(total / (images * epochs), rel=1e-12)
         assert found["share"] == pytest.approx(total / (44 * images * epochs), rel=1e-12)
         assert found["kl_mean"] <= found["kl_p99"] < 1e-3
@@ -100,8 +100,8 @@ def test_both_engines_replay_the_stores(tmp_path: Path) -> None:
     for engine in ("timm", "batched"):
         store = epoch.label_store(tmp_path, dataset, engine, epochs=1)
         assert store.spec.augment.engine == engine
-        batches = epoch.endless(Replay(dataset.train, store, 32, 0))
-        length = len(Replay(dataset.train, store, 32, 0).batches(0))
+        batches = epoch.endless(LabelReader(dataset.train, store, 32, 0))
+        length = len(LabelReader(dataset.train, store, 32, 0).batch_rows(0))
         shapes = [next(batches).inputs.shape[1:] for _ in range(length + 1)]
         assert shapes == [(3, 16, 16)] * (length + 1)
 

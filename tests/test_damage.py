@@ -254,7 +254,7 @@ def of_training(folder: Path) -> list[Case]:
 
 
 def of_cache(folder: Path) -> list[Case]:
-    """A label store of two pieces and a holdout, a teacher."""
+    """A label store of one shard and a holdout, a teacher."""
     dataset = prepare(DataSpec("digits", img_size=16, proxy_images=60), folder / "cache")
     dropped = "key,name\n" + f"{dataset.train.keys[0]},x\n"
     store = built(folder / "store", dataset, dropped, epochs=1).folder
@@ -262,7 +262,7 @@ def of_cache(folder: Path) -> list[Case]:
     def labels() -> Any:
         opened = open_store(store)
         rows = [vars(part[np.arange(len(part))]) for part in (opened.epoch(0), opened.holdout())]
-        keys = opened.keys.raw(slice(None)), opened.holdout_keys.raw(slice(None))
+        keys = opened.keys, opened.holdout_keys
         return [dict(opened.manifest), rows, keys]
 
     teacher = folder / "teacher"

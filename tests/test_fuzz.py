@@ -133,16 +133,11 @@ def test_a_size_that_is_none_is_refused(size: str, tmp_path: Path) -> None:
             parser.read(bad, tmp_path)
 
 
-def test_a_manifest_nested_too_deeply_is_damaged(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nested too deeply"):
-        called("manifest").read(b"[" * 100_000, tmp_path)
-
-
 def test_odd_manifests_are_refused(tmp_path: Path) -> None:
     told = json.loads(called("manifest").seeds()[1])
     for name, values in {
         "epochs": (0, -1, "1", None, 1.5),
-        "piece_records": (0, True, [], 2**40),
+        "shard_records": (0, True, [], 2**40),
         "files": (None, 3, {"../x": ""}, {"keys.bin.": ""}),
         "libraries": (None, []),
         "spec": (None, [], {}),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nas.core.table import Writer, guard, read_table, table_columns, unguard, write_table
 from nas.data import DataSpec, prepare
 from nas.data.augment.presets import preset_spec
-from nas.labels.request import disagreements
+from nas.labels.build import find_contradicted
 from space.errors import InputError
 from tests.test_architecture import modules
 from tests.test_nas_data_folders import tree
@@ -137,7 +137,7 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path: Path, text: str, want: str
         read_table(tmp_path / "absent.csv", Line)
 
 
-def test_names_of_images_and_classes_are_guarded_in_the_table_of_disagreements(
+def test_names_of_images_and_classes_are_guarded_in_the_table_of_find_contradicted(
     tmp_path: Path,
 ) -> None:
     import torch
@@ -148,7 +148,7 @@ def test_names_of_images_and_classes_are_guarded_in_the_table_of_disagreements(
     dataset = prepare(DataSpec(str(root), img_size=16), tmp_path / "cache")
     spec = preset_spec("default", dataset)
     logits = torch.tensor([[30.0, -30.0, 0.0]])
-    table, count = disagreements(dataset, lambda x: logits.repeat(len(x), 1), spec, 0.5)
+    table, count = find_contradicted(dataset, lambda x: logits.repeat(len(x), 1), spec, 0.5)
     rows = list(csv.reader(io.StringIO(table)))
     assert count == len(rows) - 1 > 0
     assert any(cell.startswith(("'@b", "'=cmd")) for row in rows for cell in row)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nas.data import Dataset, DataSpec, prepare
 from nas.distill.jobs import ZeroCostJob, zero_cost
 from nas.distill.zero_cost import ZERO_COST, grad_norm, naswot, snip, synflow, zero_cost_scores
-from nas.labels.reader import Batch, Replay
+from nas.labels.reader import Batch, LabelReader
 from nas.labels.store import LabelStore
 from nas.train.losses import DistillLoss
 from space import Context, get_family
@@ -254,7 +254,7 @@ def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: Label
     assert zero_cost(job, ticks.append) == values
     assert zero_cost(replace(job, random_seed=4), ticks.append) != values
     # The oracle: the batches of a training, joined by hand.
-    batches = list(Replay(dataset.train, store, 24, 3).epoch(0))
+    batches = list(LabelReader(dataset.train, store, 24, 3).epoch(0))
     names = ("inputs", "index", "prob", "tail", "truth", "rows")
     parts = (torch.cat([getattr(b, name) for b in batches])[:24] for name in names)
     arch = FAMILY.arch(ARCH)

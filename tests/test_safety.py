@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.core.io import member, write_json
+from nas.core.io import member, read_json, write_json
 from nas.data import DataSpec, open_dataset, prepare
 from nas.data.cache import hold
 from nas.data.sealed_files import digest_of, read_sealed, write_sealed
@@ -212,9 +212,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_store_names_its_own_three_files_only(name: str, digits: Path, tmp_path: Path) -> None:
     """A merge copies them by name: another one would be written anywhere."""
     folder = built(tmp_path / "store", open_dataset(digits), epochs=1).folder
-    manifest = read_sealed(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json", "a manifest")
     manifest["files"][name] = "0" * 64
-    write_sealed(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest)
     before = sorted(tmp_path.rglob("*"))
     for read in (lambda: open_store(folder), lambda: merge_stores(tmp_path / "all", [folder])):
         with pytest.raises(InputError, match=r"manifest\.json: files: got ") as caught:

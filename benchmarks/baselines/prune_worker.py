@@ -36,7 +36,7 @@ from nas.data.augment.spec import eval_batch
 from nas.distill.student import evaluate, mean_se, proxy_settings
 from nas.export.weights import load_weights, place, save_weights
 from nas.inherit.batchnorm import first_inputs, recalibrate
-from nas.labels.reader import Batch, Replay, holdout_batches
+from nas.labels.reader import Batch, LabelReader, holdout_batches
 from nas.labels.store import LabelStore, open_store
 from nas.measure.throughput import measure
 from nas.train.loop import train
@@ -60,11 +60,11 @@ def seed_network(spec: Mapping[str, Any], weights: bool = True) -> nn.Module:
     return model
 
 
-def replay_of(spec: Mapping[str, Any], random_seed: int) -> Replay:
+def replay_of(spec: Mapping[str, Any], random_seed: int) -> LabelReader:
     """Open the replay that the contracted arch trains on."""
     dataset = open_dataset(Path(spec["dataset"]))
     store = open_store(Path(spec["store"]), use=dataset)
-    return Replay(
+    return LabelReader(
         dataset.train,
         store,
         spec["batch_size"],
@@ -136,7 +136,7 @@ def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
     return {**told, **pace, "loads": loads_in_timm(spec["timm"], state)}
 
 
-def _gradients(model: nn.Module, replay: Replay) -> list[torch.Tensor | None]:
+def _gradients(model: nn.Module, replay: LabelReader) -> list[torch.Tensor | None]:
     """Accumulate the gradients of the training loss over the first batches."""
     loss = DistillLoss()
     model.zero_grad()
@@ -218,7 +218,13 @@ def train_job(spec: Mapping[str, Any], part: Path) -> Values:
 
 
 def train_module(
-    model: nn.Module, replay: Replay, *, epochs: int, batch_size: int, random_seed: int, device: str
+    model: nn.Module,
+    replay: LabelReader,
+    *,
+    epochs: int,
+    batch_size: int,
+    random_seed: int,
+    device: str,
 ) -> Values:
     """Train any network as the proxy trains an arch that inherits, batch norms estimated anew."""
     loss = DistillLoss()

@@ -17,9 +17,9 @@ from nas.core.cpus import read_threads
 from nas.data import Dataset, DataSpec, prepare
 from nas.export.trained_teacher import TeacherInfo
 from nas.export.weights import place
-from nas.labels.build import build_pieces
-from nas.labels.reader import Batch, Replay
-from nas.labels.request import LabelRequest, begin_store
+from nas.labels.build import begin_store, build_shards
+from nas.labels.reader import Batch, LabelReader
+from nas.labels.request import LabelRequest
 from nas.labels.store import LabelStore, open_store
 from nas.measure.intervals import median_interval
 from nas.train.losses import DistillLoss, TeacherTargets
@@ -72,7 +72,7 @@ def label_store(cache: Path, dataset: Dataset, engine: str, epochs: int = 2) -> 
     )
     request = LabelRequest(epochs=epochs, preset="batched" if engine == "batched" else "default")
     store = begin_store(cache / "labels", dataset, info, request, made_by={}, named=False)
-    build_pieces(store, dataset, lambda inputs: inputs.flatten(1) @ weights)
+    build_shards(store, dataset, lambda inputs: inputs.flatten(1) @ weights)
     return open_store(store.folder)
 
 
@@ -114,7 +114,7 @@ class Student:
             self.optimizer.step()
 
 
-def endless(replay: Replay) -> Iterator[Batch]:
+def endless(replay: LabelReader) -> Iterator[Batch]:
     """Replay epoch after epoch."""
     epoch = 0
     while True:
@@ -155,10 +155,10 @@ def compare_engines(
 ) -> list[Row]:
     """Compare replayed with resident batches, both engines."""
     device = given.device
-    resident = next(Replay(dataset.train, stores["timm"], BATCH, 0).epoch(0)).to(device)
+    resident = next(LabelReader(dataset.train, stores["timm"], BATCH, 0).epoch(0)).to(device)
     own = {n: Student(student, dataset, device) for n in ("resident", "bare", "timm", "batched")}
     batches = {
-        e: endless(Replay(dataset.train, stores[e], BATCH, 0, device=device)) for e in stores
+        e: endless(LabelReader(dataset.train, stores[e], BATCH, 0, device=device)) for e in stores
     }
     ways: dict[str, Step] = {
         "resident": lambda: own["resident"].step(resident),
@@ -183,7 +183,7 @@ def way_of(
 ) -> Step:
     """Return the step of one way: augmentation in all, the teacher's pass where it runs."""
     own = Student(student, dataset, device)
-    batches = endless(Replay(dataset.train, store, BATCH, 0, device=device))
+    batches = endless(LabelReader(dataset.train, store, BATCH, 0, device=device))
     if name != "online":
         return lambda: own.step(next(batches), hard=name == "none")
     net = network(teacher, dataset, device).eval()

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.estimates import check_at_least
 from nas.core.io import write_atomic
 from nas.labels.codec import CODECS, Codec, make_codec
-from nas.labels.shards import MAX_RECORDS, SEAL_BYTES
-from nas.labels.store import open_store
+from nas.labels.store import CHECKSUM_BYTES, MAX_RECORDS, open_store
 from nas.measure.intervals import MIN_BLOCKS, median_interval
 
 Row = dict[str, Any]
@@ -88,7 +87,7 @@ def measure_bytes(
     for name in CODECS:
         codec = make_codec(name, topk, num_classes)
         lost = divergences(exact, codec.decode(codec.encode(*exact)))
-        size = codec.record_bytes + SEAL_BYTES / MAX_RECORDS + KEY_BYTES / epochs
+        size = codec.record_bytes + CHECKSUM_BYTES / MAX_RECORDS + KEY_BYTES / epochs
         found = {
             "bytes_a_record": size,
             "share": size / official_bytes(topk),

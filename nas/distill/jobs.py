@@ -25,7 +25,7 @@ from space.errors import refuse
 
 if TYPE_CHECKING:
     from nas.distill.student import Evaluation, ParentNetwork
-    from nas.labels.reader import Batch, Replay
+    from nas.labels.reader import Batch, LabelReader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class TrainJob(StudentJob):
 
     `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. `rung` stops after so many of
     the `epochs`; `continue_from` goes on from an earlier rung. `images` trains on a fixed subset
-    of that size. `beyond` and `label_epochs` are those of `nas.labels.reader.Replay`.
+    of that size. `beyond` and `label_epochs` are those of `nas.labels.reader.LabelReader`.
     `hard_weight` is the share of the loss that goes by true labels; `distill` other than `sparse`
     is a `nas.train.losses.DistillLoss`. With `checkpoint` a killed training goes on at its last
     epoch. The folder `out` may be `shared` by several runs.
@@ -353,7 +353,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     from nas.distill.student import evaluate, start_model
     from nas.export.weights import place
     from nas.inherit.batchnorm import first_inputs
-    from nas.labels.reader import Replay, holdout_batches
+    from nas.labels.reader import LabelReader, holdout_batches
     from nas.labels.store import open_store
 
     started = time.monotonic()
@@ -364,7 +364,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     store = open_store(job.store, use=dataset)
     inputs = None
     if job.recalibrate:
-        replay = Replay(
+        replay = LabelReader(
             dataset.train,
             store,
             job.batch_size,
@@ -417,14 +417,14 @@ def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
     """
     from nas.data import open_dataset
     from nas.distill.zero_cost import zero_cost_scores
-    from nas.labels.reader import Replay
+    from nas.labels.reader import LabelReader
     from nas.labels.store import open_store
 
     if job.images < 2:
         raise refuse("images", job.images, "an integer >= 2 (images are compared)")
     family, dataset = get_family(job.family), open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    replay = Replay(
+    replay = LabelReader(
         dataset.train,
         store,
         job.batch_size,
@@ -445,7 +445,7 @@ def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
     return {**scores, "images": len(batch.rows)}
 
 
-def _first_images(replay: Replay, images: int) -> Batch:
+def _first_images(replay: LabelReader, images: int) -> Batch:
     """Join the first batches until they hold `images` images."""
     import torch
 

@@ -22,7 +22,7 @@ from nas.data.dataset import subset_by_key
 from nas.export.weights import load_into, load_weights, place, save_weights
 from nas.inherit.batchnorm import first_inputs, recalibrate
 from nas.inherit.slice import inherit
-from nas.labels.reader import Batch, Replay, holdout_batches
+from nas.labels.reader import Batch, LabelReader, holdout_batches
 from nas.labels.store import LabelStore
 from nas.train.loop import TrainSettings, train
 from nas.train.losses import (
@@ -119,7 +119,7 @@ class StudentTraining:
     norms behind a change see the first batches before. Epoch e trains on the store's epoch
     `first_epoch` + e, so that all candidates see the same batches. `images` takes a seeded subset
     of the training images. `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) are those of
-    `Replay`. The score is the plain cross-entropy, whatever `loss` trains; one that teaches a
+    `LabelReader`. The score is the plain cross-entropy, whatever `loss` trains; one that teaches a
     distillation token teaches the one head of a net without.
     """
 
@@ -158,7 +158,7 @@ def train_and_score(
     """
     started = time.perf_counter()
     loss, device, settings = training.loss, training.device, training.settings
-    replay = Replay(
+    replay = LabelReader(
         dataset.train,
         store,
         settings.batch_size,

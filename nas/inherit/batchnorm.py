@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.export.weights import drop_stale_caches, place
-from nas.labels.reader import Replay
+from nas.labels.reader import LabelReader
 from space.family import Slice
 
 BATCHES = 8
@@ -130,7 +130,7 @@ def _place(dropped: str, keys: Sequence[str]) -> int:
     return 0
 
 
-def first_inputs(replay: Replay, epoch: int, count: int = BATCHES) -> Iterator[torch.Tensor]:
+def first_inputs(replay: LabelReader, epoch: int, count: int = BATCHES) -> Iterator[torch.Tensor]:
     """Give the inputs of an epoch's first batches, one by one, without labels or loaders."""
-    for rows in replay.batches(epoch)[:count]:
+    for rows in replay.batch_rows(epoch)[:count]:
         yield replay.inputs(epoch, rows)

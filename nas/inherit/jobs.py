@@ -69,7 +69,7 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     from nas.data.dataset import subset_by_key
     from nas.export.weights import load_into, load_weights, place
     from nas.inherit.importance import rank_blocks, rank_units
-    from nas.labels.reader import Batch, Replay
+    from nas.labels.reader import Batch, LabelReader
     from nas.labels.store import open_store
     from nas.train.losses import sparse_soft_cross_entropy
 
@@ -77,7 +77,7 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     arch, criterion, device = family.arch(job.arch), job.criterion, job.device
     dataset = open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    replay = Replay(
+    replay = LabelReader(
         dataset.train,
         store,
         job.batch_size,

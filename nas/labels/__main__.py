@@ -112,7 +112,7 @@ def build_parser() -> Parser:
         "--part",
         default="1/1",
         metavar="I/N",
-        help="make every N-th piece: one of N machines (see merge)",
+        help="build every N-th shard: one of N machines (see merge)",
     )
     make.add_argument("--threads", type=int, help="torch's, a process; part of the store")
     make.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -205,7 +205,7 @@ def _verify(arguments: argparse.Namespace, console: Console) -> int:
 
 def _merge(arguments: argparse.Namespace, console: Console) -> int:
     made = merge(arguments.store, arguments.parts, console=console)
-    console.line(f"{arguments.store}: {made['missing']} pieces missing")
+    console.line(f"{arguments.store}: {made['missing']} shards missing")
     return _end(arguments, made)
 
 

@@ -25,7 +25,7 @@ Teach = Callable[..., Mapping[str, Any]]
 """Has the teacher of a data set made: `nas.distill.jobs.teach`, which lies on a higher layer."""
 
 RETRIES = 2
-"""How often a process that died goes on with its pieces."""
+"""How often a process that died goes on with its shards."""
 
 
 def build(
@@ -62,7 +62,7 @@ def build(
     `teach` has the teacher made (`nas.distill.jobs.teach`). `data`, `teacher` and the sizes are as
     in `nas.contract`; `augment` names a preset whose fields `changes` overrides; `limit` labels so
     many images; `clean` drops images on which teacher and label disagree; `part` (i, n) makes every
-    n-th piece only, for n machines; `means` may name a cluster, and `processes` is how many parts
+    n-th shard only, for n machines; `means` may name a cluster, and `processes` is how many parts
     are made there. Returns the store's `folder`, `id`,
     `records`, `bytes_per_record` and more. A killed build goes on where it stopped. Raises
     InputError.
@@ -135,7 +135,7 @@ def build(
                     made_by=made_by,
                     part=each,
                 )
-                if left["pieces"]:
+                if left["shards"]:
                     open_parts.append(each)
             with make_executor(means, threads=threads, device=device) as cluster:
                 _make(begun, dataset, info, open_parts, device, cluster, console)
@@ -169,8 +169,8 @@ def _announce(begun: Mapping[str, Any], console: Console) -> None:
         f"record: {begun['total_bytes'] / 1e6:,.1f} MB in {begun['folder']}"
     )
     console.line(
-        f"labels: {begun['pieces']} pieces with {begun['records']:,} records "
-        f"({begun['bytes'] / 1e6:,.1f} MB) are still to be made"
+        f"labels: {begun['shards']} shards with {begun['records']:,} records "
+        f"({begun['bytes'] / 1e6:,.1f} MB) are still to be built"
     )
 
 
@@ -183,7 +183,7 @@ def _make(
     executor: Executor,
     console: Console,
 ) -> None:
-    """Make the pieces side by side."""
+    """Build the shards side by side."""
     jobs = [labelling.build_job(begun, dataset, info, part=one, device=device) for one in parts]
     console.start(sum(job.units for job in jobs), unit="images")
     try:
@@ -291,9 +291,9 @@ def _ask(
 def merge(
     store: str | Path, parts: Sequence[str | Path], *, console: Console | None = None
 ) -> Mapping[str, Any]:
-    """Copy the pieces that several machines made into one store. Raises InputError.
+    """Copy the shards that several machines built into one store. Raises InputError.
 
-    Returns its `id` and how many pieces are still `missing`.
+    Returns its `id` and how many shards are still `missing`.
     """
     job = MergeLabelsJob(store=Path(store), parts=tuple(Path(part) for part in parts))
     with LocalExecutor(threads=1) as worker:

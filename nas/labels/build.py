@@ -1,12 +1,13 @@
-"""Building a label store: disjoint pieces, by one process or many, that nobody makes twice."""
+"""Builds a label store: disjoint shards, by one process or many, each shard once."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,170 +16,224 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from nas.core.io import remove_leftovers, write_atomic
+from nas.core.io import remove_leftovers, write_atomic, write_json
 from nas.core.progress import Tick, no_tick
+from nas.core.table import Writer
 from nas.data import Dataset, Split
-from nas.data.augment.spec import eval_batch
+from nas.data.augment.presets import preset_spec
+from nas.data.augment.spec import AugmentSpec, eval_batch
 from nas.data.augment.views import Plan, Views, make_augmenter, make_plan
-from nas.data.sealed_files import file_sha256, write_sealed
-from nas.labels.keys import StoredKeys, find_rows, keys_digest, raw_keys, sorted_planes, write_keys
-from nas.labels.shards import HOLDOUT_EPOCH, SEAL_BYTES, Piece, map_piece, piece_records, sealed
-from nas.labels.soft_labels import top_labels
-from nas.labels.store import DROPPED, HOLDOUT_KEYS, KEYS, MANIFEST, LabelStore, read_manifest
-from nas.labels.store_spec import (
+from nas.data.sealed_files import digest_of, file_sha256
+from nas.export.trained_teacher import TeacherInfo
+from nas.labels.codec import make_codec, top_labels
+from nas.labels.request import LabelRequest, default_topk
+from nas.labels.store import (
+    CHECKSUM_BYTES,
+    DROPPED,
+    HOLDOUT_EPOCH,
+    HOLDOUT_KEYS,
+    KEYS,
+    MANIFEST,
     SCHEMA,
     TEACHER_BATCH,
     TEMPERATURE,
+    Keys,
+    LabelStore,
+    Rows,
+    Shard,
     StoreSpec,
+    check_same,
+    find_rows,
     identity,
+    key_array,
+    keys_digest,
     library_versions,
-    refuse_other,
-    store_id,
+    load_store,
+    read_dropped,
+    records_per_shard,
+    with_checksum,
 )
 from space.errors import refuse
 
 TeacherLogits = Callable[[torch.Tensor], torch.Tensor]
+"""Takes normalised inputs [B, 3, S, S] and gives logits [B, C]."""
+DROPPED_COLUMNS = ("key", "name", "label", "teacher_label", "label_prob", "teacher_prob")
 _SPARE_BYTES = 64 << 20
 """Left free on the disk, for the manifest, other writers and the file system itself."""
 
 
 @dataclass(frozen=True)
-class Need:
-    """What is still to be made of a store: pieces, records and bytes; `total_bytes` in all."""
+class BuildStatus:
+    """The shards, records and bytes of a store that are still to be built; `total_bytes` in all."""
 
-    pieces: int
+    shards: int
     records: int
     bytes: int
     total_bytes: int
 
 
-def labelled_keys(split: Split, limit: int | None, dropped: frozenset[str]) -> NDArray[np.uint64]:
-    """Choose which images of a split get labels, as sorted planes of keys.
-
-    All but the `dropped` ones, or the first `limit` by key, which is a hash: a random subset.
-    """
-    raw = raw_keys(split.keys)
-    if dropped:
-        gone = raw_keys(sorted(dropped))
-        rows = {bytes(row) for row in gone}
-        raw = raw[[bytes(row) not in rows for row in raw]]
-    planes = sorted_planes(raw)
-    return planes if limit is None else np.ascontiguousarray(planes[:, :limit])
+def resolve_augment(request: LabelRequest, dataset: Dataset) -> AugmentSpec:
+    """Return the augmentation of a request. Raises InputError."""
+    spec = preset_spec(request.preset, dataset)
+    unknown = set(request.changes) - {f.name for f in fields(AugmentSpec)}
+    if unknown:
+        raise refuse("augmentation", ", ".join(sorted(unknown)), "fields of an augmentation")
+    changes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in request.changes.items()
+    }
+    return replace(spec, **changes)
 
 
-def start_store(
-    folder: Path,
-    spec: StoreSpec,
-    epochs: int,
-    train: NDArray[np.uint64],
-    holdout: NDArray[np.uint64],
+def check_request(request: LabelRequest, dataset: Dataset) -> None:
+    """Reject what can be rejected before there is a teacher, whose training may take long."""
+    resolve_augment(request, dataset)
+    if request.clean is not None and not dataset.labelled:
+        raise refuse("--clean", "images without labels", "labels that a teacher can contradict")
+    if dataset.labelled:
+        classes = dataset.num_classes
+        make_codec(request.codec, request.topk or default_topk(classes), classes)
+
+
+def begin_store(
+    place: Path,
+    dataset: Dataset,
+    info: TeacherInfo,
+    request: LabelRequest,
+    *,
     made_by: Mapping[str, Any],
+    named: bool,
     dropped: str | None = None,
-    dataset_fingerprint: str = "",
 ) -> LabelStore:
-    """Write a store's manifest and key tables, or check that they are there and the same.
+    """Write the manifest and key tables of a store, or find it begun; shards are built later.
 
-    `train` and `holdout` are the keys whose hashes `spec` quotes; `made_by` says in plain JSON what
-    to ask for the same data and teacher again; `dropped` is the content of `dropped.csv`, and
-    `dataset_fingerprint` tells of the whole data set. A store that is there grows to `epochs` if it
-    has fewer. Safe in several processes at once. Raises InputError for a folder that holds another
-    store.
+    `place` is the store's folder if the user `named` it, else the folder of stores, where it gets
+    its id for a name. `made_by` is plain JSON by which the same data and teacher are found again,
+    `dropped` the table that `find_contradicted` returns. A store that is there grows to the epochs
+    of the request if it has fewer. Safe in several processes at once. Raises InputError, also for a
+    folder that holds another store.
     """
-    assert spec.train_keys == keys_digest(train), "the keys of another store"
-    assert spec.holdout_keys == keys_digest(holdout), "the holdout of another store"
-    if epochs < 1:
-        raise refuse("label epochs", epochs, "an integer >= 1")
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            remove_leftovers(folder)
-            told = {"dataset_fingerprint": dataset_fingerprint, "made_by": dict(made_by)}
-            manifest = _manifest(folder, spec, epochs, told)
-            if manifest is not None:
-                write_keys(folder / KEYS, train)
-                write_keys(folder / HOLDOUT_KEYS, holdout)
-                files = [KEYS, HOLDOUT_KEYS]
-                if dropped is not None:
-                    write_atomic(folder / DROPPED, dropped.encode())
-                    files.append(DROPPED)
-                manifest["files"] = {name: file_sha256(folder / name) for name in files}
-                write_sealed(folder / MANIFEST, manifest)
-    except OSError as error:
-        raise refuse("label store", f"{folder} ({error})", "a folder with room to write") from error
-    return LabelStore(folder, read_manifest(folder))
-
-
-def _manifest(
-    folder: Path, spec: StoreSpec, epochs: int, told: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Give the manifest that is to be written, or None if the one there serves."""
+    train = np.sort(key_array(dataset.train.keys))
+    if dropped:
+        train = train[~np.isin(train, key_array(sorted(read_dropped(dropped.encode()))))]
+    train = train[: request.limit]  # keys are hashes: the first are a random subset
+    if not len(train):
+        raise refuse(
+            "--clean",
+            "no image left",
+            "images on which teacher and label agree",
+            "lower --clean, or take a better --teacher",
+        )
+    holdout = np.sort(key_array(dataset.holdout.keys))
+    spec = StoreSpec(
+        topk=default_topk(info.num_classes) if request.topk is None else request.topk,
+        augment=resolve_augment(request, dataset),
+        salt=request.salt,
+        codec=request.codec,
+        preparation=dataset.preparation,
+        train_keys=keys_digest(train),
+        train_images=len(train),
+        holdout_keys=keys_digest(holdout),
+        holdout_images=len(holdout),
+        teacher_id=info.id,
+        teacher_hash=info.digest,
+        num_classes=info.num_classes,
+        threads=request.threads,
+        device=request.device.split(":")[0],
+        precision=request.precision,
+    )
     libraries = library_versions()
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder)
-        have = identity(StoreSpec.from_dict(manifest["spec"]), manifest["libraries"])
-        refuse_other(folder, have, identity(spec, libraries))
-        return None if manifest["epochs"] >= epochs else {**manifest, "epochs": epochs}
-    return {
+    manifest = {
         "schema": SCHEMA,
-        "id": store_id(spec),
+        "id": digest_of(identity(spec, libraries)),
         "spec": spec.to_dict(),
         "libraries": libraries,
         "teacher_batch": TEACHER_BATCH,
         "temperature": TEMPERATURE,
-        "resolution": spec.augment.img_size,
-        "epochs": epochs,
-        "piece_records": piece_records(spec.train_images),
-        **told,
+        "epochs": request.epochs,
+        "shard_records": records_per_shard(spec.train_images),
+        "dataset_fingerprint": dataset.fingerprint,
+        "made_by": dict(made_by),
     }
+    folder = place if named else place / str(manifest["id"])
+    tables = {KEYS: train.tobytes(), HOLDOUT_KEYS: holdout.tobytes()}
+    if dropped is not None:
+        tables[DROPPED] = dropped.encode()
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            remove_leftovers(folder)
+            if (folder / MANIFEST).exists():
+                store = load_store(folder)
+                check_same(folder, store.identity, identity(spec, libraries))
+                if store.epochs < request.epochs:
+                    write_json(folder / MANIFEST, {**store.manifest, "epochs": request.epochs})
+            else:
+                for name, data in tables.items():
+                    write_atomic(folder / name, data)
+                files = {name: file_sha256(folder / name) for name in tables}
+                write_json(folder / MANIFEST, {**manifest, "files": files})
+    return load_store(folder)
 
 
-def all_pieces(store: LabelStore) -> list[Piece]:
-    """List a store's pieces in the order in which they are made: the holdout first."""
-    every = (HOLDOUT_EPOCH, *range(store.epochs))
-    return [piece for epoch in every for piece in store.pieces(epoch)]
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn an error of the disk into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise refuse(
+            "label store",
+            f"{folder} ({error})",
+            "a folder with room to write",
+            "what is finished is kept; build again to go on",
+        ) from error
 
 
-def own_pieces(store: LabelStore, part: tuple[int, int]) -> list[Piece]:
-    """List the pieces of one part of a building: `(i, n)` is part i of n, 1 <= i <= n."""
+def shards_of_part(store: LabelStore, part: tuple[int, int]) -> list[Shard]:
+    """List the shards of one part of a build: `(i, n)` is part i of n, 1 <= i <= n."""
     at, parts = part
     if not 1 <= at <= parts:
         raise refuse("--part", f"{at}/{parts}", "I/N with 1 <= I <= N, such as 2/3")
-    return all_pieces(store)[at - 1 :: parts]
+    return store.all_shards()[at - 1 :: parts]
 
 
-def is_made(store: LabelStore, piece: Piece) -> bool:
-    """Tell whether a piece is there and this store's, going by its length and seal."""
+def _size(store: LabelStore, shard: Shard) -> int:
+    return shard.count * store.codec.record_bytes + CHECKSUM_BYTES
+
+
+def _is_built(store: LabelStore, shard: Shard) -> bool:
+    """Return whether a shard is there, by its length: a shard is renamed into place whole."""
     try:
-        map_piece(store.folder / piece.name, piece, store.id, store.codec.record_bytes, check=False)
-    except (OSError, ValueError):
+        return (store.folder / shard.name).stat().st_size == _size(store, shard)
+    except OSError:
         return False
-    return True
 
 
-def need(store: LabelStore, part: tuple[int, int] = (1, 1)) -> Need:
-    """Say what is still to be made of a part."""
-    width = store.codec.record_bytes
-    missing = [piece for piece in own_pieces(store, part) if not is_made(store, piece)]
-    size = sum(piece.count * width + SEAL_BYTES for piece in missing)
-    total = sum(piece.count * width + SEAL_BYTES for piece in all_pieces(store))
-    total += 16 * (len(store.keys) + len(store.holdout_keys))
-    return Need(len(missing), sum(piece.count for piece in missing), size, total)
+def build_status(store: LabelStore, part: tuple[int, int] = (1, 1)) -> BuildStatus:
+    """Count what is still to be built of a part."""
+    missing = [shard for shard in shards_of_part(store, part) if not _is_built(store, shard)]
+    total = sum(_size(store, shard) for shard in store.all_shards())
+    return BuildStatus(
+        len(missing),
+        sum(shard.count for shard in missing),
+        sum(_size(store, shard) for shard in missing),
+        total + 16 * (len(store.keys) + len(store.holdout_keys)),
+    )
 
 
-def refuse_if_full(store: LabelStore, wanted: Need) -> None:
-    """Refuse to begin what will not fit on the disk. Raises InputError."""
+def check_room(store: LabelStore, status: BuildStatus) -> None:
+    """Reject a build that does not fit on the disk. Raises InputError."""
     free = shutil.disk_usage(store.folder).free
-    if wanted.bytes + _SPARE_BYTES > free:
+    if status.bytes + _SPARE_BYTES > free:
         raise refuse(
             f"label store {store.folder}",
             f"{free / 1e9:.2f} GB free on its disk",
-            f"{(wanted.bytes + _SPARE_BYTES) / 1e9:.2f} GB",
+            f"{(status.bytes + _SPARE_BYTES) / 1e9:.2f} GB",
             "free some, choose another folder, or ask for fewer --epochs or a smaller --topk",
         )
 
 
-def build_pieces(
+def build_shards(
     store: LabelStore,
     dataset: Dataset,
     teacher_logits: TeacherLogits,
@@ -188,52 +243,38 @@ def build_pieces(
     device: str = "cpu",
     tick: Tick = no_tick,
 ) -> None:
-    """Make the pieces of one part of a store that are missing.
+    """Build the missing shards of one part of a store.
 
-    `teacher_logits` takes normalised inputs [B, 3, S, S] and gives logits [B, C]. A piece is a
-    function of the store's specification alone and is put in place whole: a killed build goes on
-    with the pieces that are missing, and parts may be made by processes or machines that share
+    A shard follows from the store's specification alone and is put in place whole: a killed build
+    goes on with the missing shards, and parts may be built by processes or machines that share
     nothing (`merge_stores`). `batch_size` bounds the images held at a time, in whole batches of the
-    teacher, and changes no label. `tick` counts images, those of finished pieces too. Raises
+    teacher, and changes no label. `tick` counts images, those of finished shards too. Raises
     InputError.
     """
-    todo = own_pieces(store, part)
-    aside = store.folder / f".part-{part[0]}-{part[1]}"
-    try:
-        _remove_abandoned(store.folder)
-        aside.mkdir(exist_ok=True)
-        with FileLock(aside / "lock"):
-            refuse_if_full(store, need(store, part))
-            aside.mkdir(exist_ok=True)
-            remove_leftovers(aside)  # of a killed builder: the lock is ours
-            maker = _Maker(store, dataset, teacher_logits, batch_size, device)
-            for piece in todo:
-                if is_made(store, piece):
-                    tick(float(piece.count))
-                    continue
-                data = maker.make(piece, tick)
-                _put(store.folder / piece.name, data, aside)
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise refuse(
-            "label store",
-            f"{store.folder} ({error})",
-            "a folder with room to write",
-            "what is finished is kept; build again to go on",
-        ) from error
+    shards = shards_of_part(store, part)
+    drafts = store.folder / f".part-{part[0]}-{part[1]}"
+    with _writing(store.folder):
+        for folder in store.folder.glob(".part-*"):  # of killed builders: their locks are free
+            with contextlib.suppress(OSError, Timeout), FileLock(folder / "lock", timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        drafts.mkdir(exist_ok=True)
+        with FileLock(drafts / "lock"):
+            check_room(store, build_status(store, part))
+            drafts.mkdir(exist_ok=True)
+            remove_leftovers(drafts)
+            builder = _ShardBuilder(store, dataset, teacher_logits, batch_size, device)
+            for shard in shards:
+                if _is_built(store, shard):
+                    tick(float(shard.count))
+                else:
+                    _put(store.folder / shard.name, builder.build(shard, tick), drafts)
+            shutil.rmtree(drafts, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove the drafts of builders that were killed: nobody holds their lock."""
-    for aside in folder.glob(".part-*"):
-        with contextlib.suppress(OSError, Timeout), FileLock(aside / "lock", timeout=0):
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _put(path: Path, data: bytes, aside: Path) -> None:
-    """Write a piece aside, where only its own part cleans up, and rename it into place."""
+def _put(path: Path, data: bytes, drafts: Path) -> None:
+    """Write a shard among the drafts of its builder and rename it into place."""
     path.parent.mkdir(exist_ok=True)
-    draft = aside / path.name
+    draft = drafts / path.name
     try:
         write_atomic(draft, data)
         os.replace(draft, path)
@@ -241,8 +282,8 @@ def _put(path: Path, data: bytes, aside: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-class _Maker:
-    """Makes pieces: views of the images, the teacher's logits, encoded records."""
+class _ShardBuilder:
+    """Builds shards: views of the images, the teacher's logits, encoded records."""
 
     def __init__(
         self,
@@ -261,18 +302,17 @@ class _Maker:
         self._views = Views(dataset.train.pixels, augmenter, store.spec.augment)
         self._planned: tuple[int, Plan] | None = None
 
-    def make(self, piece: Piece, tick: Tick) -> bytes:
-        """Label a piece's images; the bytes of its file."""
+    def build(self, shard: Shard, tick: Tick) -> bytes:
+        """Label a shard's images and return the bytes of its file."""
         spec = self._store.spec
-        records = np.empty((piece.count, self._store.codec.record_bytes), dtype=np.uint8)
-        plan = None if piece.epoch == HOLDOUT_EPOCH else self._plan(piece.epoch)
-        for part in _slices(piece.count, self._held):
-            at = np.arange(piece.start + part.start, piece.start + part.stop)
-            if plan is None:
-                pixels = self._holdout.pixels[self._holdout_rows[at]]
-                inputs = eval_batch(pixels, spec.augment)
+        records = np.empty((shard.count, self._store.codec.record_bytes), dtype=np.uint8)
+        for start in range(0, shard.count, self._held):
+            part = slice(start, min(shard.count, start + self._held))
+            at = np.arange(shard.start + part.start, shard.start + part.stop)
+            if shard.epoch == HOLDOUT_EPOCH:
+                inputs = eval_batch(self._holdout.pixels[self._holdout_rows[at]], spec.augment)
             else:
-                inputs = self._views.inputs(plan.of(at))
+                inputs = self._views.inputs(self._plan(shard.epoch).of(at))
             with torch.no_grad():
                 groups = torch.split(inputs, TEACHER_BATCH)
                 logits = torch.cat([self._logits(group) for group in groups])
@@ -281,71 +321,125 @@ class _Maker:
             labels = top_labels(logits, spec.topk)
             records[part] = self._store.codec.encode(labels.index, labels.prob, labels.tail)
             tick(float(len(at)))
-        return sealed(piece, self._store.id, records)
+        return with_checksum(shard, self._store.id, records)
 
     def _plan(self, epoch: int) -> Plan:
         if self._planned is None or self._planned[0] != epoch:
-            made = make_plan(self._store.codes(epoch), self._rows, self._store.spec.augment)
-            self._planned = (epoch, made)
+            plan = make_plan(self._store.codes(epoch), self._rows, self._store.spec.augment)
+            self._planned = (epoch, plan)
         return self._planned[1]
 
 
-def _rows_of(split: Split, keys: StoredKeys, store: LabelStore) -> NDArray[np.int64]:
+def _rows_of(split: Split, keys: Keys, store: LabelStore) -> Rows:
     """Find a store's images in a split: rows int64, in the order of the store's keys."""
-    rows = find_rows(raw_keys(split.keys), keys.raw(slice(None)))
-    if (rows < 0).any():
+    there = key_array(split.keys)
+    order = np.argsort(there, kind="stable")
+    at = find_rows(there[order], keys)
+    if (at < 0).any():
         raise refuse(
             f"label store {store.folder}",
-            f"{int((rows < 0).sum())} images that are not in the data",
+            f"{int((at < 0).sum())} images that are not in the data",
             "the data that it was begun with",
             "restore them, or build another store",
         )
-    return rows
-
-
-def _slices(n: int, size: int) -> Iterator[slice]:
-    for start in range(0, n, size):
-        yield slice(start, min(n, start + size))
+    return order[at]
 
 
 def merge_stores(folder: Path, parts: Sequence[Path], tick: Tick = no_tick) -> LabelStore:
-    """Copy the pieces that other machines made into one store; every piece is checked first.
+    """Copy the shards that other machines built into one store; every shard is checked first.
 
-    All must be parts of the same store. `tick` counts pieces. Raises InputError.
+    All must be parts of the same store. `tick` counts shards. Raises InputError.
     """
-    first = read_manifest(Path(parts[0]))
-    folder, epochs = Path(folder), first["epochs"]
-    for part in [Path(p) for p in parts] + ([folder] if (folder / MANIFEST).exists() else []):
-        manifest = read_manifest(part)
-        refuse_other(
-            part,
-            identity(StoreSpec.from_dict(manifest["spec"]), manifest["libraries"]),
-            identity(StoreSpec.from_dict(first["spec"]), first["libraries"]),
-        )
-        epochs = max(epochs, manifest["epochs"])
-    try:
+    folder = Path(folder)
+    sources = [load_store(Path(part)) for part in parts]
+    first, same = sources[0], [load_store(folder)] if (folder / MANIFEST).exists() else []
+    for store in [*sources, *same]:
+        check_same(store.folder, store.identity, first.identity)
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
             remove_leftovers(folder)
-            for name in first["files"]:
-                write_atomic(folder / name, (Path(parts[0]) / name).read_bytes())
-            write_sealed(folder / MANIFEST, {**first, "epochs": epochs})
-            store = LabelStore(folder, read_manifest(folder))
-            for part in map(Path, parts):
-                _copy_pieces(LabelStore(part, read_manifest(part)), store, tick)
-    except OSError as error:
-        raise refuse("label store", f"{folder} ({error})", "a folder with room to write") from error
-    return store
+            for name in first.manifest["files"]:
+                write_atomic(folder / name, (first.folder / name).read_bytes())
+            epochs = max(store.epochs for store in [*sources, *same])
+            write_json(folder / MANIFEST, {**first.manifest, "epochs": epochs})
+            merged = load_store(folder)
+            drafts = folder / ".merge"
+            drafts.mkdir(exist_ok=True)
+            remove_leftovers(drafts)
+            for source in sources:
+                for shard in source.all_shards():
+                    path = source.folder / shard.name
+                    if path.is_file() and not _is_built(merged, shard):
+                        source.map(shard)
+                        _put(folder / shard.name, path.read_bytes(), drafts)
+                    tick(1.0)
+            shutil.rmtree(drafts, ignore_errors=True)
+    return merged
 
 
-def _copy_pieces(source: LabelStore, store: LabelStore, tick: Tick) -> None:
-    """Copy what one store has and the other lacks, checking it first."""
-    aside = store.folder / ".merge"
-    aside.mkdir(exist_ok=True)
-    remove_leftovers(aside)
-    for piece in all_pieces(source):
-        if (source.folder / piece.name).is_file() and not is_made(store, piece):
-            source.map(piece)
-            _put(store.folder / piece.name, (source.folder / piece.name).read_bytes(), aside)
-        tick(1.0)
-    shutil.rmtree(aside, ignore_errors=True)
+def find_contradicted(
+    dataset: Dataset,
+    logits: TeacherLogits,
+    augment: AugmentSpec,
+    ratio: float,
+    tick: Tick = no_tick,
+) -> tuple[str, int]:
+    """List the training images whose given class gets less than `ratio` of the probability of the
+    teacher's best, on evaluation inputs.
+
+    Returns a CSV table (`DROPPED_COLUMNS`, worst first) and its number of rows. The authors of
+    TinyViT cleaned ImageNet-22k in this manner. Raises InputError without ground truth.
+    """
+    split = dataset.train
+    if not dataset.labelled:
+        raise refuse("--clean", "images without labels", "labels that a teacher can contradict")
+    found = []
+    for rows, outputs in _evaluated(split, logits, augment, tick):
+        probs = outputs.double().softmax(1).numpy()
+        given = np.asarray(split.labels[rows])
+        mine, best = probs[np.arange(len(rows)), given], probs.max(1)
+        for at in np.flatnonzero(mine < ratio * best):
+            row = int(rows[at])
+            found.append(
+                (
+                    float(mine[at] / best[at]),
+                    split.keys[row],
+                    split.names[row] if len(split.names) else "",
+                    dataset.classes[given[at]],
+                    dataset.classes[int(probs[at].argmax())],
+                    f"{mine[at]:.6g}",
+                    f"{best[at]:.6g}",
+                )
+            )
+    table = io.StringIO()
+    writer = Writer(table)
+    writer.writerow(DROPPED_COLUMNS)
+    writer.writerows(row[1:] for row in sorted(found))
+    return table.getvalue(), len(found)
+
+
+def teacher_classes(
+    dataset: Dataset, logits: TeacherLogits, augment: AugmentSpec, tick: Tick = no_tick
+) -> dict[str, NDArray[np.int64]]:
+    """Return the teacher's best class of every image, on evaluation inputs: side -> int64 [n]."""
+    return {
+        side: np.concatenate(
+            [
+                outputs.argmax(1).numpy()
+                for _, outputs in _evaluated(getattr(dataset, side), logits, augment, tick)
+            ]
+        ).astype(np.int64)
+        for side in ("train", "holdout", "test")
+    }
+
+
+def _evaluated(
+    split: Split, logits: TeacherLogits, augment: AugmentSpec, tick: Tick
+) -> Iterator[tuple[Rows, torch.Tensor]]:
+    """Yield rows of a split and the logits of their evaluation inputs, batch by batch."""
+    for start in range(0, len(split), TEACHER_BATCH):
+        rows = np.arange(start, min(start + TEACHER_BATCH, len(split)))
+        with torch.no_grad():
+            yield rows, logits(eval_batch(split.pixels[rows], augment))
+        tick(float(len(rows)))

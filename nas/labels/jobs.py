@@ -34,7 +34,7 @@ class CheckLabelsJob:
 class BeginLabelsJob:
     """A label store to begin in the folder `place`, or in one of its folders unless it is `named`.
 
-    `part` is (number, of how many) the pieces that are asked for; `made_by` goes to the manifest.
+    `part` is (number, of how many) the shards that are asked for; `made_by` goes to the manifest.
     """
 
     dataset: Path
@@ -103,7 +103,7 @@ def relabel(job: RelabelJob, tick: Tick) -> Values:
     from nas.data.augment.spec import default_spec
     from nas.data.pixels import relabelled
     from nas.export.trained_teacher import load_teacher, read_teacher
-    from nas.labels.request import teacher_classes
+    from nas.labels.build import teacher_classes
 
     dataset = open_dataset(job.dataset)
     info = read_teacher(job.teacher)
@@ -117,7 +117,8 @@ def relabel(job: RelabelJob, tick: Tick) -> Values:
 def check_labels(job: CheckLabelsJob, tick: Tick) -> Values:
     """Refuse what can be refused before there is a teacher."""
     from nas.data import open_dataset
-    from nas.labels.request import LabelRequest, check_request
+    from nas.labels.build import check_request
+    from nas.labels.request import LabelRequest
 
     check_request(LabelRequest.from_dict(job.request), open_dataset(job.dataset))
     return {}
@@ -128,8 +129,8 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.data.augment.spec import default_spec
     from nas.export.trained_teacher import load_teacher, read_teacher
-    from nas.labels.build import need, refuse_if_full
-    from nas.labels.request import LabelRequest, begin_store, disagreements
+    from nas.labels.build import begin_store, build_status, check_room, find_contradicted
+    from nas.labels.request import LabelRequest
 
     dataset = open_dataset(job.dataset)
     info = read_teacher(job.teacher)
@@ -137,12 +138,13 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
     dropped, count = None, 0
     if request.clean is not None:
         logits = load_teacher(info, request.device)
-        dropped, count = disagreements(dataset, logits, default_spec(dataset), request.clean, tick)
+        augment = default_spec(dataset)
+        dropped, count = find_contradicted(dataset, logits, augment, request.clean, tick)
     store = begin_store(
         job.place, dataset, info, request, made_by=job.made_by, named=job.named, dropped=dropped
     )
-    left = need(store, job.part)
-    refuse_if_full(store, left)
+    left = build_status(store, job.part)
+    check_room(store, left)
     return {
         "folder": str(store.folder),
         "id": store.id,
@@ -153,7 +155,7 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
         "codec": store.spec.codec,
         "record_bytes": store.codec.record_bytes,
         "dropped": count,
-        "pieces": left.pieces,
+        "shards": left.shards,
         "records": left.records,
         "bytes": left.bytes,
         "total_bytes": left.total_bytes,
@@ -161,15 +163,15 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
 
 
 def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
-    """Make the missing pieces of a part of a store that was begun."""
+    """Build the missing shards of a part of a store that was begun."""
     from nas.data import open_dataset
     from nas.export.trained_teacher import load_teacher, read_teacher
-    from nas.labels.build import build_pieces
-    from nas.labels.store import LabelStore, read_manifest
+    from nas.labels.build import build_shards
+    from nas.labels.store import load_store
 
-    store = LabelStore(job.folder, read_manifest(job.folder))
+    store = load_store(job.folder)
     info = read_teacher(job.teacher)
-    build_pieces(
+    build_shards(
         store,
         open_dataset(job.dataset),
         load_teacher(info, job.device, store.spec.precision),
@@ -184,7 +186,7 @@ def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
 def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
     """Open a store for a data set and read what a run will use of it: every byte is checked."""
     from nas.data import open_dataset
-    from nas.labels.reader import Replay, holdout_batches
+    from nas.labels.reader import LabelReader, holdout_batches
     from nas.labels.store import open_store
 
     dataset = open_dataset(job.dataset)
@@ -193,11 +195,11 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
     store = open_store(job.store, use=dataset, epochs=asked)
     for epoch in range(min(epochs, store.epochs)):
         store.epoch(epoch)
-    replay = Replay(dataset.train, store, 2, 0, missing=job.missing, beyond=job.beyond)
+    reader = LabelReader(dataset.train, store, 2, 0, missing=job.missing, beyond=job.beyond)
     next(holdout_batches(dataset, store, 1, job.missing), None)
     manifest = store.spec
     says = (
-        f"{replay.images} images x {store.epochs} epochs, top {manifest.topk} of "
+        f"{reader.images} images x {store.epochs} epochs, top {manifest.topk} of "
         f"{manifest.num_classes} classes, teacher {manifest.teacher_id}, in {store.folder}"
     )
     values = {
@@ -207,14 +209,14 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
         "use_epochs": min(job.stored or store.epochs, store.epochs),
         "says": says,
     }
-    return {**values, "notes": list(replay.notes)}
+    return {**values, "notes": list(reader.notes)}
 
 
 def verify_labels(job: VerifyLabelsJob, tick: Tick) -> Values:
     """Name what is wrong with a store, one line each: `{"problems": [...]}`."""
-    from nas.labels.verify import problems
+    from nas.labels.verify import find_problems
 
-    return {"problems": list(problems(job.store, tick))}
+    return {"problems": list(find_problems(job.store, tick))}
 
 
 def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
@@ -235,7 +237,7 @@ def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
             "name the store's own with --teacher-model",
         )
     logits = load_teacher(info, job.device, store.spec.precision)
-    found = verify.ask_teacher(
+    found = verify.compare_with_teacher(
         store, dataset, logits, job.records, job.random_seed, job.device, tick
     )
     return {
@@ -248,7 +250,7 @@ def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
 
 def merge_labels(job: MergeLabelsJob, tick: Tick) -> Values:
     """Merge the parts of a store that several machines made."""
-    from nas.labels.build import merge_stores, need
+    from nas.labels.build import build_status, merge_stores
 
     store = merge_stores(job.store, job.parts, tick)
-    return {"id": store.id, "missing": need(store).pieces}
+    return {"id": store.id, "missing": build_status(store).shards}

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nas.core.io import read_json
 from nas.data import Dataset
-from nas.data.sealed_files import read_sealed
 from nas.jobs.job import Job, Result
 from nas.labels import jobs
 from nas.labels.jobs import (
@@ -45,14 +45,9 @@ def read_manifest(store: Path) -> Mapping[str, Any]:
     path = Path(store) / "manifest.json"
     if not path.is_file():
         raise refuse("label store", store, "a folder made by this toolkit")
-    try:
-        found = read_sealed(path)
-        if not isinstance(found.get("spec"), dict):
-            raise ValueError("no specification")
-    except (OSError, ValueError) as error:
-        raise refuse(
-            f"label store {store}", f"manifest.json: {error}", "the file as it was written"
-        ) from error
+    found: Any = read_json(path, "the manifest of a label store")
+    if not (isinstance(found, dict) and isinstance(found.get("spec"), dict)):
+        raise refuse(f"label store {store}", "a manifest without `spec`", "the file as written")
     return found
 
 

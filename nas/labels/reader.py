@@ -1,4 +1,4 @@
-"""Stored labels and the inputs they belong to, batch by batch, with no teacher in memory."""
+"""Reads stored labels and the inputs they belong to, batch by batch, without a teacher."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-import nas.data
-from nas.data import Split
+from nas.data import Dataset, Split
 from nas.data.augment.mixing import shares
 from nas.data.augment.spec import eval_batch
 from nas.data.augment.stream import Inputs, stream
 from nas.data.augment.views import NOBODY, Plan, make_plan
-from nas.labels.keys import raw_keys, words
-from nas.labels.soft_labels import Labels
-from nas.labels.store import LabelStore, dropped_keys
+from nas.labels.codec import SoftLabels
+from nas.labels.store import LabelStore, Rows, dropped_keys, find_rows, key_array
 from space.errors import refuse
 
-Rows = NDArray[np.int64]
 BEYOND = ("cycle", "refuse")
 MISSING = ("refuse", "skip")
 
@@ -62,26 +58,24 @@ def _spread(n: int, count: int) -> list[int]:
 
 def epoch_order(split: Split, rows: Rows, random_seed: int, epoch: int) -> Rows:
     """Shuffle rows of a split by key: the order of the list they came in plays no part."""
-    hi, lo = words(raw_keys(split.keys)[rows])
-    by_key = rows[np.lexsort((lo, hi))]
+    by_key = rows[np.argsort(key_array(split.keys)[rows], kind="stable")]
     # Raw draws of a bit generator never change between versions of numpy; permutations may.
     draws = np.random.PCG64(np.random.SeedSequence([random_seed, epoch])).random_raw(len(rows))
     return by_key[np.argsort(draws, kind="stable")]
 
 
-class Replay:
-    """The training side of a store: the same inputs and labels in every run that asks.
+class LabelReader:
+    """Batches of stored labels and their inputs: the same for every training that reads them.
 
     `split` is a data set's train split, in any order, of which `subset` (rows) is used, or all.
-    Images that the store left out on purpose are skipped; other images without a label are refused,
-    or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its partner's
-    image is not in the split. Whatever is skipped is named in `notes` and by `skipped`. Past the
-    stored epochs labels and views start again from the first in a new order (`beyond` "cycle") or
-    are refused; `epochs` uses the first so many of them only, whatever a store has grown to. `topk`
-    reads fewer classes than are stored. Batches come in a seeded order that
-    depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any order,
-    `batch_size` (>= 2), subset and `workers` (loader processes; none for the batched engine, which
-    works on `device`). Raises InputError.
+    Images that the store left out on purpose are skipped; other images without a label are an
+    error, or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its
+    partner's image is not in the split. `notes` and `skipped` name what is skipped. Past the stored
+    epochs, labels and views start again from the first in a new order (`beyond` "cycle"), or it is
+    an error; `epochs` uses the first so many of them only, whatever a store has grown to. `topk`
+    reads fewer classes than are stored. The order of batches depends on keys, `random_seed` and
+    epoch alone; inputs are bit-identical for any order, `batch_size` (>= 2), subset and `workers`
+    (loader processes; none for the batched engine, which works on `device`). Raises InputError.
     """
 
     def __init__(
@@ -109,20 +103,14 @@ class Replay:
             raise refuse("--beyond", beyond, f"one of {', '.join(BEYOND)}")
         if topk is not None and not 1 <= topk <= store.spec.topk:
             raise refuse("--topk", topk, f"1 to {store.spec.topk}, what {store.folder} holds")
-        self._split, self._store = split, store
-        self._spec = store.spec.augment
+        self._split, self._store, self._spec = split, store, store.spec.augment
         self._epochs = store.epochs if epochs is None else epochs
-        self._batch_size, self._seed, self._beyond, self._topk = (
-            batch_size,
-            random_seed,
-            beyond,
-            topk,
-        )
+        self._batch_size, self._seed = batch_size, random_seed
+        self._beyond, self._topk = beyond, topk
         batched = self._spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, self._spec, device if batched else "cpu")
-        raw = raw_keys(split.keys)
-        self._at = store.keys.rows(raw)
+        self._at = find_rows(store.keys, key_array(split.keys))
         self._table = np.full(len(store.keys), -1, dtype=np.int64)
         labelled = np.flatnonzero(self._at >= 0)
         self._table[self._at[labelled]] = labelled
@@ -135,48 +123,45 @@ class Replay:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many batches an epoch has; the same for all."""
+        """Number of batches of an epoch; the same for all."""
         return self._steps
 
     @property
     def images(self) -> int:
-        """How many images an epoch has, at most."""
+        """Number of images of an epoch, at most."""
         return len(self._rows)
 
     def skipped(self, epoch: int) -> list[str]:
-        """Name the keys of images that an epoch skips because their partner is gone."""
+        """List the keys of images that an epoch skips because their partner is gone."""
         gone = np.setdiff1d(self._rows, self.present(epoch), assume_unique=True)
         return [self._split.keys[int(row)] for row in gone]
 
-    def batches(self, epoch: int) -> list[Rows]:
+    def batch_rows(self, epoch: int) -> list[Rows]:
         """List the rows of every batch of an epoch, in order."""
         order = epoch_order(self._split, self.present(epoch), self._seed, epoch)
         return np.split(order, np.cumsum(_spread(len(order), self._steps))[:-1])
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """Replay one epoch."""
-        return self.made(epoch, self.batches(epoch))
+        """Yield the batches of one epoch."""
+        return self.batches(epoch, self.batch_rows(epoch))
 
-    def made(self, epoch: int, batches: Sequence[Rows]) -> Iterator[Batch]:
-        """Replay batches of one's own choice, rows of the split that `present` names."""
+    def batches(self, epoch: int, rows_of: Sequence[Rows]) -> Iterator[Batch]:
+        """Yield batches of the caller's choice among the rows that `present` returns."""
         labels = self._store.epoch(self._stored(epoch))
         plan = self._planned(epoch)
-        recipes = [plan.of(self._at[rows]) for rows in batches]
-        for rows, made in zip(batches, stream(self._inputs, recipes, self._workers), strict=True):
-            said = labels[self._at[rows]]
-            yield _batch(
-                made,
-                said if self._topk is None else said.best(self._topk),
-                self._split.labels[rows],
-                rows,
-            )
+        recipes = [plan.of(self._at[rows]) for rows in rows_of]
+        for rows, inputs in zip(rows_of, stream(self._inputs, recipes, self._workers), strict=True):
+            found = labels[self._at[rows]]
+            if self._topk is not None:
+                found = found.best(self._topk)
+            yield _batch(inputs, found, self._split, rows)
 
     def inputs(self, epoch: int, rows: Rows) -> Tensor:
         """Make the inputs of rows in an epoch: float32 [n, 3, S, S]."""
         return self._inputs[self._planned(epoch).of(self._at[rows])]
 
     def truth(self, epoch: int, rows: Rows) -> Tensor:
-        """Give the true classes of rows in an epoch, int64 [n] (-1: none).
+        """Return the true classes of rows in an epoch, int64 [n] (-1: none).
 
         Of a store that mixes images their shares, float32 [n, C], as the inputs are mixed.
         """
@@ -197,7 +182,7 @@ class Replay:
         found[mixed, self._split.labels[recipe.partner_rows[mixed]]] += 1 - share[mixed]
         return torch.from_numpy(found)
 
-    def labels(self, epoch: int, rows: Rows) -> Labels:
+    def labels(self, epoch: int, rows: Rows) -> SoftLabels:
         """Read the labels of rows in an epoch."""
         return self._store.epoch(self._stored(epoch))[self._at[rows]]
 
@@ -219,8 +204,8 @@ class Replay:
         return self._plan[1]
 
     def present(self, epoch: int) -> Rows:
-        """Give the rows of the split that an epoch trains on: those whose mixing partner's image
-        is here, too."""
+        """Return the rows of the split that an epoch trains on: those whose mixing partner's image
+        is there, too."""
         if not self._spec.mixes:
             return self._rows
         found = self._rows[self._planned(epoch).whole()[self._at[self._rows]]]
@@ -252,15 +237,15 @@ class Replay:
 def _usable(
     split: Split, store: LabelStore, at: Rows, chosen: Rows, missing: str
 ) -> tuple[Rows, tuple[str, ...]]:
-    """Leave out what has no label, if that is allowed; returns rows and notes."""
+    """Leave out the rows without a label, if that is allowed; returns rows and notes."""
     bare = chosen[at[chosen] < 0]
     if not len(bare):
         return chosen, ()
     dropped = dropped_keys(store)
-    notes = []
     unknown = [int(row) for row in bare if split.keys[int(row)] not in dropped]
     if unknown and missing == "refuse":
-        raise _no_label(store, split, unknown, len(chosen), "build a store for this data set")
+        raise _no_label(store, split, unknown, len(chosen))
+    notes = []
     if len(bare) > len(unknown):
         notes.append(
             f"{len(bare) - len(unknown)} of {len(chosen)} images skipped, as the store dropped them"
@@ -268,52 +253,50 @@ def _usable(
     if unknown:
         notes.append(
             f"{len(unknown)} of {len(chosen)} images skipped, as the store has no label for them, "
-            f"e.g. {_called(split, unknown[0])}"
+            f"e.g. {_image_name(split, unknown[0])}"
         )
     return chosen[at[chosen] >= 0], tuple(notes)
 
 
-def _no_label(
-    store: LabelStore, split: Split, rows: Sequence[int], among: int, remedy: str
-) -> Exception:
+def _no_label(store: LabelStore, split: Split, rows: Sequence[int], among: int) -> Exception:
     return refuse(
         f"label store {store.folder}",
-        f"no label for {len(rows)} of {among} images, e.g. {_called(split, rows[0])}",
+        f"no label for {len(rows)} of {among} images, e.g. {_image_name(split, rows[0])}",
         "labels of every image",
-        remedy,
+        "build a store for this data set",
     )
 
 
-def _called(split: Split, row: int) -> str:
-    """Name an image by its file, if that is known, and its key."""
+def _image_name(split: Split, row: int) -> str:
+    """Return an image's file, if that is known, and its key."""
     key = split.keys[row]
     return f"{split.names[row]} ({key})" if len(split.names) else key
 
 
-def _batch(inputs: Tensor, labels: Labels, truth: NDArray[np.int64], rows: Rows) -> Batch:
+def _batch(inputs: Tensor, labels: SoftLabels, split: Split, rows: Rows) -> Batch:
     return Batch(
         inputs=inputs,
         index=torch.from_numpy(labels.index),
         prob=torch.from_numpy(labels.prob),
         tail=torch.from_numpy(labels.tail),
-        truth=torch.from_numpy(np.asarray(truth)),
+        truth=torch.from_numpy(np.asarray(split.labels[rows])),
         rows=torch.from_numpy(rows),
     )
 
 
 def holdout_batches(
-    dataset: nas.data.Dataset, store: LabelStore, batch_size: int, missing: str = "refuse"
+    dataset: Dataset, store: LabelStore, batch_size: int, missing: str = "refuse"
 ) -> Iterator[Batch]:
-    """Give the holdout's evaluation inputs with their labels, in the split's order.
+    """Yield the holdout's evaluation inputs with their labels, in the split's order.
 
-    Images without a label there are refused, or left out with `missing` "skip". Raises InputError.
+    Images without a label there are an error, or left out with `missing` "skip". Raises InputError.
     """
     split, labels = dataset.holdout, store.holdout()
-    at = store.holdout_keys.rows(raw_keys(split.keys))
+    at = find_rows(store.holdout_keys, key_array(split.keys))
     every, bare = np.flatnonzero(at >= 0), np.flatnonzero(at < 0).tolist()
     if bare and (missing == "refuse" or not len(every)):
-        raise _no_label(store, split, bare, len(split), "build a store for this data set")
+        raise _no_label(store, split, bare, len(split))
     for start in range(0, len(every), batch_size):
         rows = every[start : start + batch_size]
         inputs = eval_batch(split.pixels[rows], store.spec.augment)
-        yield _batch(inputs, labels[at[rows]], split.labels[rows], rows)
+        yield _batch(inputs, labels[at[rows]], split, rows)

@@ -1,4 +1,4 @@
-"""Is a store still what was written, and does its teacher still say so?"""
+"""Verifies a label store: its bytes against their checksums, its labels against the teacher."""
 
 from __future__ import annotations
 
@@ -8,78 +8,66 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset
-from nas.data.sealed_files import file_sha256
-from nas.labels.build import TeacherLogits, all_pieces
-from nas.labels.reader import Replay
-from nas.labels.shards import Piece, map_piece
-from nas.labels.soft_labels import top_labels
-from nas.labels.store import MANIFEST, LabelStore, read_manifest
-from nas.labels.store_spec import TEACHER_BATCH
+from nas.labels.build import TeacherLogits
+from nas.labels.codec import SoftLabels, top_labels
+from nas.labels.reader import LabelReader
+from nas.labels.store import (
+    MANIFEST,
+    TEACHER_BATCH,
+    LabelStore,
+    load_store,
+    map_shard,
+    table_problem,
+)
 from space.errors import InputError, refuse
 
 MEAN_KL, WORST_KL = 2e-3, 5e-2
-"""Nats by which a label may differ from what its teacher says now: the packed codec's rounding, and
-a last bit that another batch of the teacher rounds another way."""
+"""Nats by which a stored label may differ from the teacher's: the packed codec's rounding, and a
+last bit that another batch of the teacher rounds another way."""
 
 
-def problems(folder: Path, tick: Tick = no_tick) -> Iterator[str]:
-    """Read every byte of a store and name what is wrong, one line each; nothing for a whole one.
+def find_problems(folder: Path, tick: Tick = no_tick) -> Iterator[str]:
+    """Read every byte of a store and yield what is wrong, one line each.
 
-    Finds any flipped bit, cut or missing file, pieces of other stores or places, and files that
-    belong to none. `tick` counts bytes. Locks and drafts of a killed builder, which are hidden, are
-    no part of a store.
+    Finds every flipped bit of keys and labels, cut and missing files, shards of other stores or
+    places, and files that are no part of the store. Hidden files (locks, drafts of a killed
+    builder) do not count. `tick` counts bytes.
     """
     folder = Path(folder)
     try:
-        manifest = read_manifest(folder)
+        store = load_store(folder)
     except InputError as error:
         yield str(error)
         return
-    known = {MANIFEST, *manifest["files"]}
-    for name, sha256 in manifest["files"].items():
+    known = {MANIFEST, *store.manifest["files"]}
+    for name in store.manifest["files"]:
+        if problem := table_problem(store, name):
+            yield problem
+        else:
+            tick(float((folder / name).stat().st_size))
+    for shard in store.all_shards():
+        known.add(shard.name)
         try:
-            size = (folder / name).stat().st_size
-            if file_sha256(folder / name) != sha256:
-                yield f"{name}: does not fit its checksum"
-            tick(float(size))
-        except OSError as error:
-            yield f"{name}: {error.strerror or error}"
-    try:
-        store = LabelStore(folder, manifest)
-    except InputError as error:
-        yield str(error)
-        return
-    for piece in all_pieces(store):
-        known.add(piece.name)
-        try:
-            store.map(piece)
-        except InputError:
-            yield f"{piece.name}: {_why(store, piece)}"
-        tick(float(piece.count * store.codec.record_bytes))
+            map_shard(folder / shard.name, shard, store.id, store.codec.record_bytes)
+        except FileNotFoundError:
+            yield f"{shard.name}: is missing"
+        except (OSError, ValueError) as error:
+            yield f"{shard.name}: {str(error).removeprefix(f'{shard.name} ')}"
+        tick(float(shard.count * store.codec.record_bytes))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
         if path.is_file() and name not in known and not hidden:
-            yield f"{name}: is no piece of this store"
-
-
-def _why(store: LabelStore, piece: Piece) -> str:
-    try:
-        map_piece(store.folder / piece.name, piece, store.id, store.codec.record_bytes)
-    except FileNotFoundError:
-        return "is missing"
-    except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{piece.name} ")
-    return "was damaged when it was read first, and is not now"
+            yield f"{name}: is no shard of this store"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How stored labels compare with what the teacher says now: divergences in nats (KL of the
-    label made now from the stored one), over `records`."""
+    """Kullback-Leibler divergences in nats of stored labels from the teacher's of now."""
 
     records: int
     mean_kl: float
@@ -87,11 +75,11 @@ class Agreement:
 
     @property
     def good(self) -> bool:
-        """Tell whether nothing but rounding is between them."""
+        """Whether rounding explains the divergences."""
         return self.mean_kl <= MEAN_KL and self.worst_kl <= WORST_KL
 
 
-def ask_teacher(
+def compare_with_teacher(
     store: LabelStore,
     dataset: Dataset,
     teacher_logits: TeacherLogits,
@@ -103,37 +91,32 @@ def ask_teacher(
     """Run the teacher on random records and compare. Raises InputError."""
     if records < 1:
         raise refuse("--teacher", records, "an integer >= 1")
-    replay = Replay(dataset.train, store, TEACHER_BATCH, 0, missing="skip", device=device)
-    draws = np.random.PCG64(random_seed).random_raw(2 * records)
-    epochs = draws[:records] % store.epochs
-    found: list[float] = []
-    for epoch in np.unique(epochs):
-        count = int((epochs == epoch).sum())
-        usable = replay.present(int(epoch))
-        at = np.unique(draws[records : records + count] % len(usable))
-        draws = np.concatenate([draws[:records], draws[records + count :]])
-        rows = usable[at.astype(np.int64)]
+    reader = LabelReader(dataset.train, store, TEACHER_BATCH, 0, missing="skip", device=device)
+    rng = np.random.default_rng(random_seed)
+    drawn = rng.integers(store.epochs, size=records)
+    found: list[NDArray[np.float64]] = []
+    for epoch, count in zip(*np.unique(drawn, return_counts=True), strict=True):
+        usable = reader.present(int(epoch))
+        rows = rng.choice(usable, min(int(count), len(usable)), replace=False)
         for part in np.array_split(rows, -(-len(rows) // TEACHER_BATCH)):
-            found += _divergences(store, replay, int(epoch), part, teacher_logits)
+            with torch.no_grad():
+                logits = teacher_logits(reader.inputs(int(epoch), part))
+            now = top_labels(logits, store.spec.topk)
+            stored = reader.labels(int(epoch), part)
+            found.append(_divergence(now, stored, store.spec.num_classes))
             tick(float(len(part)))
-    return Agreement(len(found), float(np.mean(found)), float(np.max(found)))
+    every = np.concatenate(found)
+    return Agreement(len(every), float(np.mean(every)), float(np.max(every)))
 
 
-def _divergences(
-    store: LabelStore, replay: Replay, epoch: int, rows: np.ndarray, teacher_logits: TeacherLogits
-) -> list[float]:
-    with torch.no_grad():
-        logits = teacher_logits(replay.inputs(epoch, rows)).double()
-    classes, topk = store.spec.num_classes, store.spec.topk
-    now = top_labels(logits, topk)
-    was = replay.labels(epoch, rows)
+def _divergence(p: SoftLabels, q: SoftLabels, num_classes: int) -> NDArray[np.float64]:
+    """Compute KL(p || q) in nats [n], each tail spread evenly over the other classes."""
     dense = []
-    for said in (now, was):
-        each = said.tail.astype(np.float64) / (classes - topk)
-        table = np.repeat(each[:, None], classes, axis=1)
-        np.put_along_axis(table, said.index, said.prob.astype(np.float64), axis=1)
-        dense.append(table)
-    p, q = dense
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(p > 0, p * np.log(p / np.maximum(q, 1e-30)), 0.0)
-    return [max(0.0, float(value)) for value in terms.sum(1)]
+    for labels in (p, q):
+        count, topk = labels.index.shape
+        rest = labels.tail[:, None].astype(np.float64) / (num_classes - topk)
+        table = np.broadcast_to(rest, (count, num_classes)).copy()
+        np.put_along_axis(table, labels.index, labels.prob.astype(np.float64), axis=1)
+        dense.append(torch.from_numpy(table))
+    kl = torch.special.xlogy(dense[0], dense[0] / dense[1].clamp(min=1e-30)).sum(1)
+    return np.asarray(kl.clamp(min=0.0).numpy())

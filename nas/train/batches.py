@@ -20,8 +20,8 @@ from nas.data import Split
 from nas.data.augment.spec import AugmentSpec, augmentation_codes
 from nas.data.augment.stream import Inputs, stream
 from nas.data.augment.views import Recipe
-from nas.labels.keys import raw_keys
-from nas.labels.reader import Replay, epoch_order
+from nas.labels.reader import LabelReader, epoch_order
+from nas.labels.store import key_array, key_bytes
 from nas.train.losses import TeacherTargets
 from space.errors import refuse
 
@@ -138,7 +138,7 @@ class LiveBatches:
         batched = spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, spec, device if batched else "cpu")
-        self._raw = raw_keys(split.keys)
+        self._raw = key_bytes(key_array(split.keys))
         self._rows = np.arange(len(split))
 
     @property
@@ -184,9 +184,9 @@ class LiveBatches:
 class ReplayBatches:
     """The epochs of a label store: stored views, labels and mixing; no image is dropped."""
 
-    def __init__(self, replay: Replay, shard: RankShard) -> None:
+    def __init__(self, replay: LabelReader, shard: RankShard) -> None:
         self._replay = replay
-        least, want = min(len(rows) for rows in replay.batches(0)), 2 * shard.micro_batches
+        least, want = min(len(rows) for rows in replay.batch_rows(0)), 2 * shard.micro_batches
         if least < want:
             raise refuse("batch_size", f"batches of {least} images", f"{want}, for {shard}")
 
@@ -202,8 +202,8 @@ class ReplayBatches:
 
     def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
         """Yield a process's micro-batches of each step, from step `start` on."""
-        mine = divide(self._replay.batches(epoch)[start:], shard)
-        batches = self._replay.made(epoch, [rows for *_, rows in mine])
+        mine = divide(self._replay.batch_rows(epoch)[start:], shard)
+        batches = self._replay.batches(epoch, [rows for *_, rows in mine])
 
         def micro_batches() -> Iterator[MicroBatch]:
             for (number, whole, rows), batch in zip(mine, batches, strict=True):

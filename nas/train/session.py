@@ -19,7 +19,7 @@ from nas.data.augment.spec import AugmentSpec
 from nas.export.teacher_net import parse_teacher
 from nas.export.trained_teacher import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata
-from nas.labels.reader import Replay
+from nas.labels.reader import LabelReader
 from nas.labels.store import open_store
 from nas.train.batches import LiveBatches, RankShard, ReplayBatches, Source
 from nas.train.distributed import Ranks
@@ -155,7 +155,7 @@ class TrainSession:
             )
         store = open_store(Path(self.config.labels), use=self.dataset)
         self.spec, self._store_id = store.spec.augment, store.id
-        replay = Replay(
+        replay = LabelReader(
             self.dataset.train,
             store,
             recipe.batch_size,

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nas.labels.codec import CODECS, make_codec
-from nas.labels.soft_labels import index_type
 from space.errors import InputError
 
 Label = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
@@ -146,7 +145,7 @@ def test_laws_for_any_number_of_classes(data: st.DataObject, name: str) -> None:
     mass = (mass / mass.sum(1, keepdims=True)).astype(np.float32)
     exact = index, -np.sort(-mass[:, :k], 1), mass[:, k]
     codec = make_codec(name, k, c)
-    records = codec.encode(index.astype(index_type(c)), *exact[1:])
+    records = codec.encode(index.astype(np.min_scalar_type(c)), *exact[1:])
     assert records.shape == (n, codec.record_bytes)
     assert records.dtype == np.uint8
     decoded = codec.decode(records)

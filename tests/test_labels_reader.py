@@ -16,11 +16,10 @@ from nas.data import Dataset, DataSpec, Split, prepare
 from nas.data.augment.mixing import mix, partners
 from nas.data.augment.spec import Augmenter, eval_batch
 from nas.data.augment.views import Views, make_plan
-from nas.labels import shards as pieces_module
-from nas.labels.keys import raw_keys
-from nas.labels.reader import Batch, Replay, batch_sizes, epoch_order, holdout_batches
-from nas.labels.soft_labels import top_labels
-from nas.labels.store import LabelStore
+from nas.labels import store as store_module
+from nas.labels.codec import top_labels
+from nas.labels.reader import Batch, LabelReader, batch_sizes, epoch_order, holdout_batches
+from nas.labels.store import LabelStore, find_rows, key_array
 from space.errors import InputError
 
 HARD = {"policy": "rand-m9-mstd0.5-inc1", "erase_prob": 0.3}
@@ -40,13 +39,13 @@ def store(
     changes = MIXED if request.param == "mixed" else HARD
     folder = tmp_path_factory.mktemp("stores") / "s"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces_module, "MIN_RECORDS", 64)
+        patch.setattr(store_module, "MIN_RECORDS", 64)
         return built(folder, dataset, changes=changes, codec="plain")
 
 
-def replay(dataset: Dataset, store: LabelStore, **changes: object) -> Replay:
+def replay(dataset: Dataset, store: LabelStore, **changes: object) -> LabelReader:
     options = {"batch_size": 32, "random_seed": 0, **changes}
-    return Replay(dataset.train, store, **options)  # type: ignore[arg-type]
+    return LabelReader(dataset.train, store, **options)  # type: ignore[arg-type]
 
 
 def part_of(split: Split, rows: np.ndarray) -> Split:
@@ -84,7 +83,7 @@ def test_true_classes_are_mixed_as_the_images_are(dataset: Dataset, store: Label
     split, mixes = dataset.train, store.spec.augment.mixes
     given = replay(dataset, store)
     plan = make_plan(store.codes(1), given._table, store.spec.augment)
-    for rows in given.batches(1):
+    for rows in given.batch_rows(1):
         found = given.truth(1, rows)
         if not mixes:
             assert torch.equal(found, torch.from_numpy(np.asarray(split.labels[rows])))
@@ -115,7 +114,7 @@ def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path)
     augmenter = Augmenter(store.spec.augment)
     for batch in replay(dataset, store).epoch(1):
         rows = batch.rows.numpy()
-        codes = store.codes(1, store.keys.rows(raw_keys(dataset.train.keys)[rows]))
+        codes = store.codes(1, find_rows(store.keys, key_array(dataset.train.keys)[rows]))
         assert torch.equal(
             batch.inputs, augmenter.batch(dataset.train.pixels[rows], codes.tolist())
         )
@@ -154,7 +153,7 @@ def test_images_that_were_removed_or_reordered_change_no_other(
     n = len(dataset.train)
     for share in (0.5, 0.9, 0.99, 1.0):
         rows = rng.permutation(n)[: round(share * n)]
-        less = Replay(part_of(dataset.train, rows), store, 8, 0)
+        less = LabelReader(part_of(dataset.train, rows), store, 8, 0)
         found = {int(rows[at]): parts for at, parts in by_row(list(less.epoch(0))).items()}
         assert found == {row: want[row] for row in found}
         skipped = less.skipped(0)
@@ -163,7 +162,7 @@ def test_images_that_were_removed_or_reordered_change_no_other(
             assert not skipped
             continue
         # An image is skipped if and only if its partner left.
-        table = store.keys.rows(raw_keys(dataset.train.keys))
+        table = find_rows(store.keys, key_array(dataset.train.keys))
         other = partners(store.codes(0))
         row_of = {int(at): row for row, at in enumerate(table)}
         kept = set(rows.tolist())
@@ -173,10 +172,10 @@ def test_images_that_were_removed_or_reordered_change_no_other(
             assert (dataset.train.keys[row] in skipped) == gone
         if share < 1:
             assert any("skipped, as the image that they are mixed with" in x for x in less.notes)
-        sizes = [len(b) for epoch in range(2) for b in less.batches(epoch)]
+        sizes = [len(b) for epoch in range(2) for b in less.batch_rows(epoch)]
         assert max(sizes) <= 8
         assert min(sizes) >= 2
-        assert all(len(less.batches(epoch)) == less.steps_per_epoch for epoch in range(4))
+        assert all(len(less.batch_rows(epoch)) == less.steps_per_epoch for epoch in range(4))
 
 
 def test_a_subset_of_records_still_sees_the_partners_images(
@@ -198,14 +197,14 @@ def test_added_and_replaced_images_are_noticed(dataset: Dataset, store: LabelSto
         np.concatenate([split.pixels[:3], split.pixels[:4], split.pixels[3:]]),
     )
     with pytest.raises(InputError, match=rf"no label for 4 of {len(grown)} images, e.g. 0{{32}}"):
-        Replay(grown, store, 32, 0)
-    skipping = Replay(grown, store, 32, 0, missing="skip")
+        LabelReader(grown, store, 32, 0)
+    skipping = LabelReader(grown, store, 32, 0, missing="skip")
     assert skipping.images == len(split)
     assert [n for n in skipping.notes if f"4 of {len(grown)} images skipped" in n]
     assert _by_key(grown, skipping, 0) == _by_key(split, replay(dataset, store), 0)
 
 
-def _by_key(split: Split, source: Replay, epoch: int) -> dict[str, tuple[bytes, ...]]:
+def _by_key(split: Split, source: LabelReader, epoch: int) -> dict[str, tuple[bytes, ...]]:
     return {split.keys[row]: parts for row, parts in by_row(list(source.epoch(epoch))).items()}
 
 
@@ -227,9 +226,9 @@ def test_what_workers_are_sent_does_not_grow_with_the_data(
     sizes = []
     for data in (dataset, larger):
         own = built(tmp_path / f"{len(data.train)}", data, epochs=1)
-        source = Replay(data.train, own, 32, 0)
+        source = LabelReader(data.train, own, 32, 0)
         sizes.append(len(pickle.dumps(source._inputs)) - len(str(data.train.pixels.filename)))
-        recipe = source._planned(0).of(source._at[source.batches(0)[0]])
+        recipe = source._planned(0).of(source._at[source.batch_rows(0)[0]])
         assert len(pickle.dumps(recipe)) < 2_000
     assert sizes[0] == sizes[1] < 2_000
 
@@ -243,7 +242,7 @@ def test_order_follows_keys_seed_and_epoch_only(dataset: Dataset, store: LabelSt
     assert ours == theirs
     orders = {tuple(epoch_order(split, every, s, e)) for s in range(3) for e in range(3)}
     assert len(orders) == 9
-    again = Replay(turned, store, 32, 0)
+    again = LabelReader(turned, store, 32, 0)
     for a, b in zip(replay(dataset, store).epoch(1), again.epoch(1), strict=True):
         assert torch.equal(a.inputs, b.inputs)
         assert torch.equal(a.prob, b.prob)
@@ -298,7 +297,7 @@ def test_the_holdout_comes_in_order_and_whole(dataset: Dataset, store: LabelStor
     assert rows.tolist() == list(range(len(dataset.holdout)))
     inputs = torch.cat([batch.inputs for batch in batches])
     assert torch.equal(inputs, eval_batch(dataset.holdout.pixels, store.spec.augment))
-    at = store.holdout_keys.rows(raw_keys(dataset.holdout.keys))
+    at = find_rows(store.holdout_keys, key_array(dataset.holdout.keys))
     want = store.holdout()[at]
     assert np.array_equal(torch.cat([b.prob for b in batches]).numpy(), want.prob)
 
@@ -306,7 +305,7 @@ def test_the_holdout_comes_in_order_and_whole(dataset: Dataset, store: LabelStor
 def test_what_does_not_fit_is_refused(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     other = prepare(DataSpec("digits", img_size=16), tmp_path)
     with pytest.raises(InputError, match="no label for"):
-        Replay(other.train, store, 32, 0)
+        LabelReader(other.train, store, 32, 0)
     with pytest.raises(InputError, match="no label for"):
         list(holdout_batches(other, store, 32))
     shared = list(holdout_batches(other, store, 32, "skip"))
@@ -338,7 +337,7 @@ def test_views_are_made_once_for_all_that_need_them(dataset: Dataset, store: Lab
             made += len(pixels)
             return super().batch(pixels, codes)
 
-    rows = store.keys.rows(raw_keys(dataset.train.keys))
+    rows = find_rows(store.keys, key_array(dataset.train.keys))
     table = np.empty(len(rows), dtype=np.int64)
     table[rows] = np.arange(len(rows))
     plan = make_plan(store.codes(0), table, store.spec.augment)

@@ -29,8 +29,8 @@ from nas.export.weights import save_weights
 from nas.jobs.executor import InlineExecutor
 from nas.labels.__main__ import main
 from nas.labels.api import build, merge, verify
-from nas.labels.reader import Replay
-from nas.labels.request import disagreements
+from nas.labels.build import find_contradicted
+from nas.labels.reader import LabelReader
 from nas.labels.store import dropped_keys, open_store
 from space.errors import InputError
 
@@ -92,7 +92,7 @@ def test_the_command_builds_tells_and_verifies(
     assert (
         main(["build", "--data", "digits", "--out", out, *flags(), "--cache-dir", str(cache)]) == 0
     )
-    assert "0 pieces with 0 records (0.0 MB) are still to be made" in capsys.readouterr().out
+    assert "0 shards with 0 records (0.0 MB) are still to be built" in capsys.readouterr().out
 
 
 def test_damage_ends_in_a_line_each_and_status_2(
@@ -143,8 +143,8 @@ def test_a_subset_of_images_is_labelled_where_asked(
     dataset = prepare(DataSpec("digits", 16, 120), cache)
     opened = open_store(tmp_path / "s", use=dataset)
     with pytest.raises(InputError, match="no label for 56 of 96 images"):
-        Replay(dataset.train, opened, 8, 0)
-    assert Replay(dataset.train, opened, 8, 0, missing="skip").images == 40
+        LabelReader(dataset.train, opened, 8, 0)
+    assert LabelReader(dataset.train, opened, 8, 0, missing="skip").images == 40
 
 
 BAD: list[tuple[list[str], str]] = [
@@ -256,7 +256,7 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> Non
     for _ in range(kills):
         process = start(out, cache, epochs, "--processes", str(draw.choice([1, 1, 2])))
         seen = calmly(lambda: len(list(out.rglob("*.bin"))))
-        # Some die while libraries load, most between and inside pieces.
+        # Some die while libraries load, most between and inside shards.
         deadline = time.monotonic() + 60
         if draw.random() < 0.8:
             ahead = draw.randint(0, 3)
@@ -328,7 +328,7 @@ def test_images_without_classes_are_labelled_and_teach(
     dataset = prepare(DataSpec(str(data), 16), cache)
     assert not dataset.labelled
     opened = open_store(tmp_path / "s", use=dataset)
-    batch = next(Replay(dataset.train, opened, 8, 0).epoch(0))
+    batch = next(LabelReader(dataset.train, opened, 8, 0).epoch(0))
     assert batch.truth.unique().tolist() == [-1]
     assert int(batch.index.max()) < 7
     assert verify(tmp_path / "s", teacher=10, teach=teach, cache_dir=cache) == []
@@ -357,7 +357,7 @@ def test_contradicted_labels_are_dropped_and_listed(cache: Path, tmp_path: Path)
     opened = open_store(tmp_path / "s", use=dataset)
     assert dropped_keys(opened) == {row["key"] for row in rows}
     assert made["images"] == len(dataset.train) - len(rows)
-    replay = Replay(dataset.train, opened, 8, 0)
+    replay = LabelReader(dataset.train, opened, 8, 0)
     assert replay.images == made["images"]
     assert "dropped" in replay.notes[0]
     assert verify(tmp_path / "s") == []
@@ -374,7 +374,7 @@ def test_exactly_the_contradicted_are_dropped(cache: Path) -> None:
         return said[[row_of[one.numpy().tobytes()] for one in batch]]
 
     for ratio in (1e-4, 0.01, 0.5, 0.99):
-        table, count = disagreements(dataset, logits, default_spec(dataset), ratio)
+        table, count = find_contradicted(dataset, logits, default_spec(dataset), ratio)
         q = said.double().softmax(1).numpy()
         own = q[np.arange(len(split)), split.labels]
         want = {split.keys[r] for r in np.flatnonzero(own < ratio * q.max(1))}
@@ -410,4 +410,4 @@ def test_the_tool_needs_no_torch_to_tell(store: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "piece_records" in done.stdout
+    assert "shard_records" in done.stdout

@@ -3,55 +3,56 @@
 Archs of one step's band, half of them as the search would list them and half drawn uniformly, are
 scored by each proxy, and trained about ten times longer, on several random seeds: the truth. The
 table holds Kendall's tau of every proxy with the truth, the ceiling that the truth's own noise sets
-(`nas.core.stats`), and what trusting the pick costs. Beside the proxies: parameters, MACs,
+(`nas.core.stats`), and the regret of the proxy's pick. Beside the proxies: parameters, MACs,
 throughput, and scores of untrained networks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.lab import Lab, Trained, Training, arguments, opened
+from benchmarks.estimates import check_at_least, draw_intervals, run_command
+from benchmarks.trainings import (
+    CRITERION,
+    PROXY_SEED,
+    Trained,
+    Training,
+    TrainingPool,
+    add_flags,
+    open_pool,
+)
 from nas.contract.proxy_check import TrustRow, ranked, untrained, write_rows
-from nas.contract.state import Incumbent, derived_seed
-from nas.core.cli import Parser, guarded
+from nas.contract.state import derived_seed
+from nas.core.cli import Parser
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.core.stats import in_words, indistinguishable, kendall, regret
-from nas.jobs.job import Job
-from nas.train import jobs as train_jobs
-from nas.train.jobs import PaceJob
 from space.contractions import shortlist
 from space.errors import InputError, refuse
 from space.family import Arch
 from space.sampling import sample_band
 
-Floats = npt.NDArray[np.float64]
-
-TRUTH_SEED, PROXY_SEED = 1000, 1
-"""Random seeds of the truth start at the first, those of the proxies at the second."""
-CRITERION = "l1"
-"""Whose order of units the truth and the default proxy start from."""
+TRUTH_SEED = 1000
+"""Random seed of the first training of the truth."""
 CRITERIA = (CRITERION, "prefix", "taylor")
 HOW = ("rule", "uniform")
 """How archs were listed: by the search's rule, or drawn uniformly from the band."""
 LEAST = 4
 """Archs that a ranking needs."""
 CHEAP = 0.1
-"""At most this share of the truth's cost has the proxy that is asked how well it ranks."""
+"""At most this share of the truth's cost has the proxy that is judged."""
 
 
-def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
+def candidates(pool: TrainingPool, number: int) -> list[tuple[str, Arch]]:
     """Return (how drawn, arch): half by the search's rule, half uniformly from the band."""
-    run = lab.run
+    run = pool.run
     band = run.band(run.config.steps)
     seed = derived_seed(run.config.random_seed, "proxy_rank")
     ruled = shortlist(
@@ -76,18 +77,18 @@ def candidates(lab: Lab, number: int) -> list[tuple[str, Arch]]:
     return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
 
 
-def listed_name(lab: Lab) -> str:
+def listed_name(pool: TrainingPool) -> str:
     """Return the file that the archs of a target's band are named in."""
-    return f"listed-{lab.run.config.target_params}.json"
+    return f"listed-{pool.run.config.target_params}.json"
 
 
-def held(lab: Lab) -> list[tuple[str, Arch]]:
+def held(pool: TrainingPool) -> list[tuple[str, Arch]]:
     """Return (how drawn, arch) as they were named in this folder; none if they were not."""
-    path = lab.run.folder.path / listed_name(lab)
+    path = pool.run.folder.path / listed_name(pool)
     if not path.exists():
         return []
     named = read_json(path, "the archs of a proxy_rank")
-    return [(how, lab.run.family.arch(arch)) for how, arch in named]
+    return [(how, pool.run.family.arch(arch)) for how, arch in named]
 
 
 def chosen(listed: Sequence[tuple[str, Arch]], number: int) -> list[Arch]:
@@ -98,9 +99,9 @@ def chosen(listed: Sequence[tuple[str, Arch]], number: int) -> list[Arch]:
     return ruled + kinds[1][: number - len(ruled)]
 
 
-def truths(lab: Lab, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
+def truths(pool: TrainingPool, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
     """Return the long trainings: from the seed's inherited weights, as users train a winner on."""
-    parent = lab.parent(CRITERION)
+    parent = pool.parent(CRITERION)
     rungs = tuple(sorted({1, 2, 3, given.truth_epochs} & set(range(1, given.truth_epochs + 1))))
     return [
         Training(
@@ -127,41 +128,26 @@ def named(what: str, epochs: int) -> str:
     return f"{what}, {epochs} epoch{'s' if epochs > 1 else ''}"
 
 
-def proxies(lab: Lab, given: argparse.Namespace) -> dict[str, Callable[[Arch], Training]]:
-    """Return the proxies by name, each a short training of an arch on `--images` images."""
-
-    def start(init: str, epochs: int, parent: Incumbent | None = None, hard: float = 0.0) -> Any:
-        return lambda arch: Training(
-            arch, init, epochs, PROXY_SEED, parent, images=given.images, hard_weight=hard
-        )
-
-    found: dict[str, Callable[[Arch], Training]] = {}
+def proxies(pool: TrainingPool, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the proxies by name, each the settings of a short training on `--images` images."""
+    found: dict[str, dict[str, Any]] = {}
     for epochs in lengths(given):
         for criterion in CRITERIA:
-            name = named(f"inherited ({criterion})", epochs)
-            found[name] = start("inherit", epochs, lab.parent(criterion))
-        found[named("from scratch", epochs)] = start("scratch", epochs)
+            start = {"init": "inherit", "parent": pool.parent(criterion)}
+            found[named(f"inherited ({criterion})", epochs)] = {**start, "epochs": epochs}
+        found[named("from scratch", epochs)] = {"init": "scratch", "epochs": epochs}
     shortest = lengths(given)[0]
-    name = named("inherited, hard labels", shortest)
-    return {**found, name: start("inherit", shortest, lab.parent(CRITERION), 1.0)}
+    own = found[named(f"inherited ({CRITERION})", shortest)]
+    found[named("inherited, hard labels", shortest)] = {**own, "hard_weight": 1.0}
+    return found
 
 
-def affordable(lab: Lab, given: argparse.Namespace) -> int:
+def affordable(pool: TrainingPool, given: argparse.Namespace) -> int:
     """Return how many archs the budget pays for: fewer archs before fewer random seeds."""
-    run = lab.run
+    run = pool.run
     band = run.band(run.config.steps)
     arch = sample_band(run.family, run.seed_arch, run.context, band, 1, random_seed=0)[0]
-    job = PaceJob(
-        family=run.family.name,
-        arch=run.family.to_dict(arch),
-        context=run.context,
-        batch_size=run.config.batch_size,
-        seconds=8.0,
-        device=run.config.device,
-    )
-    result = run.do(Job(train_jobs.pace, job, "pace"))
-    run.executor.close()
-    pace = float(result.values["images_per_s"]) if result.ok else 50.0
+    pace = pool.pace(arch)
     images, holdout = len(run.dataset.train.labels), len(run.dataset.holdout.labels)
     images = min(images, given.truth_images or images)
     truth = given.truth_epochs * images + 4 * holdout / 3
@@ -172,45 +158,46 @@ def affordable(lab: Lab, given: argparse.Namespace) -> int:
 
 
 def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, Any]]:
-    """Train what is missing; return the table's rows and what else is told."""
-    with opened(given, console) as lab:
-        listed = held(lab)  # what is compared was named before anything was trained
+    """Train what is missing; return the table's rows and the summary."""
+    with open_pool(given, console) as pool:
+        listed = held(pool)  # what is compared was named before anything was trained
         if not listed:
-            listed = candidates(lab, given.archs or affordable(lab, given))
-            path = lab.run.folder.path / listed_name(lab)
-            write_json(path, [[how, lab.run.family.to_dict(a)] for how, a in listed])
+            listed = candidates(pool, given.archs or affordable(pool, given))
+            path = pool.run.folder.path / listed_name(pool)
+            write_json(path, [[how, pool.run.family.to_dict(a)] for how, a in listed])
         archs = chosen(listed, given.archs or len(listed))
-        how_of = {lab.run.key(arch): how for how, arch in listed}
+        how_of = {pool.run.key(arch): how for how, arch in listed}
         if given.archs and len(archs) < given.archs:
             raise refuse(
                 "--archs",
                 given.archs,
-                f"at most {len(archs)}, those named in {lab.run.folder.path}",
+                f"at most {len(archs)}, those named in {pool.run.folder.path}",
                 "name another folder with --work",
             )
         console.line(f"{len(archs)} archs, {given.seeds} random seeds of the truth")
-        wanted = truths(lab, archs, given)
-        short = proxies(lab, given)
-        jobs = [make(arch) for make in short.values() for arch in archs]
-        done = lab.train([*jobs, *wanted])
-        failed = {lab.run.key(t.of.arch): t.failed for t in done if t.failed is not None}
+        wanted = truths(pool, archs, given)
+        short = proxies(pool, given)
+        common = {"random_seed": PROXY_SEED, "images": given.images}
+        jobs = [Training(arch, **common, **how) for how in short.values() for arch in archs]
+        done = pool.train([*jobs, *wanted])
+        failed = {pool.run.key(t.of.arch): t.failed for t in done if t.failed is not None}
         for key, reason in failed.items():  # an outcome: seeds are fixed, it would fail again
             console.line(f"left out: {key}: {reason}")
-        stay = [lab.run.key(arch) not in failed for arch in archs]
-        done = [t for t in done if lab.run.key(t.of.arch) not in failed]
+        stay = [pool.run.key(arch) not in failed for arch in archs]
+        done = [t for t in done if pool.run.key(t.of.arch) not in failed]
         archs = [arch for arch, fine in zip(archs, stay, strict=True) if fine]
         if len(archs) < LEAST:
             raise InputError(f"{len(archs)} archs are left, too few to rank: {LEAST} are needed")
         truth = done[len(short) * len(archs) :]
         scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
-        free = untrained(lab.run, archs)
-        lab.run.executor.close()
-        rows, told = table(lab, given, archs, scored, truth, free)
-        return rows, told | {"within": within(told, [how_of[lab.run.key(a)] for a in archs])}
+        free = untrained(pool.run, archs)
+        pool.run.executor.close()
+        rows, told = table(pool, given, archs, scored, truth, free)
+        return rows, told | {"within": within(told, [how_of[pool.run.key(a)] for a in archs])}
 
 
 def table(
-    lab: Lab,
+    pool: TrainingPool,
     given: argparse.Namespace,
     archs: Sequence[Arch],
     scored: Mapping[str, Sequence[Trained]],
@@ -220,11 +207,11 @@ def table(
     """Compare every score with the truth."""
     n = len(archs)
     losses = np.array([t.values[given.truth_epochs]["soft_loss"] for t in truth]).reshape(-1, n)
-    cost = sum(lab.cost(t.of) for t in truth[:n])
+    cost = sum(pool.cost(t.of) for t in truth[:n])
     scores: dict[str, tuple[npt.ArrayLike, float | None]] = {}
     for name, trained in scored.items():
         values = np.array([t.values[t.of.epochs]["soft_loss"] for t in trained])
-        scores[name] = values, sum(lab.cost(t.of) for t in trained) / cost
+        scores[name] = values, sum(pool.cost(t.of) for t in trained) / cost
     shortest, longest = lengths(given)[0], lengths(given)[-1]
     if longest == 2 * shortest:  # as long as the longest, half of it each way
         both = [
@@ -238,7 +225,7 @@ def table(
     rows = ranked(scores, losses)
     limit = rows[-1]
     per_image = {
-        lab.run.key(arch): np.array([truth[s * n + i].losses() for s in range(given.seeds)])
+        pool.run.key(arch): np.array([truth[s * n + i].losses() for s in range(given.seeds)])
         for i, arch in enumerate(archs)
     }
     kept = indistinguishable(per_image)
@@ -251,7 +238,7 @@ def table(
     told = {
         "archs": n,
         "seeds": given.seeds,
-        "holdout": len(lab.run.dataset.holdout.labels),
+        "holdout": len(pool.run.dataset.holdout.labels),
         "proxy": own.name,
         "cost_share": own.cost_share,
         "regret": own.regret,
@@ -263,7 +250,7 @@ def table(
         "words": words,
         "truth": losses.tolist(),
         "scores": {name: np.asarray(values).tolist() for name, (values, _) in scores.items()},
-        "labels": [lab.run.family.label(arch) for arch in archs],
+        "labels": [pool.run.family.label(arch) for arch in archs],
     }
     return rows, told
 
@@ -286,96 +273,49 @@ def within(told: Mapping[str, Any], how: Sequence[str]) -> dict[str, dict[str, f
     return found
 
 
-def figure(path: Path, rows: Sequence[TrustRow], told: Mapping[str, object]) -> None:
-    """Draw tau of every score with its interval, the ceilings as bands."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    shown = [r for r in rows if not r.name.startswith("ceiling")]
-    shown.sort(key=lambda r: r.estimate)
-    fig, ax = plt.subplots(figsize=(7.5, 0.32 * len(shown) + 1.4), layout="constrained")
-    for row, colour in zip(
-        (r for r in rows if r.name.startswith("ceiling")), ("tab:gray", "tab:olive"), strict=True
-    ):
-        ax.axvspan(row.lo, row.hi, color=colour, alpha=0.15, lw=0)
-        ax.axvline(row.estimate, color=colour, lw=1, label=row.name)
-    y = range(len(shown))
-    x = [r.estimate for r in shown]
-    ax.errorbar(
-        x,
-        list(y),
-        xerr=[[a.estimate - a.lo for a in shown], [a.hi - a.estimate for a in shown]],
-        fmt="o",
-        ms=4,
-        lw=1,
-        color="tab:blue",
-    )
-    ax.set_yticks(list(y), [r.name for r in shown], fontsize=8)
-    ax.axvline(0, color="black", lw=0.5)
-    ax.set_xlabel(
-        f"Kendall's tau with the truth ({told['archs']} archs, {told['seeds']} random seeds), 95 %",
-        fontsize=8,
-    )
-    ax.legend(fontsize=7, loc="lower right")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+def draw(path: Path, rows: Sequence[TrustRow], told: Mapping[str, Any]) -> None:
+    """Draw tau of every score with its interval, the ceilings as lines."""
+    shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if not r.name.startswith("ceiling")]
+    lines = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}
+    shown.sort(key=lambda named: -named[1][0])
+    label = f"Kendall's tau with the truth ({told['archs']} archs, {told['seeds']} random seeds)"
+    draw_intervals(path, shown, label, lines=lines)
 
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(prog="python -m benchmarks.proxy", description=__doc__)
-    arguments(parser)
-    parser.add_argument("--archs", type=int, help="how many archs (default: what the budget pays)")
-    images = "training images of the truth (default: all that there are)"
-    parser.add_argument("--truth-images", type=int, help=images)
-    parser.add_argument("--out", type=Path, default=Path("results/proxy_rank.csv"))
+    parser = Parser("python -m benchmarks.proxy", description=__doc__)
+    add_flags(parser)
+    add = parser.add_argument
+    add("--archs", type=int, help="how many archs (default: what the budget pays)")
+    add("--truth-images", type=int, help="training images of the truth (default: all)")
+    add("--out", type=Path, default=Path("results/proxy_rank.csv"))
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train what is missing, report."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    given = build_parser().parse_args(argv)
-    given.command = " ".join(["python -m benchmarks.proxy", *argv])
+    """Train what is missing, report; the last line is JSON. Exit status 0, 2 on bad input."""
 
-    def work() -> int:
-        for name, least in (("seeds", 2), ("archs", LEAST)):  # before anything is named or trained
-            if getattr(given, name) is not None and getattr(given, name) < least:
-                raise refuse(f"--{name}", getattr(given, name), f"an integer >= {least}")
+    def work(given: argparse.Namespace) -> dict[str, Any]:
+        check_at_least(given, seeds=2, archs=LEAST)  # before anything is named or trained
         rows, told = rank(given, Console())
         write_rows(given.out, rows, command=given.command)
         write_json(given.out.with_suffix(".json"), told)
-        figure(given.out.with_suffix(".png"), rows, told)
+        draw(given.out.with_suffix(".png"), rows, told)
         for row in rows:
-            share = "" if row.cost_share is None else f"  cost {row.cost_share:.0%} of the truth"
-            lost = (
-                ""
-                if row.regret is None
-                else (f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]")
-            )
-            tau = f"tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
-            print(f"{row.name:<36} {tau}{share}{lost}")
+            line = f"{row.name:<36} tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
+            if row.cost_share is not None:
+                line += f"  cost {row.cost_share:.0%} of the truth"
+            if row.regret is not None:
+                line += f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]"
+            print(line)
         for kind, taus in told["within"].items():
-            print(f"among those by {kind}: tau {taus[str(told['proxy'])]:+.2f} ({told['proxy']})")
+            print(f"among those by {kind}: tau {taus[told['proxy']]:+.2f} ({told['proxy']})")
         print(told["words"])
-        keys = (
-            "archs",
-            "seeds",
-            "proxy",
-            "cost_share",
-            "tau",
-            "ceiling",
-            "tau_share",
-            "regret",
-            "within_one_sd",
-            "seed_sd",
-        )
-        print(json.dumps({k: told[k] for k in keys}))
-        return 0
+        lists = ("truth", "scores", "labels", "within", "words")
+        return {name: value for name, value in told.items() if name not in lists}
 
-    return guarded(work)
+    return run_command(build_parser(), work, argv)
 
 
 if __name__ == "__main__":

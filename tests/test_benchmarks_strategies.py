@@ -1,236 +1,30 @@
-"""Inheritance, racing and search efficiency: what they make of tables and curves."""
+"""Strategies replayed on a closed table: they stay inside, count everything and repeat."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from benchmarks import proxy as proxy_rank
-from benchmarks._estimates import bootstrap, crossed, share
-from benchmarks._lattice import (
+from benchmarks.strategies.__main__ import main, quartiles, rows_of
+from benchmarks.strategies.replay import (
     Lattice,
+    ReplaySettings,
     Scored,
-    Settings,
     best_so_far,
     closed,
     lattice_of,
     reached_after,
     replay,
 )
-from benchmarks.inheritance import Crossing, ablation_rows, epochs_to_loss, ratio_rows
-from benchmarks.lab import Lab, Training
-from benchmarks.strategies import quartiles, rows_of, seed_sd
 from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
 from space.contractions import Band, contains
 from space.errors import InputError
-from space.family import Arch
-
-LENGTHS = (1, 2, 4, 8, 16)
-
-
-# -- epochs to a loss ------------------------------------------------------------------------------
-
-
-def test_crossings_lie_on_the_curve_and_are_censored_outside() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        losses = rng.normal(size=len(LENGTHS)).tolist()
-        target = float(rng.normal())
-        found = epochs_to_loss(LENGTHS, losses, target)
-        if losses[0] <= target:
-            assert found == Crossing(1.0, -1)
-        elif min(losses) > target:
-            assert found == Crossing(16.0, 1)
-        else:  # naively: the first of many small steps that is low enough
-            x = np.linspace(0, 4, 4001)
-            y = np.interp(x, np.log2(LENGTHS), losses)
-            assert found.censored == 0
-            assert math.log2(found.epochs) == pytest.approx(x[np.argmax(y <= target)], abs=2e-3)
-
-
-def test_a_lower_target_never_takes_fewer_epochs_nor_what_follows_a_crossing() -> None:
-    rng = np.random.default_rng(1)
-    for _ in range(200):
-        losses = rng.normal(size=5).tolist()
-        a, b = sorted(rng.normal(size=2).tolist())
-        assert (
-            epochs_to_loss(LENGTHS, losses, a).epochs >= epochs_to_loss(LENGTHS, losses, b).epochs
-        )
-        first = next((i for i, v in enumerate(losses) if v <= b), 4)  # later ones are not trained
-        short = epochs_to_loss(LENGTHS, losses[: first + 1], b)
-        assert short == epochs_to_loss(LENGTHS, losses, b)
-
-
-def test_exact_power_laws_give_their_own_ratio() -> None:
-    for ratio in (1.5, 2.0, 3.0, 11.0):
-        losses = [5.0 - math.log(e) for e in LENGTHS]
-        found = epochs_to_loss(LENGTHS, losses, 5.0 - math.log(ratio))
-        assert found.epochs == pytest.approx(ratio)
-
-
-def test_ratio_rows_say_when_the_median_is_a_bound() -> None:
-    got = [[Crossing(3.0, 0), Crossing(5.0, 0)] for _ in range(6)]
-    rows = {r.name: r for r in ratio_rows(got, 16, "c")}
-    median = rows["epochs from scratch per inherited epoch, median"]
-    assert median.lo <= median.estimate <= median.hi
-    assert median.estimate in (3.0, 5.0)
-    assert rows["share of trainings with at least 2x"].estimate == 1.0
-    assert rows["share of trainings with at least 4x"].estimate == 0.5
-    never = [[Crossing(16.0, 1)] * 2 for _ in range(6)]
-    rows = {r.name: r for r in ratio_rows(never, 16, "c")}
-    median = rows["epochs from scratch per inherited epoch, median"]
-    assert (median.estimate, median.lo, median.hi) == (16.0, 16.0, 16.0)
-    assert median.note.startswith(">= 16")
-    assert "12 of 12" in median.note
-
-
-def test_criteria_are_compared_on_the_same_images() -> None:
-    rng = np.random.default_rng(2)
-    common = rng.normal(size=(8, 50)) * 10  # what archs and images do to all criteria alike
-    names = [
-        f"{c}, {w}"
-        for c in ("prefix", "l1", "l2", "taylor")
-        for w in ("0 epochs", "0 epochs, norms as inherited", "1 epoch")
-    ]
-    shift = {name: float(rng.normal()) for name in names}
-    rows = ablation_rows({name: common + shift[name] for name in names}, "c")
-    assert len({r.name for r in rows}) == len(rows) == 13
-    for row in rows:
-        assert row.hi - row.lo < 1e-9
-    by = {r.name: r.estimate for r in rows}
-    assert by["l1 - prefix, 1 epoch"] == pytest.approx(
-        shift["l1, 1 epoch"] - shift["prefix, 1 epoch"]
-    )
-    assert by["norms anew - as inherited, l2"] == pytest.approx(
-        shift["l2, 0 epochs"] - shift["l2, 0 epochs, norms as inherited"]
-    )
-
-
-def test_intervals_enclose_their_estimate() -> None:
-    rng = np.random.default_rng(3)
-    for n in (5, 40):
-        values = rng.normal(size=(n, 3))
-        for mid, lo, hi in (
-            bootstrap(values, lambda v: float(v.mean()), random_seed=0),
-            crossed(values, random_seed=0),
-            *(share(hits, n) for hits in range(n + 1)),
-        ):
-            assert lo <= mid <= hi
-    assert share(0, 10)[1] == 0.0
-    assert share(10, 10) == (1.0, pytest.approx(0.025 ** (1 / 10)), 1.0)
-
-
-# -- ranks -----------------------------------------------------------------------------------------
-
-
-class _Lab:
-    """As much of a lab as the table needs: an arch is its position."""
-
-    def __init__(self) -> None:
-        self.run = self
-        self.family = self
-        self.dataset = SimpleNamespace(holdout=SimpleNamespace(labels=range(40)))
-
-    def key(self, arch: int) -> str:
-        return f"a{arch}"
-
-    label = key
-
-    def cost(self, of: Training) -> float:
-        return float(of.epochs * (of.images or 0))
-
-
-@pytest.mark.parametrize("number", range(1, 12))
-@pytest.mark.parametrize(("ruled", "drawn"), [(5, 5), (6, 4), (2, 7)])
-def test_fewer_archs_are_half_of_either_kind_and_none_twice(
-    number: int, ruled: int, drawn: int
-) -> None:
-    listed = [("rule", i) for i in range(ruled)] + [("uniform", 100 + i) for i in range(drawn)]
-    found = proxy_rank.chosen(listed, number)  # type: ignore[arg-type]
-    assert len(found) == len(set(found)) == min(number, ruled + drawn)
-    kinds = [sum(arch < 100 for arch in found), sum(arch >= 100 for arch in found)]  # type: ignore[operator]
-    if number <= 2 * min(ruled, drawn):
-        assert abs(kinds[0] - kinds[1]) <= 1
-
-
-class _Trained(SimpleNamespace):
-    def losses(self) -> np.ndarray:
-        return np.asarray(self.per_image)
-
-
-def _done(worth: float, epochs: int, images: int) -> _Trained:
-    of = Training(cast(Arch, 0), "inherit", epochs, 0, images=images)
-    return _Trained(
-        of=of, values={epochs: {"soft_loss": worth}}, per_image=np.linspace(-1, 1, 40) + worth
-    )
-
-
-def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
-    rng, n = np.random.default_rng(6), 8
-    worth = np.arange(n, dtype=np.float64)
-    given = argparse.Namespace(truth_epochs=5, proxy_epochs=2, images=1000, seeds=3)
-    truth = [_done(w + rng.normal() * 0.01, 5, 2000) for _ in range(3) for w in worth]
-    scored = {
-        proxy_rank.named(what, epochs): [_done(w, epochs, 1000) for w in by]
-        for what, by in (("inherited (l1)", worth), ("from scratch", -worth))
-        for epochs in proxy_rank.lengths(given)
-    }
-    free = {"parameters": list(-worth)}
-
-    def table(of: Any) -> Any:
-        return proxy_rank.table(cast(Lab, _Lab()), given, cast(Any, range(n)), of, truth, free)  # type: ignore[arg-type]
-
-    rows, told = table(scored)
-    by_name = {row.name: row for row in rows}
-    assert told["proxy"] == "inherited (l1), 1 epoch"
-    assert told["cost_share"] == pytest.approx(0.1)
-    assert told["regret"] == pytest.approx(0.0, abs=0.05)
-    for name, row in by_name.items():
-        if name.startswith("inherited"):
-            assert row.estimate == pytest.approx(1.0)
-        if name.startswith(("from scratch", "parameters")):
-            assert row.estimate == pytest.approx(-1.0)
-    both = by_name["both, ranks added, 1 epoch each"]  # opposite ranks cancel
-    assert math.isnan(both.estimate)
-    assert both.cost_share == pytest.approx(0.2)
-    given.images = 4000  # nothing is cheap enough: the shortest is asked, and its share is told
-    longer = {
-        name: [_done(float(t.values[t.of.epochs]["soft_loss"]), t.of.epochs, 4000) for t in these]
-        for name, these in scored.items()
-    }
-    _, told = table(longer)
-    assert told["proxy"] == "inherited (l1), 1 epoch"
-    assert told["cost_share"] == pytest.approx(0.4)
-    kinds = ["rule"] * 5 + ["uniform"] * 3  # too few of the second to rank
-    assert list(proxy_rank.within(told, kinds)) == ["rule (5)"]
-    assert proxy_rank.within(told, kinds)["rule (5)"][str(told["proxy"])] == 1.0
-
-
-def test_quartiles_are_of_all_searches_those_without_an_answer_too() -> None:
-    inf = math.inf
-    found = quartiles([[inf, 3.0, 1.5], [inf, inf, 2.0], [4.0, 2.0, 1.0]], 1.0)
-    assert found == [[None, 2.0, 0.5], [None, 2.0, 0.5], [None, None, 1.0]]
-
-
-# -- races -----------------------------------------------------------------------------------------
-
-
-def _write(folder: Path, name: str, losses: np.ndarray) -> None:
-    (folder / "work" / name).mkdir(parents=True)
-    path = folder / "work" / name / "holdout.safetensors"
-    save_file({"soft_loss": losses.astype(np.float32)}, path)
-
-
-# -- searches on a table ---------------------------------------------------------------------------
 
 FREE = ("depths[2]", "embed_dims[2]", "embed_dims[3]", "mlp_ratio", "mbconv_expand_ratio")
 SMALL = {
@@ -293,7 +87,7 @@ def test_replays_stay_inside_count_everything_and_only_improve(
             continue
         budget = 1 if name == "uniform" else 12  # which walks far for its last ones
         listed = 1 if name == "uniform" else 4
-        settings = Settings(steps=4, shortlist=listed, proxied=proxied, beam=2, budget=budget)
+        settings = ReplaySettings(steps=4, shortlist=listed, proxied=proxied, beam=2, budget=budget)
         strategy = get_strategy(name)
         done = replay(lattice, losses, strategy, settings, random_seed=0)
         if name in ("contraction", "evolution"):
@@ -329,7 +123,7 @@ def test_with_budget_enough_random_search_sees_the_whole_band(
     lattice: Lattice, losses: dict[str, float]
 ) -> None:
     for proxied in (0, 2):
-        settings = Settings(4, 5, proxied, 2, 500)
+        settings = ReplaySettings(4, 5, proxied, 2, 500)
         done = replay(lattice, losses, get_strategy("random"), settings, random_seed=3)
         assert {s.key for s in done} == lattice.final
         best = min(losses[k] for k in lattice.final)
@@ -340,13 +134,17 @@ def test_contraction_goes_on_in_its_last_step_until_nothing_is_left(
     lattice: Lattice, losses: dict[str, float]
 ) -> None:
     for proxied in (0, 2):
-        settings = Settings(4, 5, proxied, 2, 500)
+        settings = ReplaySettings(4, 5, proxied, 2, 500)
         done = replay(lattice, losses, get_strategy("contraction"), settings, random_seed=3)
         first = [s for s in done if s.step < 4]
         assert len(first) == 3 * (proxied or 5)
         last = [s.key for s in done if s.step == 4]
         whole = replay(
-            lattice, losses, get_strategy("contraction"), Settings(4, 500, 0, 2, 500), random_seed=3
+            lattice,
+            losses,
+            get_strategy("contraction"),
+            ReplaySettings(4, 500, 0, 2, 500),
+            random_seed=3,
         )
         assert len(last) == len(set(last)) > 5
         assert len(whole) < 500
@@ -362,7 +160,7 @@ def test_only_archs_of_the_last_band_count_as_found(lattice: Lattice) -> None:
 
 
 def test_searches_that_end_short_are_censored_at_the_budget(lattice: Lattice) -> None:
-    inside, settings = min(lattice.final), Settings(4, 5, 0, 2, 20)
+    inside, settings = min(lattice.final), ReplaySettings(4, 5, 0, 2, 20)
     quick, never = [Scored(1, inside, 0.0)], [Scored(1, inside, 5.0)]
     found = {"contraction": [quick] * 6, "random": [never] * 6}
     rows = {r.name: r for r in rows_of(found, lattice, 0.0, -1.0, settings, "smoke", "c")}
@@ -378,18 +176,36 @@ def test_searches_that_end_short_are_censored_at_the_budget(lattice: Lattice) ->
     assert (ended.estimate, ended.n) == (6.0, 6)
 
 
-def test_the_deviation_over_seeds_is_found_again_without_common_shifts() -> None:
-    rng = np.random.default_rng(6)
-    losses = rng.normal(size=(5, 400)) * 0.3 + rng.normal(size=400) + rng.normal(size=(5, 1)) * 9
-    sd, lo, hi = seed_sd(losses)
-    assert lo < 0.3 < hi
-    assert sd == pytest.approx(0.3, rel=0.1)
+def test_quartiles_are_of_all_searches_those_without_an_answer_too() -> None:
+    inf = math.inf
+    found = quartiles([[inf, 3.0, 1.5], [inf, inf, 2.0], [4.0, 2.0, 1.0]], 1.0)
+    assert found == [[None, 2.0, 0.5], [None, 2.0, 0.5], [None, None, 1.0]]
 
 
-@pytest.mark.parametrize(("name", "value"), [("--seeds", "1"), ("--archs", "3")])
-def test_too_few_to_rank_are_refused_before_anything_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: str
+@pytest.mark.slow
+def test_a_committed_table_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s.csv"
+    words = ["--replays", "2", "--evaluations", "12", "--strategies", "contraction,random"]
+    assert main([*words, "--workers", "1", "--out", str(out)]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["archs"], told["final"], told["in_reach"]) == (75, 75, 2)
+    assert len(out.read_text().splitlines()) == 8
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--target-params", "2.5M"], "--table: got"),
+        (["--table", "none.csv"], "--table: got"),
+        (["--free", "depth"], "--free: got"),
+        (["--replays", "1"], "--replays: got"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert proxy_rank.main([name, value, "--work", str(tmp_path / "w")]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {name}: got {value}, want")
-    assert not (tmp_path / "w").exists()
+    assert main([*words, "--out", str(tmp_path / "s.csv")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

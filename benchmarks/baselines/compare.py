@@ -1,49 +1,28 @@
-"""Is the contracted arch worth its search? `python -m benchmarks.baselines`.
-
-At each target, the contracted arch is compared with the published one nearest in size, the seed's
-widths scaled uniformly, and the best of as many random archs as the contraction scored. The search
-is required to use no more parameters than the published arch and to be no slower, measured. All are
-then trained equally, from scratch and from the same trained seed, on several random seeds, and
-tested. The table holds differences in test top-1, paired over images and seeds: "not worse by 1.5
-points" is by the one-sided 95 % bound, "better" by the two-sided interval.
-"""
+"""The contracted arch against its rivals: equal training, paired top-1, throughput."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
-import io
-import json
+import os
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from benchmarks.baselines.archs import (
-    CONTRACTED,
-    PUBLISHED,
-    Side,
-    Target,
-    arguments,
-    checked,
-    sides_of,
-    target_of,
-)
-from benchmarks.baselines.verdict import MARGIN, paired_interval, verdict
-from benchmarks.lab import Lab, Trained, Training, opened
-from nas.core.cli import Parser, guarded
-from nas.core.io import write_atomic, write_json
+from benchmarks.baselines.archs import PRUNING, PUBLISHED, Side, Target, sides_of, target_of
+from benchmarks.estimates import Floats, Interval, paired_interval, verdict
+from benchmarks.trainings import Trained, Training, TrainingPool, open_pool
+from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.core.requirement import Requirement
-from nas.core.table import Writer
 from nas.jobs.job import Result
-
-Floats = npt.NDArray[np.float64]
 
 FIRST_SEED = 2000
 """Random seed of the first equal training."""
@@ -51,25 +30,35 @@ INITS = ("inherit", "scratch")
 LEAST_TEST_IMAGES = 2000
 BLOCKS = 30
 """Blocks of a timing that compares two archs, at least."""
-SITTINGS = 5
+PROCESSES = 5
 """Processes that time them, one after the other."""
+SLACK = 0.05
+"""A pruned net reaches its budget at most this share below it, and not above."""
+MOST_S = 7200.0
+"""A pruning job that takes longer is an outcome."""
+SPENT = "not run: the budget is spent, call again"
+
+Work = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+"""Does one job of `benchmarks.baselines.prune_worker` on some threads; returns its result."""
 
 
 @dataclass(frozen=True)
-class ResultRow:
-    """The contracted arch against one rival: the difference in test top-1, and what goes with it.
+class BaselineRow:
+    """The contracted arch against one rival: the difference in test top-1, and its conditions.
 
     `estimate`, `lo`, `hi` and the one-sided `lower` are shares; `n` test images, `seeds` random
     seeds. `ratio` is the contracted arch's throughput relative to the rival's, timed interleaved.
-    `image_se`, `seed_se` and `detectable` are those of `Paired`. `outcome` is the verdict, or why
-    there is none.
+    `image_se`, `seed_se` and `detectable` are those of `PairedDifference`. Of a pruned rival:
+    whether it `reached` the contracted arch's parameters, its throughput `seed_ratio` relative to
+    the seed, and whether it `loads` in timm. `outcome` is the verdict, or why there is none;
+    `misses` says where the contracted arch is not as small and as fast as it has to be.
     """
 
     name: str
-    estimate: float | None
-    lo: float | None
-    hi: float | None
-    n: int
+    estimate: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    n: int = 0
     lower: float | None = None
     seeds: int = 0
     target: str = ""
@@ -85,6 +74,11 @@ class ResultRow:
     image_se: float | None = None
     seed_se: float | None = None
     detectable: float | None = None
+    reached: bool | None = None
+    seed_ratio: float | None = None
+    seed_ratio_lo: float | None = None
+    seed_ratio_hi: float | None = None
+    loads: bool | None = None
     outcome: str = ""
     misses: str = ""
     arch: str = ""
@@ -92,25 +86,107 @@ class ResultRow:
     command: str = ""
 
 
-def trainings(
-    lab: Lab, sides: Sequence[Side], init: str, given: argparse.Namespace
-) -> list[Training]:
-    """Return the equal trainings of all archs from one start, each arch as built once."""
-    parent = lab.parent(lab.run.config.importance) if init == "inherit" else None
-    archs = {lab.run.key(s.arch): s.arch for s in sides if s.arch is not None}
-    return [
+class HourBudget:
+    """Hours of this call: what does not fit any more is left for the next one."""
+
+    def __init__(self, hours: float) -> None:
+        self.deadline = time.monotonic() + 3600 * hours
+        self.guess = 0.0  # seconds a GMAC, until some were spent
+        self._seconds = self._cost = 0.0
+
+    def fits(self, cost: float) -> bool:
+        """Return whether trainings of so many GMACs still fit, by the pace so far."""
+        pace = self._seconds / self._cost if self._cost else self.guess
+        return time.monotonic() + pace * cost < self.deadline
+
+    def spent(self, cost: float, seconds: float) -> None:
+        """Count trainings that took so long."""
+        self._cost += cost
+        self._seconds += seconds
+
+
+def compare(
+    given: argparse.Namespace, console: Console
+) -> tuple[list[BaselineRow], dict[str, dict[str, Any]]]:
+    """Search and train what is missing; return the table's rows and the summary."""
+    budget = HourBudget(given.budget_hours)
+    rows: list[BaselineRow] = []
+    told: dict[str, dict[str, Any]] = {"archs": {}, "work": {}}
+    with open_pool(given, console) as pool:
+        images = len(pool.run.dataset.test.labels)
+        if images < LEAST_TEST_IMAGES:
+            console.line(f"note: {images} test images, fewer than {LEAST_TEST_IMAGES:,}")
+        for text in given.targets:
+            target = target_of(pool, text)
+            console.line(
+                f"{text}: at most {target.most:,} parameters and at least "
+                f"{target.min_speedup}x the seed's throughput, as the published {target.published}"
+            )
+            sides = sides_of(pool, given, target, budget.deadline, console)
+            own, rivals = sides[0], sides[1:]
+            ratios = {s.role: relative_throughput(pool, own, s) for s in rivals}
+            told["archs"][text] = {s.role: _label(pool, s) for s in sides}
+            told["work"][text] = {s.role: s.gmacs for s in sides if s.gmacs}
+            pruning = PRUNING in given.against
+            for init in INITS if rivals else INITS[:1]:
+                tables, absent = train_equally(pool, sides, init, given, budget)
+                for rival in rivals:
+                    base = base_row(pool, target, init, own, rival, ratios[rival.role], given)
+                    rows.append(compared(pool, base, own, rival, tables, absent))
+                if pruning and init == "inherit":
+                    base = base_row(pool, target, init, own, Side(PRUNING, None), None, given)
+                    key = "" if own.arch is None else pool.run.key(own.arch)
+                    missing = own.misses if own.arch is None else absent.get(key, "not run")
+                    if key in tables:
+                        rows += pruned_rows(pool, base, tables[key], given, budget)
+                    else:
+                        rows.append(replace(base, outcome=str(missing)))
+    return rows, told
+
+
+def train_equally(
+    pool: TrainingPool,
+    sides: Sequence[Side],
+    init: str,
+    given: argparse.Namespace,
+    budget: HourBudget,
+) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Train every arch from one start on all random seeds, each arch once, if the budget allows.
+
+    Returns test correctness by the arch's key [random seeds, images], and why others have none.
+    """
+    run = pool.run
+    parent = pool.parent(run.config.importance) if init == "inherit" else None
+    archs = {run.key(s.arch): s.arch for s in sides if s.arch is not None}
+    if sides[0].arch is None:
+        return {}, {}
+    wanted = [
         Training(arch, init, given.truth_epochs, FIRST_SEED + s, parent, test=True)
         for s in range(given.seeds)
         for arch in archs.values()
     ]
+    missing = pool.missing(wanted)
+    cost = sum(pool.cost(t) for t in missing)
+    if missing and not budget.guess:
+        one = missing[0].arch
+        budget.guess = 1 / (pool.pace(one) * run.image_cost(one))
+    if missing and not budget.fits(cost):
+        return {}, dict.fromkeys(archs, SPENT)
+    started = time.monotonic()
+    done = pool.train(wanted)
+    if missing:
+        budget.spent(cost, time.monotonic() - started)
+    return correctness_by_key(pool, done)
 
 
-def tested(lab: Lab, done: Sequence[Trained]) -> tuple[dict[str, Floats], dict[str, str]]:
-    """Return correctness by the arch's key [random seeds, images], and why others have none."""
+def correctness_by_key(
+    pool: TrainingPool, done: Sequence[Trained]
+) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Return test correctness by the arch's key [random seeds, images], and why others fail."""
     found: dict[str, dict[int, Floats]] = {}
     failed: dict[str, str] = {}
     for each in done:
-        key = lab.run.key(each.of.arch)
+        key = pool.run.key(each.of.arch)
         if each.failed is not None:
             failed[key] = f"training failed: {each.failed}"
         else:
@@ -119,98 +195,23 @@ def tested(lab: Lab, done: Sequence[Trained]) -> tuple[dict[str, Floats], dict[s
     return tables, failed
 
 
-class Budget:
-    """Hours of this call: what would not fit any more is left for the next one."""
-
-    def __init__(self, hours: float) -> None:
-        self.deadline = time.monotonic() + 3600 * hours
-        self.guess = 0.0  # seconds a GMAC, until some were spent
-        self._seconds = self._cost = 0.0
-
-    def fits(self, cost: float) -> bool:
-        """Tell whether trainings of so many GMACs still fit, by the pace so far."""
-        pace = self._seconds / self._cost if self._cost else self.guess
-        return time.monotonic() + pace * cost < self.deadline
-
-    def spent(self, cost: float, seconds: float) -> None:
-        """Learn from trainings that took so long."""
-        self._cost += cost
-        self._seconds += seconds
-
-
-def compare(
-    given: argparse.Namespace, console: Console
-) -> tuple[list[ResultRow], dict[str, object]]:
-    """Search and train what is missing; return the table's rows and what else is told."""
-    budget = Budget(given.budget_hours)
-    rows: list[ResultRow] = []
-    told: dict[str, object] = {"archs": {}, "work": {}}
-    with opened(given, console) as lab:
-        images = len(lab.run.dataset.test.labels)
-        if images < LEAST_TEST_IMAGES:
-            console.line(f"note: {images} test images, fewer than {LEAST_TEST_IMAGES:,}")
-        for text in given.targets:
-            target = target_of(lab, text)
-            console.line(
-                f"{text}: at most {target.most:,} parameters and at least "
-                f"{target.min_speedup}x the seed's throughput, as the published {target.published}"
-            )
-            sides = sides_of(lab, given, target, budget.deadline, console)
-            paces = {s.role: relative_pace(lab, sides[0], s) for s in sides[1:]}
-            told["archs"] |= {text: {s.role: _label(lab, s) for s in sides}}  # type: ignore[operator]
-            told["work"] |= {text: {s.role: s.gmacs for s in sides if s.gmacs}}  # type: ignore[operator]
-            for init in INITS:
-                wanted = trainings(lab, sides, init, given) if sides[0].arch is not None else []
-                missing = lab.missing(wanted)
-                cost = sum(lab.cost(t) for t in missing)
-                if missing and not budget.guess:
-                    one = missing[0].arch
-                    budget.guess = 1 / (lab.pace(one) * lab.run.image_cost(one))
-                if missing and not budget.fits(cost):
-                    tables: dict[str, Floats] = {}
-                    absent = {
-                        lab.run.key(t.arch): "not run: the budget is spent, call again"
-                        for t in wanted
-                    }
-                else:
-                    started = time.monotonic()
-                    tables, absent = tested(lab, lab.train(wanted))
-                    if missing:
-                        budget.spent(cost, time.monotonic() - started)
-                rows += [
-                    row(
-                        lab,
-                        target,
-                        init,
-                        sides[0],
-                        rival,
-                        tables,
-                        absent,
-                        paces[rival.role],
-                        given.command,
-                    )
-                    for rival in sides[1:]
-                ]
-    return rows, told
-
-
-def relative_pace(lab: Lab, own: Side, rival: Side) -> tuple[float, float, float] | None:
-    """Return the contracted arch's throughput relative to a rival's, and what it ranged over.
+def relative_throughput(pool: TrainingPool, own: Side, rival: Side) -> Interval | None:
+    """Return the contracted arch's throughput relative to a rival's, and the range over processes.
 
     Timed in several processes, as a process has a layout in memory and a moment of its own, which
-    one process's interval does not tell of: the median of their ratios, from the lowest bound of an
-    interval to the highest. Each is timed longer than in a search, and on while its interval
-    straddles 1, as the gate of a run does.
+    one process's interval does not include: the median of their ratios, from the lowest bound of
+    an interval to the highest. Each is timed longer than in a search, and longer still while its
+    interval straddles 1, as the gate of a run does.
     """
-    run = lab.run
+    run = pool.run
     if own.arch is None or rival.arch is None or run.key(own.arch) == run.key(rival.arch):
         return None
     longer = copy.copy(run.timings)
-    longer.config = dataclasses.replace(run.config, bench_blocks=BLOCKS)
+    longer.config = replace(run.config, bench_blocks=BLOCKS)
     faster = Requirement("speedup", 1.0, run.timings.primary)
-    found: list[tuple[float, float, float]] = []
-    for sitting in range(SITTINGS):
-        role = f"compare-{sitting}" if sitting else "compare"
+    found: list[Interval] = []
+    for number in range(PROCESSES):
+        role = f"compare-{number}" if number else "compare"
         measured = longer.measure(own.arch, role, reference=rival.arch, requirements=[faster])
         run.executor.close()  # the next one is another process
         if isinstance(measured, Result):
@@ -223,51 +224,63 @@ def relative_pace(lab: Lab, own: Side, rival: Side) -> tuple[float, float, float
     return float(np.median(ratios)), min(los), max(his)
 
 
-def row(
-    lab: Lab,
+def base_row(
+    pool: TrainingPool,
     target: Target,
     init: str,
     own: Side,
     rival: Side,
-    tables: Mapping[str, Floats],
-    absent: Mapping[str, str],
-    pace: tuple[float, float, float] | None,
-    command: str,
-) -> ResultRow:
-    """Compare the contracted arch with one rival; what is missing is an outcome."""
-    run = lab.run
+    ratio: Interval | None,
+    given: argparse.Namespace,
+) -> BaselineRow:
+    """Return a row without a comparison."""
     role = f"{PUBLISHED} {target.published}" if rival.role == PUBLISHED else rival.role
-    name = f"{target.text}, {init}: contracted less {role}"
-    base = ResultRow(
-        name,
-        None,
-        None,
-        None,
-        0,
+    row = BaselineRow(
+        f"{target.text}, {init}: contracted less {role}",
         target=target.text,
         init=init,
         rival=role,
-        params=_params(lab, own),
-        params_rival=_params(lab, rival),
-        arch=_label(lab, own),
-        arch_rival=_label(lab, rival),
-        command=command,
+        params=_params(pool, own),
+        params_rival=_params(pool, rival),
+        arch=_label(pool, own),
+        arch_rival=_label(pool, rival),
+        command=given.command,
     )
-    if pace is not None:
-        base = dataclasses.replace(base, ratio=pace[0], ratio_lo=pace[1], ratio_hi=pace[2])
-    base = dataclasses.replace(base, misses=shortcomings(base, own, rival, target))
+    if ratio is not None:
+        row = replace(row, ratio=ratio[0], ratio_lo=ratio[1], ratio_hi=ratio[2])
+    return replace(row, misses=shortcomings(row, own, rival, target))
+
+
+def compared(
+    pool: TrainingPool,
+    base: BaselineRow,
+    own: Side,
+    rival: Side,
+    tables: Mapping[str, Floats],
+    absent: Mapping[str, str],
+) -> BaselineRow:
+    """Compare the contracted arch with one rival; what is missing is an outcome."""
+    keys = []
     for side in (own, rival):
         if side.arch is None:
-            return dataclasses.replace(base, outcome=f"{side.role}: {side.misses}")
-    assert own.arch is not None
-    assert rival.arch is not None
-    keys = run.key(own.arch), run.key(rival.arch)
-    for key in keys:
-        if key not in tables:
-            return dataclasses.replace(base, outcome=absent.get(key, "not run"))
-    a, b = (tables[k] for k in keys)
-    found = paired_interval(a, b)
-    return dataclasses.replace(
+            return replace(base, outcome=f"{side.role}: {side.misses}")
+        keys.append(pool.run.key(side.arch))
+        if keys[-1] not in tables:
+            return replace(base, outcome=absent.get(keys[-1], "not run"))
+    row = with_difference(base, tables[keys[0]], tables[keys[1]])
+    if keys[0] == keys[1]:
+        row = replace(row, outcome="tie: the same arch")
+    return (
+        row
+        if rival.misses is None
+        else replace(row, outcome=f"{row.outcome} (the rival {rival.misses})")
+    )
+
+
+def with_difference(base: BaselineRow, own: Floats, rival: Floats) -> BaselineRow:
+    """Fill in the difference of two tables of correctness [random seeds, images]."""
+    found = paired_interval(own, rival)
+    return replace(
         base,
         estimate=found.value,
         lo=found.lo,
@@ -278,125 +291,151 @@ def row(
         image_se=found.image_se,
         seed_se=found.seed_se,
         detectable=found.detectable,
-        top1=float(a.mean()),
-        top1_rival=float(b.mean()),
-        outcome=verdict(found, tie=keys[0] == keys[1])
-        + ("" if found.seeds > 1 else " (of one random seed: images only)")
-        + ("" if rival.misses is None else f" (the rival {rival.misses})"),
+        top1=float(own.mean()),
+        top1_rival=float(rival.mean()),
+        outcome=verdict(found) + ("" if found.seeds > 1 else " (of one random seed: images only)"),
     )
 
 
-def shortcomings(of: ResultRow, own: Side, rival: Side, target: Target) -> str:
-    """Say where the contracted arch is not at least as small and as fast as it had to be."""
-    said = [] if own.arch is None or own.misses is None else [own.misses]
+def shortcomings(of: BaselineRow, own: Side, rival: Side, target: Target) -> str:
+    """Return where the contracted arch is not at least as small and as fast as it has to be."""
+    found = [] if own.arch is None or own.misses is None else [own.misses]
     if rival.role == PUBLISHED:
         if of.params is not None and of.params > target.most:
-            said.append(f"{of.params:,} parameters, more than {target.most:,}")
+            found.append(f"{of.params:,} parameters, more than {target.most:,}")
     elif of.params is not None and of.params_rival is not None and of.params > of.params_rival:
-        said.append(f"larger by {of.params / of.params_rival - 1:.1%}")
+        found.append(f"larger by {of.params / of.params_rival - 1:.1%}")
     if of.ratio_hi is not None and of.ratio_hi < 1:
-        said.append(f"slower: {of.ratio:.3f}x its throughput")
+        found.append(f"slower: {of.ratio:.3f}x its throughput")
     elif of.ratio_lo is not None and of.ratio_lo < 1:
-        said.append(f"perhaps slower: {of.ratio:.3f}x its throughput, from {of.ratio_lo:.3f}x")
-    return "; ".join(said)
+        found.append(f"perhaps slower: {of.ratio:.3f}x its throughput, from {of.ratio_lo:.3f}x")
+    return "; ".join(found)
 
 
-def _params(lab: Lab, side: Side) -> int | None:
-    return None if side.arch is None else lab.run.family.count_params(side.arch, lab.run.context)
+def _params(pool: TrainingPool, side: Side) -> int | None:
+    run = pool.run
+    return None if side.arch is None else run.family.count_params(side.arch, run.context)
 
 
-def _label(lab: Lab, side: Side) -> str:
-    return "" if side.arch is None else lab.run.family.label(side.arch)
+def _label(pool: TrainingPool, side: Side) -> str:
+    return "" if side.arch is None else pool.run.family.label(side.arch)
 
 
-def write(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Write the table as CSV."""
-    out = io.StringIO()
-    writer = Writer(out)
-    writer.writerow([f.name for f in dataclasses.fields(ResultRow)])
-    for each in rows:
-        cells = [round(v, 5) if isinstance(v, float) else v for v in dataclasses.astuple(each)]
-        writer.writerow(["" if v is None else v for v in cells])
-    write_atomic(path, out.getvalue().encode())
+# Pruning tools
 
 
-def figure(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Draw the differences with their intervals and one-sided bounds, the margin as a line."""
-    import matplotlib
+def run_in_process(spec: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
+    """Do a job in a process of its own, or take over its result; a crash is a result too."""
+    out = Path(spec["out"])
+    result = out / "result.json"
+    if not result.is_file():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = out.with_name(f"{out.name}.spec.json")
+        write_json(path, dict(spec))
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
+        command = [sys.executable, "-m", "benchmarks.baselines.prune_worker", str(path)]
+        with open(out.with_name(f"{out.name}.log"), "w") as log:
+            told: dict[str, Any] = {"stdout": log, "stderr": log, "timeout": MOST_S}
+            try:
+                ended = subprocess.run(command, env=env, check=False, **told)
+            except subprocess.TimeoutExpired:
+                return {"ok": False, "reason": f"longer than {MOST_S / 3600:g} hours"}
+        if not result.is_file():
+            return {"ok": False, "reason": f"its process ended with status {ended.returncode}"}
+    done: Mapping[str, Any] = read_json(result, "the result of a pruning job")
+    return done
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    shown = [r for r in rows if r.estimate is not None][::-1]
-    fig, ax = plt.subplots(figsize=(7.5, 0.32 * len(shown) + 1.4), layout="constrained")
-    for y, each in enumerate(shown):
-        assert each.estimate is not None
-        assert each.lo is not None
-        assert each.hi is not None
-        assert each.lower is not None
-        colour = "tab:blue" if each.init == "inherit" else "tab:orange"
-        x, lo, hi = (100 * v for v in (each.estimate, each.lo, each.hi))
-        ax.errorbar([x], [y], xerr=[[x - lo], [hi - x]], fmt="o", ms=4, lw=1, color=colour)
-        ax.plot([100 * each.lower], [y], "|", ms=9, color=colour)
-    ax.set_yticks(range(len(shown)), [r.name for r in shown], fontsize=8)
-    ax.axvline(0, color="black", lw=0.5)
-    ax.axvline(-100 * MARGIN, color="tab:red", lw=1, ls="--", label=f"-{100 * MARGIN:g} points")
-    ax.set_xlabel(
-        "difference in test top-1, points: 95 % intervals, bars: one-sided 95 % bound", fontsize=8
+def pruned_rows(
+    pool: TrainingPool,
+    base: BaselineRow,
+    own: Floats,
+    given: argparse.Namespace,
+    budget: HourBudget,
+) -> list[BaselineRow]:
+    """Prune the seed to the contracted arch's parameters by every variant, train and compare."""
+    from benchmarks.baselines.prune import VARIANTS, missing
+
+    run, config = pool.run, pool.run.config
+    common = {
+        "family": run.family.name,
+        "arch": run.family.to_dict(run.seed_arch),
+        "context": asdict(run.context),
+        "weights": str(pool.seed.weights.resolve()),
+        "dataset": str(run.dataset.folder),
+        "store": run.store["folder"],
+        "batch_size": config.batch_size,
+        "epochs": given.truth_epochs,
+        "device": config.device,
+        "missing": config.missing_labels,
+        "beyond": config.beyond,
+        "label_epochs": run.store["use_epochs"],
+        "random_seed": config.random_seed,
+        "setting": asdict(run.primary),
+        "threads": config.threads,
+        "blocks": config.bench_blocks,
+        "max_blocks": config.bench_max_blocks,
+        "timm": run.family.timm_call(run.seed_arch, run.context),
+    }
+    rows = []
+    for number, variant in enumerate(VARIANTS):
+        run.console.line(f"{base.target}: {variant.name}")
+        row = replace(base, name=f"{base.name}: {variant.name}", rival=variant.name)
+        absent = missing(variant.tool)
+        if absent is None:
+            folder = run.folder.path / "pruned" / base.target / f"{number}-of-{base.params}"
+            sizes = {"seeds": given.seeds, "workers": pool.workers}
+            row = pruned_row(row, common, variant, folder.resolve(), own, budget=budget, **sizes)
+        else:
+            row = replace(row, outcome=absent)
+        rows.append(row)
+    return rows
+
+
+def pruned_row(
+    base: BaselineRow,
+    common: Mapping[str, Any],
+    variant: Any,
+    folder: Path,
+    own: Floats,
+    *,
+    seeds: int,
+    workers: int,
+    budget: HourBudget,
+    work: Work = run_in_process,
+) -> BaselineRow:
+    """Prune by one variant, train on every random seed, and compare with the contracted arch."""
+    if not budget.fits(0.0) and not (folder / "pruned" / "result.json").is_file():
+        return replace(base, outcome=SPENT)
+    prune = {"kind": "prune", "variant": asdict(variant), "budget": base.params}
+    pruned = work({**common, **prune, "out": str(folder / "pruned")}, int(common["threads"]))
+    if not pruned["ok"]:
+        return replace(base, reached=False, outcome=f"failed: {pruned['reason']}")
+    found = pruned["values"]
+    assert base.params is not None
+    base = replace(
+        base,
+        params_rival=found["params"],
+        reached=(1 - SLACK) * base.params <= found["params"] <= base.params,
+        loads=found["loads"],
+        **{name: found[name] for name in ("seed_ratio", "seed_ratio_lo", "seed_ratio_hi")},
     )
-    ax.legend(fontsize=7, loc="lower right")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    if not budget.fits(0.0):
+        return replace(base, outcome=SPENT)
+    train = {"kind": "train", "pruned": str(folder / "pruned" / "pruned.safetensors")}
+    jobs = []
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
+        out = str(folder / f"e{common['epochs']}-r{seed}")
+        jobs.append({**common, **train, "random_seed": seed, "out": out})
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        done = list(pool.map(lambda job: work(job, 1), jobs))
+    bad = [each["reason"] for each in done if not each["ok"]]
+    if bad:
+        return replace(base, outcome=f"training failed: {bad[0]}")
+    return with_difference(base, own, np.array([_correct(Path(job["out"])) for job in jobs]))
 
 
-def build_parser() -> Parser:
-    """Return the parser."""
-    parser = Parser(prog="python -m benchmarks.baselines", description=__doc__)
-    arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("results/result.csv"))
-    return parser
+def _correct(folder: Path) -> Floats:
+    from nas.core.seals import load_arrays
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, search and train what is missing, report."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    given = build_parser().parse_args(argv)
-    given.command = " ".join(["python -m benchmarks.baselines", *argv])
-
-    def work() -> int:
-        rows, told = compare(checked(given), Console())
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        write(given.out, rows)
-        write_json(given.out.with_suffix(".json"), told)
-        figure(given.out.with_suffix(".png"), rows)
-        for each in rows:
-            found = (
-                ""
-                if each.estimate is None
-                else (
-                    f"{each.estimate:+.2%} [{each.lo:+.2%}, {each.hi:+.2%}], "
-                    f"at least {each.lower:+.2%}: "
-                )
-            )
-            print(
-                f"{each.name:<44} {found}{each.outcome}"
-                + (f" ({CONTRACTED} {each.misses})" if each.misses else "")
-            )
-        print(
-            json.dumps(
-                {
-                    "rows": len(rows),
-                    "compared": sum(r.estimate is not None for r in rows),
-                    # Claims are made only where the arch is as small and as fast as it had to be.
-                    "better": sum(r.outcome.startswith("better") and not r.misses for r in rows),
-                    "not_worse": sum(
-                        r.lower is not None and r.lower > -MARGIN and not r.misses for r in rows
-                    ),
-                    "missed": sum(bool(r.misses) for r in rows),
-                    "table": str(given.out),
-                }
-            )
-        )
-        return 0
-
-    return guarded(work)
+    return np.asarray(load_arrays(folder / "test.safetensors")["correct"], dtype=np.float64)

@@ -1,8 +1,7 @@
 """Prune and train in a process of its own: `python -m benchmarks.baselines.prune_worker SPEC`.
 
 A `prune` job leaves pruned.safetensors, timed beside the seed; a `train` job goes on from there as
-`nas.distill.student.train_and_score` trains the contracted arch; a `load` job tries weights in
-timm.
+`nas.distill.student.train_and_score` trains the contracted arch.
 """
 
 from __future__ import annotations
@@ -121,19 +120,9 @@ def prune_job(spec: Mapping[str, Any], part: Path) -> Values:
         blocks=spec["blocks"],
         max_blocks=spec["max_blocks"],
     )
-    pace = {
-        k: getattr(timed, k)
-        for k in (
-            "images_per_s",
-            "images_per_s_lo",
-            "images_per_s_hi",
-            "ratio",
-            "ratio_lo",
-            "ratio_hi",
-        )
-    }
+    measured = {f"seed_{k}": getattr(timed, k) for k in ("ratio", "ratio_lo", "ratio_hi")}
     told = {"params": count(again), "pruning_ratio": ratio, "prune_seconds": seconds}
-    return {**told, **pace, "loads": loads_in_timm(spec["timm"], state)}
+    return {**told, **measured, "loads": loads_in_timm(spec["timm"], state)}
 
 
 def _gradients(model: nn.Module, replay: LabelReader) -> list[torch.Tensor | None]:
@@ -170,7 +159,7 @@ def _score(net: nn.Module, spec: Mapping[str, Any]) -> float:
 
 
 def loads_in_timm(call: tuple[str, Mapping[str, Any]], state: Mapping[str, torch.Tensor]) -> bool:
-    """Tell whether `timm.create_model` and a strict `load_state_dict` take the weights."""
+    """Return whether `timm.create_model` and a strict `load_state_dict` take the weights."""
     import timm
 
     model = timm.create_model(call[0], **call[1])
@@ -251,7 +240,7 @@ def train_module(
 
 
 def evaluate_test(model: nn.Module, dataset: Any, store: LabelStore, device: str) -> torch.Tensor:
-    """Tell of every test image whether its class came first, bool [n]."""
+    """Return for every test image whether its class came first, bool [n]."""
     place(model, device).train()  # drops what eval mode may have cached
     model.eval()
     split = dataset.test
@@ -262,19 +251,13 @@ def evaluate_test(model: nn.Module, dataset: Any, store: LabelStore, device: str
     return torch.cat(said) == torch.from_numpy(np.array(split.labels))
 
 
-def load_job(spec: Mapping[str, Any], part: Path) -> Values:
-    """Try a contracted arch's weights in timm."""
-    state = load_weights(Path(spec["weights"]), name="weights")
-    return {"loads": loads_in_timm(spec["timm"], state)}
-
-
 def one_line(text: str, most: int = 240) -> str:
-    """Give a message in one line, without the lines that draw tables; of a long one, its end."""
+    """Return a message as one line, without the rules of tables; of a long one, its end."""
     words = " ".join(re.sub(r"[\u2500-\u257f]+|-{4,}", " ", text).split())
     return words if len(words) <= most else "... " + words[-most:].partition(" ")[2]
 
 
-JOBS = {"prune": prune_job, "train": train_job, "load": load_job}
+JOBS = {"prune": prune_job, "train": train_job}
 
 
 def main(path: Path) -> int:

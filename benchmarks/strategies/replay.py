@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from nas.contract.checks import make_config, resolved
 from nas.contract.state import derived_seed
+from nas.core.config import parse_count, steps_of
+from nas.search.constraints import band_at
 from nas.search.selection import pick
-from nas.search.strategies import Ask, Seen, Strategy
+from nas.search.strategies import Ask, Seen, Strategy, get_strategy
+from space import Context, get_family
 from space.contractions import Band, Candidate
 from space.errors import refuse
-from space.family import Arch, Array, Context, Family
+from space.family import Arch, Array, Family
 from space.freeze import freeze
 from space.sampling import sample_band
+
+FIXED = ("uniform",)
+"""Strategies whose answers no random seed changes: replayed once."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,8 @@ def lattice_of(
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a search goes about it: as in `nas.core.config.RunConfig`; `proxied` 0 scores all "
-    "listed."""
+class ReplaySettings:
+    """Sizes of a search, as in `nas.core.config.RunConfig`; `proxied` 0 scores all listed."""
 
     steps: int
     shortlist: int
@@ -111,15 +122,14 @@ def replay(
     lattice: Lattice,
     losses: Mapping[str, float],
     strategy: Strategy,
-    settings: Settings,
+    settings: ReplaySettings,
     *,
     random_seed: int,
 ) -> list[Scored]:
     """Replay a search on a table of losses by key; returns every evaluation, at most the budget.
 
-    Strategies are asked as `nas.contract.step` asks them, anchors off. Throughput plays no
-    part: all
-    that is listed passes, and losses are those of the table whatever the step. A stepwise strategy
+    Strategies are asked as a run asks them, without baselines. Throughput plays no part: all that
+    is listed passes, and losses are those of the table whatever the step. A stepwise strategy
     takes its steps, then lists more in the last one; the others take steps until the budget is
     spent. In the last step, what was listed and not scored comes before what is listed anew. Ends
     early when nothing new is listed. An arch that is listed in two steps of contraction counts
@@ -187,7 +197,7 @@ def replay(
 
 
 def _chosen(
-    lattice: Lattice, keys: Sequence[str], settings: Settings, random_seed: int
+    lattice: Lattice, keys: Sequence[str], settings: ReplaySettings, random_seed: int
 ) -> list[str]:
     """Choose which of the listed archs are scored, all as fast as each other."""
     if not settings.proxied:
@@ -224,4 +234,73 @@ def best_so_far(done: Sequence[Scored], lattice: Lattice, budget: int) -> list[f
         if at < len(done) and done[at].key in lattice.final:
             best = min(best, done[at].loss)
         found.append(best)
+    return found
+
+
+@dataclass(frozen=True)
+class ClosedTable:
+    """A CSV file with the loss of every arch of a lattice, and the flags that made it."""
+
+    path: Path
+    seed: str
+    target_params: str
+    free: str
+    img_size: int
+    num_classes: int
+    effort: str
+    steps: int | None
+
+    def lattice(self) -> Lattice:
+        """List the archs. Raises InputError."""
+        family = get_family("tinyvit")
+        seed, context = family.seed(self.seed), Context(self.img_size, self.num_classes)
+        start = family.count_params(seed, context)
+        target = parse_count("--target-params", self.target_params)
+        steps = self.steps or steps_of(self.effort, start, target)
+        asked = {"seed": self.seed, "effort": self.effort, "img_size": self.img_size}
+        config = make_config(resolved({**asked, "target_params": target, "steps": steps}))
+        bands = tuple(band_at(start, config, step) for step in range(1, steps + 1))
+        return lattice_of(family, seed, context, bands, self.free.split(","))
+
+    def losses(self, lattice: Lattice) -> dict[str, float]:
+        """Read the losses of the archs, by key. Raises InputError."""
+        import pandas as pd
+
+        try:
+            found = pd.read_csv(self.path, usecols=["key", "soft_loss"]).set_index("key")
+        except (OSError, ValueError) as error:
+            got = f"{self.path} ({str(error).splitlines()[0]})"
+            raise refuse("--table", got, "a table with key, soft_loss") from None
+        missing = [key for key in lattice.archs if key not in found.index]
+        if missing:
+            got = f"{self.path} without {len(missing)} of {len(lattice.archs)} archs"
+            raise refuse("--table", got, "all of them", "give the flags that made the table")
+        return {key: float(found["soft_loss"][key]) for key in lattice.archs}
+
+
+@lru_cache(maxsize=1)
+def _opened(table: ClosedTable) -> tuple[Lattice, dict[str, float]]:
+    lattice = table.lattice()
+    return lattice, table.losses(lattice)
+
+
+def replay_one(
+    table: ClosedTable, name: str, settings: ReplaySettings, random_seed: int
+) -> list[Scored]:
+    """Replay one search, in whatever process."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    lattice, losses = _opened(table)
+    return replay(lattice, losses, get_strategy(name), settings, random_seed=random_seed)
+
+
+def replay_all(
+    table: ClosedTable, names: Sequence[str], settings: ReplaySettings, number: int, workers: int
+) -> dict[str, list[list[Scored]]]:
+    """Replay `number` searches of every strategy, `workers` at a time."""
+    todo = [(name, s) for name in names for s in range(1 if name in FIXED else number)]
+    found: dict[str, list[list[Scored]]] = {name: [] for name in names}
+    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(replay_one, table, name, settings, seed) for name, seed in todo]
+        for (name, _), each in zip(todo, waiting, strict=True):
+            found[name].append(each.result())
     return found

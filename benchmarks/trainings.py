@@ -1,9 +1,9 @@
-"""A bench for comparing trainings: one data set, one teacher, one trained seed, many trainings.
+"""Trainings to compare: one data set, one teacher, one trained seed, many short trainings.
 
-What is trained lies in a folder under a name, whole or not at all, so that a benchmark that was
-stopped, or is asked for more, goes on with what is there. Several trainings run at a time, each in
-a process of one thread: on a CPU that is faster than one training on all cores, and what is
-compared here are losses, not seconds.
+Each training is kept in a folder under its name, whole or not at all, so that a benchmark that is
+stopped or extended resumes with what is there. Several trainings run at a time, each in a process
+of one thread: on a CPU that is faster than one training on all cores, and what is compared are
+losses, not seconds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,10 +35,15 @@ from nas.jobs.executor import LocalExecutor
 from nas.jobs.job import Job
 from nas.train.jobs import PaceJob, pace
 from space import get_family
-from space.errors import refuse
+from space.errors import InputError, refuse
 from space.family import Arch
 
 Losses = npt.NDArray[np.float64]
+
+PROXY_SEED = 1
+"""Random seed of the first short training."""
+CRITERION = "l1"
+"""Importance by which units are inherited, but where criteria are compared."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training left: its values by rung, and the folders that hold the per-image losses."""
+    """Results of a training: values by rung, and the folders that hold the per-image losses."""
 
     of: Training
     name: str
@@ -89,8 +94,8 @@ class Trained:
         return np.asarray(load_arrays(folder / f"{split}.safetensors")[name], dtype=np.float64)
 
 
-class Lab:
-    """Everything that trainings share: `run` has the data, the labels and the folder."""
+class TrainingPool:
+    """Runs trainings that share a `run`: its data, labels and folder."""
 
     def __init__(self, run: Run, workers: int) -> None:
         self.run = run
@@ -98,49 +103,47 @@ class Lab:
         self.seed = stage.prepare_seed(run)
 
     def train(self, wanted: Sequence[Training]) -> list[Trained]:
-        """Do all trainings, `workers` at a time; returns them in the order asked for.
+        """Train all, `workers` at a time; returns them in the order asked for.
 
-        A training that fails is an outcome (`failed`); the others go on.
+        A training that fails is an outcome (`failed`); the others continue.
         """
         run = self.run
         names = [self._name(each) for each in wanted]
         run.console.start(sum(self.cost(t) for t in wanted))
-        idle: SimpleQueue[LocalExecutor] = SimpleQueue()
-        executors = [
-            LocalExecutor(threads=1, log=run.folder.path / f"worker{i}.log")
-            for i in range(self.workers)
-        ]
+        free: SimpleQueue[LocalExecutor] = SimpleQueue()
+        logs = (run.folder.path / f"worker{i}.log" for i in range(self.workers))
+        executors = [LocalExecutor(threads=1, log=log) for log in logs]
         for executor in executors:
-            idle.put(executor)
+            free.put(executor)
 
-        def one(at: int) -> Trained:
-            executor = idle.get()
+        def one(of: Training, name: str) -> Trained:
+            executor = free.get()
             try:
-                return self._one(executor, wanted[at], names[at])
+                found = self._one(executor, of, name)
             finally:
-                idle.put(executor)
+                free.put(executor)
+            run.console.advance(self.cost(of))
+            return found
 
-        found: dict[int, Trained] = {}
+        pool = ThreadPoolExecutor(self.workers)
         try:
-            with ThreadPoolExecutor(self.workers) as pool:
-                waiting = {pool.submit(one, at): at for at in range(len(wanted))}
-                try:
-                    for done in as_completed(waiting):
-                        found[waiting[done]] = trained = done.result()
-                        run.console.advance(self.cost(trained.of))
-                except BaseException:  # do not begin what waits, nor finish what runs
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    for executor in executors:
-                        executor.close()
-                    raise
-        finally:
+            return list(pool.map(one, wanted, names))
+        finally:  # after an interrupt: do not begin what waits, nor finish what runs
+            pool.shutdown(wait=False, cancel_futures=True)
             for executor in executors:
                 executor.close()
             run.console.stop()
-        return [found[at] for at in range(len(wanted))]
+
+    def train_or_fail(self, wanted: Sequence[Training]) -> list[Trained]:
+        """Train; one that fails ends the benchmark in one line."""
+        done = self.train(wanted)
+        failed = [t for t in done if t.failed is not None]
+        if failed:
+            raise InputError(f"{len(failed)} trainings failed, the first: {failed[0].failed}")
+        return done
 
     def missing(self, wanted: Sequence[Training]) -> list[Training]:
-        """Return those that are not there yet."""
+        """Return those that are not trained yet."""
         folder = self.run.folder.job_folder
         return [t for t in wanted if not (folder(self._name(t)) / "result.json").is_file()]
 
@@ -253,62 +256,39 @@ class Lab:
         return f"{self.run.key(of.arch)}-{what}{parent}{order}"
 
 
-def arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add what every benchmark of trainings is asked for; `defaults` are by name."""
-    own = {
-        "budget_hours": 2.0,
-        "data": "fractals",
-        "img_size": 64,
-        "images": 1000,
-        "seeds": 3,
-        "proxy_epochs": 2,
-        "truth_epochs": 5,
-        "seed_epochs": 10,
-        "teacher_epochs": 15,
-        "seed": "5M",
-        "target_params": "3.6M",
-        **defaults,
-    }
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `open_pool` reads, and those of every benchmark of trainings."""
     add = parser.add_argument
     hours = "what it may take on this machine (default %(default)s): sets how many archs"
-    add("--budget-hours", type=float, default=own["budget_hours"], help=hours)
-    add("--seed", default=own["seed"], help="the trained arch (default %(default)s)")
-    add("--target-params", default=own["target_params"], help="middle of the band, +-10 %%")
-    add("--data", default=own["data"], help="default %(default)s")
-    add("--img-size", type=int, default=own["img_size"], help="pixels (default %(default)s)")
+    add("--budget-hours", type=float, default=2.0, help=hours)
+    add("--seed", default="5M", help="the trained arch (default %(default)s)")
+    add("--target-params", default="3.6M", help="middle of the band, +-10 %%")
+    add("--data", default="fractals", help="default %(default)s")
+    add("--img-size", type=int, default=64, help="pixels (default %(default)s)")
     images = "training images of a short training; long ones see all (default %(default)s)"
-    add("--images", type=int, default=own["images"], help=images)
-    add("--seeds", type=int, default=own["seeds"], help="random seeds (default %(default)s)")
-    for name in ("proxy_epochs", "truth_epochs", "seed_epochs", "teacher_epochs"):
-        add(f"--{name.replace('_', '-')}", type=int, default=own[name], help="default %(default)s")
+    add("--images", type=int, default=1000, help=images)
+    add("--seeds", type=int, default=3, help="random seeds (default %(default)s)")
+    for name, epochs in (("proxy", 2), ("truth", 5), ("seed", 10), ("teacher", 15)):
+        add(f"--{name}-epochs", type=int, default=epochs, help="default %(default)s")
     add("--device", default="cpu", help="default %(default)s")
     add("--workers", type=int, default=usable_cpus(), help="trainings at a time")
     add("--random-seed", type=int, default=0, help="of what is drawn (default 0)")
-    add("--work", type=Path, default=None, help="where trainings are kept (results/runs/lab-...)")
-    add("--cache-dir", type=Path, default=None, help="data, teachers, labels")
+    add("--work", type=Path, help="where trainings are kept (results/runs/lab-...)")
+    add("--cache-dir", type=Path, help="data, teachers, labels")
 
 
 def folder_of(given: argparse.Namespace) -> Path:
     """Return the folder that the trainings of these flags are kept in."""
     if given.work is not None:
         return Path(given.work)
-    name = "-".join(
-        str(v)
-        for v in (
-            "lab",
-            Path(given.seed).stem,
-            given.data.replace("/", "_"),
-            given.img_size,
-            f"e{given.seed_epochs}",
-            f"t{given.truth_epochs}",
-        )
-    )
+    data, seed = given.data.replace("/", "_"), Path(given.seed).stem
+    name = f"lab-{seed}-{data}-{given.img_size}-e{given.seed_epochs}-t{given.truth_epochs}"
     return Path("results/runs") / name
 
 
 @contextmanager
-def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
-    """Open the bench that the flags ask for: prepare or take over data, teacher, labels, seed."""
+def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingPool]:
+    """Open the pool of these flags: data, teacher, labels and seed are found or made."""
     from nas.core.config import config_from_dict, parse_count
 
     config = make_config(
@@ -340,7 +320,6 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
     loose = {"target_params": 0, "bench_max_blocks": 0, "choose": ""}
     asked = {**config.to_dict(), **loose}
     if folder.run_json.exists():
-        # A folder of before there was a setting goes on as it was.
         known = config_from_dict(folder.open()["config"]).to_dict()
         held, asked = (json.loads(json.dumps({**c, **loose})) for c in (known, asked))
         changed = sorted(k for k in {*asked, *held} if held.get(k) != asked.get(k))
@@ -369,9 +348,9 @@ def opened(given: argparse.Namespace, console: Console) -> Iterator[Lab]:
             deadline=None,
             fingerprints=ask_fingerprints(config, worker, None),
         )
-        lab = Lab(run, max(1, given.workers))
+        pool = TrainingPool(run, max(1, given.workers))
         worker.close()  # its threads would only be in the way
-        yield lab
+        yield pool
     finally:
         console.stop()
         worker.close()

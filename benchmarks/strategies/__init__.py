@@ -1,0 +1,1 @@
+"""Search strategies replayed on closed tables."""

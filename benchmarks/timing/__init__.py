@@ -1,0 +1,1 @@
+"""How good our timings are: agreement with timm, errors of the gate, predictions."""

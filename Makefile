@@ -45,7 +45,7 @@ golden: $(STAMP)
 	PYTHON=$(abspath $(BIN)/python) tests/golden/compare.sh "$(BASE)"
 
 results: $(STAMP)
-	$(BIN)/python -m benchmarks.results
+	$(BIN)/python -m benchmarks.contract
 
 clean:
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -12,42 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fuzz_parser import Parser
+from fuzz_parsers import Parser
 
 import nas
 import space
 from space.errors import InputError
 
-CRASHES = Path("results/runs/fuzz")
 _OURS = tuple(str(Path(package.__path__[0])) for package in (nas, space))
 _LONGEST = 1 << 16
 _WORDS = (
-    b"null",
-    b"true",
-    b"-1",
-    b"0",
-    b"1e999",
-    b"NaN",
-    b"-Infinity",
-    b"[]",
-    b"{}",
-    b'""',
-    b'"x"',
-    b"9" * 400,
-    b"0.5",
-    b"\\ud800",
-    b"\xff",
-    b"\0",
-    b",",
-    b'"',
-    b"\n",
-    b"\r",
-    b"=1+1",
-    b"../x",
-    b"1e308",
-    b"18446744073709551616",
-    b"[" * 3000,
-    b"1_0",
+    *(b"null", b"true", b"-1", b"0", b"0.5", b"1e999", b"1e308", b"NaN", b"-Infinity", b"1_0"),
+    *(b"[]", b"{}", b'""', b'"x"', b",", b'"', b"\n", b"\r", b"\0", b"\xff", b"\\ud800"),
+    *(b"=1+1", b"../x", b"18446744073709551616", b"9" * 400, b"[" * 3000),
+)
+_VALUES: tuple[Any, ...] = (
+    *(None, True, -1, 0, 1, 2**70, 0.5, 1e308, float("nan"), float("inf")),
+    *("", "1", "x", "../x", "\ud800", "a\0b", [], {}, [None], [[[]]], {"x": {}}, [1, 2, 3, 4]),
 )
 
 
@@ -106,33 +86,7 @@ def _as_json(data: bytes, rng: random.Random) -> bytes | None:
     elif how == 1 and isinstance(holder, dict):
         holder[rng.choice(("x", "", "seal", "arch", "family", f"{key}x"))] = holder[key]
     else:
-        holder[key] = rng.choice(
-            (
-                None,
-                True,
-                -1,
-                0,
-                1,
-                2**70,
-                1e308,
-                float("nan"),
-                float("inf"),
-                0.5,
-                "",
-                "x",
-                "../x",
-                "\ud800",
-                "a\0b",
-                [],
-                {},
-                [None],
-                [[[]]],
-                {"x": {}},
-                [1, 2, 3, 4],
-                holder[key],
-                "1",
-            )
-        )
+        holder[key] = rng.choice((*_VALUES, holder[key]))
     return json.dumps(value).encode()
 
 

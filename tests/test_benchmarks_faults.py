@@ -1,4 +1,4 @@
-"""A short campaign; `python -m benchmarks.faults` is the long one."""
+"""Some tries; `python -m benchmarks.faults` does them all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import __main__ as chaos
-from benchmarks.faults.arena import Arena
+from benchmarks.faults import __main__ as command
 from benchmarks.faults.catalogue import FAULTS
+from benchmarks.faults.references import References
 from benchmarks.faults.tries import Fault, Try, one_line
 
 QUICK = "kill -9 of the trainer"
@@ -25,10 +25,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_a_killed_training_is_survived_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Arena, "train_epochs", 3)
-    out = tmp_path / "chaos.csv"
+    monkeypatch.setattr(References, "train_epochs", 3)
+    out = tmp_path / "faults.csv"
     words = ["--only", QUICK, "--tries", "1", "--jobs", "1"]
-    assert chaos.main([*words, "--folder", str(tmp_path / "arena"), "--out", str(out)]) == 0
+    assert command.main([*words, "--folder", str(tmp_path / "folder"), "--out", str(out)]) == 0
     (row,) = rows_of(out)
     assert tuple(row) == ("fault", "tried", "survived", "lost", "seconds_to_recover", "command")
     assert (row["fault"], row["tried"], row["survived"], row["lost"]) == (QUICK, "1", "1", "0")
@@ -41,9 +41,9 @@ def test_a_killed_training_is_survived_and_counted(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in LOCAL if name != QUICK])
 def test_every_fault_is_survived_once(name: str, tmp_path: Path) -> None:
-    out = tmp_path / "chaos.csv"
+    out = tmp_path / "faults.csv"
     words = ["--only", name, "--tries", "1", "--jobs", "1", "--random-seed", "1"]
-    assert chaos.main([*words, "--folder", str(tmp_path / "arena"), "--out", str(out)]) == 0
+    assert command.main([*words, "--folder", str(tmp_path / "folder"), "--out", str(out)]) == 0
     assert rows_of(out)[0]["lost"] == "0"
 
 
@@ -51,23 +51,23 @@ def test_what_went_wrong_is_lost() -> None:
     """A campaign's counts are those of its tries."""
     tries = [Try([], 2.0), Try(["another winner"], 9.0), Try([], None), Try([], 4.0)]
     calm = [Try([], 1.0), Try([], 2.0), Try(["it failed"], 50.0)]
-    row = chaos.row_of("a fault", chaos.Found(tries, calm), "a command")
+    row = command.row_of("a fault", command.Found(tries, calm), "a command")
     assert (row.tried, row.survived, row.lost, row.seconds_to_recover) == (4, 3, 1, 1.5)
-    alone = chaos.row_of("a fault", chaos.Found(tries, []), "a command")
+    alone = command.row_of("a fault", command.Found(tries, []), "a command")
     assert math.isnan(alone.seconds_to_recover)
 
 
 @pytest.mark.parametrize("tries", [None, 1, 9])
 def test_undisturbed_runs_take_turns_with_the_disturbed(tries: int | None) -> None:
     words = [] if tries is None else ["--tries", str(tries)]
-    turns = chaos.turns_of(chaos.build_parser().parse_args(words))
+    turns = command.turns_of(command.build_parser().parse_args(words))
     for name, fault in FAULTS.items():
         mine = [turn for turn in turns if turn.fault == name]
         disturbed = [turn for turn in mine if not turn.calm]
         assert [turn.number for turn in disturbed] == list(range(tries or fault.tries))
         calm = [mine.index(turn) for turn in mine if turn.calm]
-        want = -(-len(disturbed) // chaos.CALM_EVERY) if fault.calm is not None else 0
-        assert calm == [n * (chaos.CALM_EVERY + 1) for n in range(want)]
+        want = -(-len(disturbed) // command.CALM_EVERY) if fault.calm is not None else 0
+        assert calm == [n * (command.CALM_EVERY + 1) for n in range(want)]
     assert len({turn.name for turn in turns}) == len(turns)
 
 
@@ -76,11 +76,11 @@ def test_an_undisturbed_run_that_ends_otherwise_is_told(
 ) -> None:
     """It counts as no try, and the campaign does not end well."""
     calm, tried = Try(["another winner"], 1.0), Try([], 2.0)
-    fault = Fault(1, Arena.training, lambda *_: tried, calm=lambda *_: calm)
-    monkeypatch.setattr(chaos, "FAULTS", {"rain": fault})
-    monkeypatch.setattr(Arena, "truth", lambda *_: ({}, 1.0))
-    out = tmp_path / "chaos.csv"
-    assert chaos.main(["--folder", str(tmp_path / "arena"), "--out", str(out)]) == 1
+    fault = Fault(1, References.training, lambda *_: tried, calm=lambda *_: calm)
+    monkeypatch.setattr(command, "FAULTS", {"rain": fault})
+    monkeypatch.setattr(References, "of", lambda *_: ({}, 1.0))
+    out = tmp_path / "faults.csv"
+    assert command.main(["--folder", str(tmp_path / "folder"), "--out", str(out)]) == 1
     (row,) = rows_of(out)
     assert (row["tried"], row["lost"], row["seconds_to_recover"]) == ("1", "0", "")
 
@@ -109,20 +109,20 @@ def test_a_hundred_runs_are_killed_by_default() -> None:
 def test_bad_input_is_one_line(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert chaos.main([*words, "--folder", str(tmp_path), "--out", str(tmp_path / "c.csv")]) == 2
+    assert command.main([*words, "--folder", str(tmp_path), "--out", str(tmp_path / "c.csv")]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "c.csv").exists()
 
 
-def test_an_arena_knows_when_undisturbed_runs_differ(
+def test_it_is_refused_when_undisturbed_runs_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arena = Arena(tmp_path, print)
-    kind = arena.training()
+    references = References(tmp_path, print)
+    kind = references.training()
     answers = iter([{"a": 1}, {"a": 2}])
-    monkeypatch.setattr(Arena, "_undisturbed", lambda *_: 1.0)
-    other = type(kind)(kind.name, kind.begin, kind.again, lambda _: next(answers))
+    monkeypatch.setattr(References, "_run", lambda *_: 1.0)
+    other = type(kind)(kind.name, kind.begin, kind.resume, lambda _: next(answers))
     with pytest.raises(ValueError, match="two undisturbed runs that differ"):
-        arena.truth(other)
+        references.of(other)

@@ -8,8 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fuzz_parser import Parser
-from fuzz_parsers import PARSERS
+from fuzz_parsers import PARSERS, Parser
 from fuzzing import judged, mutated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,35 +47,15 @@ def test_any_bytes_are_a_value_or_one_line(name: str, data: bytes) -> None:
     assert judged(called(name), data, LIMIT_S) is None
 
 
+KEYS = (
+    *("family", "arch", "archs", "seal", "config", "recipe", "schema", "files", "spec", "order"),
+    *("info", "networks", "finalists", "path"),
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.one_of(
-                st.text(max_size=4),
-                st.sampled_from(
-                    [
-                        "family",
-                        "arch",
-                        "seal",
-                        "config",
-                        "recipe",
-                        "schema",
-                        "files",
-                        "spec",
-                        "archs",
-                        "order",
-                        "info",
-                        "networks",
-                        "finalists",
-                        "path",
-                    ]
-                ),
-            ),
-            inner,
-            max_size=4,
-        )
+        | st.dictionaries(st.one_of(st.text(max_size=4), st.sampled_from(KEYS)), inner, max_size=4)
     ),
     max_leaves=10,
 )

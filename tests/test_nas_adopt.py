@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.arena import run_outcome
+from benchmarks.faults.references import run_outcome
 from nas.contract import contract
 from nas.measure.measurement_table import MeasurementRow, MeasurementTable
 from tests.conftest import Finished

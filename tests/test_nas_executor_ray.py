@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults.arena import (
+from benchmarks.faults.catalogue import FAULTS
+from benchmarks.faults.references import (
     ARCH,
-    Arena,
+    References,
     differences,
     orphans,
     run_outcome,
     start,
     store_outcome,
 )
-from benchmarks.faults.catalogue import FAULTS
 from nas.contract import contract
 from nas.jobs.job import Job
 from nas.jobs.means import Means
@@ -90,18 +90,18 @@ def test_a_cluster_that_does_not_answer_is_one_line(
 @pytest.mark.skipif(not own_network(), reason="needs a network of its own (root)")
 @pytest.mark.parametrize("act", ["node removed in every step", "driver killed", "head lost"])
 def test_whatever_happens_to_a_cluster_the_run_ends_the_same(act: str, tmp_path: Path) -> None:
-    arena = Arena(tmp_path / "arena", print)
+    references = References(tmp_path / "references", print)
     name = next(n for n in FAULTS if n.startswith("Ray: ") and n.endswith(act))
     folder = tmp_path / "try"
     folder.mkdir()
-    assert FAULTS[name].do(arena, folder, random.Random(0)).wrong == []
+    assert FAULTS[name].do(references, folder, random.Random(0)).wrong == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not own_network(), reason="needs a network of its own (root)")
 def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> None:
-    arena = Arena(tmp_path / "arena", print)
-    kind = arena.contract()
+    references = References(tmp_path / "references", print)
+    kind = references.contract()
     out = tmp_path / "out"
     code = (
         "import json, sys, subprocess\n"
@@ -130,7 +130,7 @@ def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> N
 def test_what_a_campaign_compares(finished: Finished, tmp_path: Path) -> None:
     """A campaign that could not see a difference would find none."""
     assert ARCH == SMALL_ARCH
-    kind = Arena(tmp_path / "arena", print).contract()
+    kind = References(tmp_path / "references", print).contract()
     truth = run_outcome(finished.folder)
     assert differences(kind, truth, finished.folder) == []
     assert differences(kind, {**truth, "winner": "x"}, finished.folder) == ["winner"]

@@ -1,16 +1,15 @@
-"""Disturb runs in every way that machines do, and count those that end otherwise: chaos.csv.
+"""Disturb runs in every way that machines do, and count those that end otherwise.
 
-Each try begins a run, labels or a training anew, disturbs it at a random instant, goes on with it
-as a user would, and compares it with an undisturbed one: decisions, winner and weights must be
-equal, no process and no temporary file may be left, and what is refused must be one line and exit
-status 2. `lost` counts the tries that fail in any of this. Undisturbed runs take turns with the
-tries of a fault, as busy as these, for what recovering costs.
+`python -m benchmarks.faults`: each try begins a run, labels or a training, disturbs it at a random
+instant, resumes it as a user would, and compares it with an undisturbed one: decisions, winner and
+weights must be equal, no process and no temporary file may be left, and a refusal must be one line
+and exit status 2. `lost` counts the tries that fail in any of this. Undisturbed runs alternate with
+the tries of a fault, on as busy a machine, to measure what recovering costs.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import shlex
 import shutil
@@ -18,19 +17,18 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks._estimates import write_rows
-from benchmarks.faults.arena import Arena
+from benchmarks.estimates import check_at_least, write_table
 from benchmarks.faults.catalogue import FAULTS
+from benchmarks.faults.references import References
 from benchmarks.faults.tries import Do, Try
 from nas.core.cli import Parser, guarded
 from nas.core.progress import Console
-from space.checks import read_int
 from space.errors import refuse
 
 CALM_EVERY = 4
@@ -38,7 +36,7 @@ CALM_EVERY = 4
 
 
 @dataclass(frozen=True)
-class Row:
+class FaultRow:
     """One kind of fault: how often it was tried and survived, and what recovering costs.
 
     `seconds_to_recover` is by how much the median of what the disturbed ones took is longer than
@@ -66,8 +64,8 @@ def build_parser() -> Parser:
     add("--jobs", type=int, default=2, help="tries at a time, of one thread each (2)")
     add("--minutes", type=float, help="begin nothing new after so long")
     add("--random-seed", type=int, default=0)
-    add("--folder", type=Path, default=Path("results/runs/chaos"))
-    add("--out", type=Path, default=Path("results/chaos.csv"))
+    add("--folder", type=Path, default=Path("results/runs/faults"))
+    add("--out", type=Path, default=Path("results/faults.csv"))
     add("--keep", action="store_true", help="keep the folders of tries that survived too")
     return parser
 
@@ -101,8 +99,6 @@ def turns_of(given: argparse.Namespace) -> list[Turn]:
     for name in names:
         if name not in FAULTS:
             raise refuse("--only", name, f"one of {', '.join(FAULTS)}")
-    if given.tries is not None:
-        read_int("--tries", given.tries, 1, 100_000)
     found = []
     for name in names:
         fault = FAULTS[name]
@@ -122,13 +118,13 @@ def command_of(given: argparse.Namespace, fault: str) -> str:
     return shlex.join(words)
 
 
-def campaign(given: argparse.Namespace, console: Console) -> dict[str, Found]:
-    """Take the turns, several at a time; the table grows with each."""
-    read_int("--jobs", given.jobs, 1, 64)
+def run_all(given: argparse.Namespace, console: Console) -> dict[str, Found]:
+    """Do all tries, several at a time; the table is written after each."""
+    check_at_least(given, jobs=1, tries=1)
     turns = turns_of(given)
-    arena = Arena(given.folder, console.line)
+    references = References(given.folder, console.line)
     for name in dict.fromkeys(turn.fault for turn in turns):
-        arena.truth(FAULTS[name].kind(arena))
+        references.of(FAULTS[name].kind(references))
     done: dict[str, Found] = {}
     until = None if given.minutes is None else time.monotonic() + 60 * given.minutes
     console.start(float(len(turns)), "tries")
@@ -136,22 +132,20 @@ def campaign(given: argparse.Namespace, console: Console) -> dict[str, Found]:
     def one(turn: Turn) -> None:
         if until is not None and time.monotonic() > until:
             return
-        folder = arena.folder / turn.name.replace(" ", "-").replace("/", "-")
+        folder = references.folder / turn.name.replace(" ", "-").replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         rng = random.Random(f"{given.random_seed}/{turn.name}")
         try:
-            outcome = turn.do(arena, folder, rng)
-        except Exception as error:  # the campaign's own fault counts as a loss, and is looked at
+            outcome = turn.do(references, folder, rng)
+        except Exception as error:  # an error of ours counts as a loss
             outcome = Try([f"{type(error).__name__}: {error}"])
         with _WRITING:
             found = done.setdefault(turn.fault, Found([], []))
             (found.calm if turn.calm else found.tries).append(outcome)
             if found.tries:
-                write(
-                    given.out,
-                    {turn.fault: row_of(turn.fault, found, command_of(given, turn.fault))},
-                )
+                command = command_of(given, turn.fault)
+                write(given.out, row_of(turn.fault, found, command))
         for wrong in outcome.wrong:
             console.line(f"{'WRONG' if turn.calm else 'LOST'} {folder.name}: {wrong}")
         if not outcome.wrong and not given.keep:
@@ -167,7 +161,7 @@ def campaign(given: argparse.Namespace, console: Console) -> dict[str, Found]:
     return done
 
 
-def row_of(name: str, found: Found, command: str) -> Row:
+def row_of(name: str, found: Found, command: str) -> FaultRow:
     """Count the tries of a fault."""
     lost = sum(bool(o.wrong) for o in found.tries)
     took, calm = (
@@ -176,31 +170,21 @@ def row_of(name: str, found: Found, command: str) -> Row:
     )
     late = statistics.median(took) - statistics.median(calm) if took and calm else float("nan")
     tried = len(found.tries)
-    return Row(name, tried, tried - lost, lost, round(late, 1), command)
+    return FaultRow(name, tried, tried - lost, lost, round(late, 1), command)
 
 
 _WRITING = threading.Lock()
 
 
-def write(path: Path, rows: Mapping[str, Row]) -> None:
-    """Put faults' rows into the table, those of other faults staying as they are."""
+def write(path: Path, row: FaultRow) -> None:
+    """Put a fault's row into the table; those of other faults stay as they are."""
+    import pandas as pd
+
     held: dict[str, Any] = {}
     if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                late = float(line["seconds_to_recover"] or "nan")
-                held[line["fault"]] = Row(
-                    line["fault"],
-                    int(line["tried"]),
-                    int(line["survived"]),
-                    int(line["lost"]),
-                    late,
-                    line["command"],
-                )
-    held.update(rows)
-    names = [name for name in FAULTS if name in held]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(path, [held[name] for name in names])
+        held = {row["fault"]: row for row in pd.read_csv(path).to_dict("records")}
+    held[row.fault] = vars(row)
+    write_table(path, [held[name] for name in FAULTS if name in held])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         given = build_parser().parse_args(argv)
         console = Console()
-        done = campaign(given, console)
+        done = run_all(given, console)
         rows = [
             row_of(name, done[name], command_of(given, name))
             for name in FAULTS

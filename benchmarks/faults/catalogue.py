@@ -1,4 +1,4 @@
-"""The faults of a chaos campaign: how each disturbs, and what must hold afterwards."""
+"""All faults: how each disturbs, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.faults.arena import Arena, Kind, orphans, start
+from benchmarks.faults.references import Kind, References, orphans, start
 from benchmarks.faults.tries import (
     Fault,
     Try,
@@ -24,12 +24,12 @@ from benchmarks.faults.tries import (
     either,
     ended,
     fault,
-    gone_on,
     interrupt_twice,
     kill_all,
     kill_driver,
     kill_worker,
     one_line,
+    resumed,
     small_run,
     some_workers,
     terminate,
@@ -58,7 +58,7 @@ def small_disk(place: Path, size: int) -> Iterator[None]:
     """Have a disk of so many bytes at a place; raises OSError where that is not allowed."""
     place.mkdir(parents=True)
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "chaos", str(place)],
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(place)],
         capture_output=True,
         text=True,
         check=False,
@@ -76,46 +76,48 @@ def remount(place: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True, capture_output=True)
 
 
-def disk_full(arena: Arena, folder: Path, rng: random.Random) -> Try:
+def disk_full(references: References, folder: Path, rng: random.Random) -> Try:
     """Run out of disk at some write, be given room, and go on."""
-    kind = arena.contract()
-    arena.truth(kind)
-    used = arena.folder / kind.name
-    places = (used, arena.cache(kind))
+    kind = references.contract()
+    references.of(kind)
+    used = references.folder / kind.name
+    places = (used, references.cache(kind))
     whole = sum(p.stat().st_size for f in places for p in f.rglob("*") if p.is_file())
     disk = folder / "disk"
     with small_disk(disk, max(65536, int(rng.uniform(0.02, 1.1) * whole))):
-        return _refused_then_on(arena, kind, disk, lambda: remount(disk, "size=2g"))
+        return _refused_then_on(references, kind, disk, lambda: remount(disk, "size=2g"))
 
 
-def read_only(arena: Arena, folder: Path, rng: random.Random) -> Try:
+def read_only(references: References, folder: Path, rng: random.Random) -> Try:
     """Begin on a disk that may not be written to, be allowed to, and go on."""
-    kind = arena.contract()
+    kind = references.contract()
     disk = folder / "disk"
     with small_disk(disk, 2 << 30):
         remount(disk, "ro")
-        return _refused_then_on(arena, kind, disk, lambda: remount(disk, "rw"))
+        return _refused_then_on(references, kind, disk, lambda: remount(disk, "rw"))
 
 
-def _refused_then_on(arena: Arena, kind: Kind, disk: Path, mend: Callable[[], None]) -> Try:
+def _refused_then_on(
+    references: References, kind: Kind, disk: Path, mend: Callable[[], None]
+) -> Try:
     told = disk.with_name("first.log")
     process = start(kind.begin(disk / "out", disk / "cache"), told)
     code = process.end()
     wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
-    wrong += one_line(process.said()) if code else []
+    wrong += one_line(process.output()) if code else []
     wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
     mend()
     begun = time.monotonic()
     if code == 0:  # there was room enough after all: then nothing may be missing
-        return Try(wrong + ended(kind, arena.truth(kind)[0], disk))
-    found = gone_on(arena, kind, disk, begun)
+        return Try(wrong + ended(kind, references.of(kind)[0], disk))
+    found = resumed(references, kind, disk, begun)
     return Try(wrong + found.wrong)
 
 
-def locked(arena: Arena, folder: Path, rng: random.Random) -> Try:
+def locked(references: References, folder: Path, rng: random.Random) -> Try:
     """Have another process hold the study's lock for long, let go, and go on."""
-    kind = arena.contract()
-    _, seconds = arena.truth(kind)
+    kind = references.contract()
+    _, seconds = references.of(kind)
     out, cache = folder / "out", folder / "cache"
     process = start(kind.begin(out, cache), folder / "first.log")
     time.sleep(rng.uniform(0.3, 0.8) * seconds)
@@ -128,15 +130,15 @@ def locked(arena: Arena, folder: Path, rng: random.Random) -> Try:
     finally:
         holder.close()
     wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
-    wrong += one_line(process.said()) if code else []
-    found = gone_on(arena, kind, folder, time.monotonic())
+    wrong += one_line(process.output()) if code else []
+    found = resumed(references, kind, folder, time.monotonic())
     return Try(wrong + found.wrong)
 
 
-def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
+def clock_back(references: References, folder: Path, rng: random.Random) -> Try:
     """Let the wall clock jump back again and again, in driver and workers."""
-    kind = two_workers(arena, rng)
-    truth, _ = arena.truth(kind)
+    kind = two_workers(references, rng)
+    expected, _ = references.of(kind)
     place = folder / "clock"
     place.mkdir()
     (place / "sitecustomize.py").write_text(CLOCK.format(seed=rng.randrange(1 << 30)))
@@ -146,62 +148,61 @@ def clock_back(arena: Arena, folder: Path, rng: random.Random) -> Try:
     code = process.end()
     took = time.monotonic() - process.since
     if code:
-        return Try([f"status {code}: {process.said().strip().splitlines()[-1:]}"], took)
+        return Try([f"status {code}: {process.output().strip().splitlines()[-1:]}"], took)
     gone = [f"orphan: {words}" for words in orphans(process.tag).values()]
-    return Try(ended(kind, truth, folder) + gone, took)
+    return Try(ended(kind, expected, folder) + gone, took)
 
 
-def damaged(arena: Arena, folder: Path, rng: random.Random) -> Try:
-    """Kill a run, damage one of its files, resume; if that is refused, mend the file and resume."""
-    kind = arena.contract()
-    truth, seconds = arena.truth(kind)
+def damaged(references: References, folder: Path, rng: random.Random) -> Try:
+    """Kill a run, damage one of its files, resume; if that is refused, restore it and resume.
+
+    Any file is cut short; bytes are changed in weights, which carry a checksum.
+    """
+    kind = references.contract()
+    expected, seconds = references.of(kind)
     out, cache = folder / "out", folder / "cache"
     process = start(kind.begin(out, cache), folder / "first.log")
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.end(rng.uniform(0.3, 0.95) * seconds)
     kill_all(process, rng)
-    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock")
     if not (out / "run.json").exists():
-        return gone_on(arena, kind, folder, time.monotonic())
+        return resumed(references, kind, folder, time.monotonic())
+    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock")
     victim = rng.choice(files)
-    whole = victim.read_bytes()
-    hurt = bytearray(whole)
-    how = rng.choice(["flip", "cut", "zero"])
-    if whole and how == "flip":
-        hurt[rng.randrange(len(hurt))] ^= 1 << rng.randrange(8)
-    elif whole and how == "cut":
-        del hurt[rng.randrange(len(hurt)) :]
-    elif whole:
-        at = rng.randrange(len(hurt))
-        hurt[at : at + 64] = bytes(len(hurt[at : at + 64]))
+    data = bytearray(victim.read_bytes())
     kept = folder / "kept"
     shutil.copytree(out, kept)
-    victim.write_bytes(bytes(hurt))
-    what = f"{how} in {victim.relative_to(out)}"
-    again = start(kind.again(out, cache), folder / "again.log")
+    if data and victim.suffix == ".safetensors" and rng.random() < 0.5:
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif data:
+        del data[rng.randrange(len(data)) :]
+    victim.write_bytes(bytes(data))
+    again = start(kind.resume(out, cache), folder / "again.log")
     code = again.end()
     if code == 0:
-        left = [f"orphan: {words}" for words in orphans(again.tag).values()]
-        return Try([f"{what}: {text}" for text in ended(kind, truth, folder) + left])
-    wrong = [] if code == EXIT_BAD_INPUT else [f"{what}: status {code}"]
-    wrong += [f"{what}: {text}" for text in one_line(again.said())]
-    shutil.rmtree(out)
-    kept.rename(out)
-    return Try(wrong + gone_on(arena, kind, folder, time.monotonic()).wrong)
+        wrong = ended(kind, expected, folder)
+        wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
+    else:
+        wrong = [] if code == EXIT_BAD_INPUT else [f"status {code}"]
+        wrong += one_line(again.output())
+        shutil.rmtree(out)
+        kept.rename(out)
+        wrong += resumed(references, kind, folder, time.monotonic()).wrong
+    return Try([f"{victim.relative_to(out)} damaged: {text}" for text in wrong])
 
 
-def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
+def cluster(act: str) -> Callable[[References, Path, random.Random], Try]:
     """Return a try on a Ray cluster of three nodes, in a network of its own (loopback only)."""
 
-    def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
-        kind = arena.contract()
-        truth, seconds = arena.truth(kind)
+    def do(references: References, folder: Path, rng: random.Random) -> Try:
+        kind = references.contract()
+        expected, seconds = references.of(kind)
         out, cache = folder / "out", folder / "cache"
         told = folder / "cluster.json"
         order = {
             "act": act,
             "begin": kind.begin(out, cache),
-            "again": kind.again(out, cache),
+            "resume": kind.resume(out, cache),
             "out": str(out),
             "after": rng.uniform(0.2, 0.9) * seconds,
             "told": str(told),
@@ -222,7 +223,7 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
             return Try([f"the cluster ended with status {done.returncode}"])
         found = json.loads(told.read_text())
         wrong = list(found["wrong"])
-        wrong += ended(kind, truth, folder)
+        wrong += ended(kind, expected, folder)
         sent = Path(tempfile.gettempdir()).glob("vision-contraction-*")
         wrong += [f"left on a node: {path}" for path in sent]
         return Try(wrong, found["took_s"])
@@ -230,18 +231,17 @@ def cluster(act: str) -> Callable[[Arena, Path, random.Random], Try]:
     return do
 
 
-def published(arena: Arena) -> Kind:
+def published(references: References) -> Kind:
     """Return the headline contraction: TinyViT-21M to 5M, effort smoke, on a quarter of its images.
 
     Its cache is warm: what a kill does to data, teacher, labels and the seed is for the small runs.
     """
-    size = ("--target-params", "5M", "--proxy-images", "200")
-    return arena.contract(seed="21M", size=size, warm=True)
+    return references.contract(seed="21M", size="--target-params 5M --proxy-images 200", warm=True)
 
 
-def published_run(arena: Arena, rng: random.Random) -> Kind:
+def published_run(references: References, rng: random.Random) -> Kind:
     """Return the headline contraction, whatever is drawn."""
-    return published(arena)
+    return published(references)
 
 
 def _ray(tries: int, act: str) -> Fault:
@@ -250,13 +250,13 @@ def _ray(tries: int, act: str) -> Fault:
 
 FAULTS: dict[str, Fault] = {
     "kill -9 of the driver": fault(15, small_run, some_workers, kill_driver),
-    "kill -9 of a worker": fault(12, small_run, some_workers, kill_worker, goes_on=True),
+    "kill -9 of a worker": fault(12, small_run, some_workers, kill_worker, continues=True),
     "kill -9 of everything at once": fault(10, small_run, some_workers, kill_all),
-    "kill -9 of the label builder": fault(18, Arena.labels, builders, either),
+    "kill -9 of the label builder": fault(18, References.labels, builders, either),
     "kill -9 of a worker that builds labels": fault(
-        8, Arena.labels, builders, kill_worker, goes_on=True
+        8, References.labels, builders, kill_worker, continues=True
     ),
-    "kill -9 of the trainer": fault(27, Arena.training, trainer, kill_driver),
+    "kill -9 of the trainer": fault(27, References.training, trainer, kill_driver),
     "SIGTERM, then SIGKILL after 5 s": fault(5, small_run, some_workers, terminate),
     "Ctrl-C twice": fault(5, small_run, some_workers, interrupt_twice),
     "the clock jumps back": Fault(3, small_run, clock_back, calm=disturbed(two_workers, None)),

@@ -1,4 +1,4 @@
-"""A Ray cluster of three nodes, disturbed while a contraction runs on it: one try of a campaign.
+"""A Ray cluster of three nodes, disturbed while a contraction runs on it: one try.
 
 Runs in a network of its own that has loopback only, as another address would be reachable.
 """
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.arena import Started, kill, orphans, start
+from benchmarks.faults.references import Started, kill, orphans, start
 from benchmarks.faults.tries import one_line
 from nas.core.cli import EXIT_BAD_INPUT
 
@@ -29,7 +29,7 @@ def make_cluster() -> Any:
     return made
 
 
-def on(cluster: Any, ship: bool) -> list[str]:
+def cluster_flags(cluster: Any, ship: bool) -> list[str]:
     """Return the flags by which a run uses a cluster, whose nodes see its files or are sent all."""
     return ["--executor", "ray", "--ray-address", cluster.address, *(["--ship"] if ship else [])]
 
@@ -52,14 +52,14 @@ def remove_in_every_step(cluster: Any, run: Started, out: Path) -> int:
 
 
 def main(path: str) -> None:
-    """Do what a file orders, and tell in another how it went."""
+    """Run the try that a JSON file describes, and write its result to another."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     order = json.loads(Path(path).read_text())
     out, log = Path(order["out"]), Path(order["told"]).with_name("run.log")
     cluster = make_cluster()
     wrong: list[str] = []
     begun = time.monotonic()
-    run = start([*order["begin"], *on(cluster, order["ship"])], log)
+    run = start([*order["begin"], *cluster_flags(cluster, order["ship"])], log)
     if order["act"] == "node":
         removed = remove_in_every_step(cluster, run, out)
         if removed < 2:
@@ -74,17 +74,17 @@ def main(path: str) -> None:
         else:
             cluster.remove_node(cluster.head_node, allow_graceful=False)
             code = run.end()
-            said = run.said()
+            output = run.output()
             wrong += (
-                [f"status {code} without its head"] if code != EXIT_BAD_INPUT else one_line(said)
+                [f"status {code} without its head"] if code != EXIT_BAD_INPUT else one_line(output)
             )
             cluster.shutdown()
             cluster = make_cluster()
         wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
-        run = start([*order["again"], *on(cluster, order["ship"])], log)
+        run = start([*order["resume"], *cluster_flags(cluster, order["ship"])], log)
     code = run.end()
     if code:
-        wrong.append(f"status {code}: {run.said().strip().splitlines()[-1:]}")
+        wrong.append(f"status {code}: {run.output().strip().splitlines()[-1:]}")
     took = time.monotonic() - begun
     wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
     Path(order["told"]).write_text(json.dumps({"wrong": wrong, "took_s": took}))
@@ -92,7 +92,7 @@ def main(path: str) -> None:
 
 
 def _under_way(out: Path) -> bool:
-    """Tell whether candidates are trained."""
+    """Return whether candidates are trained."""
     try:
         return "s1-" in (out / "attempts.csv").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A try of a chaos campaign: begun, disturbed, gone on with as a user would, and compared."""
+"""A try: begun, disturbed, resumed as a user would, and compared."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.faults.arena import (
-    Arena,
+from benchmarks.faults.references import (
     Kind,
+    References,
     Started,
     differences,
     kill,
@@ -30,97 +30,97 @@ GRACE_S = 5.0
 
 @dataclass
 class Try:
-    """What went wrong in a try, and how long it took from its beginning to its good end."""
+    """What went wrong in a try, and its seconds from the beginning to its good end."""
 
     wrong: list[str] = field(default_factory=list)
     took_s: float | None = None
 
 
-Do = Callable[[Arena, Path, random.Random], Try]
+Do = Callable[[References, Path, random.Random], Try]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to disturb; `tries` of it by default. `solo`: nothing else goes on meanwhile.
+    """A way to disturb; `tries` of it by default. `solo`: nothing else runs meanwhile.
 
-    `calm` is the same without the disturbance, for how long that takes; None where it says nothing.
+    `calm` is the same without the disturbance, to be timed; None where that means nothing.
     """
 
     tries: int
-    kind: Callable[[Arena], Kind]
+    kind: Callable[[References], Kind]
     do: Do
     calm: Do | None = None
     solo: bool = False
 
 
-def small_run(arena: Arena) -> Kind:
+def small_run(references: References) -> Kind:
     """Return a small contraction."""
-    return arena.contract()
+    return references.contract()
 
 
-Make = Callable[[Arena, random.Random], Kind]
+Make = Callable[[References, random.Random], Kind]
 Act = Callable[[Started, random.Random], list[str]]
 
 
-def one_line(said: str) -> list[str]:
-    """Say what is wrong with a refusal: it is one line, without a traceback."""
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+def one_line(output: str) -> list[str]:
+    """Return what is wrong with a refusal, which is one line without a traceback."""
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
     wrong = [] if len(errors) == 1 else [f"{len(errors)} lines of refusal"]
-    return wrong + (["a traceback"] if "Traceback" in said else [])
+    return wrong + (["a traceback"] if "Traceback" in output else [])
 
 
-def ended(kind: Kind, truth: object, folder: Path) -> list[str]:
-    """Say in what a finished run differs from an undisturbed one, and what it left behind."""
+def ended(kind: Kind, expected: object, folder: Path) -> list[str]:
+    """Return in what a finished run differs from an undisturbed one, and its leftovers."""
     out, cache = folder / "out", folder / "cache"
-    wrong = [f"another {name}" for name in differences(kind, truth, out)]
+    wrong = [f"another {name}" for name in differences(kind, expected, out)]
     return wrong + [f"left behind: {path}" for path in leftovers(out, cache)]
 
 
-def gone_on(arena: Arena, kind: Kind, folder: Path, begun: float) -> Try:
-    """Go on with what was disturbed, as a user would, and compare it with an undisturbed one."""
+def resumed(references: References, kind: Kind, folder: Path, begun: float) -> Try:
+    """Resume what was disturbed, as a user would, and compare it with an undisturbed one."""
     out, cache = folder / "out", folder / "cache"
-    truth, _ = arena.truth(kind)
+    expected, _ = references.of(kind)
     started = (out / "run.json").exists() or kind.name not in ("run", "run-21M")
-    command = kind.again(out, cache) if started else kind.begin(out, cache)
+    command = kind.resume(out, cache) if started else kind.begin(out, cache)
     again = start(command, folder / "again.log")
     code = again.end()
     took = time.monotonic() - begun
-    wrong = [] if code == 0 else [f"status {code}: {again.said().strip().splitlines()[-1:]}"]
+    wrong = [] if code == 0 else [f"status {code}: {again.output().strip().splitlines()[-1:]}"]
     if code == 0:
-        wrong += ended(kind, truth, folder)
+        wrong += ended(kind, expected, folder)
     wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
     return Try(wrong, took)
 
 
-def disturbed(make: Make, act: Act | None, *, goes_on: bool = False, warm: bool = False) -> Do:
-    """Return a try: begin, act at a random instant, and go on unless it `goes_on` by itself.
+def disturbed(make: Make, act: Act | None, *, continues: bool = False, warm: bool = False) -> Do:
+    """Return a try: begin, act at a random instant, and resume unless it `continues` by itself.
 
     A `warm` one finds data, teacher, labels and the trained seed in its cache. Without an act
     nothing disturbs it.
     """
 
-    def do(arena: Arena, folder: Path, rng: random.Random) -> Try:
-        kind = make(arena, rng)
-        truth, seconds = arena.truth(kind)
+    def do(references: References, folder: Path, rng: random.Random) -> Try:
+        kind = make(references, rng)
+        expected, seconds = references.of(kind)
         out, cache = folder / "out", folder / "cache"
         if warm:
-            shutil.copytree(arena.cache(kind), cache)
+            shutil.copytree(references.cache(kind), cache)
         process = start(kind.begin(out, cache), folder / "first.log")
         wrong = []
         if act is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.end(rng.uniform(0.02, 0.95) * seconds)
             wrong += act(process, rng)
-        if act is not None and not goes_on:
+        if act is not None and not continues:
             wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
-            found = gone_on(arena, kind, folder, process.since)
+            found = resumed(references, kind, folder, process.since)
             return Try(wrong + found.wrong, found.took_s)
         code = process.end()
         took = time.monotonic() - process.since
         if code:
-            wrong.append(f"status {code}: {process.said().strip().splitlines()[-1:]}")
+            wrong.append(f"status {code}: {process.output().strip().splitlines()[-1:]}")
         else:
-            wrong += ended(kind, truth, folder)
+            wrong += ended(kind, expected, folder)
         wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
         return Try(wrong, took)
 
@@ -129,11 +129,11 @@ def disturbed(make: Make, act: Act | None, *, goes_on: bool = False, warm: bool 
 
 def fault(
     tries: int,
-    kind: Callable[[Arena], Kind],
+    kind: Callable[[References], Kind],
     make: Make,
     act: Act,
     *,
-    goes_on: bool = False,
+    continues: bool = False,
     warm: bool = False,
     solo: bool = False,
 ) -> Fault:
@@ -141,30 +141,30 @@ def fault(
     return Fault(
         tries,
         kind,
-        disturbed(make, act, goes_on=goes_on, warm=warm),
+        disturbed(make, act, continues=continues, warm=warm),
         calm=disturbed(make, None, warm=warm),
         solo=solo,
     )
 
 
-def some_workers(arena: Arena, rng: random.Random) -> Kind:
+def some_workers(references: References, rng: random.Random) -> Kind:
     """Return a small contraction with one worker or two."""
-    return arena.contract("--workers", str(rng.choice([1, 2])))
+    return references.contract("--workers", str(rng.choice([1, 2])))
 
 
-def two_workers(arena: Arena, rng: random.Random) -> Kind:
+def two_workers(references: References, rng: random.Random) -> Kind:
     """Return a small contraction with two workers."""
-    return arena.contract("--workers", "2")
+    return references.contract("--workers", "2")
 
 
-def builders(arena: Arena, rng: random.Random) -> Kind:
+def builders(references: References, rng: random.Random) -> Kind:
     """Return the building of labels by one process or two."""
-    return arena.labels("--processes", str(rng.choice([1, 2])))
+    return references.labels("--processes", str(rng.choice([1, 2])))
 
 
-def trainer(arena: Arena, rng: random.Random) -> Kind:
+def trainer(references: References, rng: random.Random) -> Kind:
     """Return a full training."""
-    return arena.training()
+    return references.training()
 
 
 def kill_driver(process: Started, rng: random.Random) -> list[str]:
@@ -213,9 +213,9 @@ def interrupt_twice(process: Started, rng: random.Random) -> list[str]:
         code = process.end(20.0)
         # Before our own handlers stand, and when they have done their work, Python's own ends it in
         # its own way: by the signal, which a shell tells as 130 as well.
-        early = "data: " not in process.said() and code == 1
+        early = "data: " not in process.output() and code == 1
         good = code in (0, EXIT_INTERRUPTED, -signal.SIGINT) or early
-        good = good and (early or "Traceback" not in process.said())
+        good = good and (early or "Traceback" not in process.output())
         return [] if good else [f"Ctrl-C: status {code}"]
     kill_all(process, rng)
     return ["it did not end on Ctrl-C"]

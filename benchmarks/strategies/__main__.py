@@ -49,7 +49,7 @@ FREE = "depths[2],embed_dims[3],mlp_ratio,mbconv_expand_ratio"
 
 
 def rows_of(
-    found: Mapping[str, Sequence[Sequence[Scored]]],
+    searches: Mapping[str, Sequence[Sequence[Scored]]],
     lattice: Lattice,
     goal: float,
     best: float,
@@ -61,11 +61,12 @@ def rows_of(
     budget, rows = float(settings.budget), list[EstimateRow]()
     needed = {
         name: np.array([reached_after(one, lattice, goal) for one in all_of])
-        for name, all_of in found.items()
+        for name, all_of in searches.items()
     }
 
-    def add(name: str, estimate: Sequence[float], n: int, note: str) -> None:
-        rows.append(EstimateRow(name, *estimate, n, "searches", note, command))  # type: ignore[call-arg]
+    def add(name: str, found: Sequence[float], n: int, note: str) -> None:
+        estimate, lo, hi = found
+        rows.append(EstimateRow(name, estimate, lo, hi, n, "searches", note, command))
 
     for name, after in needed.items():
         n, hits = len(after), int(np.isfinite(after).sum())
@@ -78,22 +79,23 @@ def rows_of(
         add(name_of_share, share(hits, n), n, "exact interval")
         # How far behind the best a search is when a run of the effort would end.
         rounds = settings.steps if get_strategy(name).stepwise else ROUNDS[effort]
-        own = min(settings.budget, rounds * (settings.proxied or settings.shortlist))
-        behind = np.array([best_so_far(one, lattice, own)[-1] for one in found[name]]) - best
+        end = min(settings.budget, rounds * (settings.proxied or settings.shortlist))
+        behind = np.array([best_so_far(one, lattice, end)[-1] for one in searches[name]]) - best
         there = behind[np.isfinite(behind)]
         mean = (math.nan,) * 3
         if len(there):
             mean = bootstrap(there, lambda v: float(v.mean()), random_seed=0)
         note = f"{n - len(there)} searches have no arch of the last band by then"
-        called = f"{name}: behind the best after the {own} trainings of a run, mean nats"
+        called = f"{name}: behind the best after the {end} trainings of a run, mean nats"
         add(called, mean, len(there), note)
-    own_needed = needed.pop("contraction", None)
-    for name, after in needed.items() if own_needed is not None else ():
-        paired = [np.resize(after, len(own_needed)), own_needed]
-        both = np.minimum(np.stack(paired, axis=1), budget)
+    if "contraction" not in needed:
+        return rows
+    own = needed.pop("contraction")
+    for name, after in needed.items():
+        both = np.minimum(np.stack([np.resize(after, len(own)), own], axis=1), budget)
         gap = bootstrap(both, lambda v: float((v[:, 0] - v[:, 1]).mean()), random_seed=0)
         note = "mean evaluations, unreached counted as the budget; above 0: contraction needs fewer"
-        add(f"{name} - contraction", gap, len(own_needed), note)
+        add(f"{name} - contraction", gap, len(own), note)
     return rows
 
 

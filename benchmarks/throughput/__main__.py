@@ -54,12 +54,8 @@ A = TypeVar("A")
 LATENCY_BLOCKS = 10
 
 
-class Bench:
-    """One worker that measures, and what it has learned about the device.
-
-    `rows` yields a row per network and setting, in the order asked; rows that `known` answers
-    already are taken over.
-    """
+class DeviceBenchmark:
+    """Measures networks in one worker process; caches the fingerprints of the devices."""
 
     def __init__(self, plan: Plan, console: Console, log: Path | None = None) -> None:
         self.plan, self.console, self._log = plan, console, log
@@ -97,7 +93,7 @@ class Bench:
         return self._devices[name]
 
     def rows(self, nets: Sequence[Net], known: Sequence[DeviceRow]) -> Iterator[DeviceRow]:
-        """Measure every network under every setting."""
+        """Measure every network under every setting, in the order asked; `known` rows are kept."""
         done = {row.question: row for row in known}
         for size in self.plan.sizes:
             ctx = Context(img_size=size, num_classes=self.plan.num_classes)
@@ -142,7 +138,7 @@ class Bench:
         row = replace(row, **self._counts(net, ctx))
         row = replace(row, **self._latency(net, ctx, setting, measured.values))
         if self.plan.memory:
-            row = replace(row, peak_mem_bytes=self._weigh(net, ctx, setting))
+            row = replace(row, peak_mem_bytes=self._peak_memory(net, ctx, setting))
         if net.trained(ctx) and self.plan.accuracy_data is not None:
             row = replace(row, **self._accuracy(net, ctx, setting))
         return row
@@ -156,20 +152,10 @@ class Bench:
             batch=setting.batch,
             img_size=ctx.img_size,
         )
-        spec = (
-            ""
-            if net.arch is None or net.family is None
-            else json.dumps(net.family.to_dict(net.arch), separators=(",", ":"))
-        )
         reference = self.plan.reference
         beside = "" if reference is None else f"{reference.name}@{self._beside(setting).text}"
         return DeviceRow(
-            arch=net.name,
-            family="timm" if net.family is None else net.family.name,
-            key=net.key(ctx),
-            spec=spec,
-            img_size=ctx.img_size,
-            num_classes=ctx.num_classes,
+            **net.columns(ctx),
             device=setting.device,
             runtime=setting.runtime,
             dtype=setting.dtype,
@@ -204,9 +190,9 @@ class Bench:
         return replace(empty, state=FAILED, reason=result.reason or "failed")
 
     def _counts(self, net: Net, ctx: Context) -> dict[str, Any]:
-        if net.family is not None and net.arch is not None:
-            params = net.family.count_params(net.arch, ctx)
-            return {"params": params, "macs": net.family.count_macs(net.arch, ctx)}
+        counts = net.counts(ctx)
+        if counts is not None:
+            return counts
         asked = CountJob(network=net.spec(ctx), context=ctx)
         found = self.do(jobs.count, f"{net.name} counts", asked)
         return dict(found.values) if found.ok else {}
@@ -238,8 +224,8 @@ class Bench:
         columns = {f"latency_ms_{name}": values[f"latency_ms_{name}"] for name in names}
         return {**columns, "latency_passes": values["blocks"] * values["passes"]}
 
-    def _weigh(self, net: Net, ctx: Context, setting: Setting) -> int | None:
-        """Return the peak memory of a process that loads and runs the net and does nothing else."""
+    def _peak_memory(self, net: Net, ctx: Context, setting: Setting) -> int | None:
+        """Return the peak memory of a process that only loads and runs the net."""
         network, seed = net.spec(ctx), self.plan.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
             export = ExportJob(
@@ -311,7 +297,7 @@ def throughput(
                 raise refuse("--out", f"{out}, which exists", "a new file", remedy)
             known = read_rows(out, "--out")
     total = len(nets) * len(plan.settings) * len(plan.sizes)
-    bench = Bench(plan, console)
+    bench = DeviceBenchmark(plan, console)
     rows: list[DeviceRow] = []
     try:
         for setting in plan.settings:
@@ -320,7 +306,7 @@ def throughput(
         console.start(float(total))
         for row in bench.rows(nets, known):
             rows.append(row)
-            console.line(told(row))
+            console.line(row_line(row))
             if out is not None:
                 write_rows(out, rows)
     finally:
@@ -329,7 +315,7 @@ def throughput(
     return rows
 
 
-def told(row: DeviceRow) -> str:
+def row_line(row: DeviceRow) -> str:
     """Write a row as a line for the terminal."""
     name = row.arch if len(row.arch) <= 28 else row.key
     head = f"{name[:44]:<30} {row.runtime:<16} {row.dtype:<8} {row.batch:>4} {row.img_size:>4}"

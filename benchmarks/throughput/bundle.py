@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import zipapp
@@ -42,14 +41,10 @@ def write_bundle(folder: Path, nets: Sequence[Net], plan: Plan, console: Console
     settings = {(s.batch, s.runtime, s.dtype) for s in plan.settings}
     for setting in plan.settings:
         if plan.auto or setting.runtime != "onnxruntime" or setting.dtype != "float32":
-            raise refuse(
-                "--bundle",
-                f"--runtime {setting.runtime} --dtype {setting.dtype} --batch "
-                f"{'auto' if plan.auto else setting.batch}",
-                "--runtime onnxruntime in float32 and "
-                "batches by number, which is what a board without torch runs",
-                "name them",
-            )
+            batch = "auto" if plan.auto else setting.batch
+            got = f"--runtime {setting.runtime} --dtype {setting.dtype} --batch {batch}"
+            want = "--runtime onnxruntime in float32 and batches by number, which is what a board "
+            raise refuse("--bundle", got, f"{want}without torch runs", "name them")
         check_setting(setting)
     if plan.reference is None:
         raise refuse("--reference", "none", "a network that every other is timed beside")
@@ -58,7 +53,7 @@ def write_bundle(folder: Path, nets: Sequence[Net], plan: Plan, console: Console
     batches = sorted({batch for batch, _, _ in settings})
     wanted = [*nets, *([] if plan.reference in nets else [plan.reference])]
     sizes = [Context(img_size=s, num_classes=plan.num_classes) for s in plan.sizes]
-    _room(folder, wanted, sizes, len(batches))
+    _check_space(folder, wanted, sizes, len(batches))
     folder.mkdir(parents=True, exist_ok=True)
     listed = []
     console.start(float(len(wanted) * len(sizes) * len(batches)))
@@ -81,22 +76,15 @@ def write_bundle(folder: Path, nets: Sequence[Net], plan: Plan, console: Console
     return {"bundle": str(folder), "networks": len(listed), "bytes": size}
 
 
-def _room(folder: Path, nets: Sequence[Net], sizes: Sequence[Context], batches: int) -> None:
+def _check_space(folder: Path, nets: Sequence[Net], sizes: Sequence[Context], batches: int) -> None:
     """Refuse a bundle that the disk cannot take."""
-    need = 0
-    for ctx in sizes:
-        for net in nets:
-            if net.family is not None and net.arch is not None:
-                need += batches * 4 * net.family.count_params(net.arch, ctx)
+    counts = [net.counts(ctx) for ctx in sizes for net in nets]
+    need = sum(batches * 4 * count["params"] for count in counts if count is not None)
     place = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
     if need * 1.1 > free:
-        raise refuse(
-            "--bundle",
-            f"{need / 1e9:.1f} GB of networks",
-            f"at most the {free / 1e9:.1f} GB free",
-            "ask for a smaller --sample",
-        )
+        got, want = f"{need / 1e9:.1f} GB of networks", f"at most the {free / 1e9:.1f} GB free"
+        raise refuse("--bundle", got, want, "ask for a smaller --sample")
 
 
 def _export(folder: Path, net: Net, ctx: Context, batch: int, reference: bool) -> dict[str, Any]:
@@ -106,27 +94,17 @@ def _export(folder: Path, net: Net, ctx: Context, batch: int, reference: bool) -
     from nas.measure.jobs import build
     from nas.measure.throughput import private_copy
 
-    key = net.key(ctx)
-    name = f"{key}-px{ctx.img_size}-b{batch}.onnx"
+    name = f"{net.key(ctx)}-px{ctx.img_size}-b{batch}.onnx"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = private_copy(build(net.spec(ctx), ctx), "cpu")
     if not (folder / name).is_file():
         images = torch.zeros(batch, ctx.in_chans, ctx.img_size, ctx.img_size)
         export_onnx(model, images, folder / name)
-    counted = net.family is not None and net.arch is not None
-    macs = net.family.count_macs(net.arch, ctx) if net.family and net.arch else None
     return {
-        "arch": net.name,
-        "family": net.family.name if net.family else "timm",
-        "key": key,
-        "spec": json.dumps(net.family.to_dict(net.arch), separators=(",", ":"))
-        if counted and net.family and net.arch
-        else "",
-        "img_size": ctx.img_size,
-        "num_classes": ctx.num_classes,
+        **net.columns(ctx),
         "params": sum(p.numel() for p in model.parameters()),
-        "macs": macs,
+        "macs": (net.counts(ctx) or {}).get("macs"),
         "batch": batch,
         "file": name,
         "reference": reference,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def draw_rows(
         (axes[1], "macs", "MACs an image"),
     ):
         said = []
-        for colour, (name, members) in zip(_cycle(), groups.items(), strict=False):
+        for colour, (name, members) in zip(cycle(COLOURS), groups.items(), strict=False):
             wrong, decided, slow = surely_misordered(members, cost)
             said.append((wrong, decided))
             first = colour == COLOURS[0]
@@ -158,9 +159,3 @@ def _plain(axis: Any) -> None:
     plain.set_scientific(False)
     axis.yaxis.set_major_formatter(plain)
     axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _cycle() -> Any:
-    from itertools import cycle
-
-    return cycle(COLOURS)

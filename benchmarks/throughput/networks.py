@@ -20,10 +20,10 @@ from space.errors import InputError, refuse
 
 @dataclass(frozen=True)
 class Net:
-    """A network to measure: what the user called it, and what a worker builds it from.
+    """A network to measure: the user's name for it, and what a worker builds it from.
 
     `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`, which
-    fits the context that it was trained in (`trained_in`); `found` says that a search found it.
+    fits the context that it was trained in (`trained_in`); `found`: by a search.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Net:
     trained_in: Context | None = None
 
     def trained(self, ctx: Context) -> bool:
-        """Tell whether the net has weights for a context."""
+        """Return whether the net has weights for a context."""
         return self.weights is not None and self.trained_in in (None, ctx)
 
     def spec(self, ctx: Context) -> NetworkSpec:
@@ -45,6 +45,21 @@ class Net:
             return NetworkSpec(timm=self.timm, weights=weights)
         arch = self.family.to_dict(self.arch)
         return NetworkSpec(family=self.family.name, arch=arch, weights=weights)
+
+    def columns(self, ctx: Context) -> dict[str, Any]:
+        """Return what a row of a device table holds of the net: name, family, key, factors."""
+        row = {"arch": self.name, "family": "timm", "key": self.key(ctx), "spec": ""}
+        if self.family is not None and self.arch is not None:
+            factors = json.dumps(self.family.to_dict(self.arch), separators=(",", ":"))
+            row.update(family=self.family.name, spec=factors)
+        return {**row, "img_size": ctx.img_size, "num_classes": ctx.num_classes}
+
+    def counts(self, ctx: Context) -> dict[str, int] | None:
+        """Return exact parameters and MACs as built in a context; None for a plain timm model."""
+        if self.family is None or self.arch is None:
+            return None
+        params = self.family.count_params(self.arch, ctx)
+        return {"params": params, "macs": self.family.count_macs(self.arch, ctx)}
 
     def key(self, ctx: Context) -> str:
         """Return the name of the net as built in a context."""

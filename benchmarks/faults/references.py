@@ -1,4 +1,4 @@
-"""What a chaos campaign happens in: undisturbed runs to compare with, processes to be ended."""
+"""Undisturbed runs to compare with, and the processes of disturbed ones."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ VIT = {
     "patch_size": 8,
     "dist_token": False,
 }
-PATIENCE_S = 900.0
-TAG = "CHAOS_TAG"
-PASSING = ("seconds", "log")
-"""Columns of a ledger that tell of a moment, not of a decision (and `trial`: the order)."""
+TIMEOUT_S = 900.0
+TAG = "FAULTS_TAG"
+PASSING = ("seconds", "log", "trial")
+"""Columns of a ledger that are no decisions: times, and the order."""
 TIMES = ("seconds", "images_per_s", "peak_mem_bytes")
 LEFTOVERS = (".*.tmp", "*.part", ".*.tmp-journal", "*.failed.json")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Something that is disturbed: how it is begun and gone on with, and what is compared then.
+    """A command to disturb: how it begins and resumes, and what is compared at its end.
 
     Kinds of one name end alike, whatever they work with. A `warm` one is timed with a cache that
     has what earlier runs kept.
@@ -55,37 +55,37 @@ class Kind:
 
     name: str
     begin: Callable[[Path, Path], list[str]]
-    again: Callable[[Path, Path], list[str]]
+    resume: Callable[[Path, Path], list[str]]
     outcome: Callable[[Path], Any]
     warm: bool = False
 
 
 @dataclass
 class Started:
-    """A process under way, with a tag by which all that it starts is known."""
+    """A running process, with a tag that all processes it starts inherit."""
 
     process: subprocess.Popen[str]
     tag: str
     since: float
-    told: Path
+    log: Path
 
-    def end(self, timeout_s: float = PATIENCE_S) -> int:
+    def end(self, timeout_s: float = TIMEOUT_S) -> int:
         """Wait for its end."""
         return self.process.wait(timeout=timeout_s)
 
-    def said(self) -> str:
+    def output(self) -> str:
         """Return what it printed."""
-        return self.told.read_text(errors="replace")
+        return self.log.read_text(errors="replace")
 
 
-def start(command: Sequence[str], told: Path, **environment: str) -> Started:
-    """Start one of our commands in a session of its own, with SIGINT heard."""
+def start(command: Sequence[str], log: Path, **environment: str) -> Started:
+    """Start one of our commands in a session of its own, with SIGINT handled."""
     tag = uuid.uuid4().hex
     code = (
         "import signal,sys,runpy;signal.signal(signal.SIGINT,signal.default_int_handler);"
         "m=sys.argv[1];sys.argv=sys.argv[1:];runpy.run_module(m,run_name='__main__',alter_sys=True)"
     )
-    with told.open("a") as out:
+    with log.open("a") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", code, *command],
             stdout=out,
@@ -94,7 +94,7 @@ def start(command: Sequence[str], told: Path, **environment: str) -> Started:
             env={**os.environ, TAG: tag, **environment},
             start_new_session=True,
         )
-    return Started(process, tag, time.monotonic(), told)
+    return Started(process, tag, time.monotonic(), log)
 
 
 def tagged(tag: str) -> dict[int, str]:
@@ -111,27 +111,29 @@ def tagged(tag: str) -> dict[int, str]:
     return found
 
 
-def orphans(tag: str, patience_s: float = 20.0) -> dict[int, str]:
-    """Return the processes of a tag that are still there after a while."""
-    until = time.monotonic() + patience_s
+def orphans(tag: str, timeout_s: float = 20.0) -> dict[int, str]:
+    """Return the processes of a tag that still run after `timeout_s`."""
+    until = time.monotonic() + timeout_s
     while (left := tagged(tag)) and time.monotonic() < until:
         time.sleep(0.2)
     return left
 
 
 def leftovers(*folders: Path) -> list[str]:
-    """Name what nobody should find after a finished run."""
+    """Return temporary files that a finished run must not leave."""
     return [str(p) for f in folders for pattern in LEFTOVERS for p in f.rglob(pattern)]
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file as text."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def ledger_of(folder: Path) -> list[tuple[str, ...]]:
-    """Return a run's decisions, in an order of their own."""
-    with (folder / "ledger.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    kept = [
-        tuple(f"{k}={v}" for k, v in row.items() if k not in (*PASSING, "trial")) for row in rows
-    ]
-    return sorted(kept)
+    """Return a run's decisions, sorted."""
+    rows = read_rows(folder / "ledger.csv")
+    return sorted(tuple(f"{k}={v}" for k, v in r.items() if k not in PASSING) for r in rows)
 
 
 def digest(path: Path) -> str:
@@ -140,7 +142,7 @@ def digest(path: Path) -> str:
 
 
 def run_outcome(folder: Path) -> Any:
-    """Return what decides whether two runs of `nas.contract` ended alike."""
+    """Return what must be equal for two runs of `nas.contract`."""
     result = read_json(folder / "result.json", "the result of a run")
     return {
         "status": result["status"],
@@ -152,176 +154,132 @@ def run_outcome(folder: Path) -> Any:
 
 
 def store_outcome(folder: Path) -> Any:
-    """Return what decides whether two label stores are the same."""
+    """Return what must be equal for two label stores."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     return {p.relative_to(folder).as_posix(): digest(p) for p in files if p.name != "manifest.json"}
 
 
 def training_outcome(folder: Path) -> Any:
-    """Return what decides whether two full trainings ended alike."""
-    with (folder / "log.csv").open(newline="", encoding="utf-8") as file:
-        rows = [{k: v for k, v in r.items() if k not in TIMES} for r in csv.DictReader(file)]
+    """Return what must be equal for two full trainings."""
+    rows = [
+        {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "log.csv")
+    ]
     names = ("last.safetensors", "best.safetensors")
     return {"log": rows, **{name: digest(folder / name) for name in names}}
 
 
-class Arena:
-    """The undisturbed runs, made once and kept; `folder` holds everything."""
+def _places(out: Path, cache: Path) -> list[str]:
+    return ["--out", str(out), "--cache-dir", str(cache)]
+
+
+class References:
+    """The undisturbed runs, made once and kept in `folder`."""
 
     train_epochs = 12
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, report: Callable[[str], None]) -> None:
         self.folder = folder.resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.say = say
+        self.report = report
         write_json(self.folder / "small.json", ARCH)
         write_json(self.folder / "vit.json", {"family": "vit", "arch": VIT})
-        self._truths: dict[str, tuple[Any, float]] = {}
+        self._found: dict[str, tuple[Any, float]] = {}
 
     def contract(
-        self, *more: str, seed: str | None = None, size: Sequence[str] = (), warm: bool = False
+        self, *more: str, seed: str | None = None, size: str | None = None, warm: bool = False
     ) -> Kind:
         """Return a small contraction with recorded measurements, or one of a published seed."""
         name = "run" if seed is None else f"run-{seed}"
         small = (
-            *("--target-params", "400K", "--steps", "2", "--shortlist", "4", "--proxied", "4"),
-            *("--proxy-epochs", "3", "--threads", "1", "--img-size", "32"),
-            *("--proxy-images", "200", "--teacher-epochs", "2", "--final-epochs", "1"),
+            "--target-params 400K --steps 2 --shortlist 4 --proxied 4 --proxy-epochs 3 --threads 1 "
+            "--img-size 32 --proxy-images 200 --teacher-epochs 2 --final-epochs 1"
         )
-        flags = [
-            "nas.contract",
-            "--seed",
-            seed or str(self.folder / "small.json"),
-            "--effort",
-            "smoke",
-            *(size or small),
-        ]
+        flags = ["--seed", seed or str(self.folder / "small.json"), "--effort", "smoke"]
+        flags += (size or small).split()
         recorded = self.folder / name / "measurements.csv"
 
         def begin(out: Path, cache: Path) -> list[str]:
             known = ["--measurements", str(recorded)] if recorded.exists() else []
-            where = ["--out", str(out), "--cache-dir", str(cache)]
-            return [*flags, *known, *where, *more]
+            return ["nas.contract", *flags, *known, *_places(out, cache), *more]
 
-        def again(out: Path, cache: Path) -> list[str]:
+        def resume(out: Path, cache: Path) -> list[str]:
             return ["nas.contract", "--resume", str(out), "--cache-dir", str(cache), *more]
 
-        return Kind(name, begin, again, run_outcome, warm)
+        return Kind(name, begin, resume, run_outcome, warm)
 
     def labels(self, *more: str) -> Kind:
-        """Return the building of a store of labels."""
+        """Return the building of a label store."""
+        flags = "build --data digits --teacher-epochs 1 --epochs 60 --img-size 32 --threads 1"
 
         def begin(out: Path, cache: Path) -> list[str]:
-            return [
-                "nas.labels",
-                "build",
-                "--data",
-                "digits",
-                "--teacher-epochs",
-                "1",
-                "--epochs",
-                "60",
-                "--img-size",
-                "32",
-                "--threads",
-                "1",
-                "--out",
-                str(out),
-                "--cache-dir",
-                str(cache),
-                *more,
-            ]
+            return ["nas.labels", *flags.split(), *_places(out, cache), *more]
 
         return Kind("labels", begin, begin, store_outcome)
 
     def training(self) -> Kind:
         """Return a full training."""
+        flags = (
+            f"--data digits --img-size 32 --epochs {self.train_epochs} --proxy-images 400 "
+            "--threads 1 --batch-size 8 --save-steps 5 --set drop_path=0.1 --set ema_decay=0.9"
+        )
 
         def begin(out: Path, cache: Path) -> list[str]:
-            return [
-                "nas.train",
-                "--arch",
-                str(self.folder / "vit.json"),
-                "--data",
-                "digits",
-                "--img-size",
-                "32",
-                "--epochs",
-                str(self.train_epochs),
-                "--proxy-images",
-                "400",
-                "--threads",
-                "1",
-                "--batch-size",
-                "8",
-                "--save-steps",
-                "5",
-                "--set",
-                "drop_path=0.1",
-                "--set",
-                "ema_decay=0.9",
-                "--out",
-                str(out),
-                "--cache-dir",
-                str(cache),
-            ]
+            arch = ["--arch", str(self.folder / "vit.json")]
+            return ["nas.train", *arch, *flags.split(), *_places(out, cache)]
 
-        def again(out: Path, cache: Path) -> list[str]:
-            # Killed before there was anything to go on with, it begins.
+        def resume(out: Path, cache: Path) -> list[str]:
+            # Killed before there was anything to resume, it begins.
             if not (out / "train.json").is_file():
                 return begin(out, cache)
             return ["nas.train", "--resume", str(out), "--cache-dir", str(cache)]
 
-        return Kind("training", begin, again, training_outcome)
+        return Kind("training", begin, resume, training_outcome)
 
-    def truth(self, kind: Kind) -> tuple[Any, float]:
-        """Return how an undisturbed run ends, and how long it takes from nothing."""
-        if kind.name not in self._truths:
-            out, told = self.folder / kind.name, self.folder / f"{kind.name}.log"
+    def of(self, kind: Kind) -> tuple[Any, float]:
+        """Return how an undisturbed run ends, and its seconds from nothing. Raises InputError."""
+        if kind.name not in self._found:
+            out = self.folder / kind.name
             kept = self.folder / f"{kind.name}.seconds.json"
             if not kept.exists():
-                shutil.rmtree(out, ignore_errors=True)
-                self._undisturbed(kind, out, told)
+                self._run(kind, out)
                 first = kind.outcome(out)
-                # Once more, by what was measured: what the others are compared with, and timed by.
+                # Once more, with the recorded measurements: compared with the first, and timed.
                 again = self.folder / f"{kind.name}-again"
-                shutil.rmtree(again, ignore_errors=True)
-                seconds = self._undisturbed(kind, again, told)
+                seconds = self._run(kind, again)
                 if first != kind.outcome(again):
                     raise refuse(kind.name, "two undisturbed runs that differ", "equal ones")
                 write_json(kept, {"seconds": seconds})
-            self._truths[kind.name] = (
-                kind.outcome(out),
-                float(json.loads(kept.read_text())["seconds"]),
-            )
-        return self._truths[kind.name]
+            seconds = float(json.loads(kept.read_text())["seconds"])
+            self._found[kind.name] = kind.outcome(out), seconds
+        return self._found[kind.name]
 
     def cache(self, kind: Kind) -> Path:
         """Return the cache of a kind's undisturbed runs."""
         return self.folder / f"{kind.name}-cache"
 
-    def _undisturbed(self, kind: Kind, out: Path, told: Path) -> float:
+    def _run(self, kind: Kind, out: Path) -> float:
         cache = self.cache(kind)
+        shutil.rmtree(out, ignore_errors=True)
         if not kind.warm:
             shutil.rmtree(cache, ignore_errors=True)
-        self.say(f"undisturbed: {kind.name}")
-        begun = start(kind.begin(out, cache), told)
+        self.report(f"undisturbed: {kind.name}")
+        begun = start(kind.begin(out, cache), self.folder / f"{kind.name}.log")
         code = begun.end()
         if code:
-            last = begun.said().strip().splitlines()[-1:]
+            last = begun.output().strip().splitlines()[-1:]
             raise refuse(kind.name, f"status {code}: {last}", "an undisturbed run that ends well")
         return time.monotonic() - begun.since
 
 
-def differences(kind: Kind, truth: Any, out: Path) -> list[str]:
-    """Say in what a disturbed run ended otherwise than an undisturbed one."""
+def differences(kind: Kind, expected: Any, out: Path) -> list[str]:
+    """Return in what a disturbed run ends otherwise than an undisturbed one."""
     try:
         found = kind.outcome(out)
     except (OSError, ValueError, KeyError) as error:
         return [f"no outcome: {type(error).__name__}: {error}"]
-    if isinstance(truth, Mapping) and isinstance(found, Mapping):
-        return [k for k in sorted({*truth, *found}) if truth.get(k) != found.get(k)]
-    return [] if truth == found else ["the outcome"]
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        return [k for k in sorted({*expected, *found}) if expected.get(k) != found.get(k)]
+    return [] if expected == found else ["the outcome"]
 
 
 def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:

@@ -1,1 +1,0 @@
-"""How good our timings are: agreement with timm, errors of the gate, predictions."""

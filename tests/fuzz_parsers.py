@@ -47,10 +47,10 @@ from nas.measure.measurement_table import HEADER, MeasurementRow, format_row, re
 from nas.report.read import RunFiles
 from nas.report.text import status_lines
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
+from nas.train.folder import TrainFolder
 from nas.train.recipe import find_recipe
 from nas.train.train_config import TrainConfig, read_config
 from nas.train.train_flags import resolve_arch
-from nas.train.folder import TrainFolder
 from nas.transfer.backbone import _described
 from space import Context, get_family
 from space.errors import InputError

@@ -33,7 +33,7 @@ from nas.contract.state import derived_seed
 from nas.core.cli import Parser
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
-from nas.core.stats import in_words, indistinguishable, kendall, regret
+from nas.core.stats import in_words, indistinguishable, regret
 from space.contractions import shortlist
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -166,7 +166,6 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], d
             path = pool.run.folder.path / listed_name(pool)
             write_json(path, [[how, pool.run.family.to_dict(a)] for how, a in listed])
         archs = chosen(listed, given.archs or len(listed))
-        how_of = {pool.run.key(arch): how for how, arch in listed}
         if given.archs and len(archs) < given.archs:
             raise refuse(
                 "--archs",
@@ -193,7 +192,7 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], d
         free = untrained(pool.run, archs)
         pool.run.executor.close()
         rows, told = table(pool, given, archs, scored, truth, free)
-        return rows, told | {"within": within(told, [how_of[pool.run.key(a)] for a in archs])}
+        return rows, told
 
 
 def table(
@@ -255,24 +254,6 @@ def table(
     return rows, told
 
 
-def within(told: Mapping[str, Any], how: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return tau of every score among the archs of one kind only, by kind.
-
-    Near relatives of the seed and archs drawn anywhere differ much: telling the one kind from the
-    other is part of every tau over both.
-    """
-    truth = np.array(told["truth"]).mean(axis=0)
-    found: dict[str, dict[str, float]] = {}
-    for kind in dict.fromkeys(how):
-        own = [i for i, each in enumerate(how) if each == kind]
-        if len(own) >= LEAST:
-            found[f"{kind} ({len(own)})"] = {
-                name: round(kendall(np.asarray(values)[own], truth[own]), 4)
-                for name, values in told["scores"].items()
-            }
-    return found
-
-
 def draw(path: Path, rows: Sequence[TrustRow], told: Mapping[str, Any]) -> None:
     """Draw tau of every score with its interval, the ceilings as lines."""
     shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if not r.name.startswith("ceiling")]
@@ -309,10 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if row.regret is not None:
                 line += f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]"
             print(line)
-        for kind, taus in told["within"].items():
-            print(f"among those by {kind}: tau {taus[told['proxy']]:+.2f} ({told['proxy']})")
         print(told["words"])
-        lists = ("truth", "scores", "labels", "within", "words")
+        lists = ("truth", "scores", "labels", "words")
         return {name: value for name, value in told.items() if name not in lists}
 
     return run_command(build_parser(), work, argv)

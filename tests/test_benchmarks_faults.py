@@ -48,41 +48,31 @@ def test_every_fault_is_survived_once(name: str, tmp_path: Path) -> None:
 
 
 def test_what_went_wrong_is_lost() -> None:
-    """A campaign's counts are those of its tries."""
+    """The counts are those of the tries; what failed does not count for the time."""
     tries = [Try([], 2.0), Try(["another winner"], 9.0), Try([], None), Try([], 4.0)]
-    calm = [Try([], 1.0), Try([], 2.0), Try(["it failed"], 50.0)]
-    row = command.row_of("a fault", command.Found(tries, calm), "a command")
+    row = command.row_of("a fault", tries, 1.5, "a command")
     assert (row.tried, row.survived, row.lost, row.seconds_to_recover) == (4, 3, 1, 1.5)
-    alone = command.row_of("a fault", command.Found(tries, []), "a command")
-    assert math.isnan(alone.seconds_to_recover)
+    assert math.isnan(command.row_of("a fault", tries[1:3], 1.5, "a command").seconds_to_recover)
 
 
-@pytest.mark.parametrize("tries", [None, 1, 9])
-def test_undisturbed_runs_take_turns_with_the_disturbed(tries: int | None) -> None:
-    words = [] if tries is None else ["--tries", str(tries)]
-    turns = command.turns_of(command.build_parser().parse_args(words))
-    for name, fault in FAULTS.items():
-        mine = [turn for turn in turns if turn.fault == name]
-        disturbed = [turn for turn in mine if not turn.calm]
-        assert [turn.number for turn in disturbed] == list(range(tries or fault.tries))
-        calm = [mine.index(turn) for turn in mine if turn.calm]
-        want = -(-len(disturbed) // command.CALM_EVERY) if fault.calm is not None else 0
-        assert calm == [n * (command.CALM_EVERY + 1) for n in range(want)]
-    assert len({turn.name for turn in turns}) == len(turns)
-
-
-def test_an_undisturbed_run_that_ends_otherwise_is_told(
+def test_an_error_of_ours_is_a_loss_and_other_rows_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts as no try, and the campaign does not end well."""
-    calm, tried = Try(["another winner"], 1.0), Try([], 2.0)
-    fault = Fault(1, References.training, lambda *_: tried, calm=lambda *_: calm)
-    monkeypatch.setattr(command, "FAULTS", {"rain": fault})
+    def broken(*given: object) -> Try:
+        raise OSError("no disk")
+
+    faults = {
+        "rain": Fault(2, References.training, broken),
+        "sun": Fault(1, References.training, lambda *_: Try([], 3.0), solo=True),
+    }
+    monkeypatch.setattr(command, "FAULTS", faults)
     monkeypatch.setattr(References, "of", lambda *_: ({}, 1.0))
     out = tmp_path / "faults.csv"
-    assert command.main(["--folder", str(tmp_path / "folder"), "--out", str(out)]) == 1
-    (row,) = rows_of(out)
-    assert (row["tried"], row["lost"], row["seconds_to_recover"]) == ("1", "0", "")
+    words = ["--folder", str(tmp_path / "folder"), "--out", str(out)]
+    assert command.main([*words, "--only", "sun"]) == 0
+    assert command.main([*words, "--only", "rain"]) == 1
+    found = [(r["fault"], r["tried"], r["lost"], r["seconds_to_recover"]) for r in rows_of(out)]
+    assert found == [("rain", "2", "2", ""), ("sun", "1", "0", "2.0")]
 
 
 def test_a_refusal_is_one_line() -> None:

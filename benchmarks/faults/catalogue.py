@@ -23,7 +23,6 @@ from benchmarks.faults.tries import (
     disturbed,
     either,
     ended,
-    fault,
     interrupt_twice,
     kill_all,
     kill_driver,
@@ -231,7 +230,7 @@ def cluster(act: str) -> Callable[[References, Path, random.Random], Try]:
     return do
 
 
-def published(references: References) -> Kind:
+def published(references: References, rng: random.Random | None = None) -> Kind:
     """Return the headline contraction: TinyViT-21M to 5M, effort smoke, on a quarter of its images.
 
     Its cache is warm: what a kill does to data, teacher, labels and the seed is for the small runs.
@@ -239,35 +238,26 @@ def published(references: References) -> Kind:
     return references.contract(seed="21M", size="--target-params 5M --proxy-images 200", warm=True)
 
 
-def published_run(references: References, rng: random.Random) -> Kind:
-    """Return the headline contraction, whatever is drawn."""
-    return published(references)
-
-
-def _ray(tries: int, act: str) -> Fault:
-    return Fault(tries, small_run, cluster(act), calm=cluster("nothing"), solo=True)
-
-
+BUILD_WORKER = disturbed(builders, kill_worker, continues=True)
+WORKER = disturbed(some_workers, kill_worker, continues=True)
 FAULTS: dict[str, Fault] = {
-    "kill -9 of the driver": fault(15, small_run, some_workers, kill_driver),
-    "kill -9 of a worker": fault(12, small_run, some_workers, kill_worker, continues=True),
-    "kill -9 of everything at once": fault(10, small_run, some_workers, kill_all),
-    "kill -9 of the label builder": fault(18, References.labels, builders, either),
-    "kill -9 of a worker that builds labels": fault(
-        8, References.labels, builders, kill_worker, continues=True
-    ),
-    "kill -9 of the trainer": fault(27, References.training, trainer, kill_driver),
-    "SIGTERM, then SIGKILL after 5 s": fault(5, small_run, some_workers, terminate),
-    "Ctrl-C twice": fault(5, small_run, some_workers, interrupt_twice),
-    "the clock jumps back": Fault(3, small_run, clock_back, calm=disturbed(two_workers, None)),
+    "kill -9 of the driver": Fault(15, small_run, disturbed(some_workers, kill_driver)),
+    "kill -9 of a worker": Fault(12, small_run, WORKER),
+    "kill -9 of everything at once": Fault(10, small_run, disturbed(some_workers, kill_all)),
+    "kill -9 of the label builder": Fault(18, References.labels, disturbed(builders, either)),
+    "kill -9 of a worker that builds labels": Fault(8, References.labels, BUILD_WORKER),
+    "kill -9 of the trainer": Fault(27, References.training, disturbed(trainer, kill_driver)),
+    "SIGTERM, then SIGKILL after 5 s": Fault(5, small_run, disturbed(some_workers, terminate)),
+    "Ctrl-C twice": Fault(5, small_run, disturbed(some_workers, interrupt_twice)),
+    "the clock jumps back": Fault(3, small_run, clock_back),
     "the disk is full": Fault(6, small_run, disk_full),
     "the disk is read-only": Fault(1, small_run, read_only),
     "the database is locked": Fault(3, small_run, locked),
     "a file of the run is damaged": Fault(8, small_run, damaged),
-    "Ray: a node removed in every step": _ray(2, "node"),
-    "Ray: the driver killed": _ray(2, "driver"),
-    "Ray: the head lost": _ray(2, "head"),
-    "kill -9 of the driver, TinyViT-21M": fault(
-        10, published, published_run, kill_driver, warm=True, solo=True
+    "Ray: a node removed in every step": Fault(2, small_run, cluster("node"), solo=True),
+    "Ray: the driver killed": Fault(2, small_run, cluster("driver"), solo=True),
+    "Ray: the head lost": Fault(2, small_run, cluster("head"), solo=True),
+    "kill -9 of the driver, TinyViT-21M": Fault(
+        10, published, disturbed(published, kill_driver, warm=True), solo=True
     ),
 }

@@ -64,7 +64,7 @@ def main(path: str) -> None:
         removed = remove_in_every_step(cluster, run, out)
         if removed < 2:
             wrong.append(f"only {removed} nodes removed")
-    elif order["act"] != "nothing":
+    else:
         while run.process.poll() is None and not _under_way(out):
             time.sleep(0.1)
         time.sleep(order["after"] / 10)

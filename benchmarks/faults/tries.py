@@ -41,15 +41,11 @@ Do = Callable[[References, Path, random.Random], Try]
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to disturb; `tries` of it by default. `solo`: nothing else runs meanwhile.
-
-    `calm` is the same without the disturbance, to be timed; None where that means nothing.
-    """
+    """A way to disturb; `tries` of it by default. `solo`: nothing else runs meanwhile."""
 
     tries: int
     kind: Callable[[References], Kind]
     do: Do
-    calm: Do | None = None
     solo: bool = False
 
 
@@ -92,11 +88,10 @@ def resumed(references: References, kind: Kind, folder: Path, begun: float) -> T
     return Try(wrong, took)
 
 
-def disturbed(make: Make, act: Act | None, *, continues: bool = False, warm: bool = False) -> Do:
+def disturbed(make: Make, act: Act, *, continues: bool = False, warm: bool = False) -> Do:
     """Return a try: begin, act at a random instant, and resume unless it `continues` by itself.
 
-    A `warm` one finds data, teacher, labels and the trained seed in its cache. Without an act
-    nothing disturbs it.
+    A `warm` one finds data, teacher, labels and the trained seed in its cache.
     """
 
     def do(references: References, folder: Path, rng: random.Random) -> Try:
@@ -106,12 +101,10 @@ def disturbed(make: Make, act: Act | None, *, continues: bool = False, warm: boo
         if warm:
             shutil.copytree(references.cache(kind), cache)
         process = start(kind.begin(out, cache), folder / "first.log")
-        wrong = []
-        if act is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.end(rng.uniform(0.02, 0.95) * seconds)
-            wrong += act(process, rng)
-        if act is not None and not continues:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.end(rng.uniform(0.02, 0.95) * seconds)
+        wrong = act(process, rng)
+        if not continues:
             wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
             found = resumed(references, kind, folder, process.since)
             return Try(wrong + found.wrong, found.took_s)
@@ -125,26 +118,6 @@ def disturbed(make: Make, act: Act | None, *, continues: bool = False, warm: boo
         return Try(wrong, took)
 
     return do
-
-
-def fault(
-    tries: int,
-    kind: Callable[[References], Kind],
-    make: Make,
-    act: Act,
-    *,
-    continues: bool = False,
-    warm: bool = False,
-    solo: bool = False,
-) -> Fault:
-    """Return a fault of `disturbed` tries."""
-    return Fault(
-        tries,
-        kind,
-        disturbed(make, act, continues=continues, warm=warm),
-        calm=disturbed(make, None, warm=warm),
-        solo=solo,
-    )
 
 
 def some_workers(references: References, rng: random.Random) -> Kind:

@@ -11,10 +11,10 @@ the official layout, in alternating blocks by processor time. Exit status 0 when
 met (at most 0.60 of 4 + 4K, mean divergence under 1e-3 nats and p99 under 3e-3, 13 times (K = 10)
 and 2 times (K = 100) the official reads with the whole interval), else 1.
 
-`epoch`: images/s of training steps on replayed labels, image by image and with the batched engine,
-over those on tensors that are there already ("resident"; "bare": without the optimizer); and
-seconds an epoch and peak memory without distillation, with a teacher in the loop, and with replay.
-All alternate block by block in one process. Data: the formula-driven images, 100 classes.
+`epoch`: images/s, seconds an epoch and peak memory of training without distillation, with a
+teacher in the loop, and with stored labels, image by image and by the batched engine; and of the
+same steps on tensors that are there already. All alternate block by block in one process. Data: the
+formula-driven images, 100 classes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def build_parser() -> Parser:
     add("--store", type=Path, help="also measure the labels of this store")
     add("--out", type=Path, help="also write the rows to this CSV file")
     add = parts.add_parser("epoch").add_argument
-    add("--students", nargs="+", default=["5M"], metavar="ARCH")
+    add("--students", nargs="+", default=["small", "5M"], metavar="ARCH")
+    add("--teacher", default="21M", metavar="ARCH", help="of fresh weights, to be timed alone")
     add("--img-size", type=int, default=48, metavar="PX")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N")
     add("--blocks", type=int, default=12, metavar="N")

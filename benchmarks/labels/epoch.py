@@ -42,7 +42,13 @@ BATCH, STEPS = 32, 6
 """Images of a step, and steps of a block."""
 IMAGES = 1000
 """Training images of an epoch; `epoch_s` is for so many."""
-WAYS = ("none", "online", "replay")
+WAYS = ("none", "online", "replay", "replay batched", "resident", "bare")
+"""Hard labels; a teacher in the loop; stored labels, image by image and by the batched engine;
+the same tensors again and again, with and without the optimizer."""
+COMPARED = (
+    *(("online", "none"), ("replay", "none"), ("replay batched", "none")),
+    *(("replay", "resident"), ("replay batched", "resident"), ("replay", "bare")),
+)
 
 
 def fractals(cache: Path, img_size: int, images: int) -> Dataset:
@@ -139,53 +145,23 @@ def alternate(ways: Mapping[str, Step], blocks: int, device: str) -> dict[str, l
     return found
 
 
-def epoch_row(part: str, student: str, teacher: str, way: str, against: str, **more: Any) -> Row:
-    """Return one row of the epoch table, from seconds a block of the way and the base."""
-    seconds, ratios = more["seconds"], more["ratios"]
-    at, pace = median_interval(ratios), STEPS * BATCH / sorted(seconds)[len(seconds) // 2]
-    return {
-        **{"part": part, "student": student, "teacher": teacher, "way": way, "against": against},
-        **{"ratio": at.median, "lo": at.lo, "hi": at.hi, "images_per_s": pace},
-        **{"epoch_s": IMAGES / pace, "peak_mem_mb": None, "blocks": len(ratios), "batch": BATCH},
-    }
-
-
-def compare_engines(
-    student: str, dataset: Dataset, stores: Mapping[str, LabelStore], given: argparse.Namespace
-) -> list[Row]:
-    """Compare replayed with resident batches, both engines."""
-    device = given.device
-    resident = next(LabelReader(dataset.train, stores["timm"], BATCH, 0).epoch(0)).to(device)
-    own = {n: Student(student, dataset, device) for n in ("resident", "bare", "timm", "batched")}
-    batches = {
-        e: endless(LabelReader(dataset.train, stores[e], BATCH, 0, device=device)) for e in stores
-    }
-    ways: dict[str, Step] = {
-        "resident": lambda: own["resident"].step(resident),
-        "bare": lambda: own["bare"].step(resident, optimize=False),
-        "timm": lambda: own["timm"].step(next(batches["timm"])),
-        "batched": lambda: own["batched"].step(next(batches["batched"])),
-    }
-    took = alternate(ways, given.blocks, device)
-    rows = []
-    for engine in stores:
-        for against in ("resident", "bare"):
-            ratios = [a / b for a, b in zip(took[against], took[engine], strict=True)]
-            seconds = took[engine]
-            rows.append(
-                epoch_row("share", student, "", engine, against, ratios=ratios, seconds=seconds)
-            )
-    return rows
-
-
-def way_of(
-    name: str, student: str, teacher: str, dataset: Dataset, store: LabelStore, device: str
+def step_of(
+    way: str,
+    student: str,
+    teacher: str,
+    dataset: Dataset,
+    stores: Mapping[str, LabelStore],
+    device: str,
 ) -> Step:
-    """Return the step of one way: augmentation in all, the teacher's pass where it runs."""
+    """Return the step of one way; see `WAYS`."""
     own = Student(student, dataset, device)
+    store = stores["batched" if way == "replay batched" else "timm"]
     batches = endless(LabelReader(dataset.train, store, BATCH, 0, device=device))
-    if name != "online":
-        return lambda: own.step(next(batches), hard=name == "none")
+    if way in ("resident", "bare"):
+        resident = next(batches).to(device)
+        return lambda: own.step(resident, optimize=way == "resident")
+    if way != "online":
+        return lambda: own.step(next(batches), hard=way == "none")
     net = network(teacher, dataset, device).eval()
 
     def online() -> None:
@@ -200,14 +176,18 @@ def way_of(
     return online
 
 
+def label_stores(cache: Path, dataset: Dataset) -> dict[str, LabelStore]:
+    """Build or find a store of either engine."""
+    return {engine: label_store(cache, dataset, engine) for engine in ("timm", "batched")}
+
+
 def peak_mem_mb(
     way: str, student: str, teacher: str, img_size: int, cache: Path, threads: int, device: str
 ) -> float:
     """Take a few steps of one way and return this process's peak memory in MB."""
     torch.set_num_threads(threads)
     dataset = fractals(cache, img_size, IMAGES)
-    store = label_store(cache, dataset, "timm")
-    step = way_of(way, student, teacher, dataset, store, device)
+    step = step_of(way, student, teacher, dataset, label_stores(cache, dataset), device)
     for _ in range(8):
         step()
     if device != "cpu":
@@ -220,20 +200,25 @@ def peak_mem_mb(
 
 
 def measure_epochs(given: argparse.Namespace, cache: Path) -> list[Row]:
-    """Measure both engines and all ways; one row each."""
+    """Measure all ways of every student; a row for each way and what it is compared with.
+
+    `ratio`, with its interval, is the way's images/s over those of `against`.
+    """
     torch.set_num_threads(read_threads(given.threads))
     dataset = fractals(cache, given.img_size, IMAGES)
-    stores = {engine: label_store(cache, dataset, engine) for engine in ("timm", "batched")}
-    rows = [r for s in given.students for r in compare_engines(s, dataset, stores, given)]
-    for student, teacher in (("small", "small"), ("small", "21M")):
-        own = (student, teacher, dataset, stores["timm"], given.device)
-        took = alternate({name: way_of(name, *own) for name in WAYS}, given.blocks, given.device)
-        for name in WAYS:
-            ratios = [a / b for a, b in zip(took[name], took["none"], strict=True)]
-            row = epoch_row(
-                "way", student, teacher, name, "none", ratios=ratios, seconds=took[name]
-            )
-            asked = (name, student, teacher, given.img_size, cache, given.threads, given.device)
+    stores, rows = label_stores(cache, dataset), list[Row]()
+    for student in given.students:
+        pair = (student, given.teacher)
+        steps = {way: step_of(way, *pair, dataset, stores, given.device) for way in WAYS}
+        took = alternate(steps, given.blocks, given.device)
+        for way, against in COMPARED:
+            asked = (way, *pair, given.img_size, cache, given.threads, given.device)
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                rows.append(row | {"peak_mem_mb": pool.submit(peak_mem_mb, *asked).result()})
+                memory = pool.submit(peak_mem_mb, *asked).result()
+            ratio = median_interval([a / b for a, b in zip(took[against], took[way], strict=True)])
+            pace = STEPS * BATCH / sorted(took[way])[given.blocks // 2]
+            row: Row = {"student": student, "teacher": given.teacher, "way": way}
+            row |= {"against": against, "ratio": ratio.median, "lo": ratio.lo, "hi": ratio.hi}
+            row |= {"images_per_s": pace, "epoch_s": IMAGES / pace, "peak_mem_mb": memory}
+            rows.append(row | {"blocks": given.blocks, "batch": BATCH})
     return rows

@@ -30,7 +30,7 @@ from nas.core.config import RunConfig, parse_count, parse_share
 from nas.core.requirement import parse_requirement, parse_setting
 from nas.core.seals import load_arrays
 from nas.data.augment.spec import AugmentSpec
-from nas.data.sealed_files import digest_of, write_sealed
+from nas.data.sealed_files import digest_of
 from nas.export import trained_teacher
 from nas.export.model import left_by
 from nas.export.model_json import model_json
@@ -237,7 +237,7 @@ def best_seeds() -> list[bytes]:
         classes=["a", "b", "c"],
         sha256=hashlib.sha256(WEIGHTS).hexdigest(),
         score={"step": 1, "soft_loss": 0.5},
-        throughput={"images_per_s": 100.0},
+        throughput={"images_per_s": 100.0, "ratio": 1.5},
         preprocessing=preprocessing,
     )
     return both(value)

@@ -1,4 +1,4 @@
-"""What can be built: model families with factors, exact counts and legal contractions."""
+"""Model families: their factors, exact counts, legal contractions, builds and weight slices."""
 
 from __future__ import annotations
 

@@ -1,33 +1,143 @@
-"""Contractions of an arch inside a parameter band: counted exactly, shortlisted by rule."""
+"""Contractions of an arch inside a parameter band: counted exactly, shortlisted by rule.
+
+The product of what each factor may become is walked in blocks on open grids: each factor keeps an
+axis of its own, so a family's formula does most of its work on small arrays. Tens of millions of
+archs take well under a second, and no more than a block is ever in memory.
+"""
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
 
-from space.family import Arch, Array, Context, Family
-from space.grid import Axis, Band, Ints, axes_of, checked, mesh, walk
+from space.errors import refuse
+from space.family import Arch, Array, Context, Family, Table
 
-__all__ = [
-    "Band",
-    "Candidate",
-    "anchors_in",
-    "contains",
-    "count_contractions",
-    "listed",
-    "seeded",
-    "shortlist",
-    "smaller_than",
-]
+BLOCK = 1 << 17  # archs looked at together: a few arrays of 1 MB
+MAX_GRID = 20_000_000_000  # archs that one walk may meet: minutes
 
 QUICK = 1 << 26  # archs that may be counted before a draw: a second
 KEPT = 1 << 18  # entries gathered before all but the best of each stratum are dropped
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Parameter counts from `lo` to `hi`, both included; with `max_macs`, at most so many MACs."""
+
+    lo: int
+    hi: int
+    max_macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What one factor may become: joint values, grid steps to each, places in the whole list."""
+
+    field: str
+    bit: int
+    length: int
+    values: Array
+    steps: Ints
+    place: Ints
+
+    def within(self, radius: int) -> Axis:
+        """Keep the values within `radius` steps."""
+        near = self.steps <= radius
+        values, steps, place = self.values[near], self.steps[near], self.place[near]
+        return replace(self, values=values, steps=steps, place=place)
+
+
+def axes_of(family: Family, arch: Arch, ctx: Context) -> list[Axis]:
+    """Lay out what each factor may become, most values first; built alike is there once."""
+    moves = family.moves(arch)
+    all_steps = family.grid_steps(arch, moves)
+    found = []
+    for k, field in enumerate(moves):
+        values, steps = moves[field], all_steps[field]
+        built = family.effective({field: values}, ctx)[field]
+        keep = np.arange(len(values))
+        if not np.array_equal(built, values):
+            nearest = np.argsort(steps, kind="stable")
+            rows = built.reshape(len(values), -1)[nearest]
+            keep = np.sort(nearest[np.unique(rows, axis=0, return_index=True)[1]])
+        length = len(keep)
+        found.append(Axis(field, 1 << k, length, values[keep], steps[keep], np.arange(length)))
+    return sorted(found, key=lambda a: -a.length)
+
+
+def _blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Cut a product into slices of at most about `BLOCK` elements, in order."""
+    rest = math.prod(sizes[1:])
+    step = max(1, BLOCK // rest) if sizes[1:] else BLOCK
+    for i in range(0, sizes[0], step):
+        here = slice(i, min(i + step, sizes[0]))
+        if rest <= BLOCK:
+            yield (here, *(slice(0, n) for n in sizes[1:]))
+        else:
+            for others in _blocks(sizes[1:]):
+                yield (here, *others)
+
+
+def mesh(columns: Sequence[Array], cut: Sequence[slice], slots: bool = False) -> list[Array]:
+    """Give every column an axis of its own; with `slots`, 2-D columns keep their last one."""
+    meshed = []
+    for k, (column, part) in enumerate(zip(columns, cut, strict=True)):
+        shape = [1] * len(columns)
+        shape[k] = part.stop - part.start
+        meshed.append(column[part].reshape(*shape, *(column.shape[1:] if slots else ())))
+    return meshed
+
+
+def inside_band(family: Family, table: Table, ctx: Context, band: Band) -> npt.NDArray[np.bool_]:
+    """Tell which archs of a table can be built and lie in the band."""
+    params = family.count_params_many(table, ctx)
+    inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table, ctx)
+    if band.max_macs is not None:
+        inside &= family.count_macs_many(table, ctx) <= band.max_macs
+    return np.asarray(inside)
+
+
+def walk(
+    family: Family, axes: Sequence[Axis], ctx: Context, band: Band
+) -> Iterator[tuple[tuple[slice, ...], npt.NDArray[np.bool_]]]:
+    """Walk the product in blocks: (where, which of them can be built and lie in the band)."""
+    for cut in _blocks([len(a.values) for a in axes]):
+        meshed = mesh([a.values for a in axes], cut, slots=True)
+        table = {a.field: column for a, column in zip(axes, meshed, strict=True)}
+        yield cut, inside_band(family, table, ctx, band)
+
+
+def walk_near(
+    family: Family, near: Sequence[Axis], ctx: Context, band: Band, radius: int
+) -> Iterator[tuple[tuple[Ints, ...], Ints]]:
+    """Walk what lies in the band within `radius` steps, in blocks: (rows by axis, steps)."""
+    for cut, inside in walk(family, near, ctx, band):
+        meshed = mesh([a.steps for a in near], cut)
+        steps = meshed[-1]
+        for more in meshed[-2::-1]:  # the long axes last: until then the arrays are small
+            steps = steps + more
+        flat = np.flatnonzero(inside & (steps <= radius))
+        if len(flat):
+            found = np.unravel_index(flat, inside.shape)
+            rows = tuple(i + part.start for i, part in zip(found, cut, strict=True))
+            yield rows, steps.reshape(-1)[flat]
+
+
+def checked(axes: Sequence[Axis]) -> Sequence[Axis]:
+    """Refuse a product that is too large to walk."""
+    number = math.prod(len(a.values) for a in axes)
+    if number > MAX_GRID:
+        want = f"at most {MAX_GRID:,} contractions"
+        raise refuse("arch", f"{number:,}", want, "start from a smaller arch")
+    return axes
 
 
 @dataclass(frozen=True)
@@ -63,30 +173,26 @@ class _Entries:
     """Archs of a grid in no particular order, as columns."""
 
     place: Ints  # mixed-radix index in the whole product
-    notches: Ints
+    steps: Ints
     moved: Ints  # one bit per factor
     priority: npt.NDArray[np.uint64]  # the seeded order
 
     def take(self, index: Array) -> _Entries:
         """Keep the entries at `index`, in its order."""
         return _Entries(
-            self.place[index], self.notches[index], self.moved[index], self.priority[index]
+            self.place[index], self.steps[index], self.moved[index], self.priority[index]
         )
 
     @staticmethod
     def join(parts: Sequence[_Entries]) -> _Entries:
         """Put several together."""
-        return _Entries(
-            np.concatenate([p.place for p in parts]),
-            np.concatenate([p.notches for p in parts]),
-            np.concatenate([p.moved for p in parts]),
-            np.concatenate([p.priority for p in parts]),
-        )
+        columns = ((p.place, p.steps, p.moved, p.priority) for p in parts)
+        return _Entries(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
     def best(self, number: int) -> _Entries:
-        """Sort by notches, factors moved and priority; keep `number` of each stratum."""
-        ordered = self.take(np.lexsort((self.priority, self.moved, self.notches)))
-        stratum = (ordered.notches << 32) | ordered.moved
+        """Sort by steps, factors moved and priority; keep `number` of each stratum."""
+        ordered = self.take(np.lexsort((self.priority, self.moved, self.steps)))
+        stratum = (ordered.steps << 32) | ordered.moved
         starts = np.flatnonzero(np.diff(stratum, prepend=-1))
         rank = np.arange(len(stratum)) - np.repeat(starts, np.diff([*starts, len(stratum)]))
         return ordered.take(rank < number)
@@ -137,29 +243,20 @@ def _gather(
     number: int,
     random_seed: int,
 ) -> tuple[int, _Entries]:
-    """Collect what lies within `radius` notches: (how many, the first `number` per stratum)."""
+    """Collect what lies within `radius` steps: (how many, the first `number` per stratum)."""
     near = checked([a.within(radius) for a in axes])
     strides = [math.prod(a.length for a in axes[k + 1 :]) for k in range(len(axes))]
     empty = np.zeros(0, dtype=np.int64)
     kept = [_Entries(empty, empty, empty, empty.astype(np.uint64))]
     total = 0
-    for cut, inside in walk(family, near, ctx, band):
-        steps = mesh([a.notches for a in near], cut)
-        notches = steps[-1]
-        for more in steps[-2::-1]:  # the long axes last: until then the arrays are small
-            notches = notches + more
-        flat = np.flatnonzero(inside & (notches <= radius))
-        if not len(flat):
-            continue
-        total += len(flat)
-        found = np.unravel_index(flat, inside.shape)
-        rows = [i + part.start for i, part in zip(found, cut, strict=True)]
+    for rows, steps in walk_near(family, near, ctx, band, radius):
+        total += len(steps)
         place, moved = np.zeros_like(rows[0]), np.zeros_like(rows[0])
         for a, i, stride in zip(near, rows, strides, strict=True):
             place += a.place[i] * stride
-            moved += (a.notches[i] > 0) * a.bit
+            moved += (a.steps[i] > 0) * a.bit
         priority = seeded(place, random_seed)
-        kept.append(_Entries(place, notches.reshape(-1)[flat], moved, priority))
+        kept.append(_Entries(place, steps, moved, priority))
         if sum(len(e.place) for e in kept) > KEPT:
             kept = [_Entries.join(kept).best(number)]
     return total, _Entries.join(kept).best(number)
@@ -169,8 +266,8 @@ def _draw(entries: _Entries, number: int, random_seed: int) -> list[int]:
     """Draw by rule: nearest ring first; inside it, whichever factors moved least often so far."""
     drawn: list[int] = []
     times: dict[int, int] = {}
-    for ring in np.unique(entries.notches).tolist():
-        members = np.flatnonzero(entries.notches == ring)
+    for ring in np.unique(entries.steps).tolist():
+        members = np.flatnonzero(entries.steps == ring)
         queues: dict[int, list[int]] = {}
         for i, moved in zip(members.tolist(), entries.moved[members].tolist(), strict=True):
             queues.setdefault(moved, []).append(i)
@@ -195,7 +292,7 @@ def _by_rule(
     """List the first `number` contractions of one arch by the rule."""
     axes = axes_of(family, arch, ctx)
     below = smaller_than(family, arch, ctx, band)
-    farthest = sum(int(a.notches.max()) for a in axes)
+    farthest = sum(int(a.steps.max()) for a in axes)
     wanted = number
     if math.prod(a.length for a in axes) <= QUICK:  # do not look far for what is not there
         wanted = min(number, _count(family, axes, ctx, below))
@@ -244,11 +341,11 @@ def anchors_in(
 
 
 def _distance(family: Family, parent: Arch, arch: Arch, ctx: Context) -> dict[str, int]:
-    """Count notches per field between two nets as built in `ctx`; equal fields are left out."""
+    """Count grid steps per field between two nets as built in `ctx`; equal fields are left out."""
     pair, child = family.table([parent, arch]), family.table([arch])
     built = family.effective(pair, ctx)
-    notches = family.notches(parent, child)
-    return {f: int(notches[f][0]) for f, v in built.items() if not np.array_equal(v[0], v[1])}
+    steps = family.grid_steps(parent, child)
+    return {f: int(steps[f][0]) for f, v in built.items() if not np.array_equal(v[0], v[1])}
 
 
 def shortlist(
@@ -264,7 +361,7 @@ def shortlist(
 ) -> list[Candidate]:
     """Draw at most `size` candidates inside `band`: the anchors, then by rule.
 
-    The rule: fewest notches first, the radius widened until the list is full; among equally near
+    The rule: fewest grid steps first, the radius widened until the list is full; among equally near
     ones, those factors take turns that moved least often so far; then a seeded order. Several
     parents take turns. All candidates are different nets as built in `ctx` and smaller than their
     parent. `exclude`: keys already tried; drawing again without what came before continues the

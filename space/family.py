@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from space.checks import read_int
 from space.errors import InputError, refuse
-from space.ladder import Factor
 from space.seal import unsealed
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ Table = Mapping[str, Array]
 """Archs by column: field -> [..., slots] (scalars: [...]); the leading shapes broadcast."""
 
 ENTRY_POINTS = "vision_contraction.families"
-MAX_VALUES = 4_000_000
+MAX_VALUES = 4_000_000  # joint values of one factor
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Context:
     in_chans: int = 3
 
     def __post_init__(self) -> None:
-        """Refuse what no net can be built for."""
         read_int("img_size", self.img_size, 16, 4096)
         read_int("num_classes", self.num_classes, 1, 10_000_000)
         read_int("in_chans", self.in_chans, 1, 4096)
@@ -51,6 +49,65 @@ class Context:
 
 REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
 """Where sizes are quoted, as papers do, so that archs of different data can be compared."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values that contraction may propose for one slot of a factor: its grid.
+
+    `values` ascending, or every multiple of `step` from `step` on. `up`: how many grid values above
+    the present one are proposed (None: all). Staying is always allowed, on the grid or off it.
+    """
+
+    values: tuple[float, ...] = ()
+    step: int = 0
+    up: int | None = 0
+
+    def _rank(self, value: float, inclusive: bool) -> int:
+        """Count the grid values below `value`, or up to it (`inclusive`)."""
+        if self.step:
+            rank = value // self.step if inclusive else -(-value // self.step) - 1
+            return max(0, int(rank))
+        return sum(v <= value if inclusive else v < value for v in self.values)
+
+    def options(self, present: float) -> list[float]:
+        """Return the values that may follow `present`, ascending, `present` included."""
+        below, at = self._rank(present, False), self._rank(present, True)
+        length = at + (self.up or 0) if self.step else len(self.values)
+        top = length if self.up is None else min(length, at + self.up)
+        lower, upper = (
+            [self.step * (i + 1) if self.step else self.values[i] for i in range(*ends)]
+            for ends in ((0, below), (at, top))
+        )
+        return [*lower, present, *upper]
+
+    def steps(self, present: float, value: float) -> int:
+        """Count the grid steps from `present` to `value`; from off the grid, the first counts."""
+        if value == present:
+            return 0
+        if not (self.step or self.values):
+            return 1
+        if value < present:
+            return max(1, self._rank(present, False) - self._rank(value, False))
+        return max(1, self._rank(value, True) - self._rank(present, True))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One contraction factor: `symbol` as in the paper (D, N, W, R, M, E), `field` of the arch.
+
+    `choices` for each slot; `scalar` fields hold a bare number instead of a tuple.
+    """
+
+    symbol: str
+    field: str
+    choices: tuple[Choices, ...]
+    scalar: bool = False
+
+    @property
+    def slots(self) -> int:
+        """Number of slots."""
+        return len(self.choices)
 
 
 class Arch:
@@ -68,12 +125,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Slice:
-    """Where one tensor of a child comes from in its parent.
+    """Where one tensor of a child comes from: the key `source` in the parent's state_dict.
 
-    `source`: key in the parent's state_dict. `index`: one int64 array per dimension of the child's
-    tensor (none for a 0-d tensor): the parent's position to copy from, -1 to keep the child's own.
-    `blends`: by dimension, float64 [child, parent]: its values as weighted sums of the parent's, in
-    place of its index, which then names the nearest position; where that is -1, the child's own.
+    `index`: one int64 array per dimension of the child's tensor: the parent's position to copy
+    from, -1 to keep the child's own. `blends`: by dimension, float64 [child, parent]: its values as
+    weighted sums of the parent's in place of its index, which then names the nearest position.
     """
 
     source: str
@@ -103,9 +159,8 @@ class Family(ABC):
     input_kind: ClassVar[str] = "image"
     output_kind: ClassVar[str] = "logits"
     training_kind: ClassVar[str] = "per-candidate"
-    resizes: ClassVar[tuple[str, ...]] = ("own",)  # names that `resized` knows
+    resizes: ClassVar[tuple[str, ...]] = ("own",)  # names that `resized` takes
 
-    # -- what each family writes ---------------------------------------------------------------
     @abstractmethod
     def arch(self, mapping: Mapping[str, Any]) -> Arch:
         """Check a mapping from outside (JSON) and make an arch of it. Raises `InputError`."""
@@ -129,33 +184,29 @@ class Family(ABC):
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
         """Give what a forward pass is made of, by name: work that takes time in proportion.
 
-        A device's time is close to a sum of these with weights of its own, none negative. Families
-        that know their parts split them by stage and kind of layer. Shapes as `count_params_many`.
+        A device's time is close to a sum of these with weights of its own, none negative. A family
+        may split them by stage and kind of layer. Shapes as `count_params_many`.
         """
-        macs = self.count_macs_many(table, ctx)
-        return {
-            "once": np.ones_like(macs),
-            "macs": macs,
-            "params": self.count_params_many(table, ctx),
-        }
+        macs, params = self.count_macs_many(table, ctx), self.count_params_many(table, ctx)
+        return {"once": np.ones_like(macs), "macs": macs, "params": params}
 
     @abstractmethod
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
         """Tell which archs can be built (in `ctx`); any shape that broadcasts to the table's."""
 
     def fits(self, arch: Arch, ctx: Context) -> bool:
-        """Tell whether an arch can be built in `ctx`."""
+        """Tell whether `arch` can be built in `ctx`."""
         return bool(self.valid_many(self.table([arch]), ctx)[0])
 
     def check(self, arch: Arch, ctx: Context) -> None:
-        """Refuse an arch that cannot be built in `ctx`; families say why. Raises `InputError`."""
+        """Refuse an arch that cannot be built in `ctx`, with the reason. Raises `InputError`."""
         if not self.fits(arch, ctx):
             want = f"an image size that {self.label(arch)} can be built for"
             raise refuse("--img-size", ctx.img_size, want)
 
     @abstractmethod
     def scaled(self, arch: Arch, factor: float) -> Arch:
-        """Scale all widths by `factor`, rounded to the ladder; everything else stays."""
+        """Scale all widths by `factor`, rounded to the grid; everything else stays."""
 
     @abstractmethod
     def floor(self, arch: Arch, ctx: Context) -> Arch:
@@ -163,13 +214,13 @@ class Family(ABC):
 
     @abstractmethod
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
-        """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net."""
+        """Return (name, kwargs), plain JSON, with which `timm.create_model` rebuilds the net."""
 
     def build(self, arch: Arch, ctx: Context, **options: Any) -> torch.nn.Module:
         """Build the net as timm does, freshly initialised from torch's global generator.
 
-        On the default device; imports torch. `options` go to timm over the call's own, such as
-        `drop_path_rate`. Raises `InputError` where `ctx` does not fit.
+        On the default device. `options` go to timm over the call's own, such as `drop_path_rate`.
+        Raises `InputError` where `ctx` does not fit.
         """
         import timm
         import torch
@@ -191,9 +242,9 @@ class Family(ABC):
     ) -> dict[str, Slice]:
         """Map the child's state_dict onto the parent's: pure indices, no weights, no torch.
 
-        Keys without any source are left out. `order`: the parent's units by group (see `groups`)
-        and its blocks by group (see `blocks`), most wanted first; without it, the first units and
-        whichever blocks the family prefers. What is kept stays in the parent's order.
+        Keys without any source are left out. `order`: the parent's units (see `groups`) and blocks
+        (see `blocks`) by group, most wanted first; without it, the first units and the blocks that
+        the family prefers. What is kept stays in the parent's order.
         """
 
     def resized(
@@ -201,8 +252,8 @@ class Family(ABC):
     ) -> dict[str, Slice]:
         """Map the state_dict of an arch onto that of the same arch in another context.
 
-        `how`: one of `resizes`, the way in which tables of positions change their size. "own" is
-        what `slicing` does; a family with other ways extends this. Another name: `InputError`.
+        `how`: one of `resizes`, how tables of positions change their size ("own": as in `slicing`);
+        a family with other ways extends this. Another name: `InputError`.
         """
         if how not in self.resizes:
             raise refuse("--resize", how, f"one of {', '.join(self.resizes)}")
@@ -211,15 +262,14 @@ class Family(ABC):
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
         """Give the groups of units that a child may take a part of, with all that they run through.
 
-        Removing or reordering a unit in every member at once leaves a net that works. Default:
-        none.
+        Removing or reordering a unit in every member at once leaves a net that works. (Default: {})
         """
         return {}
 
     def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:
         """Give the names of modules that a child may lack, in order, by group. Default: none.
 
-        Each gives what it is given, in the same shape: without it the net still works.
+        Input and output have one shape: without it the net still works.
         """
         return {}
 
@@ -227,11 +277,10 @@ class Family(ABC):
         """Name parts of the net ("stage2") by the fields and slots that shape them."""
         return {}
 
-    # -- what every family gets from its factors -------------------------------------------------
     def to_dict(self, arch: Arch) -> dict[str, Any]:
         """Give the arch as plain JSON; `arch()` is the inverse."""
-        values = {f.field: getattr(arch, f.field) for f in self.factors}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        values = ((f.field, getattr(arch, f.field)) for f in self.factors)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values}
 
     def label(self, arch: Arch) -> str:
         """Name the arch for people, e.g. "D64-128-160-320 N2-2-6-2 W7-14-7 R4 M4 E32"."""
@@ -243,8 +292,7 @@ class Family(ABC):
         parts = []
         for f in self.factors:
             both = (_slots(getattr(a, f.field)) for a in (parent, child))
-            pairs = zip(*both, strict=True)
-            for i, (old, new) in enumerate(pairs):
+            for i, (old, new) in enumerate(zip(*both, strict=True)):
                 if old != new:
                     slot = "" if f.scalar else f"[{i}]"
                     parts.append(f"{f.field}{slot} {old:g}->{new:g}")
@@ -263,9 +311,8 @@ class Family(ABC):
         table = {}
         for f in self.factors:
             real = isinstance(_slots(getattr(self.published[0].arch, f.field))[0], float)
-            column = np.array(
-                [getattr(a, f.field) for a in archs], dtype=np.float64 if real else np.int64
-            )
+            values = [getattr(a, f.field) for a in archs]
+            column = np.array(values, dtype=np.float64 if real else np.int64)
             table[f.field] = column.reshape((len(archs),) if f.scalar else (-1, f.slots))
         return table
 
@@ -286,10 +333,10 @@ class Family(ABC):
         moves = {}
         for f, present in zip(self.factors, self.table([arch]).values(), strict=True):
             now = np.atleast_1d(present[0])
-            options = [ld.options(v) for ld, v in zip(f.ladders, now.tolist(), strict=True)]
+            options = [c.options(v) for c, v in zip(f.choices, now.tolist(), strict=True)]
             number = math.prod(len(o) for o in options)
             if number > MAX_VALUES:
-                want = f"at most {MAX_VALUES:,} combinations on the ladder"
+                want = f"at most {MAX_VALUES:,} combinations"
                 raise refuse(f.field, f"{number:,}", want, "start from a smaller arch")
             grid = np.meshgrid(*(np.array(o, dtype=now.dtype) for o in options), indexing="ij")
             values = np.stack(grid, axis=-1).reshape(number, f.slots)
@@ -297,27 +344,24 @@ class Family(ABC):
             moves[f.field] = values[keep, 0] if f.scalar else values[keep]
         return moves
 
-    def notches(self, arch: Arch, values: Table) -> dict[str, npt.NDArray[np.int64]]:
-        """Count, per field, the notches from `arch` to each joint value: [v]."""
-        notches = {}
+    def grid_steps(self, arch: Arch, values: Table) -> dict[str, npt.NDArray[np.int64]]:
+        """Count, per field, the steps on the grid from `arch` to each joint value: [v]."""
+        steps = {}
         for f in self.factors:
             if f.field not in values:
                 continue
             total = np.zeros(len(values[f.field]), dtype=np.int64)
             columns = values[f.field].reshape(-1, f.slots).T
             present = _slots(getattr(arch, f.field))
-            for ladder, now, column in zip(f.ladders, present, columns, strict=True):
+            for choices, now, column in zip(f.choices, present, columns, strict=True):
                 distinct, inverse = np.unique(column, return_inverse=True)
-                steps = [ladder.notches(now, v) for v in distinct.tolist()]
-                total += np.array(steps, dtype=np.int64)[inverse]
-            notches[f.field] = total
-        return notches
+                counts = [choices.steps(now, v) for v in distinct.tolist()]
+                total += np.array(counts, dtype=np.int64)[inverse]
+            steps[f.field] = total
+        return steps
 
     def seed(self, name: str) -> Arch:
-        """Find an arch by published name or alias (any case), or read it from a JSON file.
-
-        The file holds an arch, or an object with `family` and `arch` such as `best.json`.
-        """
+        """Find an arch by published name or alias (any case), or in a JSON file."""
         for p in self.published:
             if name.lower() in (p.name.lower(), *(a.lower() for a in p.aliases)):
                 return p.arch
@@ -332,24 +376,23 @@ class Family(ABC):
         want = "a JSON file with an arch"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as e:
-            raise refuse("--seed", path, want, e.strerror or "it cannot be read") from None
-        except (ValueError, RecursionError) as e:
-            raise refuse("--seed", path, want, f"it is not JSON: {e}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+            raise refuse("--seed", path, want, why or "it cannot be read") from None
         data = unsealed(f"--seed {path}", data)
         if not isinstance(data, dict):
             raise refuse("--seed", path, f"{want}: an object, not a {type(data).__name__}")
         if "arch" in data:
             if data.get("family", self.name) != self.name:
-                want = f"an arch of family {self.name}"
-                raise refuse("--seed", f"{path} of family {data['family']}", want)
+                got = f"{path} of family {data['family']}"
+                raise refuse("--seed", got, f"an arch of family {self.name}")
             data = data["arch"]
         if not isinstance(data, dict):
             raise refuse("--seed", path, f"{want}: `arch` holds no object")
         try:
             return self.arch(data)
-        except InputError as e:
-            raise InputError(f"--seed {path}: {e}") from None
+        except InputError as error:
+            raise InputError(f"--seed {path}: {error}") from None
 
     def check_fields(self, mapping: Mapping[str, Any]) -> None:
         """Refuse a mapping with unknown or missing fields."""
@@ -361,28 +404,26 @@ class Family(ABC):
                 close = difflib.get_close_matches(str(field), fields, 1)
                 remedy = f"did you mean {close[0]}?" if close else ""
                 raise refuse("arch", f"the field {field!r}", f"only {', '.join(fields)}", remedy)
-        missing = [f for f in fields if f not in mapping]
+        missing = ", ".join(f for f in fields if f not in mapping)
         if missing:
-            got = f"no {', '.join(missing)}"
-            raise refuse("arch", got, f"all of {', '.join(fields)}")
+            raise refuse("arch", f"no {missing}", f"all of {', '.join(fields)}")
 
 
 def _slots(value: Any) -> tuple[Any, ...]:
-    """See a field of an arch as a tuple, scalar or not."""
+    """Return a field of an arch as a tuple, scalar or not."""
     return value if isinstance(value, tuple) else (value,)
 
 
 def _own_families() -> dict[str, Family]:
     """Find the families of this package: the modules that hold a `FAMILY`."""
     path = importlib.import_module("space").__path__
-    names = (m.name for m in pkgutil.iter_modules(path) if not m.name.startswith("_"))
-    modules = (importlib.import_module(f"space.{name}") for name in names)
+    modules = (importlib.import_module(f"space.{m.name}") for m in pkgutil.iter_modules(path))
     families = (getattr(m, "FAMILY", None) for m in modules)
     return {f.name: f for f in families if isinstance(f, Family)}
 
 
 def _other_families() -> dict[str, importlib.metadata.EntryPoint]:
-    """Find the families that other packages register; none is loaded."""
+    """Find the families that other packages register, without loading them."""
     return {e.name.lower(): e for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
 
@@ -398,16 +439,14 @@ def get_family(name: str) -> Family:
     Ours are one file each in `space/`, found by its `FAMILY`. Others register an object of type
     `Family` as an entry point in the group `vision_contraction.families`; ours come first.
     """
-    if not isinstance(name, str):  # of a file that names its family
-        raise refuse("--family", repr(name), f"one of {', '.join(family_names())}")
-    wanted = name.lower()
     own, others = _own_families(), _other_families()
+    wanted = name.lower() if isinstance(name, str) else None  # of a file that names its family
     if wanted in own:
         return own[wanted]
     if wanted not in others:
-        raise refuse("--family", name, f"one of {', '.join(family_names())}")
+        got = name if isinstance(name, str) else repr(name)
+        raise refuse("--family", got, f"one of {', '.join(family_names())}")
     family = others[wanted].load()
     if not isinstance(family, Family):
-        want = "an entry point of type space.family.Family"
-        raise refuse("--family", others[wanted].value, want)
+        raise refuse("--family", others[wanted].value, "an entry point of type space.family.Family")
     return family

@@ -1,4 +1,4 @@
-"""Factors that a run leaves alone: a family whose contractions never change them."""
+"""Frozen factors: a family whose contractions never change them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from typing import Any, cast
 
 import numpy as np
 
+from space.contractions import QUICK, Band, axes_of, walk
 from space.errors import refuse
-from space.family import Arch, Array, Context, Family
-from space.grid import Band, axes_of, walk
-from space.ladder import Ladder
-
-QUICK = 1 << 26  # archs that may be walked for a floor: a second
+from space.family import Arch, Array, Choices, Context, Family
 
 Frozen = Mapping[str, tuple[int, ...]]
 """Frozen slots by field, ascending; a scalar field has slot 0."""
@@ -36,9 +33,9 @@ def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
     factors = tuple(
         replace(
             f,
-            ladders=tuple(
-                Ladder() if i in frozen.get(f.field, ()) else ladder
-                for i, ladder in enumerate(f.ladders)
+            choices=tuple(
+                Choices() if i in frozen.get(f.field, ()) else choices
+                for i, choices in enumerate(f.choices)
             ),
         )
         for f in family.factors
@@ -56,7 +53,7 @@ def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
         """Scale the widths that are free; see `Family.scaled`."""
         return _restored(self, arch, family.scaled(arch, factor), frozen)
 
-    # Everything else is asked of the family itself, which knows its own factors and releases.
+    # Everything else is the family's own, which goes by its own factors and releases.
     changed: dict[str, Any] = {"moves": moves, "floor": floor, "scaled": scaled}
     same = {
         name: getattr(family, name)
@@ -120,7 +117,7 @@ def _holding(moves: Mapping[str, Array], arch: Arch, frozen: Frozen) -> dict[str
 def _smallest(family: Family, arch: Arch, ctx: Context) -> Arch:
     """Find the contraction of fewest parameters, `arch` itself when there is none.
 
-    Ladders go down to their end in one move, so nothing smaller is reached by repetition. A product
+    Grids go down to their end in one move, so nothing smaller is reached by repetition. A product
     too large to walk is descended instead, one factor at a time.
     """
     axes = axes_of(family, arch, ctx)

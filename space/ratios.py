@@ -29,8 +29,8 @@ def shortest_ratio(ratio: float, widths: tuple[int, ...]) -> str:
 def apart(ratio: float, proposed: Array, narrowest: int) -> Array:
     """Keep the proposed ratios that build other hidden widths than `ratio`, whatever the width.
 
-    A rung so close below a ratio off the ladder that a net of width `narrowest` or more could come
-    out the same is left out; the ratio itself stays.
+    Below a ratio off the grid, a grid value so close that a net of width `narrowest` or more could
+    come out the same is left out; the ratio itself stays.
     """
     gap = ratio - proposed
     return np.asarray(proposed[(gap == 0) | (gap * narrowest >= 1)])

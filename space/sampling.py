@@ -8,11 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from space.contractions import seeded, smaller_than
+from space.contractions import (
+    Axis,
+    Band,
+    Ints,
+    axes_of,
+    checked,
+    inside_band,
+    seeded,
+    smaller_than,
+    walk,
+    walk_near,
+)
 from space.family import Arch, Array, Context, Family
-from space.grid import Axis, Band, Ints, axes_of, checked, mesh, walk
 
 SHORT = 1 << 18  # points: products up to this are walked at once
 TRIES = 1 << 18  # points drawn at random before everything is walked instead
@@ -63,7 +72,7 @@ def _places(
     for _ in range(TRIES // CHUNK if math.prod(shape) > SHORT else 0):
         rows = tuple(rng.integers(0, n, CHUNK) for n in shape)
         table = {a.field: a.values[i] for a, i in zip(axes, rows, strict=True)}
-        inside = _inside(family, table, ctx, band)
+        inside = inside_band(family, table, ctx, band)
         for place in np.ravel_multi_index(rows, shape)[inside].tolist():
             if place not in met:
                 met[place] = None
@@ -82,17 +91,6 @@ def _places(
     yield from left[np.argsort(seeded(left, random_seed), kind="stable")].tolist()
 
 
-def _inside(
-    family: Family, table: Mapping[str, Array], ctx: Context, band: Band
-) -> npt.NDArray[np.bool_]:
-    """Tell which archs of a table can be built and lie in the band."""
-    params = family.count_params_many(table, ctx)
-    inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table, ctx)
-    if band.max_macs is not None:
-        inside &= family.count_macs_many(table, ctx) <= band.max_macs
-    return np.asarray(inside)
-
-
 def _arch_at(family: Family, axes: Sequence[Axis], place: int) -> Arch:
     """Give the arch at a mixed-radix place of the product."""
     rows = np.unravel_index(place, tuple(len(a.values) for a in axes))
@@ -100,7 +98,7 @@ def _arch_at(family: Family, axes: Sequence[Axis], place: int) -> Arch:
 
 
 class _Point(Arch):
-    """Values by field that need not make an arch: only distances are asked of it."""
+    """Values by field that need not make an arch: only distances from it are used."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         """Hold the values as attributes, lists as tuples."""
@@ -118,24 +116,24 @@ def nearest(
     random_seed: int,
     exclude: Collection[str] = (),
 ) -> Arch | None:
-    """Find the contraction of `origin` in `band` with the fewest notches from `wanted`.
+    """Find the contraction of `origin` in `band` with the fewest grid steps from `wanted`.
 
     `wanted`: an arch, or a value for every field; it need be neither in the band nor buildable.
-    Notches are counted between nets as built: values that build the same part are none apart. Ties
+    Steps are counted between nets as built: values that build the same part are none apart. Ties
     fall by a seeded order. None when nothing outside `exclude` is left.
     """
     point = _Point(family.to_dict(wanted) if isinstance(wanted, Arch) else wanted)
     moves = family.moves(origin)
     axes = []
     for axis in axes_of(family, origin, ctx):
-        axes.append(replace(axis, notches=_away(family, point, axis, moves[axis.field], ctx)))
+        axes.append(replace(axis, steps=_away(family, point, axis, moves[axis.field], ctx)))
     below, tried = smaller_than(family, origin, ctx, band), set(exclude)
     if below.lo > below.hi:
         return None
     shape = tuple(len(a.values) for a in axes)
-    nearest_of = [int(a.notches.min()) for a in axes]
-    farthest = sum(int(a.notches.max()) for a in axes)
-    slack = min(2, farthest - sum(nearest_of))  # notches beyond what no one can avoid
+    nearest_of = [int(a.steps.min()) for a in axes]
+    farthest = sum(int(a.steps.max()) for a in axes)
+    slack = min(2, farthest - sum(nearest_of))  # steps beyond what cannot be avoided
     while True:
         radius = sum(nearest_of) + slack
         near = checked([a.within(n + slack) for a, n in zip(axes, nearest_of, strict=True)])
@@ -149,12 +147,12 @@ def nearest(
 
 
 def _away(family: Family, point: _Point, axis: Axis, values: Array, ctx: Context) -> Ints:
-    """Count the notches from `point` to each value of an axis, as built.
+    """Count the grid steps from `point` to each value of an axis, as built.
 
     `values` are all joint values of the field; of those that build alike the nearest one counts.
     """
     field = axis.field
-    notches = family.notches(point, {field: values})[field]
+    steps = family.grid_steps(point, {field: values})[field]
     own, everything, target = (
         family.effective({field: v}, ctx)[field].reshape(n, -1)
         for v, n in (
@@ -166,7 +164,7 @@ def _away(family: Family, point: _Point, axis: Axis, values: Array, ctx: Context
     _, group = np.unique(np.concatenate([own, everything]), axis=0, return_inverse=True)
     group = group.reshape(-1)
     least = np.full(int(group.max()) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(least, group[len(own) :], notches)
+    np.minimum.at(least, group[len(own) :], steps)
     return np.where((own == target).all(axis=1), 0, least[group[: len(own)]])
 
 
@@ -180,20 +178,13 @@ def _closest(
     number: int,
     random_seed: int,
 ) -> list[int]:
-    """Give the places of the `number` nearest ones within `radius` notches, nearest first."""
+    """Give the places of the `number` nearest ones within `radius` steps, nearest first."""
     places, steps = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    for cut, inside in walk(family, near, ctx, band):
-        meshed = mesh([a.notches for a in near], cut)
-        notches = meshed[-1]
-        for more in meshed[-2::-1]:  # the long axes last: until then the arrays are small
-            notches = notches + more
-        flat = np.flatnonzero(inside & (notches <= radius))
-        if not len(flat):
-            continue
-        found = np.unravel_index(flat, inside.shape)
-        rows = tuple(a.place[i + part.start] for a, i, part in zip(near, found, cut, strict=True))
-        places = np.concatenate([places, np.ravel_multi_index(rows, shape)])
-        steps = np.concatenate([steps, notches.reshape(-1)[flat]])
+    for rows, away in walk_near(family, near, ctx, band, radius):
+        keep = away <= radius
+        whole = tuple(a.place[i[keep]] for a, i in zip(near, rows, strict=True))
+        places = np.concatenate([places, np.ravel_multi_index(whole, shape)])
+        steps = np.concatenate([steps, away[keep]])
         order = np.lexsort((seeded(places, random_seed), steps))[:number]
         places, steps = places[order], steps[order]
         if len(places) == number:

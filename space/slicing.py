@@ -1,16 +1,73 @@
-"""How a child's positions are chosen among its parent's: what all families' slicing shares."""
+"""How a child's tensors are cut from its parent's: what the slicing of all families shares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
-from space.family import Array
+from space.family import Array, Member, Slice
 
 Index = npt.NDArray[np.int64]
 Blend = npt.NDArray[np.float64]
+Named = tuple[str, tuple[str, ...]]
+"""A key of the state_dict and the axis name of each of its dimensions."""
+
+CUBIC, SMOOTH_CUBIC = -0.75, -0.5
+"""The constants of torch's bicubic interpolation: without, and with antialiasing (Pillow's)."""
+
+Line = Callable[[int, int], Blend]
+"""From the sizes of a child's and a parent's line: the weights [child, parent] between them."""
+
+
+def norm(prefix: str, axis: str) -> Iterator[Named]:
+    """Name the tensors of a normalisation."""
+    yield f"{prefix}.weight", (axis,)
+    yield f"{prefix}.bias", (axis,)
+
+
+def linear(prefix: str, out: str, into: str) -> Iterator[Named]:
+    """Name the tensors of a linear layer."""
+    yield f"{prefix}.weight", (out, into)
+    yield f"{prefix}.bias", (out,)
+
+
+def group_members(
+    tensors: Iterable[tuple[str, str, tuple[str, ...]]],
+    sizes: Mapping[str, int],
+    group_of: Callable[[str, str], str],
+    layout: Mapping[str, Callable[[Index], Index]],
+) -> dict[str, tuple[Member, ...]]:
+    """List every group of units with the tensors that it runs through.
+
+    `tensors`: (block, key, axes); `sizes`: units by group; `group_of`: from an axis and its block
+    to a group (axes of other names belong to none); `layout`: from an axis's units to the unit of
+    each of its positions, where they are not the same.
+    """
+    found: dict[str, list[Member]] = {name: [] for name in sizes}
+    for block, key, axes in tensors:
+        for dim, axis in enumerate(axes):
+            name = group_of(axis, block)
+            if name in found:
+                unit = np.arange(sizes[name], dtype=np.int64)
+                found[name].append(Member(key, dim, layout[axis](unit) if axis in layout else unit))
+    return {name: tuple(group) for name, group in found.items()}
+
+
+def add_slice(
+    found: dict[str, Slice],
+    to: str,
+    source: str,
+    names: tuple[str, ...],
+    axes: Mapping[str, Index],
+    blends: Mapping[str, Blend],
+) -> None:
+    """Add the slice of one tensor, its indices and blends by axis name, unless it has no source."""
+    index = tuple(axes[name] for name in names)
+    if all((i >= 0).any() for i in index):
+        blended = {dim: blends[name] for dim, name in enumerate(names) if name in blends}
+        found[to] = Slice(source, index, blended)
 
 
 def chosen(count: int, order: Array | None) -> Index:
@@ -77,3 +134,57 @@ def picked(child: int, parent: int, order: Array | None) -> list[int | None]:
     if order is None or child >= parent:
         return spread(child, parent)
     return [int(j) for j in chosen(child, order)]
+
+
+def _cubic(away: Blend, constant: float) -> Blend:
+    """Give Keys's cubic convolution kernel at distances >= 0; nothing from 2 on."""
+    near = ((constant + 2) * away - (constant + 3)) * away**2 + 1
+    far = constant * (((away - 5) * away + 8) * away - 4)
+    return np.where(away <= 1, near, np.where(away < 2, far, 0.0))
+
+
+def bicubic(child: int, parent: int) -> Blend:
+    """Give the weights [child, parent] that resize a line as torch does, without antialiasing.
+
+    `F.interpolate(..., mode="bicubic", align_corners=False)`; beyond its ends a line goes on as it
+    ends.
+    """
+    at = (np.arange(child) + 0.5) * parent / child - 0.5
+    low = np.floor(at).astype(np.int64)
+    weights = np.zeros((child, parent), dtype=np.float64)
+    for tap in (-1, 0, 1, 2):
+        source = np.clip(low + tap, 0, parent - 1)
+        np.add.at(weights, (np.arange(child), source), _cubic(np.abs(at - (low + tap)), CUBIC))
+    return weights
+
+
+def antialiased(child: int, parent: int) -> Blend:
+    """Give the weights [child, parent] that resize a line as torch does, with antialiasing.
+
+    `F.interpolate(..., mode="bicubic", antialias=True)`, which is Pillow's: another constant than
+    `bicubic`, so that larger lines differ too; the kernel is as wide as the child's step; beyond
+    its ends a line is not there, and what is left of the weights sums to one.
+    """
+    step = parent / child
+    centre = (np.arange(child) + 0.5) * step
+    away = np.abs(np.arange(parent)[None, :] + 0.5 - centre[:, None]) / max(step, 1.0)
+    weights = _cubic(away, SMOOTH_CUBIC)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float64)
+
+
+LINES: Mapping[str, Line] = {"published": bicubic, "timm": antialiased}
+"""Ways of resizing that differ in their lines alone, by the name that users give."""
+
+
+def square(child: int, parent: int, line: Line) -> tuple[Index, Blend | None]:
+    """Map a table [child * child], row by row, onto one of [parent * parent].
+
+    Returns the nearest positions and the weights over all of them; of equal sizes there are none.
+    """
+    near = ((np.arange(child) + 0.5) * parent / child).astype(np.int64)
+    near = np.minimum(near, parent - 1)
+    index = (near[:, None] * parent + near[None, :]).reshape(-1)
+    if child == parent:
+        return index, None
+    along = line(child, parent)
+    return index, np.asarray(np.kron(along, along), dtype=np.float64)

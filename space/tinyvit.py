@@ -13,13 +13,23 @@ import numpy.typing as npt
 
 from space.checks import read_int, read_ints, read_ratio
 from space.errors import refuse, refuse_multiple
-from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
-from space.ladder import Factor, Ladder
+from space.family import (
+    Arch,
+    Array,
+    Choices,
+    Context,
+    Factor,
+    Family,
+    Member,
+    Published,
+    Slice,
+    Table,
+)
 from space.ratios import apart, shortest_ratio
-from space.tinyvit_slicing import Net, block_names, members, resized, slices
+from space.tinyvit_slicing import TinyVitNet, block_names, members, resized, slices
 
 WRITTEN_AT = 224  # pixels at which window sizes are written
-NOTCH = 32  # channels
+WIDTH_STEP = 32  # channels
 CHUNK = 8192  # archs at a time: the columns of a chunk stay in cache
 
 # Far beyond what fits in memory; they keep every count below 2**63.
@@ -148,9 +158,9 @@ def _windows(arch: TinyVitArch, ctx: Context) -> tuple[int, ...]:
     return tuple(_built_windows(np.array(arch.window_sizes), ctx).tolist())
 
 
-def _net(arch: TinyVitArch, ctx: Context) -> Net:
+def _net(arch: TinyVitArch, ctx: Context) -> TinyVitNet:
     """Describe an arch as built in `ctx`."""
-    return Net(
+    return TinyVitNet(
         dims=arch.embed_dims,
         depths=arch.depths,
         windows=_windows(arch, ctx),
@@ -172,13 +182,13 @@ class TinyVit(Family):
     name = "tinyvit"
     resizes = ("own", "published", "timm")
     factors = (
-        Factor("D", "embed_dims", (Ladder(step=NOTCH, up=1),) * 4),
-        Factor("N", "depths", (Ladder(step=1),) * 4),
+        Factor("D", "embed_dims", (Choices(step=WIDTH_STEP, up=1),) * 4),
+        Factor("N", "depths", (Choices(step=1),) * 4),
         # Stage 4 stays: 14 there pads its 7x7 map to 14x14, +11 % of all MACs for nothing.
-        Factor("W", "window_sizes", (*(Ladder((7, 14), up=None),) * 2, Ladder())),
-        Factor("R", "mbconv_expand_ratio", (Ladder((2.0, 3.0, 4.0)),), scalar=True),
-        Factor("M", "mlp_ratio", (Ladder((2.0, 3.0, 4.0)),), scalar=True),
-        Factor("E", "head_dim", (Ladder((16, 32), up=None),), scalar=True),
+        Factor("W", "window_sizes", (*(Choices((7, 14), up=None),) * 2, Choices())),
+        Factor("R", "mbconv_expand_ratio", (Choices((2.0, 3.0, 4.0)),), scalar=True),
+        Factor("M", "mlp_ratio", (Choices((2.0, 3.0, 4.0)),), scalar=True),
+        Factor("E", "head_dim", (Choices((16, 32), up=None),), scalar=True),
     )
     published = (
         _published("5M", 64, 128, 160, 320),
@@ -187,7 +197,7 @@ class TinyVit(Family):
     )
 
     def arch(self, mapping: Mapping[str, Any]) -> TinyVitArch:
-        """Check a mapping and make an arch of it: whatever timm builds, on the ladders or off.
+        """Check a mapping and make an arch of it: whatever timm builds, on the grid or off.
 
         `window_sizes` are those of stages 2 to 4; with four, as timm writes them, the first (which
         timm does not use) is dropped. Raises `InputError`.
@@ -303,11 +313,11 @@ class TinyVit(Family):
     def moves(self, arch: Arch) -> dict[str, Array]:
         """Give the joint values per factor that contraction may propose (see `Family.moves`).
 
-        A rung so close below a ratio off the ladder that it could build the same hidden widths is
+        A ratio on the grid so close below one off it that it could build the same hidden widths is
         left out: all combinations stay different nets.
         """
         moves, a = super().moves(arch), _own(arch)
-        narrowest = min(NOTCH, *a.embed_dims)
+        narrowest = min(WIDTH_STEP, *a.embed_dims)
         for field in ("mbconv_expand_ratio", "mlp_ratio"):
             moves[field] = apart(getattr(a, field), moves[field], narrowest)
         return moves
@@ -315,15 +325,15 @@ class TinyVit(Family):
     def scaled(self, arch: Arch, factor: float) -> TinyVitArch:
         """Scale all dims by `factor`, rounded to 32s (or to what the head dim needs)."""
         a = _own(arch)
-        unit = math.lcm(NOTCH, a.head_dim)
+        unit = math.lcm(WIDTH_STEP, a.head_dim)
         d = [max(unit, math.floor(v * factor / unit + 0.5) * unit) for v in a.embed_dims]
         return replace(a, embed_dims=(d[0], d[1], d[2], d[3]))
 
     def floor(self, arch: Arch, ctx: Context) -> TinyVitArch:
         """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
         a = _own(arch)
-        # A dim below the ladder may stay, but not under a wider stage before it.
-        d = np.maximum.accumulate(np.minimum(NOTCH, a.embed_dims)).tolist()
+        # A dim below the grid may stay, but not under a wider stage before it.
+        d = np.maximum.accumulate(np.minimum(WIDTH_STEP, a.embed_dims)).tolist()
         options = self.moves(a)
         windows = min(options["window_sizes"].tolist(), key=sum)
         ratios = [min(2.0, r) for r in (a.mbconv_expand_ratio, a.mlp_ratio)]
@@ -343,7 +353,7 @@ class TinyVit(Family):
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Name the stages by the slots that shape them.
 
-        Stages 2 to 4 share the MLP ratio and the head dim: whoever keeps one stage keeps these.
+        Stages 2 to 4 share the MLP ratio and the head dim: to keep one stage is to keep these.
         """
         found: dict[str, tuple[str, ...]] = {
             "stage1": ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio")
@@ -354,7 +364,7 @@ class TinyVit(Family):
         return found
 
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
-        """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net.
+        """Return (name, kwargs), plain JSON, with which `timm.create_model` rebuilds the net.
 
         The name is that of the nearest published size: it decides timm's defaults and its
         preprocessing, nothing about the net. timm does not use the first head count and window.

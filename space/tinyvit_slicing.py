@@ -7,21 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from space import slicing
 from space.family import Array, Member, Slice
-from space.resize import LINES, square
-from space.slicing import Blend, Index, check_order, first, of_heads, picked, same
-
-Named = tuple[str, tuple[str, ...]]
-"""A key of the state_dict and the axis name of each of its dimensions."""
+from space.slicing import Blend, Index, Named
 
 HEADS = ("qkv", "inner", "heads")
 """Axes that are made of heads."""
-PLAIN = ("1", "3", "chans", "classes", "offsets")
-"""Axes of which a child takes no part by choice."""
 
 
 @dataclass(frozen=True)
-class Net:
+class TinyVitNet:
     """A TinyViT as built: widths, windows in pixels of the feature map, and its context."""
 
     dims: tuple[int, ...]  # stages 1-4
@@ -35,22 +30,12 @@ class Net:
     in_chans: int
 
 
-def _norm(prefix: str, group: str) -> Iterator[Named]:
-    yield f"{prefix}.weight", (group,)
-    yield f"{prefix}.bias", (group,)
-
-
 def _conv_norm(prefix: str, out: str, into: str, kernel: str) -> Iterator[Named]:
     yield f"{prefix}.conv.weight", (out, into, kernel, kernel)
-    yield from _norm(f"{prefix}.bn", out)
+    yield from slicing.norm(f"{prefix}.bn", out)
     yield f"{prefix}.bn.running_mean", (out,)
     yield f"{prefix}.bn.running_var", (out,)
     yield f"{prefix}.bn.num_batches_tracked", ()
-
-
-def _linear(prefix: str, out: str, into: str) -> Iterator[Named]:
-    yield f"{prefix}.weight", (out, into)
-    yield f"{prefix}.bias", (out,)
 
 
 def _outside_blocks() -> Iterator[Named]:
@@ -62,8 +47,8 @@ def _outside_blocks() -> Iterator[Named]:
         yield from _conv_norm(f"{merge}.conv1", hidden, before, "1")
         yield from _conv_norm(f"{merge}.conv2", hidden, "1", "3")
         yield from _conv_norm(f"{merge}.conv3", dim, hidden, "1")
-    yield from _norm("head.norm", "dim4")
-    yield from _linear("head.fc", "classes", "dim4")
+    yield from slicing.norm("head.norm", "dim4")
+    yield from slicing.linear("head.fc", "classes", "dim4")
 
 
 def _block(stage: int) -> Iterator[Named]:
@@ -73,13 +58,13 @@ def _block(stage: int) -> Iterator[Named]:
         yield from _conv_norm("conv3", "dim1", "expand", "1")
         return
     dim = f"dim{stage + 1}"
-    yield from _norm("attn.norm", dim)
-    yield from _linear("attn.qkv", "qkv", dim)
-    yield from _linear("attn.proj", dim, "inner")
+    yield from slicing.norm("attn.norm", dim)
+    yield from slicing.linear("attn.qkv", "qkv", dim)
+    yield from slicing.linear("attn.proj", dim, "inner")
     yield "attn.attention_biases", ("heads", "offsets")
-    yield from _norm("mlp.norm", dim)
-    yield from _linear("mlp.fc1", "hidden", dim)
-    yield from _linear("mlp.fc2", dim, "hidden")
+    yield from slicing.norm("mlp.norm", dim)
+    yield from slicing.linear("mlp.fc1", "hidden", dim)
+    yield from slicing.linear("mlp.fc2", dim, "hidden")
     yield from _conv_norm("local_conv", dim, "1", "3")
 
 
@@ -90,7 +75,7 @@ def _group(axis: str, block: str) -> str:
     return f"{block}.{axis}" if axis in ("expand", "hidden") else axis
 
 
-def _walk(net: Net) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _walk(net: TinyVitNet) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Give (block, key, axes) for every tensor; the block is "" outside of blocks."""
     for key, axes in _outside_blocks():
         yield "", key, axes
@@ -101,7 +86,7 @@ def _walk(net: Net) -> Iterator[tuple[str, str, tuple[str, ...]]]:
                 yield block, f"{block}.{key}", axes
 
 
-def _sizes(net: Net) -> dict[str, int]:
+def _sizes(net: TinyVitNet) -> dict[str, int]:
     """Count the units of every group."""
     sizes = {"stem": net.dims[0] // 2, **{f"dim{i + 1}": d for i, d in enumerate(net.dims)}}
     for i in (1, 2, 3):
@@ -118,18 +103,11 @@ def _sizes(net: Net) -> dict[str, int]:
     return sizes
 
 
-def members(net: Net) -> dict[str, tuple[Member, ...]]:
-    """Give every group of units with the tensors that it runs through."""
-    sizes = _sizes(net)
-    found: dict[str, list[Member]] = {name: [] for name in sizes}
+def members(net: TinyVitNet) -> dict[str, tuple[Member, ...]]:
+    """List every group of units with the tensors that it runs through."""
     each = {"qkv": 3 * net.head_dim, "inner": net.head_dim}  # positions a unit has on an axis
-    for block, key, axes in _walk(net):
-        for dim, axis in enumerate(axes):
-            if axis not in PLAIN:
-                name = _group(axis, block)
-                unit = np.arange(sizes[name], dtype=np.int64).repeat(each.get(axis, 1))
-                found[name].append(Member(key, dim, unit))
-    return {name: tuple(group) for name, group in found.items()}
+    layout = {axis: lambda unit, n=n: unit.repeat(n) for axis, n in each.items()}
+    return slicing.group_members(_walk(net), _sizes(net), _group, layout)
 
 
 def block_names(depths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
@@ -138,13 +116,15 @@ def block_names(depths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(f"{name}.{j}" for j in range(n)) for name, n in stages.items()}
 
 
-def _head_axes(child: Net, parent: Net, stage: int, order: Array | None) -> dict[str, Index]:
+def _head_axes(
+    child: TinyVitNet, parent: TinyVitNet, stage: int, order: Array | None
+) -> dict[str, Index]:
     """Map what is made of heads: rows of the fused projection, its channels, rows of biases.
 
     Rows are [head][q|k|v][channel of the head] in timm.
     """
     dim, head_dim, theirs = child.dims[stage], child.head_dim, parent.head_dim
-    channels, heads = of_heads(dim, head_dim, parent.dims[stage], theirs, order)
+    channels, heads = slicing.of_heads(dim, head_dim, parent.dims[stage], theirs, order)
     row = np.arange(3 * dim)
     part = row // head_dim % 3
     of = channels[row // (3 * head_dim) * head_dim + row % head_dim]
@@ -152,7 +132,7 @@ def _head_axes(child: Net, parent: Net, stage: int, order: Array | None) -> dict
     return {"qkv": np.where(of >= 0, rows, np.int64(-1)), "inner": channels, "heads": heads}
 
 
-def _offsets(child: Net, parent: Net, stage: int) -> tuple[Index, Blend | None]:
+def _offsets(child: TinyVitNet, parent: TinyVitNet, stage: int) -> tuple[Index, Blend | None]:
     """Map a bias table [window * window], indexed |dx| * window + |dy| in timm.
 
     The child's offsets are taken in the parent's units (images of another size); beyond the
@@ -174,62 +154,61 @@ def _offsets(child: Net, parent: Net, stage: int) -> tuple[Index, Blend | None]:
 
 
 def _axes(
-    stage: int | None, block: str, parent: Net, child: Net, order: Mapping[str, Array]
+    stage: int | None, block: str, parent: TinyVitNet, child: TinyVitNet, order: Mapping[str, Array]
 ) -> dict[str, Index]:
     """Map every axis that occurs in one parent block (or outside all blocks: None)."""
     axes = {k: np.arange(int(k)) for k in ("1", "3")}
     for i in range(4):
         name = f"dim{i + 1}"
-        axes[name] = first(child.dims[i], parent.dims[i], order.get(name))
+        axes[name] = slicing.first(child.dims[i], parent.dims[i], order.get(name))
     if stage is None:
-        axes["stem"] = first(child.dims[0] // 2, parent.dims[0] // 2, order.get("stem"))
+        axes["stem"] = slicing.first(child.dims[0] // 2, parent.dims[0] // 2, order.get("stem"))
         for i in (1, 2, 3):
             name = f"stages.{i}.downsample.hidden"
-            axes[name] = first(child.dims[i], parent.dims[i], order.get(name))
-        axes["chans"] = same(child.in_chans, parent.in_chans)
-        axes["classes"] = same(child.num_classes, parent.num_classes)
+            axes[name] = slicing.first(child.dims[i], parent.dims[i], order.get(name))
+        axes["chans"] = slicing.same(child.in_chans, parent.in_chans)
+        axes["classes"] = slicing.same(child.num_classes, parent.num_classes)
     elif stage == 0:
-        axes["expand"] = first(child.expand, parent.expand, order.get(f"{block}.expand"))
+        axes["expand"] = slicing.first(child.expand, parent.expand, order.get(f"{block}.expand"))
     else:
         axes |= _head_axes(child, parent, stage, order.get(f"{block}.heads"))
         wanted = order.get(f"{block}.hidden")
-        axes["hidden"] = first(child.hidden[stage - 1], parent.hidden[stage - 1], wanted)
+        axes["hidden"] = slicing.first(child.hidden[stage - 1], parent.hidden[stage - 1], wanted)
     return axes
 
 
-def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Slice]:
+def slices(parent: TinyVitNet, child: TinyVitNet, order: Mapping[str, Array]) -> dict[str, Slice]:
     """Map the child's state_dict onto the parent's; keys without any source are left out."""
-    check_order(order, _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()})
+    slicing.check_order(
+        order, _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()}
+    )
     found: dict[str, Slice] = {}
-
-    def add(
-        to: str, source: str, names: tuple[str, ...], axes: Mapping[str, Index], blend: Blend | None
-    ) -> None:
-        index = tuple(axes[name] for name in names)
-        if all((i >= 0).any() for i in index):
-            blends = {} if blend is None or "offsets" not in names else {1: blend}
-            found[to] = Slice(source, index, blends)
-
     axes = _axes(None, "", parent, child, order)
     for key, names in _outside_blocks():
-        add(key, key, names, axes, None)
+        slicing.add_slice(found, key, key, names, axes, {})
     for stage in range(4):
-        offsets, blend = np.zeros(0, dtype=np.int64), None
+        blends: dict[str, Blend] = {}
+        offsets = np.zeros(0, dtype=np.int64)
         if stage > 0:
             offsets, blend = _offsets(child, parent, stage)
+            blends = {} if blend is None else {"offsets": blend}
         group = f"stages.{stage}.blocks"
-        taken = picked(child.depths[stage], parent.depths[stage], order.get(group))
+        taken = slicing.picked(child.depths[stage], parent.depths[stage], order.get(group))
         for j, source in enumerate(taken):
             if source is None:
                 continue
             block = f"{group}.{source}"
             axes = _axes(stage, block, parent, child, order) | {"offsets": offsets}
             for key, names in _block(stage):
-                add(f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blend)
+                slicing.add_slice(
+                    found, f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blends
+                )
     return found
 
 
-def resized(found: Mapping[str, Slice], parent: Net, child: Net, how: str) -> dict[str, Slice]:
+def resized(
+    found: Mapping[str, Slice], parent: TinyVitNet, child: TinyVitNet, how: str
+) -> dict[str, Slice]:
     """Give a slicing between two sizes of one net with its tables resized the way called `how`.
 
     "own" is the slicing as it is. Otherwise a bias table is resized as if it were an image
@@ -243,7 +222,9 @@ def resized(found: Mapping[str, Slice], parent: Net, child: Net, how: str) -> di
     for stage, names in enumerate(block_names(child.depths).values()):
         if stage == 0:
             continue
-        index, blend = square(child.windows[stage - 1], parent.windows[stage - 1], LINES[how])
+        index, blend = slicing.square(
+            child.windows[stage - 1], parent.windows[stage - 1], slicing.LINES[how]
+        )
         for name in names:
             key = f"{name}.attn.attention_biases"
             heads = found[key].index[0]

@@ -12,12 +12,22 @@ import numpy.typing as npt
 
 from space.checks import read_int, read_ratio
 from space.errors import refuse, refuse_multiple
-from space.family import Arch, Array, Context, Family, Member, Published, Slice, Table
-from space.ladder import Factor, Ladder
+from space.family import (
+    Arch,
+    Array,
+    Choices,
+    Context,
+    Factor,
+    Family,
+    Member,
+    Published,
+    Slice,
+    Table,
+)
 from space.ratios import apart, shortest_ratio
-from space.vit_slicing import Net, block_names, members, resized, slices
+from space.vit_slicing import VitNet, block_names, members, resized, slices
 
-NOTCH = 32  # channels
+WIDTH_STEP = 32  # channels
 LEAST_RATIO = 2.0
 
 # Far beyond what fits in memory; they keep every count below 2**63.
@@ -75,9 +85,9 @@ def _hidden(table: Table) -> Array:
     return np.asarray((table["embed_dim"] * table["mlp_ratio"]).astype(np.int64))
 
 
-def _net(a: VitArch, ctx: Context) -> Net:
+def _net(a: VitArch, ctx: Context) -> VitNet:
     """Describe an arch as built in `ctx`."""
-    return Net(
+    return VitNet(
         dim=a.embed_dim,
         depth=a.depth,
         head_dim=a.head_dim,
@@ -100,12 +110,12 @@ class Vit(Family):
     name = "vit"
     resizes = ("own", "published", "timm")
     factors = (
-        Factor("D", "embed_dim", (Ladder(step=NOTCH),), scalar=True),
-        Factor("N", "depth", (Ladder(step=1),), scalar=True),
-        Factor("E", "head_dim", (Ladder((16, 32, 48, 64), up=None),), scalar=True),
-        Factor("M", "mlp_ratio", (Ladder((LEAST_RATIO, 3.0, 4.0)),), scalar=True),
-        Factor("P", "patch_size", (Ladder((4, 8, 14, 16, 32), up=None),), scalar=True),
-        Factor("T", "dist_token", (Ladder((0, 1)),), scalar=True),
+        Factor("D", "embed_dim", (Choices(step=WIDTH_STEP),), scalar=True),
+        Factor("N", "depth", (Choices(step=1),), scalar=True),
+        Factor("E", "head_dim", (Choices((16, 32, 48, 64), up=None),), scalar=True),
+        Factor("M", "mlp_ratio", (Choices((LEAST_RATIO, 3.0, 4.0)),), scalar=True),
+        Factor("P", "patch_size", (Choices((4, 8, 14, 16, 32), up=None),), scalar=True),
+        Factor("T", "dist_token", (Choices((0, 1)),), scalar=True),
     )
     published = (
         *_deit("tiny", 192),
@@ -121,7 +131,7 @@ class Vit(Family):
     )
 
     def arch(self, mapping: Mapping[str, Any]) -> VitArch:
-        """Check a mapping and make an arch of it: whatever timm builds, on the ladders or off.
+        """Check a mapping and make an arch of it: whatever timm builds, on the grid or off.
 
         Raises `InputError`.
         """
@@ -216,20 +226,20 @@ class Vit(Family):
     def moves(self, arch: Arch) -> dict[str, Array]:
         """Give the values per factor that contraction may propose (see `Family.moves`)."""
         moves, a = super().moves(arch), _own(arch)
-        narrowest = min(NOTCH, a.embed_dim)
+        narrowest = min(WIDTH_STEP, a.embed_dim)
         moves["mlp_ratio"] = apart(a.mlp_ratio, moves["mlp_ratio"], narrowest)
         return moves
 
     def scaled(self, arch: Arch, factor: float) -> VitArch:
         """Scale the width by `factor`, rounded to 32s (or to what the head dim needs)."""
         a = _own(arch)
-        unit = math.lcm(NOTCH, a.head_dim)
+        unit = math.lcm(WIDTH_STEP, a.head_dim)
         return replace(a, embed_dim=max(unit, math.floor(a.embed_dim * factor / unit + 0.5) * unit))
 
     def floor(self, arch: Arch, ctx: Context) -> VitArch:
         """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
         a = _own(arch)
-        dim, ratio = min(NOTCH, a.embed_dim), min(LEAST_RATIO, a.mlp_ratio)
+        dim, ratio = min(WIDTH_STEP, a.embed_dim), min(LEAST_RATIO, a.mlp_ratio)
         moves = self.moves(a)
         found = [a]
         for head_dim in moves["head_dim"].tolist():
@@ -241,7 +251,7 @@ class Vit(Family):
         return min(found, key=lambda x: self.count_params(x, ctx))
 
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
-        """Give (name, kwargs), plain JSON: `timm.create_model(name, **kwargs)` rebuilds the net.
+        """Return (name, kwargs), plain JSON, with which `timm.create_model` rebuilds the net.
 
         The name is that of the nearest DeiT, with or without the token: it decides timm's class and
         its preprocessing.

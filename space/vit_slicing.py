@@ -7,21 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from space import slicing
 from space.family import Array, Member, Slice
-from space.resize import LINES, Line, bicubic, square
-from space.slicing import Blend, Index, check_order, first, of_heads, picked, same
-
-Named = tuple[str, tuple[str, ...]]
-"""A key of the state_dict and the axis name of each of its dimensions."""
+from space.slicing import Blend, Index, Line, Named
 
 HEADS = ("qkv", "inner")
 """Axes that are made of heads."""
-UNITS = ("dim", "hidden", *HEADS)
-"""Axes of which a child takes a part by choice."""
 
 
 @dataclass(frozen=True)
-class Net:
+class VitNet:
     """A ViT as built, and its context; `grid`: patches a side, `prefix`: class token and more."""
 
     dim: int
@@ -35,36 +30,26 @@ class Net:
     in_chans: int
 
 
-def _norm(prefix: str) -> Iterator[Named]:
-    yield f"{prefix}.weight", ("dim",)
-    yield f"{prefix}.bias", ("dim",)
-
-
-def _linear(prefix: str, out: str, into: str) -> Iterator[Named]:
-    yield f"{prefix}.weight", (out, into)
-    yield f"{prefix}.bias", (out,)
-
-
-def _outside_blocks(net: Net) -> Iterator[Named]:
+def _outside_blocks(net: VitNet) -> Iterator[Named]:
     yield "cls_token", ("1", "1", "dim")
     if net.prefix > 1:
         yield "dist_token", ("1", "1", "dim")
     yield "pos_embed", ("1", "tokens", "dim")
     yield "patch_embed.proj.weight", ("dim", "chans", "patch", "patch")
     yield "patch_embed.proj.bias", ("dim",)
-    yield from _norm("norm")
-    yield from _linear("head", "classes", "dim")
+    yield from slicing.norm("norm", "dim")
+    yield from slicing.linear("head", "classes", "dim")
     if net.prefix > 1:
-        yield from _linear("head_dist", "classes", "dim")
+        yield from slicing.linear("head_dist", "classes", "dim")
 
 
 def _block() -> Iterator[Named]:
-    yield from _norm("norm1")
-    yield from _linear("attn.qkv", "qkv", "dim")
-    yield from _linear("attn.proj", "dim", "inner")
-    yield from _norm("norm2")
-    yield from _linear("mlp.fc1", "hidden", "dim")
-    yield from _linear("mlp.fc2", "dim", "hidden")
+    yield from slicing.norm("norm1", "dim")
+    yield from slicing.linear("attn.qkv", "qkv", "dim")
+    yield from slicing.linear("attn.proj", "dim", "inner")
+    yield from slicing.norm("norm2", "dim")
+    yield from slicing.linear("mlp.fc1", "hidden", "dim")
+    yield from slicing.linear("mlp.fc2", "dim", "hidden")
 
 
 def _group(axis: str, block: str) -> str:
@@ -74,7 +59,7 @@ def _group(axis: str, block: str) -> str:
     return f"{block}.heads" if axis in HEADS else f"{block}.{axis}"
 
 
-def _walk(net: Net) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+def _walk(net: VitNet) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Give (block, key, axes) for every tensor; the block is "" outside of blocks."""
     for key, axes in _outside_blocks(net):
         yield "", key, axes
@@ -83,7 +68,7 @@ def _walk(net: Net) -> Iterator[tuple[str, str, tuple[str, ...]]]:
             yield block, f"{block}.{key}", axes
 
 
-def _sizes(net: Net) -> dict[str, int]:
+def _sizes(net: VitNet) -> dict[str, int]:
     """Count the units of every group."""
     sizes = {"dim": net.dim}
     for block in block_names(net.depth)["blocks"]:
@@ -91,19 +76,14 @@ def _sizes(net: Net) -> dict[str, int]:
     return sizes
 
 
-def members(net: Net) -> dict[str, tuple[Member, ...]]:
-    """Give every group of units with the tensors that it runs through."""
-    sizes = _sizes(net)
-    found: dict[str, list[Member]] = {name: [] for name in sizes}
-    for block, key, axes in _walk(net):
-        for dim, axis in enumerate(axes):
-            if axis in UNITS:
-                name = _group(axis, block)
-                each = net.head_dim if axis in HEADS else 1
-                unit = np.arange(sizes[name], dtype=np.int64).repeat(each)
-                times = 3 if axis == "qkv" else 1  # queries, then keys, then values
-                found[name].append(Member(key, dim, np.tile(unit, times)))
-    return {name: tuple(group) for name, group in found.items()}
+def members(net: VitNet) -> dict[str, tuple[Member, ...]]:
+    """List every group of units with the tensors that it runs through."""
+    each = net.head_dim
+    layout = {
+        "inner": lambda unit: unit.repeat(each),
+        "qkv": lambda unit: np.tile(unit.repeat(each), 3),  # queries, then keys, then values
+    }
+    return slicing.group_members(_walk(net), _sizes(net), _group, layout)
 
 
 def block_names(depth: int) -> dict[str, tuple[str, ...]]:
@@ -114,22 +94,24 @@ def block_names(depth: int) -> dict[str, tuple[str, ...]]:
 def kernel(child: int, parent: int) -> Blend:
     """Give the weights [child, parent] that resize a line of a patch projection.
 
-    A coarser projection says of a patch that is enlarged what the parent's says of the patch
-    (FlexiViT's pseudo-inverse, arXiv 2212.08013); a finer one says of a patch what the parent's
-    says of the patch enlarged.
+    A coarser projection gives for an enlarged patch what the parent's gives for the patch
+    (FlexiViT's pseudo-inverse, arXiv 2212.08013); a finer one gives for a patch what the parent's
+    gives for the enlarged patch.
     """
     if child < parent:
-        return np.asarray(bicubic(parent, child).T)
-    return np.asarray(np.linalg.pinv(bicubic(child, parent)).T)
+        return np.asarray(slicing.bicubic(parent, child).T)
+    return np.asarray(np.linalg.pinv(slicing.bicubic(child, parent)).T)
 
 
-def _tokens(child: Net, parent: Net, line: Line = bicubic) -> tuple[Index, Blend | None]:
+def _tokens(
+    child: VitNet, parent: VitNet, line: Line = slicing.bicubic
+) -> tuple[Index, Blend | None]:
     """Map positions: [class, distillation, grid row by row]; a grid of another size is resized.
 
     Source: DeiT resizes the grid and leaves the others as they are, and timm does too.
     """
     prefix = np.array([i if i < parent.prefix else -1 for i in range(child.prefix)])
-    grid, weights = square(child.grid, parent.grid, line)
+    grid, weights = slicing.square(child.grid, parent.grid, line)
     index = np.concatenate([prefix, parent.prefix + grid]).astype(np.int64)
     if weights is None:
         return index, None
@@ -141,9 +123,11 @@ def _tokens(child: Net, parent: Net, line: Line = bicubic) -> tuple[Index, Blend
     return index, blend
 
 
-def _axes(block: str, parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Index]:
+def _axes(
+    block: str, parent: VitNet, child: VitNet, order: Mapping[str, Array]
+) -> dict[str, Index]:
     """Map every axis that occurs in one parent block (or outside all blocks: "")."""
-    dim = first(child.dim, parent.dim, order.get("dim"))
+    dim = slicing.first(child.dim, parent.dim, order.get("dim"))
     if not block:
         near = (np.arange(child.patch) + 0.5) * parent.patch / child.patch
         return {
@@ -151,23 +135,23 @@ def _axes(block: str, parent: Net, child: Net, order: Mapping[str, Array]) -> di
             "dim": dim,
             "tokens": _tokens(child, parent)[0],
             "patch": np.minimum(near.astype(np.int64), parent.patch - 1),
-            "chans": same(child.in_chans, parent.in_chans),
-            "classes": same(child.num_classes, parent.num_classes),
+            "chans": slicing.same(child.in_chans, parent.in_chans),
+            "classes": slicing.same(child.num_classes, parent.num_classes),
         }
     heads = order.get(f"{block}.heads")
-    channels, _ = of_heads(child.dim, child.head_dim, parent.dim, parent.head_dim, heads)
+    channels, _ = slicing.of_heads(child.dim, child.head_dim, parent.dim, parent.head_dim, heads)
     rows = [np.where(channels >= 0, channels + part * parent.dim, -1) for part in range(3)]
     return {
         "dim": dim,
         "inner": channels,
         "qkv": np.concatenate(rows),
-        "hidden": first(child.hidden, parent.hidden, order.get(f"{block}.hidden")),
+        "hidden": slicing.first(child.hidden, parent.hidden, order.get(f"{block}.hidden")),
     }
 
 
-def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Slice]:
+def slices(parent: VitNet, child: VitNet, order: Mapping[str, Array]) -> dict[str, Slice]:
     """Map the child's state_dict onto the parent's; keys without any source are left out."""
-    check_order(order, _sizes(parent) | {"blocks": parent.depth})
+    slicing.check_order(order, _sizes(parent) | {"blocks": parent.depth})
     found: dict[str, Slice] = {}
     resized: dict[str, Blend] = {}
     positions = _tokens(child, parent)[1]
@@ -176,34 +160,29 @@ def slices(parent: Net, child: Net, order: Mapping[str, Array]) -> dict[str, Sli
     if child.patch != parent.patch:
         resized["patch"] = kernel(child.patch, parent.patch)
     theirs = {key for key, _ in _outside_blocks(parent)}
-
-    def add(to: str, source: str, names: tuple[str, ...], axes: Mapping[str, Index]) -> None:
-        index = tuple(axes[name] for name in names)
-        if all((i >= 0).any() for i in index):
-            blends = {dim: resized[name] for dim, name in enumerate(names) if name in resized}
-            found[to] = Slice(source, index, blends)
-
     axes = _axes("", parent, child, order)
     for key, names in _outside_blocks(child):
         if key in theirs:
-            add(key, key, names, axes)
-    wanted = picked(child.depth, parent.depth, order.get("blocks"))
+            slicing.add_slice(found, key, key, names, axes, resized)
+    wanted = slicing.picked(child.depth, parent.depth, order.get("blocks"))
     for name, source in zip(block_names(child.depth)["blocks"], wanted, strict=True):
         if source is None:
             continue
         block = f"blocks.{source}"
         axes = _axes(block, parent, child, order)
         for key, names in _block():
-            add(f"{name}.{key}", f"{block}.{key}", names, axes)
+            slicing.add_slice(found, f"{name}.{key}", f"{block}.{key}", names, axes, resized)
     return found
 
 
-def resized(found: Mapping[str, Slice], parent: Net, child: Net, how: str) -> dict[str, Slice]:
+def resized(
+    found: Mapping[str, Slice], parent: VitNet, child: VitNet, how: str
+) -> dict[str, Slice]:
     """Give a slicing between two sizes of one net with its positions resized the way called `how`.
 
     "own" is the slicing as it is, and the same as "published". Position embeddings alone differ.
     """
-    blend = None if how == "own" else _tokens(child, parent, LINES[how])[1]
+    blend = None if how == "own" else _tokens(child, parent, slicing.LINES[how])[1]
     if blend is None:
         return dict(found)
     return {**found, "pos_embed": replace(found["pos_embed"], blends={1: blend})}

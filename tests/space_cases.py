@@ -1,4 +1,4 @@
-"""Random TinyViTs and contexts for the tests of `space`: on the ladders and far off them."""
+"""Random TinyViTs and contexts for the tests of `space`: on the grid and far off it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import space.family
 from nas.contract import contract
 from nas.inherit.slice import inherit
 from nas.jobs.executor import InlineExecutor
-from space import Context, get_family
+from space import Context, InputError, get_family
 from space.contractions import Band, count_contractions, shortlist
 from space.family import Family
 
@@ -81,6 +81,15 @@ def test_children_take_the_first_of_everything(family: Family) -> None:
     for key in own:
         part = tuple(slice(n) for n in state[key].shape)
         assert torch.equal(state[key], old[key][part]), key
+
+
+def test_a_family_without_ways_to_resize_has_its_own(family: Family) -> None:
+    contexts, arch = (Context(64, 5), Context(96, 7)), family.seed("18")
+    assert family.resizes == ("own",)
+    own = family.resized(arch, *contexts, "own")
+    assert repr(own) == repr(family.slicing(arch, arch, *contexts))
+    with pytest.raises(InputError, match=r"^--resize: got timm, want one of own$"):
+        family.resized(arch, *contexts, "timm")
 
 
 def test_contractions_are_listed(family: Family) -> None:

@@ -23,7 +23,8 @@ from label_cases import contents
 from PIL import Image
 
 from nas.data import DataSpec, prepare
-from nas.data.augment.spec import default_spec, eval_batch
+from nas.data.augment.spec import default_spec
+from nas.data.augment.timm_engine import eval_batch
 from nas.distill.jobs import teach
 from nas.export.weights import save_weights
 from nas.jobs.executor import InlineExecutor

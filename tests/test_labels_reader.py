@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from label_cases import built, toy_for
 
 from nas.data import Dataset, DataSpec, Split, prepare
+from nas.data.augment import views as views_module
 from nas.data.augment.mixing import mix, partners
-from nas.data.augment.spec import Augmenter, eval_batch
-from nas.data.augment.views import Views, make_plan
+from nas.data.augment.timm_engine import TimmAugmenter, eval_batch
+from nas.data.augment.views import Inputs, make_plan
 from nas.labels import store as store_module
 from nas.labels.codec import top_labels
 from nas.labels.reader import Batch, LabelReader, batch_sizes, epoch_order, holdout_batches
@@ -111,7 +112,7 @@ def test_true_classes_are_mixed_as_the_images_are(dataset: Dataset, store: Label
 
 def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path) -> None:
     store = built(tmp_path / "s", dataset, changes=HARD)
-    augmenter = Augmenter(store.spec.augment)
+    augmenter = TimmAugmenter(store.spec.augment)
     for batch in replay(dataset, store).epoch(1):
         rows = batch.rows.numpy()
         codes = store.codes(1, find_rows(store.keys, key_array(dataset.train.keys)[rows]))
@@ -328,10 +329,12 @@ def test_what_does_not_fit_is_refused(dataset: Dataset, store: LabelStore, tmp_p
         assert "\n" not in str(caught.value)
 
 
-def test_views_are_made_once_for_all_that_need_them(dataset: Dataset, store: LabelStore) -> None:
+def test_views_are_made_once_for_all_that_need_them(
+    dataset: Dataset, store: LabelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = 0
 
-    class Counting(Augmenter):
+    class Counting(TimmAugmenter):
         def batch(self, pixels: np.ndarray, codes: list[int]) -> torch.Tensor:  # type: ignore[override]
             nonlocal made
             made += len(pixels)
@@ -341,8 +344,8 @@ def test_views_are_made_once_for_all_that_need_them(dataset: Dataset, store: Lab
     table = np.empty(len(rows), dtype=np.int64)
     table[rows] = np.arange(len(rows))
     plan = make_plan(store.codes(0), table, store.spec.augment)
-    views = Views(dataset.train.pixels, Counting(store.spec.augment), store.spec.augment)
-    views.inputs(plan.of(np.arange(len(rows))))
+    monkeypatch.setattr(views_module, "make_augmenter", lambda spec, device: Counting(spec))
+    Inputs(dataset.train.pixels, store.spec.augment)[plan.of(np.arange(len(rows)))]
     assert made == len(rows)
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from label_cases import begun, built, contents, toy_for
 
 from nas.data import Dataset, DataSpec, Split, prepare
-from nas.data.augment.spec import Augmenter, augmentation_code, eval_batch
+from nas.data.augment.spec import augmentation_code
+from nas.data.augment.timm_engine import TimmAugmenter, eval_batch
 from nas.labels import build as build_module
 from nas.labels import store as store_module
 from nas.labels.build import build_shards, build_status, merge_stores
@@ -55,7 +56,7 @@ def test_labels_are_the_teachers_of_the_augmented_inputs(dataset: Dataset, tmp_p
     for epoch in range(2):
         codes = store.codes(epoch, at)
         assert codes.tolist() == [augmentation_code(key, epoch, 0) for key in split.keys]
-        inputs = Augmenter(store.spec.augment).batch(split.pixels[:], codes.tolist())
+        inputs = TimmAugmenter(store.spec.augment).batch(split.pixels[:], codes.tolist())
         cases.append((store.epoch(epoch)[at], inputs))
     for found, inputs in cases:
         want = top_labels(toy(inputs), 4)

@@ -81,7 +81,8 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
     from PIL import Image
 
     from nas.data import open_dataset
-    from nas.data.augment.spec import default_spec, eval_batch
+    from nas.data.augment.spec import default_spec
+    from nas.data.augment.timm_engine import eval_batch
     from nas.export.weights import load_into, load_weights
 
     folders = [p for p in (finished.cache / "data").iterdir() if (p / "meta.json").exists()]

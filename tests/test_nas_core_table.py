@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nas.core.table import Writer, guard, read_table, table_columns, unguard, write_table
 from nas.data import DataSpec, prepare
-from nas.data.augment.presets import preset_spec
+from nas.data.augment.spec import preset_spec
 from nas.labels.build import find_contradicted
 from space.errors import InputError
 from tests.test_architecture import modules

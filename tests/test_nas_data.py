@@ -190,26 +190,6 @@ def test_every_flipped_bit_of_the_description_and_every_cut_is_refused(
         open_dataset(tmp_path / "nowhere")
 
 
-def test_a_killed_build_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    spec = DataSpec("digits", proxy_images=60)
-
-    def die(_: float) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(spec, tmp_path, die)
-    stale = tmp_path / "data" / f"{prepare(spec, tmp_path).folder.name}.part"
-    good = prepare(spec, tmp_path)
-    import shutil
-
-    shutil.rmtree(good.folder)
-    stale.mkdir()
-    (stale / "pool.raw").write_bytes(b"half")
-    again = prepare(spec, tmp_path)
-    assert again.fingerprint == good.fingerprint
-    assert [p.name for p in (tmp_path / "data").iterdir() if p.is_dir()] == [again.folder.name]
-
-
 def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="--cache-dir"):

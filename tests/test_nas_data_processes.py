@@ -107,7 +107,8 @@ from pathlib import Path
 import numpy as np
 from nas.data import open_dataset
 from nas.data.split import content_key
-from nas.data.pixels import Source, cached
+from nas.data.cache import cached
+from nas.data.sources import DataSource
 
 def private():
     with open("/proc/self/status") as status:
@@ -118,7 +119,7 @@ def source(n):
         pixels = np.zeros((1, 1, 3), dtype=np.uint8)
         for at in range(n):
             pool.add(content_key(str(at).encode()), 0, "any", pixels, f"some/folder/{at:09d}.jpg")
-    return Source(f"n{n}", (), 1, 1, True, {}, "none", n, fill)
+    return DataSource(f"n{n}", (), 1, 1, True, {}, "none", n, fill)
 
 for n in (1000, 60_000):
     folder = cached(source(n), 0, 0.0, Path(sys.argv[1]), lambda _: None).folder

@@ -45,29 +45,6 @@ def fake(cache: Path, name: str, size: int, used: float) -> Path:
     return folder
 
 
-def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    for turn in range(20):
-        cache = tmp_path / str(turn)
-        ages = rng.permutation(6)
-        sizes = rng.integers(100, 1000, 6)
-        now = time.time()
-        for at in range(6):
-            fake(cache, f"d{at}", int(sizes[at]), now - 1000 * int(ages[at]))
-        keep = int(rng.integers(0, sizes.sum() + 100))
-        oldest_first = np.argsort(-ages)
-        expected, total = set(range(6)), int(sizes.sum())
-        for at in oldest_first:
-            if total <= keep:
-                break
-            expected.discard(int(at))
-            total -= int(sizes[at])
-        assert clean_cache(cache, keep) == int(sizes.sum()) - total
-        left = {int(str(row["name"])[1:]) for row in cache_report(cache)}
-        assert left == expected
-        assert not list((cache / "data").glob("*.gone-*"))
-
-
 def test_what_a_living_process_uses_stays(tree: Path, tmp_path: Path) -> None:
     cache = tmp_path / "c"
     dataset = prepare(spec(tree), cache)

@@ -16,8 +16,9 @@ from label_cases import built
 from nas.core.config import choices_of
 from nas.core.progress import no_tick
 from nas.data import Dataset, DataSpec, prepare
-from nas.data.augment.outputs import EVAL_BATCH
-from nas.data.augment.spec import default_spec, eval_batch
+from nas.data.augment.spec import default_spec
+from nas.data.augment.timm_engine import eval_batch
+from nas.data.augment.views import EVAL_BATCH
 from nas.distill.jobs import TrainJob, train
 from nas.distill.student import (
     Evaluation,

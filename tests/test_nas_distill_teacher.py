@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.data.augment.spec import default_spec, eval_batch
+from nas.data.augment.spec import default_spec
+from nas.data.augment.timm_engine import eval_batch
 from nas.distill import teacher as module
 from nas.distill.teacher import make_teacher
 from nas.export import teacher_net

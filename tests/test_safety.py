@@ -261,7 +261,7 @@ def test_a_bundle_times_its_own_networks_only(
 
 
 def test_images_that_are_decoded_on_access_stay_in_their_folder(tmp_path: Path) -> None:
-    from nas.data.decoded import DecodedFiles
+    from nas.data.layout import DecodedFiles
 
     (tmp_path / "in").mkdir()
     shutil.copyfile(__file__, tmp_path / "out.png")

@@ -1,4 +1,4 @@
-"""Contexts, seeds, ladders and the registry: what every family shares."""
+"""Contexts, seeds, choices and the registry: what every family shares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from space_cases import FAMILY, random_arch
 
 import space.family
 from space import Context, InputError, family_names, get_family
-from space.ladder import Ladder
+from space.family import Choices
 
 
 def test_interface_is_there_without_torch() -> None:
@@ -110,43 +110,36 @@ def test_labels_and_moves_for_people() -> None:
     assert FAMILY.describe_moves(big, big) == ""
 
 
-def ladder_values(ladder: Ladder, top: float) -> list[float]:
-    """List the rungs up to `top`."""
-    return list(range(ladder.step, int(top) + 1, ladder.step)) if ladder.step else [*ladder.values]
-
-
-def test_laws_of_ladders() -> None:
+def test_laws_of_choices() -> None:
     rng = random.Random(1)
-    ladders = [ld for f in FAMILY.factors for ld in f.ladders]
+    every = [choices for f in FAMILY.factors for choices in f.choices]
     for _ in range(400):
-        ladder = rng.choice(ladders)
+        choices: Choices = rng.choice(every)
         present = rng.choice([rng.randint(1, 200), rng.uniform(0.1, 40.0)])
-        options = ladder.options(present)
+        options = choices.options(present)
         assert options == sorted(set(options))
-        assert present in options
-        rungs = ladder_values(ladder, present + 100)
-        assert all(v in rungs for v in options if v != present)
-        steps = [ladder.notches(present, v) for v in options]
+        grid = [*range(choices.step, int(present) + 101, choices.step)] if choices.step else []
+        assert set(options) <= {present, *grid, *choices.values}
         at = options.index(present)
-        # One more notch for every rung farther away, on both sides.
-        assert steps == [abs(i - at) for i in range(len(options))]
-        below = [v for v in rungs if v < present]
-        assert options[:at] == below
-        if ladder.up is not None:
-            assert len(options) - at - 1 <= ladder.up
+        # One more step for every value farther away, on both sides.
+        assert [choices.steps(present, v) for v in options] == [
+            abs(i - at) for i in range(len(options))
+        ]
+        assert options[:at] == [v for v in grid or choices.values if v < present]
+        assert choices.up is None or len(options) - at - 1 <= choices.up
 
 
 def test_moves_are_tables_that_hold_the_present() -> None:
     rng = random.Random(2)
     for arch in [random_arch(rng) for _ in range(30)]:
         moves, now = FAMILY.moves(arch), FAMILY.table([arch])
-        notches = FAMILY.notches(arch, moves)
+        steps = FAMILY.grid_steps(arch, moves)
         for f in FAMILY.factors:
             values = moves[f.field]
             assert values.shape[1:] == (() if f.scalar else (f.slots,))
             here = (values.reshape(len(values), -1) == now[f.field].reshape(1, -1)).all(axis=1)
             assert here.sum() == 1
-            assert np.array_equal(notches[f.field] == 0, here)
+            assert np.array_equal(steps[f.field] == 0, here)
 
 
 def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:

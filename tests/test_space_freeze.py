@@ -143,10 +143,14 @@ def test_everything_else_is_the_familys_own() -> None:
         assert frozen.timm_call(arch, ctx) == FAMILY.timm_call(arch, ctx)
         assert frozen.row(frozen.table([arch]), 0) == arch
         assert frozen.count_params(arch, ctx) == FAMILY.count_params(arch, ctx)
-        other = frozen.notches(seed, frozen.table([arch]))
+        other = frozen.grid_steps(seed, frozen.table([arch]))
         assert {k: v.tolist() for k, v in other.items()} == {
-            k: v.tolist() for k, v in FAMILY.notches(seed, FAMILY.table([arch])).items()
+            k: v.tolist() for k, v in FAMILY.grid_steps(seed, FAMILY.table([arch])).items()
         }
+    assert frozen.resizes == FAMILY.resizes
+    for how in FAMILY.resizes:
+        resized = [f.resized(seed, ctx, Context(96, 10), how) for f in (FAMILY, frozen)]
+        assert repr(resized[0]) == repr(resized[1])
     # A run that keeps no published arch at all still knows its own types and names.
     own = freeze(FAMILY, FAMILY.arch({**FAMILY.to_dict(seed), "mlp_ratio": 3.0}), ["mlp_ratio"])
     assert own.published == ()

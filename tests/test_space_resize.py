@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import random
-import re
-import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,8 +25,7 @@ from vit_cases import random_context as random_vit_context
 from nas.inherit.slice import inherit
 from space import Context, InputError, get_family
 from space.family import Arch, Family, Slice
-from space.freeze import freeze
-from space.resize import antialiased, bicubic, square
+from space.slicing import antialiased, bicubic, square
 
 VIT, TINYVIT = get_family("vit"), get_family("tinyvit")
 BIASES = "attn.attention_biases"
@@ -320,30 +315,3 @@ def test_an_unknown_name_is_refused_in_a_line(how: str) -> None:
             family.resized(arch, Context(64, 5), Context(96, 5), how)
         assert str(refused.value).startswith("--resize: got ")
         assert "\n" not in str(refused.value)
-
-
-def test_a_frozen_family_resizes_as_its_own() -> None:
-    contexts = Context(64, 5), Context(96, 5)
-    for family, name in ((VIT, "depth"), (TINYVIT, "depths")):
-        arch = family.published[0].arch
-        frozen = freeze(family, arch, [name])
-        assert frozen.resizes == family.resizes
-        for how in family.resizes:
-            slices = family.resized(arch, *contexts, how)
-            again = frozen.resized(arch, *contexts, how)
-            assert all(same_slice(s, again[key]) for key, s in slices.items())
-
-
-def test_a_family_that_says_nothing_of_it_has_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    doc = Path(__file__).resolve().parent.parent / "docs" / "families.md"
-    code = re.findall(r"```python\n(.*?)```", doc.read_text(encoding="utf-8"), re.DOTALL)[0]
-    module = ModuleType("resnet_in_the_docs")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(code, module.__name__, "exec"), vars(module))
-    family, contexts = module.FAMILY, (Context(64, 5), Context(96, 7))
-    arch = family.seed("18")
-    assert family.resizes == ("own",)
-    slices, plain = family.resized(arch, *contexts, "own"), family.slicing(arch, arch, *contexts)
-    assert all(same_slice(s, plain[key]) for key, s in slices.items())
-    with pytest.raises(InputError, match=r"^--resize: got timm, want one of own$"):
-        family.resized(arch, *contexts, "timm")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import space_cases
 import torch
+import vit_cases
 from space_cases import (
     FAMILY,
     meta_build,
@@ -16,10 +21,14 @@ from space_cases import (
     random_context,
 )
 
+from nas.inherit.slice import checkpoint_context, inherit
 from space import Arch, Context
-from space.family import Slice
-from space.slicing import spread
+from space.family import Family, Slice
+from space.slicing import bicubic, spread
+from space.vit_slicing import kernel
 
+VIT = vit_cases.FAMILY
+CASES = pytest.mark.parametrize("cases", [space_cases, vit_cases], ids=["tinyvit", "vit"])
 SMALL = {
     "embed_dims": [32, 64, 96, 128],
     "depths": [2, 1, 3, 2],
@@ -36,16 +45,23 @@ def small(**changes: object) -> Arch:
     return FAMILY.arch({**SMALL, **changes})
 
 
-def scrambled(arch: Arch, ctx: Context, seed: int = 0) -> torch.nn.Module:
+def drawn(cases: Any, rng: random.Random) -> tuple[Any, Context]:
+    """Draw an arch with a context that it can be built in."""
+    arch = cases.random_arch(rng, most=128)
+    if cases is vit_cases:
+        return arch, cases.random_context(rng, arch)
+    return arch, cases.random_context(rng)
+
+
+def scrambled(arch: Arch, ctx: Context, seed: int = 0, family: Family = FAMILY) -> torch.nn.Module:
     """Build a net with no zeros, ones or repeated values in it, in eval mode."""
-    net = FAMILY.build(arch, ctx)
+    net = family.build(arch, ctx)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in net.state_dict().items():
             if tensor.is_floating_point():
                 noise = torch.rand(tensor.shape, generator=generator)
-                shift = 0.5 if name.endswith("running_var") else -0.5
-                tensor.copy_(noise + shift)
+                tensor.copy_(noise + (0.5 if name.endswith("running_var") else -0.5))
     return net.train().eval()
 
 
@@ -63,65 +79,76 @@ def inherited(slices: Mapping[str, Slice], parent: State, child: State) -> dict[
     return state
 
 
-def loaded(arch: Arch, ctx: Context, state: State) -> torch.nn.Module:
-    net = FAMILY.build(arch, ctx)
+def loaded(arch: Arch, ctx: Context, state: State, family: Family = FAMILY) -> torch.nn.Module:
+    net = family.build(arch, ctx)
     net.load_state_dict(dict(state))
     return net.train().eval()  # timm keeps stale attention biases otherwise
 
 
-def test_a_net_is_sliced_from_itself_whole() -> None:
-    arch = small()
-    parent = scrambled(arch, CTX)
-    slices = FAMILY.slicing(arch, arch, CTX, CTX)
-    state = parent.state_dict()
-    assert set(slices) == set(state)
-    for key, s in slices.items():
-        assert s.source == key
-        assert [i.tolist() for i in s.index] == [list(range(n)) for n in state[key].shape]
-    child = loaded(arch, CTX, inherited(slices, state, FAMILY.build(arch, CTX).state_dict()))
-    image = torch.randn(2, 3, 48, 48)
-    with torch.no_grad():
-        assert torch.equal(child(image), parent(image))
+@CASES
+def test_a_net_is_sliced_from_itself_whole_in_any_order_of_its_units(cases: ModuleType) -> None:
+    rng, family = random.Random(3), cases.FAMILY
+    for seed in range(10):
+        arch, ctx = drawn(cases, rng)
+        shapes = {k: v.shape for k, v in cases.meta_build(arch, ctx).state_dict().items()}
+        order = random_order(arch, ctx, np.random.default_rng(seed), family)
+        for wanted in ({}, order):
+            slices = family.slicing(arch, arch, ctx, ctx, wanted)
+            assert set(slices) == set(shapes)
+            for key, s in slices.items():
+                assert s.source == key
+                assert not s.blends
+                assert [i.tolist() for i in s.index] == [list(range(n)) for n in shapes[key]]
 
 
-def test_every_tensor_of_any_child_of_any_parent() -> None:
-    rng = random.Random(0)
-    for _ in range(30):
-        pair = [random_arch(rng, most=128, deepest=2) for _ in range(2)]
-        contexts = [random_context(rng) for _ in range(2)]
-        states = [meta_build(a, c).state_dict() for a, c in zip(pair, contexts, strict=True)]
-        slices = FAMILY.slicing(pair[0], pair[1], *contexts)
+def may_be_absent(key: str, parent: Any, contexts: list[Context]) -> bool:
+    """Tell whether a child's tensor may lack a source: deeper, other classes, channels, a token."""
+    parts = key.split(".")
+    there, here = contexts
+    if "blocks" in parts:
+        depth = parent.depths[int(parts[1])] if parts[0] == "stages" else parent.depth
+        return int(parts[parts.index("blocks") + 1]) >= depth
+    token = parts[0] in ("dist_token", "head_dist") and not getattr(parent, "dist_token", True)
+    classes = parts[0].startswith("head") and there.num_classes != here.num_classes
+    stem = ("patch_embed.conv1.conv.weight", "patch_embed.proj.weight")
+    return token or classes or (key in stem and there.in_chans != here.in_chans)
+
+
+@CASES
+def test_every_tensor_of_any_child_of_any_parent(cases: ModuleType) -> None:
+    rng, family = random.Random(0), cases.FAMILY
+    for _ in range(40):
+        (parent, there), (child, here) = drawn(cases, rng), drawn(cases, rng)
+        states = [cases.meta_build(a, c).state_dict() for a, c in ((parent, there), (child, here))]
+        slices = family.slicing(parent, child, there, here)
         for key, s in slices.items():
-            there, here = states[0][s.source].shape, states[1][key].shape
-            assert tuple(len(i) for i in s.index) == tuple(here)
-            for index, size in zip(s.index, there, strict=True):
+            source, own = states[0][s.source].shape, states[1][key].shape
+            assert tuple(len(i) for i in s.index) == tuple(own)
+            for dim, (index, size) in enumerate(zip(s.index, source, strict=True)):
                 assert index.dtype == np.int64
                 assert index.min(initial=0) >= -1
                 assert index.max(initial=-1) < size
+                assert dim not in s.blends or s.blends[dim].shape == (own[dim], size)
         for key in set(states[1]) - set(slices):
-            parts = key.split(".")
-            deeper = parts[2] == "blocks" and int(parts[3]) >= pair[0].depths[int(parts[1])]
-            classes = key.startswith("head.fc") and (
-                contexts[0].num_classes != contexts[1].num_classes
-            )
-            stem = key == "patch_embed.conv1.conv.weight" and (
-                contexts[0].in_chans != contexts[1].in_chans
-            )
-            assert deeper or classes or stem, key
+            assert may_be_absent(key, parent, [there, here]), key
 
 
-def test_contractions_leave_nothing_to_chance() -> None:
-    rng = random.Random(1)
-    parent = FAMILY.seed("21M")
-    moves = FAMILY.moves(parent)
-    dims = moves["embed_dims"]
-    moves["embed_dims"] = dims[(dims <= np.array(parent.embed_dims)).all(axis=1)]
-    for _ in range(12):
-        child = FAMILY.arch({f: v[rng.randrange(len(v))].tolist() for f, v in moves.items()})
-        ctx = Context(rng.choice([48, 224]), 10)
-        slices = FAMILY.slicing(parent, child, ctx, ctx)
-        assert set(slices) == set(meta_build(child, ctx).state_dict())
-        assert all((i >= 0).all() for s in slices.values() for i in s.index)
+@CASES
+def test_contractions_leave_nothing_to_chance(cases: ModuleType) -> None:
+    rng, family = random.Random(1), cases.FAMILY
+    parent = family.seed("21M" if family is FAMILY else "deit_tiny_distilled")
+    moves, seen = family.moves(parent), 0
+    while seen < 12:
+        table = {f: v[rng.randrange(len(v)), None] for f, v in moves.items()}
+        ctx = Context(224 if family is VIT else rng.choice([48, 224]), 10)
+        dims = "embed_dims" if family is FAMILY else "embed_dim"
+        narrower = bool((table[dims] <= np.array(getattr(parent, dims))).all())
+        if narrower and family.valid_many(table, ctx).all():
+            seen += 1
+            child = family.row(table, 0)
+            slices = family.slicing(parent, child, ctx, ctx)
+            assert set(slices) == set(cases.meta_build(child, ctx).state_dict())
+            assert all((i >= 0).all() for s in slices.values() for i in s.index)
 
 
 def test_growth_keeps_its_own_init() -> None:
@@ -229,21 +256,30 @@ def test_other_classes_and_channels_start_afresh() -> None:
     assert missing == {"head.fc.weight", "head.fc.bias", "patch_embed.conv1.conv.weight"}
 
 
-def random_order(arch: Arch, ctx: Context, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def random_order(
+    arch: Arch, ctx: Context, rng: np.random.Generator, family: Family = FAMILY
+) -> dict[str, np.ndarray]:
     """Draw an order of the units of every group, and of the blocks of every stage."""
-    sizes = {k: 1 + m[0].unit.max() for k, m in FAMILY.groups(arch, ctx).items()}
-    sizes |= {k: len(names) for k, names in FAMILY.blocks(arch).items()}
+    sizes = {k: 1 + m[0].unit.max() for k, m in family.groups(arch, ctx).items()}
+    sizes |= {k: len(names) for k, names in family.blocks(arch).items()}
     return {name: rng.permutation(n) for name, n in sizes.items()}
 
 
-def reordered(arch: Arch, ctx: Context, state: State, order: Mapping[str, np.ndarray]) -> State:
+def reordered(
+    arch: Arch, ctx: Context, state: State, order: Mapping[str, np.ndarray], family: Family = FAMILY
+) -> State:
     """Move the units of groups, in all their members at once: unit k is then the old order[k]."""
     moved = {k: v.clone() for k, v in state.items()}
-    for name, members in FAMILY.groups(arch, ctx).items():
+    for name, members in family.groups(arch, ctx).items():
         for m in members:
-            if name in order:
-                rows = np.concatenate([np.flatnonzero(m.unit == unit) for unit in order[name]])
-                moved[m.key] = moved[m.key].index_select(m.dim, torch.from_numpy(rows))
+            if name not in order:
+                continue
+            rows = [np.flatnonzero(m.unit == unit) for unit in order[name]]
+            if family is VIT and "qkv" in m.key and m.dim == 0:  # a place each in q, k and v
+                thirds = np.split(np.arange(len(m.unit)), 3)
+                rows = [np.intersect1d(r, third) for third in thirds for r in rows]
+            index = torch.from_numpy(np.concatenate(rows))
+            moved[m.key] = moved[m.key].index_select(m.dim, index)
     return moved
 
 
@@ -273,28 +309,29 @@ def test_groups_name_every_unit_of_tensors_that_exist() -> None:
         )
 
 
-def test_reordering_a_group_everywhere_changes_nothing_that_the_net_says() -> None:
-    arch = small()
-    parent = scrambled(arch, CTX)
-    order = random_order(arch, CTX, np.random.default_rng(0))
-    state = reordered(arch, CTX, parent.state_dict(), order)
+@CASES
+def test_reordering_a_group_everywhere_changes_no_output(cases: ModuleType) -> None:
+    family = cases.FAMILY
+    arch = small() if family is FAMILY else vit_cases.small(dist_token=True)
+    parent = scrambled(arch, CTX, family=family)
+    order = random_order(arch, CTX, np.random.default_rng(0), family)
+    state = reordered(arch, CTX, parent.state_dict(), order, family)
+    changed = {k for k, v in parent.state_dict().items() if not torch.equal(v, state[k])}
+    blocks = "stages.2.blocks" if family is FAMILY else "blocks"
+    assert {f"{blocks}.1.mlp.fc2.weight", f"{blocks}.1.attn.qkv.bias"} < changed
     image = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     with torch.no_grad():
-        same = loaded(arch, CTX, state).double()(image)
+        same = loaded(arch, CTX, state, family).double()(image)
         assert torch.allclose(same, parent.double()(image), rtol=1e-9, atol=1e-9)
-    changed = [k for k, v in parent.state_dict().items() if not torch.equal(v, state[k].double())]
-    assert {"stages.2.blocks.1.mlp.fc2.weight", "stages.2.blocks.1.attn.qkv.bias"} < set(changed)
 
 
-def test_any_order_of_all_units_is_the_net_itself() -> None:
-    rng = random.Random(3)
-    for seed in range(10):
-        arch, ctx = random_arch(rng, most=128, deepest=3), random_context(rng)
-        order = random_order(arch, ctx, np.random.default_rng(seed))
-        for key, s in FAMILY.slicing(arch, arch, ctx, ctx, order).items():
-            assert s.source == key
-            assert not s.blends
-            assert all((i == np.arange(len(i))).all() for i in s.index)
+def test_the_groups_of_a_vit_leave_out_tokens_positions_and_classes_alone() -> None:
+    arch = vit_cases.small(dist_token=True)
+    state = vit_cases.meta_build(arch, CTX).state_dict()
+    named = {(m.key, m.dim) for ms in VIT.groups(arch, CTX).values() for m in ms}
+    left = {(k, d) for k, v in state.items() for d in range(v.ndim)} - named
+    plain = {"cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight"}
+    assert all(k in plain or (k.startswith("head") and d == 0) for k, d in left)
 
 
 @pytest.mark.parametrize(
@@ -415,3 +452,87 @@ def test_nothing_is_blended_where_offsets_meet() -> None:
         assert not s.blends
         side = np.minimum(np.arange(window) * there // here, parent_window - 1)
         assert s.index[1].tolist() == [x * parent_window + y for x in side for y in side]
+
+
+# ViT
+
+
+def child_of(parent: torch.nn.Module, a: Arch, b: Arch, there: Context, here: Context) -> Any:
+    """Build the ViT `b` from the weights of `a`."""
+    child = VIT.build(b, here).double().eval()
+    inherit(child, parent.state_dict(), VIT.slicing(a, b, there, here))
+    return child
+
+
+def test_prefixes_of_a_vit_equal_slices_by_hand() -> None:
+    a, b = vit_cases.small(dist_token=True), vit_cases.small(embed_dim=32, mlp_ratio=2.0)
+    parent = scrambled(a, CTX, family=VIT).double()
+    child = child_of(parent, a, b, CTX, CTX).state_dict()
+    state = parent.state_dict()
+    by_hand = {
+        "cls_token": np.s_[:, :, :32],
+        "patch_embed.proj.weight": np.s_[:32],
+        "blocks.1.mlp.fc1.weight": np.s_[:64, :32],
+        "blocks.1.mlp.fc2.weight": np.s_[:32, :64],
+        "blocks.2.attn.proj.weight": np.s_[:32, :32],
+        "blocks.0.norm2.bias": np.s_[:32],
+        "norm.weight": np.s_[:32],
+        "head.weight": np.s_[:, :32],
+        "head.bias": np.s_[:],
+    }
+    for key, part in by_hand.items():
+        assert torch.equal(child[key], state[key][part]), key
+    qkv = state["blocks.1.attn.qkv.weight"].view(3, 4, 16, 64)[:, :2, :, :32].reshape(96, 32)
+    assert torch.equal(child["blocks.1.attn.qkv.weight"], qkv)
+    rows = [0, *range(2, 11)]  # the class token, then the grid: the distillation token is gone
+    assert torch.equal(child["pos_embed"], state["pos_embed"][:, rows, :32])
+
+
+def test_wanted_units_and_blocks_of_a_vit_are_taken_in_the_parents_order() -> None:
+    a, b = vit_cases.small(), vit_cases.small(embed_dim=32, depth=2, mlp_ratio=2.0)
+    order = random_order(a, CTX, np.random.default_rng(1), VIT)
+    slices = VIT.slicing(a, b, CTX, CTX, order)
+    blocks = sorted(order["blocks"][:2].tolist())
+    for j, block in enumerate(blocks):
+        heads = np.sort(order[f"blocks.{block}.heads"][:2])
+        channels = [h * 16 + c for h in heads.tolist() for c in range(16)]
+        qkv = slices[f"blocks.{j}.attn.qkv.weight"]
+        assert qkv.source == f"blocks.{block}.attn.qkv.weight"
+        assert qkv.index[0].tolist() == [p * 64 + c for p in range(3) for c in channels]
+        assert qkv.index[1].tolist() == np.sort(order["dim"][:32]).tolist()
+        assert slices[f"blocks.{j}.attn.proj.weight"].index[1].tolist() == channels
+        hidden = np.sort(order[f"blocks.{block}.hidden"][: 2 * 32]).tolist()
+        assert slices[f"blocks.{j}.mlp.fc2.weight"].index[1].tolist() == hidden
+
+
+def test_a_token_that_the_parent_has_not_stays_the_childs_own() -> None:
+    a, b = vit_cases.small(), vit_cases.small(dist_token=True)
+    parent, here = scrambled(a, CTX, family=VIT).double(), Context(64, 5)
+    for ctx in (CTX, here):
+        fresh = VIT.build(b, ctx).double().eval()
+        own = fresh.state_dict()["pos_embed"][:, 1].clone()
+        inherit(fresh, parent.state_dict(), VIT.slicing(a, b, CTX, ctx))
+        state = fresh.state_dict()["pos_embed"]
+        assert torch.equal(state[:, 1], own)
+        assert torch.equal(state[:, 0], parent.state_dict()["pos_embed"][:, 0])
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(8, 16), (16, 32), (16, 8), (14, 16), (16, 14)])
+def test_patch_projections_keep_what_they_say_of_enlarged_patches(theirs: int, ours: int) -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(theirs, theirs))
+    line = kernel(ours, theirs)
+    resized = line @ weights @ line.T
+    patch = rng.normal(size=(min(ours, theirs),) * 2)
+    enlarge = bicubic(max(ours, theirs), min(ours, theirs))
+    large = enlarge @ patch @ enlarge.T
+    small_says, large_says = (weights, resized) if theirs < ours else (resized, weights)
+    assert math.isclose((patch * small_says).sum(), (large * large_says).sum(), rel_tol=1e-9)
+
+
+def test_published_weights_of_other_sizes_are_recognised() -> None:
+    arch = vit_cases.small(patch_size=14)
+    for size in (224, 56):
+        state = VIT.build(arch, Context(size, 7)).state_dict()
+        found = checkpoint_context(VIT, arch, Context(56, 5), state)
+        assert found == Context(size, 7)

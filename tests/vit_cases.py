@@ -1,4 +1,4 @@
-"""Random ViTs and contexts for the tests of `space.vit`: on the ladders and far off them."""
+"""Random ViTs and contexts for the tests of `space.vit`: on the grid and far off it."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from benchmarks.baselines.prune import (
 from nas.core.io import read_json, write_json
 from nas.core.requirement import Setting
 from nas.data import open_dataset
-from nas.data.augment.outputs import EVAL_BATCH, outputs
-from nas.data.augment.spec import eval_batch
+from nas.data.augment.timm_engine import eval_batch
+from nas.data.augment.views import EVAL_BATCH, outputs
 from nas.distill.student import evaluate, mean_se, proxy_settings
 from nas.export.weights import load_weights, place, save_weights
 from nas.inherit.batchnorm import first_inputs, recalibrate

@@ -247,7 +247,7 @@ class DeviceBenchmark:
 
     def _accuracy(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
         from nas.data import DataSpec
-        from nas.data.prepared import prepared
+        from nas.data.prepare import prepared
 
         if ctx.img_size not in self._datasets:
             spec = DataSpec(name=str(self.plan.accuracy_data), img_size=ctx.img_size)

@@ -15,7 +15,7 @@ from nas.core.provenance import git_commit, versions
 from nas.core.requirement import COUNTED, LATENCIES
 from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED, dataset_card
-from nas.data.prepared import prepared
+from nas.data.prepare import prepared
 from nas.distill.jobs import teach
 from nas.jobs.executor import Executor, LocalExecutor
 from nas.jobs.job import Job, Result

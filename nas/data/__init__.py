@@ -1,8 +1,7 @@
 """Data sets: where images come from, what identifies them, how they are cut and kept."""
 
+from nas.data.cache import open_dataset, relabelled
 from nas.data.dataset import Dataset, DataSpec, Split
-from nas.data.layout import open_dataset
-from nas.data.pixels import relabelled
-from nas.data.sources import prepare
+from nas.data.prepare import prepare
 
 __all__ = ["DataSpec", "Dataset", "Split", "open_dataset", "prepare", "relabelled"]

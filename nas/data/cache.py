@@ -1,4 +1,4 @@
-"""The folder of decoded data sets: what it may take, what is in use, what goes first.
+"""The cache of decoded data sets: found or decoded, how much it may hold, what is removed first.
 
 A data set that is open in any process holds a shared lock on `<folder>.use`; removing takes an
 exclusive one, so what is in use stays. Removing renames first: nothing half is ever found.
@@ -8,13 +8,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.core.io import get_or_make
+from nas.core.progress import Tick
+from nas.data.dataset import MEAN, STD, Dataset, KeyTable, NameTable
+from nas.data.layout import (
+    FORMAT,
+    SIDES,
+    file_of,
+    read_folder,
+    write_meta,
+    write_pixels,
+    write_table,
+)
+from nas.data.sealed_files import digest_of, read_sealed
+from nas.data.sources import DataSource, ImagePool
+from nas.data.split import cut, unique_rows
 from space.errors import refuse
 
 CAP_VARIABLE = "VISION_CONTRACTION_CACHE_CAP"
@@ -22,12 +41,14 @@ DEFAULT_CAP = 100 * 10**9
 """Bytes of decoded pixels kept, unless 80 % of the disk is less or the variable says otherwise."""
 _SPARE = 64 << 20
 _REMEDY = "ask for fewer --proxy-images, or decode as you go with --no-pixel-cache"
+_LEFT_OUT = "broken images left out"
+_ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _held: dict[str, int] = {}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_bytes(name: str, text: str) -> int:
-    """Read a size such as 50G, 500M or 1000000. Raises InputError."""
+    """Parse a size such as 50G, 500M or 1000000. Raises InputError."""
     body = text.strip().upper().removesuffix("B")
     unit = body[-1:] if body[-1:] in _UNITS and body[-1:] else ""
     number = body[: len(body) - len(unit)]
@@ -41,7 +62,7 @@ def parse_bytes(name: str, text: str) -> int:
 
 
 def cap_of(folder: Path) -> int:
-    """Say how many bytes the data sets of a cache may take. Raises InputError."""
+    """Return how many bytes the data sets of a cache may take. Raises InputError."""
     named = os.environ.get(CAP_VARIABLE)
     if named:
         return parse_bytes(CAP_VARIABLE, named)
@@ -49,9 +70,9 @@ def cap_of(folder: Path) -> int:
 
 
 def hold(folder: Path) -> bool:
-    """Mark a data set as used now, and as in use until this process ends; False if it is not there.
+    """Mark a data set as in use until this process ends; False if it is not there.
 
-    After True, nobody removes it.
+    After True, no process removes it.
     """
     if not folder.is_dir():
         return False
@@ -60,18 +81,23 @@ def hold(folder: Path) -> bool:
 
 
 def claim(folder: Path) -> None:
-    """Mark a data set as in use until this process ends, be it there or about to be."""
+    """Mark a data set as used now and in use until this process ends, even before it is made."""
     name = os.path.abspath(folder)
     with contextlib.suppress(OSError):  # a cache that may only be read cannot be cleaned either
         if name not in _held:
-            handle = os.open(_marker(folder), os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH)
-            except OSError:
-                os.close(handle)
-                raise
-            _held[name] = handle
+            _held[name] = _locked(_marker(folder), fcntl.LOCK_SH, create=True)
         os.utime(_marker(folder))
+
+
+def _locked(path: Path, how: int, *, create: bool) -> int:
+    """Open a file and lock it until it is closed; returns its handle. Raises OSError."""
+    handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+    try:
+        fcntl.flock(handle, how)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _marker(folder: Path) -> Path:
@@ -116,17 +142,11 @@ def _in_use(folder: Path) -> bool:
     if os.path.abspath(folder) in _held:
         return True
     try:
-        handle = os.open(_marker(folder), os.O_RDWR)
+        os.close(_locked(_marker(folder), _ALONE, create=False))
     except FileNotFoundError:
         return False
     except OSError:
         return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
     return False
 
 
@@ -153,27 +173,19 @@ def clean_cache(cache_dir: Path, keep_bytes: int) -> int:
     """
     _clear_leftovers(Path(cache_dir) / "data")
     folders = _by_age(Path(cache_dir))
-    before = total = _size(folders)
-    for folder in tuple(folders):
-        if total <= keep_bytes:
-            break
-        if _remove(folder):
-            folders.remove(folder)
-            total = _size(folders)
-    return before - total
+    return _size(folders) - _remove_down_to(folders, lambda total: total <= keep_bytes)
 
 
 def _remove(folder: Path) -> bool:
-    """Remove a data set unless it is in use; tells whether it went."""
+    """Remove a data set unless it is in use; returns whether it is gone."""
     if os.path.abspath(folder) in _held:
-        return False
-    try:
-        handle = os.open(_marker(folder), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:
         return False
     gone = folder.with_name(f"{folder.name}.gone-{os.getpid()}")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = _locked(_marker(folder), _ALONE, create=True)
+    except OSError:
+        return False
+    try:
         os.rename(folder, gone)
     except OSError:
         return False
@@ -183,18 +195,27 @@ def _remove(folder: Path) -> bool:
     return True
 
 
+def _remove_down_to(folders: list[Path], enough: Callable[[int], bool]) -> int:
+    """Remove data sets in turn until the bytes of the rest are `enough`; returns what is left."""
+    total = _size(folders)
+    for folder in tuple(folders):
+        if enough(total):
+            break
+        if _remove(folder):
+            folders.remove(folder)
+            total = _size(folders)
+    return total
+
+
 def _clear_leftovers(data: Path) -> None:
     """Remove what was renamed aside or half built by processes that were killed."""
     for gone in data.glob("*.gone-*"):
         shutil.rmtree(gone, ignore_errors=True)
     for half in data.glob("*.part"):
-        # A builder that lives holds its lock; it has it before it makes the folder.
         with contextlib.ExitStack() as until:
-            try:
-                name = half.name.removesuffix(".part")
-                handle = os.open(data / f"{name}.lock", os.O_RDWR)
-                until.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:  # a builder that lives has held its lock since before it made the folder
+                lock = half.with_suffix(".lock")
+                until.callback(os.close, _locked(lock, _ALONE, create=False))
             except FileNotFoundError:
                 pass
             except OSError:
@@ -215,19 +236,13 @@ def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> No
     if stays > cap:
         raise _too_large(what, stays, cap, "what the cache may hold")
     folders = _by_age(cache)
-    used = [folder for folder in folders if _in_use(folder)]
-    total, fixed = _size(folders), _size(used)
+    total, fixed = _size(folders), _size(folder for folder in folders if _in_use(folder))
     if stays and fixed + stays > cap:
-        told = f"what the cache may hold beside the {fixed / 1e9:.2f} GB of data sets in use"
-        raise _too_large(what, stays, max(0, cap - fixed), told)
+        beside = f"what the cache may hold beside the {fixed / 1e9:.2f} GB of data sets in use"
+        raise _too_large(what, stays, max(0, cap - fixed), beside)
     if _free(data) + total - fixed < while_building:
         raise _no_disk(what, while_building, _free(data) + total - fixed)
-    for folder in tuple(folders):
-        if total + stays <= cap and _free(data) >= while_building:
-            break
-        if _remove(folder):
-            folders.remove(folder)
-            total = _size(folders)
+    _remove_down_to(folders, lambda t: t + stays <= cap and _free(data) >= while_building)
     if _free(data) < while_building:  # what is removed stays on disk while somebody has it mapped
         raise _no_disk(what, while_building, _free(data))
 
@@ -236,11 +251,11 @@ def _free(data: Path) -> int:
     return max(0, shutil.disk_usage(data).free - _SPARE)
 
 
-def _too_large(what: str, stays: int, most: int, told: str) -> Exception:
+def _too_large(what: str, stays: int, most: int, limit: str) -> Exception:
     return refuse(
         "--data",
         f"{what}, whose pixels take {stays / 1e9:.2f} GB",
-        f"at most {most / 1e9:.2f} GB, {told}",
+        f"at most {most / 1e9:.2f} GB, {limit}",
         f"{_REMEDY}, or raise {CAP_VARIABLE}",
     )
 
@@ -252,3 +267,180 @@ def _no_disk(what: str, need: int, free: int) -> Exception:
         f"at most the {free / 1e9:.2f} GB that can be freed on the cache's disk",
         _REMEDY,
     )
+
+
+def open_dataset(folder: Path, verify: bool = False) -> Dataset:
+    """Open a cached data set; what grows with it stays on disk until it is used.
+
+    Checks the description, every table's bytes, and every pixel file's size and header; with
+    `verify` its bytes too. It counts as in use until this process ends. Raises InputError for what
+    is missing or damaged.
+    """
+    hold(Path(folder))
+    return read_folder(Path(folder), verify)
+
+
+def _slug(name: str) -> str:
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
+    return kept.strip("-")[-24:].strip("-") or "data"
+
+
+def folder_of(source: DataSource, random_seed: int, cache_dir: Path) -> Path:
+    """Return the folder of a source's data set in the cache, be it there or not."""
+    identity = {
+        "format": FORMAT,
+        "name": source.name,
+        "img_size": source.img_size,
+        "store_size": source.store_size,
+        "random_seed": random_seed if source.seeded else None,
+        "source": dict(source.identity),
+        "pixels": source.root is None,
+    }
+    return cache_dir / "data" / f"{_slug(source.name)}-{digest_of(identity)}"
+
+
+def _build(
+    source: DataSource, folder: Path, random_seed: int, max_broken: float, tick: Tick
+) -> None:
+    """Decode, cut and write into `folder`, which is empty."""
+    pool_path = folder / "pool.raw" if source.root is None else None
+    pool = ImagePool(pool_path, source.store_size)
+    source.fill(pool, tick)
+    total = len(pool.keys) + len(pool.broken)
+    _check_broken(len(pool.broken), total, max_broken, pool.examples(3))
+    pixels = pool.pixels()
+    kept = unique_rows(pool.keys, pool.roles)
+    keys = [pool.keys[r] for r in kept]
+    labels = np.array(pool.labels, dtype=np.int64)[kept]
+    roles = [pool.roles[r] for r in kept]
+    sides = cut(keys, labels, roles, source.classes, random_seed)
+    notes = list(source.notes)
+    if len(kept) < len(pool.keys):
+        dropped = len(pool.keys) - len(kept)
+        noun = "image is a copy" if dropped == 1 else "images are copies"
+        notes.append(f"{dropped} {noun} of others by content and left out")
+    if pool.broken:
+        notes.append(f"{len(pool.broken)} {_LEFT_OUT}, e.g. {pool.examples(1)}")
+    meta: dict[str, Any] = {
+        "format": FORMAT,
+        "name": source.name,
+        "classes": list(source.classes),
+        "img_size": source.img_size,
+        "store_size": source.store_size,
+        "hflip": source.hflip,
+        "interpolation": "bicubic",
+        "mean": list(MEAN),
+        "std": list(STD),
+        "decoding": source.decoding,
+        "labelled_by": None,
+    }
+    truth = labels if source.classes else np.full(len(labels), -1, dtype=np.int64)
+    for side, rows in sides.items():
+        names = NameTable.of(pool.names[kept[r]] for r in rows)
+        tables: dict[str, NDArray[Any]] = {
+            "keys": KeyTable.of(keys[r] for r in rows).raw,
+            "labels": truth[rows],
+            "names": names.text,
+            "ends": names.ends,
+        }
+        for name, table in tables.items():
+            write_table(folder / file_of(side, name), table)
+        if pixels is not None:
+            write_pixels(folder / file_of(side, "pixels"), pixels, kept[rows])
+    del pixels
+    if pool_path is not None:
+        pool_path.unlink()
+    extra = {
+        "root": None if source.root is None else os.fspath(source.root),
+        "broken": [name.encode("utf-8", "backslashreplace").decode() for name in pool.broken],
+        "notes": notes,
+    }
+    write_meta(folder, meta, extra)
+
+
+def _check_broken(broken: int, total: int, most: float, examples: str) -> None:
+    """Refuse a larger share of broken images than is tolerated."""
+    if broken > most * total:
+        raise refuse(
+            "--data",
+            f"{broken} broken images of {total}, e.g. {examples}",
+            f"at most {most:.2%} broken",
+            "repair or remove them, or raise --max-broken",
+        )
+
+
+def cached(
+    source: DataSource, random_seed: int, max_broken: float, cache_dir: Path, tick: Tick
+) -> Dataset:
+    """Open a source's folder in the cache, decoding it first if it is not there.
+
+    Safe against kills (built aside, then renamed) and against a second process (it waits).
+    Raises InputError.
+    """
+    folder = folder_of(source, random_seed, cache_dir)
+
+    def make(draft: Path) -> None:
+        one = source.count * source.store_size**2 * 3 if source.root is None else 0
+        # Decoded in the source's order first, then put in the order of the cut.
+        make_room(cache_dir, one, 2 * one, source.name)
+        _build(source, draft, random_seed, max_broken, tick)
+        claim(folder)
+
+    if get_or_make(folder, make, found=hold):
+        return open_dataset(folder)
+    tick(float(source.count))
+    dataset = open_dataset(folder)
+    # What was tolerated when it was decoded may not be now.
+    examples = next((n.partition("e.g. ")[2] for n in dataset.notes if _LEFT_OUT in n), "")
+    _check_broken(len(dataset.broken), source.count, max_broken, examples)
+    return dataset
+
+
+def relabelled(
+    dataset: Dataset,
+    cache_dir: Path,
+    labels_by_side: Mapping[str, NDArray[np.int64]],
+    classes: Sequence[str],
+    by: str,
+) -> Dataset:
+    """Give a data set the classes of a teacher `by`: side -> int64 [n] in 0 .. len(classes) - 1.
+
+    Made once and found again; it shares the files of the first by hard links, where the file
+    system has them. Raises InputError.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    for side in SIDES:
+        labels = np.asarray(labels_by_side[side])
+        assert labels.shape == (len(getattr(dataset, side)),), (side, labels.shape)
+        assert labels.min() >= 0, side
+        assert labels.max() < len(classes), side
+        content.update(labels.astype("<i8").tobytes())
+    # The folder's name, as two sets of one content may have other file names, or no stored pixels.
+    identity = [FORMAT, dataset.folder.name, dataset.fingerprint, by, list(classes)]
+    digest = digest_of([*identity, content.hexdigest()])
+    name = f"{dataset.folder.name.rsplit('-', 1)[0]}-{digest}"
+    folder = Path(cache_dir) / "data" / name
+
+    def make(draft: Path) -> None:
+        meta = read_sealed(dataset.folder / "meta.json")
+        shared = [p for p in dataset.folder.glob("*.npy") if not p.name.endswith(".labels.npy")]
+        for path in shared:
+            _linked(path, draft / path.name)
+        for side in SIDES:
+            table = np.asarray(labels_by_side[side], dtype=np.int64)
+            write_table(draft / file_of(side, "labels"), table)
+        extra = {key: meta.pop(key) for key in ("root", "broken", "notes")}
+        for key in ("fingerprint", "files"):
+            del meta[key]
+        write_meta(draft, {**meta, "classes": list(classes), "labelled_by": by}, extra)
+        claim(folder)
+
+    get_or_make(folder, make, found=hold)
+    return open_dataset(folder)
+
+
+def _linked(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)
+    except OSError:  # another disk, or a file system without links
+        shutil.copyfile(path, to)

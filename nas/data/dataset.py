@@ -1,16 +1,15 @@
-"""What a dataset is to the rest of the house: frozen values, numpy only."""
+"""A data set as frozen values, with tables of keys and names that stay on disk. Numpy only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.data.key_tables import KeyTable
 from space.errors import refuse
 
 MEAN = (0.485, 0.456, 0.406)
@@ -19,13 +18,11 @@ STD = (0.229, 0.224, 0.225)
 """Channel standard deviations, likewise."""
 EMBEDDED = ("digits", "fractals")
 """Data sets that come with the toolkit and need no download."""
-DEFAULT_PROXY_IMAGES = 10_000
-"""Train and holdout images used of a set that is not embedded, unless asked otherwise."""
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What the user asked for.
+    """The data set that a user asks for.
 
     `name` is "digits", "fractals", a folder, or "torch/...", "hfds/...", "wds/...";
     `img_size` in pixels (None: chosen from the data); `proxy_images` counts train and holdout
@@ -54,14 +51,83 @@ class DataSpec:
             raise refuse("--random-seed", self.random_seed, "an integer >= 0")
 
 
+class KeyTable(Sequence[str]):
+    """Keys of 32 hex characters over their bytes, `raw` uint8 [n, 16], mapped or not."""
+
+    def __init__(self, raw: NDArray[np.uint8]) -> None:
+        assert raw.ndim == 2, raw.shape
+        assert raw.shape[1] == 16, raw.shape
+        self.raw = raw
+
+    @staticmethod
+    def of(keys: Iterable[str]) -> KeyTable:
+        """Make a table of hex keys."""
+        coded = [bytes.fromhex(key) for key in keys]
+        assert all(len(one) == 16 for one in coded), "a key has 32 hex characters"
+        return KeyTable(np.frombuffer(b"".join(coded), dtype=np.uint8).reshape(-1, 16))
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> KeyTable: ...
+    def __getitem__(self, at: Any) -> str | KeyTable:
+        if isinstance(at, slice):
+            return KeyTable(self.raw[at])
+        return bytes(self.raw[at]).hex()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self.raw), 4096):
+            text = np.ascontiguousarray(self.raw[start : start + 4096]).tobytes().hex()
+            yield from (text[at : at + 32] for at in range(0, len(text), 32))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, KeyTable):
+            return np.array_equal(self.raw, other.raw)
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class NameTable(Sequence[str]):
+    """Strings over one array of UTF-8 bytes, `text` uint8 [m], and where each `ends`, int64 [n]."""
+
+    def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
+        self.text, self.ends = text, ends
+
+    @staticmethod
+    def of(names: Iterable[str]) -> NameTable:
+        """Make a table of strings; what no text can hold is kept as the file system gave it."""
+        coded = [name.encode("utf-8", "surrogateescape") for name in names]
+        ends = np.cumsum([len(name) for name in coded], dtype=np.int64)
+        return NameTable(np.frombuffer(b"".join(coded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: Any) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[row] for row in range(*at.indices(len(self)))]
+        row = int(at) + (len(self) if at < 0 else 0)
+        if not 0 <= row < len(self):
+            raise IndexError(at)
+        start = int(self.ends[row - 1]) if row else 0
+        return bytes(self.text[start : int(self.ends[row])]).decode("utf-8", "surrogateescape")
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Images of one side of a cut, sorted by key.
 
     `keys` are 32 hex characters each, a hash of the image's content and unique in the whole
     data set; `labels` int64 [n], -1 without ground truth; `pixels` uint8 [n, S, S, 3], usually
-    memory-mapped, or what decodes them on access; `names` are what a user knows the images by, if
-    that is known.
+    memory-mapped, or what decodes them on access; `names` are those that the user's files have.
     """
 
     keys: Sequence[str]
@@ -108,12 +174,12 @@ class Dataset:
 
     @property
     def labelled(self) -> bool:
-        """Tell whether images have classes at all."""
+        """Whether images have classes at all."""
         return len(self.classes) > 0
 
     @property
     def num_classes(self) -> int:
-        """How many classes the labels tell apart."""
+        """Number of classes."""
         return len(self.classes)
 
     @property
@@ -134,6 +200,7 @@ def subset_by_key(split: Split, images: int | None) -> list[int] | None:
 
 
 def dataset_card(dataset: Dataset) -> dict[str, Any]:
+    """Summarise a data set as plain JSON, for `run.json` and reports."""
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,

@@ -19,7 +19,7 @@ CROP = 0.875
 SIZES = (48, 96, 224)
 _NARROWEST = 100
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, by content. Not all that Pillow knows: it runs Ghostscript on EPS, say."""
+"""What is decoded, by content. Not all that Pillow reads: it runs Ghostscript on EPS, say."""
 MOST_PIXELS = 89_478_485
 """Of an image, as in Pillow, which by itself only warns below twice as many."""
 MOST_BYTES = 1 << 30

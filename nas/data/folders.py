@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.core.progress import Tick
-from nas.data.dataset import DEFAULT_PROXY_IMAGES, DataSpec
+from nas.data.dataset import DataSpec
 from nas.data.decode import chosen_img_size, header_size, read_image, store_size_of, why_broken
-from nas.data.pixels import Pool, Source
 from nas.data.sealed_files import digest_of
-from nas.data.split import TEST_IMAGES, choose
+from nas.data.sources import DataSource, ImagePool
+from nas.data.split import TEST_IMAGES, choose, proxy_limit
 from space.errors import refuse
 
 VERSION = 2
@@ -41,7 +41,7 @@ class _File:
     role: str
 
 
-def folder(spec: DataSpec) -> Source:
+def folder(spec: DataSpec) -> DataSource:
     """List an image folder and choose which images are used. Raises InputError."""
     root = _existing(spec.name)
     tree, test = _layout(root)
@@ -113,10 +113,10 @@ def _source(
     img_size: int,
     notes: tuple[str, ...],
     pixel_cache: bool,
-) -> Source:
+) -> DataSource:
     store_size = store_size_of(img_size)
 
-    def fill(pool: Pool, tick: Tick) -> None:
+    def fill(pool: ImagePool, tick: Tick) -> None:
         for file, found in _decoded(used, img_size, store_size):
             if isinstance(found, str):
                 pool.lose(file.name, found)
@@ -124,7 +124,7 @@ def _source(
                 pool.add(found[0], file.label, file.role, found[1], file.name)
             tick(1.0)
 
-    return Source(
+    return DataSource(
         name=name,
         classes=classes,
         img_size=img_size,
@@ -141,7 +141,7 @@ def _source(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out Pillow's remarks on odd files, one each: what is broken is told in one place."""
+    """Silence Pillow's warnings on odd files: broken ones are reported in one place."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -267,18 +267,6 @@ def _chosen(files: Sequence[_File], count: int, salt: str, at_least: int) -> lis
     return [files[row] for row in rows]
 
 
-def proxy_limit(classes: int, asked: int | None, split: bool) -> int:
-    """Say how many images train and holdout (and test, if it is cut from the same) may use.
-
-    Raises InputError if the images asked for cannot hold every class.
-    """
-    if asked is not None and asked < 2 * classes:
-        want = f"at least {2 * classes}, two for each of {classes} classes"
-        raise refuse("--proxy-images", asked, want)
-    limit = max(DEFAULT_PROXY_IMAGES, 4 * classes) if asked is None else asked
-    return limit if split else max(round(limit / 0.8), 3 * classes)
-
-
 def _proxy(
     files: list[_File], classes: int, asked: int | None, split: bool
 ) -> tuple[list[_File], list[str]]:
@@ -291,7 +279,7 @@ def _proxy(
 
 
 def _listing(files: Sequence[_File]) -> str:
-    """Hash what the file system knows of the images, without reading them."""
+    """Hash names, sizes and times of the images, without reading them."""
     rows: list[Any] = []
     for file in files:
         try:

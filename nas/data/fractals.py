@@ -12,7 +12,7 @@ No sine, no logarithm, no sum of floats by a library.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nas.core.progress import Tick
 from nas.data.dataset import DataSpec
-from nas.data.pixels import Pool, Source
+from nas.data.sources import DataSource, ImagePool
 from nas.data.split import choose, content_key
 from space.errors import refuse
 
@@ -37,20 +37,14 @@ _BATCH = 50
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Difficulty:
-    """How far an image of a class may stray; `benchmarks/fractals_tune.py` measures the outcome.
+_DIFFICULTY = {"jitter": 0.23, "turn": 0.23, "smallest": 0.67, "clutter": 0.28, "noise": 0.06}
+"""How far an image may stray from its class.
 
-    `jitter` is the largest relative change of a coefficient, `turn` the tangent of half the
-    largest rotation, `smallest` the least size as a share of the frame, `clutter` the size of the
-    other attractor in the way, `noise` the pixel noise's amplitude (1 = full range).
-    """
-
-    jitter: float = 0.23
-    turn: float = 0.23
-    smallest: float = 0.67
-    clutter: float = 0.28
-    noise: float = 0.06
+`jitter` is the largest relative change of a coefficient, `turn` the tangent of half the largest
+rotation, `smallest` the least size as a share of the frame, `clutter` the size of the other
+attractor in the way, `noise` the pixel noise's amplitude (1 = full range).
+"""
+_JITTER, _TURN, _SMALLEST, _CLUTTER, _NOISE = _DIFFICULTY.values()
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,6 @@ def class_systems() -> Floats:
     A drawn system is kept if its attractor is neither a speck nor a filled square: between 12 and
     50 % of a 48-pixel frame, unjittered and in full view.
     """
-    plain = Difficulty(0.0, 0.0, 1.0, 0.0, 0.0)
     kept: list[Floats] = []
     attempt = 0
     while len(kept) < CLASSES:
@@ -122,7 +115,7 @@ def class_systems() -> Floats:
         )
         views = np.zeros((_BATCH, 6), dtype=np.float32)
         views[:, 2] = 1
-        counts = _histogram(np.stack(drawn), octets, views, plain, DEFAULT_IMG_SIZE)
+        counts = _histogram(np.stack(drawn), octets, views, 0.0, DEFAULT_IMG_SIZE)
         filled = (counts > 0).reshape(_BATCH, -1).sum(1)
         total = DEFAULT_IMG_SIZE * DEFAULT_IMG_SIZE
         kept += [s for s, f in zip(drawn, filled, strict=True) if 12 * total < 100 * f < 50 * total]
@@ -150,7 +143,7 @@ def _points(systems: Floats, octets: NDArray[np.uint8]) -> tuple[Floats, Floats]
 
 
 def _histogram(
-    systems: Floats, octets: NDArray[np.uint8], views: Floats, how: Difficulty, size: int
+    systems: Floats, octets: NDArray[np.uint8], views: Floats, turn: float, size: int
 ) -> NDArray[np.int64]:
     """Count the points of every attractor that fall on every pixel: int64 [B, size, size].
 
@@ -160,7 +153,7 @@ def _histogram(
     xs, ys = _points(systems, octets)
     one, half = np.float32(1), np.float32(0.5)
     mirror, scale = views[:, 1][None, :, None], views[:, 2]
-    t: Floats = views[:, 0][None, :, None] * np.float32(how.turn)
+    t: Floats = views[:, 0][None, :, None] * np.float32(turn)
     cos: Floats = (one - t * t) / (one + t * t)
     sin: Floats = (t + t) / (one + t * t)
     xs *= np.where(mirror < 0, -one, one).astype(np.float32)
@@ -203,21 +196,19 @@ def _ground(corners: Floats, size: int) -> Floats:
     return blend
 
 
-def _render(
-    wanted: Sequence[Wanted], systems: Floats, how: Difficulty, size: int
-) -> NDArray[np.uint8]:
+def _render(wanted: Sequence[Wanted], systems: Floats, size: int) -> NDArray[np.uint8]:
     """Render a batch: uint8 [B, size, size, 3]. Every image depends on its own draws alone."""
     own, other, octets, views, others, colours, noise = [], [], [], [], [], [], []
     chains = _CHAINS * max(1, size // DEFAULT_IMG_SIZE)  # larger frames need more points
     for one in wanted:
         draws = _Draws(VERSION, 9, _ROLE_NUMBERS[one.role], one.label, one.number)
-        jitter = np.float32(1) + np.float32(how.jitter) * draws.signed(_MAPS, 6)
+        jitter = np.float32(1) + np.float32(_JITTER) * draws.signed(_MAPS, 6)
         own.append(systems[one.label] * _tied(jitter, systems[one.label]))
         other.append(systems[(one.label + 1 + draws.below(CLASSES - 1)) % CLASSES])
         view, aside = draws.signed(6), draws.signed(6)
         share = np.float32(0.5) + np.float32(0.5) * view[2]
-        view[2] = np.float32(how.smallest) + np.float32(0.97 - how.smallest) * share
-        aside[2] = np.float32(how.clutter) * (np.float32(0.75) + np.float32(0.25) * aside[2])
+        view[2] = np.float32(_SMALLEST) + np.float32(0.97 - _SMALLEST) * share
+        aside[2] = np.float32(_CLUTTER) * (np.float32(0.75) + np.float32(0.25) * aside[2])
         views.append(view)
         others.append(aside)
         colours.append(draws.unit(6, 3))
@@ -230,14 +221,15 @@ def _render(
     image = _ground(ground, size)
     bright = np.float32(0.55) + np.float32(0.45) * paint[:, 4]
     distract = np.float32(0.4) + np.float32(0.6) * paint[:, 5]
-    layers = [(np.stack(own), points[:, 0], np.stack(views), bright)]
-    if how.clutter > 0:
-        layers.append((np.stack(other), points[:, 1], np.stack(others), distract))
+    layers = [
+        (np.stack(own), points[:, 0], np.stack(views), bright),
+        (np.stack(other), points[:, 1], np.stack(others), distract),
+    ]
     for maps, drawn, seen, colour in layers:
-        cover = _opacity(_histogram(maps, drawn, seen, how, size))[..., None]
+        cover = _opacity(_histogram(maps, drawn, seen, _TURN, size))[..., None]
         image = image * (1 - cover) + colour[:, None, None, :] * cover
     grain = np.stack(noise).reshape(image.shape).astype(np.float32) / np.float32(127.5) - 1
-    image = np.clip(image + np.float32(how.noise) * grain, 0, 1)
+    image = np.clip(image + np.float32(_NOISE) * grain, 0, 1)
     return (image * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
@@ -248,12 +240,12 @@ def _tied(jitter: Floats, system: Floats) -> Floats:
 
 
 def render(
-    wanted: Sequence[Wanted], img_size: int = DEFAULT_IMG_SIZE, how: Difficulty | None = None
+    wanted: Sequence[Wanted], img_size: int = DEFAULT_IMG_SIZE
 ) -> Iterator[NDArray[np.uint8]]:
     """Render images one by one, in order: uint8 [img_size, img_size, 3] each."""
     systems = class_systems()
     for start in range(0, len(wanted), _BATCH):
-        yield from _render(wanted[start : start + _BATCH], systems, how or Difficulty(), img_size)
+        yield from _render(wanted[start : start + _BATCH], systems, img_size)
 
 
 def all_wanted() -> list[Wanted]:
@@ -266,24 +258,24 @@ def all_wanted() -> list[Wanted]:
     ]
 
 
-def fractals(spec: DataSpec) -> Source:
+def fractals(spec: DataSpec) -> DataSource:
     """Describe the set; `proxy_images` keeps a stratified part of train and holdout."""
     size = spec.img_size or DEFAULT_IMG_SIZE
     wanted = all_wanted()
     if spec.proxy_images is not None:
         wanted = _kept(wanted, spec.proxy_images)
 
-    def fill(pool: Pool, tick: Tick) -> None:
+    def fill(pool: ImagePool, tick: Tick) -> None:
         for one, pixels in zip(wanted, render(wanted, size), strict=True):
             pool.add(content_key(pixels.tobytes()), one.label, one.role, pixels, one.name)
             tick(1.0)
 
     identity: dict[str, Any] = {
         "fractals": VERSION,
-        "difficulty": asdict(Difficulty()),
+        "difficulty": _DIFFICULTY,
         "proxy_images": spec.proxy_images,
     }
-    return Source(
+    return DataSource(
         name="fractals",
         classes=tuple(f"ifs{label:03d}" for label in range(CLASSES)),
         img_size=size,

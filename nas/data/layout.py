@@ -1,4 +1,4 @@
-"""The folder of one data set: decoded once to uint8, a handful of plain files.
+"""The files of one data set: decoded once to uint8, or decoded anew whenever they are read.
 
 `<cache>/data/<id>/` holds, for each side of the cut (train, holdout, test), rows in the order of
 their keys:
@@ -6,7 +6,7 @@ their keys:
     train.npy         pixels, uint8 [n, S, S, 3] (not there without a pixel cache)
     train.keys.npy    keys, uint8 [n, 16]
     train.labels.npy  classes, int64 [n], -1 without ground truth
-    train.names.npy, train.ends.npy   what users know the images by: UTF-8 bytes, int64 [n]
+    train.names.npy, train.ends.npy   the images' names for users: UTF-8 bytes, int64 [n]
 
 and `meta.json`: the rest, the checksums of all files, and one of itself.
 """
@@ -14,7 +14,8 @@ and `meta.json`: the rest, the checksums of all files, and one of itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +23,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from nas.data.cache import hold
-from nas.data.dataset import Dataset, Split
-from nas.data.decoded import DecodedFiles
-from nas.data.key_tables import KeyTable, NameTable
+from nas.data.dataset import Dataset, KeyTable, NameTable, Split
+from nas.data.decode import read_image
 from nas.data.sealed_files import digest_of, file_sha256, read_sealed, write_sealed
 from nas.data.split import Rows
 from space.errors import refuse
@@ -38,7 +37,7 @@ _ROWS = 256
 
 
 def file_of(side: str, table: str) -> str:
-    """Name the file of one table of one side."""
+    """Return the file name of one table of one side."""
     return f"{side}.npy" if table == "pixels" else f"{side}.{table}.npy"
 
 
@@ -66,7 +65,7 @@ def write_table(path: Path, table: NDArray[Any]) -> None:
 
 
 def write_meta(folder: Path, meta: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-    """Seal a folder: `meta` and the images' keys and classes are its fingerprint."""
+    """Write `meta.json`; the fingerprint is of `meta` and the images' keys and classes."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.glob("*.npy"))
@@ -88,42 +87,21 @@ def _preparation(meta: Mapping[str, Any]) -> str:
     return digest_of({name: meta[name] for name in names})
 
 
-def open_dataset(folder: Path, verify: bool = False) -> Dataset:
-    """Open a cached data set; what grows with it stays on disk until it is used.
-
-    Checks the description, every table's bytes, and every pixel file's size and header; with
-    `verify` its bytes too. It counts as in use until this process ends. Raises InputError for what
-    is missing or damaged.
-    """
-    folder = Path(folder)
-    hold(folder)
+def read_folder(folder: Path, verify: bool = False) -> Dataset:
+    """Open the folder of a data set; see `nas.data.cache.open_dataset`."""
     try:
         meta = read_sealed(folder / "meta.json")
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
-        splits = {side: _open_side(folder, side, meta, verify) for side in SIDES}
+        splits: dict[str, Any] = {s: _open_side(folder, s, meta, verify) for s in SIDES}
         preparation = _preparation(meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise refuse(
             f"data cache {folder}", error, "the files as they were written", "delete the folder"
         ) from error
-    return Dataset(
-        folder=folder,
-        name=meta["name"],
-        classes=tuple(meta["classes"]),
-        img_size=meta["img_size"],
-        store_size=meta["store_size"],
-        fingerprint=meta["fingerprint"],
-        broken=tuple(meta["broken"]),
-        mean=tuple(meta["mean"]),
-        std=tuple(meta["std"]),
-        interpolation=meta["interpolation"],
-        hflip=meta["hflip"],
-        notes=tuple(meta["notes"]),
-        preparation=preparation,
-        labelled_by=meta["labelled_by"],
-        **splits,
-    )
+    read = {f.name: meta[f.name] for f in fields(Dataset) if f.name in meta}
+    read = {name: tuple(v) if isinstance(v, list) else v for name, v in read.items()}
+    return Dataset(folder=folder, preparation=preparation, **read, **splits)
 
 
 def _open_side(folder: Path, side: str, meta: Mapping[str, Any], verify: bool) -> Split:
@@ -157,3 +135,76 @@ def _checked(folder: Path, name: str, meta: Mapping[str, Any], *, verify: bool) 
         raise ValueError(f"{name} is empty")
     mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped
+
+
+class DecodedFiles:
+    """Images of a folder as one array, uint8 [n, S, S, 3], decoded on access to the same bits as
+    cached ones. A file that is gone, damaged or replaced is refused by name when it is read.
+
+    `names` are relative to `root`, `keys` what the files' contents were. Pickled by the folder `at`
+    and the `side` whose tables are mapped again.
+    """
+
+    dtype = np.dtype(np.uint8)
+    ndim = 4
+
+    def __init__(
+        self,
+        at: Path,
+        side: str,
+        root: Path,
+        names: Sequence[str],
+        keys: Sequence[str],
+        img_size: int,
+        store_size: int,
+    ) -> None:
+        self._at, self._side, self._root = at, side, root
+        self._names, self._keys = names, keys
+        self._img_size, self._store_size = img_size, store_size
+        self.shape = (len(names), store_size, store_size, 3)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self._at, self._side, self._root, self._img_size, self._store_size)
+
+    def __getitem__(self, at: Any) -> NDArray[np.uint8]:
+        if isinstance(at, (int, np.integer)):
+            return self._read(int(at))
+        rows = np.arange(len(self))[at]
+        if rows.ndim != 1:
+            raise IndexError("images are taken by an integer, a slice, integers or a mask")
+        out = np.empty((len(rows), *self.shape[1:]), dtype=np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            out[place] = self._read(row)
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("images that are decoded on access are always a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def _read(self, row: int) -> NDArray[np.uint8]:
+        name = self._names[row]
+        # Links inside a user's folder may lead anywhere; a name in the cache's table may not.
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise refuse("--data", name, f"a name inside {self._root}", "prepare the data anew")
+        want, remedy = "the image that was there", "restore it, or prepare the data anew"
+        try:
+            key, pixels = read_image(self._root / name, self._img_size, self._store_size)
+        except Exception as error:  # a damaged file raises almost anything in Pillow
+            got = f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+            raise refuse("--data", got, want, remedy) from error
+        if key != self._keys[row]:
+            raise refuse("--data", f"{name} with another content", want, remedy)
+        return pixels
+
+
+def _reopened(at: Path, side: str, root: Path, img_size: int, store_size: int) -> DecodedFiles:
+    keys, text, ends = (
+        np.load(at / f"{side}.{name}.npy", mmap_mode="r", allow_pickle=False)
+        for name in ("keys", "names", "ends")
+    )
+    names, table = NameTable(text, ends), KeyTable(keys)
+    return DecodedFiles(at, side, root, names, table, img_size, store_size)

@@ -1,4 +1,4 @@
-"""Who is on which side: stratified choices made by hash, so that list order never matters."""
+"""Train, holdout and test splits: stratified choices by hash, so that list order never matters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from space.errors import refuse
 
 ROLES = ("test", "holdout", "fit", "train", "any")
-"""What a source knows of an image: "fit" is train and not cut further, "train" is still to be cut
-into train and holdout, "any" into all three. Of equal contents the earliest role here is kept."""
+"""The roles that a source gives its images: "fit" is train and not cut further, "train" is cut into
+train and holdout, "any" into all three. Of equal contents the earliest role here is kept."""
 
 HOLDOUT_SHARE = 0.2
 HOLDOUT_IMAGES = 5_000
 TEST_SHARE = 0.2
 TEST_IMAGES = 5_000
+
+DEFAULT_PROXY_IMAGES = 10_000
+"""Train and holdout images used of a set that is not embedded, unless asked otherwise."""
 
 Rows = NDArray[np.int64]
 
@@ -130,3 +133,15 @@ def cut(
         side: np.array(sorted(members, key=lambda r: order[keys[r]]), dtype=np.int64)
         for side, members in sides.items()
     }
+
+
+def proxy_limit(classes: int, asked: int | None, split: bool) -> int:
+    """Say how many images train and holdout (and test, if it is cut from the same) may use.
+
+    Raises InputError if the images asked for cannot hold every class.
+    """
+    if asked is not None and asked < 2 * classes:
+        want = f"at least {2 * classes}, two for each of {classes} classes"
+        raise refuse("--proxy-images", asked, want)
+    limit = max(DEFAULT_PROXY_IMAGES, 4 * classes) if asked is None else asked
+    return limit if split else max(round(limit / 0.8), 3 * classes)

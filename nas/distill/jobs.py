@@ -348,7 +348,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     soft_loss (nats) and top1 with their standard errors over images.
     """
     from nas.data import open_dataset
-    from nas.data.augment.outputs import EVAL_BATCH
+    from nas.data.augment.views import EVAL_BATCH
     from nas.data.dataset import subset_by_key
     from nas.distill.student import evaluate, start_model
     from nas.export.weights import place

@@ -16,8 +16,8 @@ from torch import nn
 
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset
-from nas.data.augment.outputs import EVAL_BATCH, outputs
 from nas.data.augment.spec import AugmentSpec
+from nas.data.augment.views import EVAL_BATCH, outputs
 from nas.data.dataset import subset_by_key
 from nas.export.weights import load_into, load_weights, place, save_weights
 from nas.inherit.batchnorm import first_inputs, recalibrate

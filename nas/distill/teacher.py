@@ -17,8 +17,9 @@ from torch.nn import functional
 from nas.core.io import get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
-from nas.data.augment.outputs import outputs
-from nas.data.augment.spec import Augmenter, AugmentSpec, augmentation_code, default_spec
+from nas.data.augment.spec import AugmentSpec, augmentation_code, default_spec
+from nas.data.augment.timm_engine import TimmAugmenter
+from nas.data.augment.views import outputs
 from nas.data.sealed_files import digest_of
 from nas.export.teacher_net import Source, TeacherNet, TeacherSpec, find_source, load_checked
 from nas.export.trained_teacher import SCHEMA, TeacherInfo, read_teacher, to_device
@@ -207,7 +208,7 @@ class _Batches:
 
     def __init__(self, split: Split, augment: AugmentSpec, batch_size: int, seed: int) -> None:
         self._split, self._batch_size, self._seed = split, batch_size, seed
-        self._augmenter = Augmenter(augment)
+        self._augmenter = TimmAugmenter(augment)
         self._rows = np.arange(len(split))
 
     @property

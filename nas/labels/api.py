@@ -10,7 +10,7 @@ from nas.core.cli import default_cache
 from nas.core.cpus import MOST_AT_ONCE, read_threads, usable_cpus
 from nas.core.progress import Console
 from nas.data import Dataset, DataSpec
-from nas.data.prepared import prepared
+from nas.data.prepare import prepared
 from nas.jobs.executor import Executor, LocalExecutor
 from nas.jobs.job import Job, Result
 from nas.jobs.make import make_executor

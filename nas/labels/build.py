@@ -20,9 +20,9 @@ from nas.core.io import remove_leftovers, write_atomic, write_json
 from nas.core.progress import Tick, no_tick
 from nas.core.table import Writer
 from nas.data import Dataset, Split
-from nas.data.augment.presets import preset_spec
-from nas.data.augment.spec import AugmentSpec, eval_batch
-from nas.data.augment.views import Plan, Views, make_augmenter, make_plan
+from nas.data.augment.spec import AugmentSpec, preset_spec
+from nas.data.augment.timm_engine import eval_batch
+from nas.data.augment.views import EpochPlan, Inputs, make_plan
 from nas.data.sealed_files import digest_of, file_sha256
 from nas.export.trained_teacher import TeacherInfo
 from nas.labels.codec import make_codec, top_labels
@@ -298,9 +298,8 @@ class _ShardBuilder:
         self._holdout = dataset.holdout
         self._holdout_rows = _rows_of(dataset.holdout, store.holdout_keys, store)
         self._rows = _rows_of(dataset.train, store.keys, store)
-        augmenter = make_augmenter(store.spec.augment, device)
-        self._views = Views(dataset.train.pixels, augmenter, store.spec.augment)
-        self._planned: tuple[int, Plan] | None = None
+        self._inputs = Inputs(dataset.train.pixels, store.spec.augment, device)
+        self._planned: tuple[int, EpochPlan] | None = None
 
     def build(self, shard: Shard, tick: Tick) -> bytes:
         """Label a shard's images and return the bytes of its file."""
@@ -312,7 +311,7 @@ class _ShardBuilder:
             if shard.epoch == HOLDOUT_EPOCH:
                 inputs = eval_batch(self._holdout.pixels[self._holdout_rows[at]], spec.augment)
             else:
-                inputs = self._views.inputs(self._plan(shard.epoch).of(at))
+                inputs = self._inputs[self._plan(shard.epoch).of(at)]
             with torch.no_grad():
                 groups = torch.split(inputs, TEACHER_BATCH)
                 logits = torch.cat([self._logits(group) for group in groups])
@@ -323,7 +322,7 @@ class _ShardBuilder:
             tick(float(len(at)))
         return with_checksum(shard, self._store.id, records)
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> EpochPlan:
         if self._planned is None or self._planned[0] != epoch:
             plan = make_plan(self._store.codes(epoch), self._rows, self._store.spec.augment)
             self._planned = (epoch, plan)

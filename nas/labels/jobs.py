@@ -101,7 +101,7 @@ def relabel(job: RelabelJob, tick: Tick) -> Values:
     """Give images without ground truth the classes that their teacher sees: `{"folder": ...}`."""
     from nas.data import open_dataset
     from nas.data.augment.spec import default_spec
-    from nas.data.pixels import relabelled
+    from nas.data.cache import relabelled
     from nas.export.trained_teacher import load_teacher, read_teacher
     from nas.labels.build import teacher_classes
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from nas.data import Dataset, Split
 from nas.data.augment.mixing import shares
-from nas.data.augment.spec import eval_batch
-from nas.data.augment.stream import Inputs, stream
-from nas.data.augment.views import NOBODY, Plan, make_plan
+from nas.data.augment.timm_engine import eval_batch
+from nas.data.augment.views import NO_PARTNER, EpochPlan, Inputs, make_plan, stream
 from nas.labels.codec import SoftLabels
 from nas.labels.store import LabelStore, Rows, dropped_keys, find_rows, key_array
 from space.errors import refuse
@@ -118,7 +117,7 @@ class LabelReader:
         self._rows, self.notes = _usable(split, store, self._at, chosen.astype(np.int64), missing)
         if not len(self._rows):
             raise refuse("training images", 0, "at least one with a label")
-        self._plan: tuple[int, Plan] | None = None
+        self._plan: tuple[int, EpochPlan] | None = None
         self._steps = self._count_steps()
 
     @property
@@ -169,7 +168,7 @@ class LabelReader:
         recipe = self._planned(epoch).of(self._at[rows])
         if recipe.partner_rows is None or recipe.partner_codes is None or (own < 0).all():
             return torch.from_numpy(own)
-        mixed = np.flatnonzero(recipe.partner_rows != NOBODY)
+        mixed = np.flatnonzero(recipe.partner_rows != NO_PARTNER)
         share = np.ones(len(rows))
         share[mixed] = shares(
             recipe.codes[mixed].tolist(),
@@ -196,7 +195,7 @@ class LabelReader:
             )
         return epoch % self._epochs
 
-    def _planned(self, epoch: int) -> Plan:
+    def _planned(self, epoch: int) -> EpochPlan:
         stored = self._stored(epoch)
         if self._plan is None or self._plan[0] != stored:
             plan = make_plan(self._store.codes(stored), self._table, self._spec)

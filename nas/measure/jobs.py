@@ -306,7 +306,8 @@ def accuracy(job: AccuracyJob, tick: Tick) -> Values:
     import torch
 
     from nas.data import open_dataset
-    from nas.data.augment.spec import default_spec, eval_batch
+    from nas.data.augment.spec import default_spec
+    from nas.data.augment.timm_engine import eval_batch
     from nas.measure.throughput import prepare, private_copy
 
     ctx, setting = job.context, job.setting

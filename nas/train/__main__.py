@@ -21,7 +21,7 @@ from nas.core.io import read_json
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
 from nas.data.dataset import dataset_card
-from nas.data.prepared import prepared
+from nas.data.prepare import prepared
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.train_config import TrainConfig, read_config
 from nas.train.train_flags import (

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from nas.data import Split
 from nas.data.augment.spec import AugmentSpec, augmentation_codes
-from nas.data.augment.stream import Inputs, stream
-from nas.data.augment.views import Recipe
+from nas.data.augment.views import Inputs, ViewSpec, stream
 from nas.labels.reader import LabelReader, epoch_order
 from nas.labels.store import key_array, key_bytes
 from nas.train.losses import TeacherTargets
@@ -162,7 +161,9 @@ class LiveBatches:
         rows, copies = self.draws(epoch)
         places = np.arange(start * self._batch, len(rows))
         mine = divide(np.split(places, len(places) // self._batch) if len(places) else [], shard)
-        recipes = [Recipe(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine]
+        recipes = [
+            ViewSpec(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine
+        ]
         made = zip(mine, stream(self._inputs, recipes, self._workers), strict=True)
 
         def micro_batches() -> Iterator[MicroBatch]:

@@ -21,10 +21,9 @@ from nas.core.config import parse_share
 from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
 from nas.data import DataSpec, Split
-from nas.data.augment.outputs import outputs
-from nas.data.augment.presets import preset_spec
-from nas.data.augment.spec import AugmentSpec
-from nas.data.prepared import prepared
+from nas.data.augment.spec import AugmentSpec, preset_spec
+from nas.data.augment.views import outputs
+from nas.data.prepare import prepared
 from nas.export.model import left_by
 from nas.export.weights import place
 from nas.measure.fingerprint import take_fingerprint

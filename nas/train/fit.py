@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nas.core.progress import Tick, no_tick
 from nas.data import Split
-from nas.data.augment.spec import LOCK, AugmentSpec, borrowed_generators, seed_all
+from nas.data.augment.spec import AugmentSpec, borrowed_generators, seed_all
 from nas.export.weights import place
 from nas.train.batches import MicroBatch, RankShard, Source
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
@@ -297,7 +297,7 @@ class _Loop:
     def _step_loss(self, network: nn.Module, batch: MicroBatch) -> Tensor:
         inputs, truth = batch.inputs, batch.truth
         if self._mixup is not None:
-            with LOCK, borrowed_generators():
+            with borrowed_generators():
                 seed_all(self._seed)
                 inputs, truth = self._mixup(inputs, truth)
         device = self._args.ranks.device

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
-from nas.data.augment.presets import preset_spec
-from nas.data.augment.spec import AugmentSpec
+from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.export.teacher_net import parse_teacher
 from nas.export.trained_teacher import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata

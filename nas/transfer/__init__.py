@@ -1,1 +1,1 @@
-"""What a backbone is worth on other tasks."""
+"""Checks of a trained backbone on other tasks: linear probe, nearest neighbours, segmentation."""

@@ -1,4 +1,4 @@
-"""What a model learnt that helps elsewhere: `python -m nas.transfer SOURCE --data DATA`.
+"""Check a model's backbone on other tasks: `python -m nas.transfer SOURCE --data DATA`.
 
 SOURCE is what nas.export takes (a run's folder, a model's JSON, or its weights), or a folder that
 it wrote. Its backbone is frozen and checked: `probe`, a linear classifier on the pooled features of
@@ -11,29 +11,28 @@ bought. Errors and intervals are over test images, of one training each.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.core.cli import Parser, default_cache, guarded
-from nas.core.io import write_atomic
 from nas.core.progress import Console
+from nas.core.table import write_table
 from nas.data import Dataset, DataSpec
-from nas.data.prepared import prepared
+from nas.data.prepare import prepared
 from space.errors import refuse
 
 if TYPE_CHECKING:
     from nas.data.augment.spec import AugmentSpec
     from nas.transfer.backbone import Backbone
-    from nas.transfer.probe_rows import Row
-    from nas.transfer.probes import Side
+    from nas.transfer.probes import FeatureSet
+    from nas.transfer.rows import TransferRow
 
 CHECKS = ("probe", "knn", "segment")
 _ON_DATA = ("probe", "knn")
@@ -43,18 +42,45 @@ for the bar alone."""
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What is asked for, checked as far as that goes without reading anything."""
+class TransferConfig:
+    """What to check, refused where that is possible before anything is read.
+
+    `data` as in nas.contract (None with `segment` alone); `img_size` None is the model's own;
+    `epochs` are the segmentation's; `out` is a CSV of the rows. Raises InputError.
+    """
 
     source: Path
-    data: str | None
-    checks: tuple[str, ...]
-    img_size: int | None
-    random_seed: int
-    device: str
-    epochs: int | None
-    finetune: bool
-    out: Path | None
+    data: str | None = None
+    checks: tuple[str, ...] = CHECKS
+    img_size: int | None = None
+    random_seed: int = 0
+    device: str = "cpu"
+    epochs: int | None = None
+    finetune: bool = False
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        from nas.measure.fingerprint import take_fingerprint
+
+        for name in self.checks or ("nothing",):
+            if name not in CHECKS:
+                want = f"some of {', '.join(CHECKS)}, with commas between"
+                raise refuse("--checks", name, want)
+        if self.on_data and self.data is None:
+            raise refuse("--data", "nothing", "a data set for probe and knn", "or --checks segment")
+        DataSpec("any", img_size=self.img_size, random_seed=self.random_seed)
+        if self.epochs is not None and self.epochs < 1:
+            raise refuse("--epochs", self.epochs, "an integer >= 1")
+        for flag, given in (("--epochs", self.epochs is not None), ("--finetune", self.finetune)):
+            if given and "segment" not in self.checks:
+                raise refuse(flag, f"--checks {','.join(self.checks)}", "segment among the checks")
+        if self.out is not None:
+            if self.out.suffix != ".csv" or self.out.is_dir():
+                raise refuse("--out", self.out, "a file that ends in .csv")
+            if not self.out.parent.is_dir():
+                remedy = f"make {self.out.parent}"
+                raise refuse("--out", self.out, "a place in a folder that exists", remedy)
+        take_fingerprint(self.device, threads=1)  # refuses a device that is not there
 
     @property
     def on_data(self) -> bool:
@@ -63,180 +89,112 @@ class _Asked:
 
 
 def transfer(
-    source: str | Path,
-    data: str | None = None,
-    *,
-    checks: Sequence[str] = CHECKS,
-    img_size: int | None = None,
-    random_seed: int = 0,
-    device: str = "cpu",
-    epochs: int | None = None,
-    finetune: bool = False,
-    cache_dir: str | Path | None = None,
-    out: str | Path | None = None,
-    console: Console | None = None,
+    config: TransferConfig, cache_dir: Path | None = None, console: Console | None = None
 ) -> dict[str, Any]:
     """Check a model's backbone on other data beside the same arch with fresh weights.
 
-    `data` as in nas.contract (None with `segment` alone); `img_size` None is the model's own;
-    `epochs` are the segmentation's. Returns plain JSON: "rows" (see `nas.transfer.probe_rows.Row`,
-    shares)
-    and "seconds" by check. `out`: a CSV of the rows. Raises InputError.
+    Returns plain JSON: "rows" (`nas.transfer.rows.TransferRow`, shares) and "seconds" by check.
+    Raises InputError.
     """
-    asked = _Asked(
-        Path(source).expanduser(),
-        data,
-        _known(checks),
-        img_size,
-        random_seed,
-        device,
-        epochs,
-        finetune,
-        None if out is None else Path(out).expanduser(),
-    )
-    _check(asked)
-    cache = default_cache() if cache_dir is None else Path(cache_dir).expanduser()
-    console = Console(quiet=True) if console is None else console
-    with tempfile.TemporaryDirectory(prefix="transfer-") as scratch:
-        from nas.transfer.backbone import open_backbone
+    from nas.data.augment.spec import AugmentSpec
+    from nas.transfer.backbone import open_backbone
 
-        backbone = open_backbone(asked.source, asked.img_size, Path(scratch))
-        dataset = _read(asked, backbone, cache, console)
-        rows, seconds = _checked(asked, backbone, dataset, console)
-    if asked.out is not None:
-        _write(asked.out, rows)
+    console = Console(quiet=True) if console is None else console
+    rows: list[TransferRow] = []
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="transfer-") as scratch:
+        backbone = open_backbone(config.source, config.img_size, Path(scratch))
+        mean, std = ((v[0], v[1], v[2]) for v in (backbone.mean, backbone.std))
+        spec = AugmentSpec(backbone.img_size, mean, std)
+        dataset = _read(config, backbone, cache_dir or default_cache(), console)
+        console.start(_units(config, dataset))
+        try:
+            if dataset is not None:
+                started = time.perf_counter()
+                features = [
+                    _features(config, backbone, dataset, spec, seed, console)
+                    for seed in (None, config.random_seed)
+                ]
+                seconds["features"] = round(time.perf_counter() - started, 1)
+            for name in (name for name in CHECKS if name in config.checks):
+                started = time.perf_counter()
+                if name == "segment":
+                    rows += _segmented(config, backbone, spec, console)
+                else:
+                    assert dataset is not None
+                    rows += _probed(name, features, dataset.num_classes, console)
+                seconds[name] = round(time.perf_counter() - started, 1)
+        finally:
+            console.stop()
+    if config.out is not None:
+        try:
+            write_table(config.out, rows)
+        except OSError as error:
+            want, why = "a place to write to", error.strerror or ""
+            raise refuse("--out", config.out, want, why) from error
     return {
-        "source": str(source),
-        "data": data,
+        "source": str(config.source),
+        "data": config.data,
         "img_size": backbone.img_size,
-        "random_seed": random_seed,
-        "finetune": finetune,
-        "rows": [row.to_dict() for row in rows],
+        "random_seed": config.random_seed,
+        "finetune": config.finetune,
+        "rows": [asdict(row) for row in rows],
         "seconds": seconds,
     }
 
 
-def _known(checks: Sequence[str]) -> tuple[str, ...]:
-    """Put the names of checks in order, each once."""
-    for name in checks:
-        if name not in CHECKS:
-            raise refuse("--checks", name, f"some of {', '.join(CHECKS)}, with commas between")
-    if not checks:
-        raise refuse("--checks", "nothing", f"some of {', '.join(CHECKS)}")
-    return tuple(name for name in CHECKS if name in checks)
-
-
-def _check(asked: _Asked) -> None:
-    """Refuse flags that cannot be, before anything is read."""
-    from nas.measure.fingerprint import take_fingerprint
-
-    if asked.on_data and asked.data is None:
-        raise refuse("--data", "nothing", "a data set for probe and knn", "or --checks segment")
-    if asked.img_size is not None:
-        DataSpec("any", img_size=asked.img_size)
-    DataSpec("any", random_seed=asked.random_seed)
-    if asked.epochs is not None and asked.epochs < 1:
-        raise refuse("--epochs", asked.epochs, "an integer >= 1")
-    for flag, given in (("--epochs", asked.epochs is not None), ("--finetune", asked.finetune)):
-        if given and "segment" not in asked.checks:
-            raise refuse(flag, f"--checks {','.join(asked.checks)}", "segment among the checks")
-    if asked.out is not None:
-        if asked.out.suffix != ".csv" or asked.out.is_dir():
-            raise refuse("--out", asked.out, "a file that ends in .csv")
-        if not asked.out.parent.is_dir():
-            remedy = f"make {asked.out.parent}"
-            raise refuse("--out", asked.out, "a place in a folder that exists", remedy)
-    take_fingerprint(asked.device, threads=1)  # refuses a device that is not there
-
-
-def _read(asked: _Asked, backbone: Backbone, cache: Path, console: Console) -> Dataset | None:
-    """Read what the probes look at; it needs classes."""
-    if not asked.on_data:
+def _read(
+    config: TransferConfig, backbone: Backbone, cache: Path, console: Console
+) -> Dataset | None:
+    """Read the data set of the probes; it needs classes."""
+    if not config.on_data or config.data is None:
         return None
-    assert asked.data is not None
-    spec = DataSpec(asked.data, img_size=backbone.img_size, random_seed=asked.random_seed)
+    spec = DataSpec(config.data, img_size=backbone.img_size, random_seed=config.random_seed)
     dataset = prepared(spec, cache, console)
     if dataset.num_classes < 2:
-        got = f"{asked.data}, {'one class' if dataset.labelled else 'images without classes'}"
+        got = f"{config.data}, {'one class' if dataset.labelled else 'images without classes'}"
         raise refuse("--data", got, "a folder a class, two at least", "or --checks segment")
     return dataset
 
 
-def _checked(
-    asked: _Asked, backbone: Backbone, dataset: Dataset | None, console: Console
-) -> tuple[list[Row], dict[str, float]]:
-    """Do the checks under one bar; returns rows and seconds by check."""
-    from nas.data.augment.spec import AugmentSpec
-
-    mean, std = ((v[0], v[1], v[2]) for v in (backbone.mean, backbone.std))
-    spec = AugmentSpec(backbone.img_size, mean, std)
-    rows: list[Row] = []
-    seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def timed(name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        seconds[name] = round(time.perf_counter() - started, 1)
-
-    console.start(_units(asked, dataset))
-    try:
-        if dataset is not None:
-            with timed("features"):
-                sides = [
-                    _sides(asked, backbone, dataset, spec, seed, console)
-                    for seed in (None, asked.random_seed)
-                ]
-            for name in _ON_DATA:
-                if name in asked.checks:
-                    with timed(name):
-                        rows += _probed(name, sides, dataset.num_classes, console)
-        if "segment" in asked.checks:
-            with timed("segment"):
-                rows += _segmented(asked, backbone, spec, console)
-    finally:
-        console.stop()
-    return rows, seconds
-
-
-def _units(asked: _Asked, dataset: Dataset | None) -> float:
+def _units(config: TransferConfig, dataset: Dataset | None) -> float:
     """Estimate the work of both networks, in forward passes of an image."""
     total = 0.0
     if dataset is not None:
         total += sum(len(side) for side in (dataset.train, dataset.holdout, dataset.test))
-        total += _FIT_UNITS * len(dataset.train) * ("probe" in asked.checks)
-    if "segment" in asked.checks:
+        total += _FIT_UNITS * len(dataset.train) * ("probe" in config.checks)
+    if "segment" in config.checks:
         from nas.transfer.segmentation import TEST_IMAGES, TRAIN_IMAGES, settings_of
 
-        epochs = settings_of(asked.epochs, asked.finetune).epochs
+        epochs = settings_of(config.epochs, config.finetune).epochs
         images = TRAIN_IMAGES * epochs + TEST_IMAGES
-        total += images * (_FINETUNE_UNITS if asked.finetune else _HEAD_UNITS)
+        total += images * (_FINETUNE_UNITS if config.finetune else _HEAD_UNITS)
     return 2 * total
 
 
-def _sides(
-    asked: _Asked,
+def _features(
+    config: TransferConfig,
     backbone: Backbone,
     dataset: Dataset,
     spec: AugmentSpec,
     seed: int | None,
     console: Console,
-) -> tuple[Side, Side, Side]:
-    """Give the features of train, holdout and test."""
+) -> tuple[FeatureSet, ...]:
+    """Compute the features of train, holdout and test, of trained (None) or fresh weights."""
     import numpy as np
 
-    from nas.transfer.features import side_of
+    from nas.transfer.probes import features_of
 
     console.describe(f"features, {_weights(seed)} weights")
     model = backbone.classifier(seed)
-    found = [
-        side_of(model, split, spec, asked.device, console.advance)
+    found = tuple(
+        features_of(model, split, spec, config.device, console.advance)
         for split in (dataset.train, dataset.holdout, dataset.test)
-    ]
+    )
     if not all(np.isfinite(side.features).all() for side in found):
         got = f"features of its {_weights(seed)} weights that are not finite"
-        raise refuse(str(asked.source), got, "a network that works", "is it damaged?")
-    return found[0], found[1], found[2]
+        raise refuse(str(config.source), got, "a network that works", "is it damaged?")
+    return found
 
 
 def _weights(seed: int | None) -> str:
@@ -244,16 +202,15 @@ def _weights(seed: int | None) -> str:
 
 
 def _probed(
-    name: str, sides: Sequence[tuple[Side, Side, Side]], classes: int, console: Console
-) -> list[Row]:
-    """Probe the features of both networks; returns the rows."""
-    from nas.transfer.probe_metrics import paired_shares, share
-    from nas.transfer.probe_rows import pair
+    name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int, console: Console
+) -> list[TransferRow]:
+    """Probe the features of both networks."""
     from nas.transfer.probes import knn_probe, linear_probe
+    from nas.transfer.rows import pair, paired_shares, share
 
     console.describe({"probe": "linear probe", "knn": "nearest neighbours"}[name])
     found = []
-    for train, holdout, test in sides:
+    for train, holdout, test in features:
         if name == "probe":
             whole = _FIT_UNITS * len(train.labels)
             found.append(linear_probe(train, holdout, test, _scaled(console, whole)))
@@ -261,66 +218,57 @@ def _probed(
             found.append(knn_probe(train, holdout, test, classes))
     trained, random = found
     values = [share(one.right) for one in found]
-    against = paired_shares(trained.right, random.right)
-    return pair(name, "top1", values, len(trained.right), against, [p.chosen for p in found])
+    difference = paired_shares(trained.right, random.right)
+    return pair(name, "top1", values, len(trained.right), difference, [p.chosen for p in found])
 
 
-def _segmented(asked: _Asked, backbone: Backbone, spec: AugmentSpec, console: Console) -> list[Row]:
-    """Train and test a segmentation on both networks; returns the rows."""
+def _segmented(
+    config: TransferConfig, backbone: Backbone, spec: AugmentSpec, console: Console
+) -> list[TransferRow]:
+    """Train and test a segmentation on both networks."""
     from nas.train.loop import Diverged
-    from nas.transfer.masks import KINDS
-    from nas.transfer.probe_metrics import mean_iou, paired_spread, pixel_accuracy, spread
-    from nas.transfer.probe_rows import pair
-    from nas.transfer.segmentation import scenes, segment, settings_of
+    from nas.transfer.rows import bootstrapped, mean_iou, pair, paired_bootstrap, pixel_accuracy
+    from nas.transfer.segmentation import KINDS, scenes, segment, settings_of
 
     console.describe("segment: drawing images")
-    settings = settings_of(asked.epochs, asked.finetune)
-    sides = scenes(backbone.img_size, asked.random_seed)
+    settings = settings_of(config.epochs, config.finetune)
+    fit, test = scenes(backbone.img_size, config.random_seed)
     length = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
-    how = f"{'fine-tuned' if asked.finetune else 'frozen'}, {length}"
+    how = f"{'fine-tuned' if config.finetune else 'frozen'}, {length}"
     console.line(
-        f"segment: {len(sides[0].images)} formula-driven images to train, {len(sides[1].images)} "
-        f"test, {len(KINDS)} classes; backbone {how}"
+        f"segment: {len(fit.images)} formula-driven images to train, {len(test.images)} test, "
+        f"{len(KINDS)} classes; backbone {how}"
     )
-    tick = _scaled(console, _FINETUNE_UNITS if asked.finetune else _HEAD_UNITS)
+    tick = _scaled(console, _FINETUNE_UNITS if config.finetune else _HEAD_UNITS)
     counts = []
-    for seed in (None, asked.random_seed):
+    for seed in (None, config.random_seed):
         console.describe(f"segment, {_weights(seed)} weights")
         try:
             counts.append(
                 segment(
                     backbone.pyramid(seed),
-                    sides,
+                    (fit, test),
                     spec,
                     settings,
-                    finetune=asked.finetune,
-                    random_seed=asked.random_seed,
-                    device=asked.device,
+                    finetune=config.finetune,
+                    random_seed=config.random_seed,
+                    device=config.device,
                     tick=tick,
                 )
             )
         except Diverged as error:
             got = f"segmentation on its {_weights(seed)} weights: {error}"
-            raise refuse(str(asked.source), got, "a loss that stays finite") from None
+            raise refuse(str(config.source), got, "a loss that stays finite") from None
     rows = []
-    for metric, measure in (("mean_iou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
-        values = [spread(measure, each, asked.random_seed) for each in counts]
-        against = paired_spread(measure, counts[0], counts[1], asked.random_seed)
-        rows += pair("segment", metric, values, len(sides[1].images), against, [how, how])
+    for name, metric in (("mean_iou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
+        values = [bootstrapped(metric, each, config.random_seed) for each in counts]
+        difference = paired_bootstrap(metric, counts[0], counts[1], config.random_seed)
+        rows += pair("segment", name, values, len(test.images), difference, [how, how])
     return rows
 
 
 def _scaled(console: Console, factor: float) -> Callable[[float], None]:
     return lambda units: console.advance(units * factor)
-
-
-def _write(out: Path, rows: Sequence[Row]) -> None:
-    from nas.transfer.probe_rows import csv_text
-
-    try:
-        write_atomic(out, csv_text(rows).encode())
-    except OSError as error:
-        raise refuse("--out", out, "a place to write to", error.strerror or "") from error
 
 
 def build_parser() -> Parser:
@@ -332,7 +280,12 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="a run's folder, a model's JSON, weights, or an export")
+    add(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run's folder, a model's JSON, weights, or an export",
+    )
     add("--data", help="as in nas.contract, with classes; not needed for segment")
     add("--checks", default=",".join(CHECKS), help=f"some of them (default: {','.join(CHECKS)})")
     add("--img-size", type=int, metavar="PX", help="of all checks (default: the model's own)")
@@ -351,8 +304,8 @@ def build_parser() -> Parser:
         help="of the segmentation (default: 12; 5 with --finetune)",
     )
     add("--finetune", action="store_true", help="segment: train the backbone, too")
-    add("--cache-dir", metavar="DIR", help="decoded data (default: as in nas.contract)")
-    add("--out", metavar="FILE.csv", help="write the rows, as shares")
+    add("--cache-dir", type=Path, metavar="DIR", help="decoded data (default: as in nas.contract)")
+    add("--out", type=Path, metavar="FILE.csv", help="write the rows, as shares")
     add("--quiet", action="store_true", help="print nothing but errors and --json")
     add("--json", action="store_true", help="end with one line of JSON")
     return parser
@@ -362,32 +315,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and check. Returns the exit status: 0, or 2 for bad input."""
 
     def work() -> int:
-        from nas.transfer.probe_rows import Row, table
-
         given = build_parser().parse_args(argv)
         # As the executor does for its workers; torch, which reads it, is not imported yet.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        from nas.transfer.rows import TransferRow, text_table
+
         console = Console(quiet=given.quiet)
-        told = transfer(
-            given.source,
+        config = TransferConfig(
+            given.source.expanduser(),
             given.data,
-            checks=[c.strip() for c in given.checks.split(",")],
-            img_size=given.img_size,
-            random_seed=given.random_seed,
-            device=given.device,
-            epochs=given.epochs,
-            finetune=given.finetune,
-            cache_dir=given.cache_dir,
-            out=given.out,
-            console=console,
+            tuple(check.strip() for check in given.checks.split(",")),
+            given.img_size,
+            given.random_seed,
+            given.device,
+            given.epochs,
+            given.finetune,
+            None if given.out is None else given.out.expanduser(),
         )
-        for line in table([Row(**row) for row in told["rows"]]):
+        cache = None if given.cache_dir is None else given.cache_dir.expanduser()
+        found = transfer(config, cache, console)
+        for line in text_table([TransferRow(**row) for row in found["rows"]]):
             console.line(line)
-        took = ", ".join(f"{name} {seconds:g} s" for name, seconds in told["seconds"].items())
+        took = ", ".join(f"{name} {seconds:g} s" for name, seconds in found["seconds"].items())
         console.line(f"random: the same arch, fresh weights of random seed {given.random_seed}")
         console.line(f"took: {took}")
         if given.json:
-            print(json.dumps(told))
+            print(json.dumps(found))
         return 0
 
     return guarded(work)

@@ -1,4 +1,4 @@
-"""A network to be checked: what a run left, or a folder in timm's hub layout, as timm loads it.
+"""The network to check: a run's model, or a folder in timm's hub layout, as timm loads it.
 
 A run's model is exported to a folder first: it and its export are the same network here.
 """
@@ -21,7 +21,7 @@ from space import Context
 from space.errors import refuse
 
 LEAST_STRIDE = 4
-"""Of the maps in a pyramid, as in feature pyramid networks; finer ones cost most and tell least."""
+"""Of the maps in a pyramid, as in feature pyramid networks; finer ones cost most and help least."""
 MOST_LEVELS = 4
 _HUB = "a folder in timm's hub layout: config.json, model.safetensors"
 

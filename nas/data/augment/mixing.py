@@ -1,7 +1,7 @@
-"""mixup and CutMix between two images that know each other by their codes.
+"""mixup and CutMix between two images that are paired by their codes.
 
-Who is whose partner follows from the set of codes of an epoch; lambda, kind and box from the two
-codes of a pair. Samplers, batches and processes play no part.
+The pairs follow from the set of codes of an epoch; lambda, kind and box from the two codes of a
+pair. Samplers, batches and processes play no part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from timm.data import mixup as timm_mixup
 from torch import Tensor
 
-from nas.data.augment.spec import LOCK, AugmentSpec, borrowed_generators, seed_all
+from nas.data.augment.spec import AugmentSpec, borrowed_generators, seed_all
 
 Box = tuple[int, int, int, int]
 # timm's, which have no types
@@ -65,7 +65,7 @@ def draws(
 ) -> list[tuple[float, Box | None]]:
     """Draw each pair's lambda, 1 where nothing is blended, or CutMix's box (top, bottom, left,
     right) in an image of `size` (height, width); the order of a pair plays no part."""
-    with LOCK, borrowed_generators():
+    with borrowed_generators():
         return [
             _drawn(min(pair), max(pair), size, spec)
             for pair in zip(codes, partner_codes, strict=True)

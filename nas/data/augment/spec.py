@@ -1,9 +1,9 @@
-"""One 64-bit code per image and epoch, from which the same input follows again.
+"""The specification of an augmentation, its named pipelines, and the code of each image and epoch.
 
-Engine "timm": timm and torchvision draw from three module-global generators (random, numpy, torch);
-all three are seeded with the code for one image and put back afterwards. Calls inside a process are
-serialised. Engine "batched": see `nas.data.augment.batched_engine`. Mixing: see
-`nas.data.augment.mixing`.
+An input follows from the stored pixels, a specification and a 64-bit code. Engine "timm" runs
+timm's and torchvision's transforms, which draw from three module-global generators (random, numpy,
+torch): they are seeded with the code for one image and put back afterwards. Engine "batched":
+`nas.data.augment.batched_engine`. Mixing: `nas.data.augment.mixing`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import random
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -28,7 +28,9 @@ from nas.data import Dataset
 from nas.data.sealed_files import digest_of
 from space.errors import refuse
 
-LOCK = threading.RLock()
+_LOCK = threading.RLock()
+PRESETS = ("default", "22k", "1k", "finetune", "batched")
+_OFFICIAL_POLICY = "rand-m9-mstd0.5-inc1"
 _choices: Any = auto_augment.rand_augment_choices  # has no types
 _CHOICES: Mapping[str, frozenset[Any]] = {
     "engine": frozenset(("timm", "batched")),
@@ -160,11 +162,11 @@ def _check_policy(spec: AugmentSpec) -> None:
         if not known:
             got = f"{spec.policy}, of which timm ignores {section!r}"
             raise refuse("augmentation policy", got, "parts that timm reads, such as inc1")
-    with LOCK, borrowed_generators(), _old_posterize():
+    with borrowed_generators():
         seed_all(0)
         try:
             assert name, "is empty"
-            _timms(spec)[1](Image.new("RGB", (32, 32), (99, 150, 201)))
+            timm_transforms(spec)[1](Image.new("RGB", (32, 32), (99, 150, 201)))
         except Exception as error:  # timm, torch and Pillow have their own kinds
             why = " ".join(str(error).split())[:80]
             raise refuse(
@@ -187,8 +189,31 @@ def default_spec(dataset: Dataset) -> AugmentSpec:
     if dataset.name == "digits":
         changes["scale"] = (0.6, 1.0)
     elif dataset.name != "fractals":
-        changes["policy"] = "rand-m9-mstd0.5-inc1"
+        changes["policy"] = _OFFICIAL_POLICY
     return replace(spec, **changes)
+
+
+def preset_spec(name: str, dataset: Dataset) -> AugmentSpec:
+    """Give a named pipeline for a data set. Raises InputError.
+
+    `22k` (distillation on ImageNet-22k) and `finetune` (22k to 1k) are the official random resized
+    crop of 8 to 100 %, flip, RandAugment and erasing; `1k` (from scratch) adds mixup 0.8 and CutMix
+    1.0. Data that must not be mirrored never is. `batched` crops as the default does, jitters
+    colours where the default has a policy, and works on whole batches.
+    Source: the TinyViT repository's configurations.
+    """
+    base = default_spec(dataset)
+    if name == "default":
+        return base
+    if name == "batched":
+        jitter = 0.4 if base.policy is not None else base.color_jitter
+        return replace(base, engine="batched", policy=None, color_jitter=jitter)
+    if name not in PRESETS:
+        raise refuse("--augment", name, f"one of {', '.join(PRESETS)}")
+    official = replace(
+        base, scale=(0.08, 1.0), policy=_OFFICIAL_POLICY, color_jitter=None, erase_prob=0.25
+    )
+    return replace(official, mixup_alpha=0.8, cutmix_alpha=1.0) if name == "1k" else official
 
 
 def augmentation_code(key: str, epoch: int, salt: int) -> int:
@@ -210,33 +235,32 @@ def augmentation_codes(raw_keys: NDArray[np.uint8], epoch: int, salt: int) -> ND
 
 @contextmanager
 def borrowed_generators() -> Iterator[None]:
-    """Lend the three global generators and put their states back."""
-    python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-        torch.set_rng_state(tensors)
+    """Lend the three global generators to one thread at a time and put their states back.
+
+    Meanwhile posterizing to 0 bits gives black, as in Pillow before 13; timm calls it through
+    Pillow's module.
+    """
+    with _LOCK:
+        python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        posterize = ImageOps.posterize
+
+        def to_black(image: Image.Image, bits: int) -> Image.Image:
+            if bits > 0:
+                return posterize(image, bits)
+            return image.point([0] * 256 * len(image.getbands()))
+
+        ImageOps.posterize = to_black
+        try:
+            yield
+        finally:
+            ImageOps.posterize = posterize
+            random.setstate(python)
+            np.random.set_state(arrays)
+            torch.set_rng_state(tensors)
 
 
-@contextmanager
-def _old_posterize() -> Iterator[None]:
-    """Give 0 bits their old meaning while timm's policy runs; timm calls through the module."""
-    original = ImageOps.posterize
-
-    def posterize(image: Image.Image, bits: int) -> Image.Image:
-        return original(image, bits) if bits > 0 else image.point([0] * 256 * len(image.getbands()))
-
-    ImageOps.posterize = posterize
-    try:
-        yield
-    finally:
-        ImageOps.posterize = original
-
-
-def _timms(spec: AugmentSpec) -> Any:
-    """Have timm make its transforms: geometry, policy, tensor part."""
+def timm_transforms(spec: AugmentSpec) -> Any:
+    """Make timm's transforms: geometry, policy, tensor part."""
     # timm takes None for "no jitter" but does not say so in its types.
     jitter: Any = spec.color_jitter
     return create_transform(
@@ -257,61 +281,9 @@ def _timms(spec: AugmentSpec) -> Any:
     )
 
 
-class Augmenter:
-    """Applies a specification to stored pixels; the code decides every random choice."""
-
-    def __init__(self, spec: AugmentSpec) -> None:
-        assert spec.engine == "timm", "the batched engine has an augmenter of its own"
-        self.spec = spec
-        geometry, policy, final = _timms(spec)
-        self._on_image: Sequence[Callable[[Any], Any]] = (*geometry.transforms, *policy.transforms)
-        # The last one erases; turning into a tensor and normalising is done batch by batch here.
-        self._erase: Callable[[Any], Any] | None = (
-            final.transforms[-1] if spec.erase_prob > 0 else None
-        )
-
-    def __call__(self, pixels: NDArray[np.uint8], code: int) -> torch.Tensor:
-        """Augment one image, uint8 [S, S, 3] -> normalised float32 [3, img_size, img_size]."""
-        return self.batch(pixels[None], [code])[0]
-
-    def batch(self, pixels: NDArray[np.uint8], codes: Sequence[int]) -> torch.Tensor:
-        """Augment images one by one, uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size]."""
-        views = np.empty((len(pixels), self.spec.img_size, self.spec.img_size, 3), dtype=np.uint8)
-        erased: list[torch.Tensor] = []
-        with LOCK, borrowed_generators(), _old_posterize():
-            for row, code in enumerate(codes):
-                seed_all(int(code))
-                image: Any = Image.fromarray(pixels[row])
-                for transform in self._on_image:
-                    image = transform(image)
-                views[row] = image
-                if self._erase is not None:  # draws from where this image's transforms stopped
-                    erased.append(self._erase(_normalised(views[row : row + 1], self.spec)[0]))
-        return torch.stack(erased) if erased else _normalised(views, self.spec)
-
-
 def seed_all(code: int) -> None:
     """Set the three generators that timm and torchvision draw from."""
     random.seed(code)
     np.random.seed((code & 0xFFFFFFFF, code >> 32))
     # Not torch.manual_seed: that also seeds every accelerator, which is slow.
     torch.default_generator.manual_seed(code & 0x7FFFFFFFFFFFFFFF)
-
-
-def _normalised(pixels: NDArray[np.uint8], spec: AugmentSpec) -> torch.Tensor:
-    """Scale and normalise like torchvision, uint8 [n, H, W, 3] -> float32 [n, 3, H, W]."""
-    inputs = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    mean = torch.tensor(spec.mean).view(1, 3, 1, 1)
-    std = torch.tensor(spec.std).view(1, 3, 1, 1)
-    return inputs.to(torch.float32).div_(255).sub_(mean).div_(std)
-
-
-def eval_batch(pixels: NDArray[np.uint8], spec: AugmentSpec) -> torch.Tensor:
-    """Take the centre and normalise, as timm evaluates.
-
-    uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size].
-    """
-    side = pixels.shape[1]
-    start = round((side - spec.img_size) / 2.0)
-    end = start + spec.img_size
-    return _normalised(pixels[:, start:end, start:end], spec)

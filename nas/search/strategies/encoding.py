@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from space.contractions import axes_of
 from space.family import Arch, Context, Family
-from space.grid import axes_of
 
 
 @dataclass(frozen=True)

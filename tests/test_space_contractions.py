@@ -11,8 +11,15 @@ import pytest
 from space_cases import FAMILY, random_arch, random_context
 
 from space import Arch, Context, InputError
-from space.contractions import Band, Candidate, contains, count_contractions, shortlist
-from space.grid import BLOCK, _blocks
+from space.contractions import (
+    BLOCK,
+    Band,
+    Candidate,
+    _blocks,
+    contains,
+    count_contractions,
+    shortlist,
+)
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
 CONTEXTS = pytest.mark.parametrize("ctx", [IMAGENET, DIGITS], ids=["imagenet", "digits"])
@@ -28,23 +35,21 @@ SMALL = FAMILY.arch(
 )
 
 
-def rungs(start: float, ladder: list[float], down: bool, up: int) -> list[tuple[float, int]]:
+def reached(start: float, grid: list[float], down: bool, up: int) -> list[tuple[float, int]]:
     """What one slot may become, and how far away: written from the issue, not from the code."""
-    below = [
-        (v, n + 1) for n, v in enumerate(sorted((v for v in ladder if v < start), reverse=True))
-    ]
-    above = [(v, n + 1) for n, v in enumerate(sorted(v for v in ladder if v > start))]
+    below = [(v, n + 1) for n, v in enumerate(sorted((v for v in grid if v < start), reverse=True))]
+    above = [(v, n + 1) for n, v in enumerate(sorted(v for v in grid if v > start))]
     return [(start, 0), *(below if down else []), *above[:up]]
 
 
 def by_definition(arch: Arch, ctx: Context) -> dict[str, tuple[Arch, int, frozenset[str]]]:
-    """Every contraction of an arch, one by one: key -> (arch, notches, fields moved)."""
+    """Every contraction of an arch, one by one: key -> (arch, grid steps, fields moved)."""
     a = FAMILY.to_dict(arch)
-    dims = [rungs(d, list(range(32, 2000, 32)), True, 1) for d in a["embed_dims"]]
-    depths = [rungs(n, list(range(1, n + 1)), True, 0) for n in a["depths"]]
-    windows = [rungs(w, [7, 14], True, 2) for w in a["window_sizes"][:2]]
-    ratios = [rungs(a[f], [2.0, 3.0, 4.0], True, 0) for f in ("mbconv_expand_ratio", "mlp_ratio")]
-    heads = rungs(a["head_dim"], [16, 32], True, 2)
+    dims = [reached(d, list(range(32, 2000, 32)), True, 1) for d in a["embed_dims"]]
+    depths = [reached(n, list(range(1, n + 1)), True, 0) for n in a["depths"]]
+    windows = [reached(w, [7, 14], True, 2) for w in a["window_sizes"][:2]]
+    ratios = [reached(a[f], [2.0, 3.0, 4.0], True, 0) for f in ("mbconv_expand_ratio", "mlp_ratio")]
+    heads = reached(a["head_dim"], [16, 32], True, 2)
     limit = FAMILY.count_params(arch, ctx)
     found: dict[str, tuple[Arch, int, frozenset[str]]] = {}
     for d in itertools.product(*dims):
@@ -82,7 +87,7 @@ def by_definition(arch: Arch, ctx: Context) -> dict[str, tuple[Arch, int, frozen
     return found
 
 
-OFF_LADDER = FAMILY.arch(
+OFF_GRID = FAMILY.arch(
     {
         "embed_dims": [30, 48, 96, 72],
         "depths": [1, 1, 2, 1],
@@ -96,8 +101,8 @@ OFF_LADDER = FAMILY.arch(
 
 @pytest.mark.parametrize(
     ("arch", "ctx"),
-    [(SMALL, IMAGENET), (SMALL, DIGITS), (SMALL, Context(32, 3)), (OFF_LADDER, IMAGENET)],
-    ids=["imagenet", "digits", "tiny", "off-ladder"],
+    [(SMALL, IMAGENET), (SMALL, DIGITS), (SMALL, Context(32, 3)), (OFF_GRID, IMAGENET)],
+    ids=["imagenet", "digits", "tiny", "off-grid"],
 )
 def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
     expected = by_definition(arch, ctx)
@@ -112,7 +117,7 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
         keys = [FAMILY.key(s.arch, ctx) for s in listed]
         assert set(keys) <= inside
         assert len(listed) == min(60, len(inside))
-        # Fewest notches first: nobody left out is nearer than the farthest on the list.
+        # Fewest steps first: nobody left out is nearer than the farthest on the list.
         steps = [expected[k][1] for k in keys]
         assert [s.notches for s in listed] == steps == sorted(steps)
         assert [frozenset(s.moved) for s in listed] == [expected[k][2] for k in keys]
@@ -146,7 +151,7 @@ def test_published_models_are_contractions_of_each_other(
     assert child in [s.arch for s in everything]  # the rule reaches it when nothing else is left
 
 
-def test_notches_between_published_models() -> None:
+def test_grid_steps_between_published_models() -> None:
     for ctx in (IMAGENET, DIGITS):
         for large, small, notches in (("21M", "11M", 11), ("11M", "5M", 7), ("21M", "5M", 18)):
             parent, child = FAMILY.seed(large), FAMILY.seed(small)
@@ -154,7 +159,7 @@ def test_notches_between_published_models() -> None:
             (anchor,) = (s for s in listed if s.arch == child)
             assert (anchor.notches, anchor.anchor) == (notches, f"published:{small}")
             assert (anchor.moved, anchor.parent) == (("embed_dims",), parent)
-            moves = FAMILY.notches(parent, FAMILY.table([child]))
+            moves = FAMILY.grid_steps(parent, FAMILY.table([child]))
             assert sum(int(n[0]) for n in moves.values()) == notches
 
 
@@ -277,7 +282,7 @@ def test_anchors_are_there_if_and_only_if_they_fit() -> None:
             same = {k: v for k, v in FAMILY.to_dict(parent).items() if k != "embed_dims"}
             assert {k: uniform[k] for k in same} == same
             ratios = np.array(uniform["embed_dims"]) / FAMILY.to_dict(parent)["embed_dims"]
-            assert ratios.max() - ratios.min() <= 32 / 96  # one notch of the narrowest
+            assert ratios.max() - ratios.min() <= 32 / 96  # one step of the narrowest
         params = FAMILY.count_params(parent, ctx)
         assert draw([FAMILY.seed("5M")], ctx, Band(0, params))[0].anchor == "uniform"
         narrow = Band(params - 2, params - 1)  # nothing so near
@@ -301,7 +306,7 @@ def test_several_parents_take_turns_and_share() -> None:
         away = []
         for p in (first, other):
             if contains(FAMILY, p, s.arch, ctx):
-                steps = FAMILY.notches(p, FAMILY.table([s.arch]))
+                steps = FAMILY.grid_steps(p, FAMILY.table([s.arch]))
                 away.append(sum(int(n[0]) for n in steps.values()))
         assert s.notches == min(away)  # counted from the nearest
     rules = [

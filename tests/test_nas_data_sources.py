@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
-import nas.data.readers as readers
+import nas.data.sources as readers
 from nas.data import DataSpec, prepare
 from space.errors import InputError
 

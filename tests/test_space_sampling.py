@@ -140,21 +140,21 @@ def test_the_nearest_is_the_nearest_of_all() -> None:
                 nothing += 1
                 assert not left
                 continue
-            away = {k: min(notches(wanted, a, ctx) for a in archs) for k, archs in left.items()}
+            away = {k: min(steps_to(wanted, a, ctx) for a in archs) for k, archs in left.items()}
             assert away[FAMILY.key(found, ctx)] == min(away.values())
     assert 0 < nothing < 25
 
 
-def notches(wanted: Any, arch: Arch, ctx: Context) -> int:
-    """Notches from a point to one way of writing an arch; parts that build alike are none apart."""
+def steps_to(wanted: Any, arch: Arch, ctx: Context) -> int:
+    """Grid steps from a point to one way of writing an arch; parts built alike are none apart."""
     values = FAMILY.to_dict(wanted) if isinstance(wanted, Arch) else wanted
     total = 0
     for f in FAMILY.factors:
         one, other = (np.array(v) for v in (values[f.field], getattr(arch, f.field)))
         built = (FAMILY.effective({f.field: v[None]}, ctx)[f.field] for v in (one, other))
         if not np.array_equal(*built):
-            pairs = zip(f.ladders, one.reshape(-1), other.reshape(-1), strict=True)
-            total += sum(ladder.notches(a, b) for ladder, a, b in pairs)
+            pairs = zip(f.choices, one.reshape(-1), other.reshape(-1), strict=True)
+            total += sum(choices.steps(a, b) for choices, a, b in pairs)
     return total
 
 
@@ -164,7 +164,7 @@ def test_ties_fall_by_the_random_seed() -> None:
     band = Band(int(0.8 * params), params)
     found = {nearest(FAMILY, origin, origin, ctx, band, random_seed=s) for s in range(20)}
     assert len(found) > 3
-    assert len({notches(origin, a, ctx) for a in found if a is not None}) == 1
+    assert len({steps_to(origin, a, ctx) for a in found if a is not None}) == 1
 
 
 def test_the_21m_is_searched_well_within_a_second() -> None:

@@ -17,8 +17,13 @@ from timm.data.mixup import Mixup
 
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.mixing import draws, mix, partners, shares
-from nas.data.augment.presets import PRESETS, preset_spec
-from nas.data.augment.spec import AugmentSpec, borrowed_generators, default_spec
+from nas.data.augment.spec import (
+    PRESETS,
+    AugmentSpec,
+    borrowed_generators,
+    default_spec,
+    preset_spec,
+)
 from space.errors import InputError
 
 PLAIN = AugmentSpec(16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, features
+from PIL import Image, PngImagePlugin, features
 
 from nas.contract.__main__ import main
 from nas.data import Dataset, DataSpec, prepare
@@ -169,7 +169,14 @@ def huge(wide: int, high: int) -> bytes:
     return png(1, 0, b"\0" * 10_000, wide, high)
 
 
+def wordy() -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("k", "x" * (PngImagePlugin.MAX_TEXT_CHUNK + 10), zip=True)
+    return saved(COLOURS, "PNG", pnginfo=info)
+
+
 BROKEN: dict[str, Callable[[], bytes]] = {
+    "huge-text.png": wordy,
     "empty.png": lambda: b"",
     "text.jpg": lambda: b"no image, but words\n" * 50,
     "cut.png": lambda: saved(COLOURS, "PNG")[:-900],

@@ -1,0 +1,61 @@
+"""From the name of a data set to a prepared one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nas.core.progress import Console, Tick, no_tick
+from nas.data.cache import cached
+from nas.data.dataset import Dataset, DataSpec
+from nas.data.folders import folder
+from nas.data.fractals import fractals
+from nas.data.sources import PREFIXES, DataSource, digits, reader
+from space.errors import refuse
+
+_KEPT_ANYWAY = "pixels are kept all the same: only a folder's images can be decoded as one goes"
+
+
+def find_source(spec: DataSpec, cache_dir: Path) -> DataSource:
+    """Look at a data set without decoding it. Raises InputError."""
+    if spec.name == "digits":
+        return digits(spec)
+    if spec.name == "fractals":
+        return fractals(spec)
+    if spec.name.partition("/")[0] in PREFIXES and not Path(spec.name).exists():
+        return reader(spec, cache_dir)
+    return folder(spec)
+
+
+def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
+    """Decode a data set into the cache, or open it if that was done before.
+
+    `tick` counts images. Raises InputError for data that cannot be used.
+    """
+    source = find_source(spec, Path(cache_dir))
+    dataset = cached(source, spec.random_seed, spec.max_broken, Path(cache_dir), tick)
+    if not spec.pixel_cache and source.root is None:
+        # Not among the stored notes: the folder is the same whatever was asked.
+        dataset = replace(dataset, notes=(*dataset.notes, _KEPT_ANYWAY))
+    return dataset
+
+
+def prepared(spec: DataSpec, cache: Path, console: Console) -> Dataset:
+    """Prepare a data set under a progress bar, and print its notes and sizes."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refuse("--cache-dir", cache, "a folder to write in", str(error)) from None
+    console.count("reading images")
+    try:
+        dataset = prepare(spec, cache, console.advance)
+    finally:
+        console.stop()
+    for note in dataset.notes:
+        console.line(f"data: {note}")
+    console.line(
+        f"data: {dataset.name}, {len(dataset.classes) or 'no'} classes at {dataset.img_size} px: "
+        f"{len(dataset.train.labels)} to train, {len(dataset.holdout.labels)} holdout, "
+        f"{len(dataset.test.labels)} test"
+    )
+    return dataset

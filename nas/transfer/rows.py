@@ -1,0 +1,161 @@
+"""What a transfer check finds: metrics with errors and intervals, as rows for people and programs.
+
+Every error is over the test images of one training: another random seed's is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.core.per_image import Z95
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Interval = tuple[float, float, float]
+"""A difference of two values on the same images, and its 95 % interval."""
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class TransferRow:
+    """One metric of one network on a check's test images.
+
+    `model` is "trained" or "random"; `value` and its standard error `se` are shares, over `n` test
+    images; `difference` (with a 95 % interval) is that to the random weights, None on their own
+    row; `chosen` is what the holdout chose, or how the network was trained.
+    """
+
+    check: str
+    model: str
+    metric: str
+    value: float
+    se: float
+    n: int
+    difference: float | None
+    difference_lo: float | None
+    difference_hi: float | None
+    chosen: str
+
+
+def pair(
+    check: str,
+    metric: str,
+    values: Sequence[tuple[float, float]],
+    n: int,
+    difference: Interval,
+    chosen: Sequence[str],
+) -> list[TransferRow]:
+    """Make the two rows of a metric: (value, se) and `chosen` of the trained, then the random."""
+    (trained, trained_se), (random, random_se) = values
+    return [
+        TransferRow(check, "trained", metric, trained, trained_se, n, *difference, chosen[0]),
+        TransferRow(check, "random", metric, random, random_se, n, None, None, None, chosen[1]),
+    ]
+
+
+def text_table(rows: Sequence[TransferRow]) -> list[str]:
+    """Format rows as lines, values in percent."""
+    head = ("check", "model", "metric", "value +- se", "difference to random [95 %]", "n", "chosen")
+    cells = [head, *(_cells(row) for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    return [
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
+    ]
+
+
+def _cells(row: TransferRow) -> tuple[str, ...]:
+    difference = ""
+    if row.difference is not None:
+        shown = (f"{100 * (v or 0.0):+.1f}" for v in (row.difference_lo, row.difference_hi))
+        difference = f"{100 * row.difference:+.1f} [{', '.join(shown)}]"
+    value = f"{100 * row.value:.1f} +- {100 * row.se:.1f} %"
+    return row.check, row.model, row.metric, value, difference, str(row.n), row.chosen
+
+
+def share(right: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return the share of images [n] that are right, and its standard error over images."""
+    n = len(right)
+    return float(right.mean()), float(right.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+
+
+def paired_shares(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Interval:
+    """Compare two shares of the same images [n]: that of a less that of b.
+
+    Half an image is added to each of the four outcomes: where few images or none tell the two
+    apart, the plain interval shrinks to a point. Source: Agresti and Min, "Simple improved
+    confidence intervals for comparing matched proportions" (Statistics in Medicine, 2005).
+    """
+    n = len(a)
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    total, up, down = n + 2.0, only_a + 0.5, only_b + 0.5
+    middle = (up - down) / total
+    half = Z95 * math.sqrt((up + down) - (up - down) ** 2 / total) / total
+    return (only_a - only_b) / n, max(-1.0, middle - half), min(1.0, middle + half)
+
+
+def confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> Ints:
+    """Count pixels by true and predicted class, image by image: [n, ...] -> int64 [n, C, C]."""
+    n = len(truth)
+    cell = truth.reshape(n, -1).astype(np.int64) * classes + predicted.reshape(n, -1)
+    cell += np.arange(n)[:, None] * classes**2
+    return np.bincount(cell.ravel(), minlength=n * classes**2).reshape(n, classes, classes)
+
+
+def mean_iou(counts: Ints | Floats) -> Floats:
+    """Mean over classes of intersection over union: counts [..., C, C] (truth, predicted) -> [...].
+
+    A class that is neither there nor predicted is left out of the mean; one that is predicted
+    without being there counts as 0. Without any pixel: NaN. (scikit-learn's `jaccard_score` needs
+    the pixels of every resample; counts suffice here.)
+    """
+    both = np.diagonal(counts, axis1=-2, axis2=-1).astype(np.float64)
+    union = counts.sum(-1) + counts.sum(-2) - both
+    known = union > 0
+    overlap = np.where(known, both / np.where(known, union, 1), 0.0)
+    number = known.sum(-1)
+    return np.where(number > 0, overlap.sum(-1) / np.maximum(number, 1), np.nan)
+
+
+def pixel_accuracy(counts: Ints | Floats) -> Floats:
+    """Share of pixels that are right: counts [..., C, C] -> [...]."""
+    right = np.diagonal(counts, axis1=-2, axis2=-1).sum(-1)
+    return np.asarray(right / counts.sum((-2, -1)), dtype=np.float64)
+
+
+def bootstrapped(
+    metric: Callable[[Floats], Floats], counts: Ints, random_seed: int = 0
+) -> tuple[float, float]:
+    """Return a metric of all images' counts [n, C, C] together, and its standard error.
+
+    The error is the spread of a seeded bootstrap over images: the metric is no mean of theirs.
+    """
+    drawn = metric(_resampled(counts, random_seed))
+    return float(metric(counts.sum(0).astype(np.float64))), float(drawn.std(ddof=1))
+
+
+def paired_bootstrap(
+    metric: Callable[[Floats], Floats], a: Ints, b: Ints, random_seed: int = 0
+) -> Interval:
+    """Compare a metric on the same images: that of a less that of b, both on each resample."""
+    drawn = metric(_resampled(a, random_seed)) - metric(_resampled(b, random_seed))
+    lo, hi = np.percentile(drawn, [2.5, 97.5])
+    whole = metric(a.sum(0).astype(np.float64)) - metric(b.sum(0).astype(np.float64))
+    return float(whole), float(lo), float(hi)
+
+
+def _resampled(counts: Ints, random_seed: int) -> Floats:
+    """Sum counts over as many images drawn with replacement: [RESAMPLES, C, C].
+
+    The same images for the same number of them and random seed.
+    """
+    n = len(counts)
+    times = np.random.default_rng(random_seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    summed = times.astype(np.float64) @ counts.reshape(n, -1).astype(np.float64)
+    return np.asarray(summed.reshape(RESAMPLES, *counts.shape[1:]))

@@ -274,10 +274,13 @@ def _open(where: Path | SharedStudy, *, create: bool) -> tuple[RDBStorage, Optun
     import optuna
     from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-    try:
-        storage = open_storage(where, create=create)
-    except (IntegrityError, ProgrammingError):  # another run made the tables meanwhile
-        storage = open_storage(where, create=create)
+    for tries_left in (3, 2, 1, 0):
+        try:
+            storage = open_storage(where, create=create)
+            break
+        except (IntegrityError, ProgrammingError):  # another run makes the tables at this moment
+            if not tries_left:
+                raise
     name = STUDY if isinstance(where, Path) else where.study
     if not create:
         return storage, optuna.load_study(study_name=name, storage=storage)

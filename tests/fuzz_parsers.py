@@ -32,9 +32,9 @@ from nas.core.seals import load_arrays
 from nas.data.augment.spec import AugmentSpec
 from nas.data.sealed_files import digest_of
 from nas.export import trained_teacher
-from nas.export.model import left_by
-from nas.export.model_json import model_json
-from nas.export.weights import load_checkpoint, load_weights, read_metadata, weights_bytes
+from nas.export.load import load_checkpoint, load_saved_model
+from nas.export.save import model_json
+from nas.export.weights import load_weights, read_metadata, weights_bytes
 from nas.inherit.checkpoint_start import read_head_map
 from nas.inherit.importance import load_order
 from nas.labels import store
@@ -246,8 +246,8 @@ def best_seeds() -> list[bytes]:
 @of_file("best.json", best_seeds)
 def best(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
-    left = left_by(path)
-    return left, left.classes, left.preprocessing, left.call
+    left = load_saved_model(path)
+    return left, left.classes, left.preprocessing, left.timm_call
 
 
 @of_file("family/01-7.json", best_seeds)

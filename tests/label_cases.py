@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nas.data import Dataset
-from nas.export.trained_teacher import TeacherInfo
+from nas.export.teacher_net import TeacherInfo
 from nas.labels.build import begin_store, build_shards
 from nas.labels.request import LabelRequest
 from nas.labels.store import LabelStore, open_store

@@ -27,10 +27,10 @@ from nas.core.seals import load_arrays
 from nas.data import DataSpec, open_dataset, prepare
 from nas.data.sealed_files import digest_of
 from nas.distill.student import Evaluation
-from nas.export.model import left_by
-from nas.export.trained_teacher import load_teacher
-from nas.export.trained_teacher import read_teacher as _read
-from nas.export.weights import load_checkpoint, load_weights, read_metadata, save_weights
+from nas.export.load import load_checkpoint, load_saved_model
+from nas.export.teacher_net import load_teacher
+from nas.export.teacher_net import read_teacher as _read
+from nas.export.weights import load_weights, read_metadata, save_weights
 from nas.inherit.importance import load_order
 from nas.labels.store import open_store
 from nas.measure.measurement_table import read_measurements
@@ -131,8 +131,9 @@ def of_run(folder: Path) -> list[Case]:
 
     def model(path: Path) -> Callable[[], Any]:
         def read() -> Any:
-            left = left_by(path)
-            return {"told": dict(left.told), "arch": left.arch, "net": load_weights(left.weights)}
+            saved = load_saved_model(path)
+            net = load_weights(saved.weights)
+            return {"record": dict(saved.record), "arch": saved.arch, "net": net}
 
         return read
 
@@ -273,7 +274,7 @@ def of_cache(folder: Path) -> list[Case]:
     digest = save_weights(teacher / "weights.safetensors", net.state_dict())
     from dataclasses import asdict
 
-    from nas.export.trained_teacher import SCHEMA
+    from nas.export.teacher_net import SCHEMA
 
     told = asdict(
         teacher_info(

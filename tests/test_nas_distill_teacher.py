@@ -19,8 +19,8 @@ from nas.data.augment.timm_engine import eval_batch
 from nas.distill import teacher as module
 from nas.distill.teacher import make_teacher
 from nas.export import teacher_net
-from nas.export.teacher_net import TeacherNet, parse_teacher
-from nas.export.trained_teacher import TeacherInfo, load_teacher
+from nas.export.load import parse_teacher
+from nas.export.teacher_net import TeacherInfo, TeacherNet, load_teacher
 from nas.export.weights import save_weights, weights_digest
 from space.errors import InputError
 

@@ -21,26 +21,15 @@ from safetensors.torch import save_file
 
 from nas.export.__main__ import main
 from nas.export.hub import USAGE
-from nas.export.model import left_by
+from nas.export.load import load_saved_model
+from nas.export.save import model_json
 from space import Context, get_family
+from tests.train_cases import TINY
+from tests.train_cases import VIT as SMALL_VIT
 
 CTX = Context(48, 3)
-TINY: dict[str, Any] = {
-    "embed_dims": [32, 32, 64, 64],
-    "depths": [1, 1, 1, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0,
-    "mlp_ratio": 2.0,
-    "head_dim": 32,
-}
-VIT: dict[str, Any] = {
-    "embed_dim": 64,
-    "depth": 2,
-    "head_dim": 32,
-    "mlp_ratio": 2.0,
-    "patch_size": 16,
-    "dist_token": True,
-}
+VIT: dict[str, Any] = {**SMALL_VIT, "embed_dim": 64, "head_dim": 32}
+VIT |= {"patch_size": 16, "dist_token": True}
 CLASSES = ["cat", "dög", "a|b"]
 
 
@@ -58,55 +47,26 @@ def write_run(folder: Path, family_name: str, arch_dict: dict[str, Any]) -> Path
                 tensor.uniform_(0.5, 1.5)
     folder.mkdir()
     save_file(model.state_dict(), folder / "best.safetensors")
-    name, kwargs = family.timm_call(arch, CTX)
-    overlay = {
-        "input_size": [3, 48, 48],
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": [0.5, 0.4, 0.3],
-        "std": [0.2, 0.25, 0.3],
-        "num_classes": 3,
-    }
-    told = {
-        "family": family.name,
-        "arch": family.to_dict(arch),
-        "key": family.key(arch, CTX),
-        "params": family.count_params(arch, CTX),
-        "macs": family.count_macs(arch, CTX),
-        "img_size": 48,
-        "num_classes": 3,
-        "classes": CLASSES,
-        "throughput": {
-            "images_per_s": 1234.5,
-            "images_per_s_lo": 1200.0,
-            "images_per_s_hi": 1300.0,
-            "ratio": 2.5,
-            "runtime": "eager",
-            "dtype": "float32",
-            "batch": 16,
-            "threads": 2,
-            "device": "cpu",
-            "fingerprint": "abc",
-        },
-        "score": {
-            "kind": "final",
-            "soft_loss": 0.5,
-            "test_top1": 0.9,
-            "test_top1_se": 0.01,
-            "test_n": 359,
-            "holdout_top1": 0.8,
-        },
-        "timm": {"model": name, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
-        "sha256": hashlib.sha256((folder / "best.safetensors").read_bytes()).hexdigest(),
-    }
+    preprocessing = {"crop_pct": 1.0, "interpolation": "bicubic"}
+    preprocessing |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    throughput = {"images_per_s": 1234.5, "images_per_s_lo": 1200.0, "images_per_s_hi": 1300.0}
+    throughput |= {"ratio": 2.5, "runtime": "eager", "dtype": "float32", "batch": 16}
+    throughput |= {"threads": 2, "device": "cpu", "fingerprint": "abc"}
+    score = {"kind": "final", "soft_loss": 0.5, "holdout_top1": 0.8}
+    score |= {"test_top1": 0.9, "test_top1_se": 0.01, "test_n": 359}
+    told = model_json(
+        family,
+        arch,
+        CTX,
+        classes=CLASSES,
+        sha256=hashlib.sha256((folder / "best.safetensors").read_bytes()).hexdigest(),
+        score=score,
+        throughput=throughput,
+        preprocessing=preprocessing,
+    )
     (folder / "best.json").write_text(json.dumps(told))
-    config = {
-        "seed": "21M",
-        "target_params": 5_000_000,
-        "data": "/data/pets",
-        "strategy": "contraction",
-        "random_seed": 7,
-    }
+    config = {"seed": "21M", "target_params": 5_000_000, "data": "/data/pets"}
+    config |= {"strategy": "contraction", "random_seed": 7}
     (folder / "run.json").write_text(json.dumps({"schema": 1, "config": config}))
     return folder
 
@@ -132,7 +92,7 @@ def images(count: int = 3) -> torch.Tensor:
 
 def logits_of(run: Path, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return torch.as_tensor(left_by(run).build()(x))
+        return torch.as_tensor(load_saved_model(run).build()(x))
 
 
 def alone(script: str, *arguments: str, cwd: Path) -> str:
@@ -256,8 +216,8 @@ def test_a_model_of_the_family_and_bare_weights_are_sources_too(tmp_path: Path) 
         shutil.copy(run / f"best.{suffix}", run / "family" / f"01-5000.{suffix}")
     x = images(1)
     for source in ("best.json", "best.safetensors", "family/01-5000.json"):
-        left = left_by(run / source)
-        assert left.run["config"]["seed"] == "21M"
+        saved = load_saved_model(run / source)
+        assert saved.run["config"]["seed"] == "21M"
         assert torch.equal(logits_of(run / source, x), logits_of(run, x))
 
 
@@ -392,7 +352,7 @@ def test_what_says_something_else_is_not_written_over_what_was_there(
         return [(str(p), p.read_bytes()) for p in sorted(tmp_path.rglob("*")) if p.is_file()]
 
     before = contents()
-    again = f"nas.export.__main__._{'timm_again' if to == 'timm' else 'program'}"
+    again = f"nas.export.__main__._{'read_timm' if to == 'timm' else 'program'}"
     monkeypatch.setattr(again, lambda *_: lambda x: torch.zeros(len(x), 3))
     assert main(arguments) == 2
     assert "logits that differ by" in capsys.readouterr().err

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from nas.export import weights
+from nas.export.load import load_checkpoint
 from nas.export.weights import (
     first_mismatch,
-    load_checkpoint,
     load_into,
     load_weights,
     read_metadata,

@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 from nas.core.io import read_json
-from nas.labels import __main__ as labels
 from nas.train import __main__ as train
 from nas.train.train_flags import build_parser, make_config
 from tests.conftest import Finished
-from tests.train_cases import arch_file, flags, rows, weights
+from tests.train_cases import arch_file, build_store, evaluation, flags, rows, sets, weights
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def test_a_training_leaves_models_log_curve_and_board(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    more = ["--set", "ema_decay=0.9", "--set", "ema_warmup=true", "--keep-every", "1", "--json"]
+    more = [*sets(ema_decay=0.9, ema_warmup="true"), "--keep-every", "1", "--json"]
     assert train.main(flags(cache, arch_file(tmp_path), out, *more)) == 0
     result = json.loads(capsys.readouterr().out)
     assert result == read_json(out / "result.json", "a training's result")
@@ -57,21 +56,7 @@ def test_a_training_leaves_models_log_curve_and_board(
     assert json.loads(capsys.readouterr().out) == result
     # Its best model, evaluated again from its files, is what was told.
     table = tmp_path / "classes.csv"
-    again = [
-        "--evaluate",
-        str(out),
-        "--data",
-        "digits",
-        "--proxy-images",
-        "200",
-        "--cache-dir",
-        str(cache),
-        "--out",
-        str(table),
-        "--quiet",
-        "--json",
-    ]
-    assert train.main(again) == 0
+    assert train.main(evaluation(out, cache, "--out", str(table))) == 0
     tested = json.loads(capsys.readouterr().out)
     assert tested["top1"] == result["test_top1"]
     assert tested["n"] == result["test_n"]
@@ -83,16 +68,8 @@ def test_a_training_leaves_models_log_curve_and_board(
 
 def test_the_same_whole_batch_gives_the_same_curve(finished: Finished, tmp_path: Path) -> None:
     # TinyViT whose batch norms are frozen: nothing depends on who sees what together.
-    more = [
-        "--set",
-        "bn=eval",
-        "--init",
-        str(finished.folder / "best.safetensors"),
-        "--set",
-        "layer_decay=0.8",
-        "--set",
-        "lr=3e-4",
-    ]
+    init = ["--init", str(finished.folder / "best.safetensors")]
+    more = [*init, *sets(bn="eval", layer_decay=0.8, lr=3e-4)]
     found = []
     for turns in ("1", "2", "4"):
         out = tmp_path / turns
@@ -122,7 +99,7 @@ def test_averaged_weights_follow_the_formula(cache: Path, tmp_path: Path) -> Non
         for key, value in self._ema.module.state_dict().items():
             torch.testing.assert_close(value, average[key], rtol=1e-4, atol=1e-6)
 
-    more = ["--set", "ema_decay=0.6", "--set", "ema_warmup=true"]
+    more = sets(ema_decay=0.6, ema_warmup="true")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Loop, "_take", watched)
         assert train.main(flags(cache, arch_file(tmp_path), tmp_path / "o", *more)) == 0
@@ -180,24 +157,9 @@ def test_weights_of_another_size_and_other_classes_are_taken_over(
     first, out = tmp_path / "first", tmp_path / "out"
     assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
     (tmp_path / "map.txt").write_text("\n".join(str(n) for n in [9, 8, 7, 6, 5, 4, 3, 2, 1, -1]))
-    more = [
-        "--img-size",
-        "48",
-        "--init",
-        str(first / "best.safetensors"),
-        "--resize",
-        how,
-        "--head-map",
-        str(tmp_path / "map.txt"),
-        "--set",
-        "lr=0",
-        "--set",
-        "min_lr=0",
-        "--set",
-        "warmup_lr=0",
-        "--set",
-        "weight_decay=0",
-    ]
+    init = ["--img-size", "48", "--init", str(first / "best.safetensors"), "--resize", how]
+    more = [*init, "--head-map", str(tmp_path / "map.txt")]
+    more += sets(lr=0, min_lr=0, warmup_lr=0, weight_decay=0)
     assert train.main(flags(cache, arch, out, *more)) == 0
     old, new = weights(first, "best"), weights(out)
     assert torch.equal(new["blocks.0.attn.qkv.weight"], old["blocks.0.attn.qkv.weight"])
@@ -213,18 +175,7 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
     kind: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arch = arch_file(tmp_path, dist_token=kind == "token")
-    store = cache / "store"
-    if not store.exists():
-        labels.build(
-            "digits",
-            epochs=2,
-            out=store,
-            teacher_epochs=1,
-            img_size=32,
-            proxy_images=200,
-            threads=1,
-            cache_dir=cache,
-        )
+    store = build_store(cache / "store", cache)
     for name, source in (
         ("store", ["--labels", str(store)]),
         ("online", ["--teacher", "auto", "--teacher-epochs", "1"]),
@@ -237,21 +188,8 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
     capsys.readouterr()
     losses = []
     for how in ("logits", "softmax"):  # of one head both are the same
-        again = [
-            "--evaluate",
-            str(tmp_path / "store"),
-            "--data",
-            "digits",
-            "--proxy-images",
-            "200",
-            "--cache-dir",
-            str(cache),
-            "--fusion",
-            how,
-            "--quiet",
-            "--json",
-        ]
-        assert train.main(again) == 0
+        model = tmp_path / "store"
+        assert train.main(evaluation(model, cache, "--fusion", how)) == 0
         losses.append(json.loads(capsys.readouterr().out)["loss"])
     assert (losses[0] == losses[1]) == (kind != "token")
 
@@ -259,18 +197,8 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
 def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(
     cache: Path, tmp_path: Path
 ) -> None:
-    store = tmp_path / "mixed"
-    labels.build(
-        "digits",
-        epochs=1,
-        out=store,
-        teacher_epochs=1,
-        img_size=32,
-        proxy_images=200,
-        threads=1,
-        cache_dir=cache,
-        changes={"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
-    )
+    changes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    store = build_store(tmp_path / "mixed", cache, epochs=1, changes=changes)
     found = []
     for alpha in ("0", "1"):
         out = tmp_path / alpha

@@ -23,6 +23,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return prepare(spec, tmp_path_factory.mktemp("cache"), lambda _: None)
 
 
+def live(digits: Dataset, **options: int) -> LiveBatches:
+    return LiveBatches(digits.train, default_spec(digits), workers=0, device="cpu", **options)
+
+
 @given(n=st.integers(1, 400), repeats=st.integers(1, 5), seed=st.integers(0, 99))
 def test_repeated_augmentation_draws_as_often_from_a_part_of_the_images(
     n: int, repeats: int, seed: int
@@ -75,15 +79,7 @@ def test_parts_make_up_the_whole_batch_once(world: int, turns: int, whole: int, 
 
 def test_two_processes_in_one_turn_see_the_parts_of_one_in_two(digits: Dataset) -> None:
     def parts(rank: int, world: int, turns: int) -> list[tuple[int, torch.Tensor]]:
-        source = LiveBatches(
-            digits.train,
-            default_spec(digits),
-            batch_size=32,
-            repeats=3,
-            random_seed=1,
-            workers=0,
-            device="cpu",
-        )
+        source = live(digits, batch_size=32, repeats=3, random_seed=1)
         return [
             (part.number, part.inputs)
             for step in source.steps(2, 0, RankShard(rank, world, turns))
@@ -99,15 +95,7 @@ def test_two_processes_in_one_turn_see_the_parts_of_one_in_two(digits: Dataset) 
 
 
 def test_an_epoch_goes_on_from_any_step_and_copies_are_other_views(digits: Dataset) -> None:
-    source = LiveBatches(
-        digits.train,
-        default_spec(digits),
-        batch_size=16,
-        repeats=3,
-        random_seed=0,
-        workers=0,
-        device="cpu",
-    )
+    source = live(digits, batch_size=16, repeats=3, random_seed=0)
     share = RankShard(0, 1, 1)
     whole = [step[0] for step in source.steps(1, 0, share)]
     assert len(whole) == source.steps_per_epoch
@@ -153,12 +141,4 @@ def test_a_batch_that_processes_cannot_share_is_refused_with_the_nearest(
 
 def test_more_than_all_images_make_no_batch(digits: Dataset, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--set batch_size=N"):
-        LiveBatches(
-            digits.train,
-            default_spec(digits),
-            batch_size=10_000,
-            repeats=1,
-            random_seed=0,
-            workers=0,
-            device="cpu",
-        )
+        live(digits, batch_size=10_000, repeats=1, random_seed=0)

@@ -15,15 +15,8 @@ from nas.train.loop import Diverged, TrainSettings, train
 from nas.train.optim import lr_at
 from space import Context, get_family
 from space.errors import InputError
+from tests.train_cases import TINY
 
-TINY = {
-    "embed_dims": [32, 32, 64, 64],
-    "depths": [1, 1, 1, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0,
-    "mlp_ratio": 2.0,
-    "head_dim": 32,
-}
 SETTINGS = TrainSettings(epochs=3, lr=1e-2, batch_size=8, warmup_epochs=1.0)
 IMAGES, CLASSES, PX = 24, 3, 32
 
@@ -51,8 +44,8 @@ def step_loss(model, batch):
     return nn.functional.cross_entropy(model(inputs), labels, reduction="none")
 
 
-def run(model, plan=SETTINGS, **kwargs):
-    return train(model, batches, step_loss, plan, steps_per_epoch=3, device="cpu", **kwargs)
+def run(model, plan=SETTINGS, *, batches=batches, loss=step_loss, device="cpu", **kwargs):
+    return train(model, batches, loss, plan, steps_per_epoch=3, device=device, **kwargs)
 
 
 def test_steps_use_the_schedule_and_settings(monkeypatch):
@@ -119,15 +112,7 @@ def test_killed_inside_an_epoch_resumes_at_its_start(tmp_path):
             yield batch
 
     with pytest.raises(KeyboardInterrupt):
-        train(
-            make_model(),
-            breaking,
-            step_loss,
-            SETTINGS,
-            steps_per_epoch=3,
-            device="cpu",
-            checkpoint=path,
-        )
+        run(make_model(), batches=breaking, checkpoint=path)
     resumed, whole = make_model(random_seed=7), make_model()
     run(resumed, checkpoint=path)
     run(whole)
@@ -174,7 +159,7 @@ def test_divergence_is_seen_at_its_step(at, value):
         return losses * value if len(calls) == at + 1 else losses
 
     with pytest.raises(Diverged) as caught:
-        train(make_model(small=True), batches, poisoned, SETTINGS, steps_per_epoch=3, device="cpu")
+        run(make_model(small=True), loss=poisoned)
     assert caught.value.step == at
     assert not math.isfinite(caught.value.loss)
 
@@ -187,11 +172,7 @@ def test_late_checks_still_see_divergence(monkeypatch):
         return step_loss(model, batch) * math.nan
 
     with pytest.raises(Diverged):
-        train(make_model(small=True), batches, poisoned, SETTINGS, steps_per_epoch=3, device="cpu")
-
-
-def test_mixed_precision_is_off_on_the_cpu():
-    assert loop.amp_dtype(SETTINGS, "cpu") is None
+        run(make_model(small=True), loss=poisoned)
 
 
 @pytest.mark.gpu
@@ -200,16 +181,8 @@ def test_mixed_precision_trains_on_a_gpu(tmp_path):
     def moved(model, batch):
         return step_loss(model, (batch[0].cuda(), batch[1].cuda())).float()
 
-    model = make_model()
-    history = train(
-        model,
-        batches,
-        moved,
-        SETTINGS,
-        steps_per_epoch=3,
-        device="cuda",
-        checkpoint=tmp_path / "p.safetensors",
-    )
+    path = tmp_path / "p.safetensors"
+    history = run(make_model(), loss=moved, device="cuda", checkpoint=path)
     assert math.isfinite(history.final_loss)
 
 

@@ -15,22 +15,14 @@ from nas.inherit.checkpoint_start import map_head
 from nas.train.fit import freeze_batch_norms
 from nas.train.optim import layer_lr_scales, lr_at, make_optimizer
 from space import Context, get_family
+from tests.train_cases import TINY
 
 CTX = Context(64, 5)
 
 
 def tinyvit(depths: tuple[int, int, int, int]) -> tuple[torch.nn.Module, list[str]]:
     family = get_family("tinyvit")
-    arch = family.arch(
-        {
-            "embed_dims": [32, 32, 64, 64],
-            "depths": list(depths),
-            "window_sizes": [7, 14, 7],
-            "mbconv_expand_ratio": 4.0,
-            "mlp_ratio": 2.0,
-            "head_dim": 32,
-        }
-    )
+    arch = family.arch({**TINY, "depths": list(depths)})
     blocks = [b for group in family.blocks(arch).values() for b in group]
     return family.build(arch, CTX), blocks
 

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from nas.core.io import read_json, write_json
-from nas.labels import __main__ as labels
 from nas.train import __main__ as train
-from tests.train_cases import arch_file, flags
+from tests.train_cases import arch_file, build_store, flags
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +80,7 @@ def test_weights_of_another_arch_and_labels_of_other_classes_are_refused(
     more = ["--init", str(first / "best.safetensors")]
     assert train.main(flags(cache, wide, tmp_path / "a", *more)) == 2
     assert "weights of D64" in capsys.readouterr().err
-    store = tmp_path / "store"
-    labels.build(
-        "fractals",
-        epochs=1,
-        out=store,
-        teacher_epochs=1,
-        img_size=32,
-        proxy_images=300,
-        threads=1,
-        cache_dir=cache,
-    )
+    store = build_store(tmp_path / "store", cache, "fractals", 300, epochs=1)
     assert train.main(flags(cache, wide, tmp_path / "b", "--labels", str(store))) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from nas.train import __main__ as train
+from nas.train.fit import _Loop
 from nas.train.recipe import find_recipe
-from tests.train_cases import arch_file, equal, flags, rows, run, weights
+from tests.train_cases import arch_file, equal, flags, rows, run, sets, weights
 
 
 class Stop(Exception):
@@ -33,7 +34,7 @@ def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(
     cache: Path, tmp_path: Path
 ) -> None:
     arch = arch_file(tmp_path)
-    drop = ["--set", "drop_path=0.2", "--set", "repeats=3", "--set", "mixup=0.8"]
+    drop = sets(drop_path=0.2, repeats=3, mixup=0.8)
     one, two = tmp_path / "one", tmp_path / "two"
     assert train.main(flags(cache, arch, one, *drop, "--accumulate", "2")) == 0
     done = run(*flags(cache, arch, two, *drop), torchrun=2)
@@ -47,20 +48,9 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arch = arch_file(tmp_path)
-    more = [
-        "--set",
-        "drop_path=0.2",
-        "--set",
-        "ema_decay=0.9",
-        "--set",
-        "mixup=0.8",
-        "--batch-size",
-        "16",
-    ]
+    more = [*sets(drop_path=0.2, ema_decay=0.9, mixup=0.8), "--batch-size", "16"]
     whole = tmp_path / "whole"
     assert train.main(flags(cache, arch, whole, *more)) == 0
-
-    from nas.train.fit import _Loop
 
     take = _Loop._take
     rng = random.Random(0)
@@ -82,18 +72,12 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
         assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
         for name in ("last", "best"):
             assert equal(weights(whole, name), weights(out, name)), (trial, fatal)
-        timeless = [
-            [
-                {
-                    k: v
-                    for k, v in r.items()
-                    if k not in ("seconds", "images_per_s", "peak_mem_bytes")
-                }
-                for r in rows(each)
-            ]
+        passing = ("seconds", "images_per_s", "peak_mem_bytes")
+        whole_log, log = (
+            [{k: v for k, v in row.items() if k not in passing} for row in rows(each)]
             for each in (whole, out)
-        ]
-        assert timeless[0] == timeless[1]
+        )
+        assert whole_log == log
 
 
 def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: float) -> None:
@@ -135,7 +119,6 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(
 def test_a_divergence_stops_with_the_last_good_checkpoint(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.train.fit import _Loop
 
     out, loss = tmp_path / "out", _Loop._step_loss
     calls = 0
@@ -161,7 +144,6 @@ def test_a_divergence_stops_with_the_last_good_checkpoint(
 def test_gradients_that_are_not_numbers_leave_the_good_models(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.train.fit import _Loop
 
     out, loss = tmp_path / "out", _Loop._step_loss
     last = [False]
@@ -203,7 +185,6 @@ def test_sums_over_processes_are_taken_on_ones_own_device(monkeypatch: pytest.Mo
 def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from nas.train.fit import _Loop
 
     arch, first, out = arch_file(tmp_path), tmp_path / "first", tmp_path / "out"
     assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
@@ -221,13 +202,8 @@ def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
             train.main(flags(cache, arch, out, *more))
     (first / "best.safetensors").unlink()
     resume = ["--resume", str(out), "--cache-dir", str(cache), "--quiet"]
-    for flag in (
-        ["--epochs", "9"],
-        ["--set", "lr=1"],
-        ["--data", "fractals"],
-        ["--no-pixel-cache"],
-    ):
-        assert train.main([*resume, *flag]) == 2
+    for flag in ("--epochs 9", "--set lr=1", "--data fractals", "--no-pixel-cache"):
+        assert train.main([*resume, *flag.split()]) == 2
         assert "beside --resume" in capsys.readouterr().err
     assert json.loads((out / "train.json").read_text())["machine"]["amp"] == "bf16"
     assert train.main([*resume, "--amp", "none", "--accumulate", "2"]) == 0

@@ -17,7 +17,7 @@ from nas.core.io import member, read_json, write_json
 from nas.data import DataSpec, open_dataset, prepare
 from nas.data.cache import hold
 from nas.data.sealed_files import digest_of, read_sealed, write_sealed
-from nas.export.trained_teacher import read_teacher as _read
+from nas.export.teacher_net import read_teacher as _read
 from nas.labels.build import merge_stores
 from nas.labels.store import open_store
 from nas.measure.bundle import LIST, main
@@ -243,7 +243,7 @@ def test_a_teacher_lies_where_it_is_found(tmp_path: Path) -> None:
         "holdout_images": 4,
         "notes": [],
     }
-    from nas.export.trained_teacher import SCHEMA
+    from nas.export.teacher_net import SCHEMA
 
     write_json(tmp_path / "info.json", {"schema": SCHEMA, "info": info})
     assert _read(tmp_path).folder == str(tmp_path)

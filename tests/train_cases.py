@@ -6,26 +6,21 @@ import csv
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from nas.labels import __main__ as labels
 from tests.conftest import SMALL_ARCH
 
 VIT = {
-    "embed_dim": 32,
-    "depth": 2,
-    "head_dim": 16,
-    "mlp_ratio": 2.0,
-    "patch_size": 8,
-    "dist_token": False,
+    **{"embed_dim": 32, "depth": 2, "head_dim": 16},
+    **{"mlp_ratio": 2.0, "patch_size": 8, "dist_token": False},
 }
-
-
-Train = Callable[..., int]
+TINY = {**SMALL_ARCH, "embed_dims": [32, 32, 64, 64], "depths": [1, 1, 1, 1]}
+TINY |= {"mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0}
 
 
 def arch_file(folder: Path, family: str = "vit", **changes: Any) -> Path:
@@ -41,6 +36,27 @@ def flags(cache: Path, arch: Path | str, out: Path, *more: str) -> list[str]:
         *("--epochs", "2", "--threads", "1", "--cache-dir", str(cache), "--out", str(out)),
         *("--quiet", *more),
     ]
+
+
+def sets(**values: object) -> list[str]:
+    """Return `--set name=value` for each value."""
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+
+
+def evaluation(model: Path, cache: Path, *more: str) -> list[str]:
+    """Return the flags that evaluate a model on the digits of `flags`."""
+    start = ["--evaluate", str(model), "--data", "digits", "--proxy-images", "200"]
+    return [*start, "--cache-dir", str(cache), "--quiet", "--json", *more]
+
+
+def build_store(
+    out: Path, cache: Path, data: str = "digits", images: int = 200, **more: Any
+) -> Path:
+    """Build a small label store with a teacher of one epoch, unless it is there."""
+    if not out.exists():
+        options = {"epochs": 2, "teacher_epochs": 1, "img_size": 32, "threads": 1, **more}
+        labels.build(data, out=out, proxy_images=images, cache_dir=cache, **options)
+    return out
 
 
 def run(*arguments: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:

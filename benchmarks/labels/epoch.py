@@ -15,7 +15,7 @@ import torch
 
 from nas.core.cpus import read_threads
 from nas.data import Dataset, DataSpec, prepare
-from nas.export.trained_teacher import TeacherInfo
+from nas.export.teacher_net import TeacherInfo
 from nas.export.weights import place
 from nas.labels.build import begin_store, build_shards
 from nas.labels.reader import Batch, LabelReader

@@ -12,7 +12,7 @@ from typing import Any
 from nas.contract.state import Incumbent, Run
 from nas.core.io import read_json, write_atomic, write_json
 from nas.core.table import Writer
-from nas.export.model_json import model_json, preprocessing_of
+from nas.export.save import model_json, preprocessing_of
 from nas.measure.measurement import Measurement
 
 FAMILY_COLUMNS = (

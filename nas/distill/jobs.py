@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """A teacher by its name (`nas.export.teacher_net.parse_teacher`), to be made for a data set."""
+    """A teacher by its name (`nas.export.load.parse_teacher`), to be made for a data set."""
 
     dataset: Path
     cache: Path
@@ -159,7 +159,7 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
     """Make a teacher, or find it in the cache: `{"info": ..., "says": line}`."""
     from nas.data import open_dataset
     from nas.distill.teacher import make_teacher
-    from nas.export.teacher_net import parse_teacher
+    from nas.export.load import parse_teacher
 
     info = make_teacher(
         parse_teacher(job.teacher),

@@ -21,8 +21,8 @@ from nas.data.augment.spec import AugmentSpec, augmentation_code, default_spec
 from nas.data.augment.timm_engine import TimmAugmenter
 from nas.data.augment.views import outputs
 from nas.data.sealed_files import digest_of
-from nas.export.teacher_net import Source, TeacherNet, TeacherSpec, find_source, load_checked
-from nas.export.trained_teacher import SCHEMA, TeacherInfo, read_teacher, to_device
+from nas.export.load import NetSource, TeacherSpec, build_teacher_net, find_teacher_net
+from nas.export.teacher_net import SCHEMA, TeacherInfo, TeacherNet, read_teacher, to_device
 from nas.export.weights import place, save_weights, weights_digest
 from nas.labels.reader import batch_sizes, epoch_order
 from nas.train.loop import TrainSettings, train
@@ -68,7 +68,7 @@ def make_teacher(
             "a teacher that is trained already",
             "name a pretrained timm model, or MODEL:FILE",
         )
-    source = find_source(spec, dataset.num_classes, dataset.mean, dataset.std)
+    source = find_teacher_net(spec, dataset.num_classes, dataset.mean, dataset.std)
     # Without ground truth the classes are the teacher's own.
     classes = dataset.num_classes or source.num_classes
     settings = _settings(source, classes, epochs)
@@ -85,7 +85,7 @@ def make_teacher(
     return read_teacher(folder)
 
 
-def _settings(source: Source, num_classes: int, epochs: int) -> TrainSettings | None:
+def _settings(source: NetSource, num_classes: int, epochs: int) -> TrainSettings | None:
     """Say how to train, or None where the weights serve as they are."""
     if source.state is None:
         return _with_epochs(AUTO_SETTINGS, epochs)
@@ -100,7 +100,7 @@ def _with_epochs(settings: TrainSettings, epochs: int) -> TrainSettings:
 
 def _recipe(
     spec: TeacherSpec,
-    source: Source,
+    source: NetSource,
     settings: TrainSettings | None,
     dataset: Dataset,
     augment: AugmentSpec,
@@ -130,7 +130,7 @@ def _make(
     folder: Path,
     identity: str,
     spec: TeacherSpec,
-    source: Source,
+    source: NetSource,
     settings: TrainSettings | None,
     dataset: Dataset,
     augment: AugmentSpec,
@@ -144,7 +144,7 @@ def _make(
     progress = folder / "training.safetensors"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inner = load_checked(source, classes)
+        inner = build_teacher_net(source, classes)
         student = (dataset.mean, dataset.std)
         net = TeacherNet(inner, student, (source.mean, source.std), source.input_size)
         if settings is not None:
@@ -186,7 +186,7 @@ def _make(
 
 
 def _notes(
-    spec: TeacherSpec, source: Source, settings: TrainSettings | None, dataset: Dataset
+    spec: TeacherSpec, source: NetSource, settings: TrainSettings | None, dataset: Dataset
 ) -> Iterator[str]:
     if spec.kind == "auto":
         return

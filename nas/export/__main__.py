@@ -1,9 +1,9 @@
-"""A trained model out of a run, for others to use: `python -m nas.export RUN --to timm --out DIR`.
+"""Export a trained model of a run: `python -m nas.export RUN --to timm --out DIR`.
 
 SOURCE is the folder of a finished run, a model's JSON in it (best.json, family/02-7069321.json), or
 the weights beside one. `timm`: a folder in the Hugging Face hub's layout, which plain timm loads,
 as a classifier or as a backbone. `onnx`: a file for any number of images; `torch`: a program of
-torch.export. Whatever is written is read back and compared with the network before it is left.
+torch.export. An export is read back and compared with the network before it is kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.core.cli import Parser, guarded
-from nas.export.model import Left, left_by
 from space.errors import refuse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nas.export.load import SavedModel
+
 WRITTEN = {"config.json", "model.safetensors", "README.md"}
-"""What an exported folder holds; one that holds anything else is not written over."""
+"""The files of an exported folder; a folder with any other file is not overwritten."""
 TOLERANCE = 1e-4
 FUSED_TOLERANCE = 1e-5
 """Largest difference of logits, as a share of the largest one."""
@@ -51,8 +52,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def _checked(given: argparse.Namespace) -> Path:
-    """Refuse what cannot be written, before anything is read."""
+def _check_out(given: argparse.Namespace) -> Path:
+    """Check `--out` and the flags before anything is read. Raises InputError."""
     out = Path(given.out)
     suffix = {"onnx": ".onnx", "torch": ".pt2"}.get(given.to)
     if suffix is not None and out.suffix != suffix:
@@ -74,51 +75,53 @@ def _checked(given: argparse.Namespace) -> Path:
 
 
 def export(given: argparse.Namespace) -> dict[str, Any]:
-    """Export beside the place, read back, compare, move there, time; return what is told.
+    """Export to a temporary folder, read back, compare, move into place, time; return the result.
 
-    What was there before stays until the new one has been compared.
+    An earlier export stays until the new one has been compared. Raises InputError.
     """
-    out = _checked(given)
-    left = left_by(Path(given.source))
+    from nas.export.load import load_saved_model
+
+    out = _check_out(given)
+    saved = load_saved_model(Path(given.source))
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as beside:
-            told = _exported(given, left, Path(beside) / out.name)
+            result = _export(given, saved, Path(beside) / out.name)
             if out.is_dir():
                 os.replace(out, Path(beside) / "earlier")
             os.replace(Path(beside) / out.name, out)
     except OSError as error:
         raise refuse("--out", given.out, "a place to write to", error.strerror or "") from error
-    told |= {"out": str(out)}
+    result |= {"out": str(out)}
     if given.to == "onnx" and given.measure:
-        told |= _timed(left, out, given.batch)
-    return told
+        result |= _measure(saved, out, given.batch)
+    return result
 
 
-def _exported(given: argparse.Namespace, left: Left, out: Path) -> dict[str, Any]:
-    """Write the form that is asked for as `out`, and compare what it says with the network."""
+def _export(given: argparse.Namespace, saved: SavedModel, out: Path) -> dict[str, Any]:
+    """Write the export as `out` and compare its logits with the network's."""
     import torch
 
-    ctx = left.context
+    ctx = saved.context
     shape = (max(2, given.batch), ctx.in_chans, ctx.img_size, ctx.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    told: dict[str, Any] = {
+    result: dict[str, Any] = {
         "to": given.to,
-        "key": left.family.key(left.arch, ctx),
-        "params": left.family.count_params(left.arch, ctx),
+        "key": saved.family.key(saved.arch, ctx),
+        "params": saved.family.count_params(saved.arch, ctx),
     }
-    model = left.build()
+    model = saved.build()
     if given.to == "timm":
         from nas.export.hub import export_timm
 
-        export_timm(left, out)
-        return {**told, "difference": _differs(model, _timm_again(out), images, 0.0)}
+        export_timm(saved, out)
+        return {**result, "difference": _difference(model, _read_timm(out), images, 0.0)}
     network = model
     if given.fused:
-        network = left.build()
-        told["folded"] = _fuse(network, images)
-        told["folding_difference"] = _differs(model, network, images, FUSED_TOLERANCE)
+        network = saved.build()
+        result["folded"] = _fuse(network, images)
+        result["folding_difference"] = _difference(model, network, images, FUSED_TOLERANCE)
     again = _onnx(network, images, out) if given.to == "onnx" else _program(network, images, out)
-    return {**told, "difference": _differs(model, again, images, TOLERANCE)}
+    return {**result, "difference": _difference(model, again, images, TOLERANCE)}
 
 
 def _fuse(network: nn.Module, images: Tensor) -> int:
@@ -127,7 +130,7 @@ def _fuse(network: nn.Module, images: Tensor) -> int:
     return fuse_batch_norms(network, images[:2])
 
 
-def _timm_again(out: Path) -> Callable[[Tensor], Tensor]:
+def _read_timm(out: Path) -> Callable[[Tensor], Tensor]:
     import timm
 
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -161,10 +164,10 @@ def _program(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor]
     return lambda x: module(x)
 
 
-def _differs(
+def _difference(
     model: nn.Module, again: Callable[[Tensor], Tensor], images: Tensor, most: float
 ) -> float:
-    """Compare on batches of one, two and more; what differs too much is refused."""
+    """Return the largest difference on batches of one, two and more; refuse more than `most`."""
     import torch
 
     largest = 0.0
@@ -179,15 +182,15 @@ def _differs(
     return largest
 
 
-def _timed(left: Left, out: Path, batch: int) -> dict[str, Any]:
-    """Time the exported file in turns with the network in eager mode."""
+def _measure(saved: SavedModel, out: Path, batch: int) -> dict[str, Any]:
+    """Time the exported file, interleaved with the network in eager mode."""
     from nas.core.requirement import Setting
     from nas.measure.throughput import measure_prepared, prepare
 
-    model = left.build()
+    model = saved.build()
     settings = (Setting("cpu", "onnxruntime", batch=batch), Setting("cpu", "eager", batch=batch))
     file, eager = (
-        prepare(model, ctx=left.context, setting=s, staged=out if at == 0 else None)
+        prepare(model, ctx=saved.context, setting=s, staged=out if at == 0 else None)
         for at, s in enumerate(settings)
     )
     measured = measure_prepared(file, eager)
@@ -205,34 +208,33 @@ def _timed(left: Left, out: Path, batch: int) -> dict[str, Any]:
     return {"throughput": {name: getattr(measured, name) for name in names}}
 
 
-def _say(told: dict[str, Any]) -> None:
-    print(f"{told['out']}: {told['params']:,} parameters")
-    if "folded" in told:
-        print(
-            f"{told['folded']} batch norms folded, logits moved by {told['folding_difference']:.1e}"
-        )
-    print(f"read back: logits differ by {told['difference']:.1e} of the largest")
-    pace = told.get("throughput")
+def _print_result(result: dict[str, Any]) -> None:
+    print(f"{result['out']}: {result['params']:,} parameters")
+    if "folded" in result:
+        moved = f"logits moved by {result['folding_difference']:.1e}"
+        print(f"{result['folded']} batch norms folded, {moved}")
+    print(f"read back: logits differ by {result['difference']:.1e} of the largest")
+    pace = result.get("throughput")
     if pace is not None:
         print(
             f"ONNX Runtime: {pace['images_per_s']:.1f} images/s [{pace['images_per_s_lo']:.1f}, "
             f"{pace['images_per_s_hi']:.1f}] at batch {pace['batch']}, {pace['ratio']:.2f} "
             f"[{pace['ratio_lo']:.2f}, {pace['ratio_hi']:.2f}] times eager"
         )
-    if told["to"] == "timm":
-        print(f'load it with: timm.create_model("local-dir:{told["out"]}", pretrained=True)')
+    if result["to"] == "timm":
+        print(f'load it with: timm.create_model("local-dir:{result["out"]}", pretrained=True)')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and export. Returns the exit status: 0, or 2 for bad input."""
+    """Run the command. Returns the exit status: 0, or 2 for bad input."""
 
     def work() -> int:
         given = build_parser().parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
-            told = export(given)
-            _say(told)
+            result = export(given)
+            _print_result(result)
         if given.json:
-            print(json.dumps(told))
+            print(json.dumps(result))
         return 0
 
     return guarded(work)

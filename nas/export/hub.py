@@ -1,4 +1,4 @@
-"""A folder in the Hugging Face hub's layout, which timm loads by itself."""
+"""A folder in the Hugging Face hub's layout, which plain timm loads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nas.export.model import Left
+from nas.export.load import SavedModel
 
 USAGE = """\
 ```python
@@ -17,7 +17,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 best = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax().item()
 print(json.load(open("{folder}/config.json"))["label_names"][best])
 ```"""
-"""A prediction on an image file; `{folder}` is where the export lies, or a hub's name."""
+"""A prediction on an image file; `{folder}` is the export's folder, or a hub's name."""
 
 BACKBONE = """\
 ```python
@@ -26,39 +26,37 @@ maps = backbone(images)   # strides: {strides}; channels: {channels}
 ```"""
 
 
-def export_timm(left: Left, out: Path) -> Path:
+def export_timm(saved: SavedModel, out: Path) -> Path:
     """Write config.json, model.safetensors and README.md (the model card) in a new folder `out`."""
     from timm.models import save_for_hf
 
     out.mkdir()
-    _, kwargs = left.call
-    model = left.build()
+    _, kwargs = saved.timm_call
+    model = saved.build()
     save_for_hf(
         model,
         str(out),
-        model_config={"label_names": left.classes},
+        model_config={"label_names": saved.classes},
         model_args=kwargs,
         safe_serialization=True,
     )
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    config["pretrained_cfg"] |= left.preprocessing
+    config["pretrained_cfg"] |= saved.preprocessing
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (out / "README.md").write_text(card(left, model, out), encoding="utf-8")
+    (out / "README.md").write_text(card(saved, model, out), encoding="utf-8")
     return out
 
 
 def strides_of(model: Any) -> tuple[list[int], list[int]]:
-    """Return the strides and channels of a timm network's feature maps, alike ones once."""
+    """Return the strides and channels of a timm network's feature maps, each pair once."""
     found = dict.fromkeys((f["reduction"], f["num_chs"]) for f in model.feature_info)
     return [stride for stride, _ in found], [channels for _, channels in found]
 
 
-def card(left: Left, model: Any, out: Path) -> str:
-    """Write the model card: arch, data, scores, throughput with its device, lineage, usage."""
-    config, pace, score = (
-        value if isinstance(value, dict) else {}
-        for value in (left.run.get("config"), left.told.get("throughput"), left.told.get("score"))
-    )
+def card(saved: SavedModel, model: Any, out: Path) -> str:
+    """Return the model card: arch, data, scores, throughput with its device, lineage, usage."""
+    values = (saved.run.get("config"), saved.record.get("throughput"), saved.record.get("score"))
+    config, throughput, score = (value if isinstance(value, dict) else {} for value in values)
     strides, channels = strides_of(model)
     lines = [
         "---",
@@ -66,13 +64,13 @@ def card(left: Left, model: Any, out: Path) -> str:
         "pipeline_tag: image-classification",
         "tags: [image-classification, timm]",
         "---",
-        f"# {left.family.label(left.arch)}",
+        f"# {saved.family.label(saved.arch)}",
         "",
-        _sentence(left, config),
+        _sentence(saved, config),
         "",
         *_bullets("Scores", _scores(score)),
-        *_bullets("Throughput", _pace(pace)),
-        *_bullets("Lineage", _lineage(left, config)),
+        *_bullets("Throughput", _throughput(throughput)),
+        *_bullets("Lineage", _lineage(saved, config)),
         "## A prediction",
         "",
         USAGE.format(folder=out.name),
@@ -85,13 +83,13 @@ def card(left: Left, model: Any, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _sentence(left: Left, config: Any) -> str:
-    size, counted = left.context.img_size, (left.arch, left.context)
-    params, macs = left.family.count_params(*counted), left.family.count_macs(*counted)
+def _sentence(saved: SavedModel, config: Any) -> str:
+    size, counted = saved.context.img_size, (saved.arch, saved.context)
+    params, macs = saved.family.count_params(*counted), saved.family.count_macs(*counted)
     parts = f"{params:,} parameters, {macs / 1e6:,.0f} M multiply-adds"
     data = config.get("data")
     where = f" Trained on `{Path(str(data)).name}`." if data else ""
-    many = left.context.num_classes
+    many = saved.context.num_classes
     return f"{parts}, for images of {size} x {size} pixels and {many} classes.{where}"
 
 
@@ -116,23 +114,24 @@ def _scores(score: Any) -> list[str]:
     return found
 
 
-def _pace(pace: Any) -> list[str]:
+def _throughput(measured: Any) -> list[str]:
     real = ("images_per_s", "images_per_s_lo", "images_per_s_hi")
-    if not all(isinstance(pace.get(name), int | float) for name in real):
+    if not all(isinstance(measured.get(name), int | float) for name in real):
         return []
-    told = {name: pace.get(name, "?") for name in ("runtime", "dtype", "batch", "threads")}
-    where = "{runtime}, {dtype}, batch {batch}, {threads} threads".format(**told)
-    interval = f"[{pace['images_per_s_lo']:.1f}, {pace['images_per_s_hi']:.1f}]"
+    names = ("runtime", "dtype", "batch", "threads", "device", "fingerprint")
+    known = {name: measured.get(name, "?") for name in names}
+    where = "{runtime}, {dtype}, batch {batch}, {threads} threads".format(**known)
+    interval = f"[{measured['images_per_s_lo']:.1f}, {measured['images_per_s_hi']:.1f}]"
     lines = [
-        f"{pace['images_per_s']:.1f} images/s {interval} on {pace.get('device', '?')} ({where}; "
-        f"device fingerprint {pace.get('fingerprint', '?')})"
+        f"{measured['images_per_s']:.1f} images/s {interval} on {known['device']} ({where}; "
+        f"device fingerprint {known['fingerprint']})"
     ]
-    if isinstance(pace.get("ratio"), int | float):
-        lines.append(f"{pace['ratio']:.2f} times the seed's, timed in turns with it")
+    if isinstance(measured.get("ratio"), int | float):
+        lines.append(f"{measured['ratio']:.2f} times the seed's, timed in turns with it")
     return lines
 
 
-def _lineage(left: Left, config: Any) -> list[str]:
+def _lineage(saved: SavedModel, config: Any) -> list[str]:
     if not config:
         return []
     recipe = config.get("recipe")
@@ -147,7 +146,7 @@ def _lineage(left: Left, config: Any) -> list[str]:
     seed = Path(str(config.get("seed", ""))).stem
     target = config.get("target_params")
     return [
-        f"contracted from the seed {seed} of family {left.family.name} to {target:,} parameters"
+        f"contracted from the seed {seed} of family {saved.family.name} to {target:,} parameters"
         if isinstance(target, int)
         else f"contracted from the seed {seed}",
         f"strategy {config.get('strategy')}, random seed {config.get('random_seed')}",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nas.export.weights import load_checkpoint, save_weights
+from nas.export.load import load_checkpoint
+from nas.export.weights import save_weights
 from nas.inherit.slice import checkpoint_context
 from space import Context
 from space.family import Arch, Family

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nas.export.weights import State, load_checkpoint
+from nas.export.load import load_checkpoint
+from nas.export.weights import State
 from nas.inherit.slice import checkpoint_context, inherit
 from space import Context
 from space.errors import refuse

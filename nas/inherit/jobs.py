@@ -133,7 +133,8 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     import numpy as np
     import torch
 
-    from nas.export.weights import load_checkpoint, save_weights
+    from nas.export.load import load_checkpoint
+    from nas.export.weights import save_weights
     from nas.inherit.importance import rank_units
     from nas.inherit.slice import checkpoint_context, inherit
 

@@ -24,7 +24,7 @@ from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.data.augment.views import EpochPlan, Inputs, make_plan
 from nas.data.sealed_files import digest_of, file_sha256
-from nas.export.trained_teacher import TeacherInfo
+from nas.export.teacher_net import TeacherInfo
 from nas.labels.codec import make_codec, top_labels
 from nas.labels.request import LabelRequest, default_topk
 from nas.labels.store import (

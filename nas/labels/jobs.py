@@ -102,7 +102,7 @@ def relabel(job: RelabelJob, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.data.augment.spec import default_spec
     from nas.data.cache import relabelled
-    from nas.export.trained_teacher import load_teacher, read_teacher
+    from nas.export.teacher_net import load_teacher, read_teacher
     from nas.labels.build import teacher_classes
 
     dataset = open_dataset(job.dataset)
@@ -128,7 +128,7 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
     """Begin a label store, or find it begun: folder, id, and what is still to be made."""
     from nas.data import open_dataset
     from nas.data.augment.spec import default_spec
-    from nas.export.trained_teacher import load_teacher, read_teacher
+    from nas.export.teacher_net import load_teacher, read_teacher
     from nas.labels.build import begin_store, build_status, check_room, find_contradicted
     from nas.labels.request import LabelRequest
 
@@ -165,7 +165,7 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
 def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
     """Build the missing shards of a part of a store that was begun."""
     from nas.data import open_dataset
-    from nas.export.trained_teacher import load_teacher, read_teacher
+    from nas.export.teacher_net import load_teacher, read_teacher
     from nas.labels.build import build_shards
     from nas.labels.store import load_store
 
@@ -222,7 +222,7 @@ def verify_labels(job: VerifyLabelsJob, tick: Tick) -> Values:
 def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
     """Run a store's teacher again on random records and compare."""
     from nas.data import open_dataset
-    from nas.export.trained_teacher import load_teacher, read_teacher
+    from nas.export.teacher_net import load_teacher, read_teacher
     from nas.labels import verify
     from nas.labels.store import open_store
 

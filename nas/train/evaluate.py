@@ -24,7 +24,7 @@ from nas.data import DataSpec, Split
 from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.data.augment.views import outputs
 from nas.data.prepare import prepared
-from nas.export.model import left_by
+from nas.export.load import load_saved_model
 from nas.export.weights import place
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.distributed import Ranks, world_of
@@ -33,6 +33,8 @@ from nas.train.train_config import ALL_IMAGES
 from space.errors import refuse
 
 CLASS_COLUMNS = ("class", "n", "top1", "top1_se", "top5", "top5_se", "most_taken_for")
+SCORES = ("loss", "top1", "top1_se", "top5")
+"""What a log keeps of `EvalResult.summary`."""
 ONE_PROCESS = Ranks(0, 1, "cpu")
 
 
@@ -132,7 +134,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         raise refuse("--evaluate", "several processes", "one", "start it without torchrun")
     if given.data is None:
         raise refuse("--data", "nothing", "the data set to evaluate on")
-    saved = left_by(Path(given.evaluate))
+    saved = load_saved_model(Path(given.evaluate))
     size = saved.context.img_size
     if given.img_size not in (None, size):
         raise refuse("--img-size", given.img_size, f"the model's own {size}", "leave it out")

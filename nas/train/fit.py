@@ -25,7 +25,7 @@ from nas.export.weights import place
 from nas.train.batches import MicroBatch, RankShard, Source
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
 from nas.train.distributed import Ranks
-from nas.train.evaluate import EvalResult, evaluate
+from nas.train.evaluate import SCORES, EvalResult, evaluate
 from nas.train.loop import Diverged, Stepper
 from nas.train.losses import DistillLoss, TeacherTargets
 from nas.train.optim import cosine_at, layer_lr_scales, make_optimizer
@@ -244,8 +244,7 @@ class _Loop:
                 ranks=args.ranks,
             )
             scores = result.summary()
-            names = ("loss", "top1", "top1_se", "top5")
-            row |= {f"{prefix}holdout_{name}": scores[name] for name in names}
+            row |= {f"{prefix}holdout_{name}": scores[name] for name in SCORES}
             if not math.isfinite(scores["loss"]):
                 last_step = row["epoch"] * args.source.steps_per_epoch - 1
                 raise Diverged(last_step, scores["loss"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,44 +12,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from nas.core.io import read_json, remove_leftovers, write_atomic, write_json
 from nas.core.table import Writer
-from nas.data import Dataset
-from nas.export.model_json import model_json, preprocessing_of
-from nas.export.weights import weights_bytes
-from space import Context
+from nas.train.evaluate import SCORES
 from space.errors import refuse
-from space.family import Arch, Family
 
 LOG_COLUMNS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "holdout_loss",
-    "holdout_top1",
-    "holdout_top1_se",
-    "holdout_top5",
-    "ema_holdout_loss",
-    "ema_holdout_top1",
-    "ema_holdout_top1_se",
-    "ema_holdout_top5",
-    "best_of",
-    "images",
-    "images_per_s",
-    "seconds",
-    "peak_mem_bytes",
+    *("epoch", "lr", "train_loss"),
+    *(f"{prefix}holdout_{name}" for prefix in ("", "ema_") for name in SCORES),
+    *("best_of", "images", "images_per_s", "seconds", "peak_mem_bytes"),
 )
-SETTINGS, CHECKPOINT, LOG, CURVE, RESULT, LOCK = (
-    "train.json",
-    "checkpoint.safetensors",
-    "log.csv",
-    "curve.png",
-    "result.json",
-    ".lock",
-)
-PARTS = ("config", "machine")
+SETTINGS, RESULT = "train.json", "result.json"
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
 
@@ -63,11 +36,11 @@ class TrainFolder:
     @property
     def checkpoint(self) -> Path:
         """The checkpoint's path."""
-        return self.path / CHECKPOINT
+        return self.path / "checkpoint.safetensors"
 
     def check_new(self) -> None:
         """Refuse a folder that holds anything. Raises InputError."""
-        used = self.path.is_dir() and any(p.name != LOCK for p in self.path.iterdir())
+        used = self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir())
         if used or (self.path.exists() and not self.path.is_dir()):
             remedy = "name another folder"
             if (self.path / SETTINGS).is_file():
@@ -85,7 +58,8 @@ class TrainFolder:
     def read_settings(self) -> dict[str, Any]:
         """Read `train.json`. Raises InputError."""
         data = read_json(self.path / SETTINGS, "the folder of a training by nas.train")
-        if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in PARTS):
+        parts = ("config", "machine")
+        if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in parts):
             raise refuse(str(self.path / SETTINGS), "another format", "what nas.train wrote")
         return data
 
@@ -95,18 +69,14 @@ class TrainFolder:
             return None
         data = read_json(self.path / RESULT, "how a training ended")
         if not isinstance(data, dict) or data.get("status") not in ("finished", "diverged"):
-            raise refuse(
-                str(self.path / RESULT),
-                "another format",
-                "what nas.train wrote",
-                "remove it, and --resume",
-            )
+            want, remedy = "what nas.train wrote", "remove it, and --resume"
+            raise refuse(str(self.path / RESULT), "another format", want, remedy)
         return data
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the only process that writes here. Raises InputError if another one does."""
-        lock = FileLock(self.path / LOCK, timeout=0)
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
@@ -128,9 +98,9 @@ class TrainFolder:
         writer = Writer(out, LOG_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-        write_atomic(self.path / LOG, out.getvalue().encode())
+        write_atomic(self.path / "log.csv", out.getvalue().encode())
         if rows:
-            write_atomic(self.path / CURVE, draw_curve(rows))
+            write_atomic(self.path / "curve.png", draw_curve(rows))
 
 
 class TensorBoardLog:
@@ -198,31 +168,3 @@ def draw_curve(rows: Sequence[Mapping[str, Any]]) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
-
-
-def write_model(
-    stem: Path,
-    state: Mapping[str, Tensor],
-    *,
-    family: Family,
-    arch: Arch,
-    ctx: Context,
-    dataset: Dataset,
-    score: Mapping[str, Any],
-    throughput: Mapping[str, Any] | None,
-) -> None:
-    """Write `<stem>.safetensors` and `<stem>.json`: the weights of a timm model and its record."""
-    data = weights_bytes(state, {"epoch": str(score["epoch"])})
-    stem.parent.mkdir(exist_ok=True)
-    write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
-    record = model_json(
-        family,
-        arch,
-        ctx,
-        classes=dataset.classes,
-        sha256=hashlib.sha256(data).hexdigest(),
-        score=score,
-        throughput=throughput,
-        preprocessing=preprocessing_of(dataset),
-    )
-    write_json(stem.with_name(f"{stem.name}.json"), record)

@@ -27,6 +27,18 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "mix_mode": ("batch", "pair", "elem"),
 }
 
+_RATES = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps")
+_SHARES = ("mix_prob", "mix_switch_prob", "distill_alpha", "label_smoothing", "beta1", "beta2")
+_REGULARISATION = ("drop_path", "drop_rate", "layer_decay", "ema_decay")
+_AUGMENTATION = ("erase_prob", "color_jitter", "least_crop")
+_RANGES = (
+    (("epochs", "repeats"), 1, math.inf),
+    (("batch_size",), 2, math.inf),
+    ((*_RATES, "mixup", "cutmix"), 0, math.inf),
+    ((*_SHARES, *_REGULARISATION, *_AUGMENTATION), 0, 1),
+)
+"""Names of values, and the least and largest that each may have."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -86,36 +98,16 @@ class Recipe:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
-        for name, least in (("epochs", 1), ("batch_size", 2), ("repeats", 1)):
-            _real(self, name, least, math.inf)
-        for name in (
-            "lr",
-            "min_lr",
-            "warmup_lr",
-            "warmup_epochs",
-            "weight_decay",
-            "mixup",
-            "cutmix",
-            "eps",
-        ):
-            _real(self, name, 0, math.inf)
-        for name in (
-            "mix_prob",
-            "mix_switch_prob",
-            "distill_alpha",
-            "label_smoothing",
-            "drop_path",
-            "drop_rate",
-            "beta1",
-            "beta2",
-        ):
-            _real(self, name, 0, 1)
+        for names, low, high in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not (math.isfinite(value) and low <= value <= high):
+                    finite = math.isfinite(high)
+                    want = f"{low:g} to {high:g}" if finite else f"a finite number >= {low:g}"
+                    raise refuse(name, value, want)
         for name in ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2"):
             if getattr(self, name) == 1:
                 raise refuse(name, 1, "a share below 1")
-        for name in ("layer_decay", "ema_decay", "erase_prob", "color_jitter", "least_crop"):
-            if getattr(self, name) is not None:
-                _real(self, name, 0, 1)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise refuse("clip_norm", self.clip_norm, "a number > 0, or none for off")
         if self.lr_batch is not None and self.lr_batch < 1:
@@ -141,13 +133,6 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, the inverse of `read_recipe`."""
         return asdict(self)
-
-
-def _real(recipe: Recipe, name: str, low: float, high: float) -> None:
-    value = getattr(recipe, name)
-    if not (math.isfinite(value) and low <= value <= high):
-        want = f"{low:g} to {high:g}" if math.isfinite(high) else f"a finite number >= {low:g}"
-        raise refuse(name, value, want)
 
 
 _SMALL = Recipe(

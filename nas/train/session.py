@@ -15,16 +15,17 @@ from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, preset_spec
-from nas.export.teacher_net import parse_teacher
-from nas.export.trained_teacher import TeacherInfo, load_teacher
+from nas.export.load import parse_teacher
+from nas.export.save import write_model
+from nas.export.teacher_net import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata
 from nas.labels.reader import LabelReader
 from nas.labels.store import open_store
 from nas.train.batches import LiveBatches, RankShard, ReplayBatches, Source
 from nas.train.distributed import Ranks
-from nas.train.evaluate import evaluate
+from nas.train.evaluate import SCORES, evaluate
 from nas.train.fit import FitArgs, Row, best_of, fit
-from nas.train.folder import RESULT, TensorBoardLog, TrainFolder, write_model
+from nas.train.folder import RESULT, TensorBoardLog, TrainFolder
 from nas.train.loop import Diverged
 from nas.train.losses import set_token_training
 from nas.train.recipe import Recipe
@@ -302,13 +303,12 @@ class TrainSession:
     def score(self, row: Row, which: str) -> dict[str, Any]:
         """Return the score of an epoch's weights, "raw" or "ema"."""
         prefix = "" if which == "raw" else "ema_"
-        names = ("holdout_loss", "holdout_top1", "holdout_top1_se", "holdout_top5")
         return {
             "kind": "trained",
             "epoch": row["epoch"],
             "weights": which,
             "recipe": self.recipe.name,
-            **{name: row[f"{prefix}{name}"] for name in names},
+            **{f"holdout_{name}": row[f"{prefix}holdout_{name}"] for name in SCORES},
             "holdout_n": len(self.dataset.holdout),
         }
 

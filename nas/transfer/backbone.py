@@ -16,7 +16,7 @@ from torch import nn
 
 from nas.core.io import read_json
 from nas.export.hub import export_timm
-from nas.export.model import left_by
+from nas.export.load import load_saved_model
 from space import Context
 from space.errors import refuse
 
@@ -94,12 +94,12 @@ def open_backbone(source: Path, img_size: int | None, scratch: Path) -> Backbone
     """
     folder = source
     if not ((source / "config.json").is_file() and not (source / "best.json").is_file()):
-        left = left_by(source)
+        saved = load_saved_model(source)
         if img_size is not None:
-            left.family.check(
-                left.arch, Context(img_size, left.context.num_classes, left.context.in_chans)
+            saved.family.check(
+                saved.arch, Context(img_size, saved.context.num_classes, saved.context.in_chans)
             )
-        folder = export_timm(left, scratch / "model")
+        folder = export_timm(saved, scratch / "model")
     found = _described(folder, source, img_size)
     _tried(found, source)
     return found

@@ -1,12 +1,18 @@
-"""What is written beside a model's weights, for `nas.export.model` to read back."""
+"""Saving a model: its weights, and the JSON beside them that `nas.export.load` reads back."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from nas.core.io import write_atomic, write_json
 from space import REFERENCE_CONTEXT, Context
 from space.family import Arch, Family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def model_json(
@@ -20,7 +26,7 @@ def model_json(
     throughput: Mapping[str, Any] | None,
     preprocessing: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Tell of a model, as plain JSON: its arch and counts, the timm call, what was measured.
+    """Return a model's record as plain JSON: arch, counts, the timm call, what was measured.
 
     `preprocessing` has crop_pct, interpolation, mean and std; `sha256` is of the weights' file.
     """
@@ -48,10 +54,40 @@ def model_json(
 
 
 def preprocessing_of(dataset: Any) -> dict[str, Any]:
-    """Say what is done to an image of a data set (`nas.data.Dataset`) before the net sees it."""
+    """Return the preprocessing of a data set's images (`nas.data.Dataset`)."""
     return {
         "crop_pct": dataset.crop_pct,
         "interpolation": dataset.interpolation,
         "mean": list(dataset.mean),
         "std": list(dataset.std),
     }
+
+
+def write_model(
+    stem: Path,
+    state: Mapping[str, Tensor],
+    *,
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    dataset: Any,
+    score: Mapping[str, Any],
+    throughput: Mapping[str, Any] | None,
+) -> None:
+    """Write `<stem>.safetensors` and `<stem>.json`: the weights of a timm model and its record."""
+    from nas.export.weights import weights_bytes
+
+    data = weights_bytes(state, {"epoch": str(score["epoch"])})
+    stem.parent.mkdir(exist_ok=True)
+    write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
+    record = model_json(
+        family,
+        arch,
+        ctx,
+        classes=dataset.classes,
+        sha256=hashlib.sha256(data).hexdigest(),
+        score=score,
+        throughput=throughput,
+        preprocessing=preprocessing_of(dataset),
+    )
+    write_json(stem.with_name(f"{stem.name}.json"), record)

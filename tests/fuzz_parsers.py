@@ -236,7 +236,7 @@ def best_seeds() -> list[bytes]:
         CONTEXT,
         classes=["a", "b", "c"],
         sha256=hashlib.sha256(WEIGHTS).hexdigest(),
-        score={"step": 1, "soft_loss": 0.5},
+        score={"step": 1, "soft_loss": 0.5, "soft_loss_se": 0.1},
         throughput={"images_per_s": 100.0, "ratio": 1.5},
         preprocessing=preprocessing,
     )

@@ -35,8 +35,8 @@ from nas.export import trained_teacher
 from nas.export.load import load_checkpoint, load_saved_model
 from nas.export.save import model_json
 from nas.export.weights import load_weights, read_metadata, weights_bytes
-from nas.inherit.checkpoint_start import read_head_map
 from nas.inherit.importance import load_order
+from nas.inherit.slice import read_head_map
 from nas.labels import store
 from nas.measure.bundle import _networks
 from nas.measure.device_rows import DeviceRow, fingerprint_columns, read_rows, write_rows

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.inherit.checkpoint_start import map_head
+from nas.inherit.slice import map_head
 from nas.train.fit import freeze_batch_norms
 from nas.train.optim import layer_lr_scales, lr_at, make_optimizer
 from space import Context, get_family

@@ -279,13 +279,14 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
 def _parent_of(job: TrainJob, part: Path) -> tuple[ParentNetwork | None, list[str]]:
     """Return the network whose weights a training starts from, and notes for the user."""
     from nas.distill.student import ParentNetwork
-    from nas.inherit.adopt import adopt
+    from nas.inherit.slice import load_seed_weights
 
     init, _, source = job.init.partition(":")
     if init == "file":
         arch = get_family(job.family).arch(job.arch)
         weights = part / "adopted.safetensors"
-        made_in, note = adopt(get_family(job.family), arch, job.context, source, weights)
+        family = get_family(job.family)
+        made_in, note = load_seed_weights(family, arch, job.context, source, weights)
         return ParentNetwork(arch=arch, weights=weights, context=made_in), [note]
     if init == "scratch":
         return None, []

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nas.core.cli import Parser, guarded
 from nas.core.config import RunConfig
 from nas.core.io import read_json
@@ -62,6 +60,8 @@ def compare(
     No weights are needed or made. `order` as in `Family.slicing`. A block that is dropped is one
     entry; one that is new or moved is an entry before its layers.
     """
+    from nas.inherit.slice import is_whole
+
     slicing = family.slicing(parent, child, ctx_parent, ctx_child, order)
     was, now = _shapes(family, parent, ctx_parent), _shapes(family, child, ctx_child)
     old_blocks, new_blocks = _blocks(family, parent), _blocks(family, child)
@@ -82,7 +82,8 @@ def compare(
             )
         inside = block
         home = origin + name[len(block) :] if origin else name
-        whole = all(_is_whole(key, home, slicing.get(key), was, now) for key in keys)
+        homes = {key: f"{home}.{key.rpartition('.')[2]}".lstrip(".") for key in keys}
+        whole = all(is_whole(homes[key], slicing.get(key), now[key], was) for key in keys)
         if found is None and block and not origin:
             layer = Layer(called, None, now[keys[0]], "new", False)  # its block has said so
         elif found is None:
@@ -125,22 +126,11 @@ def _taken(slicing: Mapping[str, Slice], old: Sequence[str], new: Sequence[str])
     return found
 
 
-def _is_whole(
-    key: str, home: str, found: Slice | None, was: Mapping[str, Shape], now: Mapping[str, Shape]
-) -> bool:
-    """Tell whether a tensor is all of the parent's, each number in its place."""
-    if found is None or found.blends or _module(found.source) != home:
-        return False
-    same = was[found.source] == now[key]
-    return same and all(np.array_equal(rows, np.arange(len(rows))) for rows in found.index)
-
-
 def _shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, Shape]:
-    """Give the shapes of a state dict, in its order, without memory for the weights."""
-    import torch
+    """Return the shapes of a state dict, in its order."""
+    from nas.inherit.slice import state_shapes
 
-    with torch.device("meta"):
-        return {k: tuple(v.shape) for k, v in family.build(arch, ctx).state_dict().items()}
+    return {k: tuple(v.shape) for k, v in state_shapes(family, arch, ctx).items()}
 
 
 def _modules(keys: Mapping[str, Shape]) -> dict[str, list[str]]:

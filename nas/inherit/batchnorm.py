@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.export.weights import drop_stale_caches, place
+from nas.inherit.slice import is_whole
 from nas.labels.reader import LabelReader
 from space.family import Slice
 
@@ -88,26 +88,15 @@ def first_change(
     lie behind it, as long as modules are declared in the order of the forward pass.
     """
     keys = list(state)
+    shapes = {key: tuple(tensor.shape) for key, tensor in parent_state.items()}
     changed = (
-        i for i, key in enumerate(keys) if not is_whole(key, state, parent_state, slicing.get(key))
+        i
+        for i, key in enumerate(keys)
+        if not is_whole(key, slicing.get(key), tuple(state[key].shape), shapes)
     )
     used = {one.source for one in slicing.values()}
     dropped = (_place(key, keys) for key in parent_state if key not in used)
     return min([*islice(changed, 1), *dropped], default=len(keys))
-
-
-def is_whole(
-    key: str,
-    state: Mapping[str, torch.Tensor],
-    parent_state: Mapping[str, torch.Tensor],
-    source: Slice | None,
-) -> bool:
-    """Tell whether a tensor is all of the parent's of the same name, each number in its place."""
-    if source is None or source.source != key or source.blends:
-        return False
-    if state[key].shape != parent_state[key].shape:
-        return False
-    return all(np.array_equal(rows, np.arange(len(rows))) for rows in source.index)
 
 
 def _place(dropped: str, keys: Sequence[str]) -> int:
@@ -130,7 +119,7 @@ def _place(dropped: str, keys: Sequence[str]) -> int:
     return 0
 
 
-def first_inputs(replay: LabelReader, epoch: int, count: int = BATCHES) -> Iterator[torch.Tensor]:
-    """Give the inputs of an epoch's first batches, one by one, without labels or loaders."""
-    for rows in replay.batch_rows(epoch)[:count]:
-        yield replay.inputs(epoch, rows)
+def first_inputs(reader: LabelReader, epoch: int, count: int = BATCHES) -> Iterator[torch.Tensor]:
+    """Yield the inputs of an epoch's first batches, without labels or loaders."""
+    for rows in reader.batch_rows(epoch)[:count]:
+        yield reader.inputs(epoch, rows)

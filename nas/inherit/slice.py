@@ -1,14 +1,17 @@
-"""A child's first weights, taken from its parent's."""
+"""Slices a child's first weights out of its parent's, or out of a checkpoint of its own arch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from nas.export.weights import drop_stale_caches, first_mismatch
+from nas.export.load import load_checkpoint
+from nas.export.weights import State, drop_stale_caches, first_mismatch, save_weights
 from space import Context
 from space.errors import InputError, refuse
 from space.family import Arch, Family, Slice
@@ -28,20 +31,19 @@ class Inherited:
 def inherit(
     model: nn.Module, parent_state: Mapping[str, torch.Tensor], slicing: Mapping[str, Slice]
 ) -> Inherited:
-    """Copy a parent's weights into `model`, in place, as `slicing` says.
+    """Copy a parent's weights into `model`, in place, by `slicing`.
 
     Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own
-    value there, as does a key without a slice. A dimension with a blend is summed up in float64. A
-    parent's file that does not fit is refused.
+    value there, as does a key without a slice. A dimension with a blend is summed up in float64.
+    Raises InputError for weights of another parent.
     """
     copied = 0
     state = model.state_dict()
     with torch.no_grad():
         for name, source in slicing.items():
-            target = state[name]
             if source.source not in parent_state:
                 raise _foreign(f"no {source.source}")
-            copied += _copy(target, parent_state[source.source], source)
+            copied += _copy(state[name], parent_state[source.source], source)
     drop_stale_caches(model)
     return Inherited(copied, sum(t.numel() for t in state.values()) - copied)
 
@@ -68,7 +70,7 @@ def _copy(target: torch.Tensor, parent: torch.Tensor, source: Slice) -> int:
 
 
 def _blended(value: torch.Tensor, dim: int, source: Slice) -> torch.Tensor:
-    """Give a dimension as weighted sums: [.., parent, ..] -> [.., child, ..] in float64."""
+    """Return weighted sums along a dimension: [.., parent, ..] -> [.., child, ..] in float64."""
     weights = torch.from_numpy(source.blends[dim])
     if value.shape[dim] != weights.shape[1]:
         raise _foreign(f"{source.source} with {value.shape[dim]} values along dimension {dim}")
@@ -77,6 +79,25 @@ def _blended(value: torch.Tensor, dim: int, source: Slice) -> torch.Tensor:
 
 def _foreign(got: str) -> InputError:
     return refuse("parent weights", got, "the weights of the parent arch", "name its own file")
+
+
+def is_whole(
+    home: str,
+    source: Slice | None,
+    shape: tuple[int, ...],
+    parent_shapes: Mapping[str, tuple[int, ...]],
+) -> bool:
+    """Return whether a tensor is all of the parent's tensor `home`, each number in its place."""
+    if source is None or source.source != home or source.blends:
+        return False
+    same = tuple(shape) == tuple(parent_shapes[home])
+    return same and all(np.array_equal(rows, np.arange(len(rows))) for rows in source.index)
+
+
+def state_shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, torch.Tensor]:
+    """Return the state dict of an arch on the meta device, without memory for weights."""
+    with torch.device("meta"):
+        return dict(family.build(arch, ctx).state_dict())
 
 
 def checkpoint_context(
@@ -91,15 +112,19 @@ def checkpoint_context(
 
     Its classes are read off the tensor whose shape depends on them; image sizes are tried from
     `ctx`'s own over those of published models. With equal classes the slicing keeps the head, with
-    others the child's own stays. No fitting context: refused with the first mismatch.
+    others the child's own stays. Raises InputError about the flag `name` with the first mismatch.
     """
-    classes = _classes_of(family, arch, ctx, state)
+    classes = ctx.num_classes
+    for key, dim in _class_dims(family, arch, ctx):
+        if key in state and state[key].ndim > dim:
+            classes = max(1, state[key].shape[dim])
+            break
     tried = ""
     for size in dict.fromkeys((ctx.img_size, *_PUBLISHED_SIZES)):
         candidate = replace(ctx, img_size=size, num_classes=classes)
         if not family.fits(arch, candidate):
             continue
-        mismatch = first_mismatch(_shapes(family, arch, candidate), state)
+        mismatch = first_mismatch(state_shapes(family, arch, candidate), state)
         if not mismatch:
             return candidate
         if mismatch == tried:
@@ -110,18 +135,101 @@ def checkpoint_context(
     )
 
 
-def _classes_of(family: Family, arch: Arch, ctx: Context, state: Mapping[str, torch.Tensor]) -> int:
-    """Read the class count off a state dict, or fall back to the context's."""
-    two, three = (_shapes(family, arch, replace(ctx, num_classes=n)) for n in (2, 3))
-    for key, tensor in two.items():
-        pairs = zip(tensor.shape, three[key].shape, strict=True)
-        for dim, (a, b) in enumerate(pairs):
-            if a != b and key in state and state[key].ndim == tensor.ndim:
-                return max(1, state[key].shape[dim])
-    return ctx.num_classes
+def _class_dims(family: Family, arch: Arch, ctx: Context) -> list[tuple[str, int]]:
+    """List the tensors that have a row for each class, and in which dimension."""
+    two, three = (state_shapes(family, arch, replace(ctx, num_classes=n)) for n in (2, 3))
+    return [
+        (key, dim)
+        for key, tensor in two.items()
+        for dim, (a, b) in enumerate(zip(tensor.shape, three[key].shape, strict=True))
+        if a != b
+    ]
 
 
-def _shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, torch.Tensor]:
-    """Give the state dict of an arch without memory for it."""
-    with torch.device("meta"):
-        return dict(family.build(arch, ctx).state_dict())
+def load_seed_weights(
+    family: Family, arch: Arch, ctx: Context, source: str, out: Path
+) -> tuple[Context, str]:
+    """Load a checkpoint (file, folder or timm tag) of `arch` and keep it as `out` (safetensors).
+
+    Returns its context and a note for the user. Raises InputError for weights of another arch.
+    """
+    state = load_checkpoint(source, name="--seed-weights")
+    made_in = checkpoint_context(family, arch, ctx, state, name="--seed-weights")
+    save_weights(out, state)
+    changes = _new_head(made_in, ctx)
+    if made_in.img_size != ctx.img_size:
+        changes.append(f"windows of {made_in.img_size} px carried over to {ctx.img_size} px")
+    return made_in, _note(source, changes)
+
+
+def load_initial_weights(
+    model: nn.Module,
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    source: str,
+    *,
+    resize: str,
+    head_map: Path | None,
+) -> str:
+    """Load a checkpoint (file, folder or timm tag) into `model`, in place; returns a note.
+
+    Position tables of another image size are resized by the method `resize` (`Family.resizes`);
+    with other classes the head stays fresh, or is mapped by the file `head_map`. Raises InputError
+    for weights of another arch.
+    """
+    state = load_checkpoint(source, name="--init")
+    made_in = checkpoint_context(family, arch, ctx, state, name="--init")
+    if head_map is None:
+        changes = _new_head(made_in, ctx)
+    else:
+        keys = [key for key, _ in _class_dims(family, arch, made_in)]
+        state = map_head(state, keys, read_head_map(head_map, ctx.num_classes))
+        changes = [f"{made_in.num_classes} classes mapped to {ctx.num_classes}"]
+    made_in = replace(made_in, num_classes=ctx.num_classes) if head_map else made_in
+    if made_in.img_size != ctx.img_size:
+        changes.append(f"positions of {made_in.img_size} px resized to {ctx.img_size} px, {resize}")
+    inherit(model, state, family.resized(arch, made_in, ctx, resize))
+    return _note(source, changes)
+
+
+def _new_head(made_in: Context, ctx: Context) -> list[str]:
+    if made_in.num_classes == ctx.num_classes:
+        return []
+    return [f"a new head ({made_in.num_classes} -> {ctx.num_classes} classes)"]
+
+
+def _note(source: str, changes: Sequence[str]) -> str:
+    return f"weights of {source}" + (f", {' and '.join(changes)}" if changes else "")
+
+
+def read_head_map(path: Path, num_classes: int) -> list[int]:
+    """Read the old class that each new one starts from: a line each, -1 for none. Raises
+    InputError."""
+    want = f"{num_classes} lines, each the number of an old class or -1"
+    try:
+        rows = [int(line) for line in path.read_text(encoding="utf-8").split()]
+    except (OSError, ValueError) as error:
+        raise refuse("--head-map", f"{path} ({error})", want) from None
+    if len(rows) != num_classes:
+        raise refuse("--head-map", f"{path} with {len(rows)} lines", want)
+    if min(rows) < -1 or max(rows) < 0:
+        raise refuse("--head-map", f"{path} with {min(rows)} to {max(rows)}", want)
+    return rows
+
+
+def map_head(state: State, keys: Sequence[str], rows: Sequence[int]) -> State:
+    """Return a state whose head has the rows of the old one; -1 takes the mean of those taken.
+
+    Source: the TinyViT repository's change from ImageNet-22k to ImageNet-1k.
+    """
+    index = torch.tensor(rows)
+    mapped = dict(state)
+    for key in keys:
+        old = state[key]
+        if int(index.max()) >= len(old):
+            got = f"class {int(index.max())} of {len(old)}"
+            raise refuse("--head-map", got, "classes that the checkpoint has")
+        mean = old[index[index >= 0]].mean(0, keepdim=True)
+        mapped[key] = torch.cat([old, mean])[index]  # -1 is the last row
+    return mapped

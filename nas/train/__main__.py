@@ -97,7 +97,7 @@ def _train(
     import torch
 
     from nas.distill.teacher import make_teacher
-    from nas.inherit.checkpoint_start import start_from
+    from nas.inherit.slice import load_initial_weights
     from nas.train.distributed import init_distributed
     from nas.train.session import TrainSession
 
@@ -114,7 +114,7 @@ def _train(
                 ranks,
                 cache,
                 console.line,
-                start_from=start_from,
+                start_from=load_initial_weights,
                 make_teacher=make_teacher,
             )
             console.start(float(config.teacher_epochs * len(dataset.train)), "images")

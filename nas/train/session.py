@@ -76,8 +76,8 @@ def build_model(
 class TrainSession:
     """One process's part in a full training.
 
-    `start_from` loads the first weights (`nas.inherit.checkpoint_start`), `make_teacher` trains or
-    finds a teacher (`nas.distill.teacher`), `log` takes lines for the user. Raises InputError.
+    `start_from` loads the first weights (`nas.inherit.slice`), `make_teacher` trains or finds a
+    teacher (`nas.distill.teacher`), `log` takes lines for the user. Raises InputError.
     """
 
     def __init__(

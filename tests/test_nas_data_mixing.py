@@ -28,6 +28,15 @@ from space.errors import InputError
 
 PLAIN = AugmentSpec(16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 BOTH = replace(PLAIN, mixup_alpha=0.8, cutmix_alpha=1.0)
+MIXES = pytest.mark.parametrize(
+    "spec",
+    [
+        BOTH,
+        replace(PLAIN, mixup_alpha=0.2),
+        replace(PLAIN, cutmix_alpha=1.0),
+        replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
+    ],
+)
 
 
 def codes(n: int, seed: int = 0) -> NDArray[np.uint64]:
@@ -51,15 +60,7 @@ def test_partners_are_an_involution_of_the_codes(n: int, seed: int) -> None:
         assert (order[other] if other >= 0 else -1) == found[order[at]]
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        BOTH,
-        replace(PLAIN, mixup_alpha=0.2),
-        replace(PLAIN, cutmix_alpha=1.0),
-        replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
-    ],
-)
+@MIXES
 def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
     n = 60
     own, other = codes(n), codes(n, 1)
@@ -84,15 +85,7 @@ def test_mixing_is_its_definition_row_by_row(spec: AugmentSpec) -> None:
     assert torch.equal(part, mixed[some])
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        BOTH,
-        replace(PLAIN, mixup_alpha=0.2),
-        replace(PLAIN, cutmix_alpha=1.0),
-        replace(BOTH, mix_prob=0.5, mix_switch_prob=0.1),
-    ],
-)
+@MIXES
 def test_shares_are_what_is_left_of_an_image(spec: AugmentSpec) -> None:
     """White mixed into black: the mean of an input is the partner's share."""
     own, other = codes(60).tolist(), codes(60, 1).tolist()

@@ -267,10 +267,7 @@ class Family(ABC):
         return {}
 
     def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:
-        """Give the names of modules that a child may lack, in order, by group. Default: none.
-
-        Input and output have one shape: without it the net still works.
-        """
+        """Name the modules that a child may lack, in order, by group; each keeps the shape."""
         return {}
 
     def parts(self) -> Mapping[str, tuple[str, ...]]:

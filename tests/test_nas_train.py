@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from nas.core.io import read_json
 from nas.train import __main__ as train
-from nas.train.train_flags import build_parser, make_config
+from nas.train.train_flags import make_config, read_flags
 from tests.conftest import Finished
 from tests.train_cases import arch_file, build_store, evaluation, flags, rows, sets, weights
 
@@ -277,7 +277,7 @@ def test_a_runs_winner_trained_on_is_exported_and_read_back(
     from nas.report import next_commands
 
     said = next(c for c in next_commands(finished.folder) if "nas.train" in c).split()[3:]
-    planned = make_config(build_parser().parse_args(said))
+    planned = make_config(read_flags(said))
     assert planned.init == str(finished.folder / "best.safetensors")
     # What was exported teaches.
     taught = tmp_path / "taught"

@@ -27,7 +27,7 @@ class Setting:
     a value. `want` describes a legal value. `default_text` stands for the default in the help;
     `efforts` are the defaults by effort, in the order of `nas.core.config.EFFORTS`. A tuple is
     given by repeating its flag, or with `many` by listing values behind one flag. `const` is the
-    value of the flag alone.
+    value of the flag alone, `spelling` replaces the flag that follows from the name.
     """
 
     help: str
@@ -43,6 +43,7 @@ class Setting:
     efforts: tuple[Any, ...] = ()
     many: bool = False
     const: str | None = None
+    spelling: str | None = None
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
@@ -64,6 +65,8 @@ class Field:
     @property
     def flag(self) -> str:
         """The command-line spelling: `target_params` -> `--target-params`, True -> `--no-...`."""
+        if self.about.spelling is not None:
+            return self.about.spelling
         return ("--no-" if self.default is True else "--") + self.name.replace("_", "-")
 
 
@@ -143,9 +146,11 @@ def check_settings(values: Any) -> None:
         if about.choices and value not in about.choices:
             raise refuse(field.flag, value, f"one of {', '.join(about.choices)}")
         if field.kind is int:
-            low = 0 if about.low is None else about.low
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise refuse(field.flag, value, about.want or f"an integer >= {low:g}")
+            low, high = about.low or 0, about.high
+            want = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < low or (high is not None and value > high):
+                raise refuse(field.flag, value, about.want or want)
         elif field.kind is float:
             finite = isinstance(value, (int, float)) and math.isfinite(value)
             if not finite or (about.low is not None and value < about.low):
@@ -156,8 +161,6 @@ def check_settings(values: Any) -> None:
             isinstance(value, str) or not all(isinstance(each, str) for each in value)
         ):
             raise refuse(field.flag, value, about.want or "a list")
-        if about.high is not None and value > about.high:
-            raise refuse(field.flag, value, about.want or f"at most {about.high:g}")
 
 
 def table_of(cls: type, efforts: tuple[str, ...] = ()) -> str:

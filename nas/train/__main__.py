@@ -25,11 +25,11 @@ from nas.data.prepare import prepared
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.train_config import TrainConfig, read_config
 from nas.train.train_flags import (
-    build_parser,
     check_only_machine,
     describe,
     make_config,
     make_machine,
+    read_flags,
 )
 from space import Context
 from space.errors import InputError
@@ -52,7 +52,7 @@ def train(arch: str, data: str, out: str | Path, **flags: Any) -> dict[str, Any]
         flag = f"--{name.replace('_', '-')}"
         for each in value if isinstance(value, (list, tuple)) else [value]:
             argv += [flag] if each is True else [] if each in (None, False) else [flag, str(each)]
-    return run(build_parser(__doc__).parse_args(argv))
+    return run(read_flags(argv, __doc__))
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status: 0, 2 for bad input, 3 diverged."""
 
     def work() -> int:
-        given = build_parser(__doc__).parse_args(argv)
+        given = read_flags(argv, __doc__)
         with contextlib.redirect_stdout(sys.stderr) if given.json else contextlib.nullcontext():
             if given.evaluate is not None:
                 from nas.train.evaluate import evaluate_model

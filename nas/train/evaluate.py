@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.core.cli import default_cache
-from nas.core.config import parse_share
 from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
 from nas.data import DataSpec, Split
@@ -145,7 +144,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         given.data,
         size,
         ALL_IMAGES if given.proxy_images is None else given.proxy_images,
-        parse_share("--max-broken", given.max_broken),
+        given.max_broken,
         given.data_seed,
         pixel_cache=given.pixel_cache,
     )

@@ -233,7 +233,7 @@ class TrainSession:
             blocks=tuple(b for group in self.family.blocks(self.arch).values() for b in group),
             teacher=teacher,
             amp=self.machine.amp,
-            compile=self.machine.compile,
+            compile=bool(self.machine.compile),
             save_steps=self.machine.save_steps,
         )
         report = _EpochReport(self, throughput)

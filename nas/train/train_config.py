@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from nas.core.cpus import MOST_AT_ONCE, read_threads
+from nas.core.config import parse_share
+from nas.core.cpus import MOST_AT_ONCE
+from nas.core.settings import check_settings, setting
 from nas.data import DataSpec
 from nas.train.recipe import Recipe, read_recipe
 from space import get_family
-from space.checks import read_int
 from space.errors import refuse
 from space.family import Arch, Family
 
@@ -32,23 +33,55 @@ class TrainConfig:
     family: str
     arch: Mapping[str, Any]
     arch_from: str
-    data: str
     recipe: Recipe
-    img_size: int | None = None
-    proxy_images: int | None = None
-    max_broken: float = 0.01
-    pixel_cache: bool = True
-    labels: str | None = None
-    missing: str = "refuse"
-    teacher: str | None = None
-    teacher_epochs: int = 15
-    init: str = "scratch"
-    resize: str = "own"
-    head_map: str | None = None
-    random_seed: int = 0
-    data_seed: int = 0
+    data: str = setting(
+        MISSING,
+        "as in nas.contract: digits, fractals, a folder, torch/..., hfds/..., wds/...",
+        group="data",
+    )
+    img_size: int | None = setting(
+        None, "resolution", metavar="PX", low=16, default_text="the recipe's, or the data's"
+    )
+    proxy_images: int | None = setting(
+        None, "use so many images only", metavar="N", low=20, default_text="all"
+    )
+    max_broken: float = setting(
+        0.01,
+        "broken images tolerated",
+        metavar="SHARE",
+        parse=parse_share,
+        low=0.0,
+        default_text="1%",
+    )
+    pixel_cache: bool = setting(True, "decode files each time instead of keeping their pixels")
+    data_seed: int = setting(
+        0, "of the images held out; a store's or a run's --random-seed", metavar="N", low=0
+    )
+    labels: str | None = setting(
+        None,
+        "learn from stored labels (python -m nas.labels build)",
+        group="teacher and first weights",
+        metavar="STORE",
+    )
+    missing: str = setting("refuse", "images without a label", choices=("refuse", "skip"))
+    teacher: str | None = setting(
+        None, "ask a teacher while training: auto, a timm name, MODEL:FILE", metavar="NET"
+    )
+    teacher_epochs: int = setting(15, "of the auto teacher", metavar="N", low=1)
+    init: str = setting("scratch", "scratch, a file, or a timm tag", metavar="WEIGHTS")
+    resize: str = setting(
+        "own",
+        "positions of another image size: published, timm or own",
+        metavar="HOW",
+        default_text="published where the family has it",
+    )
+    head_map: str | None = setting(
+        None, "for each class the old one it starts from, -1 for none", metavar="FILE"
+    )
+    random_seed: int = setting(0, "of weights, order and views", metavar="N", low=0)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         family = get_family(self.family)
         if self.resize not in family.resizes:
             raise refuse("--resize", self.resize, f"one of {', '.join(family.resizes)}")
@@ -69,10 +102,6 @@ class TrainConfig:
         if self.head_map is not None and self.init == "scratch":
             got = f"{self.head_map} with --init scratch"
             raise refuse("--head-map", got, "weights to map", "--init FILE")
-        for name in ("random_seed", "data_seed"):
-            if getattr(self, name) < 0:
-                flag = f"--{name.replace('_', '-')}"
-                raise refuse(flag, getattr(self, name), "an integer >= 0")
         if self.labels is not None and self.recipe.mixes:
             mixup, cutmix = self.recipe.mixup, self.recipe.cutmix
             got = f"beside the recipe's mixup={mixup:g} and cutmix={cutmix:g}"
@@ -127,25 +156,45 @@ class Machine:
     epochs between saved models. Raises InputError.
     """
 
-    device: str
-    threads: int
-    workers: int = 0
-    accumulation_steps: int = 1
-    amp: str = "none"
-    compile: bool = False
-    grad_checkpointing: bool = False
-    save_steps: int | None = 500
-    keep_every: int | None = None
+    device: str = setting(
+        "cpu",
+        "cpu or cuda; under torchrun each process has its own GPU",
+        group="machine (may change on --resume)",
+    )
+    threads: int = setting(
+        1,
+        "torch's, a process",
+        metavar="N",
+        low=1,
+        high=MOST_AT_ONCE,
+        default_text="the cores, shared",
+    )
+    workers: int = setting(
+        0,
+        "loader processes of each process",
+        metavar="N",
+        low=0,
+        high=MOST_AT_ONCE,
+        default_text="0; 8 with a GPU",
+    )
+    accumulation_steps: int = setting(
+        1,
+        "micro-batches in which a process sees its share of a batch",
+        metavar="N",
+        low=1,
+        spelling="--accumulate",
+    )
+    amp: str = setting("none", "mixed precision", choices=AMPS, default_text="auto: on GPUs")
+    compile: bool | None = setting(None, "torch.compile")
+    grad_checkpointing: bool | None = setting(None, "less memory, more time")
+    save_steps: int | None = setting(500, "steps between checkpoints", metavar="N", low=1)
+    keep_every: int | None = setting(
+        None, "keep a model every N epochs", metavar="N", low=1, default_text="none"
+    )
 
     def __post_init__(self) -> None:
-        read_threads(self.threads)
-        if self.accumulation_steps < 1:
-            raise refuse("--accumulate", self.accumulation_steps, "an integer >= 1")
-        read_int("--workers", self.workers, 0, MOST_AT_ONCE)
-        for name, flag in (("save_steps", "--save-steps"), ("keep_every", "--keep-every")):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise refuse(flag, value, "an integer >= 1")
+        """Refuse what makes no sense."""
+        check_settings(self)
 
 
 def resolve_amp(name: str, device: str) -> str:

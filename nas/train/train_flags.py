@@ -4,123 +4,106 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 from nas.core.cli import Parser
-from nas.core.config import RunConfig, parse_share
+from nas.core.config import RunConfig
 from nas.core.cpus import usable_cpus
 from nas.core.io import read_json
+from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
 from nas.data.dataset import EMBEDDED
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.recipe import CHOICES, PIPELINE, PRESETS, Recipe, changed, find_recipe
-from nas.train.train_config import AMPS, Machine, TrainConfig, resolve_amp
+from nas.train.train_config import Machine, TrainConfig, resolve_amp
 from space import REFERENCE_CONTEXT, get_family
 from space.errors import InputError, refuse
 
 
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a command says beside the settings of the training and its machine."""
+
+    arch: str | None = setting(
+        None,
+        "a published name (5M), a JSON file with an arch, or a run",
+        group="what to train",
+        metavar="ARCH",
+    )
+    family: str | None = setting(
+        None, "of a published name", metavar="NAME", default_text=RunConfig.family
+    )
+    recipe: str = setting("small", f"{', '.join(PRESETS)}, or a JSON file", metavar="NAME")
+    set: tuple[str, ...] = setting((), "override a recipe's value", metavar="KEY=VALUE")
+    epochs: int | None = setting(None, "short for --set epochs=N", metavar="N", low=1)
+    batch_size: int | None = setting(
+        None, "the whole batch, of all processes and turns", metavar="N", low=1
+    )
+    distill: str | None = setting(
+        None,
+        "how to learn from a teacher",
+        choices=CHOICES["distill"],
+        default_text="the recipe's, else sparse with --labels and soft with --teacher",
+    )
+
+
+@dataclass(frozen=True)
+class TrainProcess:
+    """What one process does; changes no answer."""
+
+    out: str | None = setting(None, "a new folder", group="the run", metavar="DIR")
+    resume: str | None = setting(None, "continue a training", metavar="DIR")
+    plan: bool = setting(False, "print every value, and stop")
+    evaluate: str | None = setting(
+        None, "evaluate a model of a run or training on --data", metavar="MODEL"
+    )
+    split: str = setting("test", "for --evaluate", choices=("test", "holdout"))
+    fusion: str = setting(
+        "logits",
+        "for --evaluate, of two heads: the mean of logits, or of probabilities",
+        choices=("logits", "softmax"),
+    )
+    cache_dir: str | None = setting(None, "data sets and teachers", metavar="DIR")
+    quiet: bool = setting(False, "print nothing but errors")
+    json: bool = setting(False, "end with one line of JSON")
+
+
+GROUPS = (TrainOptions, TrainConfig, Machine, TrainProcess)
+
+
 def build_parser(description: str | None = None) -> Parser:
-    """Return the parser of `python -m nas.train`."""
+    """Return the parser of `python -m nas.train`; flags that are not given are absent."""
     parser = Parser(
         prog="python -m nas.train",
         description=description,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("what")
-    add = what.add_argument
-    add("--arch", metavar="ARCH", help="a published name (5M), a JSON file with an arch, or a run")
-    add("--family", metavar="NAME", help=f"of a published name (default: {RunConfig.family})")
-    add(
-        "--data",
-        help="as in nas.contract: digits, fractals, a folder, torch/..., hfds/..., wds/...",
-    )
-    add("--labels", metavar="STORE", help="learn from stored labels (python -m nas.labels build)")
-    add(
-        "--teacher",
-        metavar="NET",
-        help="ask a teacher while training: auto, a timm name, MODEL:FILE",
-    )
-    add(
-        "--distill",
-        choices=CHOICES["distill"],
-        help="how (default: the recipe's, else sparse with --labels and soft with --teacher)",
-    )
-    add("--init", default="scratch", metavar="WEIGHTS", help="scratch, a file, or a timm tag")
-    add(
-        "--resize",
-        metavar="HOW",
-        help="positions of another image size: published (default where "
-        "the family has it), timm, or own",
-    )
-    add("--head-map", metavar="FILE", help="for each class the old one it starts from, -1 for none")
-    how = parser.add_argument_group("how")
-    add = how.add_argument
-    add(
-        "--recipe",
-        default="small",
-        metavar="NAME",
-        help=f"{', '.join(PRESETS)}, or a JSON file (default: small)",
-    )
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe's value")
-    add("--epochs", type=int, help="short for --set epochs=N")
-    add("--batch-size", type=int, help="the whole batch, of all processes and turns")
-    add("--img-size", type=int, metavar="PX", help="default: the recipe's, or the data's")
-    add("--random-seed", type=int, default=0, help="of weights, order and views (default: 0)")
-    data = parser.add_argument_group("data")
-    add = data.add_argument
-    add("--proxy-images", type=int, metavar="N", help="use so many images only (default: all)")
-    add(
-        "--data-seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of the images held out; a store's or a run's --random-seed (default: 0)",
-    )
-    add("--max-broken", default="1%", metavar="SHARE")
-    add(
-        "--no-pixel-cache",
-        dest="pixel_cache",
-        action="store_false",
-        help="decode files each time instead of keeping their pixels",
-    )
-    add("--missing", choices=("refuse", "skip"), default="refuse", help="images without a label")
-    add("--teacher-epochs", type=int, default=15, help="of the auto teacher")
-    add("--cache-dir", metavar="DIR")
-    machine = parser.add_argument_group("machine (may change on --resume)")
-    add = machine.add_argument
-    add("--device", help="cpu (default) or cuda; under torchrun each process has its own GPU")
-    add("--threads", type=int, help="torch's, a process (default: the cores, shared)")
-    add("--workers", type=int, help="loader processes of each process (default: 0; 8 with a GPU)")
-    add(
-        "--accumulate",
-        type=int,
-        metavar="N",
-        help="turns in which a process sees its share of a batch (default: 1)",
-    )
-    add("--amp", choices=AMPS, help="mixed precision (default: auto: on GPUs)")
-    switch = argparse.BooleanOptionalAction
-    add("--compile", action=switch, help="torch.compile")
-    add("--grad-checkpointing", action=switch, help="less memory, more time")
-    add("--save-steps", type=int, metavar="N", help="steps between checkpoints (default: 500)")
-    add("--keep-every", type=int, metavar="N", help="keep a model every N epochs (default: none)")
-    run = parser.add_argument_group("run")
-    add = run.add_argument
-    add("--out", metavar="DIR", help="a new folder")
-    add("--resume", metavar="DIR", help="go on with a training")
-    add("--plan", action="store_true", help="print every value, and stop")
-    add("--evaluate", metavar="MODEL", help="evaluate a model of a run or training on --data")
-    add("--split", choices=("test", "holdout"), default="test", help="for --evaluate")
-    add(
-        "--fusion",
-        choices=("logits", "softmax"),
-        default="logits",
-        help="for --evaluate, of two heads: the mean of logits, or of probabilities",
-    )
-    add("--quiet", action="store_true")
-    add("--json", action="store_true", help="end with one line of JSON")
+    for group in GROUPS:
+        add_settings(parser, group)
     return parser
+
+
+def read_flags(argv: Sequence[str] | None, description: str | None = None) -> argparse.Namespace:
+    """Parse a command line; what is not given has its default, of the machine None.
+
+    `given` holds the names of what was given. Raises InputError.
+    """
+    found = vars(build_parser(description).parse_args(argv))
+    for group in GROUPS:
+        found = parsed(group, found)
+    usual: dict[str, Any] = {}
+    for group in GROUPS:
+        for field in settings_of(group):
+            known = None if group is Machine or field.default is MISSING else field.default
+            usual[field.name] = known
+    usual["resize"] = None
+    for group in (TrainOptions, TrainProcess):
+        check_settings(group(**{f.name: found.get(f.name, f.default) for f in settings_of(group)}))
+    return argparse.Namespace(**{**usual, **found, "given": frozenset(found)})
 
 
 def resolve_arch(name: str, family: str | None) -> tuple[str, dict[str, Any], str]:
@@ -161,7 +144,7 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
         recipe=_fitted(given, params),
         img_size=given.img_size,
         proxy_images=given.proxy_images,
-        max_broken=parse_share("--max-broken", given.max_broken),
+        max_broken=given.max_broken,
         pixel_cache=given.pixel_cache,
         labels=None if given.labels is None else _path(given.labels),
         missing=given.missing,
@@ -212,7 +195,7 @@ def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machin
         "device": device,
         "threads": given.threads,
         "workers": given.workers,
-        "accumulation_steps": given.accumulate,
+        "accumulation_steps": given.accumulation_steps,
         "compile": given.compile,
         "grad_checkpointing": given.grad_checkpointing,
         "save_steps": given.save_steps,
@@ -251,28 +234,12 @@ def describe(config: TrainConfig, world: int) -> list[str]:
 
 def check_only_machine(given: argparse.Namespace) -> None:
     """Refuse flags beside --resume that would change what was asked."""
-    free = {
-        "resume",
-        "cache_dir",
-        "quiet",
-        "json",
-        "device",
-        "threads",
-        "workers",
-        "accumulate",
-        "amp",
-        "compile",
-        "grad_checkpointing",
-        "save_steps",
-        "keep_every",
-    }
-    usual = vars(build_parser().parse_args([]))
-    for name, value in vars(given).items():
-        if name not in free and value != usual[name]:
-            flag = "--no-pixel-cache" if name == "pixel_cache" else f"--{name.replace('_', '-')}"
-            raise refuse(
-                flag,
-                f"{value} beside --resume",
-                "what the training began with",
-                "start a new one with another --out",
-            )
+    free = {"resume", "cache_dir", "quiet", "json"} | {f.name for f in settings_of(Machine)}
+    flags = {field.name: field.flag for group in GROUPS for field in settings_of(group)}
+    for name in sorted(given.given - free):
+        raise refuse(
+            flags[name],
+            f"{getattr(given, name)} beside --resume",
+            "what the training began with",
+            "start a new one with another --out",
+        )

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nas.labels import __main__ as labels
+from nas.distill.jobs import teach
+from nas.labels import api as labels
 from tests.conftest import SMALL_ARCH
 
 VIT = {
@@ -55,7 +56,7 @@ def build_store(
     """Build a small label store with a teacher of one epoch, unless it is there."""
     if not out.exists():
         options = {"epochs": 2, "teacher_epochs": 1, "img_size": 32, "threads": 1, **more}
-        labels.build(data, out=out, proxy_images=images, cache_dir=cache, **options)
+        labels.build(data, teach=teach, out=out, proxy_images=images, cache_dir=cache, **options)
     return out
 
 

@@ -36,7 +36,7 @@ COLUMNS = (
 
 def correctness_difference(folder: Path, final: Mapping[str, Any]) -> Floats:
     """Return per-image differences in correctness, winner less published [n]; 0 for a tie."""
-    from nas.core.seals import load_arrays
+    from nas.core.io import load_arrays
 
     winner, published = (
         load_arrays(folder / "work" / f"final-{final[side]['key']}" / "test.safetensors")["correct"]

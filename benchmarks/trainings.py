@@ -27,8 +27,7 @@ from nas.contract.checks import ask_fingerprints, make_config, read_data, resolv
 from nas.contract.race import with_order
 from nas.contract.run_folder import RunDir
 from nas.contract.state import Incumbent, Run, Task
-from nas.core.cli import default_cache
-from nas.core.cpus import usable_cpus
+from nas.core.cli import default_cache, usable_cpus
 from nas.core.progress import Console
 from nas.distill.jobs import ParentWeights, ScoreJob, score
 from nas.jobs.executor import LocalExecutor
@@ -88,7 +87,7 @@ class Trained:
         return self._array("test", "correct", None)
 
     def _array(self, split: str, name: str, rung: int | None) -> Losses:
-        from nas.core.seals import load_arrays
+        from nas.core.io import load_arrays
 
         folder = self.folders[max(self.folders) if rung is None else rung]
         return np.asarray(load_arrays(folder / f"{split}.safetensors")[name], dtype=np.float64)

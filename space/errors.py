@@ -1,9 +1,13 @@
-"""The one way in which this toolkit says no to a user."""
+"""The error for bad input, and readers of integers and ratios that raise it."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
+
+import numpy as np
 
 
 class InputError(ValueError):
@@ -53,3 +57,35 @@ def refuse_multiple(name: str, got: int, unit: int, unit_name: str = "") -> Inpu
     nearest = ", ".join(str(v) for v in (below, below + unit) if v > 0)
     of = f"{unit_name}={unit}" if unit_name else str(unit)
     return InputError(f"{name}={got} is not a multiple of {of}; nearest: {nearest}")
+
+
+def read_int(name: str, value: object, low: int, high: int) -> int:
+    """Read an integer from outside; booleans and floats are refused, even 4.0 and True."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise refuse(name, repr(value), f"an integer from {low} to {high}")
+    if not low <= value <= high:
+        raise refuse(name, value, f"an integer from {low} to {high}")
+    return int(value)
+
+
+def read_ints(name: str, value: object, length: int, low: int, high: int) -> tuple[int, ...]:
+    """Read a list of `length` integers from outside."""
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence | np.ndarray):
+        raise refuse(name, repr(value), f"a list of {length} integers")
+    if len(value) != length:
+        raise refuse(name, list(value), f"a list of {length} integers", f"it has {len(value)}")
+    return tuple(read_int(f"{name}[{i}]", v, low, high) for i, v in enumerate(value))
+
+
+def read_ratio(name: str, value: object) -> float:
+    """Read a finite number > 0 from outside; an integer is as good as a float, a boolean is not."""
+    number = isinstance(value, int | float | np.integer | np.floating)
+    if isinstance(value, bool) or not number:
+        raise refuse(name, repr(value), "a number > 0")
+    try:
+        ratio = float(value)  # type: ignore[arg-type]  # narrowed by `number`
+    except OverflowError:
+        ratio = math.inf
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise refuse(name, value, "a finite number > 0")
+    return ratio

@@ -18,9 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from space.checks import read_int
-from space.errors import InputError, refuse
-from space.seal import unsealed
+from space.errors import InputError, read_int, refuse
 
 if TYPE_CHECKING:
     import torch
@@ -376,7 +374,6 @@ class Family(ABC):
         except (OSError, ValueError, RecursionError) as error:
             why = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
             raise refuse("--seed", path, want, why or "it cannot be read") from None
-        data = unsealed(f"--seed {path}", data)
         if not isinstance(data, dict):
             raise refuse("--seed", path, f"{want}: an object, not a {type(data).__name__}")
         if "arch" in data:

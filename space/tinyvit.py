@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from space.checks import read_int, read_ints, read_ratio
-from space.errors import refuse, refuse_multiple
+from space.errors import read_int, read_ints, read_ratio, refuse, refuse_multiple
 from space.family import (
     Arch,
     Array,

@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import re
-import struct
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -27,10 +26,10 @@ from nas.contract.final import read_result
 from nas.contract.proxy_check import named_archs
 from nas.contract.replay import earlier_config, read_models
 from nas.core.config import RunConfig, parse_count, parse_share
+from nas.core.io import digest_of, load_arrays
 from nas.core.requirement import parse_requirement, parse_setting
-from nas.core.seals import load_arrays
+from nas.core.table import format_table
 from nas.data.augment.spec import AugmentSpec
-from nas.data.sealed_files import digest_of
 from nas.export import trained_teacher
 from nas.export.load import load_checkpoint, load_saved_model
 from nas.export.save import model_json
@@ -43,7 +42,7 @@ from nas.measure.device_rows import DeviceRow, fingerprint_columns, read_rows, w
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Measurement
-from nas.measure.measurement_table import HEADER, MeasurementRow, format_row, read_measurements
+from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.report.read import RunFiles
 from nas.report.text import status_lines
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
@@ -55,7 +54,6 @@ from nas.transfer.backbone import _described
 from space import Context, get_family
 from space.errors import InputError
 from space.freeze import freeze
-from space.seal import SEAL, sealed
 
 TINYVIT: Mapping[str, Any] = {
     "embed_dims": [64, 64, 96, 128],
@@ -97,11 +95,6 @@ def json_of(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def both(value: Mapping[str, Any]) -> list[bytes]:
-    """Return an object with its seal and without: mutations get past the second alone."""
-    return [json_of(sealed(value)), json_of(value)]
-
-
 def of_file(file: str, seeds: Seeds, *names: str) -> Callable[[Any], Any]:
     """Register a reader of a file under names (its own): it is called with the file's path."""
 
@@ -137,7 +130,7 @@ def of_text(*seeds: bytes) -> Callable[[Any], Any]:
 
 def arch_seeds() -> list[bytes]:
     archs = {"tinyvit": TINYVIT, "vit": VIT}
-    named = [seed for f, arch in archs.items() for seed in both({"family": f, "arch": arch})]
+    named = [json_of({"family": f, "arch": arch}) for f, arch in archs.items()]
     return [*named, json_of(TINYVIT)]
 
 
@@ -154,14 +147,14 @@ def inline_arch(text: str) -> object:
 FINALIST = {"arch": TINYVIT, "label": "a", "predicted_ratio": [1.0, 0.9, 1.1]}
 
 
-@of_file("finalists.json", lambda: both({"family": "tinyvit", "finalists": [FINALIST]}))
+@of_file("finalists.json", lambda: [json_of({"family": "tinyvit", "finalists": [FINALIST]})])
 def finalists(path: Path) -> object:
     return find_nets([str(path)], FAMILY)
 
 
 def recipe_seeds() -> list[bytes]:
     values = find_recipe("small", 5_000_000).to_dict()
-    return [*both(values), json_of({"config": {"recipe": values}})]
+    return [json_of(values), json_of({"config": {"recipe": values}})]
 
 
 @of_file("recipe.json", recipe_seeds)
@@ -203,7 +196,7 @@ def words(text: str) -> object:
 def run_seeds() -> list[bytes]:
     require = ("images_per_s>=100@cpu:b16",)
     config = RunConfig(seed="5M", target_params=4_000_000, seed_arch=TINYVIT, require=require)
-    return both({"schema": 1, "config": config.to_dict(), "dataset": {"fingerprint": "f"}})
+    return [json_of({"schema": 1, "config": config.to_dict(), "dataset": {"fingerprint": "f"}})]
 
 
 @of_file("run.json", run_seeds)
@@ -219,7 +212,7 @@ def points(path: Path) -> object:
 RESULT = {"status": "reached", "exit_code": 0, "message": "done", "path": ["a"]}
 
 
-@of_file("result.json", lambda: both(RESULT))
+@of_file("result.json", lambda: [json_of(RESULT)])
 def result(path: Path) -> object:
     found = read_result(path)
     trials, steps = decided(1)
@@ -240,7 +233,7 @@ def best_seeds() -> list[bytes]:
         throughput={"images_per_s": 100.0, "ratio": 1.5},
         preprocessing=preprocessing,
     )
-    return both(value)
+    return [json_of(value)]
 
 
 @of_file("best.json", best_seeds)
@@ -259,7 +252,7 @@ def milestone(path: Path) -> object:
 def train_seeds() -> list[bytes]:
     recipe = find_recipe("small", 5_000_000)
     config = TrainConfig("vit", VIT, arch_from="a.json", data="digits", recipe=recipe)
-    return both({"config": config.to_dict(), "machine": {"threads": 1}})
+    return [json_of({"config": config.to_dict(), "machine": {"threads": 1}})]
 
 
 @of_file("train.json", train_seeds)
@@ -267,12 +260,12 @@ def train(path: Path) -> object:
     return read_config(TrainFolder(path.parent).read_settings()["config"])
 
 
-@of_file("result.json", lambda: both({"status": "finished", "test_top1": 0.5}))
+@of_file("result.json", lambda: [json_of({"status": "finished", "test_top1": 0.5})])
 def train_result(path: Path) -> object:
     return TrainFolder(path.parent).read_result()
 
 
-@of_file("trust.json", lambda: [*both({"archs": [TINYVIT] * 2}), json_of([TINYVIT] * 2)])
+@of_file("trust.json", lambda: [json_of({"archs": [TINYVIT] * 2})])
 def trust(path: Path) -> object:
     return [FAMILY.arch(arch) for arch in named_archs(path.parent, 2) or ()]
 
@@ -294,21 +287,11 @@ def measurement_seeds() -> list[bytes]:
     when = {"when": "2025-01-01T00:00:00", "coverage": 0.95, "blocks": 10}
     one = Measurement(**any_values(Measurement, **shape, **how, **own, **when))
     rows = [MeasurementRow("gate", f"k{at}", "a, b", "seed", one) for at in range(2)]
-    return [f"{HEADER}\n{''.join(format_row(row) + chr(10) for row in rows)}".encode()]
+    return [format_table(rows, MeasurementRow).encode()]
 
 
 @of_file("measurements.csv", measurement_seeds)
 def measurements(path: Path) -> object:
-    return read_measurements(path)
-
-
-@of_file("m.csv", lambda: [measurement_seeds()[0].split(b"\n")[1].rpartition(b",")[0]])
-def measurement_line(path: Path) -> object:
-    """Read a row whose checksum fits, whatever it holds: the parser behind the checksum."""
-    import zlib
-
-    body = path.read_bytes().replace(b"\n", b" ")
-    path.write_bytes(HEADER.encode() + b"\n" + body + b",%08x\n" % zlib.crc32(body))
     return read_measurements(path)
 
 
@@ -355,7 +338,7 @@ NETWORK |= {"img_size": 32, "num_classes": 3, "params": 7, "macs": None, "batch"
 PAIR = [{**NETWORK, "reference": True}, {**NETWORK, "reference": False, "arch": "b"}]
 
 
-@of_file("networks.json", lambda: both({"networks": PAIR}))
+@of_file("networks.json", lambda: [json_of({"networks": PAIR})])
 def bundle(path: Path) -> object:
     return _networks(path.parent)
 
@@ -369,18 +352,20 @@ def manifest_seeds() -> list[bytes]:
     own |= {"train_images": 3, "holdout_images": 2}
     spec = store.StoreSpec(**any_values(store.StoreSpec, **own))
     libraries = store.library_versions()
-    return both(
-        {
-            "schema": store.SCHEMA,
-            "spec": spec.to_dict(),
-            "libraries": libraries,
-            "epochs": 1,
-            "shard_records": 512,
-            "id": digest_of(store.identity(spec, libraries)),
-            "files": {"keys.bin": "0" * 64},
-            "made_by": {},
-        }
-    )
+    return [
+        json_of(
+            {
+                "schema": store.SCHEMA,
+                "spec": spec.to_dict(),
+                "libraries": libraries,
+                "epochs": 1,
+                "shard_records": 512,
+                "id": digest_of(store.identity(spec, libraries)),
+                "files": {"keys.bin": "0" * 64},
+                "made_by": {},
+            }
+        )
+    ]
 
 
 @of_file("manifest.json", manifest_seeds)
@@ -415,7 +400,7 @@ def head_map(path: Path) -> object:
     return read_head_map(path, 4)
 
 
-@of_file("order.json", lambda: both({"criterion": "l1", "order": {"a": [2, 0, 1]}}))
+@of_file("order.json", lambda: [json_of({"criterion": "l1", "order": {"a": [2, 0, 1]}})])
 def order(path: Path) -> object:
     return load_order(path)
 
@@ -424,7 +409,7 @@ def teacher_seeds() -> list[bytes]:
     own = {"model": "test_vit", "kwargs": {}, "num_classes": 3, "notes": (), "input_size": None}
     own |= dict.fromkeys(("mean", "std", "student_mean", "student_std"), THIRD)
     info = trained_teacher.TeacherInfo(**any_values(trained_teacher.TeacherInfo, **own))
-    return both({"schema": trained_teacher.SCHEMA, "recipe": {}, "info": asdict(info)})
+    return [json_of({"schema": trained_teacher.SCHEMA, "recipe": {}, "info": asdict(info)})]
 
 
 @of_file("info.json", teacher_seeds)
@@ -444,18 +429,9 @@ def hub(path: Path) -> object:
     return _described(path.parent, path.parent, None)
 
 
-def sealed_or_not(whole: bytes) -> list[bytes]:
-    """Return a safetensors file with its seal and without."""
-    length = struct.unpack("<Q", whole[:8])[0]
-    header = json.loads(whole[8 : 8 + length])
-    del header["__metadata__"][SEAL]
-    text = json.dumps(header).encode()
-    return [whole, struct.pack("<Q", len(text)) + text + whole[8 + length :]]
-
-
 def tensor_seeds() -> list[bytes]:
     state = {"a": torch.arange(4.0), "b": torch.ones(2, 2, dtype=torch.int64)}
-    return sealed_or_not(weights_bytes(state, {"epoch": "2"}))
+    return [weights_bytes(state, {"epoch": "2"})]
 
 
 @of_file("w.safetensors", tensor_seeds)
@@ -496,7 +472,7 @@ def checkpoint_bytes() -> bytes:
         return path.read_bytes()
 
 
-@of_file("c.safetensors", lambda: sealed_or_not(checkpoint_bytes()))
+@of_file("c.safetensors", lambda: [checkpoint_bytes()])
 def checkpoint(path: Path) -> object:
     with torch.random.fork_rng(devices=[]):
         model, optimizer = tiny()

@@ -84,7 +84,7 @@ def _as_json(data: bytes, rng: random.Random) -> bytes | None:
     if how == 0:
         del holder[key]
     elif how == 1 and isinstance(holder, dict):
-        holder[rng.choice(("x", "", "seal", "arch", "family", f"{key}x"))] = holder[key]
+        holder[rng.choice(("x", "", "arch", "family", f"{key}x"))] = holder[key]
     else:
         holder[key] = rng.choice((*_VALUES, holder[key]))
     return json.dumps(value).encode()

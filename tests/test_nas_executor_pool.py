@@ -259,7 +259,7 @@ def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
     from nas.contract.checks import make_config
-    from nas.core.cpus import usable_cpus
+    from nas.core.cli import usable_cpus
 
     def threads(means: Means, **given: object) -> int:
         return make_config({"seed": "21M", "target_params": 5_000_000, **given}, means).threads

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from test_nas_measure_table import MEASUREMENT
 
-from nas.measure.measurement_cache import MeasurementCache
-from nas.measure.measurement_table import MeasurementRow
+from nas.measure.measurement_table import MeasurementCache, MeasurementRow
 
 
 def row(arch: str = "a", **changes: object) -> MeasurementRow:
@@ -55,7 +54,7 @@ def test_a_damaged_table_is_set_aside_and_measuring_goes_on(damage: bytes, tmp_p
     first = MeasurementCache(tmp_path)
     first.add(row())
     (path,) = tmp_path.glob("*.csv")
-    path.write_bytes(damage or path.read_bytes().replace(b"gate", b"date"))
+    path.write_bytes(damage or path.read_bytes().replace(b",12,", b",x,"))
     second = MeasurementCache(tmp_path)
     assert second.find(row().key) is None
     assert [p.suffix for p in tmp_path.iterdir() if p.suffix != ".lock"] == [".damaged"]

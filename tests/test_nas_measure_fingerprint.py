@@ -301,7 +301,7 @@ def test_values_import_without_torch() -> None:
         "nas.measure.measurement, "
         "nas.measure.interleave, nas.measure.interference, nas.measure.device_rows, "
         "nas.measure.device_table, "
-        "nas.measure.measurement_cache, nas.measure.bundle, nas.measure.runtimes, "
+        "nas.measure.measurement_table, nas.measure.bundle, nas.measure.runtimes, "
         "nas.core.requirement, "
         "nas.report, nas.report.charts, nas.report.figure, benchmarks.pareto; "
         "from nas.measure.fingerprint import take_fingerprint; take_fingerprint('cpu', threads=1); "

@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.core.io import member, read_json, write_json
+from nas.core.io import digest_of, member, read_json, write_json
 from nas.data import DataSpec, open_dataset, prepare
 from nas.data.cache import hold
-from nas.data.sealed_files import digest_of, read_sealed, write_sealed
 from nas.export.teacher_net import read_teacher as _read
 from nas.labels.build import merge_stores
 from nas.labels.store import open_store
@@ -275,9 +274,9 @@ def test_what_a_cache_folder_describes_is_its_own(digits: Path, tmp_path: Path) 
     """Its tables have fixed names: none that the description brings along is looked at."""
     folder = tmp_path / digits.name
     shutil.copytree(digits, folder)
-    meta = read_sealed(folder / "meta.json")
+    meta = read_json(folder / "meta.json", "m")
     meta["files"]["../../x"] = {"bytes": 1, "sha256": "0" * 64}
-    write_sealed(folder / "meta.json", meta)
+    write_json(folder / "meta.json", meta)
     assert hold(folder)
     assert open_dataset(folder).fingerprint == meta["fingerprint"]
     assert digest_of(json.loads("{}")) == digest_of({})

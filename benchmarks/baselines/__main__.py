@@ -22,9 +22,8 @@ from typing import Any
 from benchmarks.baselines.archs import PRUNING, PUBLISHED, SIZES, UNIFORM
 from benchmarks.baselines.compare import compare
 from benchmarks.estimates import MARGIN, check_at_least, draw_intervals, run_command, write_table
-from nas.core.cli import Parser
+from nas.core.cli import Parser, usable_cpus
 from nas.core.config import EFFORTS, choices_of, effort_defaults, parse_count
-from nas.core.cpus import usable_cpus
 from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.search.strategies import strategy_names

@@ -436,6 +436,6 @@ def pruned_row(
 
 
 def _correct(folder: Path) -> Floats:
-    from nas.core.seals import load_arrays
+    from nas.core.io import load_arrays
 
     return np.asarray(load_arrays(folder / "test.safetensors")["correct"], dtype=np.float64)

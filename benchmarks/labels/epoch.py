@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nas.core.cpus import read_threads
+from nas.core.cli import read_threads
 from nas.data import Dataset, DataSpec, prepare
 from nas.export.teacher_net import TeacherInfo
 from nas.export.weights import place

@@ -38,9 +38,8 @@ from benchmarks.strategies.replay import (
     reached_after,
     replay_all,
 )
-from nas.core.cli import Parser
+from nas.core.cli import Parser, usable_cpus
 from nas.core.config import EFFORTS, ROUNDS, choices_of, effort_defaults
-from nas.core.cpus import usable_cpus
 from nas.core.io import read_json, write_json
 from nas.search.strategies import get_strategy, strategy_names
 from space.errors import InputError, refuse

@@ -23,7 +23,7 @@ from space.errors import refuse
 SCRIPT = "throughput.pyz"
 
 CARRIED = (
-    *("__init__.py", "core/__init__.py", "core/table.py", "core/cpus.py", "core/io.py"),
+    *("__init__.py", "core/__init__.py", "core/table.py", "core/cli.py", "core/io.py"),
     *("core/requirement.py", "measure/__init__.py", "measure/bundle.py"),
     *("measure/fingerprint.py", "measure/gpu.py", "measure/intervals.py"),
     *("measure/measurement.py", "measure/interleave.py", "measure/device_rows.py"),

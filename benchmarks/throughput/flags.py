@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.throughput.networks import Net, find_nets, sample
-from nas.core.cli import Parser
+from nas.core.cli import Parser, read_threads, usable_cpus
 from nas.core.config import parse_count
-from nas.core.cpus import read_threads, usable_cpus
 from nas.core.requirement import Setting
 from nas.measure.runtimes import find_runtime
 from space import Context, get_family

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nas.core.cli import usable_cpus
 from nas.core.config import RunConfig, config_from_dict, flag, with_effort
-from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
 from nas.core.requirement import COUNTED, LATENCIES

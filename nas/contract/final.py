@@ -16,7 +16,7 @@ from nas.contract.race import with_order
 from nas.contract.state import MORE, Incumbent, Run, Task, derived_seed
 from nas.contract.step import band_text
 from nas.contract.timing import interval_text, verdict_text
-from nas.core.io import read_json, write_json
+from nas.core.io import read_object, write_json
 from nas.core.per_image import losses_of, paired_difference
 from nas.jobs.job import Result
 from nas.measure.measurement import Measurement
@@ -26,7 +26,6 @@ from nas.search.selection import paired_error, rank
 from nas.search.study import StepRow
 from space import REFERENCE_CONTEXT, get_family
 from space.contractions import contains
-from space.errors import InputError
 from space.family import Arch
 
 
@@ -372,7 +371,5 @@ def _unverified(run: Run, found: Unverified) -> str:
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a finished run's `result.json`; a damaged one is refused."""
-    data = read_json(path, "the result of a run")
-    if not isinstance(data, dict) or not {"status", "exit_code", "message"} <= set(data):
-        raise InputError(f"{path}: got another format, want the result of a run")
-    return data
+    schema = {"status": str, "exit_code": int, "message": str}
+    return read_object(path, "the result of a run", schema)

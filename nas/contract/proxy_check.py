@@ -22,7 +22,7 @@ import numpy.typing as npt
 from nas.contract.race import with_order
 from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.core.config import RunConfig
-from nas.core.io import read_json, write_atomic, write_json
+from nas.core.io import read_object, write_atomic, write_json
 from nas.core.per_image import losses_of
 from nas.core.stats import ceiling, in_words, indistinguishable, kendall_interval, regret
 from nas.core.table import Writer
@@ -145,11 +145,7 @@ def named_archs(folder: Path, number: int) -> list[Any] | None:
     path = folder / "trust.json"
     if not path.exists():
         return None
-    known = read_json(path, "the archs of --trust")
-    if isinstance(known, dict):  # with a seal; a list alone is an older version's
-        known = known.get("archs")
-    if not isinstance(known, list):
-        raise refuse(str(path), "another format", "the archs of --trust", "remove it")
+    known: list[Any] = read_object(path, "the archs of --trust", {"archs": list})["archs"]
     if len(known) != number:
         want = f"the {len(known)} archs named in {path}"
         raise refuse("--trust", number, want, "name the same number")

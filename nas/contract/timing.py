@@ -18,8 +18,12 @@ from nas.measure.fingerprint import Fingerprint
 from nas.measure.interleave import Bounds
 from nas.measure.jobs import ExportJob, MemoryJob, NetworkSpec, TimingJob
 from nas.measure.measurement import Measurement
-from nas.measure.measurement_cache import MeasurementCache
-from nas.measure.measurement_table import MeasurementKey, MeasurementRow, MeasurementTable
+from nas.measure.measurement_table import (
+    MeasurementCache,
+    MeasurementKey,
+    MeasurementRow,
+    MeasurementTable,
+)
 from nas.measure.runtimes import find_runtime
 from nas.search.constraints import primary_setting, settings_of
 from space import Context

@@ -1,4 +1,4 @@
-"""What the command lines share: one-line refusals, exit statuses, signals, the cache's place."""
+"""What the commands share: one-line errors, exit statuses, signals, cache folder, CPU count."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from types import FrameType
 from typing import NoReturn
 
 from nas.core.io import disk_refusal
-from space.errors import InputError, without_passwords
+from space.errors import InputError, read_int, without_passwords
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 130, 141, 143
+MOST_AT_ONCE = 1024
+"""Threads or processes of one command: more than a machine's cores. A hundred times as many would
+fill its memory with stacks."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,3 +76,15 @@ def guarded(work: Callable[[], int]) -> int:
     finally:
         for each, handler in previous.items():
             signal.signal(each, handler)
+
+
+def usable_cpus() -> int:
+    """Return the CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def read_threads(value: int) -> int:
+    """Return the threads that --threads asks for. Raises InputError."""
+    return read_int("--threads", value, 1, MOST_AT_ONCE)

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from nas.core.cpus import MOST_AT_ONCE
+from nas.core.cli import MOST_AT_ONCE
 from nas.core.requirement import parse_requirement
 from nas.core.settings import check_settings, setting, settings_of
 from space.errors import refuse

@@ -1,20 +1,24 @@
-"""Files that are whole or not there (write aside, sync, rename); JSON that tells of changes."""
+"""Files on disk: atomic writes, checked JSON, checksums, safetensors arrays and cache folders."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from space.errors import InputError, refuse
-from space.seal import sealed, unsealed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """What a full, read-only or broken disk says: of the machine, never of a candidate."""
@@ -61,25 +65,83 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain JSON atomically: two spaces, keys in the order given, NaN refused.
-
-    An object gets a seal (`space.seal`), by which `read_json` knows when it was changed.
-    """
-    told = sealed(value) if isinstance(value, dict) else value
-    write_atomic(path, (json.dumps(told, indent=2, allow_nan=False) + "\n").encode())
+    """Write JSON atomically: two spaces, keys in the order given, NaN refused."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path, what: str) -> Any:
-    """Read JSON, of this toolkit or a user; a missing, unreadable or changed file is refused."""
+    """Read JSON, of this toolkit or a user; a missing or unreadable file is refused."""
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise refuse(str(path), "no such file", what) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise refuse(
-            str(path), f"{type(error).__name__}: {error}", what, "restore the file or start anew"
-        ) from None
-    return unsealed(str(path), value)
+        got = f"{type(error).__name__}: {error}"
+        raise refuse(str(path), got, what, "restore the file or start anew") from None
+
+
+def read_object(path: Path, what: str, schema: Mapping[str, type]) -> dict[str, Any]:
+    """Read a JSON object and check that it has the values of `schema` (see `check_object`)."""
+    return check_object(str(path), read_json(path, what), what, schema)
+
+
+def check_object(name: str, value: Any, what: str, schema: Mapping[str, type]) -> dict[str, Any]:
+    """Return a JSON object after checking that each name of `schema` has a value of its type.
+
+    An integer is a float too, a boolean is neither; further values are not checked. Raises
+    InputError naming `name`.
+    """
+    if not isinstance(value, dict):
+        raise refuse(name, f"{type(value).__name__}", f"{what}: a JSON object")
+    for key, kind in schema.items():
+        found = value.get(key)
+        kinds = (int, float) if kind is float else (kind,)
+        if key not in value:
+            raise refuse(name, f"no {key}", what, "restore the file or start anew")
+        if not isinstance(found, kinds) or (isinstance(found, bool) and kind is not bool):
+            want = f"{key} of type {kind.__name__} in {what}"
+            raise refuse(name, f"{key}: {found!r}", want, "restore the file or start anew")
+    return value
+
+
+def digest_of(value: object) -> str:
+    """Hash plain JSON in its canonical form: 32 hex characters (blake2b). Raises ValueError for
+    numbers that JSON has no word for."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Hash a file's bytes, read in blocks of 64 KiB: 64 hex characters. Raises OSError."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 16):
+            total.update(block)
+    return total.hexdigest()
+
+
+def check_sha256(path: Path, sha256: object, remedy: str = "restore it") -> None:
+    """Refuse a file that is missing, or whose bytes are not those that its JSON names."""
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise refuse(str(path), error.strerror, "the file as it was written", remedy) from None
+    if found != sha256:
+        got, want = f"sha256 {found[:12]}...", f"{str(sha256)[:12]}..., as written"
+        raise refuse(str(path), got, want, f"it is damaged: {remedy}")
+
+
+def load_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Read the arrays of a safetensors file; a missing or damaged one is refused."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else error
+        remedy = "restore it, or remove its folder to have it made again"
+        raise refuse(str(path), why, "a safetensors file of arrays", remedy) from None
 
 
 def remove_leftovers(folder: Path) -> None:

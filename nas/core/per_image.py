@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nas.core.io import load_arrays
 from nas.core.metrics import image_weights, paired, score
-from nas.core.seals import load_arrays
 from space.errors import refuse
 
 Z95 = 1.959963984540054

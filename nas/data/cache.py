@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.io import get_or_make
+from nas.core.io import digest_of, get_or_make, read_json
 from nas.core.progress import Tick
 from nas.data.dataset import MEAN, STD, Dataset, KeyTable, NameTable
 from nas.data.layout import (
@@ -31,7 +31,6 @@ from nas.data.layout import (
     write_pixels,
     write_table,
 )
-from nas.data.sealed_files import digest_of, read_sealed
 from nas.data.sources import DataSource, ImagePool
 from nas.data.split import cut, unique_rows
 from space.errors import refuse
@@ -422,7 +421,7 @@ def relabelled(
     folder = Path(cache_dir) / "data" / name
 
     def make(draft: Path) -> None:
-        meta = read_sealed(dataset.folder / "meta.json")
+        meta = read_json(dataset.folder / "meta.json", "a data set of this cache")
         shared = [p for p in dataset.folder.glob("*.npy") if not p.name.endswith(".labels.npy")]
         for path in shared:
             _linked(path, draft / path.name)

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.io import digest_of
 from nas.core.progress import Tick
 from nas.data.dataset import DataSpec
 from nas.data.decode import chosen_img_size, header_size, read_image, store_size_of, why_broken
-from nas.data.sealed_files import digest_of
 from nas.data.sources import DataSource, ImagePool
 from nas.data.split import TEST_IMAGES, choose, proxy_limit
 from space.errors import refuse

@@ -8,7 +8,7 @@ their keys:
     train.labels.npy  classes, int64 [n], -1 without ground truth
     train.names.npy, train.ends.npy   the images' names for users: UTF-8 bytes, int64 [n]
 
-and `meta.json`: the rest, the checksums of all files, and one of itself.
+and `meta.json`: the rest, and the checksums of all files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from nas.core.io import digest_of, file_sha256, read_object, write_json
 from nas.data.dataset import Dataset, KeyTable, NameTable, Split
 from nas.data.decode import read_image
-from nas.data.sealed_files import digest_of, file_sha256, read_sealed, write_sealed
 from nas.data.split import Rows
 from space.errors import refuse
 
@@ -34,6 +34,13 @@ FORMAT = 2
 SIDES = ("train", "holdout", "test")
 _TABLES = ("keys", "labels", "names", "ends")
 _ROWS = 256
+_META = {
+    **dict.fromkeys(("format", "img_size", "store_size"), int),
+    **dict.fromkeys(("name", "fingerprint", "interpolation"), str),
+    **dict.fromkeys(("classes", "broken", "mean", "std", "notes"), list),
+    **{"hflip": bool, "files": dict},
+}
+"""Types of the values of `meta.json` that are never null."""
 
 
 def file_of(side: str, table: str) -> str:
@@ -76,9 +83,7 @@ def write_meta(folder: Path, meta: Mapping[str, Any], extra: Mapping[str, Any]) 
         if name.endswith((".keys.npy", ".labels.npy"))
     }
     fingerprint = digest_of({**meta, "content": content})
-    write_sealed(
-        folder / "meta.json", {**meta, **extra, "fingerprint": fingerprint, "files": files}
-    )
+    write_json(folder / "meta.json", {**meta, **extra, "fingerprint": fingerprint, "files": files})
 
 
 def _preparation(meta: Mapping[str, Any]) -> str:
@@ -90,7 +95,7 @@ def _preparation(meta: Mapping[str, Any]) -> str:
 def read_folder(folder: Path, verify: bool = False) -> Dataset:
     """Open the folder of a data set; see `nas.data.cache.open_dataset`."""
     try:
-        meta = read_sealed(folder / "meta.json")
+        meta = read_object(folder / "meta.json", "a data set of this cache", _META)
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
         splits: dict[str, Any] = {s: _open_side(folder, s, meta, verify) for s in SIDES}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from nas.core.io import read_json, remove_leftovers, write_json
+from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
 from nas.jobs.job import LEAVES, READS, READS_LAST, Job, Result, Values
@@ -335,7 +335,7 @@ def _loader_workers(device: str) -> int:
 
 def _finish(out: Path, part: Path, values: Values, started: float) -> None:
     """Put a job's folder in place with its result, whole."""
-    files = sorted(path.name for path in part.glob("*.safetensors"))
+    files = {path.name: file_sha256(path) for path in sorted(part.glob("*.safetensors"))}
     seconds = time.monotonic() - started
     write_json(part / "result.json", {"values": values, "files": files, "seconds": seconds})
     shutil.rmtree(out, ignore_errors=True)

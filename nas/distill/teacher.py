@@ -14,13 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nas.core.io import get_or_make, write_json
+from nas.core.io import digest_of, get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
 from nas.data.augment.spec import AugmentSpec, augmentation_code, default_spec
 from nas.data.augment.timm_engine import TimmAugmenter
 from nas.data.augment.views import outputs
-from nas.data.sealed_files import digest_of
 from nas.export.load import NetSource, TeacherSpec, build_teacher_net, find_teacher_net
 from nas.export.teacher_net import SCHEMA, TeacherInfo, TeacherNet, read_teacher, to_device
 from nas.export.weights import place, save_weights, weights_digest

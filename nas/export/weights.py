@@ -13,9 +13,7 @@ import safetensors.torch
 import torch
 
 from nas.core.io import write_atomic
-from nas.core.seals import check_tensors, sealed_header
 from space.errors import refuse
-from space.seal import SEAL
 
 State = dict[str, torch.Tensor]
 """A state dict: parameters and persistent buffers by name."""
@@ -27,8 +25,7 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError
 def weights_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
     """Return safetensors bytes: equal tensors and metadata give equal bytes.
 
-    safetensors orders tensors itself but leaves metadata in hash order, so the header is rewritten,
-    with a seal by which a reader knows when any bit of the file was changed (`nas.core.seals`).
+    safetensors orders tensors itself but leaves metadata in hash order, so the header is rewritten.
     """
     tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
     raw = safetensors.torch.save(tensors)
@@ -37,8 +34,9 @@ def weights_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     header.pop("__metadata__", None)
     ordered = {"__metadata__": {"format": "pt", **{k: metadata[k] for k in sorted(metadata)}}}
     ordered.update(header)
-    body = memoryview(raw)[8 + length :]
-    return b"".join((sealed_header(ordered, body), body))
+    text = json.dumps(ordered, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join((struct.pack("<Q", len(text)), text, memoryview(raw)[8 + length :]))
 
 
 def save_weights(
@@ -53,9 +51,8 @@ def save_weights(
 def read_metadata(path: Path, *, name: str = "weights") -> dict[str, str]:
     """Read the metadata of a safetensors file, without its tensors. Raises InputError."""
     try:
-        check_tensors(path)
         with safetensors.safe_open(str(path), "pt") as file:
-            return {k: v for k, v in (file.metadata() or {}).items() if k != SEAL}
+            return dict(file.metadata() or {})
     except _DAMAGE as error:
         raise unreadable(name, path, error) from error
 
@@ -63,7 +60,6 @@ def read_metadata(path: Path, *, name: str = "weights") -> dict[str, str]:
 def load_weights(path: Path, *, name: str = "weights") -> State:
     """Load the tensors of a safetensors file to the CPU. Raises InputError under `name`."""
     try:
-        check_tensors(path)
         state: State = safetensors.torch.load_file(str(path))
     except _DAMAGE as error:
         raise unreadable(name, path, error) from error

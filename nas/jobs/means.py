@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from nas.core.cpus import MOST_AT_ONCE
-from space.checks import read_int
-from space.errors import refuse
+from nas.core.cli import MOST_AT_ONCE
+from space.errors import read_int, refuse
 
 EXECUTORS = ("local", "ray")
 LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"

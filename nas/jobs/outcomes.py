@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
-from nas.core.io import member, read_json, write_json
+from nas.core.io import check_sha256, member, read_object, write_json
 from nas.jobs.job import Result
 from nas.jobs.means import LOGS
-from space.errors import refuse
 
 CHECKPOINT = "checkpoint.safetensors"
 """What a rung leaves in its folder (`nas.distill.jobs.train`)."""
@@ -35,12 +33,13 @@ def finished_before(out: Path, key: str) -> Result | None:
     if not left(out):
         return None
     told = out / "result.json"
-    data = read_json(told, "a finished job's result")
-    if not _is_result(data):
-        want = "a finished job's result"
-        raise refuse(str(told), "another format", want, "remove its folder")
-    needed = [member(out, name, str(told)) for name in data.get("files", [])]
+    schema = {"values": dict, "seconds": float, "files": dict}
+    data = read_object(told, "a finished job's result", schema)
+    needed = {member(out, name, str(told)): sha256 for name, sha256 in data["files"].items()}
     if all(path.is_file() for path in needed if path.name not in SPENT):
+        for path, sha256 in needed.items():
+            if path.is_file():
+                check_sha256(path, sha256, "restore it, or remove its folder to repeat its job")
         return Result(key, True, data["values"], None, data["seconds"])
     shutil.rmtree(out)
     return None
@@ -51,9 +50,7 @@ def failed_before(out: Path) -> Result | None:
     kept = _failure(out)
     if not kept.exists():
         return None
-    told = read_json(kept, "why a job failed")
-    if not isinstance(told, dict) or not {"reason", "seconds"} <= told.keys():
-        raise refuse(str(kept), "another format", "why a job failed", "remove it")
+    told = read_object(kept, "why a job failed", {"reason": str, "seconds": float})
     return Result(out.name, False, {}, told["reason"], told["seconds"])
 
 
@@ -61,16 +58,6 @@ def keep_failure(out: Path, result: Result) -> None:
     """Keep beside `out` that its job failed, for a resumed run to find."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(_failure(out), {"reason": result.reason, "seconds": result.seconds})
-
-
-def _is_result(data: Any) -> bool:
-    """Tell whether something read has the form of what a job leaves of itself."""
-    return (
-        isinstance(data, dict)
-        and isinstance(data.get("values"), dict)
-        and isinstance(data.get("seconds"), (int, float))
-        and isinstance(data.get("files", []), list)
-    )
 
 
 def left(out: Path) -> bool:

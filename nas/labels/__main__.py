@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.core.cli import Parser, default_cache, guarded
+from nas.core.cli import Parser, default_cache, guarded, usable_cpus
 from nas.core.config import choices_of, parse_share
-from nas.core.cpus import usable_cpus
 from nas.core.progress import Console
 from nas.data.cache import cache_report, clean_cache, parse_bytes
 from nas.distill.jobs import teach

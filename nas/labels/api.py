@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.core.cli import default_cache
-from nas.core.cpus import MOST_AT_ONCE, read_threads, usable_cpus
+from nas.core.cli import MOST_AT_ONCE, default_cache, read_threads, usable_cpus
 from nas.core.progress import Console
 from nas.data import Dataset, DataSpec
 from nas.data.prepare import prepared
@@ -18,8 +17,7 @@ from nas.jobs.means import Means
 from nas.labels import jobs
 from nas.labels import make_store as labelling
 from nas.labels.jobs import AskTeacherJob, MergeLabelsJob, VerifyLabelsJob
-from space.checks import read_int
-from space.errors import InputError, refuse
+from space.errors import InputError, read_int, refuse
 
 Teach = Callable[..., Mapping[str, Any]]
 """Has the teacher of a data set made: `nas.distill.jobs.teach`, which lies on a higher layer."""

@@ -16,14 +16,13 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from nas.core.io import remove_leftovers, write_atomic, write_json
+from nas.core.io import digest_of, file_sha256, remove_leftovers, write_atomic, write_json
 from nas.core.progress import Tick, no_tick
 from nas.core.table import Writer
 from nas.data import Dataset, Split
 from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.data.augment.views import EpochPlan, Inputs, make_plan
-from nas.data.sealed_files import digest_of, file_sha256
 from nas.export.teacher_net import TeacherInfo
 from nas.labels.codec import make_codec, top_labels
 from nas.labels.request import LabelRequest, default_topk

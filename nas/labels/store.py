@@ -28,14 +28,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.io import read_json
+from nas.core.io import digest_of, file_sha256, read_json
 from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, augmentation_codes
-from nas.data.sealed_files import digest_of, file_sha256
 from nas.labels.codec import SoftLabels, make_codec
 from nas.labels.request import check_precision
-from space.checks import read_int
-from space.errors import InputError, refuse
+from space.errors import InputError, read_int, refuse
 
 Rows = NDArray[np.int64]
 Keys = NDArray[np.bytes_]

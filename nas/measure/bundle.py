@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.core.cpus import read_threads, usable_cpus
+from nas.core.cli import read_threads, usable_cpus
 from nas.core.io import member, read_json
 from nas.measure.device_rows import (
     FAILED,

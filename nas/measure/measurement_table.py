@@ -1,18 +1,18 @@
-"""`measurements.csv`: every measurement, on disk before it is used; importable without torch."""
+"""`measurements.csv`: every measurement of a run, and the cache of measurements between runs.
+
+A row is on disk before it is used. Importable without torch.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from nas.core.table import guard, unguard
+from filelock import FileLock
+
+from nas.core.table import format_table, parse_table, table_columns
 from nas.measure.measurement import Measurement
 from space.errors import InputError, refuse
 
@@ -65,22 +65,14 @@ class MeasurementRow:
         )
 
 
-_OWN = ("role", "arch_key", "arch_label", "reference_key")
-_TYPES: dict[str, Any] = get_type_hints(Measurement)
-COLUMNS = (*_OWN, *(field.name for field in fields(Measurement)), "crc32")
-"""The header: what the row is, a `Measurement`'s fields, a checksum of the line up to there and of
-the row before it, so that no row can be lost from the middle or moved unseen."""
-
-HEADER = ",".join(COLUMNS)
-_FIRST = f"{zlib.crc32(HEADER.encode()):08x}"
-"""What stands before the first row."""
+HEADER = ",".join(table_columns(MeasurementRow))
 
 
 class MeasurementTable:
-    """The append-only table of one run. Its driver is the only writer.
+    """The append-only table of one run, whose driver is the only writer.
 
-    Opening reads what is there: a last line that a crash tore is dropped (it was never used), any
-    other damage is refused naming the line. `append` returns when the row is safely on disk.
+    Opening reads what is there: a last line that a crash tore is dropped (it was never used), a
+    bad row is refused by its line number. `append` returns when the row is safely on disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,12 +80,11 @@ class MeasurementTable:
         self._rows: list[MeasurementRow] = []
         self._newest: dict[MeasurementKey, MeasurementRow] = {}
         self._whole_bytes = 0
-        self._last = _FIRST
-        if path.exists():
-            data = _bytes(path)
+        data = _read_bytes(path) if path.exists() else b""
+        if not HEADER.encode().startswith(data):
             self._whole_bytes = data.rfind(b"\n") + 1
-            for row, checksum in _parse(data, path, partial_header=True):
-                self._remember(row, checksum)
+            for row in _parse(data, path):
+                self._remember(row)
 
     @property
     def rows(self) -> tuple[MeasurementRow, ...]:
@@ -121,11 +112,9 @@ class MeasurementTable:
 
     def append_row(self, row: MeasurementRow) -> None:
         """Write one row durably, cutting off a torn last line first."""
-        text = format_row(row, self._last)
-        line = text + "\n"
-        fresh = self._whole_bytes == 0
-        data = ((HEADER + "\n" if fresh else "") + line).encode()
-        existed = self.path.exists()
+        text = format_table([row], MeasurementRow, header=self._whole_bytes == 0)
+        assert text.count("\n") == 1 + (self._whole_bytes == 0), "a cell holds a line break"
+        data, existed = text.encode(), self.path.exists()
         try:
             with open(self.path, "r+b" if existed else "xb") as out:
                 out.truncate(self._whole_bytes)
@@ -138,10 +127,9 @@ class MeasurementTable:
         except OSError as error:
             raise refuse(str(self.path), error, "a writable file") from None
         self._whole_bytes += len(data)
-        self._remember(row, _checksum_of(text))
+        self._remember(row)
 
-    def _remember(self, row: MeasurementRow, checksum: str) -> None:
-        self._last = checksum
+    def _remember(self, row: MeasurementRow) -> None:
         self._rows.append(row)
         self._newest[row.key] = row
 
@@ -149,82 +137,21 @@ class MeasurementTable:
 def read_measurements(path: Path) -> tuple[MeasurementRow, ...]:
     """Read a table made elsewhere (`--measurements FILE`), oldest first, changing nothing.
 
-    Refuses a missing or unreadable file, other columns and damaged rows; a torn last line is
-    dropped.
+    Refuses a missing or unreadable file and bad rows; a torn last line is dropped.
     """
     if path.is_dir():
         raise refuse("--measurements", path, "a measurements.csv file", "name the file inside it")
     if not path.exists():
         raise refuse("--measurements", path, "an existing measurements.csv")
-    return tuple(row for row, _ in _parse(_bytes(path), path, partial_header=False))
+    return tuple(_parse(_read_bytes(path), path))
 
 
-def format_row(row: MeasurementRow, after: str = "") -> str:
-    """Write a row as its line, without the line break; `parse_row` gives an equal row back.
-
-    `after` is the checksum of the row before it.
-    """
-    values = [row.role, row.arch_key, row.arch_label, row.reference_key]
-    values += [_cell(value) for value in row.measurement.to_dict().values()]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="").writerow([guard(value) for value in values])
-    line = text.getvalue()
-    assert "\n" not in line, "a cell holds a line break"
-    assert "\r" not in line, "a cell holds a line break"
-    return f"{line},{zlib.crc32((after + line).encode()):08x}"
-
-
-def parse_row(line: str, after: str = "") -> MeasurementRow:
-    """Read one line. Raises `ValueError` saying what is wrong with it."""
-    body, _, checksum = line.rpartition(",")
-    # Older tables have checksums of each line alone.
-    if checksum not in {f"{zlib.crc32((one + body).encode()):08x}" for one in (after, "")}:
-        raise ValueError("the checksum does not fit the line, or not behind the one before it")
-    cells = [unguard(cell) for cell in next(csv.reader([body], strict=True))]
-    if len(cells) != len(COLUMNS) - 1:
-        raise ValueError(f"{len(cells) + 1} cells instead of {len(COLUMNS)}")
-    values: dict[str, Any] = {}
-    for name, text in zip(COLUMNS[len(_OWN) : -1], cells[len(_OWN) :], strict=True):
-        values[name] = _value(name, text)
-    role, arch_key, arch_label, reference_key = cells[: len(_OWN)]
-    measurement = Measurement(**values)
-    return MeasurementRow(role, arch_key, arch_label, reference_key, measurement)
-
-
-def _checksum_of(line: str) -> str:
-    return line.rpartition(",")[2]
-
-
-def _parse(
-    data: bytes, path: Path, *, partial_header: bool
-) -> Iterable[tuple[MeasurementRow, str]]:
+def _parse(data: bytes, path: Path) -> list[MeasurementRow]:
     # A line is whole when its line break is there: `append` writes that last.
-    whole, _, torn = data.rpartition(b"\n")
-    remedy = "restore the file or start a new one"
-    if not whole:
-        if partial_header and HEADER.encode().startswith(torn):
-            return
-        raise refuse(str(path), _shown(torn), "a measurements.csv with its header", remedy)
-    lines = whole.split(b"\n")
-    if lines[0].decode(errors="replace") != HEADER:
-        raise refuse(f"{path} line 1", _shown(lines[0]), f"the columns {HEADER[:40]}...", remedy)
-    last = _FIRST
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            row = parse_row(line.decode("utf-8"), last)
-            last = _checksum_of(line.decode("utf-8"))
-            yield row, last
-        except InputError as error:
-            raise refuse(f"{path} line {number}", error, "a measurement", remedy) from None
-        except (ValueError, csv.Error) as error:
-            raise refuse(f"{path} line {number}", error, "a whole row", remedy) from None
+    return parse_table(data[: data.rfind(b"\n") + 1] or data, MeasurementRow, str(path))
 
 
-def _shown(data: bytes) -> str:
-    return data[:80].decode("utf-8", errors="replace")
-
-
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
@@ -242,20 +169,47 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _cell(value: object) -> str:
-    # repr of a float is the shortest text that reads back as the same float.
-    return "" if value is None else value if isinstance(value, str) else repr(value)
+class MeasurementCache:
+    """`<cache>/measurements/<fingerprint>.csv`, one table for each device and setting.
 
+    Several runs may read and write at once. A damaged table is set aside, not trusted: it costs
+    measuring again. What was disturbed while it was measured is not kept.
+    """
 
-def _value(name: str, text: str) -> Any:
-    hint = _TYPES[name]
-    optional = get_origin(hint) in (Union, UnionType)
-    if optional and text == "":
-        return None
-    kind = next(kind for kind in get_args(hint) if kind is not type(None)) if optional else hint
-    if kind is str:
-        return text
-    try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{name}={text!r} is not a number") from None
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tables: dict[str, dict[MeasurementKey, MeasurementRow]] = {}
+
+    def find(self, key: MeasurementKey) -> MeasurementRow | None:
+        """Return the newest measurement that answers the same question."""
+        if key.fingerprint not in self._tables:
+            self._tables[key.fingerprint] = {r.key: r for r in self._read(key.fingerprint)}
+        return self._tables[key.fingerprint].get(key)
+
+    def _path(self, fingerprint: str) -> Path:
+        return self.folder / f"{fingerprint}.csv"
+
+    def _read(self, fingerprint: str) -> tuple[MeasurementRow, ...]:
+        path = self._path(fingerprint)
+        if not path.exists():
+            return ()
+        with FileLock(f"{path}.lock"):
+            try:
+                return MeasurementTable(path).rows
+            except InputError:
+                path.replace(path.with_suffix(".damaged"))
+                return ()
+
+    def add(self, row: MeasurementRow) -> None:
+        """Keep a measurement; nothing happens where the cache cannot be written."""
+        if row.measurement.disturbed:
+            return
+        fingerprint = row.measurement.fingerprint
+        path = self._path(fingerprint)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                MeasurementTable(path).append_row(row)
+        except (OSError, InputError):
+            return
+        self._tables.setdefault(fingerprint, {})[row.key] = row

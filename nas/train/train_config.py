@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
+from nas.core.cli import MOST_AT_ONCE
 from nas.core.config import parse_share
-from nas.core.cpus import MOST_AT_ONCE
 from nas.core.settings import check_settings, setting
 from nas.data import DataSpec
 from nas.train.recipe import Recipe, read_recipe

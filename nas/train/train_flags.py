@@ -9,9 +9,8 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.core.cli import Parser
+from nas.core.cli import Parser, usable_cpus
 from nas.core.config import RunConfig
-from nas.core.cpus import usable_cpus
 from nas.core.io import read_json
 from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
 from nas.data.dataset import EMBEDDED

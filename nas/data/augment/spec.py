@@ -24,8 +24,8 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 
+from nas.core.io import digest_of
 from nas.data import Dataset
-from nas.data.sealed_files import digest_of
 from space.errors import refuse
 
 _LOCK = threading.RLock()

@@ -335,9 +335,10 @@ def run_in_process(spec: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         command = [sys.executable, "-m", "benchmarks.baselines.prune_worker", str(path)]
         with open(out.with_name(f"{out.name}.log"), "w") as log:
-            told: dict[str, Any] = {"stdout": log, "stderr": log, "timeout": MOST_S}
             try:
-                ended = subprocess.run(command, env=env, check=False, **told)
+                ended = subprocess.run(
+                    command, env=env, check=False, stdout=log, stderr=log, timeout=MOST_S
+                )
             except subprocess.TimeoutExpired:
                 return {"ok": False, "reason": f"longer than {MOST_S / 3600:g} hours"}
         if not result.is_file():

@@ -245,7 +245,7 @@ def test_a_replay_answers_from_scores_without_training_a_candidate(
     )
     assert outcome.status == "reached"
     assert outcome.result["reused"]["scores"] >= 1
-    trained = [key for kind, key in executor.jobs if kind == "train"]
+    trained = [key for job, key in executor.jobs if job is train]
     assert all(key.startswith("final-") for key in trained), "only the final comparison"
     assert outcome.result["winner"] in {r["key"] for r in scored}
     assert str(original) in (tmp_path / "run" / "report.md").read_text()
@@ -469,7 +469,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
 ) -> None:
     executor = Counting()
     made, text = plan(**settings(finished, beam=2), trust=4, executor=executor)
-    assert {kind for kind, _ in executor.jobs} <= {"hello", "measure", "pace"}
+    assert {job.__name__ for job, _ in executor.jobs} <= {"fingerprint", "measure", "pace"}
     work = json.loads((original / "result.json").read_text())["work"]
     assert made.trust is not None
     assert (made.trust.timings, made.trust.trainings) == (4, 20)

@@ -30,7 +30,7 @@ from nas.core.io import digest_of, load_arrays
 from nas.core.requirement import parse_requirement, parse_setting
 from nas.core.table import format_table
 from nas.data.augment.spec import AugmentSpec
-from nas.export import trained_teacher
+from nas.export import teacher_net
 from nas.export.load import load_checkpoint, load_saved_model
 from nas.export.save import model_json
 from nas.export.weights import load_weights, read_metadata, weights_bytes
@@ -408,13 +408,13 @@ def order(path: Path) -> object:
 def teacher_seeds() -> list[bytes]:
     own = {"model": "test_vit", "kwargs": {}, "num_classes": 3, "notes": (), "input_size": None}
     own |= dict.fromkeys(("mean", "std", "student_mean", "student_std"), THIRD)
-    info = trained_teacher.TeacherInfo(**any_values(trained_teacher.TeacherInfo, **own))
-    return [json_of({"schema": trained_teacher.SCHEMA, "recipe": {}, "info": asdict(info)})]
+    info = teacher_net.TeacherInfo(**any_values(teacher_net.TeacherInfo, **own))
+    return [json_of({"schema": teacher_net.SCHEMA, "recipe": {}, "info": asdict(info)})]
 
 
 @of_file("info.json", teacher_seeds)
 def teacher(path: Path) -> object:
-    return trained_teacher.read_teacher(path.parent)
+    return teacher_net.read_teacher(path.parent)
 
 
 def hub_seeds() -> list[bytes]:

@@ -113,7 +113,7 @@ def test_a_size_that_is_none_is_refused(size: str, tmp_path: Path) -> None:
 
 
 def test_odd_manifests_are_refused(tmp_path: Path) -> None:
-    told = json.loads(called("manifest").seeds()[1])
+    told = json.loads(called("manifest").seeds()[0])
     for name, values in {
         "epochs": (0, -1, "1", None, 1.5),
         "shard_records": (0, True, [], 2**40),

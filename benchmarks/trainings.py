@@ -30,8 +30,8 @@ from nas.contract.state import Incumbent, Run, Task
 from nas.core.cli import default_cache, usable_cpus
 from nas.core.progress import Console
 from nas.distill.jobs import ParentWeights, ScoreJob, score
-from nas.jobs.executor import LocalExecutor
 from nas.jobs.job import Job
+from nas.jobs.local import LocalExecutor
 from nas.train.jobs import PaceJob, pace
 from space import get_family
 from space.errors import InputError, refuse

@@ -30,7 +30,7 @@ from nas.export.teacher_net import load_teacher
 from nas.export.teacher_net import read_teacher as _read
 from nas.export.weights import load_weights, read_metadata, save_weights
 from nas.inherit.importance import load_order
-from nas.jobs.outcomes import finished_before
+from nas.jobs.job import finished_before
 from nas.labels.store import open_store
 from nas.measure.measurement_table import read_measurements
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import space.family
 from nas.contract import contract
 from nas.inherit.slice import inherit
-from nas.jobs.executor import InlineExecutor
+from nas.jobs.queue import InlineExecutor
 from space import Context, InputError, get_family
 from space.contractions import Band, count_contractions, shortlist
 from space.family import Family

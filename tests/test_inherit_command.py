@@ -13,8 +13,9 @@ from space_cases import FAMILY, meta_build, random_arch, random_context
 
 from nas.export.weights import load_weights, save_weights
 from nas.inherit.__main__ import compare, main, table
-from nas.jobs.executor import InlineExecutor, LocalExecutor
 from nas.jobs.job import Result
+from nas.jobs.local import LocalExecutor
+from nas.jobs.queue import InlineExecutor
 from space import Context
 
 ARCH: dict[str, Any] = {

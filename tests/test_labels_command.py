@@ -27,7 +27,7 @@ from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.distill.jobs import teach
 from nas.export.weights import save_weights
-from nas.jobs.executor import InlineExecutor
+from nas.jobs.queue import InlineExecutor
 from nas.labels.__main__ import main
 from nas.labels.api import build, merge, verify
 from nas.labels.build import find_contradicted

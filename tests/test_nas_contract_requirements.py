@@ -18,8 +18,8 @@ from benchmarks.throughput.networks import sample
 from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.core.requirement import parse_requirement
-from nas.jobs.executor import InlineExecutor
 from nas.jobs.job import Job, Result
+from nas.jobs.queue import InlineExecutor
 from nas.measure.device_rows import OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import Disturbance

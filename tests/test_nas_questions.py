@@ -29,8 +29,8 @@ from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.core.progress import Console
 from nas.distill.jobs import TrainJob, train
-from nas.jobs.executor import InlineExecutor
 from nas.jobs.job import Job, JobFunction, Result
+from nas.jobs.queue import InlineExecutor
 from nas.measure.interference import Disturbance
 from nas.report import status
 from nas.search.constraints import bench_setting, requirements_of

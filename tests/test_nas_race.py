@@ -18,8 +18,7 @@ from nas.contract.state import MORE, Incumbent, Run, Task
 from nas.contract.step import Step, rank
 from nas.core.per_image import judged, losses_of, per_image
 from nas.distill.jobs import EarlierRung, TrainJob, train
-from nas.jobs.job import Job, Result, run_job
-from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure
+from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, keep_failure, run_job
 from nas.search.study import Trial
 from nas.train.optim import SCRATCH_LR
 from space import Context
@@ -300,7 +299,7 @@ def _scratch_trainings(finished: Any) -> list[TrainJob]:
     """Return the argument of a scratch training on the finished run's data and labels."""
     from nas.contract import contract
     from nas.contract.state import Run
-    from nas.jobs.executor import InlineExecutor
+    from nas.jobs.queue import InlineExecutor
 
     found: list[TrainJob] = []
 

@@ -31,8 +31,7 @@ from nas.core.stats import (
     regret,
 )
 from nas.distill.jobs import train
-from nas.jobs.job import Job, Result
-from nas.jobs.outcomes import failed_before, keep_failure
+from nas.jobs.job import Job, Result, failed_before, keep_failure
 from nas.search.constraints import band_at
 from nas.search.study import Trial
 from space import Context, get_family

@@ -22,8 +22,8 @@ from benchmarks.throughput.networks import Net
 from nas.core.cli import default_cache, guarded
 from nas.core.progress import Console, Tick
 from nas.core.requirement import Setting
-from nas.jobs.executor import LocalExecutor
 from nas.jobs.job import Job, Result, Values
+from nas.jobs.local import LocalExecutor
 from nas.measure import jobs
 from nas.measure.device_rows import (
     FAILED,
@@ -234,13 +234,13 @@ class DeviceBenchmark:
             staged = self.do(jobs.export_model, f"{net.name} stage", export)
             if not staged.ok:
                 return None
-            file = staged.values["file"]
             weigh = MemoryJob(
                 network=network,
                 context=ctx,
                 setting=setting,
                 random_seed=seed,
-                staged=None if file is None else Path(file),
+                folder=Path(folder),
+                file=staged.values["file"],
             )
             weighed = self.do(jobs.peak_memory, f"{net.name} memory", weigh, fresh=True)
         return weighed.values["peak_mem_bytes"] if weighed.ok else None

@@ -14,15 +14,15 @@ from nas.contract.flags import SessionOptions, build_parser
 from nas.contract.run import RunResult, contract, plan
 from nas.core.cli import EXIT_BAD_INPUT, guarded
 from nas.core.config import RunConfig
+from nas.core.executor_config import ExecutorConfig
 from nas.core.settings import parsed
-from nas.jobs.means import Means
 from space.errors import InputError, refuse
 
 EXIT_REACHED, EXIT_STUCK = 0, 3
 
 
 _SESSION = tuple(field.name for field in dataclasses.fields(SessionOptions))
-_MEANS = tuple(field.name for field in dataclasses.fields(Means))
+_MEANS = tuple(field.name for field in dataclasses.fields(ExecutorConfig))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = session_given.get("out")
     try:
         named = [name for name in _MEANS if name in arguments]
-        session_given["means"] = Means(**{name: arguments.pop(name) for name in named})
+        session_given["means"] = ExecutorConfig(**{name: arguments.pop(name) for name in named})
         if "status" in session_given:
             from nas.report import status
 
@@ -71,7 +71,7 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     )
     if not quiet:
         print(text)
-        if session_given["means"] != Means():
+        if session_given["means"] != ExecutorConfig():
             print("note: planned for one worker of this machine, whatever else is given")
     if session_given.get("json"):
         print(json.dumps(dataclasses.asdict(made)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from nas.core.cli import usable_cpus
 from nas.core.config import RunConfig, config_from_dict, flag, with_effort
+from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
 from nas.core.requirement import COUNTED, LATENCIES
@@ -17,9 +18,9 @@ from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED, dataset_card
 from nas.data.prepare import prepared
 from nas.distill.jobs import teach
-from nas.jobs.executor import Executor, LocalExecutor
 from nas.jobs.job import Job, Result
-from nas.jobs.means import Means
+from nas.jobs.local import LocalExecutor
+from nas.jobs.queue import Executor
 from nas.labels import make_store as labelling
 from nas.measure import jobs as measure_jobs
 from nas.measure.device_rows import read_rows, write_rows
@@ -39,7 +40,7 @@ DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
 """What a run with `--device-table` keeps: a copy of it, and the finalists' own measurements."""
 
 
-def make_config(given: Mapping[str, Any], means: Means | None = None) -> RunConfig:
+def make_config(given: Mapping[str, Any], means: ExecutorConfig | None = None) -> RunConfig:
     """Return the configuration of a new run from what the user gave, checked.
 
     Several workers on this machine share the usable cores, unless the user named the threads.

@@ -28,8 +28,8 @@ from nas.core.stats import ceiling, in_words, indistinguishable, kendall_interva
 from nas.core.table import Writer
 from nas.data import Dataset
 from nas.distill.jobs import ZeroCostJob, zero_cost
-from nas.jobs.executor import OutOfTime
 from nas.jobs.job import Job, Result
+from nas.jobs.queue import OutOfTime
 from nas.search.constraints import band_at
 from space.contractions import count_contractions
 from space.errors import InputError, refuse

@@ -16,8 +16,7 @@ from nas.contract.state import MORE, RUNG, Incumbent, Run, Task
 from nas.contract.step import SCORES, Step, places, trial_of
 from nas.core.per_image import losses_of
 from nas.inherit.jobs import ImportanceJob, rank_by_importance
-from nas.jobs.job import Job, Result
-from nas.jobs.outcomes import CHECKPOINT, failed_before, keep_failure, log_of
+from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, keep_failure, log_of
 from nas.search.racing import share_saved, survivors
 from nas.search.study import Trial
 from space.contractions import Candidate

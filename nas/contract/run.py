@@ -59,11 +59,11 @@ from nas.contract.step import (
 )
 from nas.core.cli import default_cache
 from nas.core.config import parse_count
+from nas.core.executor_config import ExecutorConfig
 from nas.core.io import write_json
 from nas.core.progress import Console
-from nas.jobs.executor import Executor, OutOfTime
-from nas.jobs.make import make_executor
-from nas.jobs.means import Means
+from nas.jobs.executor import make_executor
+from nas.jobs.queue import Executor, OutOfTime
 from nas.measure.device_rows import write_rows
 from nas.measure.measurement_table import read_measurements
 from nas.report import write_report
@@ -98,7 +98,7 @@ class Session:
 
     cache: Path
     console: Console
-    means: Means = field(default_factory=Means)
+    means: ExecutorConfig = field(default_factory=ExecutorConfig)
     executor: Executor | None = None
     deadline: float | None = None
     storage: str | None = None
@@ -120,7 +120,7 @@ def contract(
     quiet: bool = True,
     console: Console | None = None,
     executor: Executor | None = None,
-    means: Means | None = None,
+    means: ExecutorConfig | None = None,
     **settings: Any,
 ) -> RunResult:
     """Contract `seed` to `target_params` and leave everything in the run folder `out`.
@@ -129,10 +129,10 @@ def contract(
     ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
     only settings that equal its own may be given. `trust` archs are trained longer afterwards, for
     a report on how far the scores can be trusted (`nas.contract.proxy_check`). `means` are where
-    jobs run and how many at once (`nas.jobs.means`). `storage` is the address of a PostgreSQL
-    database for the study, in place of a `study.db` in the folder. Raises `InputError` (a
-    `ValueError` of one line) on bad input. A run that ends stuck or out of time is a result, not
-    an error.
+    jobs run and how many at once (`nas.core.executor_config`). `storage` is the address of a
+    PostgreSQL database for the study, in place of a `study.db` in the folder. Raises `InputError`
+    (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is a result,
+    not an error.
     """
     if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
         raise refuse("--max-hours", max_hours, "a number of hours above 0")
@@ -142,7 +142,7 @@ def contract(
     session = Session(
         cache=default_cache() if cache_dir is None else Path(cache_dir),
         console=Console(quiet=quiet) if console is None else console,
-        means=means or Means(),
+        means=means or ExecutorConfig(),
         executor=executor,
         deadline=deadline,
         storage=storage,

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nas.core.io import read_json, remove_leftovers, write_json
-from nas.jobs.means import LOGS, RECORD, WORKER_LOG
+from nas.jobs.job import LOGS, RECORD, WORKER_LOG
 from space.errors import refuse
 
 SCHEMA = 1

@@ -20,9 +20,8 @@ from nas.core.requirement import Requirement
 from nas.data import Dataset
 from nas.distill import jobs
 from nas.distill.jobs import EarlierRung, ParentWeights, TrainJob
-from nas.jobs.executor import Executor
-from nas.jobs.job import Job, Result
-from nas.jobs.outcomes import CHECKPOINT, failed_before, finished_before, keep_failure
+from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, finished_before, keep_failure
+from nas.jobs.queue import Executor
 from nas.measure.device_table import DeviceTable
 from nas.search.constraints import band_at, primary_setting, settings_of
 from nas.search.storage import SharedStudy
@@ -165,7 +164,6 @@ class Run:
             fingerprints=fingerprints,
             table=table,
             do=self.do,
-            rest=lambda: self.executor.rest(),
         )
         self.ledger = open_study(folder.path, storage)
 

@@ -19,8 +19,7 @@ from nas.contract.state import Incumbent, Run, derived_seed
 from nas.contract.timing import MEASURE_COST, interval_text, verdict_text
 from nas.core.per_image import losses_of
 from nas.core.requirement import Requirement
-from nas.jobs.job import Result
-from nas.jobs.outcomes import log_of
+from nas.jobs.job import Result, log_of
 from nas.measure.measurement import Measurement
 from nas.search import selection
 from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of

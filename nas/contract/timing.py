@@ -42,8 +42,7 @@ class Timings:
     """A run's timings: `rows` is its `measurements.csv`, `asked` all that it wanted to know.
 
     `reused` counts those taken from the cache of earlier runs. `do` does a job
-    (`nas.contract.state.Run.do`),
-    `rest` ends the process that jobs run in, so that the next one starts in a fresh one.
+    (`nas.contract.state.Run.do`).
     """
 
     config: RunConfig
@@ -55,7 +54,6 @@ class Timings:
     fingerprints: Mapping[str, Mapping[str, Any]]
     table: DeviceTable | None
     do: Callable[..., Result]
-    rest: Callable[[], None]
 
     def __post_init__(self) -> None:
         """Open the run's own table and the cache of earlier runs."""
@@ -176,16 +174,15 @@ class Timings:
             staged = self.do(Job(jobs.export_model, export, f"stage-{name}", timed=True))
             if not staged.ok:
                 return staged
-            self.rest()
-            file = staged.values["file"]
             weigh = MemoryJob(
                 network=network,
                 context=self.context,
                 setting=setting,
                 random_seed=seed,
-                staged=None if file is None else Path(file),
+                folder=Path(folder),
+                file=staged.values["file"],
             )
-            return self.do(Job(jobs.peak_memory, weigh, f"memory-{name}", timed=True))
+            return self.do(Job(jobs.peak_memory, weigh, f"memory-{name}", timed=True, fresh=True))
 
     def _question(
         self, arch: Arch, role: str, reference: Arch | None, setting: Setting

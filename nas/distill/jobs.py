@@ -17,8 +17,7 @@ from filelock import FileLock
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
-from nas.jobs.job import LEAVES, READS, READS_LAST, Job, Result, Values
-from nas.jobs.outcomes import CHECKPOINT
+from nas.jobs.job import CHECKPOINT, LEAVES, READS, READS_LAST, Job, Result, Values
 from nas.labels.make_store import job_values
 from space import Context, get_family
 from space.errors import refuse

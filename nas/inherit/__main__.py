@@ -14,8 +14,8 @@ from nas.core.cli import Parser, guarded
 from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.inherit.jobs import InheritJob, inherit_weights
-from nas.jobs.executor import LocalExecutor
 from nas.jobs.job import Job
+from nas.jobs.local import LocalExecutor
 from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Array, Family, Slice

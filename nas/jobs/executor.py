@@ -1,10 +1,64 @@
-"""Where jobs run: worker processes of this machine, or a Ray cluster."""
+"""Make the executor that a user asked for."""
 
 from __future__ import annotations
 
-from nas.jobs.local import LocalExecutor
-from nas.jobs.pool import InlineExecutor, OutOfTime, Pool
+import os
+from pathlib import Path
+from typing import Any
 
-Executor = Pool | InlineExecutor
+from nas.core.executor_config import ExecutorConfig
+from nas.jobs.job import LOGS, RECORD, WORKER_LOG
+from nas.jobs.local import LocalExecutor, WorkerOptions
+from nas.jobs.queue import Executor
+from space.errors import refuse
 
-__all__ = ["Executor", "InlineExecutor", "LocalExecutor", "OutOfTime", "Pool"]
+
+def visible_gpus() -> list[int]:
+    """Return the indices of the GPUs that this process may use, without a driver library."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [int(text) for text in named.split(",") if text.strip().isdecimal()]
+    try:
+        return list(range(len(os.listdir("/proc/driver/nvidia/gpus"))))
+    except OSError:
+        return []
+
+
+def workers_for(config: ExecutorConfig, device: str) -> tuple[int, list[int]]:
+    """Return how many processes work here and which GPUs they take in turn.
+
+    `cuda` without a number means every GPU there is; a single one needs no dealing out.
+    """
+    gpus = visible_gpus() if device == "cuda" else []
+    gpus = gpus if len(gpus) > 1 else []
+    each = int(1 / config.gpu_share + 1e-9) if device.startswith("cuda") else 1
+    return config.workers or max(1, len(gpus)) * each, gpus
+
+
+def make_executor(
+    config: ExecutorConfig, *, threads: int, device: str = "cpu", folder: Path | None = None
+) -> Executor:
+    """Make the executor that a user asked for; its logs and records go to `folder`.
+
+    Raises InputError, as where Ray is not installed.
+    """
+    workers, gpus = workers_for(config, device)
+    record = None if folder is None else folder / RECORD
+    options: dict[str, Any] = {
+        "threads": threads,
+        "limit_s": config.limit_s,
+        "memory_bytes": config.memory_bytes,
+        "log": None if folder is None else folder / WORKER_LOG,
+        "logs": None if folder is None else folder / LOGS,
+    }
+    if config.executor == "local":
+        return LocalExecutor(
+            workers=workers, gpus=gpus, retries=config.retries, record=record, **options
+        )
+    if device not in ("cpu", "cuda"):
+        want = "cuda, as a cluster deals its GPUs out by itself"
+        raise refuse("--device", f"{device} with --executor ray", want)
+    from nas.jobs.ray import RayBackend
+
+    backend = RayBackend(config, WorkerOptions(**options), device=device, workers=workers)
+    return Executor(backend, retries=config.retries, record=record)

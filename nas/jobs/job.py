@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from nas.core.dataclass_json import from_json, to_json
-from nas.core.io import disk_refusal
+from nas.core.io import check_sha256, disk_refusal, member, read_object, write_json
 from nas.core.progress import Tick, no_tick
 from space.errors import InputError
 
 log = logging.getLogger(__name__)
+
+LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"
+"""What an executor leaves in a run's folder: logs by job, a line per attempt, the workers' own."""
+
+CHECKPOINT = "checkpoint.safetensors"
+"""What a rung leaves in its folder (`nas.distill.jobs.train`)."""
+
+SPENT = ("weights.safetensors", CHECKPOINT)
+"""Files of a finished job that may be gone: nothing starts from them any more."""
 
 A = TypeVar("A")
 Values = dict[str, Any]
@@ -43,8 +53,9 @@ class Job:
     """A call of `function` with `argument` that some worker makes.
 
     `key` is unique within a run and safe as a file name; `units` is the expected work, for
-    progress. A `timed` job has its device to itself, and that is the measured one; one that
-    `stays` runs on the driver's machine even where a cluster works for it.
+    progress. A `timed` job has its device to itself, and that is the measured one; a `fresh` one
+    has a process that did nothing before; one that `stays` runs on the driver's machine even where
+    a cluster works for it.
     """
 
     function: JobFunction
@@ -52,6 +63,7 @@ class Job:
     key: str
     units: float = 0.0
     timed: bool = False
+    fresh: bool = False
     stays: bool = False
 
     if TYPE_CHECKING:  # a type checker compares the function's argument with what it is given
@@ -63,6 +75,7 @@ class Job:
             key: str,
             units: float = 0.0,
             timed: bool = False,
+            fresh: bool = False,
             stays: bool = False,
         ) -> None: ...
 
@@ -70,6 +83,16 @@ class Job:
     def name(self) -> str:
         """The function as `module:function`."""
         return f"{self.function.__module__}:{self.function.__qualname__}"
+
+    @property
+    def folder(self) -> str | None:
+        """The dotted name of the argument's field with the folder that the job leaves."""
+        return next((name for name, (_, use) in self.files.items() if "leaves" in use), None)
+
+    @property
+    def files(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:
+        """The paths in the argument, with their metadata (`file_fields`)."""
+        return file_fields(self.argument)
 
 
 @dataclass(frozen=True)
@@ -93,6 +116,8 @@ def encode_job(job: Job) -> dict[str, Any]:
         "argument": to_json(job.argument),
         "key": job.key,
         "units": job.units,
+        "timed": job.timed,
+        "fresh": job.fresh,
     }
 
 
@@ -107,23 +132,22 @@ def decode_job(data: Mapping[str, Any], modules: Sequence[str] = ()) -> Job:
     function: JobFunction = getattr(import_module(module), name)
     parameter = next(iter(inspect.signature(function).parameters))
     argument = from_json(get_type_hints(function)[parameter], data["argument"])
-    return Job(function, argument, data["key"], data["units"])
+    more = {name: data[name] for name in ("key", "units", "timed", "fresh")}
+    return Job(function, argument, **more)
 
 
-def file_fields(argument: Any, prefix: str = "") -> dict[str, Mapping[str, Any]]:
-    """Return the metadata of the fields that name files, by dotted name: `parent.weights`.
+def file_fields(argument: Any, prefix: str = "") -> dict[str, tuple[Path, Mapping[str, Any]]]:
+    """Return the paths in an argument, with their metadata, by dotted name: `parent.weights`.
 
-    Fields without a value are left out.
+    Fields without a value or without metadata are left out.
     """
-    found: dict[str, Mapping[str, Any]] = {}
-    if not is_dataclass(argument):
-        return found
-    for each in fields(argument):
+    found: dict[str, tuple[Path, Mapping[str, Any]]] = {}
+    for each in fields(argument) if is_dataclass(argument) else ():
         value = getattr(argument, each.name)
         if is_dataclass(value):
             found |= file_fields(value, f"{prefix}{each.name}.")
         elif value is not None and each.metadata:
-            found[f"{prefix}{each.name}"] = each.metadata
+            found[f"{prefix}{each.name}"] = (value, each.metadata)
     return found
 
 
@@ -152,7 +176,7 @@ def run_job(job: Job, tick: Tick = no_tick) -> Result:
             return Result(job.key, False, {"input_error": True}, str(full), _since(started))
         log.debug("job %s failed", job.key, exc_info=True)
         traceback.print_exc()
-        return Result(job.key, False, {}, _reason(error), _since(started))
+        return Result(job.key, False, {}, reason_of(error), _since(started))
     return Result(job.key, True, values, None, _since(started))
 
 
@@ -167,8 +191,53 @@ def _since(started: float) -> float:
     return time.monotonic() - started
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Return an exception as a reason in one line."""
     text = " ".join(str(error).split())
     if out_of_memory(error):
         return f"out of memory: {text[:160]}"
     return f"{type(error).__name__}: {text[:200]}"
+
+
+def log_of(job: str) -> str:
+    """Name the log of a job, as its row does: a path in the run's folder."""
+    return f"{LOGS}/{job}.log"
+
+
+def _failure(out: Path) -> Path:
+    return out.with_name(f"{out.name}.failed.json")
+
+
+def finished_before(out: Path, key: str) -> Result | None:
+    """Return the result that an earlier process of a run left in `out`, if it is all there.
+
+    A folder that is there in part is removed, to be made again. Raises InputError.
+    """
+    path = out / "result.json"
+    if not path.is_file():
+        return None
+    schema = {"values": dict, "seconds": float, "files": dict}
+    data = read_object(path, "a finished job's result", schema)
+    needed = {member(out, name, str(path)): sha256 for name, sha256 in data["files"].items()}
+    if all(each.is_file() for each in needed if each.name not in SPENT):
+        for each, sha256 in needed.items():
+            if each.is_file():
+                check_sha256(each, sha256, "restore it, or remove its folder to repeat its job")
+        return Result(key, True, data["values"], None, data["seconds"])
+    shutil.rmtree(out)
+    return None
+
+
+def failed_before(out: Path) -> Result | None:
+    """Return that the job of `out` failed, if it did: an outcome. Raises InputError."""
+    path = _failure(out)
+    if not path.exists():
+        return None
+    data = read_object(path, "why a job failed", {"reason": str, "seconds": float})
+    return Result(out.name, False, {}, data["reason"], data["seconds"])
+
+
+def keep_failure(out: Path, result: Result) -> None:
+    """Keep beside `out` that its job failed, for a resumed run to find."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(_failure(out), {"reason": result.reason, "seconds": result.seconds})

@@ -1,268 +1,311 @@
-"""Which job starts next, which is tried again and which is given up: decisions without a clock.
-
-Pure bookkeeping that the executors drive with real workers, and `benchmarks.schedule` with a
-simulated clock and thousands of them.
-"""
+"""Run jobs on a backend: in order, each again where its worker was lost, results as they end."""
 
 from __future__ import annotations
 
-import bisect
-import heapq
-import itertools
-import math
+import contextlib
+import io
+import time
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Protocol, TypeVar
 
-SLOW = 3.0
-"""A job this many times slower than its kind's median is started once more elsewhere."""
+from nas.core.progress import Tick, no_tick
+from nas.core.table import Writer
+from nas.jobs.job import Job, Result, run_job
 
-HUNG, LEAST_HUNG_S = 20.0, 900.0
-"""One that takes this many times as long as usual, and so many seconds at least, hangs."""
+KeyTick = Callable[[str, float], None]
+"""Called with a job's key and the units of it that were finished since the last call."""
 
-LEAST_KNOWN, KEPT = 5, 101
-"""Finished jobs of a kind that a median needs, and of how many of the last it is at least."""
+ATTEMPT_COLUMNS = ("job", "attempt", "where", "when", "seconds", "outcome", "reason")
+"""Columns of `attempts.csv`; `outcome` is `done`, `failed`, `lost`, `late` or `cancelled`."""
+
+POLL_S = 0.2
+
+Self = TypeVar("Self", bound="Executor")
+
+
+def no_key_tick(key: str, units: float) -> None:
+    """Ignore progress."""
+
+
+class OutOfTime(Exception):
+    """The deadline came before the jobs were done; their work is lost, nothing else."""
 
 
 @dataclass(frozen=True)
-class Start:
-    """A job to start now: its name and which attempt this is, from 1."""
+class Progress:
+    """Units of an attempt that are finished."""
 
     key: str
     attempt: int
+    units: float
 
 
-class _Paces:
-    """Seconds a unit of the jobs of one kind that ended last, and their median.
+@dataclass(frozen=True)
+class Ended:
+    """An attempt that came to its end, well or not: the job's own doing."""
 
-    Of many that run at once the first to end are the fast ones and the last the slow ones, so
-    the median is of no fewer than twice as many as ran at once.
+    key: str
+    attempt: int
+    result: Result
+    where: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An attempt whose worker or node went away, or that was `late`: not the job's doing.
+
+    One that is `final` is not tried again: the backend has done so.
     """
+
+    key: str
+    attempt: int
+    reason: str
+    where: str
+    seconds: float = 0.0
+    late: bool = False
+    final: bool = False
+
+
+Event = Progress | Ended | Lost
+
+
+class Backend(Protocol):
+    """Where attempts run. Nothing blocks but `poll`, and that no longer than it is told."""
+
+    def has_slot(self, job: Job) -> bool:
+        """Tell whether a job could start now."""
+
+    def start(self, job: Job, attempt: int) -> None:
+        """Start an attempt."""
+
+    def cancel(self, key: str, attempt: int) -> None:
+        """End an attempt; no event tells of it afterwards."""
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Wait for events, and return them."""
+
+    def release(self) -> None:
+        """Free the memory and cores that nothing uses now."""
+
+    def close(self) -> None:
+        """End everything."""
+
+
+class JobQueue:
+    """Jobs that wait and run: which one starts next, and whether a lost one is tried again.
+
+    Jobs start in the order given; a lost one is tried again before all that wait, up to `retries`
+    times. A timed job starts when nothing runs, and nothing starts beside it.
+    """
+
+    def __init__(self, jobs: Sequence[Job], retries: int = 0) -> None:
+        self.running: dict[str, Job] = {}
+        self._waiting = deque(jobs)
+        self._attempts: dict[str, int] = {}
+        self._retries = retries
+
+    def next(self, has_slot: Callable[[Job], bool]) -> tuple[Job, int] | None:
+        """Start a job: return it and the number of its attempt, None where none can start."""
+        if not self._waiting or any(job.timed for job in self.running.values()):
+            return None
+        job = self._waiting[0]
+        if (job.timed and self.running) or not has_slot(job):
+            return None
+        self._waiting.popleft()
+        self.running[job.key] = job
+        self._attempts[job.key] = attempt = self._attempts.get(job.key, 0) + 1
+        return job, attempt
+
+    def is_running(self, key: str, attempt: int) -> bool:
+        """Tell whether this attempt of a job runs."""
+        return key in self.running and self._attempts[key] == attempt
+
+    def attempts(self, key: str) -> int:
+        """Return how often a job was started."""
+        return self._attempts.get(key, 0)
+
+    def finished(self, key: str) -> None:
+        """Forget a job whose attempt ended."""
+        del self.running[key]
+
+    def lost(self, key: str, *, final: bool = False) -> bool:
+        """Return whether a job whose attempt was lost is tried again."""
+        job = self.running.pop(key)
+        again = not final and self._attempts[key] <= self._retries
+        if again:
+            self._waiting.appendleft(job)
+        return again
+
+
+class _Progress:
+    """Passes units on; of several attempts the furthest counts: work done twice is no progress."""
+
+    def __init__(self, tick: KeyTick) -> None:
+        self._tick = tick
+        self._done: dict[str, float] = {}
+        self._own: dict[tuple[str, int], float] = {}
+
+    def add(self, event: Progress) -> None:
+        which, before = (event.key, event.attempt), self._done.get(event.key, 0.0)
+        self._own[which] = own = self._own.get(which, 0.0) + event.units
+        self._done[event.key] = max(before, own)
+        self._tick(event.key, max(0.0, own - before))
+
+
+class Executor:
+    """Runs jobs on a backend.
+
+    A job that raises or refuses is a failed `Result` with a reason in one line; one whose worker
+    died is tried again up to `retries` times, and is a failed result after that. Every attempt
+    becomes a line of `record` (`attempts.csv`), where there is one: a log that nothing reads back.
+    """
+
+    def __init__(self, backend: Backend, *, retries: int = 0, record: Path | None = None) -> None:
+        self._backend = backend
+        self._retries = retries
+        self._record = record
+
+    def run(
+        self,
+        job: Job,
+        *,
+        tick: Tick = no_tick,
+        deadline: float | None = None,
+        heartbeat: Callable[[], None] | None = None,
+    ) -> Result:
+        """Run one job and wait for its result; see `stream`."""
+        results = self.stream(
+            [job], tick=lambda _, units: tick(units), deadline=deadline, heartbeat=heartbeat
+        )
+        (result,) = results
+        return result
+
+    def stream(
+        self,
+        jobs: Sequence[Job],
+        *,
+        tick: KeyTick = no_key_tick,
+        deadline: float | None = None,
+        heartbeat: Callable[[], None] | None = None,
+    ) -> Iterator[Result]:
+        """Run jobs with different keys; gives their results as they end, in any order.
+
+        `deadline` is on `time.monotonic()`; past it all is ended and `OutOfTime` raised.
+        `heartbeat` is called a few times a second while waiting. A consumer that stops early ends
+        the jobs that run.
+        """
+        left = {job.key for job in jobs}
+        assert len(left) == len(jobs), "two jobs of one name"
+        queue, progress = JobQueue(jobs, self._retries), _Progress(tick)
+        try:
+            while left:
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise OutOfTime(", ".join(sorted(left)))
+                if heartbeat is not None:
+                    heartbeat()
+                while (start := queue.next(self._backend.has_slot)) is not None:
+                    self._backend.start(*start)
+                for event in self._backend.poll(POLL_S):
+                    if not queue.is_running(event.key, event.attempt):
+                        continue
+                    if isinstance(event, Progress):
+                        progress.add(event)
+                    elif (result := self._ended(queue, event)) is not None:
+                        left.discard(event.key)
+                        yield result
+        finally:
+            for key in queue.running:
+                attempt = queue.attempts(key)
+                self._backend.cancel(key, attempt)
+                self._write(key, attempt, "", 0.0, "cancelled", "nobody waits for it any more")
+
+    def _ended(self, queue: JobQueue, event: Ended | Lost) -> Result | None:
+        """Write an attempt down; returns the job's result unless it is tried again."""
+        key, attempt = event.key, event.attempt
+        if isinstance(event, Ended):
+            queue.finished(key)
+            result = event.result
+            outcome = "done" if result.ok else "failed"
+            self._write(key, attempt, event.where, result.seconds, outcome, result.reason or "")
+            return result
+        again = queue.lost(key, final=event.final)
+        outcome = "late" if event.late else "lost"
+        self._write(key, attempt, event.where, event.seconds, outcome, event.reason)
+        if again:
+            return None
+        reason = event.reason
+        if self._retries:
+            reason = f"{reason}; {self._retries + 1} attempts"
+        return Result(key, False, {}, reason, event.seconds)
+
+    def release(self) -> None:
+        """Free memory and cores; nothing runs."""
+        self._backend.release()
+
+    def close(self) -> None:
+        """End everything. The next job starts anew."""
+        self._backend.close()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(
+        self, key: str, attempt: int, where: str, seconds: float, outcome: str, reason: str
+    ) -> None:
+        if self._record is None:
+            return
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        out = io.StringIO()
+        writer = Writer(out, ATTEMPT_COLUMNS)
+        if not self._record.exists():
+            writer.writeheader()
+        writer.writerow([key, attempt, where, now, round(seconds, 3), outcome, reason])
+        # A log: a full disk is found out by what matters.
+        with contextlib.suppress(OSError), self._record.open("a", encoding="utf-8") as file:
+            file.write(out.getvalue())
+
+
+class InlineExecutor(Executor):
+    """Runs jobs in this process: for tests and debuggers. A crash takes the run along."""
 
     def __init__(self) -> None:
-        self._last: deque[float] = deque()
-        self._sorted: list[float] = []
+        """Nothing to prepare."""
 
-    def add(self, pace: float, at_once: int) -> None:
-        """Take one in; so many run at once where enough wait."""
-        self._last.append(pace)
-        bisect.insort(self._sorted, pace)
-        while len(self._last) > max(KEPT, 2 * at_once):
-            del self._sorted[bisect.bisect_left(self._sorted, self._last.popleft())]
+    def run(
+        self,
+        job: Job,
+        *,
+        tick: Tick = no_tick,
+        deadline: float | None = None,
+        heartbeat: Callable[[], None] | None = None,
+    ) -> Result:
+        """Run one job here; the deadline is looked at before it starts only."""
+        if deadline is not None and time.monotonic() >= deadline:
+            raise OutOfTime(job.key)
+        return run_job(job, tick)
 
-    @property
-    def known(self) -> int:
-        """How many are in it."""
-        return len(self._sorted)
+    def stream(
+        self,
+        jobs: Sequence[Job],
+        *,
+        tick: KeyTick = no_key_tick,
+        deadline: float | None = None,
+        heartbeat: Callable[[], None] | None = None,
+    ) -> Iterator[Result]:
+        """Run jobs here, in the order given."""
+        for job in jobs:
+            yield self.run(job, tick=partial(tick, job.key), deadline=deadline)
 
-    def usual(self) -> float | None:
-        """Return their upper median, once enough of them are known."""
-        return self._sorted[self.known // 2] if self.known >= LEAST_KNOWN else None
+    def release(self) -> None:
+        """Nothing to free."""
 
-
-@dataclass
-class _Entry:
-    order: int
-    kind: str
-    units: float
-    alone: bool
-    ahead: bool
-    attempts: int = 0
-    losses: int = 0
-    running: dict[int, float] = field(default_factory=dict)
-
-
-class Dispatcher:
-    """The queue of an executor: jobs in, starts out, and what became of each attempt.
-
-    Jobs start in the order in which they were added; those that run `ahead` of a decision only
-    when no other waits. One that must be `alone` starts when nothing runs, and nothing starts
-    beside it. An attempt that is lost (its worker or node died, or it hung) is made again up to
-    `retries` times. With `copies`, a job that is far slower than others of its kind is started a
-    second time where places are idle; whichever ends first counts, and only that one. Lost copies
-    count as tries too, so that a job has at most `retries + 2` attempts in all. Where places have
-    queues of their own (`queues`), an attempt's time begins when it is told to have `begun`.
-    Times are seconds on any clock that does not run backwards.
-    """
-
-    def __init__(self, *, retries: int = 0, copies: bool = False, queues: bool = False) -> None:
-        self._retries = retries
-        self._queues = queues
-        self._copies = copies
-        self._entries: dict[str, _Entry] = {}
-        self._heap: list[tuple[bool, int, str]] = []
-        self._numbers = itertools.count()
-        self._running = self._most = 0
-        self._alone: str | None = None
-        self._active: dict[str, _Entry] = {}  # those that run: few beside those that wait
-        self._paces: dict[str, _Paces] = {}
-        self._usual: dict[str, float] = {}
-
-    @property
-    def running(self) -> int:
-        """How many attempts run now."""
-        return self._running
-
-    @property
-    def waiting(self) -> int:
-        """How many jobs wait."""
-        return len(self._entries) - len(self._active)
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits and nothing runs."""
-        return not self._entries
-
-    def knows(self, key: str) -> bool:
-        """Tell whether a job waits or runs."""
-        return key in self._entries
-
-    def waits_ahead(self, key: str) -> bool:
-        """Tell whether a job waits to run ahead of a decision."""
-        entry = self._entries.get(key)
-        return entry is not None and entry.ahead and not entry.running
-
-    def attempts_of(self, key: str) -> list[int]:
-        """Return the attempts of a job that run now."""
-        return list(self._entries[key].running)
-
-    def add(
-        self, key: str, *, kind: str, units: float, alone: bool = False, ahead: bool = False
-    ) -> None:
-        """Queue a job; one that ran ahead is now wanted for sure."""
-        known = self._entries.get(key)
-        if known is not None:
-            if known.ahead and not ahead:
-                known.ahead = False
-                if not known.running:
-                    self._push(key, known)
-            return
-        entry = _Entry(next(self._numbers), kind, units, alone, ahead)
-        self._entries[key] = entry
-        self._push(key, entry)
-
-    def _push(self, key: str, entry: _Entry) -> None:
-        heapq.heappush(self._heap, (entry.ahead, entry.order, key))
-
-    def drop(self, key: str) -> list[int]:
-        """Forget a job; returns its attempts that run, which are to be ended."""
-        entry = self._entries.pop(key, None)
-        if entry is None:
-            return []
-        self._active.pop(key, None)
-        self._running -= len(entry.running)
-        if self._alone == key:
-            self._alone = None
-        return list(entry.running)
-
-    def next(self, now: float, places: int) -> list[Start]:
-        """Say what to start on `places` idle places, and count it as started."""
-        found: list[Start] = []
-        while len(found) < places and self._alone is None:
-            key = self._first()
-            if key is None:
-                break
-            entry = self._entries[key]
-            if entry.alone and self._running:
-                return found  # the others finish first, and none begins
-            heapq.heappop(self._heap)
-            found.append(self._start(key, entry, now))
-            if entry.alone:
-                self._alone = key
-        if self._copies and self._alone is None and len(found) < places:
-            for key, entry in itertools.islice(self._slow(now), places - len(found)):
-                found.append(self._start(key, entry, now))
-        return found
-
-    def _first(self) -> str | None:
-        """Return the job that is next in the queue; stale places are cleared on the way."""
-        while self._heap:
-            ahead, order, key = self._heap[0]
-            entry = self._entries.get(key)
-            if entry is None or (entry.ahead, entry.order) != (ahead, order) or entry.running:
-                heapq.heappop(self._heap)
-                continue
-            return key
-        return None
-
-    def _start(self, key: str, entry: _Entry, now: float) -> Start:
-        entry.attempts += 1
-        entry.running[entry.attempts] = math.inf if self._queues else now
-        self._active[key] = entry
-        self._running += 1
-        self._most = max(self._most, self._running)
-        return Start(key, entry.attempts)
-
-    def _slow(self, now: float) -> Iterable[tuple[str, _Entry]]:
-        """Find the jobs that run once, and far longer than others of their kind and size took.
-
-        One that was lost too often for another try gets no copy either, and none does while only
-        the very fastest have ended.
-        """
-        enough = min(KEPT, self._most // 2)
-        for key, entry in list(self._active.items()):
-            usual = self._usual.get(entry.kind)
-            if usual is None or not entry.units or entry.alone or len(entry.running) != 1:
-                continue
-            if self._paces[entry.kind].known < enough:
-                continue
-            (since,) = entry.running.values()
-            if entry.losses <= self._retries and now - since > SLOW * usual * entry.units:
-                yield key, entry
-
-    def hung(self, now: float) -> list[Start]:
-        """Name the attempts that take so much longer than others did that they will never end."""
-        found = []
-        for key, entry in self._active.items():
-            usual = self._usual.get(entry.kind)
-            if usual is None or not entry.units:
-                continue
-            limit = max(LEAST_HUNG_S, HUNG * usual * entry.units)
-            found += [Start(key, n) for n, since in entry.running.items() if now - since > limit]
-        return found
-
-    def begun(self, key: str, attempt: int, now: float) -> None:
-        """Take note that an attempt waited at its place until now."""
-        entry = self._entries.get(key)
-        if entry is not None and attempt in entry.running:
-            entry.running[attempt] = now
-
-    def finished(self, key: str, attempt: int, now: float, *, ok: bool = True) -> bool:
-        """Take note that an attempt ended; False where it does not count (any more).
-
-        What ended well (`ok`) tells how long its kind takes.
-        """
-        entry = self._entries.get(key)
-        if entry is None or attempt not in entry.running:
-            return False
-        seconds = now - entry.running[attempt]
-        if entry.units and ok and math.isfinite(seconds):
-            paces = self._paces.setdefault(entry.kind, _Paces())
-            paces.add(seconds / entry.units, self._most)
-            if (usual := paces.usual()) is not None:
-                self._usual[entry.kind] = usual
-        self.drop(key)
-        return True
-
-    def lost(self, key: str, attempt: int, *, counts: bool = True) -> bool:
-        """Take note that an attempt was lost; True where the job goes on (again or elsewhere).
-
-        False: it was the last try, or nobody waits for it; the job is forgotten. Unless it
-        `counts`, as where a connection broke, it may be made again however often.
-        """
-        entry = self._entries.get(key)
-        if entry is None or attempt not in entry.running:
-            return False
-        del entry.running[attempt]
-        self._running -= 1
-        if self._alone == key:
-            self._alone = None
-        entry.losses += counts
-        if entry.running:
-            return True
-        if entry.losses > self._retries:
-            self.drop(key)
-            return False
-        del self._active[key]
-        self._push(key, entry)
-        return True
+    def close(self) -> None:
+        """Nothing to end."""

@@ -7,71 +7,75 @@ driver that is killed leaves no orphan. Everything that libraries print goes to 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import queue
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
-from typing import Any, TextIO
+from pathlib import Path
+from queue import Queue
+from typing import Any
 
+from nas.core.progress import Tick
 from nas.jobs.job import decode_job, run_job
 
-_TICK_EVERY_S = 0.2
+TICK_S = 0.2
+"""How often progress is reported."""
+
+Message = dict[str, Any]
+Say = Callable[[Message], None]
 
 
-def _watch(jobs: queue.Queue[dict[str, Any]]) -> None:
-    """Feed jobs to the main thread; leave at once when the driver is gone."""
-    try:
+def open_pipes(patience_s: float = 0.0) -> tuple[Say, Queue[Message | None]]:
+    """Return a function that sends a line to the driver, and the lines that the driver sends.
+
+    After the last line comes None, and after `patience_s` more the process ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not reach the driver
+    lines: Queue[Message | None] = Queue()
+
+    def read() -> None:
         for line in sys.stdin:
-            jobs.put(json.loads(line))
-    finally:  # whatever a driver that was killed left of its last line
+            with contextlib.suppress(ValueError):  # the last line of a driver that was killed
+                lines.put(json.loads(line))
+        lines.put(None)
+        time.sleep(patience_s)
         os._exit(0)
 
+    threading.Thread(target=read, daemon=True).start()
 
-class _Ticker:
-    """Sends finished units to the driver, at most a few times a second."""
+    def say(message: Message) -> None:
+        print(json.dumps(message), file=out, flush=True)
 
-    def __init__(self, out: TextIO, which: dict[str, Any]) -> None:
-        self._out = out
-        self._which = which
-        self._units = 0.0
-        self._last = time.monotonic()
-
-    def __call__(self, units: float) -> None:
-        self._units += units
-        now = time.monotonic()
-        if now - self._last >= _TICK_EVERY_S:
-            self.flush()
-            self._last = now
-
-    def flush(self) -> None:
-        if self._units:
-            send(self._out, {**self._which, "tick": self._units})
-            self._units = 0.0
+    return say, lines
 
 
-def _usable() -> list[int] | None:
-    try:
-        return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return None
+def collected(tick: Tick, every_s: float) -> tuple[Tick, Callable[[], None]]:
+    """Return a tick that passes units on at most every so many seconds, and one for the rest."""
+    held, last = 0.0, time.monotonic()
+
+    def rest() -> None:
+        nonlocal held, last
+        if held:
+            tick(held)
+        held, last = 0.0, time.monotonic()
+
+    def add(units: float) -> None:
+        nonlocal held
+        held += units
+        if time.monotonic() - last >= every_s:
+            rest()
+
+    return add, rest
 
 
-def _settle(cores: list[int] | None) -> None:
-    """Move this process, all of its threads, to some cores; what is timed has them all."""
-    if not cores:
-        return
-    with contextlib.suppress(AttributeError, OSError):
-        for thread in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(thread), cores)
-
-
-def _limit(memory_bytes: int | None) -> None:
+def limit_memory(memory_bytes: int | None) -> None:
     """Let too much memory be this process's end, not the driver's nor another worker's."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("900")
@@ -82,71 +86,73 @@ def _limit(memory_bytes: int | None) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
 
 
-class _Output:
-    """Lets what libraries print during a job go to the job's own log, and back afterwards."""
-
-    def __init__(self) -> None:
-        self._usual = os.dup(2)
-
-    def begin(self, path: str | None, what: str) -> None:
-        """Open a job's log; without a place to write, everything stays as it is."""
-        if path is None:
-            return
-        with contextlib.suppress(OSError):
-            log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            os.write(log, f"-- {what}\n".encode())
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            os.close(log)
-
-    def end(self) -> None:
-        """Go back to the worker's own log."""
+@contextlib.contextmanager
+def printing_to(path: Path | None, header: str = "") -> Iterator[None]:
+    """Let what libraries print go to a file meanwhile, below a header."""
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        if path is not None:
+            with contextlib.suppress(OSError), path.open("ab") as log:
+                log.write(header.encode())
+                log.flush()
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+        yield
+    finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os.dup2(self._usual, 1)
-        os.dup2(self._usual, 2)
+        for number, handle in zip((1, 2), kept, strict=True):
+            os.dup2(handle, number)
+            os.close(handle)
 
 
-def send(out: TextIO, message: dict[str, Any]) -> None:
-    """Write one message as one line."""
-    out.write(json.dumps(message) + "\n")
-    out.flush()
+def _usable() -> list[int] | None:
+    try:
+        return sorted(os.sched_getaffinity(0))
+    except AttributeError:  # not on this system
+        return None
+
+
+def _pin(cores: list[int] | None) -> None:
+    """Move this process, all of its threads, to some cores; a timed job has them all."""
+    if not cores:
+        return
+    with contextlib.suppress(AttributeError, OSError):
+        for thread in os.listdir("/proc/self/task"):
+            os.sched_setaffinity(int(thread), cores)
+
+
+def _do(message: Message, say: Say, modules: Sequence[str]) -> None:
+    """Run a job, and send its progress and its result."""
+    which = {"key": message["key"], "attempt": message["attempt"]}
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    about = f"{message['function']} {which['key']}, attempt {which['attempt']}"
+    log = None if message["log"] is None else Path(message["log"])
+    tick, rest = collected(lambda units: say({**which, "tick": units}), TICK_S)
+    with printing_to(log, f"-- {now} {about}, process {os.getpid()}\n"):
+        result = run_job(decode_job(message, modules), tick)
+    rest()
+    say({**which, "result": asdict(result)})
 
 
 def main(modules: Sequence[str] = ()) -> int:
     """Serve jobs until standard input ends; `modules` are further ones whose functions it runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
-    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not reach the protocol
-    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_watch, args=(jobs,), daemon=True).start()
-
-    hello = jobs.get()
+    say, lines = open_pipes()
+    hello = lines.get()
+    assert hello is not None
     cores, every = hello.get("cores"), _usable()
-    _settle(cores)
-    _limit(hello.get("memory_bytes"))
+    _pin(cores)
+    limit_memory(hello.get("memory_bytes"))
     import torch
 
     torch.set_num_threads(int(hello["threads"]))
-    output = _Output()
-    send(out, {"ready": os.getpid()})
-    while True:
-        message = jobs.get()
-        which = {"key": message["key"], "attempt": message.get("attempt")}
-        moment = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        told = (
-            f"{moment} {message['function']} {message['key']}, attempt {which['attempt']}, "
-            f"process {os.getpid()}"
-        )
-        output.begin(message.get("log"), told)
+    say({"ready": os.getpid()})
+    while (message := lines.get()) is not None:
         if cores:
-            _settle(every if message.get("timed") else cores)
-        ticker = _Ticker(out, which)
-        result = run_job(decode_job(message, modules), ticker)
-        ticker.flush()
-        output.end()
-        send(out, {**which, "result": dataclasses.asdict(result)})
+            _pin(every if message["timed"] else cores)
+        _do(message, say, modules)
+    return 0
 
 
 if __name__ == "__main__":

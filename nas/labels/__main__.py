@@ -11,10 +11,10 @@ from typing import Any
 
 from nas.core.cli import Parser, default_cache, guarded, usable_cpus
 from nas.core.config import choices_of, parse_share
+from nas.core.executor_config import EXECUTORS, ExecutorConfig
 from nas.core.progress import Console
 from nas.data.cache import cache_report, clean_cache, parse_bytes
 from nas.distill.jobs import teach
-from nas.jobs.means import EXECUTORS, Means
 from nas.labels.api import build, info, merge, verify
 from space.errors import refuse
 
@@ -137,9 +137,11 @@ def build_parser() -> Parser:
     return parser
 
 
-def _means(arguments: argparse.Namespace) -> Means:
+def _means(arguments: argparse.Namespace) -> ExecutorConfig:
     workers = max(1, min(arguments.processes, usable_cpus()))
-    return Means(executor=arguments.executor, ray_address=arguments.ray_address, workers=workers)
+    return ExecutorConfig(
+        executor=arguments.executor, ray_address=arguments.ray_address, workers=workers
+    )
 
 
 def _build(arguments: argparse.Namespace, console: Console) -> int:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.cli import MOST_AT_ONCE, default_cache, read_threads, usable_cpus
+from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
 from nas.data import Dataset, DataSpec
 from nas.data.prepare import prepared
-from nas.jobs.executor import Executor, LocalExecutor
+from nas.jobs.executor import make_executor
 from nas.jobs.job import Job, Result
-from nas.jobs.make import make_executor
-from nas.jobs.means import Means
+from nas.jobs.local import LocalExecutor
+from nas.jobs.queue import Executor
 from nas.labels import jobs
 from nas.labels import make_store as labelling
 from nas.labels.jobs import AskTeacherJob, MergeLabelsJob, VerifyLabelsJob
@@ -51,7 +52,7 @@ def build(
     threads: int | None = None,
     processes: int = 1,
     part: tuple[int, int] = (1, 1),
-    means: Means | None = None,
+    means: ExecutorConfig | None = None,
     cache_dir: str | Path | None = None,
     console: Console | None = None,
 ) -> Mapping[str, Any]:
@@ -114,7 +115,7 @@ def build(
                 f"{begun['folder']}/dropped.csv"
             )
         _announce(begun, console)
-        worker.rest()  # what a teacher's training left in a GPU's memory is for all
+        worker.release()  # what a teacher's training left in a GPU's memory is for all
         at, parts = part
         mine = [(at + parts * one, parts * processes) for one in range(processes)]
         if means is None or means.executor == "local":

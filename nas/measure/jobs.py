@@ -86,13 +86,14 @@ class ExportJob:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryJob:
-    """A network to weigh, from the file `staged` where its runtime deploys one."""
+    """A network to weigh, from a `file` in `folder` where its runtime deploys one."""
 
     network: NetworkSpec
     context: Context
     setting: Setting
     random_seed: int
-    staged: Path | None = field(default=None, metadata=READS)
+    folder: Path = field(metadata=READS)
+    file: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +228,7 @@ def _reference(network: NetworkSpec, ctx: Context, setting: Setting, seed: int) 
 
 
 def export_model(job: ExportJob, tick: Tick) -> Values:
-    """Write the file that a runtime deploys: `{"file"}`, None where it deploys none.
+    """Write the file that a runtime deploys: `{"file"}`, its name; None where it deploys none.
 
     What is weighed loads it in a process that never exported anything.
     """
@@ -236,7 +237,7 @@ def export_model(job: ExportJob, tick: Tick) -> Values:
     with _seeded(job.random_seed):
         model = build(job.network, job.context)
     made = staged_file(model, ctx=job.context, setting=job.setting, folder=job.out)
-    return {"file": None if made is None else str(made)}
+    return {"file": None if made is None else made.relative_to(job.out).as_posix()}
 
 
 def peak_memory(job: MemoryJob, tick: Tick) -> Values:
@@ -251,7 +252,7 @@ def peak_memory(job: MemoryJob, tick: Tick) -> Values:
             ctx=job.context,
             setting=job.setting,
             threads=torch.get_num_threads(),
-            staged=job.staged,
+            staged=None if job.file is None else job.folder / job.file,
         )
     return {"peak_mem_bytes": peak}
 

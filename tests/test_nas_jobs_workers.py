@@ -1,4 +1,4 @@
-"""Several workers: side by side, again where one died, ahead where one is idle, each job once."""
+"""Several workers: side by side, again where one died, each job once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from nas.jobs.executor import LocalExecutor, OutOfTime
+from nas.core.executor_config import ExecutorConfig
+from nas.jobs.executor import make_executor, workers_for
 from nas.jobs.job import Job
-from nas.jobs.make import make_executor, workers_for
-from nas.jobs.means import Means
-from nas.jobs.pool import ATTEMPT_COLUMNS
+from nas.jobs.local import LocalExecutor
+from nas.jobs.queue import ATTEMPT_COLUMNS
 from space.errors import InputError
 from tests import _worker
-from tests.test_nas_executor import WORKER, alive
+from tests.test_nas_jobs_local import WORKER, alive
 
 
 @pytest.fixture
@@ -48,11 +48,6 @@ def meeting(folder: Path, name: str, *others: str, **more: Any) -> Job:
     """A job that ends only when the others have begun."""
     spec = {"mine": str(folder / name), "others": [str(folder / other) for other in others]}
     return Job(_worker.meet, spec, name, **more)
-
-
-def came(folder: Path, name: str) -> int:
-    """How often a meeting's job was begun."""
-    return len((folder / name).read_text()) if (folder / name).exists() else 0
 
 
 def test_jobs_run_side_by_side_and_results_stream_as_they_end(
@@ -135,32 +130,6 @@ def test_what_a_job_prints_is_in_its_own_log(two: LocalExecutor, tmp_path: Path)
         assert not any(f"this is {other}" in text for other in set("abcd") - {key})
 
 
-def test_an_idle_worker_runs_ahead_and_its_work_counts_once_if_it_is_chosen(
-    two: LocalExecutor, tmp_path: Path
-) -> None:
-    """The long job ends only when the one that is ahead has begun."""
-    ticks: dict[str, float] = {}
-
-    def tick(key: str, units: float) -> None:
-        ticks[key] = ticks.get(key, 0.0) + units
-
-    long, short = meeting(tmp_path, "long", "chosen"), Job(_worker.echo, {}, "short")
-    chosen = meeting(tmp_path, "chosen")
-    other = meeting(tmp_path, "other")
-    found = []
-    for result in two.stream([long, short], tick=tick):
-        found.append(result.key)
-        if result.key == "short":
-            two.ahead([chosen, other])
-    assert found == ["short", "long"]
-    two.forget(["other"])
-    assert [r.ok for r in two.stream([chosen], tick=tick)] == [True]
-    assert came(tmp_path, "chosen") == 1, "it was done ahead, and not again"
-    assert "chosen" not in ticks
-    assert came(tmp_path, "other") <= 1
-    assert [r.key for r in two.stream([other])] == ["other"], "what was forgotten can be asked for"
-
-
 def test_who_stops_listening_ends_what_runs(two: LocalExecutor, tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     sleep = Job(_worker.sleep, {"seconds": 600, "pid_file": str(pid_file)}, "long")
@@ -174,18 +143,8 @@ def test_who_stops_listening_ends_what_runs(two: LocalExecutor, tmp_path: Path) 
         time.sleep(0.05)
     assert not alive(int(pid_file.read_text()))
     assert two.run(Job(_worker.echo, {}, "after")).ok
-    spare = [row for row in attempts(tmp_path) if row["outcome"] == "spare"]
-    assert [row["job"] for row in spare] == ["long"]
-
-
-def test_a_deadline_ends_all(two: LocalExecutor, tmp_path: Path) -> None:
-    files = [tmp_path / f"pid{n}" for n in range(2)]
-    jobs = [Job(_worker.sleep, {"seconds": 600, "pid_file": str(f)}, f.name) for f in files]
-    with pytest.raises(OutOfTime):
-        list(two.stream(jobs, deadline=time.monotonic() + 8.0))
-    for file in files:
-        assert not file.exists() or not alive(int(file.read_text()))
-    assert two.run(Job(_worker.echo, {}, "after")).ok
+    ended = [row for row in attempts(tmp_path) if row["outcome"] == "cancelled"]
+    assert [row["job"] for row in ended] == ["long"]
 
 
 @pytest.mark.skipif(
@@ -241,19 +200,19 @@ def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
         ({"measure_on": "orin"}, "--measure-on"),
     ],
 )
-def test_means_that_make_no_sense_are_refused(given: dict[str, Any], said: str) -> None:
+def test_settings_that_make_no_sense_are_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Means(**given)
+        ExecutorConfig(**given)
 
 
 def test_one_worker_a_gpu_or_share_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert workers_for(Means(), "cuda") == (3, [2, 5, 7])
-    assert workers_for(Means(gpu_share=0.5), "cuda") == (6, [2, 5, 7])
-    assert workers_for(Means(workers=2), "cuda") == (2, [2, 5, 7])
-    assert workers_for(Means(), "cuda:1") == (1, [])
-    assert workers_for(Means(), "cpu") == (1, [])
-    with make_executor(Means(workers=3), threads=1) as made:
+    assert workers_for(ExecutorConfig(), "cuda") == (3, [2, 5, 7])
+    assert workers_for(ExecutorConfig(gpu_share=0.5), "cuda") == (6, [2, 5, 7])
+    assert workers_for(ExecutorConfig(workers=2), "cuda") == (2, [2, 5, 7])
+    assert workers_for(ExecutorConfig(), "cuda:1") == (1, [])
+    assert workers_for(ExecutorConfig(), "cpu") == (1, [])
+    with make_executor(ExecutorConfig(workers=3), threads=1) as made:
         assert isinstance(made, LocalExecutor)
 
 
@@ -261,12 +220,12 @@ def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
     from nas.contract.checks import make_config
     from nas.core.cli import usable_cpus
 
-    def threads(means: Means, **given: object) -> int:
+    def threads(means: ExecutorConfig, **given: object) -> int:
         return make_config({"seed": "21M", "target_params": 5_000_000, **given}, means).threads
 
-    assert threads(Means()) == threads(Means(workers=1)) == usable_cpus()
-    assert threads(Means(workers=1024)) == 1
-    assert threads(Means(workers=2), threads=3) == 3
-    assert threads(Means(executor="ray", workers=1024)) == 1
-    cluster = Means(executor="ray", workers=2, ray_address="auto")
+    assert threads(ExecutorConfig()) == threads(ExecutorConfig(workers=1)) == usable_cpus()
+    assert threads(ExecutorConfig(workers=1024)) == 1
+    assert threads(ExecutorConfig(workers=2), threads=3) == 3
+    assert threads(ExecutorConfig(executor="ray", workers=1024)) == 1
+    cluster = ExecutorConfig(executor="ray", workers=2, ray_address="auto")
     assert threads(cluster) == usable_cpus()

@@ -1,4 +1,4 @@
-"""What a run works with: an executor of some kind, by the user's words. Changes no answer."""
+"""Where the jobs of a run are done: settings that change no answer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from nas.core.cli import MOST_AT_ONCE
 from space.errors import read_int, refuse
 
 EXECUTORS = ("local", "ray")
-LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"
-"""What an executor leaves in a run's folder: logs by job, a line per attempt, the workers' own."""
 
 
 @dataclass(frozen=True)
-class Means:
-    """Where jobs run, how many at once, and how often one that was lost is tried again.
+class ExecutorConfig:
+    """Where jobs run, how many at once, and how often a lost one is tried again.
 
-    `workers` None: one, or one a `gpu_share`. `job_minutes` and `job_memory_gb` None: no limit.
-    `ray_address` None: a cluster of this machine alone; `measure_on` names the resource of the
-    nodes that are timed (None: the driver's machine); `ship` sends files also to nodes that see the
-    driver's own.
+    It changes no answer. `workers` None: one, or one a `gpu_share`. `job_minutes` and
+    `job_memory_gb` None: no limit. `ray_address` None: a cluster of this machine alone;
+    `measure_on` names the resource of the nodes that are timed (None: the driver's machine);
+    `ship` sends files also to nodes that see the driver's own.
     """
 
     executor: str = "local"
@@ -34,16 +32,14 @@ class Means:
     ship: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Refuse settings that make no sense."""
         if self.executor not in EXECUTORS:
             raise refuse("--executor", self.executor, f"one of {', '.join(EXECUTORS)}")
         if self.workers is not None:
             read_int("--workers", self.workers, 1, MOST_AT_ONCE)
         read_int("--retries", self.retries, 0, 1000)
-        for name, number in (
-            ("--job-minutes", self.job_minutes),
-            ("--job-memory-gb", self.job_memory_gb),
-        ):
+        limits = (("--job-minutes", self.job_minutes), ("--job-memory-gb", self.job_memory_gb))
+        for name, number in limits:
             if number is not None and not (math.isfinite(number) and number > 0):
                 raise refuse(name, number, "a number above 0")
         if not 0 < self.gpu_share <= 1:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from benchmarks.faults.catalogue import FAULTS
 from benchmarks.faults.references import (
@@ -22,9 +27,11 @@ from benchmarks.faults.references import (
     store_outcome,
 )
 from nas.contract import contract
-from nas.jobs.job import Job
-from nas.jobs.means import Means
-from nas.jobs.ray import RayExecutor
+from nas.core.executor_config import ExecutorConfig
+from nas.core.progress import Tick
+from nas.jobs.executor import make_executor
+from nas.jobs.job import LEAVES, READS, Job, Values
+from nas.jobs.transfer_files import Bundle, fetch, file_states, place_files, read_files
 from space.errors import InputError
 from tests.conftest import SMALL_ARCH, Finished
 
@@ -56,7 +63,7 @@ def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_pa
         final_epochs=1,
         cache_dir=finished.cache,
         measurements=str(finished.folder / "measurements.csv"),
-        means=Means(executor="ray", workers=2, ship=True),
+        means=ExecutorConfig(executor="ray", workers=2, ship=True),
     )
     assert outcome.status == "reached"
     assert run_outcome(tmp_path / "run") == run_outcome(finished.folder)
@@ -69,20 +76,95 @@ def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_pa
     assert log.startswith("-- on ")
 
 
-def test_a_cluster_that_does_not_answer_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("nas.jobs.ray.CONNECT_S", 3.0)
-    means = Means(executor="ray", ray_address="127.0.0.1:1")
-    job_of = {"reads": ("dataset",), "leaves": "out"}
-    from nas.jobs.job import Needs
+@dataclass(frozen=True)
+class CopyJob:
+    """A folder to copy."""
 
+    source: Path = field(metadata=READS)
+    out: Path = field(metadata=LEAVES)
+
+
+def copy(job: CopyJob, tick: Tick) -> Values:
+    """A job function of tests."""
+    shutil.copytree(job.source, job.out)
+    return {}
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    config = ExecutorConfig(executor="ray", ray_address="127.0.0.1:1")
     (tmp_path / "data").mkdir()
-    spec = {"dataset": str(tmp_path / "data"), "out": str(tmp_path / "out")}
-    with RayExecutor(means=means, threads=1) as executor, pytest.raises(InputError) as refused:
-        executor.run(Job("train", "a", spec, 1.0, Needs(**job_of)))  # type: ignore[arg-type]
+    job = CopyJob(source=tmp_path / "data", out=tmp_path / "out")
+    with make_executor(config, threads=1) as executor, pytest.raises(InputError) as refused:
+        executor.run(Job(copy, job, "a"))
     assert "--ray-address: got 127.0.0.1:1" in str(refused.value)
     assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+NAMES = st.text("abc.", min_size=1, max_size=3).filter(lambda name: not name.startswith("."))
+TREES = st.dictionaries(st.lists(NAMES, min_size=1, max_size=2).map("/".join), st.binary())
+
+
+def tree(data: st.DataObject) -> dict[str, bytes]:
+    """Draw files by name, none of which is another one's folder."""
+    files = data.draw(TREES)
+    return {n: v for n, v in files.items() if not any(m.startswith(f"{n}/") for m in files)}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_folder_arrives_as_it_was_sent_and_changes_come_back(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as base:
+        folder, place = Path(base, "sent"), Path(base, "place")
+        folder.mkdir()
+        place.mkdir()
+        files, more = tree(data), tree(data)
+        place_files(folder, files)
+        (folder / ".lock").write_bytes(b"")
+        loads: list[int] = []
+
+        def load(reference: dict[str, bytes]) -> dict[str, bytes]:
+            loads.append(1)
+            return reference
+
+        bundle = Bundle("name", None, read_files(folder))
+        there = fetch(bundle, place, load)
+        assert fetch(bundle, place, load) == there
+        assert read_files(there) == files
+        assert len(loads) == 1
+        before = file_states(there)
+        new = {f"new-{name}": content for name, content in more.items()}
+        place_files(there, new)
+        assert read_files(there, before=before) == new
+        top = {name: content for name, content in files.items() if "/" not in name}
+        assert read_files(folder, top_only=True) == top
+
+
+def test_a_file_arrives_under_its_own_name_and_a_broken_journey_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    file, place = tmp_path / "w.bin", tmp_path / "place"
+    file.write_bytes(b"x")
+    place.mkdir()
+    bundle = Bundle("name", "w.bin", None)
+
+    def broken(_: object) -> dict[str, bytes]:
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fetch(bundle, place, broken)
+    assert [p.suffix for p in place.iterdir()] == [".lock"]
+    there = fetch(bundle, place, lambda _: read_files(file))
+    assert (there.name, there.read_bytes()) == ("w.bin", b"x")
+    with pytest.raises(FileNotFoundError):
+        file_states(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ""])
+def test_nothing_is_placed_outside(tmp_path: Path, name: str) -> None:
+    with pytest.raises(AssertionError):
+        place_files(tmp_path / "out", {name: b""})
     assert not (tmp_path / "out").exists()
 
 

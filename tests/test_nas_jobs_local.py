@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from nas.jobs.executor import LocalExecutor, OutOfTime
 from nas.jobs.job import Job, JobFunction
+from nas.jobs.local import LocalExecutor
+from nas.jobs.queue import OutOfTime
 from tests import _worker
 
 WORKER = [sys.executable, "-m", "tests._worker"]
@@ -55,6 +56,7 @@ def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: Loc
         (_worker.fail, {"what": "memory"}, "out of memory"),
         (_worker.die, {"how": "exit"}, "ended with status 7"),
         (_worker.die, {"how": "kill"}, "killed by SIGKILL; out of memory?"),
+        (_worker.refused, {}, "--teacher: got x, want y"),
         (pickle.dumps, {}, "ended with status 1"),  # no job function: nothing else is ever called
     ],
 )
@@ -66,6 +68,7 @@ def test_a_failing_job_is_a_result_and_the_next_job_runs(
     assert result.reason is not None
     assert reason in result.reason
     assert "\n" not in result.reason
+    assert result.values == ({"input_error": True} if function is _worker.refused else {})
     assert executor.run(Job(_worker.echo, {"say": 1}, "after")).ok
 
 
@@ -88,12 +91,6 @@ def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: b
         assert not alive(result.values["child"])
 
 
-def test_bad_input_is_marked_as_such(executor: LocalExecutor) -> None:
-    result = executor.run(Job(_worker.refused, {}, "bad"))
-    assert result.values == {"input_error": True}
-    assert result.reason == "--teacher: got x, want y"
-
-
 def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(
     executor: LocalExecutor, tmp_path: Path
 ) -> None:
@@ -109,7 +106,7 @@ def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     code = (
-        "from nas.jobs.executor import LocalExecutor; from nas.jobs.job import Job\n"
+        "from nas.jobs.local import LocalExecutor; from nas.jobs.job import Job\n"
         "from tests import _worker\n"
         f"job = Job(_worker.sleep, {{'seconds': 600, 'pid_file': {str(pid_file)!r}}}, 'x')\n"
         f"LocalExecutor(threads=1, command={WORKER!r}).run(job)"

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.jobs.child import SILENT_S, Child, Message
+from nas.jobs.local import SILENT_S, Child, Message
 from space.errors import InputError
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
@@ -66,7 +66,7 @@ def test_what_is_said_comes_back_in_order(echo: Heard) -> None:
     @given(st.lists(st.dictionaries(st.text(), VALUES), max_size=5))
     def holds(messages: list[Message]) -> None:
         for message in messages:
-            echo.child.say(message)
+            echo.child.send(message)
         assert [echo.next() for _ in messages] == json.loads(json.dumps(messages))
 
     holds()
@@ -75,7 +75,7 @@ def test_what_is_said_comes_back_in_order(echo: Heard) -> None:
 def test_what_is_no_message_is_left_out() -> None:
     heard = Heard("print('noise'); print('[1]'); print('{'); print('{\"a\": 1}'); print('3')")
     assert [heard.next(), heard.next()] == [{"a": 1}, None]
-    assert heard.child.ended(5.0)
+    assert heard.child.wait(5.0)
     assert heard.child.end() == 0
 
 
@@ -83,14 +83,14 @@ def test_what_is_no_message_is_left_out() -> None:
 def test_its_end_is_heard_with_its_status(code: str, status: int, tmp_path: Path) -> None:
     heard = Heard(f"import sys; print('told', file=sys.stderr); {code}", tmp_path / "log")
     assert heard.next() is None
-    assert heard.child.ended(5.0)
-    heard.child.say({"too": "late"})
+    assert heard.child.wait(5.0)
+    heard.child.send({"too": "late"})
     assert heard.child.end() == status
     assert (tmp_path / "log").read_text() == "told\n"
 
 
 def test_one_that_is_ended_says_nothing_more(echo: Heard) -> None:
-    echo.child.say({"n": 1})
+    echo.child.send({"n": 1})
     assert echo.next() == {"n": 1}
     assert echo.child.alive
     assert echo.child.end() == -signal.SIGKILL
@@ -109,7 +109,7 @@ def test_what_it_started_ends_with_it() -> None:
     heard = Heard(HOLDS)
     said = heard.next()
     assert said is not None
-    assert heard.child.ended(5.0)
+    assert heard.child.wait(5.0)
     assert not heard.child.gone(), "something may yet be heard of it"
     time.sleep(SILENT_S + 0.1)
     assert heard.child.gone()
@@ -139,7 +139,7 @@ def test_one_that_does_not_listen_holds_up_nobody() -> None:
     heard = Heard("import time; time.sleep(60)")
     begun = time.monotonic()
     for at in range(100):
-        heard.child.say({"at": at, "more": "x" * 10_000})
+        heard.child.send({"at": at, "more": "x" * 10_000})
     assert heard.child.alive
     assert heard.child.end() == -signal.SIGKILL
     assert time.monotonic() - begun < 30
@@ -182,10 +182,10 @@ def test_where_the_system_has_no_room_it_is_one_line(
         return begun[-1]
 
     if how == "process":
-        monkeypatch.setattr("nas.jobs.child.subprocess.Popen", none)
+        monkeypatch.setattr("nas.jobs.local.subprocess.Popen", none)
     else:
-        monkeypatch.setattr("nas.jobs.child.subprocess.Popen", popen)
-        monkeypatch.setattr("nas.jobs.child.threading.Thread.start", none)
+        monkeypatch.setattr("nas.jobs.local.subprocess.Popen", popen)
+        monkeypatch.setattr("nas.jobs.local.threading.Thread.start", none)
     with pytest.raises(InputError, match="fewer --workers") as refused:
         Heard(ECHO)
     assert "\n" not in str(refused.value)

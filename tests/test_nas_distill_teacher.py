@@ -18,7 +18,7 @@ from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.distill import teacher as module
 from nas.distill.teacher import make_teacher
-from nas.export import teacher_net
+from nas.export import load
 from nas.export.load import parse_teacher
 from nas.export.teacher_net import TeacherInfo, TeacherNet, load_teacher
 from nas.export.weights import save_weights, weights_digest
@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_net, "AUTO_KWARGS", SMALL)
+    monkeypatch.setattr(load, "AUTO_KWARGS", SMALL)
 
 
 def made(dataset: Dataset, cache: Path, text: str = "auto", **changes: Any) -> TeacherInfo:
@@ -129,7 +129,7 @@ def test_the_global_generator_is_left_alone(dataset: Dataset, tmp_path: Path) ->
 def test_damaged_weights_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     info = made(dataset, tmp_path, epochs=1)
     path = Path(info.folder) / "weights.safetensors"
-    state = teacher_net.create(info.model, info.kwargs, info.num_classes).state_dict()
+    state = load.create_timm_model(info.model, info.kwargs, info.num_classes).state_dict()
     save_weights(path, state)
     with pytest.raises(InputError, match="other weights"):
         load_teacher(info)

@@ -51,8 +51,8 @@ def run_or_resume(data: str, random_seed: int, given: argparse.Namespace) -> Run
     common: dict[str, Any] = {"cache_dir": given.cache_dir, "console": Console()}
     if (folder / "run.json").exists():
         return contract(out=folder, resume=True, **common)
-    if given.proxy_images is not None:
-        common["proxy_images"] = given.proxy_images
+    if given.max_images is not None:
+        common["max_images"] = given.max_images
     return contract(
         "21M",
         "5M",
@@ -71,7 +71,7 @@ def run_row(
     """Return the row of one run; of one without a result, its status alone."""
     found = read_run(of.folder)
     assert found.seed is not None
-    images = found.run["config"]["proxy_images"]
+    images = found.run["config"]["max_images"]
     row: dict[str, Any] = {
         **dict.fromkeys(COLUMNS),
         "data": data,
@@ -83,7 +83,7 @@ def run_row(
         "fingerprint": found.run["fingerprint"]["id"],
         "command": "python -m nas.contract --seed 21M --target-params 5M "
         f"--min-speedup {given.min_speedup} --data {data} --effort {given.effort} "
-        f"--random-seed {random_seed}" + (f" --proxy-images {images}" if images else ""),
+        f"--random-seed {random_seed}" + (f" --max-images {images}" if images else ""),
     }
     final = of.result.get("final")
     if not final:
@@ -125,7 +125,7 @@ def build_parser() -> Parser:
     add("--data", nargs="+", default=["digits", "fractals"], help="data sets")
     add("--random-seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N")
     add("--effort", default="normal", help="default: normal")
-    add("--proxy-images", type=int, metavar="N", help="default: that of the effort")
+    add("--max-images", type=int, metavar="N", help="default: that of the effort")
     add("--min-speedup", type=float, default=1.5, metavar="RATIO")
     add("--runs", default="results/runs", metavar="DIR", help="where runs are kept")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="where the table goes")

@@ -34,7 +34,7 @@ from nas.core.cli import Parser
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.core.stats import in_words, indistinguishable, regret
-from space.contractions import shortlist
+from space.contractions import propose
 from space.errors import InputError, refuse
 from space.family import Arch
 from space.sampling import sample_band
@@ -55,14 +55,14 @@ def candidates(pool: TrainingPool, number: int) -> list[tuple[str, Arch]]:
     run = pool.run
     band = run.band(run.config.steps)
     seed = derived_seed(run.config.random_seed, "proxy_rank")
-    ruled = shortlist(
+    ruled = propose(
         run.family,
         [run.seed_arch],
         run.context,
         band,
         (number + 1) // 2,
         random_seed=seed,
-        anchors=False,
+        baselines=False,
     )
     keys = {run.key(c.arch) for c in ruled}
     drawn = sample_band(

@@ -191,7 +191,7 @@ class TrainingPool:
             store=Path(run.store["folder"]),
             label_epochs=run.store["use_epochs"],
             missing=run.config.missing_labels,
-            beyond=run.config.beyond,
+            label_overflow=run.config.label_overflow,
             batch_size=run.config.batch_size,
             random_seed=of.random_seed,
             device=run.config.device,
@@ -297,7 +297,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
                 "target_params": parse_count("--target-params", given.target_params),
                 "data": given.data,
                 "img_size": given.img_size,
-                "proxy_images": None,
+                "max_images": None,
                 "effort": "smoke",
                 "bench_max_blocks": 120,
                 "steps": 1,
@@ -316,7 +316,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
     folder = RunDir(folder_of(given))
     dataset = read_data(config, cache, console)
     # What a training does not depend on may differ between the benchmarks that share a folder.
-    loose = {"target_params": 0, "bench_max_blocks": 0, "choose": ""}
+    loose = {"target_params": 0, "bench_max_blocks": 0, "selection": ""}
     asked = {**config.to_dict(), **loose}
     if folder.run_json.exists():
         known = config_from_dict(folder.open()["config"]).to_dict()

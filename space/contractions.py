@@ -144,7 +144,8 @@ def checked(axes: Sequence[Axis]) -> Sequence[Axis]:
 class Candidate:
     """An arch under test: what it costs, how far it is from its nearest parent, what is measured.
 
-    `moved`: fields that differ as built. `anchor`: "uniform", "published:NAME" or None (the rule).
+    `moved`: fields that differ as built. `baseline`: "uniform", "published:NAME" or None (the
+    rule).
     Throughput is images/s and relative to the seed, with intervals; `requirements` are those timed
     so far, with their verdicts, `basis` is where the throughput is from, `seconds` were spent.
     """
@@ -155,7 +156,7 @@ class Candidate:
     macs: int
     notches: int
     moved: tuple[str, ...]
-    anchor: str | None
+    baseline: str | None
     parent: Arch
     images_per_s: float | None = None
     images_per_s_lo: float | None = None
@@ -314,18 +315,18 @@ def _by_rule(
 def anchors_in(
     family: Family, parents: Sequence[Arch], ctx: Context, band: Band
 ) -> list[tuple[str, Arch]]:
-    """Find the anchors: published archs in the band, then each parent's uniform scaling.
+    """Find the baselines: published archs in the band, then each parent's uniform scaling.
 
     Of the uniform scalings (all widths by one factor) the one nearest to the band's middle.
     """
     largest = max(family.count_params(p, ctx) for p in parents)
-    anchors = []
+    baselines = []
     for p in family.published:
         params = family.count_params(p.arch, ctx)
         light = band.max_macs is None or family.count_macs(p.arch, ctx) <= band.max_macs
         small = band.lo <= params <= band.hi and params < largest
         if small and light and family.fits(p.arch, ctx):
-            anchors.append((f"published:{p.name}", p.arch))
+            baselines.append((f"published:{p.name}", p.arch))
     for parent in parents:
         scaled = list(dict.fromkeys(family.scaled(parent, k / 512) for k in range(511, 0, -1)))
         sizes = family.count_params_many(family.table(scaled), ctx)
@@ -336,8 +337,8 @@ def anchors_in(
         inside = np.flatnonzero(fits)
         if len(inside):
             off = np.abs(2 * sizes[inside] - (band.lo + band.hi))
-            anchors.append(("uniform", scaled[int(inside[np.argmin(off)])]))
-    return anchors
+            baselines.append(("uniform", scaled[int(inside[np.argmin(off)])]))
+    return baselines
 
 
 def _distance(family: Family, parent: Arch, arch: Arch, ctx: Context) -> dict[str, int]:
@@ -348,7 +349,7 @@ def _distance(family: Family, parent: Arch, arch: Arch, ctx: Context) -> dict[st
     return {f: int(steps[f][0]) for f, v in built.items() if not np.array_equal(v[0], v[1])}
 
 
-def shortlist(
+def propose(
     family: Family,
     parents: Sequence[Arch],
     ctx: Context,
@@ -356,10 +357,10 @@ def shortlist(
     size: int,
     *,
     random_seed: int,
-    anchors: bool = True,
+    baselines: bool = True,
     exclude: Collection[str] = (),
 ) -> list[Candidate]:
-    """Draw at most `size` candidates inside `band`: the anchors, then by rule.
+    """Draw at most `size` candidates inside `band`: the baselines, then by rule.
 
     The rule: fewest grid steps first, the radius widened until the list is full; among equally near
     ones, those factors take turns that moved least often so far; then a seeded order. Several
@@ -369,7 +370,7 @@ def shortlist(
     """
     assert parents, "nothing to contract"
     drawn: dict[str, tuple[str | None, Arch]] = {}
-    if anchors:
+    if baselines:
         for name, arch in anchors_in(family, parents, ctx, band):
             drawn.setdefault(family.key(arch, ctx), (name, arch))
     number = size + len(exclude) + len(drawn)  # enough even if all of those are drawn again
@@ -386,14 +387,14 @@ def shortlist(
 def listed(
     family: Family, parents: Sequence[Arch], chosen: Sequence[tuple[str | None, Arch]], ctx: Context
 ) -> list[Candidate]:
-    """Say of each chosen (anchor, arch) what it costs and how far it is from its nearest parent.
+    """Say of each chosen (baseline, arch) what it costs and how far it is from its nearest parent.
 
     The parent is one that contracts to it, if any does, else any larger one; there must be one.
     """
     sizes = [family.count_params(p, ctx) for p in parents]
     reach = [family.moves(p) for p in parents]
     found = []
-    for anchor, arch in chosen:
+    for baseline, arch in chosen:
         params = family.count_params(arch, ctx)
         larger = [i for i, n in enumerate(sizes) if n > params]
         inside = [i for i in larger if _holds(family, reach[i], arch, ctx)]
@@ -402,7 +403,7 @@ def listed(
         moved, macs = away[nearest], family.count_macs(arch, ctx)
         parent, notches = parents[nearest], sum(moved.values())
         key = family.key(arch, ctx)
-        found.append(Candidate(arch, key, params, macs, notches, tuple(moved), anchor, parent))
+        found.append(Candidate(arch, key, params, macs, notches, tuple(moved), baseline, parent))
     return found
 
 

@@ -41,8 +41,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     cache = base / "cache"
     flags = [
         *("--seed", str(base / "small.json"), "--target-params", "400K", "--effort", "smoke"),
-        *("--steps", "2", "--shortlist", "4", "--threads", "1", "--img-size", "32"),
-        *("--proxy-images", "200", "--teacher-epochs", "2", "--final-epochs", "1"),
+        *("--steps", "2", "--candidates-per-step", "4", "--threads", "1", "--img-size", "32"),
+        *("--max-images", "200", "--teacher-epochs", "2", "--final-epochs", "1"),
         *("--cache-dir", str(cache)),
     ]
     folder = base / "finished"

@@ -176,7 +176,7 @@ def words(text: str) -> object:
     found: list[object] = []
     for parse in (
         lambda: parse_count("--target-params", text),
-        lambda: parse_share("--max-broken", text),
+        lambda: parse_share("--max-corrupt", text),
         lambda: parse_setting("--require", text, dtype="float32", batch=16),
         lambda: parse_requirement(text, dtype="float32", batch=16),
         lambda: freeze(FAMILY, ARCH, [text]),
@@ -243,7 +243,7 @@ def best(path: Path) -> object:
     return left, left.classes, left.preprocessing, left.timm_call
 
 
-@of_file("family/01-7.json", best_seeds)
+@of_file("models/01-7.json", best_seeds)
 def milestone(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     return read_models(path.parent.parent, FAMILY)
@@ -265,7 +265,7 @@ def train_result(path: Path) -> object:
     return TrainFolder(path.parent).read_result()
 
 
-@of_file("trust.json", lambda: [json_of({"archs": [TINYVIT] * 2})])
+@of_file("proxy_check.json", lambda: [json_of({"archs": [TINYVIT] * 2})])
 def trust(path: Path) -> object:
     return [FAMILY.arch(arch) for arch in named_archs(path.parent, 2) or ()]
 

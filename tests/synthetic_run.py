@@ -27,7 +27,7 @@ def _trial(step: int, key: str, params: int, rng: random.Random, parent: str, **
         "parent": parent,
         "moves": "" if step == 0 else "embed_dims[2] 384->256, depths[3] 2->1",
         "notches": 3 * step,
-        "anchor": "",
+        "baseline": "",
         "params": params,
         "params_1000": params + 500_000,
         "macs": params * 11,
@@ -66,11 +66,11 @@ def decided(steps: int) -> tuple[list[Trial], list[StepRow]]:
             rows.append(_trial(step, f"d{step}-{i}_slow", high - 9_000 * i, rng, parent, **more))
         oom = {"stage": "proxy", "state": "failed", "reason": "out of memory", **unmeasured}
         rows.append(_trial(step, f"d{step}_oom", high - 12_345, rng, parent, **oom))
-        anchors = {0: "uniform", 1: "published:11M" if step == 2 else ""}
+        baselines = {0: "uniform", 1: "published:11M" if step == 2 else ""}
         for i in range(4):
             kept = {"stage": "kept"} if i == 3 else {"reason": "a kept one scored better"}
             params = int(high * (0.93 + 0.02 * i))
-            more = {"anchor": anchors.get(i, ""), **kept}
+            more = {"baseline": baselines.get(i, ""), **kept}
             rows.append(_trial(step, f"d{step}-{i}_n2-{i}", params, rng, parent, **more))
         best = rows[-1]
         path.append(best.key)

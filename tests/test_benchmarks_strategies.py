@@ -77,9 +77,9 @@ def test_the_lattice_is_closed(lattice: Lattice) -> None:
         closed(get_family("tinyvit"), lattice.seed, ["embed_dims[9]"])
 
 
-@pytest.mark.parametrize("proxied", [0, 3])
+@pytest.mark.parametrize("train_per_step", [0, 3])
 def test_replays_stay_inside_count_everything_and_only_improve(
-    lattice: Lattice, losses: dict[str, float], proxied: int
+    lattice: Lattice, losses: dict[str, float], train_per_step: int
 ) -> None:
     best = min(losses[k] for k in lattice.final)
     for name in strategy_names():
@@ -87,14 +87,20 @@ def test_replays_stay_inside_count_everything_and_only_improve(
             continue
         budget = 1 if name == "uniform" else 12  # which walks far for its last ones
         listed = 1 if name == "uniform" else 4
-        settings = ReplaySettings(steps=4, shortlist=listed, proxied=proxied, beam=2, budget=budget)
+        settings = ReplaySettings(
+            steps=4,
+            candidates_per_step=listed,
+            train_per_step=train_per_step,
+            beam=2,
+            budget=budget,
+        )
         strategy = get_strategy(name)
         done = replay(lattice, losses, strategy, settings, random_seed=0)
         if name in ("contraction", "evolution"):
             assert done == replay(lattice, losses, strategy, settings, random_seed=0)
         assert 1 <= len(done) <= budget
         assert all(s.key in lattice.archs and s.loss == losses[s.key] for s in done)
-        per_step = proxied or 4
+        per_step = train_per_step or 4
         for step in {s.step for s in done}:
             keys = [s.key for s in done if s.step == step]
             assert len(keys) == len(set(keys))
@@ -122,8 +128,8 @@ def test_replays_stay_inside_count_everything_and_only_improve(
 def test_with_budget_enough_random_search_sees_the_whole_band(
     lattice: Lattice, losses: dict[str, float]
 ) -> None:
-    for proxied in (0, 2):
-        settings = ReplaySettings(4, 5, proxied, 2, 500)
+    for train_per_step in (0, 2):
+        settings = ReplaySettings(4, 5, train_per_step, 2, 500)
         done = replay(lattice, losses, get_strategy("random"), settings, random_seed=3)
         assert {s.key for s in done} == lattice.final
         best = min(losses[k] for k in lattice.final)
@@ -133,11 +139,11 @@ def test_with_budget_enough_random_search_sees_the_whole_band(
 def test_contraction_goes_on_in_its_last_step_until_nothing_is_left(
     lattice: Lattice, losses: dict[str, float]
 ) -> None:
-    for proxied in (0, 2):
-        settings = ReplaySettings(4, 5, proxied, 2, 500)
+    for train_per_step in (0, 2):
+        settings = ReplaySettings(4, 5, train_per_step, 2, 500)
         done = replay(lattice, losses, get_strategy("contraction"), settings, random_seed=3)
         first = [s for s in done if s.step < 4]
-        assert len(first) == 3 * (proxied or 5)
+        assert len(first) == 3 * (train_per_step or 5)
         last = [s.key for s in done if s.step == 4]
         whole = replay(
             lattice,

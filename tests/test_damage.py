@@ -128,7 +128,7 @@ def of_run(folder: Path) -> list[Case]:
         Case(folder / "best.json", lambda: family.seed(str(folder / "best.json"))),
         Case(folder / "best.safetensors", model(folder), exact=True),
     ]
-    for path in sorted((folder / "family").glob("*.json")):
+    for path in sorted((folder / "models").glob("*.json")):
         cases.append(Case(path, lambda: [m.__dict__ for m in read_models(folder, family)]))
         cases.append(Case(path.with_suffix(".safetensors"), model(path), exact=True))
     for path in sorted((folder / "work").rglob("*.json")):
@@ -174,8 +174,8 @@ def cases(run: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
 
 def test_every_json_and_table_of_a_run_has_a_case(run: Path) -> None:
     """What is drawn for eyes only needs none."""
-    for_eyes = {"report.md", "pareto.png", "pareto.svg", "worker.log", ".lock", "trust.csv"}
-    for_eyes |= {"ledger.csv", "steps.csv", "family.csv", "attempts.csv"}
+    for_eyes = {"report.md", "pareto.png", "pareto.svg", "worker.log", ".lock", "proxy_check.csv"}
+    for_eyes |= {"trials.csv", "steps.csv", "models.csv", "attempts.csv"}
     elsewhere = {"study.db"}  # tests/test_nas_search_study.py
     known = {case.path for case in of_run(run)}
     for path in run.rglob("*"):
@@ -225,7 +225,7 @@ def of_training(folder: Path) -> list[Case]:
     holdout = folder / "holdout.safetensors"
     truth = np.arange(5)
     Evaluation(np.linspace(0, 1, 5, dtype=np.float32), truth[::-1].copy(), truth).save(holdout)
-    write_json(folder / "trust.json", {"archs": [{"depth": 1}, {"depth": 2}]})
+    write_json(folder / "proxy_check.json", {"archs": [{"depth": 1}, {"depth": 2}]})
     return [
         Case(folder / "train.json", kept.read_settings),
         Case(folder / "result.json", kept.read_result),
@@ -233,13 +233,13 @@ def of_training(folder: Path) -> list[Case]:
         Case(weights, lambda: [load_weights(weights), read_metadata(weights)]),
         Case(weights, lambda: load_checkpoint(str(weights))),
         Case(holdout, lambda: load_arrays(holdout)),
-        Case(folder / "trust.json", lambda: named_archs(folder, 2)),
+        Case(folder / "proxy_check.json", lambda: named_archs(folder, 2)),
     ]
 
 
 def of_cache(folder: Path) -> list[Case]:
     """A label store of one shard and a holdout, a teacher."""
-    dataset = prepare(DataSpec("digits", img_size=16, proxy_images=60), folder / "cache")
+    dataset = prepare(DataSpec("digits", img_size=16, max_images=60), folder / "cache")
     dropped = "key,name\n" + f"{dataset.train.keys[0]},x\n"
     store = built(folder / "store", dataset, dropped, epochs=1).folder
 
@@ -383,7 +383,7 @@ def test_a_resumed_run_names_the_damaged_file_and_loses_nothing(
 
 
 def test_the_cache_of_pixels_is_whole_or_refused(tmp_path: Path) -> None:
-    folder = prepare(DataSpec("digits", img_size=16, proxy_images=60), tmp_path).folder
+    folder = prepare(DataSpec("digits", img_size=16, max_images=60), tmp_path).folder
     for path in sorted(folder.glob("*")):
         raw = path.read_bytes()
         path.write_bytes(raw[: len(raw) // 2])

@@ -19,7 +19,7 @@ from nas.contract import contract
 from nas.inherit.slice import inherit
 from nas.jobs.queue import InlineExecutor
 from space import Context, InputError, get_family
-from space.contractions import Band, count_contractions, shortlist
+from space.contractions import Band, count_contractions, propose
 from space.family import Family
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "families.md"
@@ -96,7 +96,7 @@ def test_contractions_are_listed(family: Family) -> None:
     ctx, seed = Context(32, 10), family.seed("18")
     band = Band(2_900_000, 3_100_000)
     assert count_contractions(family, seed, ctx, band) > 100
-    for one in shortlist(family, [seed], ctx, band, 6, random_seed=0):
+    for one in propose(family, [seed], ctx, band, 6, random_seed=0):
         assert band.lo <= one.params <= band.hi
     floor = family.floor(seed, ctx)
     assert np.array(family.to_dict(floor)["channels"]).max() == 32
@@ -110,7 +110,7 @@ def test_a_contraction_runs(family: Family, tmp_path: Path) -> None:
         family="resnet",
         effort="smoke",
         img_size=32,
-        proxy_images=300,
+        max_images=300,
         threads=1,
         teacher_epochs=3,
         out=tmp_path / "run",

@@ -269,7 +269,7 @@ def test_a_block_that_does_nothing_does_no_harm() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, proxy_images=80), tmp_path_factory.mktemp("d"))
+    return prepare(DataSpec("digits", img_size=32, max_images=80), tmp_path_factory.mktemp("d"))
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,7 @@ def given(dataset: Dataset, store: LabelStore) -> dict[str, Any]:
         "batch_size": 8,
         "random_seed": 0,
         "device": "cpu",
-        "missing": "refuse",
+        "missing": "error",
     }
 
 
@@ -333,7 +333,7 @@ def test_a_training_starts_from_what_is_wanted_most(
             lr=INHERIT_LR,
             epochs=1,
             parent=ParentWeights(arch=FAMILY.to_dict(ARCH), weights=parent, order=chosen),
-            beyond="cycle",
+            label_overflow="cycle",
             label_epochs=None,
             out=tmp_path / f"out{number}",
         )

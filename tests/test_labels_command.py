@@ -38,7 +38,7 @@ from space.errors import InputError
 ROOT = Path(__file__).resolve().parent.parent
 SIZES: dict[str, Any] = {
     "img_size": 16,
-    "proxy_images": 120,
+    "max_images": 120,
     "teacher_epochs": 1,
     "epochs": 2,
     "threads": 1,
@@ -323,7 +323,7 @@ def test_images_without_classes_are_labelled_and_teach(
 ) -> None:
     inline(monkeypatch)
     data = folder_of_digits(tmp_path / "loose", classes=False)
-    options: dict[str, Any] = {**SIZES, "proxy_images": None, "teach": teach}
+    options: dict[str, Any] = {**SIZES, "max_images": None, "teach": teach}
     made = build(str(data), teacher=teacher, out=tmp_path / "s", cache_dir=cache, **options)
     assert made["num_classes"] == 7
     dataset = prepare(DataSpec(str(data), 16), cache)
@@ -342,7 +342,7 @@ def test_images_without_classes_are_labelled_and_teach(
 @pytest.mark.slow
 def test_contradicted_labels_are_dropped_and_listed(cache: Path, tmp_path: Path) -> None:
     data = folder_of_digits(tmp_path / "digits", classes=True)
-    options: dict[str, Any] = {**SIZES, "proxy_images": None, "teach": teach}
+    options: dict[str, Any] = {**SIZES, "max_images": None, "teach": teach}
     made = build(str(data), out=tmp_path / "s", clean=0.5, cache_dir=cache, **options)
     with open(tmp_path / "s" / "dropped.csv", newline="") as table:
         rows = list(csv.DictReader(table))

@@ -29,7 +29,7 @@ MIXED = {**HARD, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    spec = DataSpec("digits", img_size=16, proxy_images=150)
+    spec = DataSpec("digits", img_size=16, max_images=150)
     return prepare(spec, tmp_path_factory.mktemp("cache"))
 
 
@@ -261,7 +261,7 @@ def test_epochs_beyond_the_stored_ones_start_again_in_a_new_order(
 def test_more_epochs_than_stored_are_refused_where_asked(
     dataset: Dataset, store: LabelStore
 ) -> None:
-    strict = replay(dataset, store, beyond="refuse")
+    strict = replay(dataset, store, label_overflow="error")
     assert list(strict.epoch(1))
     with pytest.raises(InputError, match="2 epochs, want epoch 3"):
         list(strict.epoch(2))
@@ -318,7 +318,7 @@ def test_what_does_not_fit_is_refused(dataset: Dataset, store: LabelStore, tmp_p
         {"batch_size": 1},
         {"subset": []},
         {"missing": "x"},
-        {"beyond": "x"},
+        {"label_overflow": "x"},
         {"topk": 4},
         {"topk": 0},
         {"epochs": 3},

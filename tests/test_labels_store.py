@@ -37,7 +37,7 @@ from space.errors import InputError
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    spec = DataSpec("digits", img_size=16, proxy_images=420)
+    spec = DataSpec("digits", img_size=16, max_images=420)
     return prepare(spec, tmp_path_factory.mktemp("cache"))
 
 

@@ -61,7 +61,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "speedup not a number": ([*GOAL, "--min-speedup", "nan"], "--min-speedup"),
     "throughput zero": ([*GOAL, "--min-throughput", "0"], "--min-throughput"),
     "tolerance": ([*GOAL, "--params-tolerance", "150%"], "--params-tolerance"),
-    "max broken": ([*GOAL, "--max-broken", "lots"], "--max-broken"),
+    "max broken": ([*GOAL, "--max-corrupt", "lots"], "--max-corrupt"),
     "data missing": ([*GOAL, "--data", "/no/such/folder"], "--data"),
     "data unknown": ([*GOAL, "--data", "digitz"], "digitz"),
     "image size": ([*GOAL, "--img-size", "2"], "--img-size"),
@@ -69,7 +69,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "device malformed": ([*GOAL, "--device", "cuda:one"], "cuda:one"),
     "effort": ([*GOAL, "--effort", "extreme"], "extreme"),
     "family": ([*GOAL, "--family", "resnext"], "resnext"),
-    "proxied above shortlist": ([*GOAL, "--proxied", "50"], "--proxied"),
+    "train_per_step above shortlist": ([*GOAL, "--train-per-step", "50"], "--train-per-step"),
     "steps": ([*GOAL, "--steps", "0"], "--steps"),
     "a label of every class": ([*GOAL, "--topk", "10"], "--topk: got 10, want 1 to 9"),
     "hours": ([*GOAL, "--max-hours", "-2"], "--max-hours"),
@@ -111,7 +111,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "bench runtime unknown": ([*GOAL, "--bench-runtime", "eagre"], "eagre"),
     "bench device unknown": ([*GOAL, "--bench-device", "tpu"], "tpu"),
     "device table missing": ([*GOAL, "--device-table", "/no/such.csv"], "/no/such.csv"),
-    "finalists of a new run": ([*GOAL, "--finalists", "x.csv"], "--finalists"),
+    "finalists of a new run": ([*GOAL, "--final-measurements", "x.csv"], "--final-measurements"),
     "distillation unknown": (
         [*GOAL, "--distill", "warm"],
         "--distill: got warm, want one of sparse",
@@ -331,7 +331,7 @@ def test_a_store_of_other_data_is_refused_naming_both_sides(
 ) -> None:
     stores = [p for p in (finished.cache / "labels").iterdir() if (p / "manifest.json").exists()]
     out = tmp_path / "run"
-    arguments = [*finished.flags, "--proxy-images", "100", "--labels", str(stores[0])]
+    arguments = [*finished.flags, "--max-images", "100", "--labels", str(stores[0])]
     line = refused(capsys, [*arguments, "--out", str(out), "--quiet"])
     assert "label store" in line
     assert not out.exists()

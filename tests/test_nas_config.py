@@ -54,7 +54,7 @@ def test_an_effort_sets_only_settings_that_exist_and_the_same_ones() -> None:
 
 def test_effort_high_times_24_and_trains_eight_a_step() -> None:
     high = effort_defaults("high")
-    assert (high["shortlist"], high["proxied"]) == (24, 8)
+    assert (high["candidates_per_step"], high["train_per_step"]) == (24, 8)
 
 
 def test_steps_are_as_many_as_the_way_is_long() -> None:
@@ -90,7 +90,7 @@ def test_given_settings_override_the_effort() -> None:
         ("target_params", 0),
         ("steps", 0),
         ("steps", True),
-        ("shortlist", -1),
+        ("candidates_per_step", -1),
         ("seed_epochs", 0),
         ("bench_blocks", 1),
         ("batch_size", 1),
@@ -100,8 +100,8 @@ def test_given_settings_override_the_effort() -> None:
         ("min_speedup", float("nan")),
         ("min_throughput", float("inf")),
         ("params_tolerance", 1.0),
-        ("max_broken", -0.1),
-        ("proxied", 1000),
+        ("max_corrupt", -0.1),
+        ("train_per_step", 1000),
         ("beam", 1000),
         ("proxy_init", "magic"),
         ("bench_dtype", "int8"),
@@ -150,7 +150,7 @@ def test_shares_parse_as_numbers_and_percentages(share: float) -> None:
 @pytest.mark.parametrize("text", ["1", "100%", "-1%", "x", "nan", "%"])
 def test_bad_shares_are_refused(text: str) -> None:
     with pytest.raises(InputError):
-        parse_share("--max-broken", text)
+        parse_share("--max-corrupt", text)
 
 
 def test_every_setting_has_one_flag_and_the_table_lists_them_all() -> None:

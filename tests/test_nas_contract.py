@@ -39,7 +39,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def test_a_run_leaves_every_file_it_promises(finished: Finished) -> None:
     names = {p.name for p in finished.folder.iterdir()}
     promised = {
-        *("run.json", "study.db", "measurements.csv", "ledger.csv", "steps.csv", "best.json"),
+        *("run.json", "study.db", "measurements.csv", "trials.csv", "steps.csv", "best.json"),
         *("best.safetensors", "pareto.png", "pareto.svg", "report.md", "result.json"),
     }
     assert promised <= names
@@ -103,7 +103,7 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
 
 
 def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished) -> None:
-    rows = read_csv(finished.folder / "ledger.csv")
+    rows = read_csv(finished.folder / "trials.csv")
     assert tuple(rows[0]) == table_columns(Trial)
     storage = f"sqlite:///{finished.folder}/study.db"
     trials = optuna.load_study(study_name="contraction", storage=storage).trials
@@ -119,7 +119,7 @@ def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished
 
 
 def test_every_candidate_is_smaller_than_its_parent_and_in_its_band(finished: Finished) -> None:
-    rows = read_csv(finished.folder / "ledger.csv")
+    rows = read_csv(finished.folder / "trials.csv")
     params = {r["key"]: int(r["params"]) for r in rows}
     steps = {s["step"]: s for s in read_csv(finished.folder / "steps.csv")}
     for r in rows[1:]:
@@ -134,7 +134,7 @@ def test_measurements_are_stored_with_their_role(finished: Finished) -> None:
     assert roles[0] == "seed"
     assert roles.count("final") == 2
     gates = {r.arch_key for r in rows if r.role == "gate"}
-    assert gates == {r["key"] for r in read_csv(finished.folder / "ledger.csv")[1:]}
+    assert gates == {r["key"] for r in read_csv(finished.folder / "trials.csv")[1:]}
 
 
 def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -155,8 +155,8 @@ def run_process(arguments: list[str], **more: object) -> subprocess.Popen[str]:
 
 
 def assert_same_answer(run: Path, truth: Path) -> None:
-    assert without_times(read_csv(run / "ledger.csv")) == without_times(
-        read_csv(truth / "ledger.csv")
+    assert without_times(read_csv(run / "trials.csv")) == without_times(
+        read_csv(truth / "trials.csv")
     )
     assert (run / "best.safetensors").read_bytes() == (truth / "best.safetensors").read_bytes()
     a, b = (json.loads((f / "best.json").read_text()) for f in (run, truth))
@@ -340,10 +340,10 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
         "effort": "smoke",
         "threads": 1,
         "img_size": 32,
-        "proxy_images": 200,
+        "max_images": 200,
         "teacher_epochs": 2,
-        "draws": 1,
-        "shortlist": 2,
+        "max_draws": 1,
+        "candidates_per_step": 2,
         "bench_blocks": 6,
         "bench_max_blocks": 6,
     }
@@ -359,7 +359,7 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
     assert "nearest" in outcome.message
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["config"]["steps"] == 1  # 590K to 530K is a short way
-    rows = read_csv(tmp_path / "run" / "ledger.csv")
+    rows = read_csv(tmp_path / "run" / "trials.csv")
     assert {r["stage"] for r in rows[1:]} == {"throughput"}
     assert (tmp_path / "run" / "report.md").exists()
 
@@ -397,7 +397,7 @@ def test_images_without_classes_are_contracted_by_the_teachers(
 ) -> None:
     data, teacher = loose_folder(tmp_path)
     flags = [*finished.flags, "--data", str(data), "--teacher", teacher, "--augment", "batched"]
-    at = flags.index("--proxy-images")
+    at = flags.index("--max-images")
     del flags[at : at + 2]
     assert main([*flags, "--out", str(tmp_path / "run"), "--quiet"]) == 0
     best = json.loads((tmp_path / "run" / "best.json").read_text())
@@ -419,9 +419,11 @@ def test_a_store_of_other_images_serves_where_skipping_is_allowed(
         if json.loads((p / "manifest.json").read_text())["spec"]["train_images"] == 160
     )
     flags = [*finished.flags, "--labels", str(store), "--missing-labels", "skip", "--quiet"]
-    flags[flags.index("--proxy-images") + 1] = "220"
+    flags[flags.index("--max-images") + 1] = "220"
     out = tmp_path / "run"
-    assert main([*flags, "--label-epochs", "1", "--beyond", "cycle", "--out", str(out)]) == 0
-    rows = read_csv(out / "ledger.csv")
+    assert (
+        main([*flags, "--label-epochs", "1", "--label-overflow", "cycle", "--out", str(out)]) == 0
+    )
+    rows = read_csv(out / "trials.csv")
     assert any(row["stage"] == "kept" for row in rows)
     assert main([*flags, "--label-epochs", "1", "--out", str(tmp_path / "strict")]) == 2

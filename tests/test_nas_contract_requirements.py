@@ -40,11 +40,11 @@ def settings(finished: Finished, **more: Any) -> dict[str, Any]:
         "effort": "smoke",
         "threads": 1,
         "img_size": 32,
-        "proxy_images": 200,
+        "max_images": 200,
         "teacher_epochs": 2,
         "final_epochs": 1,
-        "shortlist": 3,
-        "proxied": 1,
+        "candidates_per_step": 3,
+        "train_per_step": 1,
         "steps": 2,
         "bench_blocks": 6,
         "bench_max_blocks": 6,
@@ -86,7 +86,7 @@ class Counting(InlineExecutor):
 
 
 def ledger(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "ledger.csv", newline="") as lines:
+    with open(folder / "trials.csv", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
@@ -246,11 +246,11 @@ def test_the_finalists_own_rows_finish_the_run(
     assert main(resume) == 3, "without their rows it stays as it was"
     other = [replace(row, threads=2) for row in rows]
     write_rows(tmp_path / "other.csv", other)
-    assert main([*resume, "--finalists", str(tmp_path / "other.csv")]) == 2
+    assert main([*resume, "--final-measurements", str(tmp_path / "other.csv")]) == 2
     assert "fingerprint" in capsys.readouterr().err
 
     write_rows(tmp_path / "own.csv", rows)
-    assert main([*resume, "--finalists", str(tmp_path / "own.csv")]) == 0
+    assert main([*resume, "--final-measurements", str(tmp_path / "own.csv")]) == 0
     result = json.loads((unverified / "result.json").read_text())
     winner = result["final"]["winner"]
     assert winner["basis"] == "table"

@@ -79,7 +79,7 @@ def test_second_call_reuses_the_folder_and_another_size_or_seed_has_its_own(
 
 
 def test_proxy_images_bound_train_and_holdout(cache: Path) -> None:
-    small = prepare(DataSpec("digits", proxy_images=200), cache)
+    small = prepare(DataSpec("digits", max_images=200), cache)
     assert len(small.train) + len(small.holdout) == 200
     assert set(small.train.labels) == set(small.holdout.labels) == set(range(10))
 
@@ -89,7 +89,7 @@ def test_the_driver_needs_no_torch_for_embedded_data() -> None:
         "import sys, tempfile, pathlib\n"
         "from nas.data import DataSpec, prepare\n"
         "with tempfile.TemporaryDirectory() as at:\n"
-        "    print(len(prepare(DataSpec('digits', proxy_images=60), pathlib.Path(at)).train))\n"
+        "    print(len(prepare(DataSpec('digits', max_images=60), pathlib.Path(at)).train))\n"
         "assert not {'torch', 'timm', 'torchvision'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -207,8 +207,8 @@ def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
         {"name": " "},
         {"img_size": 0},
         {"img_size": 4096},
-        {"proxy_images": 0},
-        {"max_broken": 1.5},
+        {"max_images": 0},
+        {"max_corrupt": 1.5},
         {"random_seed": -1},
     ],
 )

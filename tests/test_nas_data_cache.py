@@ -81,7 +81,7 @@ def test_files_that_come_go_or_move_change_no_other_image(tree: Path, tmp_path: 
     assert (
         prepare(DataSpec(str(tree), img_size=20), tmp_path / "c").preparation != first.preparation
     )
-    digits = prepare(DataSpec("digits", img_size=16, proxy_images=40), tmp_path / "c")
+    digits = prepare(DataSpec("digits", img_size=16, max_images=40), tmp_path / "c")
     assert digits.preparation != first.preparation
 
 
@@ -143,10 +143,10 @@ def test_a_file_that_left_or_changed_is_noticed_when_it_is_read(tree: Path, tmp_
 
 
 def test_what_is_kept_anyway_is_told_and_not_stored(tmp_path: Path) -> None:
-    asked = DataSpec("digits", img_size=16, proxy_images=40, pixel_cache=False)
+    asked = DataSpec("digits", img_size=16, max_images=40, pixel_cache=False)
     told = prepare(asked, tmp_path)
     assert any("kept all the same" in note for note in told.notes)
-    plain = prepare(DataSpec("digits", img_size=16, proxy_images=40), tmp_path)
+    plain = prepare(DataSpec("digits", img_size=16, max_images=40), tmp_path)
     assert plain.folder == told.folder
     assert plain.notes == open_dataset(told.folder).notes == ()
     assert isinstance(told.train.pixels, np.memmap)

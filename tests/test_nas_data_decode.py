@@ -38,7 +38,7 @@ RGB = RNG.integers(0, 256, (41, 57, 3), dtype=np.uint8)
 
 
 def ready(root: Path, tmp_path: Path, **changes: object) -> Dataset:
-    spec = {"img_size": SIZE, "max_broken": 1.0, **changes}
+    spec = {"img_size": SIZE, "max_corrupt": 1.0, **changes}
     return prepare(DataSpec(str(root), **spec), tmp_path / "cache")  # type: ignore[arg-type]
 
 
@@ -211,7 +211,7 @@ def test_what_is_no_image_is_counted_as_broken_with_its_reason(
     if "bomb" in name or "large" in name:
         assert "pixels are too many" in note
     with pytest.raises(InputError, match=r"1 broken images of 19, e.g. a/.* \(.+\)"):
-        ready(root, tmp_path, max_broken=0.0)
+        ready(root, tmp_path, max_corrupt=0.0)
     assert capsys.readouterr().err == ""
 
 

@@ -114,7 +114,7 @@ def test_broken_images_are_named_counted_and_refused_above_the_share(tmp_path: P
     )
     with pytest.raises(InputError, match=r"6 broken images of 36, e\.g\. .*a/cut\.png"):
         ready(root, tmp_path, img_size=48)
-    dataset = ready(root, tmp_path, img_size=48, max_broken=0.2)
+    dataset = ready(root, tmp_path, img_size=48, max_corrupt=0.2)
     assert tuple(sorted(dataset.broken)) == names
     assert any("6 broken" in note for note in dataset.notes)
     assert sum(map(len, (dataset.train, dataset.holdout, dataset.test))) == 30
@@ -134,7 +134,7 @@ def test_copies_do_not_straddle_the_cut(tmp_path: Path) -> None:
 def test_images_that_are_not_chosen_are_never_read(tmp_path: Path) -> None:
     root = tree(tmp_path / "d" / "train", each=20).parent
     tree(root / "val", each=2, seed=9)
-    spec = DataSpec(str(root), img_size=48, proxy_images=12)
+    spec = DataSpec(str(root), img_size=48, max_images=12)
     files = sorted((root / "train").rglob("*.png"))
     before = prepare(spec, tmp_path / "cache")
     assert len(before.train) + len(before.holdout) == 12
@@ -155,7 +155,7 @@ def test_the_default_bites_at_ten_thousand_images() -> None:
     used, notes = _proxy(files, 10, None, True)
     assert len(used) == 10_000
     assert np.bincount([f.label for f in used]).tolist() == [1000] * 10
-    assert notes == ["10,000 of 20,000 training images used (--proxy-images)"]
+    assert notes == ["10,000 of 20,000 training images used (--max-images)"]
 
 
 def test_links_that_lead_back_are_not_followed_and_names_may_be_foreign(tmp_path: Path) -> None:
@@ -244,8 +244,8 @@ def test_unusable_folders_are_refused_in_one_line(make, words: str, tmp_path: Pa
 
 
 def test_too_few_proxy_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--proxy-images: got 5, want at least 6"):
-        ready(tree(tmp_path / "d"), tmp_path, proxy_images=5)
+    with pytest.raises(InputError, match="--max-images: got 5, want at least 6"):
+        ready(tree(tmp_path / "d"), tmp_path, max_images=5)
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "./digits"])

@@ -61,7 +61,7 @@ def test_a_prepared_part_is_stratified_and_does_not_depend_on_the_random_seed(
     import nas.data.fractals as module
 
     monkeypatch.setitem(module.IMAGES_PER_CLASS, "test", 1)
-    first = prepare(DataSpec("fractals", proxy_images=300), tmp_path)
+    first = prepare(DataSpec("fractals", max_images=300), tmp_path)
     assert (len(first.train), len(first.holdout), len(first.test)) == (200, 100, 100)
     assert set(np.bincount(first.train.labels)) == {2}
     assert set(np.bincount(first.holdout.labels)) == {1}
@@ -71,11 +71,11 @@ def test_a_prepared_part_is_stratified_and_does_not_depend_on_the_random_seed(
         assert labels == split.labels.tolist()
     known = {one.name for one in all_wanted()}
     assert known.issuperset(first.train.names), "a name does not depend on what else was chosen"
-    again = prepare(DataSpec("fractals", proxy_images=300, random_seed=3), tmp_path)
+    again = prepare(DataSpec("fractals", max_images=300, random_seed=3), tmp_path)
     assert again.folder == first.folder
     shutil.rmtree(tmp_path / "data")
 
 
 def test_too_few_images_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--proxy-images: got 120, want at least 300"):
-        prepare(DataSpec("fractals", proxy_images=120), tmp_path)
+    with pytest.raises(InputError, match="--max-images: got 120, want at least 300"):
+        prepare(DataSpec("fractals", max_images=120), tmp_path)

@@ -136,7 +136,7 @@ def test_nothing_is_mixed_without_an_alpha() -> None:
 
 def test_presets_are_the_official_pipelines(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = tmp_path_factory.mktemp("c")
-    digits: Dataset = prepare(DataSpec("digits", img_size=16, proxy_images=60), cache)
+    digits: Dataset = prepare(DataSpec("digits", img_size=16, max_images=60), cache)
     photos = replace(digits, name="photos", hflip=True)
     assert preset_spec("default", digits) == default_spec(digits)
     for name in ("22k", "1k", "finetune"):

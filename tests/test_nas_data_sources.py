@@ -48,7 +48,7 @@ def test_mnist_files_are_read_by_timm_and_torchvision_themselves(tmp_path: Path)
 
 def test_splits_are_found_and_limits_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_create", lambda name, split, cache: fake(split))
-    dataset = prepare(DataSpec("torch/fake", proxy_images=30), tmp_path)
+    dataset = prepare(DataSpec("torch/fake", max_images=30), tmp_path)
     assert len(dataset.train) + len(dataset.holdout) == 30
     assert len(dataset.test) == 60
     assert dataset.classes == ("0", "1", "2")
@@ -148,5 +148,5 @@ def test_broken_images_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return Holes(40, (3, 40, 40), 2, random_offset=offset)
 
     monkeypatch.setattr(readers, "_create", create)
-    dataset = prepare(DataSpec("torch/holes", max_broken=0.1, img_size=48), tmp_path)
+    dataset = prepare(DataSpec("torch/holes", max_corrupt=0.1, img_size=48), tmp_path)
     assert dataset.broken == ("train[3]", "train[8]", "test[3]", "test[8]")

@@ -60,7 +60,7 @@ SETTINGS = proxy_settings(2, SCRATCH_LR, batch_size=16)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, proxy_images=80), tmp_path_factory.mktemp("d"))
+    return prepare(DataSpec("digits", img_size=32, max_images=80), tmp_path_factory.mktemp("d"))
 
 
 @pytest.fixture(scope="module")
@@ -342,14 +342,14 @@ def test_a_job_trains_by_the_asked_distillation(
         batch_size=16,
         random_seed=0,
         device="cpu",
-        missing="refuse",
-        beyond="refuse",
+        missing="error",
+        label_overflow="error",
         label_epochs=3,
         out=tmp_path / "sparse",
     )
     for kind in ("sparse", "token"):
         told = train(replace(job, distill=kind, out=tmp_path / kind), no_tick)
-        want = learn(dataset, store, TOKEN, kind, label_epochs=3, beyond="refuse")
+        want = learn(dataset, store, TOKEN, kind, label_epochs=3, label_overflow="error")
         assert told["soft_loss"] == want.soft_loss
         assert not told["notes"]
     lost = replace(job, arch=VIT.to_dict(PLAIN), distill="token", out=tmp_path / "lost")
@@ -359,7 +359,7 @@ def test_a_job_trains_by_the_asked_distillation(
 def test_images_without_a_label_are_skipped_only_where_asked(
     dataset: Dataset, store: LabelStore, tmp_path: Path
 ) -> None:
-    larger = prepare(DataSpec("digits", img_size=32, proxy_images=120), tmp_path)
+    larger = prepare(DataSpec("digits", img_size=32, max_images=120), tmp_path)
     with pytest.raises(InputError, match="no label for"):
         run(larger, store)
     score = run(larger, store, missing="skip")

@@ -30,7 +30,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, proxy_images=100), tmp_path_factory.mktemp("d"))
+    return prepare(DataSpec("digits", img_size=32, max_images=100), tmp_path_factory.mktemp("d"))
 
 
 @pytest.fixture(autouse=True)

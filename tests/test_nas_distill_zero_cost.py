@@ -223,7 +223,7 @@ def test_naswot_of_images_that_all_look_alike_is_low_but_finite() -> None:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, proxy_images=80), tmp_path_factory.mktemp("d"))
+    return prepare(DataSpec("digits", img_size=32, max_images=80), tmp_path_factory.mktemp("d"))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def job_of(dataset: Dataset, store: LabelStore, **more: Any) -> ZeroCostJob:
         dataset=dataset.folder,
         store=store.folder,
         device="cpu",
-        missing="refuse",
+        missing="error",
         **more,
     )
 
@@ -267,6 +267,6 @@ def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: Label
 
 
 def test_a_store_of_other_data_is_refused(store: LabelStore, tmp_path: Path) -> None:
-    other = prepare(DataSpec("digits", img_size=48, proxy_images=60), tmp_path)
+    other = prepare(DataSpec("digits", img_size=48, max_images=60), tmp_path)
     with pytest.raises(InputError):
         zero_cost(job_of(other, store, images=8, batch_size=8, random_seed=0), lambda _: None)

@@ -211,11 +211,11 @@ def test_torch_alone_runs_the_program(run: Path, tmp_path: Path) -> None:
 
 def test_a_model_of_the_family_and_bare_weights_are_sources_too(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "tinyvit", TINY)
-    (run / "family").mkdir()
+    (run / "models").mkdir()
     for suffix in ("json", "safetensors"):
-        shutil.copy(run / f"best.{suffix}", run / "family" / f"01-5000.{suffix}")
+        shutil.copy(run / f"best.{suffix}", run / "models" / f"01-5000.{suffix}")
     x = images(1)
-    for source in ("best.json", "best.safetensors", "family/01-5000.json"):
+    for source in ("best.json", "best.safetensors", "models/01-5000.json"):
         saved = load_saved_model(run / source)
         assert saved.run["config"]["seed"] == "21M"
         assert torch.equal(logits_of(run / source, x), logits_of(run, x))

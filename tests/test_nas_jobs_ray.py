@@ -55,15 +55,15 @@ def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_pa
         out=tmp_path / "run",
         effort="smoke",
         steps=2,
-        shortlist=4,
+        candidates_per_step=4,
         threads=1,
         img_size=32,
-        proxy_images=200,
+        max_images=200,
         teacher_epochs=2,
         final_epochs=1,
         cache_dir=finished.cache,
         measurements=str(finished.folder / "measurements.csv"),
-        means=ExecutorConfig(executor="ray", workers=2, ship=True),
+        means=ExecutorConfig(executor="ray", workers=2, copy_files=True),
     )
     assert outcome.status == "reached"
     assert run_outcome(tmp_path / "run") == run_outcome(finished.folder)
@@ -191,7 +191,7 @@ def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> N
         "c = Cluster(initialize_head=True, head_node_args={'num_cpus': 1})\n"
         "c.add_node(num_cpus=1, resources={'orin': 1})\n"
         "words = json.loads(sys.argv[1]) + ['--executor', 'ray', '--ray-address', c.address,\n"
-        "    '--measure-on', 'orin', '--no-measurement-cache']\n"
+        "    '--benchmark-resource', 'orin', '--no-measurement-cache']\n"
         "done = subprocess.run([sys.executable, '-m', *words])\n"
         "c.shutdown(); sys.exit(done.returncode)\n"
     )
@@ -232,7 +232,7 @@ def test_a_store_made_by_a_cluster_is_that_of_one_machine(tmp_path: Path) -> Non
     from nas.labels.__main__ import main
 
     common = [
-        *("build", "--data", "digits", "--proxy-images", "200", "--teacher-epochs", "1"),
+        *("build", "--data", "digits", "--max-images", "200", "--teacher-epochs", "1"),
         *("--epochs", "6", "--img-size", "32", "--threads", "1", "--quiet"),
         *("--cache-dir", str(tmp_path / "cache")),
     ]

@@ -187,7 +187,7 @@ def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
     [
         ({"workers": 0}, "--workers"),
         ({"workers": 1025}, "--workers"),
-        ({"ship": True}, "--ship"),
+        ({"copy_files": True}, "--copy-files"),
         ({"retries": 10_000}, "--retries"),
         ({"retries": -1}, "--retries"),
         ({"job_minutes": 0.0}, "--job-minutes"),
@@ -197,7 +197,7 @@ def test_a_full_disk_is_no_candidates_fault(two: LocalExecutor) -> None:
         ({"gpu_share": 1.5}, "--gpu-share"),
         ({"executor": "slurm"}, "--executor"),
         ({"ray_address": "auto"}, "--ray-address"),
-        ({"measure_on": "orin"}, "--measure-on"),
+        ({"benchmark_resource": "orin"}, "--benchmark-resource"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(given: dict[str, Any], said: str) -> None:

@@ -53,13 +53,13 @@ def settings(finished: Finished, **more: Any) -> dict[str, Any]:
         "effort": "smoke",
         "threads": 1,
         "img_size": 32,
-        "proxy_images": 200,
+        "max_images": 200,
         "teacher_epochs": 2,
         "cache_dir": finished.cache,
         "bench_blocks": 6,
         "bench_max_blocks": 6,
-        "shortlist": 3,
-        "proxied": 2,
+        "candidates_per_step": 3,
+        "train_per_step": 2,
         "final_epochs": 1,
         "steps": 2,
         **more,
@@ -106,7 +106,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def ledger(folder: Path) -> list[dict[str, str]]:
-    return table(folder / "ledger.csv")
+    return table(folder / "trials.csv")
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +139,13 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
     folder = tmp_path / "run"
     first = contract(**settings(finished), out=folder, executor=Failing())
     assert first.status == "reached"
-    before = (folder / "ledger.csv").read_bytes()
+    before = (folder / "trials.csv").read_bytes()
     assert [r["reason"] for r in ledger(folder) if r["state"] == "failed"] == ["out of memory"]
     (folder / "result.json").unlink()
     counting = Counting()
     again = contract(out=folder, resume=True, cache_dir=finished.cache, executor=counting)
     assert again.result["winner"] == first.result["winner"]
-    assert (folder / "ledger.csv").read_bytes() == before
+    assert (folder / "trials.csv").read_bytes() == before
     assert not [key for function, key in counting.jobs if function is train]
 
 
@@ -176,7 +176,7 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
     strategy: str, finished: Finished, tmp_path: Path
 ) -> None:
     """Children of the seed, all on the same batches; its budget is that of the contraction."""
-    given = settings(finished, strategy=strategy, anchors=False)
+    given = settings(finished, strategy=strategy, baselines=False)
     outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
     assert outcome.status == "reached"
     rows = [r for r in ledger(tmp_path / "run") if r["step"] != "0"]
@@ -191,7 +191,7 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", RIVALS)
 def test_a_rivals_run_repeats_itself(strategy: str, finished: Finished, tmp_path: Path) -> None:
-    given = settings(finished, strategy=strategy, anchors=False)
+    given = settings(finished, strategy=strategy, baselines=False)
     once, again = (
         contract(**given, out=tmp_path / name, executor=InlineExecutor()) for name in ("a", "b")
     )
@@ -214,7 +214,7 @@ def test_every_step_leaves_a_model_that_loads_in_timm(original: Path) -> None:
     import timm
     from safetensors.torch import load_file
 
-    rows = table(original / "family.csv")
+    rows = table(original / "models.csv")
     assert [r["kind"] for r in rows] == ["proxy", "proxy", "final"]
     assert float(rows[0]["params"]) > float(rows[1]["params"])
     for row in rows:
@@ -264,7 +264,7 @@ def test_a_replay_goes_on_from_the_nearest_larger_model(
     )
     assert outcome.status == "reached"
     rows = ledger(tmp_path / "run")
-    starts = {row["key"] for row in table(original / "family.csv")}
+    starts = {row["key"] for row in table(original / "models.csv")}
     assert outcome.result["reused"]["start"] in starts
     assert {r["parent"] for r in rows if r["step"] == "1"} == {outcome.result["reused"]["start"]}
     assert not [key for _, key in executor.jobs if key == "seed"], "the seed is in the cache"
@@ -406,17 +406,17 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
         distill="token",
         target_params="110K",
         beam=2,
-        shortlist=6,
-        proxied=6,
+        candidates_per_step=6,
+        train_per_step=6,
         steps=1,
-        choose="spread",
+        selection="diverse",
         params_tolerance=0.3,
     )
     folder = tmp_path / "run"
-    outcome = contract(**given, out=folder, executor=Watching(), trust=3)
+    outcome = contract(**given, out=folder, executor=Watching(), check_proxy=3)
     assert outcome.status == "reached"
     trained = [job for job in jobs if job.function is train]
-    alone = [job for job in trained if job.key.startswith("trust-hard-")]
+    alone = [job for job in trained if job.key.startswith("check-hard-")]
     assert len(alone) == 3
     for job in trained:
         assert job.argument.distill == ("sparse" if job in alone else "token"), job.key
@@ -427,7 +427,9 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
         assert says == (job not in alone and not job.argument.arch["dist_token"]), job.key
         lost |= {job.key} if says else set()
     assert any(key.startswith("s1-") for key in lost)
-    assert {r["name"] for r in table(folder / "trust.csv")} >= {"proxy (inherit), hard labels"}
+    assert {r["name"] for r in table(folder / "proxy_check.csv")} >= {
+        "proxy (inherit), hard labels"
+    }
     assert "`--distill token`" in (folder / "report.md").read_text()
 
 
@@ -468,15 +470,15 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     original: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     executor = Counting()
-    made, text = plan(**settings(finished, beam=2), trust=4, executor=executor)
+    made, text = plan(**settings(finished, beam=2), check_proxy=4, executor=executor)
     assert {job.__name__ for job, _ in executor.jobs} <= {"fingerprint", "measure", "pace"}
     work = json.loads((original / "result.json").read_text())["work"]
-    assert made.trust is not None
-    assert (made.trust.timings, made.trust.trainings) == (4, 20)
+    assert made.check_proxy is not None
+    assert (made.check_proxy.timings, made.check_proxy.trainings) == (4, 20)
     proxy = made.steps[-1].train_gmacs / made.steps[-1].trainings
-    assert made.trust.train_gmacs == pytest.approx(4 * (2 + 3 * 10) * proxy, rel=0.35)
+    assert made.check_proxy.train_gmacs == pytest.approx(4 * (2 + 3 * 10) * proxy, rel=0.35)
     for name in ("train_gmacs", "timings", "trainings"):
-        own = getattr(made.work, name) - getattr(made.trust, name)
+        own = getattr(made.work, name) - getattr(made.check_proxy, name)
         assert own == pytest.approx(work[name], rel=0.25), name
     from space.contractions import count_contractions
 
@@ -489,7 +491,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     assert made.ceiling_params == FAMILY.count_params(seed, CTX) - 1
     assert 0 < made.hours < 1
     assert "estimate" in text
-    assert f"{made.trust.train_gmacs:,.0f} GMACs" in text
+    assert f"{made.check_proxy.train_gmacs:,.0f} GMACs" in text
 
 
 @pytest.mark.parametrize(
@@ -498,7 +500,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
         (["--resume", "run"], "--plan: got --resume"),
         (["--replay", "run"], "--plan: got --replay"),
         (["--replay", "run", "--target-params", "5M"], "--plan: got --replay"),
-        (["--seed", "21M", "--target-params", "5M", "--trust", "2"], "--trust: got 2"),
+        (["--seed", "21M", "--target-params", "5M", "--check-proxy", "2"], "--check-proxy: got 2"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
@@ -533,19 +535,19 @@ def test_a_token_that_the_seed_has_not_cannot_be_planned(finished: Finished) -> 
 def test_trust_is_checked_at_the_door(finished: Finished, tmp_path: Path) -> None:
     """Before anything is spent, also where a run goes on."""
     given = settings(finished)
-    with pytest.raises(InputError, match="--trust: got 1000, want at most "):
-        contract(**given, out=tmp_path / "run", trust=1000, executor=InlineExecutor())
+    with pytest.raises(InputError, match="--check-proxy: got 1000, want at most "):
+        contract(**given, out=tmp_path / "run", check_proxy=1000, executor=InlineExecutor())
     assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="--trust: got 1000, want at most "):
-        plan(**given, trust=1000, executor=InlineExecutor())
+    with pytest.raises(InputError, match="--check-proxy: got 1000, want at most "):
+        plan(**given, check_proxy=1000, executor=InlineExecutor())
     folder = tmp_path / "finished"
     shutil.copytree(finished.folder, folder)
-    (folder / "trust.json").write_text("[1, 2, 3]")
-    with pytest.raises(InputError, match="--trust: got 4, want the 3 archs named"):
-        contract(out=folder, resume=True, trust=4, cache_dir=finished.cache)
-    (folder / "trust.json").unlink()
-    with pytest.raises(InputError, match="--trust: got 1000, want at most "):
-        contract(out=folder, resume=True, trust=1000, cache_dir=finished.cache)
+    (folder / "proxy_check.json").write_text("[1, 2, 3]")
+    with pytest.raises(InputError, match="--check-proxy: got 4, want the 3 archs named"):
+        contract(out=folder, resume=True, check_proxy=4, cache_dir=finished.cache)
+    (folder / "proxy_check.json").unlink()
+    with pytest.raises(InputError, match="--check-proxy: got 1000, want at most "):
+        contract(out=folder, resume=True, check_proxy=1000, cache_dir=finished.cache)
     assert (folder / "result.json").exists()
 
 
@@ -559,13 +561,13 @@ def test_a_run_without_a_winner_says_that_there_is_no_report(
     outcome = contract(
         out=folder,
         resume=True,
-        trust=4,
+        check_proxy=4,
         cache_dir=finished.cache,
         executor=Counting(),
         console=Console(stream=said),
     )
     assert outcome.status == "stuck"
-    assert "trust: no report is made of a run that is stuck\n" in said.getvalue()
+    assert "proxy check: no report is made of a run that is stuck\n" in said.getvalue()
 
 
 @pytest.mark.slow
@@ -573,14 +575,14 @@ def test_a_trust_report_names_its_archs_first_and_survives_a_stop(
     original: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--resume", str(original), "--cache-dir", str(finished.cache), "--quiet"]
-    assert main([*flags, "--trust", "2"]) == 2
-    assert "--trust" in capsys.readouterr().err
+    assert main([*flags, "--check-proxy", "2"]) == 2
+    assert "--check-proxy" in capsys.readouterr().err
     before = (original / "best.safetensors").read_bytes()
-    assert main([*flags, "--trust", "4"]) == 0
+    assert main([*flags, "--check-proxy", "4"]) == 0
     result = json.loads((original / "result.json").read_text())
-    assert result["trust"]["n"] == 4
-    assert len(read_json(original / "trust.json", "archs")["archs"]) == 4
-    names = {r["name"] for r in table(original / "trust.csv")}
+    assert result["proxy_check"]["n"] == 4
+    assert len(read_json(original / "proxy_check.json", "archs")["archs"]) == 4
+    names = {r["name"] for r in table(original / "proxy_check.csv")}
     assert {
         "proxy (inherit)",
         "parameters",
@@ -588,9 +590,9 @@ def test_a_trust_report_names_its_archs_first_and_survives_a_stop(
         "synflow",
         "ceiling: the noise-free truth",
     } <= (names)
-    assert result["trust"]["says"] in (original / "report.md").read_text()
+    assert result["proxy_check"]["says"] in (original / "report.md").read_text()
     assert (original / "best.safetensors").read_bytes() == before
-    assert main([*flags, "--trust", "4"]) == 0, "and is not made twice"
+    assert main([*flags, "--check-proxy", "4"]) == 0, "and is not made twice"
 
 
 def test_classes_may_count_alike(finished: Finished, tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def _scratch_trainings(finished: Any) -> list[TrainJob]:
             steps=2,
             threads=1,
             img_size=32,
-            proxy_images=200,
+            max_images=200,
             teacher_epochs=2,
             cache_dir=finished.cache,
             random_seed=0,
@@ -340,7 +340,7 @@ def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
 
     def digest(label_epochs: int, first_epoch: int = 0) -> str:
         job = TrainJob(
-            **dict.fromkeys(("family", "missing", "beyond", "device", "store_id"), ""),
+            **dict.fromkeys(("family", "missing", "label_overflow", "device", "store_id"), ""),
             arch={},
             context=Context(32, 10),
             **dict.fromkeys(("dataset", "store", "out"), Path()),

@@ -182,11 +182,11 @@ def test_no_table_is_read_back(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=2)
     before = status(run), final_table(run)
     study = Study(run / "study.db", create=False)
-    for name, write in (("ledger.csv", study.write_csv), ("steps.csv", study.write_steps)):
+    for name, write in (("trials.csv", study.write_csv), ("steps.csv", study.write_steps)):
         write(run / name)
         as_saved_by_a_spreadsheet(run / name)
     study.close()
-    (run / "family.csv").write_text("x")
+    (run / "models.csv").write_text("x")
     assert (status(run), final_table(run)) == before
     write_report(run)
 

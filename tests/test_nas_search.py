@@ -140,11 +140,11 @@ Features = dict[str, tuple[float, ...]]
 
 
 def as_timed(rows: list[tuple[int, int, float, bool]]) -> tuple[list[Candidate], Features]:
-    """Candidates of which only the key, the ratio and the anchor count, and their places."""
+    """Candidates of which only the key, the ratio and the baseline count, and their places."""
     seed = get_family("tinyvit").seed("5M")
     found = [
-        Candidate(seed, f"k{i}", 1, 1, 1, (), "uniform" if anchor else None, seed, ratio=r)
-        for i, (_, _, r, anchor) in enumerate(rows)
+        Candidate(seed, f"k{i}", 1, 1, 1, (), "uniform" if baseline else None, seed, ratio=r)
+        for i, (_, _, r, baseline) in enumerate(rows)
     ]
     return found, {f"k{i}": (a, b) for i, (a, b, _, _) in enumerate(rows)}
 
@@ -159,9 +159,9 @@ def test_spread_chooses_distinct_keys_anchors_first_in_any_input_order(
     chosen = [c.key for c in found]
     assert len(chosen) == len(set(chosen)) == min(count, len(timed))
     assert spread(timed[::-1], features, count, random_seed=random_seed) == found
-    anchors = {t.key for t in timed if t.anchor}
-    first = min(len(anchors), (count + 1) // 2)
-    assert set(chosen[:first]) <= anchors
+    baselines = {t.key for t in timed if t.baseline}
+    first = min(len(baselines), (count + 1) // 2)
+    assert set(chosen[:first]) <= baselines
 
 
 @settings(max_examples=200, derandomize=True)
@@ -170,17 +170,17 @@ def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_pl
     rows: list[tuple[int, int, float, bool]], count: int
 ) -> None:
     timed, features = as_timed(rows)
-    chosen = [c.key for c in pick(timed, features, count, "near", random_seed=0)]
+    chosen = [c.key for c in pick(timed, features, count, "nearest", random_seed=0)]
     assert len(chosen) == len(set(chosen)) == min(count, len(timed))
-    anchors = [t.key for t in timed if t.anchor]
-    others = [t.key for t in timed if not t.anchor]
+    baselines = [t.key for t in timed if t.baseline]
+    others = [t.key for t in timed if not t.baseline]
     mine = [k for k in chosen if k in others]
     assert mine == others[: len(mine)]
-    assert [k for k in chosen if k in anchors] == anchors[: len(chosen) - len(mine)]
-    if len(anchors) >= (count + 1) // 2 and len(others) >= count // 2:
+    assert [k for k in chosen if k in baselines] == baselines[: len(chosen) - len(mine)]
+    if len(baselines) >= (count + 1) // 2 and len(others) >= count // 2:
         assert len(mine) == count // 2
     spreaded = spread(timed, features, count, random_seed=3)
-    assert pick(timed, features, count, "spread", random_seed=3) == spreaded
+    assert pick(timed, features, count, "diverse", random_seed=3) == spreaded
 
 
 @settings(max_examples=100, derandomize=True)

@@ -357,7 +357,7 @@ def test_a_whole_run_in_a_shared_database(
     assert f"--storage {server.url(None)}" in told["command"]
     assert main(["--status", str(folder)]) == 0  # without a password
     # A resume asks the database; the password is given again, or in the environment.
-    drawn = (folder / "ledger.csv").read_bytes()
+    drawn = (folder / "trials.csv").read_bytes()
     (folder / "result.json").unlink()
     resume = ["--resume", str(folder), "--cache-dir", str(finished.cache)]
     assert main(resume) == 2
@@ -366,7 +366,7 @@ def test_a_whole_run_in_a_shared_database(
     (folder / "result.json").unlink()
     monkeypatch.setenv("PGPASSWORD", PASSWORD)
     assert main(resume) == 0
-    assert (folder / "ledger.csv").read_bytes() == drawn
+    assert (folder / "trials.csv").read_bytes() == drawn
     assert server_studies(server).count(study) == 1
     ledger = read_study(folder, told)
     assert len(ledger.rows) == len(drawn.splitlines()) - 1

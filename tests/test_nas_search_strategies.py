@@ -18,7 +18,7 @@ from nas.search.strategies import Ask, Seen, get_strategy, strategy_names
 from nas.search.strategies.encoding import genes_of
 from nas.search.strategies.optuna_samplers import startup, told
 from space import Arch, Context, InputError
-from space.contractions import Band, Candidate, anchors_in, contains, count_contractions, shortlist
+from space.contractions import Band, Candidate, anchors_in, contains, count_contractions, propose
 from space.freeze import freeze
 
 ALL = strategy_names()
@@ -50,7 +50,7 @@ def question(seed: Arch = SMALL, ctx: Context = DIGITS, **more: object) -> Ask:
         incumbents=(seed,),
         band=Band(int(0.5 * params), int(0.7 * params)),
         random_seed=0,
-        anchors=False,
+        baselines=False,
     )
     return replace(ask, **more)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def random_question(rng: random.Random) -> Ask:
         number=rng.randint(1, 9),
         band=Band(int(low * params), int((low + rng.choice([0.001, 0.1, 0.3])) * params), light),
         random_seed=rng.randint(-5, 2**70),
-        anchors=rng.random() < 0.5,
+        baselines=rng.random() < 0.5,
     )
 
 
@@ -92,24 +92,24 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
         ask = random_question(rng)
         for step in (1, 2, 3):
             ask = replace(ask, step=step, draw=rng.choice([0, 0, 1]))
-            listed = strategy.shortlist(ask)
+            listed = strategy.propose(ask)
             answered += len(listed)
-            assert listed == strategy.shortlist(ask)
+            assert listed == strategy.propose(ask)
             assert len(listed) <= ask.number
             keys = [FAMILY.key(s.arch, ask.context) for s in listed]
             assert len(set(keys)) == len(keys)
             assert not set(keys) & ask.exclude
-            anchors = {FAMILY.key(a, ask.context) for _, a in anchors_of(ask)}
+            baselines = {FAMILY.key(a, ask.context) for _, a in anchors_of(ask)}
             for s, key in zip(listed, keys, strict=True):
                 assert s.parent == ask.seed
                 assert ask.band.lo <= s.params <= ask.band.hi
                 assert s.params == FAMILY.count_params(s.arch, ask.context)
                 assert s.macs == FAMILY.count_macs(s.arch, ask.context)
                 assert ask.band.max_macs is None or s.macs <= ask.band.max_macs
-                assert contains(FAMILY, ask.seed, s.arch, ask.context) or key in anchors
+                assert contains(FAMILY, ask.seed, s.arch, ask.context) or key in baselines
                 assert s.moved
                 assert s.notches >= len(s.moved)
-                assert s.anchor is None or (ask.anchors and ask.draw == 0)
+                assert s.baseline is None or (ask.baselines and ask.draw == 0)
             more = decided(ask, listed, rng)
             again = rng.random() < 0.5  # the same step asks again, or the next one does
             ask = replace(
@@ -137,7 +137,7 @@ def test_what_was_decided_is_listed_again_only_when_nothing_else_is_left(name: s
     fresh = True
     for step in range(1, 25):
         ask = replace(ask, step=step, steps=25)
-        listed = strategy.shortlist(ask)
+        listed = strategy.propose(ask)
         keys = {FAMILY.key(s.arch, ctx) for s in listed}
         assert keys, "there is always something to list again"
         if keys & met:
@@ -148,17 +148,17 @@ def test_what_was_decided_is_listed_again_only_when_nothing_else_is_left(name: s
         ask = replace(ask, seen=(*ask.seen, *decided(ask, listed, rng)))
     assert not fresh
     assert len(met) == number
-    assert strategy.shortlist(replace(ask, exclude=frozenset(met))) == []
+    assert strategy.propose(replace(ask, exclude=frozenset(met))) == []
 
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_the_random_seed_the_step_and_the_draw_change_the_list(name: str) -> None:
     strategy = get_strategy(name)
-    past = decided(question(), strategy.shortlist(question(number=12)), random.Random(2))
+    past = decided(question(), strategy.propose(question(number=12)), random.Random(2))
     for seen in ((), past):
         ask = question(seen=seen)
         lists = [
-            tuple(s.arch for s in strategy.shortlist(replace(ask, **change)))  # type: ignore[arg-type]
+            tuple(s.arch for s in strategy.propose(replace(ask, **change)))  # type: ignore[arg-type]
             for change in ({}, {"random_seed": 1}, {"step": 2}, {"draw": 1})
         ]
         assert len(set(lists)) == 4
@@ -170,20 +170,20 @@ def test_contraction_is_the_shortlist_of_the_incumbents() -> None:
     assert strategy.stepwise
     assert [n for n in ALL if get_strategy(n).stepwise] == ["contraction"]
     for draw in (0, 1):
-        ask = question(FAMILY.seed("5M"), random_seed=rng.randint(0, 9), anchors=True, draw=draw)
-        others = tuple(s.arch for s in strategy.shortlist(replace(ask, number=2)))
+        ask = question(FAMILY.seed("5M"), random_seed=rng.randint(0, 9), baselines=True, draw=draw)
+        others = tuple(s.arch for s in strategy.propose(replace(ask, number=2)))
         params = FAMILY.count_params(ask.seed, DIGITS)
         ask = replace(ask, incumbents=others, band=Band(int(0.3 * params), int(0.5 * params)))
-        tried = frozenset(FAMILY.key(s.arch, DIGITS) for s in strategy.shortlist(ask)[2:])
+        tried = frozenset(FAMILY.key(s.arch, DIGITS) for s in strategy.propose(ask)[2:])
         ask = replace(ask, exclude=tried)
-        assert strategy.shortlist(ask) == shortlist(
+        assert strategy.propose(ask) == propose(
             FAMILY,
             others,
             DIGITS,
             ask.band,
             ask.number,
             random_seed=ask.random_seed,
-            anchors=draw == 0,
+            baselines=draw == 0,
             exclude=tried,
         )
 
@@ -192,7 +192,7 @@ def test_uniform_scales_widths_first_then_depths_as_well() -> None:
     seed, ctx = FAMILY.seed("21M"), Context(224, 1000)
     params = FAMILY.count_params(FAMILY.seed("5M"), ctx)
     ask = question(seed, ctx, number=40, band=Band(int(0.9 * params), int(1.1 * params)))
-    listed = get_strategy("uniform").shortlist(ask)
+    listed = get_strategy("uniform").propose(ask)
     values = [FAMILY.to_dict(s.arch) for s in listed]
     kept = {k: v for k, v in FAMILY.to_dict(seed).items() if k not in ("embed_dims", "depths")}
     assert all({k: v[k] for k in kept} == kept for v in values)
@@ -211,7 +211,7 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
     """In a band without bounds nothing is moved: half a list differs from a parent in few genes."""
     band = Band(0, 10**9)
     genes = genes_of(FAMILY, SMALL, DIGITS)
-    pool = get_strategy("random").shortlist(question(number=12, band=band))
+    pool = get_strategy("random").propose(question(number=12, band=band))
     seen = tuple(
         Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, -0.1, float(i))
         for i, s in enumerate(pool)
@@ -220,7 +220,7 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
     moved, crossed = [], 0
     for k in range(20):
         ask = question(number=12, band=band, seen=seen, step=2, random_seed=k)
-        for i, s in enumerate(get_strategy("evolution").shortlist(ask)):
+        for i, s in enumerate(get_strategy("evolution").propose(ask)):
             code = np.array([g.index(s.arch) for g in genes])
             if i < 6:
                 moved.append(min(int((code != p).sum()) for p in parents))
@@ -235,19 +235,19 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
 
 def test_too_few_scored_candidates_make_no_parents() -> None:
     evolution, rest = get_strategy("evolution"), get_strategy("random")
-    listed = rest.shortlist(question(number=12))
+    listed = rest.propose(question(number=12))
     seen = tuple(
         Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, -0.1, 1.0 + i)
         for i, s in enumerate(listed)
     )
     few, enough = (question(number=12, step=2, seen=seen[:n]) for n in (2, 3))
-    assert evolution.shortlist(few) == rest.shortlist(few)
-    assert evolution.shortlist(enough) != rest.shortlist(enough)
+    assert evolution.propose(few) == rest.propose(few)
+    assert evolution.propose(enough) != rest.propose(enough)
     assert "until 3 are scored" in evolution.describe(few)
 
 
 def test_samplers_are_told_scores_and_violations_and_nothing_else() -> None:
-    listed = get_strategy("random").shortlist(question(number=6))
+    listed = get_strategy("random").propose(question(number=6))
     ways = [(-0.1, 2.0), (0.3, None), (-0.1, None), (math.inf, None), (0.0, 4.0), (-0.1, None)]
     seen = [
         Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, violation, loss)
@@ -277,12 +277,12 @@ def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, f
     band = Band(0, FAMILY.count_params(CLOSED, DIGITS))
     ask = question(CLOSED, number=5, band=band, random_seed=random_seed)
     genes = genes_of(FAMILY, CLOSED, DIGITS)
-    hidden = get_strategy("random").shortlist(replace(ask, step=99))[0].arch
+    hidden = get_strategy("random").propose(replace(ask, step=99))[0].arch
     done = 0
     while done < most:
         ask = replace(ask, step=ask.step + 1)
         found = []
-        for s in get_strategy(name).shortlist(ask):
+        for s in get_strategy(name).propose(ask):
             done += 1
             if s.arch == hidden:
                 return done, 0.0
@@ -316,8 +316,8 @@ def test_the_gaussian_process_is_legal_and_finds_an_optimum_sooner_than_random()
     ask = question(number=4)
     for step in (1, 2, 3):
         ask = replace(ask, step=step)
-        listed = strategy.shortlist(ask)
-        assert listed == strategy.shortlist(ask)
+        listed = strategy.propose(ask)
+        assert listed == strategy.propose(ask)
         keys = {FAMILY.key(s.arch, DIGITS) for s in listed}
         assert len(keys) == 4
         assert not keys & {s.key for s in ask.seen}
@@ -332,9 +332,9 @@ def test_the_gaussian_process_is_legal_and_finds_an_optimum_sooner_than_random()
 @pytest.mark.parametrize("name", FAST)
 def test_frozen_factors_stay_frozen(name: str) -> None:
     family = freeze(FAMILY, SMALL, ["depths", "embed_dims[3]"])
-    ask = question(family=family, anchors=True)
+    ask = question(family=family, baselines=True)
     for step in (1, 2):
-        listed = get_strategy(name).shortlist(replace(ask, step=step))
+        listed = get_strategy(name).propose(replace(ask, step=step))
         assert listed
         for s in listed:
             values = FAMILY.to_dict(s.arch)
@@ -362,7 +362,7 @@ def test_strategies_need_no_torch() -> None:
         "params = family.count_params(seed, ctx)\n"
         "band = Band(int(0.6 * params), int(0.7 * params))\n"
         "ask = Ask(1, 2, 4, 0, family, ctx, seed, (seed,), band, 0, True)\n"
-        "assert all(get_strategy(n).shortlist(ask) for n in strategy_names())\n"
+        "assert all(get_strategy(n).propose(ask) for n in strategy_names())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

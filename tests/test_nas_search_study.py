@@ -101,11 +101,11 @@ def test_optuna_reads_the_study_with_states_values_and_constraints(path: Path) -
 
 def test_tables_are_drawn_with_empty_cells_for_none(path: Path) -> None:
     study = Study(path, create=False)
-    study.write_csv(path.parent / "ledger.csv")
+    study.write_csv(path.parent / "trials.csv")
     study.write_steps(path.parent / "steps.csv")
-    assert read_table(path.parent / "ledger.csv", Trial) == TRIALS
+    assert read_table(path.parent / "trials.csv", Trial) == TRIALS
     assert read_table(path.parent / "steps.csv", StepRow) == [STEP]
-    assert "None" not in (path.parent / "ledger.csv").read_text()
+    assert "None" not in (path.parent / "trials.csv").read_text()
 
 
 BAD = {
@@ -196,7 +196,7 @@ def test_lost_last_trials_are_decided_again(path: Path) -> None:
 def test_a_study_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
     study = open_study(tmp_path, None)
     study.add(TRIALS[0], ARCH, MET)
-    study.write_csv(tmp_path / "ledger.csv")
+    study.write_csv(tmp_path / "trials.csv")
     study.close()
     assert open_study(tmp_path, None).rows == read_study(tmp_path, {}).rows == TRIALS[:1]
     (tmp_path / "study.db").unlink()
@@ -277,7 +277,7 @@ def test_tables_of_a_run_saved_by_a_spreadsheet_are_no_hindrance(
 ) -> None:
     run = tmp_path / finished.folder.name
     shutil.copytree(finished.folder, run)
-    for name in ("ledger.csv", "steps.csv", "family.csv"):
+    for name in ("trials.csv", "steps.csv", "models.csv"):
         as_saved_by_a_spreadsheet(run / name)
     (run / "report.md").unlink()
     resume = ["--resume", str(run), "--cache-dir", str(finished.cache), "--quiet"]

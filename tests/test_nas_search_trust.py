@@ -16,7 +16,7 @@ from conftest import SMALL_ARCH
 from safetensors.numpy import save_file
 from scipy import stats
 
-from nas.contract.proxy_check import check_band, check_number, listed, named_archs, trust
+from nas.contract.proxy_check import check_band, check_number, check_proxy, listed, named_archs
 from nas.contract.run_folder import RunDir
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.config import RunConfig
@@ -361,10 +361,10 @@ def test_a_report_is_of_archs_that_the_run_could_train(tmp_path: Path) -> None:
     )
     found = [paper.key(arch) for arch in listed(paper.run, 3)]
     assert found == [of[2][0], of[1][0], of[3][0]], "kept, scored, stopped in the race"
-    (tmp_path / "run" / "trust.json").unlink()
+    (tmp_path / "run" / "proxy_check.json").unlink()
     held = count_contractions(FAMILY, SEED, CTX, paper.band(2))
     assert of[0][0] not in [paper.key(arch) for arch in listed(paper.run, held - 1)]
-    (tmp_path / "run" / "trust.json").unlink()
+    (tmp_path / "run" / "proxy_check.json").unlink()
     assert paper.key(listed(paper.run, held)[-1]) == of[0][0], "where there are no others"
 
 
@@ -376,17 +376,17 @@ def test_an_arch_that_cannot_be_trained_is_left_out_for_good(
     gone = FAMILY.key(archs[1], CTX)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "trust.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
+    (folder / "proxy_check.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
     paper = Paper(folder, config_of(), failing=(f"truth1-{gone}",))
-    report = trust(paper.run, START, 5)
+    report = check_proxy(paper.run, START, 5)
     assert report["n"] == 4
     assert "over 4 archs" in report["says"]
     assert "1 more could not be trained" in report["says"]
     assert "out of memory" in report["left_out"][0]
     assert paper.said.getvalue().count("left out") == 1
-    assert not [name for name, _ in paper.asked if name in (f"truth2-{gone}", f"trust-{gone}")]
+    assert not [name for name, _ in paper.asked if name in (f"truth2-{gone}", f"check-{gone}")]
     again = Paper(folder, config_of())  # it would not fail a second time
-    assert trust(again.run, START, 5) | {"says": ""} == report | {"says": ""}
+    assert check_proxy(again.run, START, 5) | {"says": ""} == report | {"says": ""}
     assert not [name for name, _ in again.asked if name.endswith(gone) and "truth0" not in name]
 
 
@@ -395,10 +395,12 @@ def test_fewer_than_three_archs_make_no_report(tmp_path: Path) -> None:
     archs = drawn(4)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "trust.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
+    (folder / "proxy_check.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
     failing = tuple(f"truth0-{FAMILY.key(a, CTX)}" for a in archs[:2])
-    with pytest.raises(InputError, match=r"--trust: got 2 of 4 archs .* at least 3; .*memory"):
-        trust(Paper(folder, config_of(), failing).run, START, 4)
+    with pytest.raises(
+        InputError, match=r"--check-proxy: got 2 of 4 archs .* at least 3; .*memory"
+    ):
+        check_proxy(Paper(folder, config_of(), failing).run, START, 4)
 
 
 @pytest.mark.usefixtures("untrained_scores")
@@ -406,7 +408,7 @@ def test_fewer_than_three_archs_make_no_report(tmp_path: Path) -> None:
 def test_the_truth_starts_as_the_proxies_do(init: str, tmp_path: Path) -> None:
     paper = Paper(tmp_path / "run", config_of(proxy_init=init))
     paper.ledger = cast(Any, SimpleNamespace(rows=[]))
-    trust(paper.run, START, 3)
+    check_proxy(paper.run, START, 3)
     assert len(paper.asked) == 3 * 5
     assert {more["init"] for _, more in paper.asked} == {init}
 
@@ -417,13 +419,13 @@ def test_more_archs_than_the_band_holds_are_refused_with_their_number(tmp_path: 
     assert 3 <= held < 1000
     check_band(held, config, FAMILY, SEED, DATASET)
     check_band(None, config, FAMILY, SEED, DATASET)
-    with pytest.raises(InputError, match=f"--trust: got {held + 1}, want at most {held}"):
+    with pytest.raises(InputError, match=f"--check-proxy: got {held + 1}, want at most {held}"):
         check_band(held + 1, config, FAMILY, SEED, DATASET)
     assert named_archs(tmp_path, 4) is None
-    (tmp_path / "trust.json").write_text("[1, 2, 3]")
-    with pytest.raises(InputError, match="--trust: got 4, want the 3 archs named"):
+    (tmp_path / "proxy_check.json").write_text("[1, 2, 3]")
+    with pytest.raises(InputError, match="--check-proxy: got 4, want the 3 archs named"):
         named_archs(tmp_path, 4)
     for wrong in (2, 1001, True, "8"):
-        with pytest.raises(InputError, match="--trust"):
+        with pytest.raises(InputError, match="--check-proxy"):
             check_number(wrong)
     check_number(None)

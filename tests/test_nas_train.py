@@ -214,7 +214,7 @@ def test_a_model_is_evaluated_on_its_own_classes_and_size_only(
     start = ["--evaluate", str(finished.folder), "--cache-dir", str(finished.cache), "--quiet"]
     assert train.main([*start, "--data", "digits", "--img-size", "48"]) == 2
     assert "the model's own 32" in capsys.readouterr().err
-    assert train.main([*start, "--data", "fractals", "--proxy-images", "300"]) == 2
+    assert train.main([*start, "--data", "fractals", "--max-images", "300"]) == 2
     assert "classes" in capsys.readouterr().err
     assert train.main(start) == 2
     assert "--data" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_python_users_get_what_the_command_does(cache: Path, tmp_path: Path) -> 
         "digits",
         tmp_path / "out",
         img_size=32,
-        proxy_images=200,
+        max_images=200,
         epochs=1,
         threads=1,
         cache_dir=cache,

@@ -116,7 +116,7 @@ def test_data_that_changed_under_a_training_is_refused(
     assert train.main(flags(cache, arch_file(tmp_path), out, "--save-steps", "1")) == 0
     (out / "result.json").unlink()
     told = read_json(out / "train.json", "a training")
-    told["config"]["proxy_images"] = 150
+    told["config"]["max_images"] = 150
     write_json(out / "train.json", told)
     assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 2
     assert "of other settings (data" in capsys.readouterr().err

@@ -202,7 +202,7 @@ def test_links_that_lead_out_or_in_circles_are_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = tmp_path_factory.mktemp("cache")
-    return prepare(DataSpec("digits", img_size=16, proxy_images=60), cache).folder
+    return prepare(DataSpec("digits", img_size=16, max_images=60), cache).folder
 
 
 @pytest.mark.parametrize(

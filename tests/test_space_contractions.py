@@ -18,7 +18,7 @@ from space.contractions import (
     _blocks,
     contains,
     count_contractions,
-    shortlist,
+    propose,
 )
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
@@ -113,7 +113,7 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
         band = Band(ordered[int(low * len(ordered))], ordered[int(high * len(ordered)) - 1])
         inside = {k for k, n in sizes.items() if band.lo <= n <= band.hi}
         assert count_contractions(FAMILY, arch, ctx, band) == len(inside)
-        listed = draw([arch], ctx, band, 60, anchors=False)
+        listed = draw([arch], ctx, band, 60, baselines=False)
         keys = [FAMILY.key(s.arch, ctx) for s in listed]
         assert set(keys) <= inside
         assert len(listed) == min(60, len(inside))
@@ -128,7 +128,7 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
 def draw(
     parents: list[Arch], ctx: Context, band: Band, size: int = 24, **more: object
 ) -> list[Candidate]:
-    return shortlist(FAMILY, parents, ctx, band, size, **{"random_seed": 0, **more})  # type: ignore[arg-type]
+    return propose(FAMILY, parents, ctx, band, size, **{"random_seed": 0, **more})  # type: ignore[arg-type]
 
 
 def around(name: str, ctx: Context, tolerance: float = 0.1) -> Band:
@@ -147,7 +147,7 @@ def test_published_models_are_contractions_of_each_other(
     params = FAMILY.count_params(child, ctx)
     exactly = Band(params, params)
     assert count_contractions(FAMILY, parent, ctx, exactly) >= 1
-    everything = draw([parent], ctx, exactly, 500, anchors=False)
+    everything = draw([parent], ctx, exactly, 500, baselines=False)
     assert child in [s.arch for s in everything]  # the rule reaches it when nothing else is left
 
 
@@ -156,9 +156,9 @@ def test_grid_steps_between_published_models() -> None:
         for large, small, notches in (("21M", "11M", 11), ("11M", "5M", 7), ("21M", "5M", 18)):
             parent, child = FAMILY.seed(large), FAMILY.seed(small)
             listed = draw([parent], ctx, around(small, ctx))
-            (anchor,) = (s for s in listed if s.arch == child)
-            assert (anchor.notches, anchor.anchor) == (notches, f"published:{small}")
-            assert (anchor.moved, anchor.parent) == (("embed_dims",), parent)
+            (baseline,) = (s for s in listed if s.arch == child)
+            assert (baseline.notches, baseline.baseline) == (notches, f"published:{small}")
+            assert (baseline.moved, baseline.parent) == (("embed_dims",), parent)
             moves = FAMILY.grid_steps(parent, FAMILY.table([child]))
             assert sum(int(n[0]) for n in moves.values()) == notches
 
@@ -171,10 +171,10 @@ def test_the_rule_alone_shortlists_neither_published_model(
     """Measured: within 10 % of the published size, nearer archs fill the default list of 24.
 
     From 21M the rule needs 3 to 5 notches, the published 11M is 11 away; from 11M it needs at most
-    5, the published 5M is 7 away. So they are on the list as anchors, not by the rule.
+    5, the published 5M is 7 away. So they are on the list as baselines, not by the rule.
     """
     parent, child = FAMILY.seed(large), FAMILY.seed(small)
-    ruled = draw([parent], ctx, around(small, ctx), anchors=False)
+    ruled = draw([parent], ctx, around(small, ctx), baselines=False)
     assert len(ruled) == 24
     assert child not in [s.arch for s in ruled]
     assert max(s.notches for s in ruled) <= 5
@@ -205,8 +205,8 @@ def test_laws_of_the_shortlist() -> None:
         keys = [FAMILY.key(s.arch, ctx) for s in listed]
         assert len(set(keys)) == len(keys)
         assert min(size, number) <= len(listed) <= size
-        ruled = [s for s in listed if s.anchor is None]
-        assert listed[len(listed) - len(ruled) :] == ruled  # anchors first
+        ruled = [s for s in listed if s.baseline is None]
+        assert listed[len(listed) - len(ruled) :] == ruled  # baselines first
         assert [s.notches for s in ruled] == sorted(s.notches for s in ruled)
         total = FAMILY.count_params(parent, ctx)
         for s in listed:
@@ -214,7 +214,7 @@ def test_laws_of_the_shortlist() -> None:
             assert s.params == FAMILY.count_params(s.arch, ctx)
             assert s.macs == FAMILY.count_macs(s.arch, ctx)
             assert s.parent == parent
-            assert s.anchor is not None or contains(FAMILY, parent, s.arch, ctx)
+            assert s.baseline is not None or contains(FAMILY, parent, s.arch, ctx)
             assert s.moved
             assert s.notches >= len(s.moved)
 
@@ -224,11 +224,11 @@ def test_a_second_draw_continues_where_the_first_ended() -> None:
     for _ in range(8):
         parent, ctx, band = random_case(rng)
         sizes = rng.randint(1, 20), rng.randint(1, 20)
-        anchors = rng.random() < 0.5
-        whole = draw([parent], ctx, band, sum(sizes), anchors=anchors)
-        first = draw([parent], ctx, band, sizes[0], anchors=anchors)
+        baselines = rng.random() < 0.5
+        whole = draw([parent], ctx, band, sum(sizes), baselines=baselines)
+        first = draw([parent], ctx, band, sizes[0], baselines=baselines)
         tried = [FAMILY.key(s.arch, ctx) for s in first]
-        second = draw([parent], ctx, band, sizes[1], anchors=anchors, exclude=tried)
+        second = draw([parent], ctx, band, sizes[1], baselines=baselines, exclude=tried)
         assert first + second == whole
 
 
@@ -245,7 +245,7 @@ def test_drawing_to_the_end_meets_every_contraction_once() -> None:
 
 def test_the_random_seed_changes_the_order_and_not_the_rings() -> None:
     parent, band = FAMILY.seed("21M"), around("11M", IMAGENET)
-    lists = [draw([parent], IMAGENET, band, random_seed=s, anchors=False) for s in range(5)]
+    lists = [draw([parent], IMAGENET, band, random_seed=s, baselines=False) for s in range(5)]
     assert len({tuple(s.arch for s in one) for one in lists}) == 5
     assert len({tuple(s.notches for s in one) for one in lists}) == 1
 
@@ -255,7 +255,7 @@ def test_factors_take_turns() -> None:
     parent, ctx = FAMILY.seed("21M"), IMAGENET
     params = FAMILY.count_params(parent, ctx)
     band = Band(int(0.9 * params), params)
-    everything = draw([parent], ctx, band, 500, anchors=False)
+    everything = draw([parent], ctx, band, 500, baselines=False)
     for ring in (1, 2):
         pool = [s.moved for s in everything if s.notches == ring]
         nearer = sum(s.notches < ring for s in everything)
@@ -275,8 +275,8 @@ def test_anchors_are_there_if_and_only_if_they_fit() -> None:
         for small in ("5M", "11M"):
             band = around(small, ctx)
             listed = draw([parent], ctx, band)
-            assert [s.anchor for s in listed[:2]] == [f"published:{small}", "uniform"]
-            assert all(s.anchor is None for s in listed[2:])
+            assert [s.baseline for s in listed[:2]] == [f"published:{small}", "uniform"]
+            assert all(s.baseline is None for s in listed[2:])
             assert draw([parent], ctx, band, 2) == listed[:2]
             uniform = FAMILY.to_dict(listed[1].arch)
             same = {k: v for k, v in FAMILY.to_dict(parent).items() if k != "embed_dims"}
@@ -284,18 +284,18 @@ def test_anchors_are_there_if_and_only_if_they_fit() -> None:
             ratios = np.array(uniform["embed_dims"]) / FAMILY.to_dict(parent)["embed_dims"]
             assert ratios.max() - ratios.min() <= 32 / 96  # one step of the narrowest
         params = FAMILY.count_params(parent, ctx)
-        assert draw([FAMILY.seed("5M")], ctx, Band(0, params))[0].anchor == "uniform"
+        assert draw([FAMILY.seed("5M")], ctx, Band(0, params))[0].baseline == "uniform"
         narrow = Band(params - 2, params - 1)  # nothing so near
-        assert all(s.anchor is None for s in draw([parent], ctx, narrow))
+        assert all(s.baseline is None for s in draw([parent], ctx, narrow))
         tried = [FAMILY.key(s.arch, ctx) for s in listed[:2]]
         again = draw([parent], ctx, band, exclude=tried)
-        assert all(s.anchor is None for s in again)
+        assert all(s.baseline is None for s in again)
 
 
 def test_several_parents_take_turns_and_share() -> None:
     ctx, band = IMAGENET, around("11M", IMAGENET)
     first = FAMILY.seed("21M")
-    other = draw([first], ctx, Band(15_000_000, 16_000_000), anchors=False)[3].arch
+    other = draw([first], ctx, Band(15_000_000, 16_000_000), baselines=False)[3].arch
     far = FAMILY.seed("5M")  # smaller than the band: cannot contract into it
     listed = draw([first, other, far], ctx, band, 40)
     keys = [FAMILY.key(s.arch, ctx) for s in listed]
@@ -310,10 +310,10 @@ def test_several_parents_take_turns_and_share() -> None:
                 away.append(sum(int(n[0]) for n in steps.values()))
         assert s.notches == min(away)  # counted from the nearest
     rules = [
-        {FAMILY.key(s.arch, ctx) for s in draw([p], ctx, band, 40, anchors=False)}
+        {FAMILY.key(s.arch, ctx) for s in draw([p], ctx, band, 40, baselines=False)}
         for p in (first, other)
     ]
-    ruled = [k for k, s in zip(keys, listed, strict=True) if s.anchor is None]
+    ruled = [k for k, s in zip(keys, listed, strict=True) if s.baseline is None]
     assert min(sum(k in rule for k in ruled) for rule in rules) >= 12  # both have their share
     assert draw([far], ctx, band) == []
 

@@ -22,7 +22,7 @@ from space_cases import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from space import Arch, Context, InputError
-from space.contractions import Band, anchors_in, contains, count_contractions, shortlist
+from space.contractions import Band, anchors_in, contains, count_contractions, propose
 from space.tinyvit import map_sizes
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
@@ -360,7 +360,7 @@ def test_missing_fields_are_named() -> None:
         TINYVIT.arch([1, 2])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("size", "near"), [(50, "48 or 64"), (223, "208 or 224")])
+@pytest.mark.parametrize(("size", "nearest"), [(50, "48 or 64"), (223, "208 or 224")])
 def test_images_that_patches_do_not_fill_are_refused(size: int, near: str) -> None:
     seed = VIT.seed("deit_tiny")
     table = VIT.table([seed])
@@ -431,7 +431,7 @@ def test_the_published_small_and_tiny_are_contractions_of_base() -> None:
             band = Band(int(0.95 * params), int(1.05 * params))
             names = [name for name, _ in anchors_in(VIT, [base], IMAGENET, band)]
             assert any(name.startswith("published:deit") for name in names)
-            listed = shortlist(VIT, [base], IMAGENET, band, 8, random_seed=0)
+            listed = propose(VIT, [base], IMAGENET, band, 8, random_seed=0)
             assert child in [one.arch for one in listed]
     distilled: Arch = VIT.seed("deit_tiny_distilled")
     assert contains(VIT, distilled, VIT.seed("deit_tiny"), IMAGENET)

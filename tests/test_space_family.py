@@ -24,13 +24,13 @@ def test_interface_is_there_without_torch() -> None:
 import sys
 sys.modules["torch"] = sys.modules["timm"] = None
 from space import Context, get_family
-from space.contractions import Band, count_contractions, shortlist
+from space.contractions import Band, count_contractions, propose
 f = get_family("tinyvit")
 a, b, c = f.seed("21M"), f.seed("5M"), Context(img_size=48, num_classes=10)
 assert f.count_params(a, c) > f.count_params(b, c) and f.count_macs(a, c) > 0
 assert f.key(a, c) and f.label(a) and f.timm_call(a, c) and f.slicing(a, b, c, c)
 band = Band(5_000_000, 6_000_000)
-assert count_contractions(f, a, c, band) and shortlist(f, [a], c, band, 3, random_seed=0)
+assert count_contractions(f, a, c, band) and propose(f, [a], c, band, 3, random_seed=0)
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
 

@@ -9,7 +9,7 @@ import pytest
 from space_cases import FAMILY, random_arch, random_context
 
 from space import Arch, Context, InputError, family_names, get_family
-from space.contractions import Band, contains, count_contractions, shortlist
+from space.contractions import Band, contains, count_contractions, propose
 from space.freeze import freeze
 from space.tinyvit import TinyVit
 
@@ -73,12 +73,12 @@ def test_contractions_of_a_frozen_family_keep_what_is_frozen() -> None:
         frozen = freeze(FAMILY, seed, names)
         params = FAMILY.count_params(seed, ctx)
         band = Band(int(params * rng.uniform(0.2, 0.9)), params)
-        listed = shortlist(frozen, [seed], ctx, band, 8, random_seed=0)
+        listed = propose(frozen, [seed], ctx, band, 8, random_seed=0)
         number = count_contractions(frozen, seed, ctx, band)
         assert number <= count_contractions(FAMILY, seed, ctx, band)
         assert (
-            len([s for s in listed if s.anchor is None])
-            == min(number, 8 - sum(s.anchor is not None for s in listed))
+            len([s for s in listed if s.baseline is None])
+            == min(number, 8 - sum(s.baseline is not None for s in listed))
             or len(listed) < 8
         )
         for s in listed:
@@ -89,7 +89,7 @@ def test_contractions_of_a_frozen_family_keep_what_is_frozen() -> None:
             assert all(before[slot] == after[slot] for slot in held(names))
         for s in listed[-2:]:  # and so do theirs
             below = Band(0, s.params - 1)
-            for again in shortlist(frozen, [s.arch], ctx, below, 3, random_seed=0)[:3]:
+            for again in propose(frozen, [s.arch], ctx, below, 3, random_seed=0)[:3]:
                 assert all(flat(seed)[slot] == flat(again.arch)[slot] for slot in held(names))
     assert drawn > 12
 
@@ -122,8 +122,8 @@ def test_a_frozen_width_holds_back_the_free_ones() -> None:
     frozen = freeze(FAMILY, seed, ["embed_dims[1]"])
     assert frozen.to_dict(frozen.floor(seed, ctx))["embed_dims"] == [32, 192, 192, 192]
     assert frozen.to_dict(frozen.scaled(seed, 0.4))["embed_dims"] == [32, 192, 192, 224]
-    anchors = shortlist(frozen, [seed], ctx, Band(0, 10**7), 40, random_seed=0)
-    assert "uniform" in [s.anchor for s in anchors]
+    baselines = propose(frozen, [seed], ctx, Band(0, 10**7), 40, random_seed=0)
+    assert "uniform" in [s.baseline for s in baselines]
 
 
 def test_everything_else_is_the_familys_own() -> None:

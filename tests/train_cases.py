@@ -33,7 +33,7 @@ def arch_file(folder: Path, family: str = "vit", **changes: Any) -> Path:
 
 def flags(cache: Path, arch: Path | str, out: Path, *more: str) -> list[str]:
     return [
-        *("--arch", str(arch), "--data", "digits", "--img-size", "32", "--proxy-images", "200"),
+        *("--arch", str(arch), "--data", "digits", "--img-size", "32", "--max-images", "200"),
         *("--epochs", "2", "--threads", "1", "--cache-dir", str(cache), "--out", str(out)),
         *("--quiet", *more),
     ]
@@ -46,7 +46,7 @@ def sets(**values: object) -> list[str]:
 
 def evaluation(model: Path, cache: Path, *more: str) -> list[str]:
     """Return the flags that evaluate a model on the digits of `flags`."""
-    start = ["--evaluate", str(model), "--data", "digits", "--proxy-images", "200"]
+    start = ["--evaluate", str(model), "--data", "digits", "--max-images", "200"]
     return [*start, "--cache-dir", str(cache), "--quiet", "--json", *more]
 
 
@@ -56,7 +56,7 @@ def build_store(
     """Build a small label store with a teacher of one epoch, unless it is there."""
     if not out.exists():
         options = {"epochs": 2, "teacher_epochs": 1, "img_size": 32, "threads": 1, **more}
-        labels.build(data, teach=teach, out=out, proxy_images=images, cache_dir=cache, **options)
+        labels.build(data, teach=teach, out=out, max_images=images, cache_dir=cache, **options)
     return out
 
 

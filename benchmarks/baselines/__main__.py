@@ -53,8 +53,8 @@ def build_parser() -> Parser:
     add("--effort", default="normal", help=f"of the searches: {', '.join(EFFORTS)} (normal)")
     for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int, help="of the searches (that of the effort)")
-    ways = choices_of("choose")
-    add("--choose", choices=ways, default=ways[0], help=f"as nas.contract (default {ways[0]})")
+    ways = choices_of("selection")
+    add("--selection", choices=ways, default=ways[0], help=f"as nas.contract (default {ways[0]})")
     add("--device", default="cpu", help="default cpu")
     add("--workers", type=int, default=usable_cpus(), help="trainings at a time")
     add("--random-seed", type=int, default=0, help="of what is drawn (default 0)")

@@ -23,7 +23,7 @@ from space.family import Arch
 
 CONTRACTED, PUBLISHED, UNIFORM, PRUNING = "contracted", "published", "uniform", "pruning"
 TOLERANCE = 0.1
-SIZES = ("steps", "shortlist", "proxied", "beam", "draws", "proxy_epochs")
+SIZES = ("steps", "candidates_per_step", "train_per_step", "beam", "max_draws", "proxy_epochs")
 """Sizes of a search that have a flag of their own here; without it, those of the effort."""
 
 
@@ -101,11 +101,11 @@ def search_settings(
         "effort": given.effort,
         "data": config.data,
         "img_size": config.img_size,
-        "proxy_images": None,
+        "max_images": None,
         "require": (f"params<={target.most}",),
         "min_speedup": target.min_speedup,
         "params_tolerance": TOLERANCE,
-        "anchors": False,
+        "baselines": False,
         "seed_epochs": config.seed_epochs,
         "teacher_epochs": config.teacher_epochs,
         "final_epochs": 1,  # the equal training is the one that counts
@@ -129,7 +129,7 @@ def search(
     `deadline` is on `time.monotonic()`. A search that stays stuck gives the best it had.
     """
     role = CONTRACTED if strategy == "contraction" else strategy
-    way = "-spread" if strategy == "contraction" and given.choose == "spread" else ""
+    way = "-spread" if strategy == "contraction" and given.selection == "diverse" else ""
     folder = pool.run.folder.path / f"search-{target.text}-{strategy}-{given.effort}{way}"
     hours = (deadline - time.monotonic()) / 3600
     finished = (folder / "result.json").exists()
@@ -143,7 +143,7 @@ def search(
     }
     settings = {**search_settings(pool, given, target), "strategy": strategy}
     if strategy == "contraction":
-        settings["choose"] = given.choose
+        settings["selection"] = given.selection
     if (folder / "run.json").exists():
         outcome = contract(resume=True, **common, **settings)
     else:

@@ -369,7 +369,7 @@ def pruned_rows(
         "epochs": given.truth_epochs,
         "device": config.device,
         "missing": config.missing_labels,
-        "beyond": config.beyond,
+        "label_overflow": config.label_overflow,
         "label_epochs": run.store["use_epochs"],
         "random_seed": config.random_seed,
         "setting": asdict(run.primary),

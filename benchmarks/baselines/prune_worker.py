@@ -69,7 +69,7 @@ def replay_of(spec: Mapping[str, Any], random_seed: int) -> LabelReader:
         spec["batch_size"],
         random_seed,
         missing=spec["missing"],
-        beyond=spec["beyond"],
+        label_overflow=spec["label_overflow"],
         epochs=spec["label_epochs"],
         device=spec["device"],
     )

@@ -205,7 +205,7 @@ def cluster(act: str) -> Callable[[References, Path, random.Random], Try]:
             "out": str(out),
             "after": rng.uniform(0.2, 0.9) * seconds,
             "told": str(told),
-            "ship": folder.name.endswith(EVEN),
+            "copy_files": folder.name.endswith(EVEN),
         }
         (folder / "order.json").write_text(json.dumps(order))
         code = f"from benchmarks.faults.cluster import main; main({str(folder / 'order.json')!r})"
@@ -235,7 +235,7 @@ def published(references: References, rng: random.Random | None = None) -> Kind:
 
     Its cache is warm: what a kill does to data, teacher, labels and the seed is for the small runs.
     """
-    return references.contract(seed="21M", size="--target-params 5M --proxy-images 200", warm=True)
+    return references.contract(seed="21M", size="--target-params 5M --max-images 200", warm=True)
 
 
 BUILD_WORKER = disturbed(builders, kill_worker, continues=True)

@@ -29,9 +29,15 @@ def make_cluster() -> Any:
     return made
 
 
-def cluster_flags(cluster: Any, ship: bool) -> list[str]:
+def cluster_flags(cluster: Any, copy_files: bool) -> list[str]:
     """Return the flags by which a run uses a cluster, whose nodes see its files or are sent all."""
-    return ["--executor", "ray", "--ray-address", cluster.address, *(["--ship"] if ship else [])]
+    return [
+        "--executor",
+        "ray",
+        "--ray-address",
+        cluster.address,
+        *(["--copy-files"] if copy_files else []),
+    ]
 
 
 def remove_in_every_step(cluster: Any, run: Started, out: Path) -> int:
@@ -59,7 +65,7 @@ def main(path: str) -> None:
     cluster = make_cluster()
     wrong: list[str] = []
     begun = time.monotonic()
-    run = start([*order["begin"], *cluster_flags(cluster, order["ship"])], log)
+    run = start([*order["begin"], *cluster_flags(cluster, order["copy_files"])], log)
     if order["act"] == "node":
         removed = remove_in_every_step(cluster, run, out)
         if removed < 2:
@@ -81,7 +87,7 @@ def main(path: str) -> None:
             cluster.shutdown()
             cluster = make_cluster()
         wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
-        run = start([*order["resume"], *cluster_flags(cluster, order["ship"])], log)
+        run = start([*order["resume"], *cluster_flags(cluster, order["copy_files"])], log)
     code = run.end()
     if code:
         wrong.append(f"status {code}: {run.output().strip().splitlines()[-1:]}")

@@ -132,7 +132,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def ledger_of(folder: Path) -> list[tuple[str, ...]]:
     """Return a run's decisions, sorted."""
-    rows = read_rows(folder / "ledger.csv")
+    rows = read_rows(folder / "trials.csv")
     return sorted(tuple(f"{k}={v}" for k, v in r.items() if k not in PASSING) for r in rows)
 
 
@@ -191,8 +191,9 @@ class References:
         """Return a small contraction with recorded measurements, or one of a published seed."""
         name = "run" if seed is None else f"run-{seed}"
         small = (
-            "--target-params 400K --steps 2 --shortlist 4 --proxied 4 --proxy-epochs 3 --threads 1 "
-            "--img-size 32 --proxy-images 200 --teacher-epochs 2 --final-epochs 1"
+            "--target-params 400K --steps 2 --candidates-per-step 4 --train-per-step 4 "
+            "--proxy-epochs 3 --threads 1 "
+            "--img-size 32 --max-images 200 --teacher-epochs 2 --final-epochs 1"
         )
         flags = ["--seed", seed or str(self.folder / "small.json"), "--effort", "smoke"]
         flags += (size or small).split()
@@ -219,7 +220,7 @@ class References:
     def training(self) -> Kind:
         """Return a full training."""
         flags = (
-            f"--data digits --img-size 32 --epochs {self.train_epochs} --proxy-images 400 "
+            f"--data digits --img-size 32 --epochs {self.train_epochs} --max-images 400 "
             "--threads 1 --batch-size 8 --save-steps 5 --set drop_path=0.1 --set ema_decay=0.9"
         )
 

@@ -53,7 +53,7 @@ COMPARED = (
 
 def fractals(cache: Path, img_size: int, images: int) -> Dataset:
     """Render or find formula-driven images: 100 classes, about so many to train on."""
-    return prepare(DataSpec("fractals", img_size=img_size, proxy_images=round(images / 0.8)), cache)
+    return prepare(DataSpec("fractals", img_size=img_size, max_images=round(images / 0.8)), cache)
 
 
 def label_store(cache: Path, dataset: Dataset, engine: str, epochs: int = 2) -> LabelStore:

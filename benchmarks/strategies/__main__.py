@@ -78,7 +78,9 @@ def rows_of(
         add(name_of_share, share(hits, n), n, "exact interval")
         # How far behind the best a search is when a run of the effort would end.
         rounds = settings.steps if get_strategy(name).stepwise else ROUNDS[effort]
-        end = min(settings.budget, rounds * (settings.proxied or settings.shortlist))
+        end = min(
+            settings.budget, rounds * (settings.train_per_step or settings.candidates_per_step)
+        )
         behind = np.array([best_so_far(one, lattice, end)[-1] for one in searches[name]]) - best
         there = behind[np.isfinite(behind)]
         mean = (math.nan,) * 3
@@ -148,7 +150,13 @@ def compare(given: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, Any
         raise refuse("--free", f"{len(lattice.final)} archs in the last band", "at least 2")
     summary = given.table.with_name(f"{given.table.stem.removesuffix('_table')}.json")
     sd = given.sd if given.sd is not None else read_json(summary, "the summary of a table")["sd"]
-    sizes = given.shortlist, given.proxied, given.beam, given.evaluations, given.choose
+    sizes = (
+        given.candidates_per_step,
+        given.train_per_step,
+        given.beam,
+        given.evaluations,
+        given.selection,
+    )
     settings = ReplaySettings(len(lattice.bands), *sizes)
     found = replay_all(table, given.strategies, settings, given.replays, given.workers)
     best = min(losses[key] for key in lattice.final)
@@ -186,11 +194,11 @@ def build_parser() -> Parser:
     add("--num-classes", type=int, default=100, help="of the table (default %(default)s)")
     add("--effort", choices=tuple(EFFORTS), default="normal", help="whose sizes a search has")
     add("--steps", type=int, help="of contraction (default: those of the effort)")
-    add("--shortlist", type=int, help="archs listed a step (default: the effort's)")
-    add("--proxied", type=int, help="of them scored, 0: all (default: the effort's)")
+    add("--candidates-per-step", type=int, help="archs listed a step (default: the effort's)")
+    add("--train-per-step", type=int, help="of them scored, 0: all (default: the effort's)")
     add("--beam", type=int, help="default: the effort's")
-    ways = choices_of("choose")
-    add("--choose", choices=ways, default=ways[0], help="as nas.contract (default %(default)s)")
+    ways = choices_of("selection")
+    add("--selection", choices=ways, default=ways[0], help="as nas.contract (default %(default)s)")
     add("--evaluations", type=int, default=60, help="what a search may spend (default %(default)s)")
     add("--replays", type=int, default=50, help="random seeds a strategy (default %(default)s)")
     add("--strategies", type=_names, default=strategy_names(), help="default: all, with commas")
@@ -210,10 +218,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Replay and report; the last line is JSON. Exit status 0, 2 on bad input."""
 
     def work(given: argparse.Namespace) -> dict[str, Any]:
-        for name in ("shortlist", "proxied", "beam"):
+        for name in ("candidates_per_step", "train_per_step", "beam"):
             if getattr(given, name) is None:
                 setattr(given, name, effort_defaults(given.effort)[name])
-        check_at_least(given, steps=1, shortlist=1, proxied=0, beam=1, evaluations=1, replays=2)
+        check_at_least(
+            given,
+            steps=1,
+            candidates_per_step=1,
+            train_per_step=0,
+            beam=1,
+            evaluations=1,
+            replays=2,
+        )
         rows, told = compare(given)
         write_table(given.out, rows)
         write_json(given.out.with_suffix(".json"), told)

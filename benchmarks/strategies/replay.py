@@ -99,14 +99,16 @@ def lattice_of(
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """Sizes of a search, as in `nas.core.config.RunConfig`; `proxied` 0 scores all listed."""
+    """Sizes of a search, as in `nas.core.config.RunConfig`; `train_per_step` 0 scores all
+    listed.
+    """
 
     steps: int
-    shortlist: int
-    proxied: int
+    candidates_per_step: int
+    train_per_step: int
     beam: int
     budget: int
-    choose: str = "near"
+    selection: str = "nearest"
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,11 @@ def replay(
             left = [key for key in left if key not in chosen]
             continue
         band = lattice.bands[min(step, settings.steps) - 1 if strategy.stepwise else -1]
-        listed = strategy.shortlist(
+        listed = strategy.propose(
             Ask(
                 step=step,
                 steps=settings.steps,
-                number=settings.shortlist,
+                number=settings.candidates_per_step,
                 draw=draw,
                 family=family,
                 context=context,
@@ -162,7 +164,7 @@ def replay(
                 incumbents=tuple(incumbents),
                 band=band,
                 random_seed=derived_seed(random_seed, "shortlist", step),
-                anchors=False,
+                baselines=False,
                 # What is scored is not asked for again; what was only listed is, at the very end.
                 exclude=frozenset(tried if strategy.stepwise else beside),
                 seen=tuple(seen),
@@ -172,7 +174,9 @@ def replay(
         keys = list(by_key)
         if not keys:
             break
-        chosen = keys[: settings.proxied or len(keys)]  # a strategy's best guesses come first
+        chosen = keys[
+            : settings.train_per_step or len(keys)
+        ]  # a strategy's best guesses come first
         if strategy.stepwise:
             seed = derived_seed(random_seed, "spread", step, draw)
             chosen = _chosen(lattice, keys, settings, seed)
@@ -200,12 +204,14 @@ def _chosen(
     lattice: Lattice, keys: Sequence[str], settings: ReplaySettings, random_seed: int
 ) -> list[str]:
     """Choose which of the listed archs are scored, all as fast as each other."""
-    if not settings.proxied:
+    if not settings.train_per_step:
         return list(keys)
     seed = lattice.seed
     listed = [Candidate(lattice.archs[key], key, 0, 0, 0, (), None, seed) for key in keys]
     features = {key: _numbers(lattice, key) for key in keys}
-    chosen = pick(listed, features, settings.proxied, settings.choose, random_seed=random_seed)
+    chosen = pick(
+        listed, features, settings.train_per_step, settings.selection, random_seed=random_seed
+    )
     return [candidate.key for candidate in chosen]
 
 

@@ -66,7 +66,7 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     made, text = plan(
         **arguments,
         cache_dir=session_given.get("cache_dir"),
-        trust=session_given.get("trust"),
+        check_proxy=session_given.get("proxy_check"),
         quiet=quiet,
     )
     if not quiet:
@@ -88,8 +88,8 @@ def _run(
         resume=resume,
         max_hours=session_given.get("max_hours"),
         cache_dir=session_given.get("cache_dir"),
-        finalists=session_given.get("finalists"),
-        trust=session_given.get("trust"),
+        final_measurements=session_given.get("final_measurements"),
+        check_proxy=session_given.get("proxy_check"),
         storage=session_given.get("storage"),
         means=session_given["means"],
         quiet=quiet,

@@ -140,8 +140,8 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
     spec = DataSpec(
         name=config.data,
         img_size=config.img_size,
-        proxy_images=config.proxy_images,
-        max_broken=config.max_broken,
+        max_images=config.max_images,
+        max_corrupt=config.max_corrupt,
         random_seed=config.random_seed,
         pixel_cache=config.pixel_cache,
     )
@@ -368,12 +368,12 @@ def take_finalists(out: Path, table: DeviceTable | None, finalists: Path | None)
     if finalists is not None:
         if table is None:
             want = "a run with a --device-table"
-            raise refuse("--finalists", finalists, want, "drop --finalists")
-        rows = read_rows(finalists, "--finalists")
-        table.add_finalists(rows, "--finalists")
+            raise refuse("--final-measurements", finalists, want, "drop --final-measurements")
+        rows = read_rows(finalists, "--final-measurements")
+        table.add_finalists(rows, "--final-measurements")
         write_rows(kept, rows)
     elif table is not None and kept.exists():
-        table.add_finalists(read_rows(kept, "--finalists"), str(kept))
+        table.add_finalists(read_rows(kept, "--final-measurements"), str(kept))
 
 
 def run_json(

@@ -313,7 +313,7 @@ def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]
         "path": [incumbents[0].key for incumbents in progress.path],
         "final": progress.final,
         "reused": progress.reused,
-        "trust": None,
+        "proxy_check": None,
         "work": asdict(run.work()),
         "finalists": [_finalist(i) for i in progress.incumbents if i.parent is not None],
         "seconds": round(seconds, 1),
@@ -321,7 +321,7 @@ def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]
         "seed_images_per_s": next((r.images_per_s for r in run.ledger.rows if r.step == 0), None),
     }
     write_best(run, progress.best, progress.final)
-    run.ledger.write_csv(folder / "ledger.csv")
+    run.ledger.write_csv(folder / "trials.csv")
     write_family(folder)
     run.ledger.export(folder / "study.db")
     write_json(run.folder.result_json, result)
@@ -365,7 +365,7 @@ def _unverified(run: Run, found: Unverified) -> str:
     return (
         f"unverified: {len(found.finalists)} finalists meet the requirements by prediction only; "
         f"measure them on their device: {command}; then go on here with: python -m nas.contract "
-        f"--resume {run.folder.path} --finalists finalists.csv"
+        f"--resume {run.folder.path} --final-measurements finalists.csv"
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nas.core.cli import Parser
 from nas.core.config import EFFORTS, RunConfig
+from nas.core.executor_config import ExecutorConfig
 from nas.core.settings import add_settings, setting
 
 
@@ -27,7 +28,7 @@ class SessionOptions:
         metavar="DIR",
         const="",
     )
-    finalists: str | None = setting(
+    final_measurements: str | None = setting(
         None,
         "with --resume: the finalists as measured on the device of --device-table",
         metavar="FILE",
@@ -35,7 +36,7 @@ class SessionOptions:
     plan: bool = setting(
         False, "tell what the run would do and cost after about a minute of measuring, and exit"
     )
-    trust: int | None = setting(
+    check_proxy: int | None = setting(
         None,
         "afterwards train N kept and rejected candidates about 10x longer on several random "
         "seeds, and report how far the proxy scores can be trusted",
@@ -71,57 +72,6 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     add_settings(parser, RunConfig, EFFORTS)
-    means = parser.add_argument_group(
-        "what works on it (changes no answer; may differ on --resume)"
-    )
-    means.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="jobs at a time (default: 1, or one a GPU with --device cuda); the cores are shared "
-        "among them unless --threads says how many each has",
-    )
-    means.add_argument(
-        "--executor",
-        metavar="NAME",
-        help="local (processes of this machine) or ray (a cluster; needs the extra [ray]) "
-        "(default: local)",
-    )
-    means.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="of a running cluster: HOST:PORT or auto (default: one of this machine alone)",
-    )
-    means.add_argument(
-        "--measure-on",
-        metavar="RESOURCE",
-        help="with Ray, time on nodes that have this resource, such as orin (default: here)",
-    )
-    means.add_argument(
-        "--ship",
-        action="store_true",
-        help="with Ray, send files also to nodes that see this machine's (a slow shared disk)",
-    )
-    means.add_argument(
-        "--retries",
-        type=int,
-        metavar="N",
-        help="how often a job is tried again whose worker or node died (default: 2)",
-    )
-    means.add_argument(
-        "--job-memory-gb",
-        type=float,
-        metavar="GB",
-        help="memory that a job may take; more is its failure (default: no limit)",
-    )
-    means.add_argument(
-        "--gpu-share", type=float, metavar="SHARE", help="of a GPU that a job takes (default: 1)"
-    )
-    means.add_argument(
-        "--job-minutes",
-        type=float,
-        metavar="M",
-        help="a job that takes longer is ended and counts as lost (default: no limit)",
-    )
+    add_settings(parser, ExecutorConfig)
     add_settings(parser, SessionOptions)
     return parser

@@ -37,7 +37,7 @@ FAMILY_COLUMNS = (
     "metric_se",
     "epochs",
 )
-"""Columns of `family.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
+"""Columns of `models.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
 is the run's own where that is not top-1."""
 PASSING = ("load", "when", "seconds")
 """What a measurement says of its moment, not of the model."""
@@ -77,10 +77,10 @@ def write_model(
 def write_milestone(run: Run, step: int, best: Incumbent) -> None:
     """Keep the best of a step as a model of its own: `family/<step>-<parameters>.*`.
 
-    `family.csv` is drawn anew from what lies there.
+    `models.csv` is drawn anew from what lies there.
     """
     row = next(r for r in run.ledger.rows if (r.step, r.key) == (best.step, best.key))
-    stem = run.folder.path / "family" / f"{step:02d}-{row.params}"
+    stem = run.folder.path / "models" / f"{step:02d}-{row.params}"
     if not stem.with_name(f"{stem.name}.json").exists():
         score = {
             "kind": "proxy",
@@ -129,14 +129,14 @@ def _score(final: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_family(folder: Path) -> None:
-    """Draw `family.csv` from the models in `family/`, and the winner's where there is one."""
+    """Draw `models.csv` from the models in `family/`, and the winner's where there is one."""
     out = io.StringIO()
     writer = Writer(out)
     writer.writerow(FAMILY_COLUMNS)
-    for path in [*sorted((folder / "family").glob("*.json")), folder / "best.json"]:
+    for path in [*sorted((folder / "models").glob("*.json")), folder / "best.json"]:
         if path.exists():
             writer.writerow(_row(path, read_json(path, "a model of a run"), folder))
-    write_atomic(folder / "family.csv", out.getvalue().encode())
+    write_atomic(folder / "models.csv", out.getvalue().encode())
 
 
 def _row(path: Path, told: Mapping[str, Any], folder: Path) -> list[Any]:

@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 
 from nas.contract.final import nearest_published
-from nas.contract.proxy_check import trust_work
+from nas.contract.proxy_check import proxy_check_work
 from nas.contract.race import rungs_of
 from nas.contract.seed import label_epochs, measure_seed, teacher_cost
 from nas.contract.state import Incumbent, Run, Work, derived_seed
@@ -89,7 +89,7 @@ class PlannedStep:
 class Plan:
     """Everything that `--plan` tells; hours are of this device, bytes the most at a time.
 
-    `work` and `hours` are of everything, `trust` is what of it a trust report takes.
+    `work` and `hours` are of everything, `check_proxy` is what of it a proxy check takes.
     """
 
     steps: tuple[PlannedStep, ...]
@@ -101,13 +101,13 @@ class Plan:
     disk_bytes: int
     pace: Pace
     stuck: str | None = None
-    trust: Work | None = None
+    check_proxy: Work | None = None
 
 
-def make_plan(run: Run, seconds: float | None = None, *, trust: int | None = None) -> Plan:
+def make_plan(run: Run, seconds: float | None = None, *, check_proxy: int | None = None) -> Plan:
     """Plan a run without training anything, after about `seconds` of measuring (a minute).
 
-    `trust` archs are for a trust report. Raises InputError where the run itself would.
+    `check_proxy` archs are for a proxy check. Raises InputError where the run itself would.
     """
     seconds = MEASURING_S if seconds is None else seconds
     seed = measure_seed(run)
@@ -118,8 +118,8 @@ def make_plan(run: Run, seconds: float | None = None, *, trust: int | None = Non
     steps, stuck = _steps(run, seed.images_per_s, pace)
     work = _work(run, steps)
     hours, report = _hours(run, work, pace), None
-    if trust is not None:
-        report = trust_work(run, trust)
+    if check_proxy is not None:
+        report = proxy_check_work(run, check_proxy)
         hours += (report.timings * pace.timing_s + report.train_gmacs / pace.gmacs_per_s) / 3600
         work = Work(*(a + b for a, b in zip(astuple(work), astuple(report), strict=True)))
     return Plan(
@@ -132,7 +132,7 @@ def make_plan(run: Run, seconds: float | None = None, *, trust: int | None = Non
         disk_bytes=_disk(run, steps),
         pace=pace,
         stuck=stuck,
-        trust=report,
+        check_proxy=report,
     )
 
 
@@ -222,7 +222,7 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
         bounds = step.first_bounds
         need = _needed(run, bounds, images_per_s)
         passed: list[Candidate] = []
-        for draw in range(config.draws):
+        for draw in range(config.max_draws):
             listed = propose(run, step, draw, seen)
             passed = _likely(run, listed, need, pace)
             if passed:
@@ -360,7 +360,7 @@ def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
     largest = max((s.band_hi for s in steps), default=run.start_params)
     weights += 4 * largest * (config.beam + 12)
     if config.racing:
-        weights += 12 * largest * config.proxied
+        weights += 12 * largest * config.train_per_step
     return pixels + labels + weights
 
 
@@ -392,10 +392,12 @@ def plan_text(run: Run, plan: Plan) -> str:
         f"throughput estimated from MACs over {plan.pace.measured} timed archs, "
         f"+-{math.expm1(plan.pace.spread):.0%} (one standard deviation)",
     ]
-    if plan.trust is not None:
+    if plan.check_proxy is not None:
         lines.append(
-            f"of this the trust report, after a run that reaches its target: {plan.trust.timings} "
-            f"timings, {plan.trust.trainings} trainings of {plan.trust.train_gmacs:,.0f} GMACs"
+            f"of this the proxy check, after a run that reaches its target: "
+            f"{plan.check_proxy.timings} "
+            f"timings, {plan.check_proxy.trainings} trainings of "
+            f"{plan.check_proxy.train_gmacs:,.0f} GMACs"
         )
     if plan.stuck is not None:
         lines.append(f"warning: {plan.stuck}")

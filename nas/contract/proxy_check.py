@@ -1,9 +1,10 @@
-"""How far a run's proxy scores can be trusted: `--trust N`, and the table `benchmarks.proxy_rank`.
+"""How far a run's proxy scores can be trusted: `--check-proxy N`, and the table
+`benchmarks.proxy_rank`.
 
-N candidates of the last step's band, kept and rejected, are named in `trust.json` before anything
-is trained. Each is then scored by the proxy from the seed's weights (or from scratch, as the run's
-own), and trained about ten times longer from there on several random seeds: the truth. `trust.csv`
-compares.
+N candidates of the last step's band, kept and rejected, are named in `proxy_check.json` before
+anything is trained. Each is then scored by the proxy from the seed's weights (or from scratch, as
+the run's own), and trained about ten times longer from there on several random seeds: the truth.
+`proxy_check.csv` compares.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def check_number(number: object) -> None:
         return
     whole = isinstance(number, int) and not isinstance(number, bool)
     if not whole or number not in range(LEAST, MOST + 1):
-        raise refuse("--trust", number, f"an integer from {LEAST} to {MOST} (archs to train)")
+        raise refuse("--check-proxy", number, f"an integer from {LEAST} to {MOST} (archs to train)")
 
 
 def check_band(
@@ -137,18 +138,18 @@ def check_band(
 
 def _too_many(number: int, held: int) -> InputError:
     remedy = "ask for fewer" if held >= LEAST else "widen --params-tolerance"
-    return refuse("--trust", number, f"at most {held}, all that the last band holds", remedy)
+    return refuse("--check-proxy", number, f"at most {held}, all that the last band holds", remedy)
 
 
 def named_archs(folder: Path, number: int) -> list[Any] | None:
     """Read the archs that a run named before; another number of them is refused."""
-    path = folder / "trust.json"
+    path = folder / "proxy_check.json"
     if not path.exists():
         return None
-    known: list[Any] = read_object(path, "the archs of --trust", {"archs": list})["archs"]
+    known: list[Any] = read_object(path, "the archs of --check-proxy", {"archs": list})["archs"]
     if len(known) != number:
         want = f"the {len(known)} archs named in {path}"
-        raise refuse("--trust", number, want, "name the same number")
+        raise refuse("--check-proxy", number, want, "name the same number")
     return known
 
 
@@ -156,7 +157,7 @@ def listed(run: Run, number: int) -> list[Arch]:
     """Name the candidates: of the last step's band, scored ones first, then those rejected.
 
     Where the run met fewer, the rest is drawn uniformly from the band; those whose training failed
-    come last. Kept in `trust.json`.
+    come last. Kept in `proxy_check.json`.
     """
     known = named_archs(run.folder.path, number)
     if known is not None:
@@ -181,24 +182,24 @@ def listed(run: Run, number: int) -> list[Arch]:
     if len(archs) < number:
         raise _too_many(number, len(archs))
     told = {"archs": [run.family.to_dict(arch) for arch in archs]}
-    write_json(run.folder.path / "trust.json", told)
+    write_json(run.folder.path / "proxy_check.json", told)
     return archs
 
 
-def trust_cost(run: Run, number: int) -> float:
-    """Return the GMACs of a trust report, forward and backward."""
+def proxy_check_cost(run: Run, number: int) -> float:
+    """Return the GMACs of a proxy check, forward and backward."""
     images = len(run.dataset.train.labels)
     each = run.config.target_params / run.start_params * run.image_cost(run.seed_arch)
     return number * images * run.config.proxy_epochs * (2 + SEEDS * LONGER) * each
 
 
-def trust_work(run: Run, number: int) -> Work:
-    """Return the work of a trust report: each arch is timed once and trained by truth and proxy."""
-    return Work(number, number * (2 + SEEDS), trust_cost(run, number))
+def proxy_check_work(run: Run, number: int) -> Work:
+    """Return the work of a proxy check: each arch is timed once and trained by truth and proxy."""
+    return Work(number, number * (2 + SEEDS), proxy_check_cost(run, number))
 
 
-def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
-    """Train what the report needs, write `trust.csv`, and return the report as plain JSON.
+def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
+    """Train what the report needs, write `proxy_check.csv`, and return the report as plain JSON.
 
     An arch that cannot be trained is left out, and the report says so; it needs three others.
     """
@@ -206,7 +207,7 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     archs = listed(run, number)
     config, init = run.config, run.config.proxy_init
     # The truth is longer than the labels that the run stored: they start again then.
-    longer = _with_config(run, beyond="cycle")
+    longer = _with_config(run, label_overflow="cycle")
     trainings = [
         _Training(
             longer,
@@ -216,17 +217,19 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         )
         for at in range(SEEDS)
     ]
-    trainings.append(_Training(run, "trust", config.proxy_epochs))
-    trainings.append(_Training(run, "trust-hard", config.proxy_epochs, hard=1.0))
+    trainings.append(_Training(run, "check", config.proxy_epochs))
+    trainings.append(_Training(run, "check-hard", config.proxy_epochs, hard=1.0))
     failed: dict[str, str] = {}
     for each in trainings:
         for arch, reason in each.do([a for a in archs if run.key(a) not in failed], parent):
             key = run.key(arch)
             failed[key] = f"{run.family.label(arch)}: {reason}"
-            run.console.line(f"trust: left out, cannot be trained: {failed[key]}")
+            run.console.line(f"proxy check: left out, cannot be trained: {failed[key]}")
         if len(archs) - len(failed) < LEAST:
             left = f"{len(archs) - len(failed)} of {number} archs that can be trained"
-            raise refuse("--trust", left, f"at least {LEAST}", next(iter(failed.values()), ""))
+            raise refuse(
+                "--check-proxy", left, f"at least {LEAST}", next(iter(failed.values()), "")
+            )
     archs = [arch for arch in archs if run.key(arch) not in failed]
     *truth, short, hard = ([each.folder(arch) for arch in archs] for each in trainings)
     losses = [[losses_of(folder, config.metric) for folder in row] for row in truth]
@@ -241,14 +244,14 @@ def trust(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     }
     scores |= {name: (values, 0.0) for name, values in untrained(run, archs).items()}
     rows = ranked(scores, means)
-    write_rows(run.folder.path / "trust.csv", rows)
+    write_rows(run.folder.path / "proxy_check.csv", rows)
     by_arch = {
         run.key(arch): np.array([losses[s][i] for s in range(SEEDS)])
         for i, arch in enumerate(archs)
     }
     kept = indistinguishable(by_arch)
     own, limit = rows[0], rows[-1]
-    verdict = "within" if own.within_one_sd else "beyond"
+    verdict = "within" if own.within_one_sd else "label_overflow"
     gone = f"; {len(failed)} more could not be trained" if failed else ""
     return {
         "n": len(archs),
@@ -356,21 +359,22 @@ def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
     return {name: values for name, values in found.items() if len(values) == len(archs)}
 
 
-def trust_in_time(bench: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
-    """Make the trust report, as far as time allows; a later --resume goes on with it."""
-    console = bench.console
-    console.start(trust_cost(bench, number))
+def check_proxy_in_time(run: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
+    """Make the proxy check, as far as time allows; a later --resume goes on with it."""
+    console = run.console
+    console.start(proxy_check_cost(run, number))
     try:
-        report = trust(bench, seed, number)
-        console.line(f"trust: {report['says']}")
+        report = check_proxy(run, seed, number)
+        console.line(f"proxy check: {report['says']}")
         return report
     except OutOfTime:
         console.line(
-            f"trust: out of time (--max-hours); --resume {bench.folder.path} --trust {number} "
+            f"proxy check: out of time (--max-hours); --resume {run.folder.path} --check-proxy "
+            f"{number} "
             "goes on"
         )
         return None
     finally:
         console.stop()
         with contextlib.suppress(Exception):
-            bench.executor.close()
+            run.executor.close()

@@ -44,11 +44,11 @@ NEW_QUESTION = (
     "min_speedup",
     "require",
     "steps",
-    "shortlist",
-    "proxied",
+    "candidates_per_step",
+    "train_per_step",
     "beam",
-    "choose",
-    "draws",
+    "selection",
+    "max_draws",
     "final_epochs",
     "replay",
 )
@@ -143,7 +143,7 @@ def read_earlier(
 def read_models(folder: Path, family: Family) -> tuple[Incumbent, ...]:
     """Read the models in a run's `family/` whose weights are there; damaged ones are refused."""
     found = []
-    for path in sorted((folder / "family").glob("*.json")):
+    for path in sorted((folder / "models").glob("*.json")):
         told = read_json(path, "a model of a run")
         weights = path.with_suffix(".safetensors")
         if not weights.is_file():

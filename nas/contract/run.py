@@ -36,7 +36,7 @@ from nas.contract.checks import (
 from nas.contract.final import Progress, finish, read_result, write_result
 from nas.contract.models import write_milestone
 from nas.contract.plan import Plan, make_plan, plan_text
-from nas.contract.proxy_check import check_band, check_number, named_archs, trust_in_time
+from nas.contract.proxy_check import check_band, check_number, check_proxy_in_time, named_archs
 from nas.contract.race import race
 from nas.contract.replay import (
     answered,
@@ -92,8 +92,9 @@ class RunResult:
 class Session:
     """One process's part in a run: nothing in it changes an answer.
 
-    `deadline` is on the monotonic clock; `trust` archs are trained longer afterwards; `finalists`
-    are the measurements of another device; `executor` replaces the one that `means` describe.
+    `deadline` is on the monotonic clock; `check_proxy` archs are trained longer afterwards;
+    `final_measurements` are the measurements of another device; `executor` replaces the one that
+    `means` describe.
     """
 
     cache: Path
@@ -102,8 +103,8 @@ class Session:
     executor: Executor | None = None
     deadline: float | None = None
     storage: str | None = None
-    trust: int | None = None
-    finalists: Path | None = None
+    check_proxy: int | None = None
+    final_measurements: Path | None = None
 
 
 def contract(
@@ -114,8 +115,8 @@ def contract(
     resume: bool = False,
     max_hours: float | None = None,
     cache_dir: str | Path | None = None,
-    finalists: str | Path | None = None,
-    trust: int | None = None,
+    final_measurements: str | Path | None = None,
+    check_proxy: int | None = None,
     storage: str | None = None,
     quiet: bool = True,
     console: Console | None = None,
@@ -127,16 +128,16 @@ def contract(
 
     `settings` are the fields of `nas.core.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`,
     ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
-    only settings that equal its own may be given. `trust` archs are trained longer afterwards, for
-    a report on how far the scores can be trusted (`nas.contract.proxy_check`). `means` are where
-    jobs run and how many at once (`nas.core.executor_config`). `storage` is the address of a
-    PostgreSQL database for the study, in place of a `study.db` in the folder. Raises `InputError`
-    (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is a result,
-    not an error.
+    only settings that equal its own may be given. `check_proxy` archs are trained longer
+    afterwards, for a report on how far the scores can be trusted (`nas.contract.proxy_check`).
+    `means` are where jobs run and how many at once (`nas.core.executor_config`). `storage` is the
+    address of a PostgreSQL database for the study, in place of a `study.db` in the folder. Raises
+    `InputError` (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is
+    a result, not an error.
     """
     if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
         raise refuse("--max-hours", max_hours, "a number of hours above 0")
-    check_number(trust)
+    check_number(check_proxy)
     # Results and records must be on disk before the deadline: a few seconds are theirs.
     deadline = None if max_hours is None else time.monotonic() + max(max_hours * 3600 - 5, 0.0)
     session = Session(
@@ -146,14 +147,16 @@ def contract(
         executor=executor,
         deadline=deadline,
         storage=storage,
-        trust=trust,
-        finalists=None if finalists is None else Path(finalists),
+        check_proxy=check_proxy,
+        final_measurements=None if final_measurements is None else Path(final_measurements),
     )
     given = _given(seed, target_params, settings)
     if not resume:
-        if finalists is not None:
+        if final_measurements is not None:
             want = "an earlier run's --resume"
-            raise refuse("--finalists", finalists, want, "name the run: --resume DIR")
+            raise refuse(
+                "--final-measurements", final_measurements, want, "name the run: --resume DIR"
+            )
         folder = _default_folder(given) if out is None else Path(out)
     elif out is None:
         raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
@@ -163,7 +166,7 @@ def contract(
         if done is not None:
             return done
     with open_run(given, folder, session, resume=resume) as run:
-        return work(run, trust, fresh=not resume)
+        return work(run, check_proxy, fresh=not resume)
 
 
 def plan(
@@ -171,7 +174,7 @@ def plan(
     target_params: str | int,
     *,
     cache_dir: str | Path | None = None,
-    trust: int | None = None,
+    check_proxy: int | None = None,
     quiet: bool = True,
     console: Console | None = None,
     executor: Executor | None = None,
@@ -181,7 +184,7 @@ def plan(
 
     Takes about a minute of measuring; nothing is kept but measurements in the cache.
     """
-    check_number(trust)
+    check_number(check_proxy)
     given = _given(seed, target_params, settings)
     if "replay" in given:
         raise refuse("--plan", "with --replay", "a new run", "a replay tells what it reuses itself")
@@ -189,13 +192,13 @@ def plan(
         cache=default_cache() if cache_dir is None else Path(cache_dir),
         console=Console(quiet=quiet) if console is None else console,
         executor=executor,
-        trust=trust,
+        check_proxy=check_proxy,
     )
     with (
         tempfile.TemporaryDirectory(prefix="plan-") as place,
         open_run(given, Path(place) / "plan", session, keep=False) as run,
     ):
-        made = make_plan(run, trust=trust)
+        made = make_plan(run, check_proxy=check_proxy)
         run.ledger.close()
         return made, plan_text(run, made)
 
@@ -228,13 +231,13 @@ def finished_result(given: Mapping[str, Any], out: Path, session: Session) -> Ru
     try:
         resumed_config(saved, given)
         resumed_shared(saved.get("storage"), session.storage, folder.run_json)
-        if session.trust is not None:
-            named_archs(out, session.trust)
+        if session.check_proxy is not None:
+            named_archs(out, session.check_proxy)
         if not folder.result_json.exists():
             return None
         result = read_result(folder.result_json)
-        waits = result["status"] == "unverified" and session.finalists is not None
-        wanted = session.trust is not None and not result.get("trust")
+        waits = result["status"] == "unverified" and session.final_measurements is not None
+        wanted = session.check_proxy is not None and not result.get("proxy_check")
         if result["status"] == "stopped" or waits or wanted:
             return None
         if not (out / "report.md").exists():  # killed after the result
@@ -284,8 +287,10 @@ def open_run(
         elif "replay" not in given:
             config = with_steps(config, given, family, seed_arch, dataset)
         check_possible(config, family, seed_arch, dataset)
-        if session.trust is not None and not (resume and named_archs(out, session.trust)):
-            check_band(session.trust, config, family, seed_arch, dataset)
+        if session.check_proxy is not None and not (
+            resume and named_archs(out, session.check_proxy)
+        ):
+            check_band(session.check_proxy, config, family, seed_arch, dataset)
         earlier = earlier_of(config, family, dataset)
         tables = [Path(path) for path in config.device_table]
         if tables and (resume or earlier is not None):
@@ -298,7 +303,7 @@ def open_run(
                 config = replace(config, steps=steps_from(earlier, config, family, dataset))
         config, table = read_device_table(config, tables, family, seed_arch, dataset)
         if resume:
-            take_finalists(out, table, session.finalists)
+            take_finalists(out, table, session.final_measurements)
         else:
             check_requirements(config, family, seed_arch, dataset, table)
             folder.create()
@@ -358,7 +363,7 @@ def open_run(
 # From the seed to the report
 
 
-def work(run: Run, trust: int | None = None, *, fresh: bool) -> RunResult:
+def work(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResult:
     """Search and finish, as far as time allows, and write the result and the report."""
     console, folder = run.console, run.folder
     progress = Progress()
@@ -381,15 +386,15 @@ def work(run: Run, trust: int | None = None, *, fresh: bool) -> RunResult:
             run.executor.close()
     status = progress.status
     result = write_result(run, progress, time.monotonic() - started)
-    if trust is not None and progress.final is not None and progress.seed is not None:
-        result["trust"] = trust_in_time(run, progress.seed, trust)
+    if check_proxy is not None and progress.final is not None and progress.seed is not None:
+        result["proxy_check"] = check_proxy_in_time(run, progress.seed, check_proxy)
         result["work"] = dataclasses.asdict(run.work())
         write_json(folder.result_json, result)
         write_report(folder.path)
-    elif trust is not None:
-        said = f"trust: no report is made of a run that is {status}"
+    elif check_proxy is not None:
+        said = f"proxy check: no report is made of a run that is {status}"
         if status == "stopped":
-            said += f"; --resume {folder.path} --trust {trust} goes on"
+            said += f"; --resume {folder.path} --check-proxy {check_proxy} goes on"
         console.line(said)
     if status not in ("stopped", "unverified"):
         stage.tidy(run)
@@ -425,7 +430,7 @@ def contract_steps(
     for number in range(1, run.config.steps + 1):
         step = begin_step(run, number, start, path[-1])
         kept: list[Incumbent] = []
-        for draw in range(run.config.draws):
+        for draw in range(run.config.max_draws):
             candidates = propose(run, step, draw)
             measured = [meets_requirements(run, step, candidate) for candidate in candidates]
             fast_enough = [candidate for candidate in measured if candidate is not None]

@@ -87,7 +87,7 @@ class RunDir:
             raise refuse(
                 str(self.run_json), "another format", f"schema {SCHEMA}", "start a new run"
             )
-        for place in (self.path, self.work, self.path / "family"):
+        for place in (self.path, self.work, self.path / "models"):
             remove_leftovers(place)
         return data
 

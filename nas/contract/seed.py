@@ -50,8 +50,8 @@ def expected_cost(run: Run) -> float:
     for step in range(1, config.steps + 1):
         # MACs fall about as fast as parameters along a contraction.
         share = (config.target_params / params) ** (step / config.steps)
-        cost += config.shortlist * MEASURE_COST
-        cost += config.proxied * images * config.proxy_epochs * seed * share
+        cost += config.candidates_per_step * MEASURE_COST
+        cost += config.train_per_step * images * config.proxy_epochs * seed * share
     share = config.target_params / params
     return cost + 2 * (images * config.final_epochs * seed * share + MEASURE_COST)
 
@@ -68,8 +68,9 @@ def announce(run: Run, *, fresh: bool) -> None:
         f"{config.target_params:,} +- {config.params_tolerance:.0%}, {' and '.join(bounds)}"
     )
     run.console.line(
-        f"effort {config.effort}: {config.steps} steps, {config.shortlist} timed and "
-        f"{config.proxied} trained a step, beam {config.beam}; epochs: seed {config.seed_epochs}, "
+        f"effort {config.effort}: {config.steps} steps, {config.candidates_per_step} timed and "
+        f"{config.train_per_step} trained a step, beam {config.beam}; epochs: seed "
+        f"{config.seed_epochs}, "
         f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}"
         + ("" if config.distill == "sparse" else f"; all by {config.distill} distillation")
     )
@@ -215,12 +216,12 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
     config, data = run.config, run.dataset
     needed = label_epochs(run)
     stored = needed if config.label_epochs is None else config.label_epochs
-    if stored < needed and config.beyond == "refuse":
+    if stored < needed and config.label_overflow == "error":
         raise refuse(
             flag("label_epochs"),
             stored,
             f"{needed}, the epochs of the longest training",
-            "or let the labels start again with --beyond cycle",
+            "or let the labels start again with --label-overflow cycle",
         )
     teacher: Mapping[str, Any] | None = None
     images = len(data.train.labels)
@@ -249,7 +250,7 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         # The run's own store is shared, and longer where another run asked for more.
         stored=stored if config.labels is None else config.label_epochs,
         missing=config.missing_labels,
-        beyond=config.beyond,
+        label_overflow=config.label_overflow,
     )
     run.console.line(f"labels: {run.store['says']}")
     for note in run.store["notes"]:
@@ -295,7 +296,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         parent="",
         moves="",
         notches=0,
-        anchor="seed",
+        baseline="seed",
         params=family.count_params(arch, run.context),
         params_1000=family.count_params(arch, REFERENCE_CONTEXT),
         macs=family.count_macs(arch, run.context),
@@ -320,7 +321,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         reason="the seed",
     )
     run.ledger.add(row, family.to_dict(arch), {"params": 0.0, "throughput": 0.0})
-    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    run.ledger.write_csv(run.folder.path / "trials.csv")
 
 
 def best_so_far(run: Run, steps: int) -> Incumbent | None:

@@ -222,8 +222,8 @@ class Run:
         return {
             "name": config.data,
             "img_size": config.img_size,
-            "proxy_images": config.proxy_images,
-            "max_broken": config.max_broken,
+            "max_images": config.max_images,
+            "max_corrupt": config.max_corrupt,
             "random_seed": config.random_seed,
         }
 
@@ -379,7 +379,7 @@ class Run:
             store_id=store["id"],
             label_epochs=store["use_epochs"],
             missing=config.missing_labels,
-            beyond=config.beyond,
+            label_overflow=config.label_overflow,
             epochs=epochs,
             batch_size=config.batch_size,
             lr=peak_lr(

@@ -88,7 +88,7 @@ def propose(run: Run, step: Step, draw: int, seen: Sequence[Seen] | None = None)
     ask = Ask(
         step=step.number,
         steps=config.steps,
-        number=config.shortlist,
+        number=config.candidates_per_step,
         draw=draw,
         family=run.family,
         context=run.context,
@@ -96,13 +96,13 @@ def propose(run: Run, step: Step, draw: int, seen: Sequence[Seen] | None = None)
         incumbents=tuple(i.arch for i in step.incumbents),
         band=lighter_band(run, step.first_bounds, draw),
         random_seed=derived_seed(config.random_seed, "shortlist", step.number),
-        anchors=config.anchors and draw == 0,
+        baselines=config.baselines and draw == 0,
         exclude=frozenset(step.listed),
         seen=tuple(decided),
     )
     if seen is None and step.number == 1 and draw == 0 and not strategy.stepwise:
         run.console.line(f"strategy {strategy.name}: {strategy.describe(ask)}")
-    found = strategy.shortlist(ask)
+    found = strategy.propose(ask)
     if seen is None and draw:
         run.console.extend(len(found) * MEASURE_COST)
     step.listed |= {each.key: each for each in found}
@@ -195,7 +195,7 @@ def trial_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Trial:
             parent=run.key(candidate.parent),
             moves=family.describe_moves(candidate.parent, arch),
             notches=candidate.notches,
-            anchor=candidate.anchor or "",
+            baseline=candidate.baseline or "",
             params=candidate.params,
             params_1000=family.count_params(arch, REFERENCE_CONTEXT),
             macs=candidate.macs,
@@ -306,18 +306,19 @@ def _missed(
 def select(run: Run, step: Step, passed: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates to train; the others become trials.
 
-    As `--choose` says where the list is a rule's; a strategy that learns puts its best guess first.
+    As `--selection` says where the list is a rule's; a strategy that learns puts its best guess
+    first.
     """
-    config, how = run.config, f"among the first {run.config.proxied}"
-    if run.strategy.stepwise and config.choose == "spread":
-        how = f"among the {config.proxied} best spread"
+    config, how = run.config, f"among the first {run.config.train_per_step}"
+    if run.strategy.stepwise and config.selection == "diverse":
+        how = f"among the {config.train_per_step} best spread"
     chosen = selected(run, step.number, passed)
     for candidate in passed:
         if candidate not in chosen:
             reason = f"fast enough, but not {how}"
             trial = trial_of(run, step.number, candidate, stage="selection", reason=reason)
             add_trial(run, trial, candidate.arch)
-    run.ledger.write_csv(run.folder.path / "ledger.csv")  # for --status meanwhile
+    run.ledger.write_csv(run.folder.path / "trials.csv")  # for --status meanwhile
     return chosen
 
 
@@ -325,10 +326,12 @@ def selected(run: Run, number: int, passed: Sequence[Candidate]) -> list[Candida
     """Return those that a step trains of the candidates that passed."""
     config = run.config
     if not run.strategy.stepwise:
-        return list(passed[: config.proxied])
+        return list(passed[: config.train_per_step])
     seed = derived_seed(config.random_seed, "spread", number)
     features = {c.key: features_of(run.family.to_dict(c.arch)) for c in passed}
-    return selection.pick(passed, features, config.proxied, config.choose, random_seed=seed)
+    return selection.pick(
+        passed, features, config.train_per_step, config.selection, random_seed=seed
+    )
 
 
 def features_of(arch: dict[str, Any]) -> tuple[float, ...]:
@@ -393,7 +396,7 @@ def places(run: Run, step: int) -> int:
 
 
 def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[StepRow]) -> None:
-    """Add the step to `steps.csv`, redraw `ledger.csv`, log it, and drop weights not needed."""
+    """Add the step to `steps.csv`, redraw `trials.csv`, log it, and drop weights not needed."""
     rows = [r for r in run.ledger.rows if r.step == step.number]
     best = next(r for r in run.ledger.rows if (r.key, r.step) == (kept[0].key, kept[0].step))
     bounds = step.first_bounds
@@ -401,7 +404,7 @@ def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[Step
     steps.append(summary)
     run.ledger.add_step(summary)
     run.ledger.write_steps(run.folder.path / "steps.csv")
-    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    run.ledger.write_csv(run.folder.path / "trials.csv")
     run.console.line(
         f"step {step.number}/{run.config.steps}  band {band_text(bounds.band.lo, bounds.band.hi)}  "
         f"{step.contractions:,} contractions, {summary.shortlisted} timed, {summary.too_slow} too "
@@ -419,7 +422,7 @@ def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[Step
 
 def stuck_message(run: Run, step: Step) -> str:
     """Name the constraint that binds and how far off the nearest candidate was."""
-    run.ledger.write_csv(run.folder.path / "ledger.csv")
+    run.ledger.write_csv(run.folder.path / "trials.csv")
     bounds = step.first_bounds
     rows = [r for r in run.ledger.rows if r.step == step.number]
     where = f"stuck at step {step.number} of {run.config.steps}: "

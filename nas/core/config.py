@@ -114,7 +114,7 @@ class RunConfig:
         (),
         "measurements of a device that is not this one, made there by python -m "
         "benchmarks.throughput; what it has not measured is predicted, and nothing is promised "
-        "before the finalists are measured there (--finalists)",
+        "before the finalists are measured there (--final-measurements)",
         metavar="FILE",
         many=True,
     )
@@ -133,7 +133,7 @@ class RunConfig:
         efforts=(48, None, None),
         default_text="smoke 48, else from data",
     )
-    proxy_images: int | None = setting(
+    max_images: int | None = setting(
         None,
         "train and score on a stratified subset of N images",
         metavar="N",
@@ -141,7 +141,7 @@ class RunConfig:
         efforts=(800, None, None),
         default_text="smoke 800, else 10000",
     )
-    max_broken: float = setting(
+    max_corrupt: float = setting(
         0.01,
         "broken images tolerated",
         metavar="SHARE",
@@ -163,11 +163,11 @@ class RunConfig:
         low=1,
         default_text="those of the longest training",
     )
-    beyond: str = setting(
-        "refuse", "training past the stored epochs", metavar="POLICY", choices=("refuse", "cycle")
+    label_overflow: str = setting(
+        "error", "training past the stored epochs", metavar="POLICY", choices=("error", "cycle")
     )
     missing_labels: str = setting(
-        "refuse", "images without a label in --labels", metavar="POLICY", choices=("refuse", "skip")
+        "error", "images without a label in --labels", metavar="POLICY", choices=("error", "skip")
     )
     topk: int | None = setting(
         None,
@@ -213,16 +213,16 @@ class RunConfig:
         default_text="as many as cut about this share each: "
         + ", ".join(f"{effort} {1 - keeps:.0%}" for effort, keeps in STEP_KEEPS.items()),
     )
-    shortlist: int = setting(
+    candidates_per_step: int = setting(
         12, "candidates timed a step", metavar="N", low=1, high=100_000, efforts=(6, 12, 24)
     )
-    proxied: int = setting(
+    train_per_step: int = setting(
         3, "candidates trained a step", metavar="N", low=1, high=100_000, efforts=(2, 3, 8)
     )
     beam: int = setting(
         2, "incumbents kept a step", metavar="N", low=1, high=100_000, efforts=(1, 2, 3)
     )
-    draws: int = setting(
+    max_draws: int = setting(
         3,
         "shortlists drawn before a step is stuck",
         metavar="N",
@@ -254,12 +254,12 @@ class RunConfig:
         metavar="NAME",
         choices=("contraction", "random", "uniform", "evolution", "tpe", "nsga2", "gp"),
     )
-    choose: str = setting(
-        "near",
+    selection: str = setting(
+        "nearest",
         "which of contraction's candidates are trained, the nearest to their parent first or "
         "those that differ most",
         metavar="HOW",
-        choices=("near", "spread"),
+        choices=("nearest", "diverse"),
     )
     importance: str = setting(
         "l1",
@@ -283,7 +283,7 @@ class RunConfig:
         metavar="NAME",
         choices=("top1", "balanced_accuracy", "macro_f1"),
     )
-    anchors: bool = setting(
+    baselines: bool = setting(
         True, "do not add uniform scaling and published archs to the shortlists"
     )
     device: str = setting("cpu", "cpu, cuda or cuda:N", group="device and measuring")
@@ -397,10 +397,10 @@ def check_config(config: RunConfig) -> None:
         raise refuse("--device", config.device, "cpu, cuda or cuda:N")
     for text in config.require:
         parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch)
-    for name in ("params_tolerance", "max_broken"):
+    for name in ("params_tolerance", "max_corrupt"):
         if not 0.0 <= getattr(config, name) < 1.0:
             raise refuse(flag(name), getattr(config, name), "a share in [0, 1), such as 0.01 or 1%")
-    for name, most in (("proxied", "shortlist"), ("beam", "proxied")):
+    for name, most in (("train_per_step", "candidates_per_step"), ("beam", "train_per_step")):
         value, limit = getattr(config, name), getattr(config, most)
         if value > limit:
             want = f"at most {flag(most)}={limit}"

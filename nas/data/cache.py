@@ -39,7 +39,7 @@ CAP_VARIABLE = "VISION_CONTRACTION_CACHE_CAP"
 DEFAULT_CAP = 100 * 10**9
 """Bytes of decoded pixels kept, unless 80 % of the disk is less or the variable says otherwise."""
 _SPARE = 64 << 20
-_REMEDY = "ask for fewer --proxy-images, or decode as you go with --no-pixel-cache"
+_REMEDY = "ask for fewer --max-images, or decode as you go with --no-pixel-cache"
 _LEFT_OUT = "broken images left out"
 _ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _held: dict[str, int] = {}
@@ -299,14 +299,14 @@ def folder_of(source: DataSource, random_seed: int, cache_dir: Path) -> Path:
 
 
 def _build(
-    source: DataSource, folder: Path, random_seed: int, max_broken: float, tick: Tick
+    source: DataSource, folder: Path, random_seed: int, max_corrupt: float, tick: Tick
 ) -> None:
     """Decode, cut and write into `folder`, which is empty."""
     pool_path = folder / "pool.raw" if source.root is None else None
     pool = ImagePool(pool_path, source.store_size)
     source.fill(pool, tick)
     total = len(pool.keys) + len(pool.broken)
-    _check_broken(len(pool.broken), total, max_broken, pool.examples(3))
+    _check_broken(len(pool.broken), total, max_corrupt, pool.examples(3))
     pixels = pool.pixels()
     kept = unique_rows(pool.keys, pool.roles)
     keys = [pool.keys[r] for r in kept]
@@ -364,12 +364,12 @@ def _check_broken(broken: int, total: int, most: float, examples: str) -> None:
             "--data",
             f"{broken} broken images of {total}, e.g. {examples}",
             f"at most {most:.2%} broken",
-            "repair or remove them, or raise --max-broken",
+            "repair or remove them, or raise --max-corrupt",
         )
 
 
 def cached(
-    source: DataSource, random_seed: int, max_broken: float, cache_dir: Path, tick: Tick
+    source: DataSource, random_seed: int, max_corrupt: float, cache_dir: Path, tick: Tick
 ) -> Dataset:
     """Open a source's folder in the cache, decoding it first if it is not there.
 
@@ -382,7 +382,7 @@ def cached(
         one = source.count * source.store_size**2 * 3 if source.root is None else 0
         # Decoded in the source's order first, then put in the order of the cut.
         make_room(cache_dir, one, 2 * one, source.name)
-        _build(source, draft, random_seed, max_broken, tick)
+        _build(source, draft, random_seed, max_corrupt, tick)
         claim(folder)
 
     if get_or_make(folder, make, found=hold):
@@ -391,7 +391,7 @@ def cached(
     dataset = open_dataset(folder)
     # What was tolerated when it was decoded may not be now.
     examples = next((n.partition("e.g. ")[2] for n in dataset.notes if _LEFT_OUT in n), "")
-    _check_broken(len(dataset.broken), source.count, max_broken, examples)
+    _check_broken(len(dataset.broken), source.count, max_corrupt, examples)
     return dataset
 
 

@@ -25,16 +25,16 @@ class DataSpec:
     """The data set that a user asks for.
 
     `name` is "digits", "fractals", a folder, or "torch/...", "hfds/...", "wds/...";
-    `img_size` in pixels (None: chosen from the data); `proxy_images` counts train and holdout
-    together (None: 10,000 at most, all of an embedded set); `max_broken` is the share of
+    `img_size` in pixels (None: chosen from the data); `max_images` counts train and holdout
+    together (None: 10,000 at most, all of an embedded set); `max_corrupt` is the share of
     unreadable images that is tolerated; without `pixel_cache` a folder's images are decoded
     whenever they are needed. Raises InputError.
     """
 
     name: str
     img_size: int | None = None
-    proxy_images: int | None = None
-    max_broken: float = 0.01
+    max_images: int | None = None
+    max_corrupt: float = 0.01
     random_seed: int = 0
     pixel_cache: bool = True
 
@@ -43,10 +43,10 @@ class DataSpec:
             raise refuse("--data", self.name, "a data set", "e.g. digits, fractals or a folder")
         if self.img_size is not None and not 16 <= self.img_size <= 1024:
             raise refuse("--img-size", self.img_size, "an integer from 16 to 1024, in pixels")
-        if self.proxy_images is not None and self.proxy_images < 4:
-            raise refuse("--proxy-images", self.proxy_images, "an integer >= 4")
-        if not 0 <= self.max_broken <= 1:
-            raise refuse("--max-broken", self.max_broken, "a share from 0 to 1, e.g. 1%")
+        if self.max_images is not None and self.max_images < 4:
+            raise refuse("--max-images", self.max_images, "an integer >= 4")
+        if not 0 <= self.max_corrupt <= 1:
+            raise refuse("--max-corrupt", self.max_corrupt, "a share from 0 to 1, e.g. 1%")
         if self.random_seed < 0:
             raise refuse("--random-seed", self.random_seed, "an integer >= 0")
 

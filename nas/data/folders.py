@@ -57,7 +57,7 @@ def folder(spec: DataSpec) -> DataSource:
         notes.append("no class folders: images without ground truth, labelled by the teacher")
         if len(files) < 3:
             raise refuse("--data", f"{spec.name}, {len(files)} images", "at least 3", _LAYOUT)
-    used, note = _proxy(files, max(1, len(classes)), spec.proxy_images, test is not None)
+    used, note = _proxy(files, max(1, len(classes)), spec.max_images, test is not None)
     notes += note
     if test is not None:
         tested = _test_side(root, test, classes)
@@ -275,7 +275,7 @@ def _proxy(
     if len(used) == len(files):
         return used, []
     what = "training images" if split else "images"
-    return used, [f"{len(used):,} of {len(files):,} {what} used (--proxy-images)"]
+    return used, [f"{len(used):,} of {len(files):,} {what} used (--max-images)"]
 
 
 def _listing(files: Sequence[_File]) -> str:

@@ -259,11 +259,11 @@ def all_wanted() -> list[Wanted]:
 
 
 def fractals(spec: DataSpec) -> DataSource:
-    """Describe the set; `proxy_images` keeps a stratified part of train and holdout."""
+    """Describe the set; `max_images` keeps a stratified part of train and holdout."""
     size = spec.img_size or DEFAULT_IMG_SIZE
     wanted = all_wanted()
-    if spec.proxy_images is not None:
-        wanted = _kept(wanted, spec.proxy_images)
+    if spec.max_images is not None:
+        wanted = _kept(wanted, spec.max_images)
 
     def fill(pool: ImagePool, tick: Tick) -> None:
         for one, pixels in zip(wanted, render(wanted, size), strict=True):
@@ -273,7 +273,7 @@ def fractals(spec: DataSpec) -> DataSource:
     identity: dict[str, Any] = {
         "fractals": VERSION,
         "difficulty": _DIFFICULTY,
-        "proxy_images": spec.proxy_images,
+        "max_images": spec.max_images,
     }
     return DataSource(
         name="fractals",
@@ -289,16 +289,16 @@ def fractals(spec: DataSpec) -> DataSource:
     )
 
 
-def _kept(wanted: Sequence[Wanted], proxy_images: int) -> list[Wanted]:
-    """Keep two thirds of `proxy_images` to train on, one third to hold out, and every test."""
+def _kept(wanted: Sequence[Wanted], max_images: int) -> list[Wanted]:
+    """Keep two thirds of `max_images` to train on, one third to hold out, and every test."""
     kept: list[Wanted] = []
     for role, share in (("fit", 2 / 3), ("holdout", 1 / 3), ("test", None)):
         side = [one for one in wanted if one.role == role]
         if share is not None:
-            count = round(proxy_images * share)
+            count = round(max_images * share)
             if count < CLASSES:
                 want = f"at least {3 * CLASSES}, so that every class is on both sides"
-                raise refuse("--proxy-images", proxy_images, want)
+                raise refuse("--max-images", max_images, want)
             labels = np.array([one.label for one in side], dtype=np.int64)
             side = [side[r] for r in choose([one.name for one in side], labels, count, "proxy")]
         kept += side

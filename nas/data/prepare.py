@@ -33,7 +33,7 @@ def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
     `tick` counts images. Raises InputError for data that cannot be used.
     """
     source = find_source(spec, Path(cache_dir))
-    dataset = cached(source, spec.random_seed, spec.max_broken, Path(cache_dir), tick)
+    dataset = cached(source, spec.random_seed, spec.max_corrupt, Path(cache_dir), tick)
     if not spec.pixel_cache and source.root is None:
         # Not among the stored notes: the folder is the same whatever was asked.
         dataset = replace(dataset, notes=(*dataset.notes, _KEPT_ANYWAY))

@@ -126,7 +126,7 @@ def digits(spec: DataSpec) -> DataSource:
         grey = np.round(table.images * (255.0 / 16.0)).astype(np.uint8)
         labels = np.asarray(table.target, dtype=np.int64)
         keys = [content_key(image.tobytes()) for image in grey]
-        for row in _digit_rows(keys, labels, spec.proxy_images):
+        for row in _digit_rows(keys, labels, spec.max_images):
             image = Image.fromarray(grey[row]).resize((size, size), Image.Resampling.BICUBIC)
             pixels = np.repeat(np.asarray(image)[:, :, None], 3, axis=2)
             pool.add(keys[row], int(labels[row]), "any", pixels, f"digit {row}")
@@ -138,18 +138,18 @@ def digits(spec: DataSpec) -> DataSource:
         img_size=size,
         store_size=size,
         hflip=False,
-        identity={"digits": DIGITS_VERSION, "proxy_images": spec.proxy_images},
+        identity={"digits": DIGITS_VERSION, "max_images": spec.max_images},
         decoding=f"digits {DIGITS_VERSION}",
         count=1797,
         fill=fill,
     )
 
 
-def _digit_rows(keys: Sequence[str], labels: np.ndarray, proxy_images: int | None) -> Sequence[int]:
-    """Choose rows so that train and holdout hold at most `proxy_images` (test comes on top)."""
-    if proxy_images is None:
+def _digit_rows(keys: Sequence[str], labels: np.ndarray, max_images: int | None) -> Sequence[int]:
+    """Choose rows so that train and holdout hold at most `max_images` (test comes on top)."""
+    if max_images is None:
         return range(len(keys))
-    rows = choose(keys, labels, round(proxy_images / 0.8), "proxy", at_least=3)
+    rows = choose(keys, labels, round(max_images / 0.8), "proxy", at_least=3)
     return [int(row) for row in rows]
 
 
@@ -206,7 +206,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
     else:
         sides["test"] = _side(test)
     classes = _classes(train, next(iter(sides.values())), spec.name)
-    wanted = _wanted(sides, len(classes), spec.proxy_images, notes)
+    wanted = _wanted(sides, len(classes), spec.max_images, notes)
     img_size = spec.img_size
     if img_size is None:
         role = next(iter(sides))
@@ -356,7 +356,7 @@ def _wanted(
         wanted[role] = rows.tolist()
         if len(rows) < side.count:
             what = "test" if role == "test" else "training"
-            flag = "" if role == "test" else " (--proxy-images)"
+            flag = "" if role == "test" else " (--max-images)"
             notes.append(f"{len(rows):,} of {side.count:,} {what} images used{flag}")
     return wanted
 

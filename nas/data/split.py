@@ -142,6 +142,6 @@ def proxy_limit(classes: int, asked: int | None, split: bool) -> int:
     """
     if asked is not None and asked < 2 * classes:
         want = f"at least {2 * classes}, two for each of {classes} classes"
-        raise refuse("--proxy-images", asked, want)
+        raise refuse("--max-images", asked, want)
     limit = max(DEFAULT_PROXY_IMAGES, 4 * classes) if asked is None else asked
     return limit if split else max(round(limit / 0.8), 3 * classes)

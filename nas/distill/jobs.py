@@ -81,7 +81,7 @@ class TrainJob(StudentJob):
 
     `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. `rung` stops after so many of
     the `epochs`; `continue_from` goes on from an earlier rung. `images` trains on a fixed subset
-    of that size. `beyond` and `label_epochs` are those of `nas.labels.reader.LabelReader`.
+    of that size. `label_overflow` and `label_epochs` are those of `nas.labels.reader.LabelReader`.
     `hard_weight` is the share of the loss that goes by true labels; `distill` other than `sparse`
     is a `nas.train.losses.DistillLoss`. With `checkpoint` a killed training goes on at its last
     epoch. The folder `out` may be `shared` by several runs.
@@ -89,7 +89,7 @@ class TrainJob(StudentJob):
 
     store_id: str
     label_epochs: int | None
-    beyond: str
+    label_overflow: str
     epochs: int
     lr: float
     init: str
@@ -115,7 +115,7 @@ class ScoreJob(StudentJob):
     """
 
     label_epochs: int | None
-    beyond: str
+    label_overflow: str
     parent: ParentWeights
     recalibrate: bool
     images: int | None = None
@@ -241,7 +241,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
         images=job.images,
         workers=_loader_workers(job.device),
         missing=job.missing,
-        beyond=job.beyond,
+        label_overflow=job.label_overflow,
         label_epochs=job.label_epochs,
         loss=loss,
     )
@@ -371,7 +371,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
             job.random_seed,
             subset=subset_by_key(dataset.train, job.images),
             missing=job.missing,
-            beyond=job.beyond,
+            label_overflow=job.label_overflow,
             epochs=job.label_epochs,
             device=job.device,
         )

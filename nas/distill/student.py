@@ -118,7 +118,8 @@ class StudentTraining:
     Fresh weights come from `random_seed` alone; with a `parent` they are sliced from its, and batch
     norms behind a change see the first batches before. Epoch e trains on the store's epoch
     `first_epoch` + e, so that all candidates see the same batches. `images` takes a seeded subset
-    of the training images. `missing`, `beyond`, `topk` and `label_epochs` (`epochs`) are those of
+    of the training images. `missing`, `label_overflow`, `topk` and `label_epochs` (`epochs`) are
+    those of
     `LabelReader`. The score is the plain cross-entropy, whatever `loss` trains; one that teaches a
     distillation token teaches the one head of a net without.
     """
@@ -133,8 +134,8 @@ class StudentTraining:
     first_epoch: int = 0
     images: int | None = None
     workers: int = 0
-    missing: str = "refuse"
-    beyond: str = "cycle"
+    missing: str = "error"
+    label_overflow: str = "cycle"
     label_epochs: int | None = None
     topk: int | None = None
     loss: DistillLoss = field(default_factory=DistillLoss)
@@ -166,7 +167,7 @@ def train_and_score(
         workers=training.workers,
         subset=subset_by_key(dataset.train, training.images),
         missing=training.missing,
-        beyond=training.beyond,
+        label_overflow=training.label_overflow,
         epochs=training.label_epochs,
         topk=training.topk,
         device=device,

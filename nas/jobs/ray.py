@@ -86,7 +86,7 @@ class RayBackend(LocalBackend):
 
     def _goes_far(self, job: Job) -> bool:
         if job.timed:
-            return self._settings.config.measure_on is not None
+            return self._settings.config.benchmark_resource is not None
         return not job.stays and job.folder is not None
 
     def has_slot(self, job: Job) -> bool:
@@ -104,7 +104,7 @@ class RayBackend(LocalBackend):
 
     def _connect(self) -> Child:
         settings, logs = self._settings, self._settings.options.logs
-        if logs is not None and not settings.config.ship:
+        if logs is not None and not settings.config.copy_files:
             file = logs.parent / "run.json"
             settings = replace(settings, token=(file, file.read_text()) if file.exists() else None)
         told: Queue[Message | None] = Queue()
@@ -176,7 +176,7 @@ class RayClient:
         self._settings, self._say = settings, say
         self._tasks: dict[Any, _Attempt] = {}
         self._bundles: dict[Path, tuple[files.State, files.Bundle]] = {}
-        self._copies = settings.config.ship
+        self._copies = settings.config.copy_files
         root, address = Path(nas.__file__).resolve().parent.parent, settings.config.ray_address
         own = {"address": "local", "num_cpus": settings.cpus, "include_dashboard": False}
         own["object_store_memory"] = OBJECT_STORE_BYTES
@@ -221,7 +221,7 @@ class RayClient:
     def _start(self, order: Message) -> None:
         """Start an attempt; raises LookupError where no node could hold it."""
         settings, job = self._settings, decode_job(order)
-        device = {settings.config.measure_on: 1} if job.timed else {}
+        device = {settings.config.benchmark_resource: 1} if job.timed else {}
         asked = {"CPU": settings.options.threads, "GPU": settings.gpus, **device}
         asked["memory"] = settings.options.memory_bytes or 0
         fitting = [
@@ -231,7 +231,9 @@ class RayClient:
         ]
         if not fitting:
             what = ", ".join(f"{value:g} {name}" for name, value in asked.items() if value)
-            raise LookupError(f"no node has {what}; see --threads, --job-memory-gb, --measure-on")
+            raise LookupError(
+                f"no node has {what}; see --threads, --job-memory-gb, --benchmark-resource"
+            )
         task = self._remote(
             run_task,
             max_retries=settings.config.retries,

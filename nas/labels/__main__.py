@@ -82,12 +82,12 @@ def build_parser() -> Parser:
     make.add_argument("--precision", default="float32", help="of the teacher, on a GPU")
     make.add_argument("--img-size", type=int, metavar="PX")
     make.add_argument(
-        "--proxy-images",
+        "--max-images",
         type=int,
         metavar="N",
         help="images read (default: 10,000, or 4 a class if more)",
     )
-    make.add_argument("--max-broken", default="1%", metavar="SHARE")
+    make.add_argument("--max-corrupt", default="1%", metavar="SHARE")
     make.add_argument(
         "--no-pixel-cache",
         dest="pixel_cache",
@@ -162,8 +162,8 @@ def _build(arguments: argparse.Namespace, console: Console) -> int:
         clean=clean,
         precision=arguments.precision,
         img_size=arguments.img_size,
-        proxy_images=arguments.proxy_images,
-        max_broken=parse_share("--max-broken", arguments.max_broken),
+        max_images=arguments.max_images,
+        max_corrupt=parse_share("--max-corrupt", arguments.max_corrupt),
         pixel_cache=arguments.pixel_cache,
         random_seed=arguments.random_seed,
         device=arguments.device,

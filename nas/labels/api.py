@@ -43,8 +43,8 @@ def build(
     clean: float | None = None,
     precision: str = "float32",
     img_size: int | None = None,
-    proxy_images: int | None = None,
-    max_broken: float = 0.01,
+    max_images: int | None = None,
+    max_corrupt: float = 0.01,
     pixel_cache: bool = True,
     teacher_epochs: int = 15,
     random_seed: int = 0,
@@ -72,7 +72,7 @@ def build(
     if threads is None:
         threads = max(1, usable_cpus() // processes)
     read_threads(threads)
-    asked = DataSpec(data, img_size, proxy_images, max_broken, random_seed, pixel_cache=pixel_cache)
+    asked = DataSpec(data, img_size, max_images, max_corrupt, random_seed, pixel_cache=pixel_cache)
     taught_by = {
         "teacher": teacher,
         "teacher_epochs": teacher_epochs,
@@ -147,8 +147,8 @@ def _data_dict(spec: DataSpec) -> dict[str, Any]:
     return {
         "name": str(path.resolve()) if path.is_dir() else name,
         "img_size": spec.img_size,
-        "proxy_images": spec.proxy_images,
-        "max_broken": spec.max_broken,
+        "max_images": spec.max_images,
+        "max_corrupt": spec.max_corrupt,
         "random_seed": spec.random_seed,
     }
 

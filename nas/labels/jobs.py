@@ -67,7 +67,7 @@ class OpenLabelsJob:
     epochs: int
     stored: int | None
     missing: str
-    beyond: str
+    label_overflow: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +191,13 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
 
     dataset = open_dataset(job.dataset)
     epochs = job.epochs
-    asked = epochs if job.beyond == "refuse" else None
+    asked = epochs if job.label_overflow == "error" else None
     store = open_store(job.store, use=dataset, epochs=asked)
     for epoch in range(min(epochs, store.epochs)):
         store.epoch(epoch)
-    reader = LabelReader(dataset.train, store, 2, 0, missing=job.missing, beyond=job.beyond)
+    reader = LabelReader(
+        dataset.train, store, 2, 0, missing=job.missing, label_overflow=job.label_overflow
+    )
     next(holdout_batches(dataset, store, 1, job.missing), None)
     manifest = store.spec
     says = (

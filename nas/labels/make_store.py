@@ -134,7 +134,7 @@ def open_for(
     epochs: int,
     stored: int | None,
     missing: str,
-    beyond: str,
+    label_overflow: str,
 ) -> Mapping[str, Any]:
     """Check a store for a training of `epochs` epochs on its first `stored` (None: all).
 
@@ -146,6 +146,6 @@ def open_for(
         epochs=epochs,
         stored=stored,
         missing=missing,
-        beyond=beyond,
+        label_overflow=label_overflow,
     )
     return job_values(do(Job(jobs.open_labels, job, "open-labels")), "soft labels")

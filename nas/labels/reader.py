@@ -17,8 +17,8 @@ from nas.labels.codec import SoftLabels
 from nas.labels.store import LabelStore, Rows, dropped_keys, find_rows, key_array
 from space.errors import refuse
 
-BEYOND = ("cycle", "refuse")
-MISSING = ("refuse", "skip")
+OVERFLOW = ("cycle", "error")
+MISSING = ("error", "skip")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,8 @@ class LabelReader:
     Images that the store left out on purpose are skipped; other images without a label are an
     error, or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its
     partner's image is not in the split. `notes` and `skipped` name what is skipped. Past the stored
-    epochs, labels and views start again from the first in a new order (`beyond` "cycle"), or it is
+    epochs, labels and views start again from the first in a new order (`label_overflow` "cycle"),
+    or it is
     an error; `epochs` uses the first so many of them only, whatever a store has grown to. `topk`
     reads fewer classes than are stored. The order of batches depends on keys, `random_seed` and
     epoch alone; inputs are bit-identical for any order, `batch_size` (>= 2), subset and `workers`
@@ -86,8 +87,8 @@ class LabelReader:
         workers: int = 0,
         subset: Sequence[int] | None = None,
         *,
-        missing: str = "refuse",
-        beyond: str = "cycle",
+        missing: str = "error",
+        label_overflow: str = "cycle",
         topk: int | None = None,
         epochs: int | None = None,
         device: str = "cpu",
@@ -97,15 +98,15 @@ class LabelReader:
         if batch_size < 2:
             raise refuse("--batch-size", batch_size, "an integer >= 2 (batch norm needs two)")
         if missing not in MISSING:
-            raise refuse("--missing", missing, f"one of {', '.join(MISSING)}")
-        if beyond not in BEYOND:
-            raise refuse("--beyond", beyond, f"one of {', '.join(BEYOND)}")
+            raise refuse("--missing-labels", missing, f"one of {', '.join(MISSING)}")
+        if label_overflow not in OVERFLOW:
+            raise refuse("--label-overflow", label_overflow, f"one of {', '.join(OVERFLOW)}")
         if topk is not None and not 1 <= topk <= store.spec.topk:
             raise refuse("--topk", topk, f"1 to {store.spec.topk}, what {store.folder} holds")
         self._split, self._store, self._spec = split, store, store.spec.augment
         self._epochs = store.epochs if epochs is None else epochs
         self._batch_size, self._seed = batch_size, random_seed
-        self._beyond, self._topk = beyond, topk
+        self._overflow, self._topk = label_overflow, topk
         batched = self._spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, self._spec, device if batched else "cpu")
@@ -186,12 +187,12 @@ class LabelReader:
         return self._store.epoch(self._stored(epoch))[self._at[rows]]
 
     def _stored(self, epoch: int) -> int:
-        if epoch >= self._epochs and self._beyond == "refuse":
+        if epoch >= self._epochs and self._overflow == "error":
             raise refuse(
                 f"label store {self._store.folder}",
                 f"{self._epochs} epochs",
                 f"epoch {epoch + 1}",
-                "build more epochs, or allow --beyond cycle",
+                "build more epochs, or allow --label-overflow cycle",
             )
         return epoch % self._epochs
 
@@ -242,7 +243,7 @@ def _usable(
         return chosen, ()
     dropped = dropped_keys(store)
     unknown = [int(row) for row in bare if split.keys[int(row)] not in dropped]
-    if unknown and missing == "refuse":
+    if unknown and missing == "error":
         raise _no_label(store, split, unknown, len(chosen))
     notes = []
     if len(bare) > len(unknown):
@@ -284,7 +285,7 @@ def _batch(inputs: Tensor, labels: SoftLabels, split: Split, rows: Rows) -> Batc
 
 
 def holdout_batches(
-    dataset: Dataset, store: LabelStore, batch_size: int, missing: str = "refuse"
+    dataset: Dataset, store: LabelStore, batch_size: int, missing: str = "error"
 ) -> Iterator[Batch]:
     """Yield the holdout's evaluation inputs with their labels, in the split's order.
 
@@ -293,7 +294,7 @@ def holdout_batches(
     split, labels = dataset.holdout, store.holdout()
     at = find_rows(store.holdout_keys, key_array(split.keys))
     every, bare = np.flatnonzero(at >= 0), np.flatnonzero(at < 0).tolist()
-    if bare and (missing == "refuse" or not len(every)):
+    if bare and (missing == "error" or not len(every)):
         raise _no_label(store, split, bare, len(split))
     for start in range(0, len(every), batch_size):
         rows = every[start : start + batch_size]

@@ -402,7 +402,7 @@ def open_store(
             f"label store {folder}",
             f"{store.epochs} epochs",
             f"{epochs} epochs",
-            "build more, or let the labels start again (--beyond cycle)",
+            "build more, or let the labels start again (--label-overflow cycle)",
         )
     for shard in store.all_shards():
         if not (folder / shard.name).is_file():

@@ -95,9 +95,9 @@ def _kind(run: RunFiles, row: Trial) -> Kind:
         return "seed"
     if run.result.get("status") == "reached" and row.key == run.result.get("winner"):
         return "winner"
-    if row.anchor.startswith("published"):
+    if row.baseline.startswith("published"):
         return "published"
-    return "uniform" if row.anchor == "uniform" else "candidate"
+    return "uniform" if row.baseline == "uniform" else "candidate"
 
 
 def _label(run: RunFiles, row: Trial) -> str:
@@ -105,7 +105,7 @@ def _label(run: RunFiles, row: Trial) -> str:
     if kind == "seed":
         return f"seed {run.seed_name}"
     if kind == "published":
-        return "published " + row.anchor.partition(":")[2]
+        return "published " + row.baseline.partition(":")[2]
     return kind if kind == "winner" else row.name
 
 

@@ -105,9 +105,9 @@ def report(run: RunFiles, *, figure: bool = True) -> str:
             "## Loading the model\n\nInside this folder; it needs timm and safetensors only.\n\n"
             + LOAD
         )
-    if (run.folder / "family.csv").exists():
+    if (run.folder / "models.csv").exists():
         parts.append(
-            "The best of every step is a model of its own, too: `family.csv` lists them with size, "
+            "The best of every step is a model of its own, too: `models.csv` lists them with size, "
             "throughput and score; each file in `family/` loads as above."
         )
     parts.append("## How far to trust this\n\n" + "\n".join(f"- {c}" for c in caveats(run)))
@@ -169,7 +169,7 @@ def next_commands(run: RunFiles) -> tuple[str, ...]:
         )
     show = f"python -m nas.contract --status {folder}"
     if status == "unverified":
-        return f"{resume} --finalists finalists.csv", show
+        return f"{resume} --final-measurements finalists.csv", show
     if status == "stuck":
         again = (
             f"python -m nas.contract{_family(config)} --seed "
@@ -221,9 +221,9 @@ def caveats(run: RunFiles) -> list[str]:
             f"Trainings learned half from the true labels and half from the teacher (`--distill "
             f"{distill}`); scores are the soft loss against the teacher's labels all the same."
         )
-    trusted = section(run.result, "trust").get("says")
+    trusted = section(run.result, "proxy_check").get("says")
     if trusted:
-        said.append(f"Put to the test (`trust.csv`): {trusted}.")
+        said.append(f"Put to the test (`proxy_check.csv`): {trusted}.")
     reused = section(run.result, "reused").get("says")
     if reused:
         said.append(f"A replay: {reused}.")

@@ -18,17 +18,18 @@ Features = Mapping[str, Sequence[float]]
 def pick(
     candidates: Sequence[Candidate], features: Features, count: int, how: str, *, random_seed: int
 ) -> list[Candidate]:
-    """Choose `count` of the timed candidates that meet the requirements, by "near" or "spread".
+    """Choose `count` of the timed candidates that meet the requirements, by "nearest" or "diverse".
 
-    "near": in the order of the list, which a rule made nearest first; anchors come first, up to
-    half of the places. "spread": see `spread`.
+    "nearest": in the order of the list, which a rule made nearest first; baselines come first, up
+    to
+    half of the places. "diverse": see `spread`.
     """
-    if how == "spread":
+    if how == "diverse":
         return spread(candidates, features, count, random_seed=random_seed)
-    anchors = [c for c in candidates if c.anchor is not None]
-    first = anchors[: (count + 1) // 2]
-    rest = [c for c in candidates if c.anchor is None]
-    return [*first, *rest, *anchors[len(first) :]][:count]
+    baselines = [c for c in candidates if c.baseline is not None]
+    first = baselines[: (count + 1) // 2]
+    rest = [c for c in candidates if c.baseline is None]
+    return [*first, *rest, *baselines[len(first) :]][:count]
 
 
 def spread(
@@ -37,8 +38,8 @@ def spread(
     """Choose `count` candidates that lie far apart, by farthest-point sampling.
 
     Distance is Euclidean over the moved factors (each scaled to its range among the candidates)
-    and the logarithm of the throughput ratio. Anchors come first, up to half of the places, then
-    what is farthest from all chosen (without anchors, from the fastest); ties are broken by a
+    and the logarithm of the throughput ratio. Baselines come first, up to half of the places, then
+    what is farthest from all chosen (without baselines, from the fastest); ties are broken by a
     seeded order. Returns them in the order of choice.
     Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
     """
@@ -52,9 +53,9 @@ def spread(
     points = np.array(rows, dtype=np.float64)
     extent = np.ptp(points, axis=0)
     points = (points - points.min(axis=0)) / np.where(extent > 0, extent, 1.0)
-    anchors = [i for i, c in enumerate(order) if c.anchor is not None]
+    baselines = [i for i, c in enumerate(order) if c.baseline is not None]
     fastest = max(range(len(order)), key=lambda i: ratios[i])
-    chosen = anchors[: (count + 1) // 2] if anchors else [fastest]
+    chosen = baselines[: (count + 1) // 2] if baselines else [fastest]
     while len(chosen) < min(count, len(order)):
         away = np.min(np.linalg.norm(points[:, None, :] - points[None, chosen, :], axis=-1), axis=1)
         away[chosen] = -1.0

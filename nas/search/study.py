@@ -1,4 +1,4 @@
-"""The study: every decided candidate as an Optuna trial; `ledger.csv` is drawn from it."""
+"""The study: every decided candidate as an Optuna trial; `trials.csv` is drawn from it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Trial:
     parent: str
     moves: str
     notches: int
-    anchor: str
+    baseline: str
     params: int
     params_1000: int
     macs: int
@@ -222,7 +222,7 @@ class Study:
         return self._archs[step, key]
 
     def write_csv(self, path: Path) -> None:
-        """Write `ledger.csv`: one line a candidate, empty cells not measured."""
+        """Write `trials.csv`: one line a candidate, empty cells not measured."""
         write_table(path, self.rows, Trial)
 
     def write_steps(self, path: Path) -> None:
@@ -251,10 +251,10 @@ class Study:
 def open_study(folder: Path, shared: SharedStudy | None) -> Study:
     """Open the study of a run at work, or begin it.
 
-    A run that was killed early may have its `run.json` and no study yet; once a `ledger.csv` was
+    A run that was killed early may have its `run.json` and no study yet; once a `trials.csv` was
     drawn, a study that is missing is lost.
     """
-    drawn, path = (folder / "ledger.csv").exists(), folder / "study.db"
+    drawn, path = (folder / "trials.csv").exists(), folder / "study.db"
     if shared is None:
         return Study(path, create=not path.exists() and not drawn)
     study = Study(shared, create=shared.begin and not drawn)

@@ -143,8 +143,8 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     spec = DataSpec(
         given.data,
         size,
-        ALL_IMAGES if given.proxy_images is None else given.proxy_images,
-        given.max_broken,
+        ALL_IMAGES if given.max_images is None else given.max_images,
+        given.max_corrupt,
         given.data_seed,
         pixel_cache=given.pixel_cache,
     )

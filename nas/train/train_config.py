@@ -42,10 +42,10 @@ class TrainConfig:
     img_size: int | None = setting(
         None, "resolution", metavar="PX", low=16, default_text="the recipe's, or the data's"
     )
-    proxy_images: int | None = setting(
+    max_images: int | None = setting(
         None, "use so many images only", metavar="N", low=20, default_text="all"
     )
-    max_broken: float = setting(
+    max_corrupt: float = setting(
         0.01,
         "broken images tolerated",
         metavar="SHARE",
@@ -63,7 +63,7 @@ class TrainConfig:
         group="teacher and first weights",
         metavar="STORE",
     )
-    missing: str = setting("refuse", "images without a label", choices=("refuse", "skip"))
+    missing: str = setting("error", "images without a label", choices=("error", "skip"))
     teacher: str | None = setting(
         None, "ask a teacher while training: auto, a timm name, MODEL:FILE", metavar="NET"
     )
@@ -123,12 +123,12 @@ class TrainConfig:
 
     @property
     def data_spec(self) -> DataSpec:
-        """The data to prepare: all of it, unless `proxy_images` limits it."""
+        """The data to prepare: all of it, unless `max_images` limits it."""
         return DataSpec(
             self.data,
             self.recipe.img_size if self.img_size is None else self.img_size,
-            ALL_IMAGES if self.proxy_images is None else self.proxy_images,
-            self.max_broken,
+            ALL_IMAGES if self.max_images is None else self.max_images,
+            self.max_corrupt,
             self.data_seed,
             pixel_cache=self.pixel_cache,
         )

@@ -34,7 +34,7 @@ SEED_ARCH = {
     "mlp_ratio": 4.0,
     "head_dim": 32,
 }
-DATA = ("--img-size", "32", "--proxy-images", "600")
+DATA = ("--img-size", "32", "--max-images", "600")
 TRIAL = ("step", "key", "parent", "params", "macs", "state", "stage", "epochs")
 SCORES = ("soft_loss", "soft_loss_se", "top1", "top1_se")
 
@@ -85,8 +85,18 @@ def produce(out: Path, *, record: bool = False) -> dict[str, Any]:
     run(
         "nas.contract",
         *("--seed", str(out / "seed.json"), "--target-params", "400K", "--effort", "smoke"),
-        *("--data", "digits", "--steps", "2", "--shortlist", "6", "--threads", "1", *DATA),
-        *("--proxied", "4", "--proxy-epochs", "3", "--teacher-epochs", "4"),
+        *(
+            "--data",
+            "digits",
+            "--steps",
+            "2",
+            "--candidates-per-step",
+            "6",
+            "--threads",
+            "1",
+            *DATA,
+        ),
+        *("--train-per-step", "4", "--proxy-epochs", "3", "--teacher-epochs", "4"),
         *("--final-epochs", "2", "--min-speedup", "1.05"),
         *("--out", str(folder), *measured, *cache),
     )
@@ -132,7 +142,7 @@ def outcome_of(out: Path) -> dict[str, Any]:
             **{name: row[name] for name in TRIAL},
             **{name: float(row[name]) if row[name] else None for name in SCORES},
         }
-        for row in csv.DictReader((folder / "ledger.csv").read_text().splitlines())
+        for row in csv.DictReader((folder / "trials.csv").read_text().splitlines())
     ]
     best = json.loads((folder / "best.json").read_text())
     log = list(csv.DictReader((out / "training" / "log.csv").read_text().splitlines()))

@@ -31,7 +31,7 @@ class Evolution(FromSeed):
     name = "evolution"
     summary = "random first, then mutations and crossings of the best quarter (SparseViT's scheme)"
 
-    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
         """Breed children, or draw at random while too few are scored."""
         rng = np.random.default_rng(ask.derived_seed())
         parents = _parents(ask)

@@ -48,7 +48,7 @@ class Sampled(FromSeed):
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler; `number` is how many trials it needs before it models them."""
 
-    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
         """Feed the past, then ask and move until the list is full."""
         import optuna
         from optuna.distributions import BaseDistribution, IntDistribution

@@ -15,7 +15,7 @@ class Random(FromSeed):
     name = "random"
     summary = "contractions of the seed, drawn uniformly from the target's band"
 
-    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
         """Draw from the band."""
         return sample_band(
             ask.family,

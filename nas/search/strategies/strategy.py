@@ -38,7 +38,7 @@ class Ask:
 
     `draw`: 0 first; more when all that was listed before in this step failed. `incumbents`: where
     the step starts, the seed in step 1. `band`: that of the step for a stepwise strategy, the
-    target's otherwise. `anchors`: whether the published archs and the uniform scaling are listed
+    target's otherwise. `baselines`: whether the published archs and the uniform scaling are listed
     before anything else. `exclude`: keys that this step must not list again. `seen`: what was
     decided in this run, in order of decision.
     """
@@ -53,7 +53,7 @@ class Ask:
     incumbents: tuple[Arch, ...]
     band: Band
     random_seed: int
-    anchors: bool
+    baselines: bool
     exclude: frozenset[str] = frozenset()
     seen: tuple[Seen, ...] = ()
 
@@ -81,7 +81,7 @@ class Strategy(ABC):
     summary: ClassVar[str]
 
     @abstractmethod
-    def shortlist(self, ask: Ask) -> list[Candidate]:
+    def propose(self, ask: Ask) -> list[Candidate]:
         """Return at most `ask.number` candidates; equal questions have equal answers.
 
         All are different nets as built, in the band, smaller than their parent, and not in
@@ -102,23 +102,23 @@ class FromSeed(Strategy):
     stepwise = False
 
     @abstractmethod
-    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
         """Return at most `number` different contractions of the seed whose keys are not tried."""
 
-    def shortlist(self, ask: Ask) -> list[Candidate]:
-        """Return the anchors on a step's first draw, then the proposals of the strategy."""
+    def propose(self, ask: Ask) -> list[Candidate]:
+        """Return the baselines on a step's first draw, then the proposals of the strategy."""
         decided = {s.key for s in ask.seen}
         return self._list(ask, ask.exclude | decided) or self._list(ask, ask.exclude)
 
     def _list(self, ask: Ask, tried: frozenset[str]) -> list[Candidate]:
         chosen: dict[str, tuple[str | None, Arch]] = {}
-        if ask.anchors and ask.draw == 0:
+        if ask.baselines and ask.draw == 0:
             for name, arch in anchors_in(ask.family, [ask.seed], ask.context, ask.band):
                 key = ask.family.key(arch, ask.context)
                 if key not in tried and len(chosen) < ask.number:
                     chosen.setdefault(key, (name, arch))
         number = ask.number - len(chosen)
         if number > 0:
-            for arch in self.propose(ask, number, tried | set(chosen)):
+            for arch in self.attempt(ask, number, tried | set(chosen)):
                 chosen[ask.family.key(arch, ask.context)] = (None, arch)
         return listed(ask.family, [ask.seed], list(chosen.values()), ask.context)

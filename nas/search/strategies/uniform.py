@@ -26,7 +26,7 @@ class Uniform(FromSeed):
     name = "uniform"
     summary = "the seed with all widths scaled by one factor, then its depths by another as well"
 
-    def propose(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
         """Scale until the list is full."""
         family, ctx = ask.family, ask.context
         found: dict[str, Arch] = {}

@@ -26,7 +26,7 @@ from nas.contract.run_folder import SCHEMA
 from nas.contract.state import Run
 from nas.contract.step import binding_count
 from nas.core.config import RunConfig
-from nas.core.io import read_json
+from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.distill.jobs import TrainJob, train
 from nas.jobs.job import Job, JobFunction, Result
@@ -542,7 +542,7 @@ def test_trust_is_checked_at_the_door(finished: Finished, tmp_path: Path) -> Non
         plan(**given, check_proxy=1000, executor=InlineExecutor())
     folder = tmp_path / "finished"
     shutil.copytree(finished.folder, folder)
-    (folder / "proxy_check.json").write_text("[1, 2, 3]")
+    write_json(folder / "proxy_check.json", {"archs": [1, 2, 3]})
     with pytest.raises(InputError, match="--check-proxy: got 4, want the 3 archs named"):
         contract(out=folder, resume=True, check_proxy=4, cache_dir=finished.cache)
     (folder / "proxy_check.json").unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ from nas.contract.proxy_check import check_band, check_number, check_proxy, list
 from nas.contract.run_folder import RunDir
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.config import RunConfig
+from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.core.stats import (
     _dunnett,
@@ -376,7 +376,7 @@ def test_an_arch_that_cannot_be_trained_is_left_out_for_good(
     gone = FAMILY.key(archs[1], CTX)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "proxy_check.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
+    write_json(folder / "proxy_check.json", {"archs": [FAMILY.to_dict(a) for a in archs]})
     paper = Paper(folder, config_of(), failing=(f"truth1-{gone}",))
     report = check_proxy(paper.run, START, 5)
     assert report["n"] == 4
@@ -395,7 +395,7 @@ def test_fewer_than_three_archs_make_no_report(tmp_path: Path) -> None:
     archs = drawn(4)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "proxy_check.json").write_text(json.dumps([FAMILY.to_dict(a) for a in archs]))
+    write_json(folder / "proxy_check.json", {"archs": [FAMILY.to_dict(a) for a in archs]})
     failing = tuple(f"truth0-{FAMILY.key(a, CTX)}" for a in archs[:2])
     with pytest.raises(
         InputError, match=r"--check-proxy: got 2 of 4 archs .* at least 3; .*memory"
@@ -422,7 +422,7 @@ def test_more_archs_than_the_band_holds_are_refused_with_their_number(tmp_path: 
     with pytest.raises(InputError, match=f"--check-proxy: got {held + 1}, want at most {held}"):
         check_band(held + 1, config, FAMILY, SEED, DATASET)
     assert named_archs(tmp_path, 4) is None
-    (tmp_path / "proxy_check.json").write_text("[1, 2, 3]")
+    write_json(tmp_path / "proxy_check.json", {"archs": [1, 2, 3]})
     with pytest.raises(InputError, match="--check-proxy: got 4, want the 3 archs named"):
         named_archs(tmp_path, 4)
     for wrong in (2, 1001, True, "8"):

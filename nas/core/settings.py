@@ -19,7 +19,7 @@ from space.errors import refuse
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingSpec:
     """What a field says of a setting beside its name, type and default.
 
     `group` opens a heading of the help that the following settings belong to. Numbers lie in
@@ -48,7 +48,7 @@ class Setting:
 
 def setting(default: Any, help: str, **more: Any) -> Any:
     """Return a dataclass field that is a setting; `default` may be `dataclasses.MISSING`."""
-    told = Setting(help, **more)
+    told = SettingSpec(help, **more)
     return dataclasses.field(default=default, metadata={"setting": told})
 
 
@@ -60,7 +60,7 @@ class Field:
     kind: type
     optional: bool
     default: Any
-    about: Setting
+    about: SettingSpec
 
     @property
     def flag(self) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from space.errors import refuse
 
@@ -124,6 +123,8 @@ def ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: in
     ratio = between / noise if noise > 0 else math.inf
     tail = (1 - COVERAGE) / 2
     dof = (n - 1, (s - 1) * (n - 1))
+    from scipy import special  # takes a third of a second to import
+
     low, high = (ratio / float(special.fdtri(*dof, q)) for q in (1 - tail, tail))
     return Ceiling(pairwise, Estimate(_tau_of(ratio), _tau_of(low), _tau_of(high), n))
 
@@ -221,6 +222,8 @@ def _p_above(mean: float, images: float, images_dof: int, seeds: float, seeds_do
     if variance == 0:
         return 0.0 if mean > 0 else 1.0
     spread = images**2 / images_dof + (seeds**2 / seeds_dof if seeds > 0 else 0.0)
+    from scipy import special  # takes a third of a second to import
+
     return float(special.stdtr(variance**2 / spread, -mean / math.sqrt(variance)))
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
 from space.errors import refuse
 
@@ -80,6 +79,8 @@ def _behind(
     images = values.shape[1]
     if images < 2:  # one image has no noise to hold a difference against
         return [(key, 0) for key in order]
+    from scipy import special  # takes a third of a second to import
+
     critical = -float(special.stdtrit(images - 1, level))
     allowance = 0.0 if drift_sd is None else drift_sd**2
     found = []

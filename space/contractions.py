@@ -154,7 +154,7 @@ class Candidate:
     key: str
     params: int
     macs: int
-    notches: int
+    grid_steps: int
     moved: tuple[str, ...]
     baseline: str | None
     parent: Arch
@@ -401,9 +401,9 @@ def listed(
         away = {i: _distance(family, parents[i], arch, ctx) for i in inside or larger}
         nearest = min(away, key=lambda i: sum(away[i].values()))
         moved, macs = away[nearest], family.count_macs(arch, ctx)
-        parent, notches = parents[nearest], sum(moved.values())
+        parent, grid_steps = parents[nearest], sum(moved.values())
         key = family.key(arch, ctx)
-        found.append(Candidate(arch, key, params, macs, notches, tuple(moved), baseline, parent))
+        found.append(Candidate(arch, key, params, macs, grid_steps, tuple(moved), baseline, parent))
     return found
 
 

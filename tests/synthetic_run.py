@@ -26,7 +26,7 @@ def _trial(step: int, key: str, params: int, rng: random.Random, parent: str, **
         "label": key.replace("_", " "),
         "parent": parent,
         "moves": "" if step == 0 else "embed_dims[2] 384->256, depths[3] 2->1",
-        "notches": 3 * step,
+        "grid_steps": 3 * step,
         "baseline": "",
         "params": params,
         "params_1000": params + 500_000,

@@ -15,7 +15,7 @@ import pytest
 from space_cases import FAMILY, random_arch
 
 from nas.search.strategies import Ask, Seen, get_strategy, strategy_names
-from nas.search.strategies.encoding import genes_of
+from nas.search.strategies.encoding import dimensions_of
 from nas.search.strategies.optuna_samplers import startup, told
 from space import Arch, Context, InputError
 from space.contractions import Band, Candidate, anchors_in, contains, count_contractions, propose
@@ -108,7 +108,7 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
                 assert ask.band.max_macs is None or s.macs <= ask.band.max_macs
                 assert contains(FAMILY, ask.seed, s.arch, ask.context) or key in baselines
                 assert s.moved
-                assert s.notches >= len(s.moved)
+                assert s.grid_steps >= len(s.moved)
                 assert s.baseline is None or (ask.baselines and ask.draw == 0)
             more = decided(ask, listed, rng)
             again = rng.random() < 0.5  # the same step asks again, or the next one does
@@ -204,32 +204,32 @@ def test_uniform_scales_widths_first_then_depths_as_well() -> None:
         assert all(b - a > -2 for a, b in itertools.pairwise(off))
     for v in values:
         ratios = np.array(v["embed_dims"]) / FAMILY.to_dict(seed)["embed_dims"]
-        assert ratios.max() - ratios.min() <= 32 / 96  # one notch of the narrowest
+        assert ratios.max() - ratios.min() <= 32 / 96  # one grid step of the narrowest
 
 
 def test_children_of_an_evolution_have_their_parents_genes() -> None:
-    """In a band without bounds nothing is moved: half a list differs from a parent in few genes."""
+    """In a band without bounds nothing is moved: half a list differs from a parent in few slots."""
     band = Band(0, 10**9)
-    genes = genes_of(FAMILY, SMALL, DIGITS)
+    dimensions = dimensions_of(FAMILY, SMALL, DIGITS)
     pool = get_strategy("random").propose(question(number=12, band=band))
     seen = tuple(
         Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, -0.1, float(i))
         for i, s in enumerate(pool)
     )
-    parents = [np.array([g.index(s.arch) for g in genes]) for s in seen[:3]]
+    parents = [np.array([g.index(s.arch) for g in dimensions]) for s in seen[:3]]
     moved, crossed = [], 0
     for k in range(20):
         ask = question(number=12, band=band, seen=seen, step=2, random_seed=k)
         for i, s in enumerate(get_strategy("evolution").propose(ask)):
-            code = np.array([g.index(s.arch) for g in genes])
+            code = np.array([g.index(s.arch) for g in dimensions])
             if i < 6:
                 moved.append(min(int((code != p).sum()) for p in parents))
             else:
                 crossed += any(
                     bool(((code == a) | (code == b)).all()) for a in parents for b in parents
                 )
-    share = np.mean(moved) / len(genes)
-    assert 0.05 < share < 0.2  # 0.1 a gene; some draws repeat the value, some are moved
+    share = np.mean(moved) / len(dimensions)
+    assert 0.05 < share < 0.2  # 0.1 a slot; some draws repeat the value, some are moved
     assert crossed > 60
 
 
@@ -276,7 +276,7 @@ def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, f
     """How many candidates are tried until a hidden arch is met, and the least distance to it."""
     band = Band(0, FAMILY.count_params(CLOSED, DIGITS))
     ask = question(CLOSED, number=5, band=band, random_seed=random_seed)
-    genes = genes_of(FAMILY, CLOSED, DIGITS)
+    dimensions = dimensions_of(FAMILY, CLOSED, DIGITS)
     hidden = get_strategy("random").propose(replace(ask, step=99))[0].arch
     done = 0
     while done < most:
@@ -286,7 +286,9 @@ def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, f
             done += 1
             if s.arch == hidden:
                 return done, 0.0
-            away = [abs(g.index(s.arch) - g.index(hidden)) / (len(g.values) - 1) for g in genes]
+            away = [
+                abs(d.index(s.arch) - d.index(hidden)) / (len(d.values) - 1) for d in dimensions
+            ]
             key = FAMILY.key(s.arch, DIGITS)
             found.append(Seen(ask.step, s.arch, key, s.params, -0.1, sum(away)))
         ask = replace(ask, seen=(*ask.seen, *found))

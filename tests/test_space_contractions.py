@@ -119,7 +119,7 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
         assert len(listed) == min(60, len(inside))
         # Fewest steps first: nobody left out is nearer than the farthest on the list.
         steps = [expected[k][1] for k in keys]
-        assert [s.notches for s in listed] == steps == sorted(steps)
+        assert [s.grid_steps for s in listed] == steps == sorted(steps)
         assert [frozenset(s.moved) for s in listed] == [expected[k][2] for k in keys]
         rest = [expected[k][1] for k in inside - set(keys)]
         assert not rest or min(rest) >= max(steps)
@@ -153,14 +153,14 @@ def test_published_models_are_contractions_of_each_other(
 
 def test_grid_steps_between_published_models() -> None:
     for ctx in (IMAGENET, DIGITS):
-        for large, small, notches in (("21M", "11M", 11), ("11M", "5M", 7), ("21M", "5M", 18)):
+        for large, small, grid_steps in (("21M", "11M", 11), ("11M", "5M", 7), ("21M", "5M", 18)):
             parent, child = FAMILY.seed(large), FAMILY.seed(small)
             listed = draw([parent], ctx, around(small, ctx))
             (baseline,) = (s for s in listed if s.arch == child)
-            assert (baseline.notches, baseline.baseline) == (notches, f"published:{small}")
+            assert (baseline.grid_steps, baseline.baseline) == (grid_steps, f"published:{small}")
             assert (baseline.moved, baseline.parent) == (("embed_dims",), parent)
             moves = FAMILY.grid_steps(parent, FAMILY.table([child]))
-            assert sum(int(n[0]) for n in moves.values()) == notches
+            assert sum(int(n[0]) for n in moves.values()) == grid_steps
 
 
 @CONTEXTS
@@ -170,14 +170,14 @@ def test_the_rule_alone_shortlists_neither_published_model(
 ) -> None:
     """Measured: within 10 % of the published size, nearer archs fill the default list of 24.
 
-    From 21M the rule needs 3 to 5 notches, the published 11M is 11 away; from 11M it needs at most
+    From 21M the rule needs 3 to 5 steps, the published 11M is 11 away; from 11M it needs at most
     5, the published 5M is 7 away. So they are on the list as baselines, not by the rule.
     """
     parent, child = FAMILY.seed(large), FAMILY.seed(small)
     ruled = draw([parent], ctx, around(small, ctx), baselines=False)
     assert len(ruled) == 24
     assert child not in [s.arch for s in ruled]
-    assert max(s.notches for s in ruled) <= 5
+    assert max(s.grid_steps for s in ruled) <= 5
     assert child in [s.arch for s in draw([parent], ctx, around(small, ctx))]
 
 
@@ -207,7 +207,7 @@ def test_laws_of_the_shortlist() -> None:
         assert min(size, number) <= len(listed) <= size
         ruled = [s for s in listed if s.baseline is None]
         assert listed[len(listed) - len(ruled) :] == ruled  # baselines first
-        assert [s.notches for s in ruled] == sorted(s.notches for s in ruled)
+        assert [s.grid_steps for s in ruled] == sorted(s.grid_steps for s in ruled)
         total = FAMILY.count_params(parent, ctx)
         for s in listed:
             assert band.lo <= s.params <= min(band.hi, total - 1)
@@ -216,7 +216,7 @@ def test_laws_of_the_shortlist() -> None:
             assert s.parent == parent
             assert s.baseline is not None or contains(FAMILY, parent, s.arch, ctx)
             assert s.moved
-            assert s.notches >= len(s.moved)
+            assert s.grid_steps >= len(s.moved)
 
 
 def test_a_second_draw_continues_where_the_first_ended() -> None:
@@ -247,7 +247,7 @@ def test_the_random_seed_changes_the_order_and_not_the_rings() -> None:
     parent, band = FAMILY.seed("21M"), around("11M", IMAGENET)
     lists = [draw([parent], IMAGENET, band, random_seed=s, baselines=False) for s in range(5)]
     assert len({tuple(s.arch for s in one) for one in lists}) == 5
-    assert len({tuple(s.notches for s in one) for one in lists}) == 1
+    assert len({tuple(s.grid_steps for s in one) for one in lists}) == 1
 
 
 def test_factors_take_turns() -> None:
@@ -257,8 +257,8 @@ def test_factors_take_turns() -> None:
     band = Band(int(0.9 * params), params)
     everything = draw([parent], ctx, band, 500, baselines=False)
     for ring in (1, 2):
-        pool = [s.moved for s in everything if s.notches == ring]
-        nearer = sum(s.notches < ring for s in everything)
+        pool = [s.moved for s in everything if s.grid_steps == ring]
+        nearer = sum(s.grid_steps < ring for s in everything)
         times = dict.fromkeys(set(pool), 0)
         for s in everything[:nearer]:
             times[s.moved] = times.get(s.moved, 0) + 1
@@ -308,7 +308,7 @@ def test_several_parents_take_turns_and_share() -> None:
             if contains(FAMILY, p, s.arch, ctx):
                 steps = FAMILY.grid_steps(p, FAMILY.table([s.arch]))
                 away.append(sum(int(n[0]) for n in steps.values()))
-        assert s.notches == min(away)  # counted from the nearest
+        assert s.grid_steps == min(away)  # counted from the nearest
     rules = [
         {FAMILY.key(s.arch, ctx) for s in draw([p], ctx, band, 40, baselines=False)}
         for p in (first, other)

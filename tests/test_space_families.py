@@ -361,7 +361,7 @@ def test_missing_fields_are_named() -> None:
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(50, "48 or 64"), (223, "208 or 224")])
-def test_images_that_patches_do_not_fill_are_refused(size: int, near: str) -> None:
+def test_images_that_patches_do_not_fill_are_refused(size: int, nearest: str) -> None:
     seed = VIT.seed("deit_tiny")
     table = VIT.table([seed])
     assert not VIT.valid_many(table, Context(size, 10)).any()
@@ -370,7 +370,7 @@ def test_images_that_patches_do_not_fill_are_refused(size: int, near: str) -> No
             refusing(seed, Context(size, 10))
         assert str(refused.value) == (
             f"--img-size: got {size}, want a multiple of the patch size 16 of {VIT.label(seed)}"
-            f"; {near} is; or a seed of other patches"
+            f"; {nearest} is; or a seed of other patches"
         )
 
 

@@ -56,7 +56,7 @@ def slots_of(family: Family) -> list[str]:
 def closed(family: Family, seed: Arch, free: Sequence[str]) -> Family:
     """Make a family whose archs move in the `free` slots only, and nowhere the seed itself cannot.
 
-    Some ladders allow a notch up from where an arch stands; taken again and again, that would lead
+    Some grids allow a step up from where an arch stands; taken again and again, that would lead
     contractions of contractions out of what the seed's own contractions are.
     """
     every = slots_of(family)

@@ -295,7 +295,7 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         label=family.label(arch),
         parent="",
         moves="",
-        notches=0,
+        grid_steps=0,
         baseline="seed",
         params=family.count_params(arch, run.context),
         params_1000=family.count_params(arch, REFERENCE_CONTEXT),

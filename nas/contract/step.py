@@ -194,7 +194,7 @@ def trial_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Trial:
             label=family.label(arch),
             parent=run.key(candidate.parent),
             moves=family.describe_moves(candidate.parent, arch),
-            notches=candidate.notches,
+            grid_steps=candidate.grid_steps,
             baseline=candidate.baseline or "",
             params=candidate.params,
             params_1000=family.count_params(arch, REFERENCE_CONTEXT),

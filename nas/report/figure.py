@@ -189,15 +189,15 @@ def _style(chart: Chart, left: Axes, right: Axes) -> None:
 
 
 def _log_params(axes: Axes, params: Sequence[float]) -> None:
-    # matplotlib labels a range within one decade badly; round numbers of a fixed ladder instead.
+    # matplotlib labels a range within one decade badly; round numbers of a fixed series instead.
     lo, hi = min(params) * 0.88, max(params) * 1.14
     axes.set_xscale("log")
     axes.set_xlim(lo, hi)
     decades = range(math.floor(math.log10(lo)), math.ceil(math.log10(hi)) + 1)
     ticks: list[float] = []
-    for ladder in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), tuple(range(10, 100, 5))):
-        scale = 0.1 if ladder[0] == 10 else 1.0
-        ticks = [m * scale * 10.0**d for d in decades for m in ladder]
+    for series in ((1,), (1, 3), (1, 2, 5), (1, 2, 3, 5, 7), tuple(range(10, 100, 5))):
+        scale = 0.1 if series[0] == 10 else 1.0
+        ticks = [m * scale * 10.0**d for d in decades for m in series]
         ticks = [tick for tick in ticks if lo <= tick <= hi]
         if len(ticks) >= 4:
             break

@@ -50,7 +50,7 @@ class Trial:
     label: str
     parent: str
     moves: str
-    notches: int
+    grid_steps: int
     baseline: str
     params: int
     params_1000: int

@@ -1,4 +1,4 @@
-"""Progressive contraction: few notches at a time, from the incumbents of the step before."""
+"""Progressive contraction: few grid steps at a time, from the incumbents of the step before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Contraction(Strategy):
 
     name = "contraction"
     stepwise = True
-    summary = "contractions of the incumbents, fewest notches first, the factors taking turns"
+    summary = "contractions of the incumbents, fewest grid steps first, the factors taking turns"
 
     def propose(self, ask: Ask) -> list[Candidate]:
         """Return the baselines on a step's first draw, then candidates by the rule."""

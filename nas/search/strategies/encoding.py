@@ -1,4 +1,4 @@
-"""Encoding of archs as genes: one per slot of a factor, with the slot's ascending choices."""
+"""Encoding of archs as integers: one dimension per slot of a factor that can change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from space.family import Arch, Context, Family
 
 
 @dataclass(frozen=True)
-class Gene:
+class Dimension:
     """One slot of a factor that can change; `values` are ascending. `slot` is None for a scalar."""
 
     field: str
@@ -22,7 +22,7 @@ class Gene:
 
     @property
     def name(self) -> str:
-        """Return the gene's name, e.g. "embed_dims[2]"."""
+        """Return the dimension's name, e.g. "embed_dims[2]"."""
         return self.field if self.slot is None else f"{self.field}[{self.slot}]"
 
     def index(self, arch: Arch) -> int:
@@ -32,31 +32,31 @@ class Gene:
         return int(np.argmin(np.abs(np.array(self.values) - value)))
 
 
-def genes_of(family: Family, seed: Arch, ctx: Context) -> tuple[Gene, ...]:
-    """Return the genes of a seed's contractions: every slot with more than one value as built."""
+def dimensions_of(family: Family, seed: Arch, ctx: Context) -> tuple[Dimension, ...]:
+    """Return the dimensions of a seed's contractions: each slot with several values as built."""
     axes = {axis.field: axis.values for axis in axes_of(family, seed, ctx)}
-    genes = []
+    dimensions = []
     for f in family.factors:
         columns = axes[f.field].reshape(-1, f.slots).T
         for i, column in enumerate(columns):
             values = tuple(np.unique(column).tolist())
             if len(values) > 1:
-                genes.append(Gene(f.field, None if f.scalar else i, values))
-    return tuple(genes)
+                dimensions.append(Dimension(f.field, None if f.scalar else i, values))
+    return tuple(dimensions)
 
 
 def assembled(
-    family: Family, seed: Arch, genes: tuple[Gene, ...], indices: Mapping[str, int]
+    family: Family, seed: Arch, dimensions: tuple[Dimension, ...], indices: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Put genes' values, by name as positions among their choices, into the seed.
+    """Put the dimensions' values, by name as positions among their choices, into the seed.
 
     Returns a value for every field, which need not make an arch.
     """
     values = family.to_dict(seed)
-    for gene in genes:
-        value = gene.values[indices[gene.name]]
-        if gene.slot is None:
-            values[gene.field] = value
+    for dimension in dimensions:
+        value = dimension.values[indices[dimension.name]]
+        if dimension.slot is None:
+            values[dimension.field] = value
         else:
-            values[gene.field][gene.slot] = value
+            values[dimension.field][dimension.slot] = value
     return values

@@ -6,12 +6,12 @@ from collections.abc import Collection
 
 import numpy as np
 
-from nas.search.strategies.encoding import Gene, assembled, genes_of
+from nas.search.strategies.encoding import Dimension, assembled, dimensions_of
 from nas.search.strategies.strategy import Ask, FromSeed, Seen
 from space.family import Arch
 from space.sampling import nearest, sample_band
 
-MUTATED = 0.1  # probability that a gene of a mutated child is drawn afresh
+MUTATED = 0.1  # probability that a slot of a mutated child is drawn afresh
 PARENTS = 4  # one in so many of a population is a parent
 TRIES = 100  # draws before a child that equals its parent is taken as it is
 
@@ -20,8 +20,8 @@ class Evolution(FromSeed):
     """Random candidates first, then children of the best: mutated ones and crossings by halves.
 
     Published (SparseViT, arXiv 2303.17605, and its code): populations of 100 satisfied candidates,
-    all evaluated; the best 25 are the parents of the next, of which 50 are mutated (each gene drawn
-    afresh with probability 0.1) and 50 cross two distinct parents gene by gene. Scaled here to what
+    all evaluated; the best 25 are the parents of the next, of which 50 are mutated (each slot drawn
+    afresh with probability 0.1) and 50 cross two distinct parents slot by slot. Scaled here to what
     a run can train, in the same proportions: a population is the last `number` scored candidates,
     its best quarter (two at least) the parents, and half of a list is mutated. As only some of a
     list are trained, the random generation ends once a quarter of a list is scored. Children that
@@ -45,17 +45,17 @@ class Evolution(FromSeed):
                 random_seed=ask.derived_seed(),
                 exclude=tried,
             )
-        genes = genes_of(ask.family, ask.seed, ask.context)
-        codes = [np.array([gene.index(p.arch) for gene in genes]) for p in parents]
+        dimensions = dimensions_of(ask.family, ask.seed, ask.context)
+        codes = [np.array([d.index(p.arch) for d in dimensions]) for p in parents]
         children: dict[str, Arch] = {}
         while len(children) < number:
             breed = _mutated if len(children) < number // 2 else _crossed
-            child = breed(codes, genes, rng)
-            wanted = {g.name: int(i) for g, i in zip(genes, child, strict=True)}
+            child = breed(codes, dimensions, rng)
+            wanted = {g.name: int(i) for g, i in zip(dimensions, child, strict=True)}
             arch = nearest(
                 ask.family,
                 ask.seed,
-                assembled(ask.family, ask.seed, genes, wanted),
+                assembled(ask.family, ask.seed, dimensions, wanted),
                 ask.context,
                 ask.band,
                 random_seed=int(rng.integers(2**32)),
@@ -70,7 +70,7 @@ class Evolution(FromSeed):
         """Return the sizes used here and the published ones."""
         return (
             f"{self.summary}: random until {_enough(ask)} are scored, populations of the last "
-            f"{_population(ask)} scored, genes mutated with probability {MUTATED} (published: 100 "
+            f"{_population(ask)} scored, slots mutated with probability {MUTATED} (published: 100 "
             "scored, populations of 100, 25 parents)"
         )
 
@@ -94,14 +94,14 @@ def _parents(ask: Ask) -> list[Seen]:
 
 
 def _mutated(
-    codes: list[np.ndarray], genes: tuple[Gene, ...], rng: np.random.Generator
+    codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw some genes of a random parent afresh."""
+    """Draw some slots of a random parent afresh."""
     parent = codes[rng.integers(len(codes))]
-    sizes = np.array([len(g.values) for g in genes])
+    sizes = np.array([len(g.values) for g in dimensions])
     child = parent
     for _ in range(TRIES):
-        afresh = rng.random(len(genes)) <= MUTATED
+        afresh = rng.random(len(dimensions)) <= MUTATED
         child = np.where(afresh, rng.integers(0, sizes), parent)
         if (child != parent).any():
             break
@@ -109,8 +109,8 @@ def _mutated(
 
 
 def _crossed(
-    codes: list[np.ndarray], genes: tuple[Gene, ...], rng: np.random.Generator
+    codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator
 ) -> np.ndarray:
-    """Take every gene from one of two distinct parents."""
+    """Take every slot from one of two distinct parents."""
     a, b = rng.choice(len(codes), 2, replace=False)
-    return np.asarray(np.where(rng.random(len(genes)) < 0.5, codes[a], codes[b]))
+    return np.asarray(np.where(rng.random(len(dimensions)) < 0.5, codes[a], codes[b]))

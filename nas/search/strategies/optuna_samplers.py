@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from nas.search.strategies.encoding import assembled, genes_of
+from nas.search.strategies.encoding import assembled, dimensions_of
 from nas.search.strategies.strategy import Ask, FromSeed, Seen
 from space.family import Arch
 from space.sampling import nearest
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def startup(ask: Ask) -> int:
     """Return how many trials a sampler needs: Optuna's ten, fewer for short lists.
 
-    With fewer it draws each gene uniformly.
+    With fewer it draws each slot uniformly.
     """
     return min(10, max(5, ask.number // 2))
 
@@ -55,13 +55,13 @@ class Sampled(FromSeed):
         from optuna.trial import TrialState, create_trial
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        genes = genes_of(ask.family, ask.seed, ask.context)
+        dimensions = dimensions_of(ask.family, ask.seed, ask.context)
         space: dict[str, BaseDistribution] = {
-            g.name: IntDistribution(0, len(g.values) - 1) for g in genes
+            g.name: IntDistribution(0, len(g.values) - 1) for g in dimensions
         }
 
         def places(arch: Arch) -> dict[str, int]:
-            return {g.name: g.index(arch) for g in genes}
+            return {g.name: g.index(arch) for g in dimensions}
 
         random_seed = ask.derived_seed()
         study = optuna.create_study(sampler=self.sampler(random_seed, startup(ask)))
@@ -91,7 +91,7 @@ class Sampled(FromSeed):
             arch = nearest(
                 ask.family,
                 ask.seed,
-                assembled(ask.family, ask.seed, genes, trial.params),
+                assembled(ask.family, ask.seed, dimensions, trial.params),
                 ask.context,
                 ask.band,
                 random_seed=random_seed + len(found),
@@ -137,10 +137,10 @@ def told(ask: Ask) -> list[tuple[Seen, float, Mapping[str, float]]]:
 
 
 class Tpe(Sampled):
-    """Tree-structured Parzen estimators (Bergstra et al. 2011), all genes jointly."""
+    """Tree-structured Parzen estimators (Bergstra et al. 2011), all slots jointly."""
 
     name = "tpe"
-    summary = "Optuna's TPE over places on the ladders"
+    summary = "Optuna's TPE over places on the grids"
 
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler; running candidates count as bad ones."""
@@ -159,7 +159,7 @@ class Nsga2(Sampled):
     """
 
     name = "nsga2"
-    summary = "Optuna's NSGA-II over places on the ladders, on the soft loss alone"
+    summary = "Optuna's NSGA-II over places on the grids, on the soft loss alone"
     lives = True
 
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
@@ -173,7 +173,7 @@ class Gp(Sampled):
     """A Gaussian process and expected improvement. Optuna's needs torch, inside this call only."""
 
     name = "gp"
-    summary = "Optuna's Gaussian process over places on the ladders"
+    summary = "Optuna's Gaussian process over places on the grids"
 
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,20 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.baselines import prune, prune_worker
+from benchmarks.baselines import jobs, prune
 from benchmarks.baselines.__main__ import build_parser, checked, main
 from benchmarks.baselines.archs import PUBLISHED, Side, Target
-from benchmarks.baselines.compare import (
-    SPENT,
-    BaselineRow,
-    HourBudget,
-    Work,
-    pruned_row,
-    run_in_process,
-    shortcomings,
-)
-from nas.core.io import read_json
+from benchmarks.baselines.compare import SPENT, BaselineRow, HourBudget, pruned_row, shortcomings
+from nas.core.requirement import Setting
 from nas.export.weights import save_weights
+from nas.jobs.job import Job, Result
+from nas.jobs.local import LocalExecutor
 from space import Context, get_family
 from space.family import Published
 
@@ -65,15 +58,6 @@ def test_a_contracted_arch_that_misses_says_so() -> None:
     assert shortcomings(dataclasses.replace(fine, params_rival=4_900_000), own, other, target) == ""
     stuck = Side("contracted", target.published_arch, "stuck: too slow")
     assert shortcomings(fine, stuck, rival, target) == "stuck: too slow"
-
-
-def test_a_tools_message_becomes_one_line() -> None:
-    table = "Profiling\n-----\n\u250f\u2513\n\u2503 params \u2503 6.8M \u2503\nNOT satisfied!"
-    assert prune_worker.one_line(table) == "Profiling params 6.8M NOT satisfied!"
-    long = prune_worker.one_line("word " * 100 + "the end")
-    assert len(long) <= 245
-    assert long.startswith("... word")
-    assert long.endswith("the end")
 
 
 def test_the_budget_lets_in_what_fits_by_the_pace_so_far() -> None:
@@ -113,32 +97,53 @@ def test_flags_hold_what_a_training_pool_reads() -> None:
     assert (found.truth_epochs, found.proxy_epochs, found.target_params) == (7, 1, "5M")
 
 
-def _row(work: Work, folder: Path, budget: float = 1.0) -> BaselineRow:
-    return pruned_row(
-        BaselineRow("5M: x", params=1000),
-        {"epochs": 1, "threads": 1},
-        prune.VARIANTS[2],
-        folder,
-        np.ones((2, 40)),
-        seeds=2,
-        workers=1,
-        budget=HourBudget(budget),
-        work=work,
+def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
+    here = folder / "none"  # what no stand-in reads
+    common: dict[str, Any] = {
+        "family": "tinyvit",
+        "arch": SMALL,
+        "context": Context(32, 10),
+        **dict.fromkeys(("dataset", "store"), here),
+        "missing": "error",
+        "batch_size": 8,
+        "device": "cpu",
+        "label_epochs": None,
+        "label_overflow": "cycle",
+    }
+    pruning = jobs.PruneJob(
+        **common,
+        random_seed=0,
+        weights=here,
+        variant=jobs.VARIANTS[2],
+        budget=1000,
+        setting=Setting(),
+        threads=1,
+        blocks=6,
+        max_blocks=6,
+        out=folder / "pruned",
     )
+    seeds = range(2)
+    return pruning, [
+        jobs.PrunedTrainJob(**common, random_seed=s, pruned=here, epochs=1, out=folder / f"r{s}")
+        for s in seeds
+    ]
 
 
-def _stand_in(params: int, hit: float) -> Work:
+def _row(work: Any, folder: Path, budget: float = 1.0) -> BaselineRow:
+    row, ours = BaselineRow("5M: x", params=1000), np.ones((2, 40))
+    return pruned_row(row, *_jobs(folder), ours, 1, HourBudget(budget), work)
+
+
+def _stand_in(params: int, hit: float) -> Any:
     """Work that prunes to `params` and hits a share of 40 test images."""
 
-    def work(spec: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
-        out = Path(spec["out"])
-        out.mkdir(parents=True)
-        if spec["kind"] == "prune":
-            ratios = dict.fromkeys(("seed_ratio", "seed_ratio_lo", "seed_ratio_hi"), 1.5)
-            return {"ok": True, "values": {"params": params, "loads": False, **ratios}}
-        correct = torch.arange(40) < 40 * hit
-        save_weights(out / "test.safetensors", {"correct": correct.to(torch.uint8)})
-        return {"ok": True, "values": {}}
+    def work(asked: list[Job], workers: int, threads: int) -> list[Result]:
+        ratios = dict.fromkeys(("seed_ratio", "seed_ratio_lo", "seed_ratio_hi"), 1.5)
+        for job in asked:
+            job.argument.out.mkdir()
+            correct = (torch.arange(40) < 40 * hit).to(torch.uint8)
+            save_weights(job.argument.out / "test.safetensors", {"correct": correct})
+        return [Result(j.key, True, {"params": params, "loads": False, **ratios}) for j in asked]
 
     return work
 
@@ -154,8 +159,8 @@ def test_a_pruned_net_is_scored_and_compared(tmp_path: Path, params: int, reache
 
 
 def test_a_tool_that_crashes_is_an_outcome(tmp_path: Path) -> None:
-    def crash(spec: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
-        return {"ok": False, "reason": "IndexError: out of bounds"}
+    def crash(asked: list[Job], workers: int, threads: int) -> list[Result]:
+        return [Result(job.key, False, {}, "IndexError: out of bounds") for job in asked]
 
     row = _row(crash, tmp_path)
     assert (row.reached, row.outcome) == (False, "failed: IndexError: out of bounds")
@@ -163,13 +168,23 @@ def test_a_tool_that_crashes_is_an_outcome(tmp_path: Path) -> None:
     assert _row(crash, tmp_path, budget=1e-12).outcome == SPENT
 
 
+def test_a_worker_process_runs_the_jobs(tmp_path: Path) -> None:
+    """A data set that is not there is refused in one line, by the job itself."""
+    pruning, trainings = _jobs(tmp_path)
+    with LocalExecutor(threads=1, command=jobs.WORKER) as executor:
+        for function, argument in ((jobs.prune, pruning), (jobs.train_pruned, trainings[0])):
+            found = executor.run(Job(function, argument, "job"))  # type: ignore[arg-type]
+            assert not found.ok
+            assert str(tmp_path / "none") in str(found.reason)
+
+
 def test_a_tool_that_is_not_installed_is_named_with_its_install_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert prune.missing("json") is None
-    monkeypatch.setattr(prune.importlib.util, "find_spec", lambda name: None)
-    for variant in prune.VARIANTS:
-        assert "pip install" in str(prune.missing(variant.tool))
+    assert jobs.not_installed("json") is None
+    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
+    for variant in jobs.VARIANTS:
+        assert "pip install" in str(jobs.not_installed(variant.tool))
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -227,7 +242,7 @@ def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> Non
             )
         )
     replay = SimpleNamespace(epoch=lambda epoch: iter(batches))
-    found = prune_worker._gradients(model, replay)  # type: ignore[arg-type]
+    found = jobs.loss_gradients(model, replay)  # type: ignore[arg-type]
     own = family.build(arch, context)
     own.load_state_dict(model.state_dict())
     wanted = [torch.zeros_like(p) for p in own.parameters()]
@@ -256,20 +271,13 @@ def test_a_narrowed_net_is_rebuilt_from_its_shapes_alone(tmp_path: Path) -> None
     model, example = family.build(arch, context), torch.randn(2, 3, 32, 32)
     before = prune.count(model)
     none: list[torch.Tensor | None] = [None for _ in model.parameters()]
-    for variant in prune.VARIANTS[2:4]:
+    for variant in jobs.VARIANTS[2:4]:
         pruned = prune.prune_by_ratio(model, example, variant, 0.3, none)
         again = prune.rebuild(family.build(arch, context), pruned.state_dict()).eval()
         with torch.no_grad():
             assert torch.allclose(again(example), pruned(example), atol=1e-5)
         assert prune.count(again) == prune.count(pruned) < before
         call = family.timm_call(arch, context)
-        assert not prune_worker.loads_in_timm(call, again.state_dict())
-        assert prune_worker.loads_in_timm(call, model.state_dict())
+        assert not prune.loads_in_timm(call, again.state_dict())
+        assert prune.loads_in_timm(call, model.state_dict())
     assert prune.count(model) == before
-
-
-def test_a_job_that_ends_without_a_word_is_an_outcome(tmp_path: Path) -> None:
-    done = run_in_process({"kind": "none", "out": str(tmp_path / "job")}, 1)
-    assert done == {"ok": False, "reason": "KeyError: 'none'"}
-    assert read_json(tmp_path / "job" / "result.json", "a job's result") == done
-    assert run_in_process({"kind": "train", "out": str(tmp_path / "job")}, 1) == done

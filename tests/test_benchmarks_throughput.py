@@ -216,8 +216,8 @@ def test_a_found_arch_is_measured_where_its_weights_do_not_fit(tmp_path: Path) -
     best = {"arch": FACTORS, "timm": {}, "img_size": 48, "num_classes": 10}
     (tmp_path / "best.json").write_text(json.dumps(best))
     (net,) = find_nets([str(tmp_path / "best.json")], FAMILY)
-    assert net.spec(made)["weights"] == str(tmp_path / "best.safetensors")
-    assert net.spec(CTX)["weights"] is None
+    assert net.spec(made).weights == tmp_path / "best.safetensors"
+    assert net.spec(CTX).weights is None
     out = tmp_path / "t.csv"
     flags = ["--arch", str(tmp_path / "best.json"), "--reference", "none", *QUICK]
     assert run(*flags, "--out", str(out)) == 0

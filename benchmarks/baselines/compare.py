@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.baselines.archs import PRUNING, PUBLISHED, Side, Target, sides_of, target_of
+from benchmarks.baselines.jobs import (
+    VARIANTS,
+    WORKER,
+    PrunedTrainJob,
+    PruneJob,
+    not_installed,
+    prune,
+    train_pruned,
+)
 from benchmarks.estimates import Floats, Interval, paired_interval, verdict
 from benchmarks.trainings import Trained, Training, TrainingPool, open_pool
-from nas.core.io import read_json, write_json
+from nas.contract.state import Task
+from nas.core.io import load_arrays
 from nas.core.progress import Console
 from nas.core.requirement import Requirement
-from nas.jobs.job import Result
+from nas.jobs.job import Job, Result
+from nas.jobs.local import LocalExecutor
 
 FIRST_SEED = 2000
 """Random seed of the first equal training."""
@@ -34,12 +41,9 @@ PROCESSES = 5
 """Processes that time them, one after the other."""
 SLACK = 0.05
 """A pruned net reaches its budget at most this share below it, and not above."""
-MOST_S = 7200.0
+LIMIT_S = 7200.0
 """A pruning job that takes longer is an outcome."""
 SPENT = "not run: the budget is spent, call again"
-
-Work = Callable[[Mapping[str, Any], int], Mapping[str, Any]]
-"""Does one job of `benchmarks.baselines.prune_worker` on some threads; returns its result."""
 
 
 @dataclass(frozen=True)
@@ -324,29 +328,6 @@ def _label(pool: TrainingPool, side: Side) -> str:
 # Pruning tools
 
 
-def run_in_process(spec: Mapping[str, Any], threads: int) -> Mapping[str, Any]:
-    """Do a job in a process of its own, or take over its result; a crash is a result too."""
-    out = Path(spec["out"])
-    result = out / "result.json"
-    if not result.is_file():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        path = out.with_name(f"{out.name}.spec.json")
-        write_json(path, dict(spec))
-        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
-        command = [sys.executable, "-m", "benchmarks.baselines.prune_worker", str(path)]
-        with open(out.with_name(f"{out.name}.log"), "w") as log:
-            try:
-                ended = subprocess.run(
-                    command, env=env, check=False, stdout=log, stderr=log, timeout=MOST_S
-                )
-            except subprocess.TimeoutExpired:
-                return {"ok": False, "reason": f"longer than {MOST_S / 3600:g} hours"}
-        if not result.is_file():
-            return {"ok": False, "reason": f"its process ended with status {ended.returncode}"}
-    done: Mapping[str, Any] = read_json(result, "the result of a pruning job")
-    return done
-
-
 def pruned_rows(
     pool: TrainingPool,
     base: BaselineRow,
@@ -355,88 +336,96 @@ def pruned_rows(
     budget: HourBudget,
 ) -> list[BaselineRow]:
     """Prune the seed to the contracted arch's parameters by every variant, train and compare."""
-    from benchmarks.baselines.prune import VARIANTS, missing
-
     run, config = pool.run, pool.run.config
-    common = {
+    common: dict[str, Any] = {
         "family": run.family.name,
         "arch": run.family.to_dict(run.seed_arch),
-        "context": asdict(run.context),
-        "weights": str(pool.seed.weights.resolve()),
-        "dataset": str(run.dataset.folder),
-        "store": run.store["folder"],
-        "batch_size": config.batch_size,
-        "epochs": given.truth_epochs,
-        "device": config.device,
+        "context": run.context,
+        "dataset": run.dataset.folder,
+        "store": Path(run.store["folder"]),
         "missing": config.missing_labels,
-        "label_overflow": config.label_overflow,
+        "batch_size": config.batch_size,
+        "device": config.device,
         "label_epochs": run.store["use_epochs"],
-        "random_seed": config.random_seed,
-        "setting": asdict(run.primary),
-        "threads": config.threads,
-        "blocks": config.bench_blocks,
-        "max_blocks": config.bench_max_blocks,
-        "timm": run.family.timm_call(run.seed_arch, run.context),
+        "label_overflow": config.label_overflow,
     }
+
+    def work(jobs: Sequence[Job], workers: int, threads: int) -> list[Result]:
+        """Do jobs in worker processes, or take their results over; a crash is a result too."""
+        beside = copy.copy(run)
+        beside.console = Console(quiet=True)
+        log = run.folder.path / "pruning.log"
+        beside.executor = LocalExecutor(
+            workers=workers, threads=threads, limit_s=LIMIT_S, log=log, command=WORKER
+        )
+        with beside.executor:
+            tasks = [Task(job, job.argument.out, 0.0) for job in jobs]
+            return beside.do_all(tasks, remember=True)
+
     rows = []
     for number, variant in enumerate(VARIANTS):
         run.console.line(f"{base.target}: {variant.name}")
         row = replace(base, name=f"{base.name}: {variant.name}", rival=variant.name)
-        absent = missing(variant.tool)
-        if absent is None:
-            folder = run.folder.path / "pruned" / base.target / f"{number}-of-{base.params}"
-            sizes = {"seeds": given.seeds, "workers": pool.workers}
-            row = pruned_row(row, common, variant, folder.resolve(), own, budget=budget, **sizes)
-        else:
-            row = replace(row, outcome=absent)
-        rows.append(row)
+        absent = not_installed(variant.tool)
+        if absent is not None:
+            rows.append(replace(row, outcome=absent))
+            continue
+        assert base.params is not None
+        folder = run.folder.path / "pruned" / base.target / f"{number}-of-{base.params}"
+        pruning = PruneJob(
+            **common,
+            random_seed=config.random_seed,
+            weights=pool.seed.weights,
+            variant=variant,
+            budget=base.params,
+            setting=run.primary,
+            threads=config.threads,
+            blocks=config.bench_blocks,
+            max_blocks=config.bench_max_blocks,
+            out=folder / "pruned",
+        )
+        trainings = [
+            PrunedTrainJob(
+                **common,
+                random_seed=seed,
+                pruned=folder / "pruned" / "pruned.safetensors",
+                epochs=given.truth_epochs,
+                out=folder / f"e{given.truth_epochs}-r{seed}",
+            )
+            for seed in range(FIRST_SEED, FIRST_SEED + given.seeds)
+        ]
+        rows.append(pruned_row(row, pruning, trainings, own, pool.workers, budget, work))
     return rows
 
 
 def pruned_row(
     base: BaselineRow,
-    common: Mapping[str, Any],
-    variant: Any,
-    folder: Path,
+    pruning: PruneJob,
+    trainings: Sequence[PrunedTrainJob],
     own: Floats,
-    *,
-    seeds: int,
     workers: int,
     budget: HourBudget,
-    work: Work = run_in_process,
+    work: Callable[[Sequence[Job], int, int], Sequence[Result]],
 ) -> BaselineRow:
-    """Prune by one variant, train on every random seed, and compare with the contracted arch."""
-    if not budget.fits(0.0) and not (folder / "pruned" / "result.json").is_file():
+    """Prune, train on every random seed, and compare; `work` does jobs by (workers, threads)."""
+    if not budget.fits(0.0) and not (pruning.out / "result.json").is_file():
         return replace(base, outcome=SPENT)
-    prune = {"kind": "prune", "variant": asdict(variant), "budget": base.params}
-    pruned = work({**common, **prune, "out": str(folder / "pruned")}, int(common["threads"]))
-    if not pruned["ok"]:
-        return replace(base, reached=False, outcome=f"failed: {pruned['reason']}")
-    found = pruned["values"]
-    assert base.params is not None
+    (pruned,) = work([Job(prune, pruning, "prune")], 1, pruning.threads)
+    if not pruned.ok:
+        return replace(base, reached=False, outcome=f"failed: {pruned.reason}")
+    params = int(pruned.values["params"])
     base = replace(
         base,
-        params_rival=found["params"],
-        reached=(1 - SLACK) * base.params <= found["params"] <= base.params,
-        loads=found["loads"],
-        **{name: found[name] for name in ("seed_ratio", "seed_ratio_lo", "seed_ratio_hi")},
+        params_rival=params,
+        reached=(1 - SLACK) * pruning.budget <= params <= pruning.budget,
+        loads=pruned.values["loads"],
+        **{k: pruned.values[k] for k in ("seed_ratio", "seed_ratio_lo", "seed_ratio_hi")},
     )
     if not budget.fits(0.0):
         return replace(base, outcome=SPENT)
-    train = {"kind": "train", "pruned": str(folder / "pruned" / "pruned.safetensors")}
-    jobs = []
-    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-        out = str(folder / f"e{common['epochs']}-r{seed}")
-        jobs.append({**common, **train, "random_seed": seed, "out": out})
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        done = list(pool.map(lambda job: work(job, 1), jobs))
-    bad = [each["reason"] for each in done if not each["ok"]]
-    if bad:
-        return replace(base, outcome=f"training failed: {bad[0]}")
-    return with_difference(base, own, np.array([_correct(Path(job["out"])) for job in jobs]))
-
-
-def _correct(folder: Path) -> Floats:
-    from nas.core.io import load_arrays
-
-    return np.asarray(load_arrays(folder / "test.safetensors")["correct"], dtype=np.float64)
+    done = work([Job(train_pruned, job, job.out.name) for job in trainings], workers, 1)
+    failed = [each.reason for each in done if not each.ok]
+    if failed:
+        return replace(base, outcome=f"training failed: {failed[0]}")
+    hits = [load_arrays(job.out / "test.safetensors")["correct"] for job in trainings]
+    return with_difference(base, own, np.array(hits, dtype=np.float64))

@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-INSTALL = {
-    "torch_pruning": "pip install -e '.[rivals]'",
-    "modelopt": "pip install nvidia-modelopt requests",
-}
-"""What the tools are installed by, under the name that they are imported by."""
+from benchmarks.baselines.jobs import Variant
+
 CLOSE = 0.01
 """The search for a ratio ends when the net is at most this share below the budget."""
 GRID = 20
 """Ratios that are tried first: 1/20, 2/20, ..., 19/20."""
 BISECTIONS = 8
 ROUND_TO = 8
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to prune: tool, importance, spread over the layers, and what becomes of the heads.
-
-    `heads`: `kept` (attention's inner widths are left alone), `dims` (the tool is told the number
-    of heads and narrows each) or `pruned` (whole heads go).
-    """
-
-    name: str
-    tool: str = "torch_pruning"
-    importance: str = "magnitude"
-    everywhere: bool = False
-    heads: str = "kept"
-
-
-VARIANTS = (
-    Variant("Torch-Pruning, as its example for timm", heads="dims"),
-    Variant("Torch-Pruning, whole heads", heads="pruned"),
-    Variant("Torch-Pruning, magnitude, local"),
-    Variant("Torch-Pruning, magnitude, global", everywhere=True),
-    Variant("Torch-Pruning, Taylor, local", importance="taylor"),
-    Variant("Torch-Pruning, Taylor, global", importance="taylor", everywhere=True),
-    Variant("ModelOpt FastNAS", tool="modelopt"),
-)
-
-
-def missing(tool: str) -> str | None:
-    """Return how to install a tool that is not there, None when it is."""
-    if importlib.util.find_spec(tool) is not None:
-        return None
-    return f"not run: {tool} is not installed; {INSTALL[tool]}"
 
 
 def count(model: nn.Module) -> int:
@@ -225,3 +187,15 @@ def rebuild(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
             module.num_features = weight.shape[0]
     model.load_state_dict(dict(state), strict=True)
     return model
+
+
+def loads_in_timm(call: tuple[str, Mapping[str, Any]], state: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether `timm.create_model` and a strict `load_state_dict` take the weights."""
+    import timm
+
+    model = timm.create_model(call[0], **call[1])
+    try:
+        model.load_state_dict(dict(state), strict=True)
+    except RuntimeError:
+        return False
+    return True

@@ -271,7 +271,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     # The checkpoint of a rung is for the next one; its weights are of no use to anyone.
     for spent in (part / "adopted.safetensors", part / CHECKPOINT if rung is None else weights):
         spent.unlink(missing_ok=True)
-    _finish(job.out, part, values, started)
+    finish_folder(job.out, part, values, started)
     return values
 
 
@@ -332,7 +332,7 @@ def _loader_workers(device: str) -> int:
     return 0 if device == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
-def _finish(out: Path, part: Path, values: Values, started: float) -> None:
+def finish_folder(out: Path, part: Path, values: Values, started: float) -> None:
     """Put a job's folder in place with its result, whole."""
     files = {path.name: file_sha256(path) for path in sorted(part.glob("*.safetensors"))}
     seconds = time.monotonic() - started
@@ -394,7 +394,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     )
     values = _scores(scored)
     scored.save(part / "holdout.safetensors")
-    _finish(job.out, part, values, started)
+    finish_folder(job.out, part, values, started)
     return values
 
 

@@ -1,0 +1,269 @@
+"""Jobs that prune the seed with other tools and train what is left."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nas.core.progress import Tick
+from nas.core.requirement import Setting
+from nas.distill.jobs import StudentJob, finish_folder
+from nas.jobs.job import LEAVES, READS, Values
+from space import get_family
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from nas.data import Dataset
+    from nas.labels.reader import Batch, LabelReader
+    from nas.labels.store import LabelStore
+
+GRADIENT_BATCHES = 8
+SCORE_BATCHES = 4
+"""Batches that Taylor importance, and a score of FastNAS, look at."""
+INSTALL = {
+    "torch_pruning": "pip install -e '.[rivals]'",
+    "modelopt": "pip install nvidia-modelopt requests",
+}
+"""What the tools are installed by, under the name that they are imported by."""
+WORKER = (
+    sys.executable,
+    "-c",
+    f"import sys; from nas.jobs.worker import main; sys.exit(main([{__name__!r}]))",
+)
+"""The command of a worker process that runs these jobs too."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: tool, importance, spread over the layers, and what becomes of the heads.
+
+    `heads`: `kept` (attention's inner widths are left alone), `dims` (the tool is told the number
+    of heads and narrows each) or `pruned` (whole heads go).
+    """
+
+    name: str
+    tool: str = "torch_pruning"
+    importance: str = "magnitude"
+    everywhere: bool = False
+    heads: str = "kept"
+
+
+VARIANTS = (
+    Variant("Torch-Pruning, as its example for timm", heads="dims"),
+    Variant("Torch-Pruning, whole heads", heads="pruned"),
+    Variant("Torch-Pruning, magnitude, local"),
+    Variant("Torch-Pruning, magnitude, global", everywhere=True),
+    Variant("Torch-Pruning, Taylor, local", importance="taylor"),
+    Variant("Torch-Pruning, Taylor, global", importance="taylor", everywhere=True),
+    Variant("ModelOpt FastNAS", tool="modelopt"),
+)
+
+
+def not_installed(tool: str) -> str | None:
+    """Return how to install a tool that is not there, None when it is."""
+    if importlib.util.find_spec(tool) is not None:
+        return None
+    return f"not run: {tool} is not installed; {INSTALL[tool]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedJob(StudentJob):
+    """A job on the seed (`arch`) with the labels that the contracted arch trains on."""
+
+    label_epochs: int | None
+    label_overflow: str
+    out: Path = field(metadata=LEAVES)
+
+    def network(self) -> nn.Module:
+        """Build the seed with fresh weights."""
+        family = get_family(self.family)
+        return family.build(family.arch(self.arch), self.context)
+
+    def data(self) -> tuple[Dataset, LabelStore, LabelReader]:
+        """Open the data, its labels, and the batches that the contracted arch trains on."""
+        from nas.data import open_dataset
+        from nas.labels.reader import LabelReader
+        from nas.labels.store import open_store
+
+        dataset = open_dataset(self.dataset)
+        store = open_store(self.store, use=dataset)
+        reader = LabelReader(
+            dataset.train,
+            store,
+            self.batch_size,
+            self.random_seed,
+            missing=self.missing,
+            label_overflow=self.label_overflow,
+            epochs=self.label_epochs,
+            device=self.device,
+        )
+        return dataset, store, reader
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneJob(SeedJob):
+    """The trained seed to prune to at most `budget` parameters, and how it is timed."""
+
+    weights: Path = field(metadata=READS)
+    variant: Variant
+    budget: int
+    setting: Setting
+    threads: int
+    blocks: int
+    max_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedTrainJob(SeedJob):
+    """A pruned network to train for some epochs; `pruned` holds its weights."""
+
+    pruned: Path = field(metadata=READS)
+    epochs: int
+
+
+def prune(job: PruneJob, tick: Tick) -> Values:
+    """Prune the seed, keep `pruned.safetensors`, time it beside the seed, load it in timm."""
+    import torch
+
+    from benchmarks.baselines import prune as tools
+    from nas.data.augment.views import EVAL_BATCH
+    from nas.distill.student import evaluate
+    from nas.export.weights import load_weights, save_weights
+    from nas.inherit.batchnorm import first_inputs
+    from nas.labels.reader import holdout_batches
+    from nas.measure.throughput import measure
+
+    torch.set_num_threads(1)  # the same bits whatever the machine
+    started, part = time.monotonic(), _empty_part(job.out)
+    ctx, variant, budget = job.context, job.variant, job.budget
+    dataset, store, reader = job.data()
+    seed = job.network()
+    seed.load_state_dict(load_weights(job.weights, name="the seed's weights"))
+    size, generator = (2, ctx.in_chans, ctx.img_size, ctx.img_size), torch.Generator()
+    example = torch.randn(size, generator=generator.manual_seed(0))
+    ratio: float | None = None
+    if variant.tool == "modelopt":
+
+        def score(net: nn.Module) -> float:
+            batches = holdout_batches(dataset, store, EVAL_BATCH, job.missing)
+            some = islice(batches, SCORE_BATCHES)
+            return float(evaluate(net, some, dataset.holdout.labels, "cpu").correct.mean())
+
+        inputs = list(first_inputs(reader, 0))
+        own = copy.deepcopy(seed)
+        pruned = tools.fastnas(own, example, budget, inputs, score, job.random_seed)
+    else:
+        gradients: list[torch.Tensor | None] = [None for _ in seed.parameters()]
+        if variant.importance == "taylor":
+            gradients = loss_gradients(seed, reader)
+        pruned, ratio = tools.prune_to_budget(
+            lambda share: tools.prune_by_ratio(seed, example, variant, share, gradients), budget
+        )
+    state = pruned.state_dict()
+    save_weights(part / "pruned.safetensors", state)
+    again = tools.rebuild(job.network(), state).eval()
+    with torch.no_grad():
+        pruned.train()
+        pruned.eval()
+        assert torch.allclose(again(example), pruned(example), atol=1e-4), "it is not rebuilt"
+    timed = measure(
+        again,
+        seed,
+        ctx=ctx,
+        setting=job.setting,
+        threads=job.threads,
+        blocks=job.blocks,
+        max_blocks=job.max_blocks,
+    )
+    family = get_family(job.family)
+    values = {
+        "params": tools.count(again),
+        "pruning_ratio": ratio,
+        "loads": tools.loads_in_timm(family.timm_call(family.arch(job.arch), ctx), state),
+        **{f"seed_{name}": getattr(timed, name) for name in ("ratio", "ratio_lo", "ratio_hi")},
+    }
+    finish_folder(job.out, part, values, started)
+    return values
+
+
+def loss_gradients(model: nn.Module, reader: LabelReader) -> list[torch.Tensor | None]:
+    """Return the gradients of the training loss, summed over the first batches."""
+    from nas.train.losses import DistillLoss, TeacherTargets
+
+    loss = DistillLoss()
+    model.zero_grad()
+    for batch in islice(reader.epoch(0), GRADIENT_BATCHES):
+        model.train()  # drops the bias tables that eval mode cached, and the last graph with them
+        model.eval()
+        targets = TeacherTargets(index=batch.index, prob=batch.prob, tail=batch.tail)
+        found = loss(model(batch.inputs), batch.truth, targets)
+        found.mean().backward()  # type: ignore[no-untyped-call]
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def train_pruned(job: PrunedTrainJob, tick: Tick) -> Values:
+    """Train a pruned network as the proxy trains an arch that inherits; test it.
+
+    Leaves `test.safetensors` with `correct` [n], whether a test image's class came first.
+    """
+    import torch
+
+    from benchmarks.baselines.prune import rebuild
+    from nas.data.augment.views import outputs
+    from nas.distill.student import proxy_settings
+    from nas.export.weights import load_weights, place, save_weights
+    from nas.inherit.batchnorm import first_inputs, recalibrate
+    from nas.train.loop import train
+    from nas.train.losses import DistillLoss, TeacherTargets
+    from nas.train.optim import INHERIT_LR
+
+    started, part, device = time.monotonic(), _empty_part(job.out), job.device
+    dataset, store, reader = job.data()
+    model = rebuild(job.network(), load_weights(job.pruned, name="pruned weights"))
+    recalibrate(model, {}, {}, first_inputs(reader, 0), device, new_input=True)
+    loss = DistillLoss()
+
+    def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
+        inputs = batch.inputs.to(device, memory_format=torch.channels_last)
+        index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
+        targets = TeacherTargets(index=index, prob=prob, tail=tail)
+        return loss(net(inputs), batch.truth.to(device), targets)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.random_seed)
+        history = train(
+            model,
+            reader.epoch,
+            step_loss,
+            proxy_settings(job.epochs, INHERIT_LR, batch_size=job.batch_size),
+            steps_per_epoch=reader.steps_per_epoch,
+            device=device,
+            tick=tick,
+        )
+    place(model, device).train()  # drops what eval mode may have cached
+    model.eval()
+    found = outputs(model, dataset.test, store.spec.augment, device=device)
+    predicted = torch.cat([logits.argmax(1).cpu() for _, logits in found])
+    correct = predicted == torch.from_numpy(dataset.test.labels.copy())
+    save_weights(part / "test.safetensors", {"correct": correct.to(torch.uint8)})
+    values = {"train_loss": history.final_loss, "test_top1": float(correct.float().mean())}
+    finish_folder(job.out, part, values, started)
+    return values
+
+
+def _empty_part(out: Path) -> Path:
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # nothing in it is worth going on from
+    part.mkdir(parents=True)
+    return part

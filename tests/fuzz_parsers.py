@@ -5,6 +5,7 @@ Images and `study.db` have tests of their own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -88,68 +89,52 @@ class Parser:
 
 
 PARSERS: list[Parser] = []
-Seeds = Callable[[], list[bytes]]
 
 
 def json_of(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def of_file(file: str, seeds: Seeds, *names: str) -> Callable[[Any], Any]:
-    """Register a reader of a file under names (its own): it is called with the file's path."""
+def of_file(
+    name: str, file: str, seeds: Callable[[], list[bytes]], read: Callable[[Path], object]
+) -> None:
+    """Register a reader of a file, which is called with the file's path."""
 
-    def register(read: Callable[[Path], object]) -> Callable[[Path], object]:
-        def work(data: bytes, folder: Path) -> object:
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            return read(path)
+    def work(data: bytes, folder: Path) -> object:
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return read(path)
 
-        for name in names or (read.__name__.replace("_", "-"),):
-            PARSERS.append(Parser(name, seeds, work))
-        return read
-
-    return register
+    PARSERS.append(Parser(name, seeds, work))
 
 
-def of_text(*seeds: bytes) -> Callable[[Any], Any]:
+def of_text(name: str, seeds: list[bytes], read: Callable[[str], object]) -> None:
     """Register a reader of a text."""
-
-    def register(read: Callable[[str], object]) -> Callable[[str], object]:
-        def work(data: bytes, folder: Path) -> object:
-            return read(data.decode("utf-8", "surrogateescape"))
-
-        PARSERS.append(Parser(read.__name__.replace("_", "-"), lambda: list(seeds), work))
-        return read
-
-    return register
+    PARSERS.append(
+        Parser(name, lambda: list(seeds), lambda b, _: read(b.decode("utf-8", "surrogateescape")))
+    )
 
 
 # Archs, recipes, words
 
-
-def arch_seeds() -> list[bytes]:
-    archs = {"tinyvit": TINYVIT, "vit": VIT}
-    named = [json_of({"family": f, "arch": arch}) for f, arch in archs.items()]
-    return [*named, json_of(TINYVIT)]
-
-
-@of_file("arch.json", arch_seeds)
-def arch(path: Path) -> object:
-    return resolve_arch(str(path), None)
-
-
-@of_text(json_of(TINYVIT))
-def inline_arch(text: str) -> object:
-    return find_nets([text if text.startswith("{") else "{" + text], FAMILY)
-
+NAMED = [json_of({"family": f, "arch": a}) for f, a in (("tinyvit", TINYVIT), ("vit", VIT))]
+of_file(
+    "arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)], lambda p: resolve_arch(str(p), None)
+)
+of_text(
+    "inline-arch",
+    [json_of(TINYVIT)],
+    lambda text: find_nets([text if text.startswith("{") else "{" + text], FAMILY),
+)
 
 FINALIST = {"arch": TINYVIT, "label": "a", "predicted_ratio": [1.0, 0.9, 1.1]}
-
-
-@of_file("finalists.json", lambda: [json_of({"family": "tinyvit", "finalists": [FINALIST]})])
-def finalists(path: Path) -> object:
-    return find_nets([str(path)], FAMILY)
+of_file(
+    "finalists",
+    "finalists.json",
+    lambda: [json_of({"family": "tinyvit", "finalists": [FINALIST]})],
+    lambda path: find_nets([str(path)], FAMILY),
+)
 
 
 def recipe_seeds() -> list[bytes]:
@@ -157,20 +142,14 @@ def recipe_seeds() -> list[bytes]:
     return [json_of(values), json_of({"config": {"recipe": values}})]
 
 
-@of_file("recipe.json", recipe_seeds)
-def recipe(path: Path) -> object:
-    return find_recipe(str(path), 5_000_000)
-
-
-@of_text(b"epochs=3\nlr=1e-3", b"policy=none\nclip-norm=off")
-def override(text: str) -> object:
-    return find_recipe("small", 5_000_000, text.split("\n"))
-
-
-@of_text(
-    *(b"5.4M", b"1%", b"cuda:0:onnxruntime:float16:b8", b"images_per_s>=10.5@cpu:b4"),
-    *(b"params<=5M", b"depths[2]", b"mlp_ratio", b"latency_p99_ms<=5@cpu"),
+of_file("recipe", "recipe.json", recipe_seeds, lambda path: find_recipe(str(path), 5_000_000))
+of_text(
+    "override",
+    [b"epochs=3\nlr=1e-3", b"policy=none\nclip-norm=off"],
+    lambda text: find_recipe("small", 5_000_000, text.split("\n")),
 )
+
+
 def words(text: str) -> object:
     """Read the same text as each kind of word that a flag may hold."""
     found: list[object] = []
@@ -181,14 +160,18 @@ def words(text: str) -> object:
         lambda: parse_requirement(text, dtype="float32", batch=16),
         lambda: freeze(FAMILY, ARCH, [text]),
     ):
-        try:
+        with contextlib.suppress(InputError):
             found.append(parse())
-        except InputError:
-            continue
     if not found:
         raise InputError("got text that no flag takes")
     return found
 
+
+WORDS = [
+    *(b"5.4M", b"1%", b"cuda:0:onnxruntime:float16:b8", b"images_per_s>=10.5@cpu:b4"),
+    *(b"params<=5M", b"depths[2]", b"mlp_ratio", b"latency_p99_ms<=5@cpu"),
+]
+of_text("words", WORDS, words)
 
 # A run's files
 
@@ -199,26 +182,21 @@ def run_seeds() -> list[bytes]:
     return [json_of({"schema": 1, "config": config.to_dict(), "dataset": {"fingerprint": "f"}})]
 
 
-@of_file("run.json", run_seeds)
-def run(path: Path) -> object:
-    return earlier_config(path.parent)
+of_file("run", "run.json", run_seeds, lambda path: earlier_config(path.parent))
+POINTS = b"name,params,images_per_s,score,score_lo\na,5,1.5,0.5,0.4\n"
+of_file("points", "points.csv", lambda: [POINTS], read_series)
 
 
-@of_file("points.csv", lambda: [b"name,params,images_per_s,score,score_lo\na,5,1.5,0.5,0.4\n"])
-def points(path: Path) -> object:
-    return read_series(path)
-
-
-RESULT = {"status": "reached", "exit_code": 0, "message": "done", "path": ["a"]}
-
-
-@of_file("result.json", lambda: [json_of(RESULT)])
 def result(path: Path) -> object:
     found = read_result(path)
     trials, steps = decided(1)
     run = json.loads(run_seeds()[0])
     status_lines(RunFiles(path.parent, run, tuple(trials), tuple(steps), found, {}))
     return found
+
+
+RESULT = {"status": "reached", "exit_code": 0, "message": "done", "path": ["a"]}
+of_file("result", "result.json", lambda: [json_of(RESULT)], result)
 
 
 def best_seeds() -> list[bytes]:
@@ -236,17 +214,19 @@ def best_seeds() -> list[bytes]:
     return [json_of(value)]
 
 
-@of_file("best.json", best_seeds)
 def best(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     left = load_saved_model(path)
     return left, left.classes, left.preprocessing, left.timm_call
 
 
-@of_file("models/01-7.json", best_seeds)
 def milestone(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     return read_models(path.parent.parent, FAMILY)
+
+
+of_file("best", "best.json", best_seeds, best)
+of_file("milestone", "models/01-7.json", best_seeds, milestone)
 
 
 def train_seeds() -> list[bytes]:
@@ -255,20 +235,24 @@ def train_seeds() -> list[bytes]:
     return [json_of({"config": config.to_dict(), "machine": {"threads": 1}})]
 
 
-@of_file("train.json", train_seeds)
-def train(path: Path) -> object:
-    return read_config(TrainFolder(path.parent).read_settings()["config"])
-
-
-@of_file("result.json", lambda: [json_of({"status": "finished", "test_top1": 0.5})])
-def train_result(path: Path) -> object:
-    return TrainFolder(path.parent).read_result()
-
-
-@of_file("proxy_check.json", lambda: [json_of({"archs": [TINYVIT] * 2})])
-def trust(path: Path) -> object:
-    return [FAMILY.arch(arch) for arch in named_archs(path.parent, 2) or ()]
-
+of_file(
+    "train",
+    "train.json",
+    train_seeds,
+    lambda path: read_config(TrainFolder(path.parent).read_settings()["config"]),
+)
+of_file(
+    "train-result",
+    "result.json",
+    lambda: [json_of({"status": "finished", "test_top1": 0.5})],
+    lambda path: TrainFolder(path.parent).read_result(),
+)
+of_file(
+    "proxy-check",
+    "proxy_check.json",
+    lambda: [json_of({"archs": [TINYVIT] * 2})],
+    lambda path: [FAMILY.arch(arch) for arch in named_archs(path.parent, 2) or ()],
+)
 
 # Measurements
 
@@ -290,9 +274,7 @@ def measurement_seeds() -> list[bytes]:
     return [format_table(rows, MeasurementRow).encode()]
 
 
-@of_file("measurements.csv", measurement_seeds)
-def measurements(path: Path) -> object:
-    return read_measurements(path)
+of_file("measurements", "measurements.csv", measurement_seeds, read_measurements)
 
 
 def device_seeds() -> list[bytes]:
@@ -323,7 +305,6 @@ def device_seeds() -> list[bytes]:
         return [(Path(folder) / "d.csv").read_bytes()]
 
 
-@of_file("device.csv", device_seeds)
 def device_table(path: Path) -> object:
     rows = read_rows(path, "--device-table")
     try:
@@ -333,15 +314,20 @@ def device_table(path: Path) -> object:
     return rows
 
 
+of_file("device-table", "device.csv", device_seeds, device_table)
+
+
 NETWORK = {"arch": "a", "family": "timm", "key": "a", "spec": "", "file": "a.onnx"}
 NETWORK |= {"img_size": 32, "num_classes": 3, "params": 7, "macs": None, "batch": 1}
 PAIR = [{**NETWORK, "reference": True}, {**NETWORK, "reference": False, "arch": "b"}]
 
 
-@of_file("networks.json", lambda: [json_of({"networks": PAIR})])
-def bundle(path: Path) -> object:
-    return _networks(path.parent)
-
+of_file(
+    "bundle",
+    "networks.json",
+    lambda: [json_of({"networks": PAIR})],
+    lambda path: _networks(path.parent),
+)
 
 # Labels, teachers, tensors
 
@@ -368,13 +354,13 @@ def manifest_seeds() -> list[bytes]:
     ]
 
 
-@of_file("manifest.json", manifest_seeds)
 def manifest(path: Path) -> object:
     for name, images in (("keys.bin", 3), ("holdout-keys.bin", 2)):
         (path.parent / name).write_bytes(bytes(16 * images))
     return store.load_store(path.parent)
 
 
+of_file("manifest", "manifest.json", manifest_seeds, manifest)
 (SHARD,) = store.shards_of(0, 3, 512)
 
 
@@ -382,7 +368,6 @@ def shard_seeds() -> list[bytes]:
     return [store.with_checksum(SHARD, "0" * 32, np.arange(12, dtype=np.uint8).reshape(3, 4))]
 
 
-@of_file("00000.bin", shard_seeds)
 def shard(path: Path) -> object:
     try:
         return store.map_shard(path, SHARD, "0" * 32, 4).copy()
@@ -390,19 +375,14 @@ def shard(path: Path) -> object:
         raise store.damaged(path.parent, error) from None
 
 
-@of_file("dropped.csv", lambda: [b"key,name\n" + b"0" * 32 + b",'=a.png\n"])
-def dropped(path: Path) -> object:
-    return store.read_dropped(path.read_bytes())
-
-
-@of_file("map.txt", lambda: [b"0\n-1\n2\n1\n"])
-def head_map(path: Path) -> object:
-    return read_head_map(path, 4)
-
-
-@of_file("order.json", lambda: [json_of({"criterion": "l1", "order": {"a": [2, 0, 1]}})])
-def order(path: Path) -> object:
-    return load_order(path)
+of_file("shard", "00000.bin", shard_seeds, shard)
+DROPPED = b"key,name\n" + b"0" * 32 + b",'=a.png\n"
+of_file(
+    "dropped", "dropped.csv", lambda: [DROPPED], lambda path: store.read_dropped(path.read_bytes())
+)
+of_file("head-map", "map.txt", lambda: [b"0\n-1\n2\n1\n"], lambda p: read_head_map(p, 4))
+ORDER = json_of({"criterion": "l1", "order": {"a": [2, 0, 1]}})
+of_file("order", "order.json", lambda: [ORDER], load_order)
 
 
 def teacher_seeds() -> list[bytes]:
@@ -412,9 +392,7 @@ def teacher_seeds() -> list[bytes]:
     return [json_of({"schema": teacher_net.SCHEMA, "recipe": {}, "info": asdict(info)})]
 
 
-@of_file("info.json", teacher_seeds)
-def teacher(path: Path) -> object:
-    return teacher_net.read_teacher(path.parent)
+of_file("teacher", "info.json", teacher_seeds, lambda path: teacher_net.read_teacher(path.parent))
 
 
 def hub_seeds() -> list[bytes]:
@@ -423,10 +401,12 @@ def hub_seeds() -> list[bytes]:
     return [json_of({**model, "pretrained_cfg": own})]
 
 
-@of_file("config.json", hub_seeds)
 def hub(path: Path) -> object:
     (path.parent / "model.safetensors").write_bytes(WEIGHTS)
     return _described(path.parent, path.parent, None)
+
+
+of_file("hub", "config.json", hub_seeds, hub)
 
 
 def tensor_seeds() -> list[bytes]:
@@ -434,9 +414,12 @@ def tensor_seeds() -> list[bytes]:
     return [weights_bytes(state, {"epoch": "2"})]
 
 
-@of_file("w.safetensors", tensor_seeds)
-def tensors(path: Path) -> object:
-    return load_weights(path), read_metadata(path), load_checkpoint(str(path)), load_arrays(path)
+of_file(
+    "tensors",
+    "w.safetensors",
+    tensor_seeds,
+    lambda p: (load_weights(p), read_metadata(p), load_checkpoint(str(p)), load_arrays(p)),
+)
 
 
 def pickle_seeds() -> list[bytes]:
@@ -450,9 +433,7 @@ def pickle_seeds() -> list[bytes]:
     return out
 
 
-@of_file("w.pt", pickle_seeds)
-def pickle(path: Path) -> object:
-    return load_checkpoint(str(path))
+of_file("pickle", "w.pt", pickle_seeds, lambda path: load_checkpoint(str(path)))
 
 
 def tiny() -> tuple[Any, Any]:
@@ -472,8 +453,10 @@ def checkpoint_bytes() -> bytes:
         return path.read_bytes()
 
 
-@of_file("c.safetensors", lambda: [checkpoint_bytes()])
 def checkpoint(path: Path) -> object:
     with torch.random.fork_rng(devices=[]):
         model, optimizer = tiny()
         return load_checkpoint_into(path, model, optimizer, {"a": 1})
+
+
+of_file("checkpoint", "c.safetensors", lambda: [checkpoint_bytes()], checkpoint)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.throughput.bundle import CARRIED, SCRIPT, write_bundle
-from benchmarks.throughput.flags import Plan
+from benchmarks.throughput.flags import Plan, ThroughputConfig
 from benchmarks.throughput.networks import Net, find_nets
 from nas.core.progress import Console
 from nas.core.requirement import Setting
@@ -38,19 +38,10 @@ FACTORS = {
 SMALL = json.dumps(FACTORS)
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 32, 32, 64]})
 PLAN = Plan(
+    ThroughputConfig(num_classes=4, blocks=6, max_blocks=6, precision=0.0),
     settings=(Setting(runtime="onnxruntime", batch=1),),
-    auto=False,
     sizes=(32,),
-    num_classes=4,
     reference=None,
-    reference_runtime=None,
-    threads=1,
-    blocks=6,
-    max_blocks=6,
-    precision=None,
-    latency_passes=0,
-    memory=False,
-    accuracy_data=None,
 )
 QUICK = ["--blocks", "6", "--max-blocks", "6", "--precision", "0", "--threads", "1"]
 

@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.faults import __main__ as command
 from benchmarks.faults.catalogue import FAULTS
-from benchmarks.faults.references import References
-from benchmarks.faults.tries import Fault, Try, one_line
+from benchmarks.faults.references import References, one_line
+from benchmarks.faults.tries import Fault, Try
 
 QUICK = "kill -9 of the trainer"
 LOCAL = [name for name, fault in FAULTS.items() if not fault.solo]

@@ -144,7 +144,7 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["--batch", "auto", "2"], "--batch"),
     (["--dtype", "int8"], "--dtype"),
     (["--device", "tpu"], "device"),
-    (["--img-size", "0"], "img_size"),
+    (["--img-size", "0"], "--img-size"),
     (["--num-classes", "0"], "--num-classes"),
     (["--threads", "0"], "--threads"),
     (["--blocks", "5"], "--blocks"),

@@ -48,7 +48,7 @@ def test_any_bytes_are_a_value_or_one_line(name: str, data: bytes) -> None:
 
 
 KEYS = (
-    *("family", "arch", "archs", "seal", "config", "recipe", "schema", "files", "spec", "order"),
+    *("family", "arch", "archs", "config", "recipe", "schema", "files", "spec", "order"),
     *("info", "networks", "finalists", "path"),
 )
 JSON = st.recursive(

@@ -223,7 +223,7 @@ def test_what_a_campaign_compares(finished: Finished, tmp_path: Path) -> None:
     assert differences(kind, truth, tmp_path)[0].startswith("no outcome")
     begun = start(["this"], tmp_path / "log")
     assert begun.end() == 0
-    assert orphans(begun.tag, 5.0) == {}
+    assert orphans(begun.tag, 5.0) == []
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.faults.references import Kind, References, orphans, start
+from benchmarks.faults.references import Kind, References, start
 from benchmarks.faults.tries import (
     Fault,
     Try,
@@ -23,11 +23,11 @@ from benchmarks.faults.tries import (
     disturbed,
     either,
     ended,
+    finished,
     interrupt_twice,
     kill_all,
     kill_driver,
     kill_worker,
-    one_line,
     resumed,
     small_run,
     some_workers,
@@ -35,7 +35,6 @@ from benchmarks.faults.tries import (
     trainer,
     two_workers,
 )
-from nas.core.cli import EXIT_BAD_INPUT
 
 EVEN = ("0", "2", "4", "6", "8")
 """Numbers of tries on a cluster whose nodes are sent all files; the others read the driver's."""
@@ -99,18 +98,12 @@ def read_only(references: References, folder: Path, rng: random.Random) -> Try:
 def _refused_then_on(
     references: References, kind: Kind, disk: Path, mend: Callable[[], None]
 ) -> Try:
-    told = disk.with_name("first.log")
-    process = start(kind.begin(disk / "out", disk / "cache"), told)
-    code = process.end()
-    wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
-    wrong += one_line(process.output()) if code else []
-    wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
+    process = start(kind.begin(disk / "out", disk / "cache"), disk.with_name("first.log"))
+    wrong = process.end_or_refuse()
     mend()
-    begun = time.monotonic()
-    if code == 0:  # there was room enough after all: then nothing may be missing
+    if process.end() == 0:  # there was room enough after all: then nothing may be missing
         return Try(wrong + ended(kind, references.of(kind)[0], disk))
-    found = resumed(references, kind, disk, begun)
-    return Try(wrong + found.wrong)
+    return Try(wrong + resumed(references, kind, disk, time.monotonic()).wrong)
 
 
 def locked(references: References, folder: Path, rng: random.Random) -> Try:
@@ -125,13 +118,10 @@ def locked(references: References, folder: Path, rng: random.Random) -> Try:
     holder = sqlite3.connect(out / "study.db", isolation_level=None, timeout=30)
     try:
         holder.execute("BEGIN EXCLUSIVE")
-        code = process.end()
+        wrong = process.end_or_refuse()
     finally:
         holder.close()
-    wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
-    wrong += one_line(process.output()) if code else []
-    found = resumed(references, kind, folder, time.monotonic())
-    return Try(wrong + found.wrong)
+    return Try(wrong + resumed(references, kind, folder, time.monotonic()).wrong)
 
 
 def clock_back(references: References, folder: Path, rng: random.Random) -> Try:
@@ -144,12 +134,7 @@ def clock_back(references: References, folder: Path, rng: random.Random) -> Try:
     paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
     out, cache = folder / "out", folder / "cache"
     process = start(kind.begin(out, cache), folder / "first.log", PYTHONPATH=os.pathsep.join(paths))
-    code = process.end()
-    took = time.monotonic() - process.since
-    if code:
-        return Try([f"status {code}: {process.output().strip().splitlines()[-1:]}"], took)
-    gone = [f"orphan: {words}" for words in orphans(process.tag).values()]
-    return Try(ended(kind, expected, folder) + gone, took)
+    return finished(process, kind, expected, folder, process.since)
 
 
 def damaged(references: References, folder: Path, rng: random.Random) -> Try:
@@ -177,13 +162,10 @@ def damaged(references: References, folder: Path, rng: random.Random) -> Try:
         del data[rng.randrange(len(data)) :]
     victim.write_bytes(bytes(data))
     again = start(kind.resume(out, cache), folder / "again.log")
-    code = again.end()
-    if code == 0:
-        wrong = ended(kind, expected, folder)
-        wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
+    wrong = again.end_or_refuse()
+    if again.end() == 0:
+        wrong += ended(kind, expected, folder)
     else:
-        wrong = [] if code == EXIT_BAD_INPUT else [f"status {code}"]
-        wrong += one_line(again.output())
         shutil.rmtree(out)
         kept.rename(out)
         wrong += resumed(references, kind, folder, time.monotonic()).wrong

@@ -11,8 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.references import Started, kill, orphans, start
-from benchmarks.faults.tries import one_line
+from benchmarks.faults.references import Started, kill, one_line, orphans, start
 from nas.core.cli import EXIT_BAD_INPUT
 
 CPUS = 1
@@ -31,13 +30,8 @@ def make_cluster() -> Any:
 
 def cluster_flags(cluster: Any, copy_files: bool) -> list[str]:
     """Return the flags by which a run uses a cluster, whose nodes see its files or are sent all."""
-    return [
-        "--executor",
-        "ray",
-        "--ray-address",
-        cluster.address,
-        *(["--copy-files"] if copy_files else []),
-    ]
+    flags = ["--executor", "ray", "--ray-address", cluster.address]
+    return [*flags, "--copy-files"] if copy_files else flags
 
 
 def remove_in_every_step(cluster: Any, run: Started, out: Path) -> int:
@@ -80,19 +74,17 @@ def main(path: str) -> None:
         else:
             cluster.remove_node(cluster.head_node, allow_graceful=False)
             code = run.end()
-            output = run.output()
-            wrong += (
-                [f"status {code} without its head"] if code != EXIT_BAD_INPUT else one_line(output)
-            )
+            wrong += one_line(run.output()) if code else ["a good end without its head"]
+            wrong += [] if code in (0, EXIT_BAD_INPUT) else [f"status {code} without its head"]
             cluster.shutdown()
             cluster = make_cluster()
-        wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
+        wrong += [words for words in orphans(run.tag) if "nas." in words]
         run = start([*order["resume"], *cluster_flags(cluster, order["copy_files"])], log)
     code = run.end()
     if code:
         wrong.append(f"status {code}: {run.output().strip().splitlines()[-1:]}")
     took = time.monotonic() - begun
-    wrong += [f"orphan: {words}" for words in orphans(run.tag).values() if "nas." in words]
+    wrong += [words for words in orphans(run.tag) if "nas." in words]
     Path(order["told"]).write_text(json.dumps({"wrong": wrong, "took_s": took}))
     cluster.shutdown()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.core.io import read_json, write_json
+from nas.core.cli import EXIT_BAD_INPUT
+from nas.core.io import file_sha256, read_json, write_json
 from space.errors import refuse
 
 ARCH = {
@@ -40,7 +40,7 @@ VIT = {
 TIMEOUT_S = 900.0
 TAG = "FAULTS_TAG"
 PASSING = ("seconds", "log", "trial")
-"""Columns of a ledger that are no decisions: times, and the order."""
+"""Columns of trials.csv that are no decisions: times, and the order."""
 TIMES = ("seconds", "images_per_s", "peak_mem_bytes")
 LEFTOVERS = (".*.tmp", "*.part", ".*.tmp-journal", "*.failed.json")
 
@@ -77,6 +77,27 @@ class Started:
         """Return what it printed."""
         return self.log.read_text(errors="replace")
 
+    def end_well(self) -> list[str]:
+        """Wait for its end; return what is wrong with its status, and what it left running."""
+        code = self.end()
+        wrong = [f"status {code}: {self.output().strip().splitlines()[-1:]}"] if code else []
+        return wrong + orphans(self.tag)
+
+    def end_or_refuse(self) -> list[str]:
+        """Wait for a good end or a refusal of one line; return what is wrong with it."""
+        code = self.end()
+        if code == 0:
+            return orphans(self.tag)
+        wrong = [] if code == EXIT_BAD_INPUT else [f"status {code}"]
+        return wrong + one_line(self.output()) + orphans(self.tag)
+
+
+def one_line(output: str) -> list[str]:
+    """Return what is wrong with a refusal, which is one line without a traceback."""
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    wrong = [] if len(errors) == 1 else [f"{len(errors)} lines of refusal"]
+    return wrong + (["a traceback"] if "Traceback" in output else [])
+
 
 def start(command: Sequence[str], log: Path, **environment: str) -> Started:
     """Start one of our commands in a session of its own, with SIGINT handled."""
@@ -111,34 +132,24 @@ def tagged(tag: str) -> dict[int, str]:
     return found
 
 
-def orphans(tag: str, timeout_s: float = 20.0) -> dict[int, str]:
-    """Return the processes of a tag that still run after `timeout_s`."""
+def orphans(tag: str, timeout_s: float = 20.0) -> list[str]:
+    """Return the command lines of a tag's processes that still run after `timeout_s`."""
     until = time.monotonic() + timeout_s
     while (left := tagged(tag)) and time.monotonic() < until:
         time.sleep(0.2)
-    return left
+    return [f"orphan: {words}" for words in left.values()]
 
 
 def leftovers(*folders: Path) -> list[str]:
     """Return temporary files that a finished run must not leave."""
-    return [str(p) for f in folders for pattern in LEFTOVERS for p in f.rglob(pattern)]
+    return [f"left behind: {p}" for f in folders for name in LEFTOVERS for p in f.rglob(name)]
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file as text."""
+def read_rows(path: Path, *without: str) -> list[dict[str, str]]:
+    """Read a CSV file as text, without some of its columns."""
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def ledger_of(folder: Path) -> list[tuple[str, ...]]:
-    """Return a run's decisions, sorted."""
-    rows = read_rows(folder / "trials.csv")
-    return sorted(tuple(f"{k}={v}" for k, v in r.items() if k not in PASSING) for r in rows)
-
-
-def digest(path: Path) -> str:
-    """Return a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        rows = csv.DictReader(file)
+        return [{k: v for k, v in row.items() if k not in without} for row in rows]
 
 
 def run_outcome(folder: Path) -> Any:
@@ -148,24 +159,24 @@ def run_outcome(folder: Path) -> Any:
         "status": result["status"],
         "winner": result["winner"],
         "path": result["path"],
-        "ledger": ledger_of(folder),
-        "weights": digest(folder / "best.safetensors"),
+        "trials": sorted(map(str, read_rows(folder / "trials.csv", *PASSING))),
+        "weights": file_sha256(folder / "best.safetensors"),
     }
 
 
 def store_outcome(folder: Path) -> Any:
     """Return what must be equal for two label stores."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {p.relative_to(folder).as_posix(): digest(p) for p in files if p.name != "manifest.json"}
+    return {
+        p.relative_to(folder).as_posix(): file_sha256(p) for p in files if p.name != "manifest.json"
+    }
 
 
 def training_outcome(folder: Path) -> Any:
     """Return what must be equal for two full trainings."""
-    rows = [
-        {k: v for k, v in row.items() if k not in TIMES} for row in read_rows(folder / "log.csv")
-    ]
     names = ("last.safetensors", "best.safetensors")
-    return {"log": rows, **{name: digest(folder / name) for name in names}}
+    rows = read_rows(folder / "log.csv", *TIMES)
+    return {"log": rows, **{name: file_sha256(folder / name) for name in names}}
 
 
 def _places(out: Path, cache: Path) -> list[str]:

@@ -58,18 +58,11 @@ Make = Callable[[References, random.Random], Kind]
 Act = Callable[[Started, random.Random], list[str]]
 
 
-def one_line(output: str) -> list[str]:
-    """Return what is wrong with a refusal, which is one line without a traceback."""
-    errors = [line for line in output.splitlines() if line.startswith("error: ")]
-    wrong = [] if len(errors) == 1 else [f"{len(errors)} lines of refusal"]
-    return wrong + (["a traceback"] if "Traceback" in output else [])
-
-
 def ended(kind: Kind, expected: object, folder: Path) -> list[str]:
     """Return in what a finished run differs from an undisturbed one, and its leftovers."""
     out, cache = folder / "out", folder / "cache"
     wrong = [f"another {name}" for name in differences(kind, expected, out)]
-    return wrong + [f"left behind: {path}" for path in leftovers(out, cache)]
+    return wrong + leftovers(out, cache)
 
 
 def resumed(references: References, kind: Kind, folder: Path, begun: float) -> Try:
@@ -78,14 +71,14 @@ def resumed(references: References, kind: Kind, folder: Path, begun: float) -> T
     expected, _ = references.of(kind)
     started = (out / "run.json").exists() or kind.name not in ("run", "run-21M")
     command = kind.resume(out, cache) if started else kind.begin(out, cache)
-    again = start(command, folder / "again.log")
-    code = again.end()
+    return finished(start(command, folder / "again.log"), kind, expected, folder, begun)
+
+
+def finished(process: Started, kind: Kind, expected: object, folder: Path, begun: float) -> Try:
+    """Wait for a good end, and compare it with that of an undisturbed run."""
+    wrong = process.end_well()
     took = time.monotonic() - begun
-    wrong = [] if code == 0 else [f"status {code}: {again.output().strip().splitlines()[-1:]}"]
-    if code == 0:
-        wrong += ended(kind, expected, folder)
-    wrong += [f"orphan: {words}" for words in orphans(again.tag).values()]
-    return Try(wrong, took)
+    return Try(wrong or ended(kind, expected, folder), took)
 
 
 def disturbed(make: Make, act: Act, *, continues: bool = False, warm: bool = False) -> Do:
@@ -104,18 +97,12 @@ def disturbed(make: Make, act: Act, *, continues: bool = False, warm: bool = Fal
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.end(rng.uniform(0.02, 0.95) * seconds)
         wrong = act(process, rng)
-        if not continues:
-            wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
-            found = resumed(references, kind, folder, process.since)
-            return Try(wrong + found.wrong, found.took_s)
-        code = process.end()
-        took = time.monotonic() - process.since
-        if code:
-            wrong.append(f"status {code}: {process.output().strip().splitlines()[-1:]}")
+        if continues:
+            found = finished(process, kind, expected, folder, process.since)
         else:
-            wrong += ended(kind, expected, folder)
-        wrong += [f"orphan: {words}" for words in orphans(process.tag).values()]
-        return Try(wrong, took)
+            wrong += orphans(process.tag)
+            found = resumed(references, kind, folder, process.since)
+        return Try(wrong + found.wrong, found.took_s)
 
     return do
 

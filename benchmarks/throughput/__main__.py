@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.throughput.flags import Plan, build_parser, plan_of
+from benchmarks.throughput.flags import Plan, parse_flags, plan_of
 from benchmarks.throughput.networks import Net
 from nas.core.cli import default_cache, guarded
 from nas.core.progress import Console, Tick
@@ -96,7 +96,7 @@ class DeviceBenchmark:
         """Measure every network under every setting, in the order asked; `known` rows are kept."""
         done = {row.question: row for row in known}
         for size in self.plan.sizes:
-            ctx = Context(img_size=size, num_classes=self.plan.num_classes)
+            ctx = Context(img_size=size, num_classes=self.plan.config.num_classes)
             for setting in self.plan.settings:
                 for net in nets:
                     yield self._row(net, ctx, setting, done)
@@ -137,9 +137,9 @@ class DeviceBenchmark:
         row = replace(empty, state=OK, **measured_columns(measured.values))
         row = replace(row, **self._counts(net, ctx))
         row = replace(row, **self._latency(net, ctx, setting, measured.values))
-        if self.plan.memory:
+        if self.plan.config.memory:
             row = replace(row, peak_mem_bytes=self._peak_memory(net, ctx, setting))
-        if net.trained(ctx) and self.plan.accuracy_data is not None:
+        if net.trained(ctx) and self.plan.config.accuracy_data is not None:
             row = replace(row, **self._accuracy(net, ctx, setting))
         return row
 
@@ -167,7 +167,7 @@ class DeviceBenchmark:
         )
 
     def _beside(self, setting: Setting) -> Setting:
-        named = self.plan.reference_runtime
+        named = self.plan.config.reference_runtime
         return setting if named is None else replace(setting, runtime=named, dtype="float32")
 
     def _timing(self, net: Net, ctx: Context, setting: Setting) -> TimingJob:
@@ -178,10 +178,10 @@ class DeviceBenchmark:
             context=ctx,
             setting=setting,
             reference_setting=self._beside(setting),
-            blocks=plan.blocks,
-            max_blocks=plan.max_blocks,
-            bounds=Bounds(precision=plan.precision),
-            random_seed=plan.random_seed,
+            blocks=plan.config.blocks,
+            max_blocks=plan.config.max_blocks,
+            bounds=Bounds(precision=plan.config.precision or None),
+            random_seed=plan.config.random_seed,
         )
 
     def _failed(self, empty: DeviceRow, result: Result) -> DeviceRow:
@@ -202,11 +202,11 @@ class DeviceBenchmark:
     ) -> dict[str, Any]:
         """Return the latencies at batch 1, from at least as many passes as asked."""
         names = ("p50", "p50_lo", "p50_hi", "p90", "p99")
-        if self.plan.latency_passes == 0:
+        if self.plan.config.latency_passes == 0:
             return {}
         values = throughput
         if setting.batch != 1 or throughput["passes"] * throughput["blocks"] < (
-            self.plan.latency_passes
+            self.plan.config.latency_passes
         ):
             timing = replace(
                 self._timing(net, ctx, replace(setting, batch=1)),
@@ -215,7 +215,7 @@ class DeviceBenchmark:
                 blocks=LATENCY_BLOCKS,
                 max_blocks=LATENCY_BLOCKS,
                 bounds=Bounds(),
-                min_passes=-(-self.plan.latency_passes // LATENCY_BLOCKS),
+                min_passes=-(-self.plan.config.latency_passes // LATENCY_BLOCKS),
             )
             found = self.do(jobs.measure, f"{net.name} latency", timing)
             if not found.ok:
@@ -226,7 +226,7 @@ class DeviceBenchmark:
 
     def _peak_memory(self, net: Net, ctx: Context, setting: Setting) -> int | None:
         """Return the peak memory of a process that only loads and runs the net."""
-        network, seed = net.spec(ctx), self.plan.random_seed
+        network, seed = net.spec(ctx), self.plan.config.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
             export = ExportJob(
                 network=network, context=ctx, setting=setting, random_seed=seed, out=Path(folder)
@@ -250,7 +250,7 @@ class DeviceBenchmark:
         from nas.data.prepare import prepared
 
         if ctx.img_size not in self._datasets:
-            spec = DataSpec(name=str(self.plan.accuracy_data), img_size=ctx.img_size)
+            spec = DataSpec(name=str(self.plan.config.accuracy_data), img_size=ctx.img_size)
             data = prepared(spec, default_cache(), self.console)
             if len(data.classes) != ctx.num_classes:
                 raise refuse(
@@ -273,37 +273,30 @@ class DeviceBenchmark:
         return {**{name: found.values[name] for name in kept}, "done": found.values["done"]}
 
 
-def throughput(
-    nets: Sequence[Net],
-    plan: Plan,
-    *,
-    out: Path | None = None,
-    resume: bool = False,
-    console: Console | None = None,
-) -> list[DeviceRow]:
-    """Measure networks and return a row each; with `out`, the table is there after every row.
+def throughput(nets: Sequence[Net], plan: Plan, console: Console | None = None) -> list[DeviceRow]:
+    """Measure networks and return a row each; a table at `--out` is there after every row.
 
-    With `resume`, rows that `out` holds already are taken over; without, an existing one is
-    refused. Raises `InputError`.
+    With `--resume`, rows that it holds already are taken over; without, an existing one is refused.
+    Raises `InputError`.
     """
     console = Console(quiet=True) if console is None else console
     known: list[DeviceRow] = []
+    out = None if plan.config.out is None else Path(plan.config.out)
     if out is not None:
         if out.is_dir() or not out.parent.is_dir():
             raise refuse("--out", out, "a file in an existing folder")
         if out.exists():
-            if not resume:
+            if not plan.config.resume:
                 remedy = "continue it with --resume, or name another file"
                 raise refuse("--out", f"{out}, which exists", "a new file", remedy)
             known = read_rows(out, "--out")
-    total = len(nets) * len(plan.settings) * len(plan.sizes)
     bench = DeviceBenchmark(plan, console)
     rows: list[DeviceRow] = []
     try:
         for setting in plan.settings:
             bench.device(setting.device)
         console.line(HEADING)
-        console.start(float(total))
+        console.start(float(len(nets) * len(plan.settings) * len(plan.sizes)))
         for row in bench.rows(nets, known):
             rows.append(row)
             console.line(row_line(row))
@@ -353,22 +346,22 @@ HEADING = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, report."""
-    given = build_parser(__doc__).parse_args(argv)
+    given = parse_flags(argv, __doc__)
     return guarded(lambda: _main(given))
 
 
 def _main(given: argparse.Namespace) -> int:
     nets, plan = plan_of(given)
-    if given.bundle is not None:
+    config, console = plan.config, Console(quiet=plan.config.quiet)
+    if config.bundle is not None:
         from benchmarks.throughput.bundle import write_bundle
 
-        print(json.dumps(write_bundle(given.bundle, nets, plan, Console(quiet=given.quiet))))
+        print(json.dumps(write_bundle(Path(config.bundle), nets, plan, console)))
         return 0
-    console = Console(quiet=given.quiet)
-    rows = throughput(nets, plan, out=given.out, resume=given.resume, console=console)
-    figure = given.figure
-    if figure is None and given.out is not None:
-        figure = given.out.with_suffix(".png")
+    rows = throughput(nets, plan, console)
+    figure = None if config.figure is None else Path(config.figure)
+    if figure is None and config.out is not None:
+        figure = Path(config.out).with_suffix(".png")
     if figure is not None and any(row.state == OK for row in rows):
         from benchmarks.throughput.figure import draw_rows
 
@@ -378,7 +371,7 @@ def _main(given: argparse.Namespace) -> int:
         "rows": len(rows),
         "failed": len(failed),
         "fingerprints": sorted({r.fingerprint for r in rows}),
-        "out": None if given.out is None else str(given.out),
+        "out": config.out,
         "figure": None if figure is None else str(figure),
     }
     print(json.dumps(summary))

@@ -52,7 +52,7 @@ def write_bundle(folder: Path, nets: Sequence[Net], plan: Plan, console: Console
         raise refuse("--bundle", folder, "a folder")
     batches = sorted({batch for batch, _, _ in settings})
     wanted = [*nets, *([] if plan.reference in nets else [plan.reference])]
-    sizes = [Context(img_size=s, num_classes=plan.num_classes) for s in plan.sizes]
+    sizes = [Context(img_size=s, num_classes=plan.config.num_classes) for s in plan.sizes]
     _check_space(folder, wanted, sizes, len(batches))
     folder.mkdir(parents=True, exist_ok=True)
     listed = []

@@ -1,197 +1,166 @@
-"""The flags of `python -m benchmarks.throughput`, and what they ask for, checked."""
+"""The settings of `python -m benchmarks.throughput`, and what they ask for, checked."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.throughput.networks import Net, find_nets, sample
 from nas.core.cli import Parser, read_threads, usable_cpus
 from nas.core.config import parse_count
 from nas.core.requirement import Setting
+from nas.core.settings import add_settings, check_settings, parsed, setting
 from nas.measure.runtimes import find_runtime
 from space import Context, get_family
 from space.errors import refuse
 
 
 @dataclass(frozen=True)
+class ThroughputConfig:
+    """Which networks are measured, under which settings and how long."""
+
+    arch: tuple[str, ...] = setting(
+        (),
+        "5M 11M 21M, best.json or another arch's JSON file, inline JSON, a run's folder (its "
+        "Pareto set), or any timm name",
+        group="networks",
+        metavar="NET",
+        many=True,
+    )
+    space: str | None = setting(None, "draw networks from a family's space", metavar="FAMILY")
+    sample: int | None = setting(None, "how many to draw (with --space)", metavar="N", low=1)
+    band: int | None = setting(
+        None, "a third of them within 10 % of N parameters", metavar="N", parse=parse_count
+    )
+    seed: str = setting("21M", "draw contractions of this arch", metavar="ARCH")
+    reference: str | None = setting(
+        None, "timed alongside; none: off", metavar="NET", default_text="21M"
+    )
+    reference_runtime: str | None = setting(
+        None,
+        "fix the reference's runtime, so that rows of several runtimes share one scale",
+        metavar="NAME",
+        default_text="the row's own",
+    )
+    batch: tuple[str, ...] = setting(
+        ("16",), "or auto", group="settings, each a list", metavar="N", many=True, default_text="16"
+    )
+    dtype: tuple[str, ...] = setting(
+        ("float32",), "of weights and images", many=True, default_text="float32"
+    )
+    img_size: tuple[str, ...] = setting(
+        ("224",), "pixels", metavar="PX", many=True, default_text="224"
+    )
+    runtime: tuple[str, ...] = setting(
+        ("eager",), "that runs the network", metavar="NAME", many=True, default_text="eager"
+    )
+    device: tuple[str, ...] = setting(
+        ("cpu",), "cpu, cuda or cuda:N", metavar="NAME", many=True, default_text="cpu"
+    )
+    num_classes: int = setting(1000, "of the head", metavar="N", low=1)
+    threads: int | None = setting(
+        None, "of a process", group="how long", metavar="N", default_text="the usable CPUs"
+    )
+    blocks: int = setting(12, "at least", metavar="N", low=6)
+    max_blocks: int = setting(96, "at most", metavar="N")
+    precision: float = setting(
+        0.03,
+        "time on until half the interval is this share; 0: --blocks suffice",
+        metavar="SHARE",
+        low=0.0,
+        want="a share in [0, 1)",
+    )
+    latency_passes: int = setting(
+        100, "passes behind the latency percentiles; 0: none", metavar="N"
+    )
+    memory: bool = setting(True, "do not measure peak memory")
+    accuracy_data: str | None = setting(
+        None,
+        "test nets that have weights (best.json) on this data, in each runtime",
+        metavar="DATA",
+    )
+    random_seed: int = setting(0, "of what is drawn", metavar="N")
+    out: str | None = setting(None, "the table as CSV", group="results", metavar="FILE")
+    resume: bool = setting(False, "take over the rows of --out")
+    figure: str | None = setting(None, "to draw", metavar="FILE", default_text="beside --out, .png")
+    bundle: str | None = setting(
+        None,
+        "measure nothing: write ONNX files and one script for a device without torch",
+        metavar="DIR",
+    )
+    quiet: bool = setting(False, "print the last line only")
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What to measure, apart from the networks. With `auto`, each network has its own batch."""
+    """How networks are measured. With `auto`, each network has its own batch."""
 
+    config: ThroughputConfig
     settings: tuple[Setting, ...]
-    auto: bool
     sizes: tuple[int, ...]
-    num_classes: int
     reference: Net | None
-    reference_runtime: str | None
-    threads: int
-    blocks: int
-    max_blocks: int
-    precision: float | None
-    latency_passes: int
-    memory: bool
-    accuracy_data: str | None
-    random_seed: int = 0
+    threads: int = 1
+    auto: bool = False
 
 
-def build_parser(description: str | None) -> Parser:
-    """Return the command line."""
+def parse_flags(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    """Parse a command line; flags that are not given are absent."""
     parser = Parser(
         prog="python -m benchmarks.throughput",
         description=description,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = parser.add_argument_group("networks")
-    what.add_argument(
-        "--arch",
-        nargs="+",
-        default=[],
-        metavar="NET",
-        help="5M 11M 21M, best.json or another arch's JSON file, inline JSON, a run's folder (its "
-        "Pareto set), or any timm name",
-    )
-    what.add_argument("--space", metavar="FAMILY", help="draw networks from a family's space")
-    what.add_argument("--sample", type=int, metavar="N", help="how many to draw (with --space)")
-    what.add_argument("--band", metavar="N", help="a third of them within 10 %% of N parameters")
-    what.add_argument(
-        "--seed", default="21M", metavar="ARCH", help="draw contractions of this arch"
-    )
-    what.add_argument(
-        "--reference", metavar="NET", help="timed alongside (default: 21M; none: off)"
-    )
-    what.add_argument(
-        "--reference-runtime",
-        metavar="NAME",
-        help="fix the reference's runtime, so that rows of several runtimes share one scale "
-        "(default: the row's own)",
-    )
-    how = parser.add_argument_group("settings, each a list")
-    how.add_argument(
-        "--batch", nargs="+", default=["16"], metavar="N", help="or auto (default: 16)"
-    )
-    how.add_argument("--dtype", nargs="+", default=["float32"], help="(default: float32)")
-    how.add_argument("--img-size", nargs="+", type=int, default=[224], metavar="PX")
-    how.add_argument("--runtime", nargs="+", default=["eager"], metavar="NAME")
-    how.add_argument("--device", nargs="+", default=["cpu"], metavar="NAME")
-    how.add_argument("--num-classes", type=int, default=1000, metavar="N")
-    size = parser.add_argument_group("how long")
-    size.add_argument("--threads", type=int, metavar="N", help="(default: the usable CPUs)")
-    size.add_argument("--blocks", type=int, default=12, metavar="N", help="at least (default: 12)")
-    size.add_argument(
-        "--max-blocks", type=int, default=96, metavar="N", help="at most (default: 96)"
-    )
-    size.add_argument(
-        "--precision",
-        type=float,
-        default=0.03,
-        metavar="SHARE",
-        help="time on until half the interval is this share (default: 0.03; 0: --blocks suffice)",
-    )
-    size.add_argument(
-        "--latency-passes",
-        type=int,
-        default=100,
-        metavar="N",
-        help="passes behind the latency percentiles (default: 100; 0: none)",
-    )
-    size.add_argument("--no-memory", dest="memory", action="store_false", help="do not weigh")
-    size.add_argument(
-        "--accuracy-data",
-        metavar="DATA",
-        help="test nets that have weights (best.json) on this data, in each runtime",
-    )
-    size.add_argument("--random-seed", type=int, default=0, metavar="N")
-    ends = parser.add_argument_group("results")
-    ends.add_argument("--out", type=Path, metavar="FILE", help="the table as CSV")
-    ends.add_argument("--resume", action="store_true", help="take over the rows of --out")
-    ends.add_argument("--figure", type=Path, metavar="FILE", help="(default: beside --out, .png)")
-    ends.add_argument(
-        "--bundle",
-        type=Path,
-        metavar="DIR",
-        help="measure nothing: write ONNX files and one script for a device without torch",
-    )
-    ends.add_argument("--quiet", action="store_true", help="print the last line only")
-    return parser
+    add_settings(parser, ThroughputConfig)
+    return parser.parse_args(argv)
 
 
 def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
     """Return the networks and how they are measured, all flags checked. Raises InputError."""
-    family = get_family(given.space or "tinyvit")
-    threads = usable_cpus() if given.threads is None else given.threads
-    read_threads(threads)
-    for name, least, value in (
-        ("--blocks", 6, given.blocks),
-        ("--max-blocks", given.blocks, given.max_blocks),
-        ("--num-classes", 1, given.num_classes),
-        ("--latency-passes", 0, given.latency_passes),
-    ):
-        if value < least:
-            raise refuse(name, value, f"an integer >= {least}")
-    if not 0.0 <= given.precision < 1.0:
-        raise refuse("--precision", given.precision, "a share in [0, 1)")
-    if (given.space is None) != (given.sample is None):
+    config = ThroughputConfig(**parsed(ThroughputConfig, vars(given)))
+    check_settings(config)
+    family = get_family(config.space or "tinyvit")
+    threads = usable_cpus() if config.threads is None else read_threads(config.threads)
+    if config.max_blocks < config.blocks:
+        raise refuse("--max-blocks", config.max_blocks, f"an integer >= {config.blocks}")
+    if config.precision >= 1:
+        raise refuse("--precision", config.precision, "a share in [0, 1)")
+    if (config.space is None) != (config.sample is None):
         raise refuse("--space and --sample", "one of them", "both", "--space tinyvit --sample 200")
-    if given.sample is not None and given.sample < 1:
-        raise refuse("--sample", given.sample, "an integer >= 1")
-    if not given.arch and given.sample is None:
-        given.arch = [p.name for p in family.published]
-    sizes = tuple(dict.fromkeys(given.img_size))
-    contexts = [Context(img_size=s, num_classes=given.num_classes) for s in sizes]
-    auto = "auto" in given.batch
-    if auto and len(given.batch) > 1:
-        raise refuse("--batch", " ".join(given.batch), "auto alone, or numbers")
-    batches = [1] if auto else [_whole("--batch", text) for text in given.batch]
-    for name in given.runtime:
+    sizes = tuple(dict.fromkeys(_whole("--img-size", text) for text in config.img_size))
+    contexts = [Context(img_size=s, num_classes=config.num_classes) for s in sizes]
+    auto = "auto" in config.batch
+    if auto and len(config.batch) > 1:
+        raise refuse("--batch", " ".join(config.batch), "auto alone, or numbers")
+    batches = [1] if auto else [_whole("--batch", text) for text in config.batch]
+    for name in config.runtime:
         find_runtime(name)
-    if given.reference_runtime is not None:
-        find_runtime(given.reference_runtime, "--reference-runtime")
+    if config.reference_runtime is not None:
+        find_runtime(config.reference_runtime, "--reference-runtime")
     settings = tuple(
         Setting(device, runtime, dtype, batch)
-        for device in given.device
-        for runtime in given.runtime
-        for dtype in given.dtype
+        for device in config.device
+        for runtime in config.runtime
+        for dtype in config.dtype
         for batch in batches
     )
-    nets = find_nets(given.arch, family)
-    if given.sample is not None:
-        band = None if given.band is None else parse_count("--band", given.band)
+    published = [each.name for each in family.published]
+    nets = find_nets(config.arch or ([] if config.sample else published), family)
+    if config.sample is not None:
+        seed, random_seed = family.seed(config.seed), config.random_seed
         nets += sample(
-            family,
-            family.seed(given.seed),
-            contexts[0],
-            given.sample,
-            band=band,
-            random_seed=given.random_seed,
+            family, seed, contexts[0], config.sample, band=config.band, random_seed=random_seed
         )
     if not nets:
         raise refuse("--arch", "nothing", "a network", "such as --arch 5M 11M 21M")
-    reference = None
-    named = given.reference or family.published[-1].name
-    if named != "none":
-        reference = find_nets([named], family)[0]
-    plan = Plan(
-        settings=settings,
-        auto=auto,
-        sizes=sizes,
-        num_classes=given.num_classes,
-        reference=reference,
-        reference_runtime=given.reference_runtime,
-        threads=threads,
-        blocks=given.blocks,
-        max_blocks=given.max_blocks,
-        precision=given.precision or None,
-        latency_passes=given.latency_passes,
-        memory=given.memory,
-        accuracy_data=given.accuracy_data,
-        random_seed=given.random_seed,
-    )
-    return nets, plan
+    named = config.reference or published[-1]
+    reference = None if named == "none" else find_nets([named], family)[0]
+    return nets, Plan(config, settings, sizes, reference, threads, auto)
 
 
 def _whole(name: str, text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise refuse(name, text, "an integer >= 1, or auto")
+        raise refuse(name, text, "an integer >= 1" + (", or auto" if name == "--batch" else ""))
     return int(text)

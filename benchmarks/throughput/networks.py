@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ from nas.core.io import read_json
 from nas.measure.jobs import NetworkSpec
 from nas.report.read import read_run
 from space import Arch, Context, Family, get_family
-from space.errors import InputError, refuse
+from space.contractions import Band
+from space.errors import refuse
+from space.sampling import sample_band
+
+SLICES = 16
+"""Of the sizes that a sample is spread over."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +171,9 @@ def sample(
     """Draw contractions of a seed all over its space: `count` of them, the seed among them.
 
     The published archs of its range come first.
-    Sizes are spread evenly in log parameters from the seed to its floor; within each slice the
-    draw is uniform over the six factors' values. With `band`, a third of all lie within 10 % of
-    that many parameters. The same random seed draws the same archs.
+    Sizes are spread evenly in log parameters from the seed to its floor; within each slice every
+    net is equally likely. With `band`, a third of all lie within 10 % of that many parameters. The
+    same random seed draws the same archs. Raises InputError where there are fewer.
     """
     most = family.count_params(seed, ctx)
     least = family.count_params(family.floor(seed, ctx), ctx)
@@ -179,44 +185,25 @@ def sample(
     if family.key(seed, ctx) not in {net.key(ctx) for net in nets}:
         nets.insert(0, _inline(family, seed))
     nets = nets[:count]
-    taken = {net.key(ctx) for net in nets}
-    rng = np.random.default_rng(random_seed)
-    inside = 0 if band is None else (count - len(nets)) // 3
-    edges = np.exp(np.linspace(np.log(least), np.log(most), 17))
-    slices = list(itertools.pairwise(edges))
-    tries = 0
+
+    def draw(lo: float, hi: float, number: int) -> None:
+        within, taken = Band(math.ceil(lo), math.floor(hi)), {net.key(ctx) for net in nets}
+        found = sample_band(
+            family, seed, ctx, within, number, random_seed=random_seed, exclude=taken
+        )
+        nets.extend(_inline(family, arch) for arch in found)
+
+    if band is not None:
+        draw(0.9 * band, 1.1 * band, (count - len(nets)) // 3)
+    slices = list(itertools.pairwise(np.geomspace(least, most, SLICES + 1)))
     while len(nets) < count:
-        in_band = band is not None and inside > 0
-        lo, hi = (0.9 * band, 1.1 * band) if in_band and band else slices[tries % len(slices)]
-        tries += 1
-        arch = _draw(family, seed, ctx, lo, hi, rng)
-        if arch is None or family.key(arch, ctx) in taken:
-            if tries > 400 * count:
-                raise refuse("--sample", count, f"at most about {len(nets)} here", "ask for fewer")
-            continue
-        inside -= in_band
-        taken.add(family.key(arch, ctx))
-        nets.append(_inline(family, arch))
+        before = len(nets)
+        for at, (lo, hi) in enumerate(slices):
+            draw(lo, hi, -(-(count - len(nets)) // (SLICES - at)))
+        if len(nets) == before:
+            raise refuse("--sample", count, f"at most {before} here", "ask for fewer")
     return nets
 
 
 def _inline(family: Family, arch: Arch) -> Net:
     return Net(json.dumps(family.to_dict(arch), separators=(",", ":")), family, arch)
-
-
-def _draw(
-    family: Family, seed: Arch, ctx: Context, lo: float, hi: float, rng: np.random.Generator
-) -> Arch | None:
-    """Draw archs until one has its parameters in [lo, hi]; None when none of many does."""
-    options = family.moves(seed)
-    n = 4096
-    table = {field: values[rng.integers(0, len(values), n)] for field, values in options.items()}
-    fits = family.valid_many(table, ctx)
-    params = family.count_params_many(table, ctx)
-    chosen = np.flatnonzero(fits & (params >= lo) & (params <= hi))
-    if not len(chosen):
-        return None
-    try:
-        return family.row(table, int(chosen[0]))
-    except InputError:
-        return None

@@ -31,7 +31,6 @@ from nas.core.cli import Parser
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from space.family import Arch
-from space.sampling import sample_band
 
 CRITERIA = ("prefix", "l1", "l2", "taylor")
 LEAST, MOST = 4, 24
@@ -40,13 +39,10 @@ LEAST, MOST = 4, 24
 
 def affordable(pool: TrainingPool, given: argparse.Namespace) -> int:
     """Return how many archs the budget pays for."""
-    run = pool.run
-    band = run.band(run.config.steps)
-    arch = sample_band(run.family, run.seed_arch, run.context, band, 1, random_seed=0)[0]
-    holdout = len(run.dataset.holdout.labels) / 3  # forward only
+    holdout = len(pool.run.dataset.holdout.labels) / 3  # forward only
     trainings = len(CRITERIA) + 1
     each = given.seeds * trainings * (given.images + holdout) + 2 * len(CRITERIA) * holdout
-    return max(LEAST, min(MOST, int(given.budget_hours * 3600 * pool.pace(arch) / each)))
+    return max(LEAST, min(MOST, pool.affordable(each, given.budget_hours)))
 
 
 def listed(pool: TrainingPool, given: argparse.Namespace) -> list[Arch]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from space.errors import InputError, refuse
+from benchmarks.estimates import run_command
+from nas.core.cli import Parser
+from space.errors import refuse
 
 if TYPE_CHECKING:
     from nas.report.figure import Chart, Series
@@ -121,47 +122,33 @@ def read_series(table: Path) -> tuple[Series, bool]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, draw, and print what was drawn; the last line is JSON. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pareto", description="Draw runs or a table as a Pareto figure."
-    )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument(
-        "--csv",
-        type=Path,
-        metavar="FILE",
-        help="a table with name, params, images_per_s and soft_loss or score, optionally with "
-        "_lo and _hi columns",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("pareto.png"),
-        metavar="FILE",
-        help="figure to write, .png or .svg (default: pareto.png)",
-    )
-    given = parser.parse_args(argv)
-    try:
+    """Draw, and print what was drawn; the last line is JSON. Exit status 0, 2 on bad input."""
+    parser = Parser("python -m benchmarks.pareto", description=__doc__)
+    add = parser.add_argument
+    add("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder")
+    columns = "name, params, images_per_s and soft_loss or score, optionally with _lo and _hi"
+    add("--csv", type=Path, metavar="FILE", help=f"a table with the columns {columns}")
+    target = "figure to write, .png or .svg (default: %(default)s)"
+    add("--out", type=Path, default=Path("pareto.png"), metavar="FILE", help=target)
+
+    def work(given: argparse.Namespace) -> dict[str, Any]:
         chart = pareto(given.runs, given.csv, given.out)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for series in chart.series:
-        print(f"{series.name}: {len(series.points)} archs")
-    points = sum(len(series.points) for series in chart.series)
-    print(json.dumps({"out": str(given.out), "series": len(chart.series), "points": points}))
-    return 0
+        for series in chart.series:
+            print(f"{series.name}: {len(series.points)} archs")
+        points = sum(len(series.points) for series in chart.series)
+        return {"out": str(given.out), "series": len(chart.series), "points": points}
+
+    return run_command(parser, work, argv)
 
 
 def _distinct(series: Sequence[Series]) -> tuple[Series, ...]:
     # Runs of the same folder name in different places are told apart by a number.
-    seen: dict[str, int] = {}
-    made = []
-    for one in series:
-        seen[one.name] = seen.get(one.name, 0) + 1
-        count = seen[one.name]
-        made.append(one if count == 1 else replace(one, name=f"{one.name} ({count})"))
-    return tuple(made)
+    names = [one.name for one in series]
+    counts = [names[: at + 1].count(name) for at, name in enumerate(names)]
+    return tuple(
+        one if count == 1 else replace(one, name=f"{one.name} ({count})")
+        for one, count in zip(series, counts, strict=True)
+    )
 
 
 def _number(where: str, text: str) -> float | None:

@@ -77,18 +77,17 @@ def candidates(pool: TrainingPool, number: int) -> list[tuple[str, Arch]]:
     return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
 
 
-def listed_name(pool: TrainingPool) -> str:
+def list_path(pool: TrainingPool) -> Path:
     """Return the file that the archs of a target's band are named in."""
-    return f"listed-{pool.run.config.target_params}.json"
+    return pool.run.folder.path / f"listed-{pool.run.config.target_params}.json"
 
 
 def held(pool: TrainingPool) -> list[tuple[str, Arch]]:
     """Return (how drawn, arch) as they were named in this folder; none if they were not."""
-    path = pool.run.folder.path / listed_name(pool)
-    if not path.exists():
+    if not list_path(pool).exists():
         return []
-    named = read_json(path, "the archs of a proxy_rank")
-    return [(how, pool.run.family.arch(arch)) for how, arch in named]
+    found = read_json(list_path(pool), "the archs of a proxy benchmark")
+    return [(how, pool.run.family.arch(arch)) for how, arch in found]
 
 
 def chosen(listed: Sequence[tuple[str, Arch]], number: int) -> list[Arch]:
@@ -101,18 +100,9 @@ def chosen(listed: Sequence[tuple[str, Arch]], number: int) -> list[Arch]:
 
 def truths(pool: TrainingPool, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
     """Return the long trainings: from the seed's inherited weights, as users train a winner on."""
-    parent = pool.parent(CRITERION)
-    rungs = tuple(sorted({1, 2, 3, given.truth_epochs} & set(range(1, given.truth_epochs + 1))))
+    parent, epochs = pool.parent(CRITERION), given.truth_epochs
     return [
-        Training(
-            arch,
-            "inherit",
-            given.truth_epochs,
-            TRUTH_SEED + s,
-            parent,
-            rungs=rungs,
-            images=given.truth_images,
-        )
+        Training(arch, "inherit", epochs, TRUTH_SEED + s, parent, images=given.truth_images)
         for s in range(given.seeds)
         for arch in archs
     ]
@@ -144,17 +134,13 @@ def proxies(pool: TrainingPool, given: argparse.Namespace) -> dict[str, dict[str
 
 def affordable(pool: TrainingPool, given: argparse.Namespace) -> int:
     """Return how many archs the budget pays for: fewer archs before fewer random seeds."""
-    run = pool.run
-    band = run.band(run.config.steps)
-    arch = sample_band(run.family, run.seed_arch, run.context, band, 1, random_seed=0)[0]
-    pace = pool.pace(arch)
-    images, holdout = len(run.dataset.train.labels), len(run.dataset.holdout.labels)
+    data = pool.run.dataset
+    images, holdout = len(data.train.labels), len(data.holdout.labels)
     images = min(images, given.truth_images or images)
     truth = given.truth_epochs * images + 4 * holdout / 3
     short = sum((len(CRITERIA) + 1) * (e * given.images + holdout / 3) for e in lengths(given))
     short += given.images + holdout / 3
-    each = (given.seeds * truth + short) / pace
-    return max(6, min(24, int(given.budget_hours * 3600 / each)))
+    return max(6, min(24, pool.affordable(given.seeds * truth + short, given.budget_hours)))
 
 
 def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, Any]]:
@@ -163,8 +149,7 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], d
         listed = held(pool)  # what is compared was named before anything was trained
         if not listed:
             listed = candidates(pool, given.archs or affordable(pool, given))
-            path = pool.run.folder.path / listed_name(pool)
-            write_json(path, [[how, pool.run.family.to_dict(a)] for how, a in listed])
+            write_json(list_path(pool), [[how, pool.run.family.to_dict(a)] for how, a in listed])
         archs = chosen(listed, given.archs or len(listed))
         if given.archs and len(archs) < given.archs:
             raise refuse(
@@ -205,11 +190,11 @@ def table(
 ) -> tuple[list[TrustRow], dict[str, Any]]:
     """Compare every score with the truth."""
     n = len(archs)
-    losses = np.array([t.values[given.truth_epochs]["soft_loss"] for t in truth]).reshape(-1, n)
+    losses = np.array([t.values["soft_loss"] for t in truth]).reshape(-1, n)
     cost = sum(pool.cost(t.of) for t in truth[:n])
     scores: dict[str, tuple[npt.ArrayLike, float | None]] = {}
     for name, trained in scored.items():
-        values = np.array([t.values[t.of.epochs]["soft_loss"] for t in trained])
+        values = np.array([t.values["soft_loss"] for t in trained])
         scores[name] = values, sum(pool.cost(t.of) for t in trained) / cost
     shortest, longest = lengths(given)[0], lengths(given)[-1]
     if longest == 2 * shortest:  # as long as the longest, half of it each way

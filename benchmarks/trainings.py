@@ -12,11 +12,9 @@ import argparse
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -28,14 +26,16 @@ from nas.contract.race import with_order
 from nas.contract.run_folder import RunDir
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.cli import default_cache, usable_cpus
+from nas.core.io import load_arrays
 from nas.core.progress import Console
-from nas.distill.jobs import ParentWeights, ScoreJob, score
-from nas.jobs.job import Job
+from nas.distill.jobs import ScoreJob, TrainJob, score
+from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from nas.train.jobs import PaceJob, pace
 from space import get_family
 from space.errors import InputError, refuse
 from space.family import Arch
+from space.sampling import sample_band
 
 Losses = npt.NDArray[np.float64]
 
@@ -50,9 +50,8 @@ class Training:
     """One training: an arch from scratch or from a parent, for `epochs`, from a random seed.
 
     `images` trains on a fixed subset of that size, `hard_weight` is the share of the loss that goes
-    by true labels. `rungs` are the epochs after which it is scored, the last one included. `test`:
-    on the test split too, at the end. With 0 epochs the parent's sliced weights are scored as they
-    are (job "score"), batch norms estimated anew if `recalibrate`.
+    by true labels. `test`: on the test split too, at the end. With 0 epochs the parent's sliced
+    weights are scored as they are, batch norms estimated anew if `recalibrate`.
     """
 
     arch: Arch
@@ -60,7 +59,6 @@ class Training:
     epochs: int
     random_seed: int
     parent: Incumbent | None = None
-    rungs: tuple[int, ...] = ()
     test: bool = False
     images: int | None = None
     hard_weight: float = 0.0
@@ -69,28 +67,24 @@ class Training:
 
 @dataclass(frozen=True)
 class Trained:
-    """Results of a training: values by rung, and the folders that hold the per-image losses."""
+    """A finished training: its values, and the folder that holds its per-image results."""
 
     of: Training
-    name: str
-    folders: Mapping[int, Path]
-    values: Mapping[int, Mapping[str, Any]]
-    seconds: float
+    folder: Path
+    values: Mapping[str, Any]
     failed: str | None = None
 
-    def losses(self, rung: int | None = None) -> Losses:
-        """Return the soft losses of the holdout's images, `[n]`, at a rung (the last one)."""
-        return self._array("holdout", "soft_loss", rung)
+    def losses(self) -> Losses:
+        """Return the soft losses of the holdout's images, `[n]`."""
+        return self._array("holdout", "soft_loss")
 
     def correct(self) -> Losses:
         """Return for every image of the test split whether its class was hit, `[n]`."""
-        return self._array("test", "correct", None)
+        return self._array("test", "correct")
 
-    def _array(self, split: str, name: str, rung: int | None) -> Losses:
-        from nas.core.io import load_arrays
-
-        folder = self.folders[max(self.folders) if rung is None else rung]
-        return np.asarray(load_arrays(folder / f"{split}.safetensors")[name], dtype=np.float64)
+    def _array(self, split: str, name: str) -> Losses:
+        values = load_arrays(self.folder / f"{split}.safetensors")[name]
+        return np.asarray(values, dtype=np.float64)
 
 
 class TrainingPool:
@@ -106,32 +100,33 @@ class TrainingPool:
 
         A training that fails is an outcome (`failed`); the others continue.
         """
-        run = self.run
-        names = [self._name(each) for each in wanted]
-        run.console.start(sum(self.cost(t) for t in wanted))
-        free: SimpleQueue[LocalExecutor] = SimpleQueue()
-        logs = (run.folder.path / f"worker{i}.log" for i in range(self.workers))
-        executors = [LocalExecutor(threads=1, log=log) for log in logs]
-        for executor in executors:
-            free.put(executor)
-
-        def one(of: Training, name: str) -> Trained:
-            executor = free.get()
-            try:
-                found = self._one(executor, of, name)
-            finally:
-                free.put(executor)
-            run.console.advance(self.cost(of))
-            return found
-
-        pool = ThreadPoolExecutor(self.workers)
+        tasks = [self._task(each) for each in wanted]
+        self.run.console.start(sum(task.cost for task in tasks))
         try:
-            return list(pool.map(one, wanted, names))
-        finally:  # after an interrupt: do not begin what waits, nor finish what runs
-            pool.shutdown(wait=False, cancel_futures=True)
-            for executor in executors:
-                executor.close()
-            run.console.stop()
+            results = self.do_all(tasks, self.workers, log=self.run.folder.path / "workers.log")
+        finally:
+            self.run.console.stop()
+        return [
+            Trained(of, task.out, result.values, result.reason)
+            for of, task, result in zip(wanted, tasks, results, strict=True)
+        ]
+
+    def do_all(
+        self,
+        tasks: Sequence[Task],
+        workers: int,
+        *,
+        threads: int = 1,
+        remember: bool = False,
+        **options: Any,
+    ) -> list[Result]:
+        """Do jobs in worker processes of their own, or take over what is there.
+
+        `remember` is that of `Run.do_all`, `options` are those of `LocalExecutor`.
+        """
+        run = copy.copy(self.run)
+        with LocalExecutor(workers=workers, threads=threads, **options) as run.executor:
+            return run.do_all(tasks, remember=remember)
 
     def train_or_fail(self, wanted: Sequence[Training]) -> list[Trained]:
         """Train; one that fails ends the benchmark in one line."""
@@ -164,6 +159,13 @@ class TrainingPool:
         images = every if of.images is None else min(of.images, every)
         return images * of.epochs * self.run.image_cost(of.arch)
 
+    def affordable(self, images: float, hours: float) -> int:
+        """Return how many archs of the last step's band can each train on so many images."""
+        run = self.run
+        band = run.band(run.config.steps)
+        arch = sample_band(run.family, run.seed_arch, run.context, band, 1, random_seed=0)[0]
+        return int(hours * 3600 * self.pace(arch) / images)
+
     def pace(self, arch: Arch) -> float:
         """Return how many images a second train on this machine, all workers together (rough)."""
         run = self.run
@@ -179,71 +181,29 @@ class TrainingPool:
         run.executor.close()  # its threads would only be in the way
         return float(result.values["images_per_s"]) if result.ok else 50.0
 
-    def _scored(self, run: Run, of: Training, name: str) -> Trained:
-        """Score the parent's sliced weights, without training."""
-        assert of.parent is not None, "no training and no parent: nothing to score"
+    def _task(self, of: Training) -> Task:
+        """Return the job of a training; of one with 0 epochs, the job that scores its parent."""
+        run, name = self.run, self._name(of)
         folder = run.folder.job_folder(name)
-        job = ScoreJob(
-            family=run.family.name,
-            arch=run.family.to_dict(of.arch),
-            context=run.context,
-            dataset=run.dataset.folder,
-            store=Path(run.store["folder"]),
-            label_epochs=run.store["use_epochs"],
-            missing=run.config.missing_labels,
-            label_overflow=run.config.label_overflow,
-            batch_size=run.config.batch_size,
-            random_seed=of.random_seed,
-            device=run.config.device,
-            parent=ParentWeights(
-                arch=run.family.to_dict(of.parent.arch),
-                weights=of.parent.weights,
-                order=of.parent.order,
-            ),
-            recalibrate=of.recalibrate,
-            images=of.images,
+        training = run.training(
+            of.arch,
+            name,
             out=folder,
+            epochs=of.epochs,
+            init=of.init,
+            parent=of.parent,
+            random_seed=of.random_seed,
+            test=of.test,
+            images=of.images,
+            hard_weight=of.hard_weight,
         )
-        result = run.do_all([Task(Job(score, job, name), folder, 0.0)])[0]
-        if not result.ok:
-            return Trained(of, name, {}, {}, result.seconds, result.reason)
-        return Trained(of, name, {0: folder}, {0: result.values}, result.seconds)
-
-    def _one(self, executor: LocalExecutor, of: Training, name: str) -> Trained:
-        run = copy.copy(self.run)
-        run.executor = executor
-        run.console = Console(quiet=True)
-        if of.epochs == 0:
-            return self._scored(run, of, name)
-        rungs = of.rungs or (of.epochs,)
-        folders: dict[int, Path] = {}
-        values: dict[int, Mapping[str, Any]] = {}
-        seconds, before = 0.0, None
-        for rung in rungs:
-            last = rung == of.epochs
-            folder = run.folder.job_folder(name if last else f"{name}-rung{rung}")
-            result = run.train(
-                of.arch,
-                folder.name,
-                out=folder,
-                epochs=of.epochs,
-                init=of.init,
-                parent=of.parent,
-                random_seed=of.random_seed,
-                rung=None if last else rung,
-                before=before,
-                test=of.test and last,
-                images=of.images,
-                hard_weight=of.hard_weight,
-            )
-            seconds += result.seconds
-            if not result.ok:
-                return Trained(of, name, folders, values, seconds, result.reason)
-            if before is not None:
-                (before[1] / "checkpoint.safetensors").unlink(missing_ok=True)
-            folders[rung], values[rung] = folder, result.values
-            before = (rung, folder)
-        return Trained(of, name, folders, values, seconds)
+        if of.epochs:
+            return training
+        job: TrainJob = training.job.argument
+        assert job.parent is not None, "no training and no parent: nothing to score"
+        same: dict[str, Any] = {f.name: getattr(job, f.name, None) for f in fields(ScoreJob)}
+        scored = ScoreJob(**same | {"images": of.images, "recalibrate": of.recalibrate})
+        return Task(Job(score, scored, name), folder, self.cost(of))
 
     def _name(self, of: Training) -> str:
         parent = "" if of.parent is None else f"-{self.run.key(of.parent.arch)[:24]}"

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from synthetic_run import decided
 
+from benchmarks.faults.references import ARCH as TINYVIT
+from benchmarks.faults.references import VIT
 from benchmarks.pareto import read_series
 from benchmarks.throughput.networks import find_nets
 from nas.contract.final import read_result
@@ -56,22 +58,6 @@ from space import Context, get_family
 from space.errors import InputError
 from space.freeze import freeze
 
-TINYVIT: Mapping[str, Any] = {
-    "embed_dims": [64, 64, 96, 128],
-    "depths": [1, 1, 2, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0,
-    "mlp_ratio": 4.0,
-    "head_dim": 32,
-}
-VIT: Mapping[str, Any] = {
-    "embed_dim": 32,
-    "depth": 2,
-    "head_dim": 16,
-    "mlp_ratio": 2.0,
-    "patch_size": 8,
-    "dist_token": False,
-}
 FAMILY, CONTEXT = get_family("tinyvit"), Context(32, 3)
 ARCH = FAMILY.arch(TINYVIT)
 WEIGHTS = b"no weights, but a file"

@@ -25,15 +25,7 @@ from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from space import Context, get_family
 from space.family import Published
-
-SMALL = {
-    "embed_dims": [64, 64, 96, 128],
-    "depths": [1, 1, 2, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0,
-    "mlp_ratio": 4.0,
-    "head_dim": 32,
-}
+from tests.conftest import SMALL_ARCH as SMALL
 
 
 def _target(most: int = 5_000_000) -> Target:

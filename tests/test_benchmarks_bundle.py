@@ -20,22 +20,12 @@ from nas.core.progress import Console
 from nas.core.requirement import Setting
 from nas.measure.bundle import main
 from nas.measure.device_rows import FAILED, OK, read_rows, write_rows
-from space import Context, InputError, get_family
+from space import InputError
+from tests.test_benchmarks_throughput import CTX, FACTORS, FAMILY, SMALL
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
-FAMILY = get_family("tinyvit")
-CTX = Context(img_size=32, num_classes=4)
-FACTORS = {
-    "embed_dims": [32, 32, 32, 32],
-    "depths": [1, 1, 1, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0,
-    "mlp_ratio": 2.0,
-    "head_dim": 16,
-}
-SMALL = json.dumps(FACTORS)
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 32, 32, 64]})
 PLAN = Plan(
     ThroughputConfig(num_classes=4, blocks=6, max_blocks=6, precision=0.0),
@@ -130,16 +120,12 @@ def test_bad_input_is_one_line_and_status_2(
     there.write_text("x")
     damaged.write_text("arch,images_per_s,fingerprint\n")
     empty.mkdir()
-    for number, text in enumerate(("[]", "{", '{"networks": [{"batch": 1}]}', '{"networks": []}')):
+    whole = json.loads((bundle / "networks.json").read_text())
+    lone = {"networks": [n for n in whole["networks"] if not n["reference"]]}
+    lists = ["[]", "{", '{"networks": [{"batch": 1}]}', '{"networks": []}', json.dumps(lone)]
+    for number, text in enumerate([*lists, json.dumps(whole)]):
         (tmp_path / f"list{number}").mkdir()
         (tmp_path / f"list{number}" / "networks.json").write_text(text)
-    lone = json.loads((bundle / "networks.json").read_text())
-    lone["networks"] = [n for n in lone["networks"] if not n["reference"]]
-    (tmp_path / "list4").mkdir()
-    (tmp_path / "list4" / "networks.json").write_text(json.dumps(lone))
-    whole = json.loads((bundle / "networks.json").read_text())
-    (tmp_path / "fileless").mkdir()
-    (tmp_path / "fileless" / "networks.json").write_text(json.dumps(whole))
     out = ["--out", str(tmp_path / "new.csv")]
     cases = [
         (["--out", str(there)], "--resume"),
@@ -148,7 +134,7 @@ def test_bad_input_is_one_line_and_status_2(
         (["--out", str(tmp_path / "none" / "new.csv")], "--out"),
         ([*out, "--networks", str(empty)], "networks.json"),
         *[([*out, "--networks", str(tmp_path / f"list{n}")], "networks.json") for n in range(5)],
-        ([*out, "--networks", str(tmp_path / "fileless")], "no such file"),
+        ([*out, "--networks", str(tmp_path / "list5")], "no such file"),
         ([*out, "--blocks", "5"], "--blocks"),
         ([*out, "--blocks", "9", "--max-blocks", "8"], "--blocks"),
         ([*out, "--precision", "-1"], "--precision"),
@@ -195,14 +181,15 @@ def test_an_interrupted_bundle_goes_on_with_what_is_missing(bundle: Path) -> Non
     assert (bundle / "networks.json").read_text() == before
 
 
-def test_the_script_carries_what_it_imports_and_no_torch(bundle: Path) -> None:
+def test_a_bundle_holds_its_networks_and_a_script_with_what_it_imports(bundle: Path) -> None:
     with zipfile.ZipFile(bundle / SCRIPT) as packed:
         names = set(packed.namelist())
     assert {f"nas/{name}" for name in CARRIED} <= names
     assert not [n for n in names if n.endswith(".pyc")]
     listed = json.loads((bundle / "networks.json").read_text())["networks"]
     assert [n["reference"] for n in listed] == [False, True]
-    assert all((bundle / n["file"]).is_file() for n in listed)
+    named = {n["file"] for n in listed} | {"networks.json", SCRIPT}
+    assert {p.name for p in bundle.iterdir()} == named
 
 
 @pytest.mark.parametrize(
@@ -226,9 +213,3 @@ def test_what_a_board_cannot_run_is_refused(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--bundle"):
         write_bundle(tmp_path / "file", both, replace(PLAN, reference=both[1]), Console(quiet=True))
-
-
-def test_every_file_is_named_in_the_list_or_is_the_script(bundle: Path) -> None:
-    listed = json.loads((bundle / "networks.json").read_text())["networks"]
-    named = {n["file"] for n in listed} | {"networks.json", SCRIPT}
-    assert {p.name for p in bundle.iterdir()} == named

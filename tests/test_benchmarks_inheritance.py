@@ -77,9 +77,7 @@ class _Trained(SimpleNamespace):
 
 def _done(worth: float, epochs: int, images: int) -> _Trained:
     of = Training(cast(Arch, 0), "inherit", epochs, 0, images=images)
-    return _Trained(
-        of=of, values={epochs: {"soft_loss": worth}}, per_image=np.linspace(-1, 1, 40) + worth
-    )
+    return _Trained(of=of, values={"soft_loss": worth}, per_image=np.linspace(-1, 1, 40) + worth)
 
 
 def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
@@ -112,7 +110,7 @@ def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
     assert both.cost_share == pytest.approx(0.2)
     given.images = 4000  # nothing is cheap enough: the shortest is asked, and its share is told
     longer = {
-        name: [_done(float(t.values[t.of.epochs]["soft_loss"]), t.of.epochs, 4000) for t in these]
+        name: [_done(float(t.values["soft_loss"]), t.of.epochs, 4000) for t in these]
         for name, these in scored.items()
     }
     _, told = table(longer)

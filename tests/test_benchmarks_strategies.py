@@ -25,16 +25,9 @@ from nas.search.strategies import get_strategy, strategy_names
 from space import Context, get_family
 from space.contractions import Band, contains
 from space.errors import InputError
+from tests.conftest import SMALL_ARCH as SMALL
 
 FREE = ("depths[2]", "embed_dims[2]", "embed_dims[3]", "mlp_ratio", "mbconv_expand_ratio")
-SMALL = {
-    "embed_dims": [64, 64, 96, 128],
-    "depths": [1, 1, 2, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0,
-    "mlp_ratio": 4.0,
-    "head_dim": 32,
-}
 
 
 @pytest.fixture(scope="module")

@@ -100,16 +100,15 @@ def test_what_crashed_once_is_refused(at: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["1e999", "1e308", '"x"', "null", "[]"])
 def test_a_size_that_is_none_is_refused(size: str, tmp_path: Path) -> None:
-    (raw,) = called("hub").seeds()
-    for old in (b"[3, 32, 32]", b"[3, 32, 32]"):
-        bad = raw.replace(old, f"[3, 32, {size}]".encode())
-        assert bad != raw
-        parser = called("hub")
-        if size in ("1e308",):
-            assert judged(parser, bad, LIMIT_S) is None
-            continue
-        with pytest.raises(InputError, match=r"config\.json without sound preprocessing"):
-            parser.read(bad, tmp_path)
+    parser = called("hub")
+    (raw,) = parser.seeds()
+    bad = raw.replace(b"[3, 32, 32]", f"[3, 32, {size}]".encode())
+    assert bad != raw
+    if size == "1e308":
+        assert judged(parser, bad, LIMIT_S) is None
+        return
+    with pytest.raises(InputError, match=r"config\.json without sound preprocessing"):
+        parser.read(bad, tmp_path)
 
 
 def test_odd_manifests_are_refused(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from nas.core.io import load_arrays
 from nas.core.progress import Console
 from nas.core.requirement import Requirement
 from nas.jobs.job import Job, Result
-from nas.jobs.local import LocalExecutor
 
 FIRST_SEED = 2000
 """Random seed of the first equal training."""
@@ -352,15 +351,10 @@ def pruned_rows(
 
     def work(jobs: Sequence[Job], workers: int, threads: int) -> list[Result]:
         """Do jobs in worker processes, or take their results over; a crash is a result too."""
-        beside = copy.copy(run)
-        beside.console = Console(quiet=True)
+        tasks = [Task(job, job.argument.out, 0.0) for job in jobs]
         log = run.folder.path / "pruning.log"
-        beside.executor = LocalExecutor(
-            workers=workers, threads=threads, limit_s=LIMIT_S, log=log, command=WORKER
-        )
-        with beside.executor:
-            tasks = [Task(job, job.argument.out, 0.0) for job in jobs]
-            return beside.do_all(tasks, remember=True)
+        options = {"limit_s": LIMIT_S, "log": log, "command": WORKER}
+        return pool.do_all(tasks, workers, threads=threads, remember=True, **options)
 
     rows = []
     for number, variant in enumerate(VARIANTS):

@@ -6,8 +6,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from benchmarks.baselines.jobs import (
     WORKER,
     PrunedTrainJob,
     PruneJob,
+    SeedJob,
     not_installed,
     prune,
     train_pruned,
@@ -271,29 +271,21 @@ def compared(
         if keys[-1] not in tables:
             return replace(base, outcome=absent.get(keys[-1], "not run"))
     row = with_difference(base, tables[keys[0]], tables[keys[1]])
-    if keys[0] == keys[1]:
-        row = replace(row, outcome="tie: the same arch")
-    return (
-        row
-        if rival.misses is None
-        else replace(row, outcome=f"{row.outcome} (the rival {rival.misses})")
-    )
+    outcome = "tie: the same arch" if keys[0] == keys[1] else row.outcome
+    misses = "" if rival.misses is None else f" (the rival {rival.misses})"
+    return replace(row, outcome=outcome + misses)
 
 
 def with_difference(base: BaselineRow, own: Floats, rival: Floats) -> BaselineRow:
     """Fill in the difference of two tables of correctness [random seeds, images]."""
     found = paired_interval(own, rival)
+    same = ("lo", "hi", "lower", "seeds", "image_se", "seed_se", "detectable")
+    values: dict[str, Any] = {name: getattr(found, name) for name in same}
     return replace(
         base,
+        **values,
         estimate=found.value,
-        lo=found.lo,
-        hi=found.hi,
-        lower=found.lower,
         n=found.images,
-        seeds=found.seeds,
-        image_se=found.image_se,
-        seed_se=found.seed_se,
-        detectable=found.detectable,
         top1=float(own.mean()),
         top1_rival=float(rival.mean()),
         outcome=verdict(found) + ("" if found.seeds > 1 else " (of one random seed: images only)"),
@@ -336,18 +328,9 @@ def pruned_rows(
 ) -> list[BaselineRow]:
     """Prune the seed to the contracted arch's parameters by every variant, train and compare."""
     run, config = pool.run, pool.run.config
-    common: dict[str, Any] = {
-        "family": run.family.name,
-        "arch": run.family.to_dict(run.seed_arch),
-        "context": run.context,
-        "dataset": run.dataset.folder,
-        "store": Path(run.store["folder"]),
-        "missing": config.missing_labels,
-        "batch_size": config.batch_size,
-        "device": config.device,
-        "label_epochs": run.store["use_epochs"],
-        "label_overflow": config.label_overflow,
-    }
+    own_job = run.train_job(run.seed_arch, out=run.folder.path, epochs=0, init="inherit")
+    shared = {f.name for f in fields(SeedJob)} - {"out", "random_seed"}
+    common: dict[str, Any] = {name: getattr(own_job, name) for name in shared}
 
     def work(jobs: Sequence[Job], workers: int, threads: int) -> list[Result]:
         """Do jobs in worker processes, or take their results over; a crash is a result too."""

@@ -46,6 +46,15 @@ def summary(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
     return found
 
 
+def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
+    """Check that the last call printed one line, on standard error, that says this."""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1, said.err
+    assert says in said.err
+    assert "Traceback" not in said.err
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DeviceRow]]:
     """Two archs in a runtime that is here and one that is not."""
@@ -169,11 +178,7 @@ def test_bad_input_is_one_line_and_status_2(
     known = {} if "--arch" in flags or "--space" in flags else {"--arch": SMALL}
     given = [word for pair in known.items() for word in pair]
     assert run(*given, *flags) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1, said.err
-    assert says in said.err
-    assert "Traceback" not in said.err
+    refused(capsys, says)
 
 
 def test_bad_files_are_refused_before_anything_is_measured(
@@ -190,10 +195,7 @@ def test_bad_files_are_refused_before_anything_is_measured(
     ):
         capsys.readouterr()
         assert run("--arch", SMALL, *QUICK, *flags) == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err.count("\n") == 1, said.err
-        assert says in said.err
+        refused(capsys, says)
     assert out.read_bytes() == before
 
 
@@ -202,10 +204,7 @@ def test_a_network_that_only_timm_can_know_is_refused_too(
 ) -> None:
     capsys.readouterr()
     assert run("--arch", "nosuchnet", "--reference", "none", *QUICK) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.count("\n") == 1, said.err
-    assert "nosuchnet" in said.err
+    refused(capsys, "nosuchnet")
 
 
 def test_a_found_arch_is_measured_where_its_weights_do_not_fit(tmp_path: Path) -> None:

@@ -211,14 +211,16 @@ def measure_epochs(given: argparse.Namespace, cache: Path) -> list[Row]:
         pair = (student, given.teacher)
         steps = {way: step_of(way, *pair, dataset, stores, given.device) for way in WAYS}
         took = alternate(steps, given.blocks, given.device)
+        memory: dict[str, float] = {}
         for way, against in COMPARED:
-            asked = (way, *pair, given.img_size, cache, given.threads, given.device)
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                memory = pool.submit(peak_mem_mb, *asked).result()
+            if way not in memory:
+                asked = (way, *pair, given.img_size, cache, given.threads, given.device)
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    memory[way] = pool.submit(peak_mem_mb, *asked).result()
             ratio = median_interval([a / b for a, b in zip(took[against], took[way], strict=True)])
             pace = STEPS * BATCH / sorted(took[way])[given.blocks // 2]
             row: Row = {"student": student, "teacher": given.teacher, "way": way}
             row |= {"against": against, "ratio": ratio.median, "lo": ratio.lo, "hi": ratio.hi}
-            row |= {"images_per_s": pace, "epoch_s": IMAGES / pace, "peak_mem_mb": memory}
+            row |= {"images_per_s": pace, "epoch_s": IMAGES / pace, "peak_mem_mb": memory[way]}
             rows.append(row | {"blocks": given.blocks, "batch": BATCH})
     return rows

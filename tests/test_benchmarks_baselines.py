@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.baselines import jobs, prune
+from benchmarks.baselines import jobs, prune, variants
 from benchmarks.baselines.__main__ import build_parser, checked, main
 from benchmarks.baselines.archs import PUBLISHED, Side, Target
 from benchmarks.baselines.compare import SPENT, BaselineRow, HourBudget, pruned_row, shortcomings
@@ -106,7 +106,7 @@ def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
         **common,
         random_seed=0,
         weights=here,
-        variant=jobs.VARIANTS[2],
+        variant=variants.VARIANTS[2],
         budget=1000,
         setting=Setting(),
         threads=1,
@@ -173,10 +173,10 @@ def test_a_worker_process_runs_the_jobs(tmp_path: Path) -> None:
 def test_a_tool_that_is_not_installed_is_named_with_its_install_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert jobs.not_installed("json") is None
-    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
-    for variant in jobs.VARIANTS:
-        assert "pip install" in str(jobs.not_installed(variant.tool))
+    assert variants.not_installed("json") is None
+    monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
+    for variant in variants.VARIANTS:
+        assert "pip install" in str(variants.not_installed(variant.tool))
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -263,7 +263,7 @@ def test_a_narrowed_net_is_rebuilt_from_its_shapes_alone(tmp_path: Path) -> None
     model, example = family.build(arch, context), torch.randn(2, 3, 32, 32)
     before = prune.count(model)
     none: list[torch.Tensor | None] = [None for _ in model.parameters()]
-    for variant in jobs.VARIANTS[2:4]:
+    for variant in variants.VARIANTS[2:4]:
         pruned = prune.prune_by_ratio(model, example, variant, 0.3, none)
         again = prune.rebuild(family.build(arch, context), pruned.state_dict()).eval()
         with torch.no_grad():

@@ -12,16 +12,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.baselines.archs import PRUNING, PUBLISHED, Side, Target, sides_of, target_of
-from benchmarks.baselines.jobs import (
-    VARIANTS,
-    WORKER,
-    PrunedTrainJob,
-    PruneJob,
-    SeedJob,
-    not_installed,
-    prune,
-    train_pruned,
-)
+from benchmarks.baselines.jobs import WORKER, PrunedTrainJob, PruneJob, SeedJob, prune, train_pruned
+from benchmarks.baselines.variants import VARIANTS, not_installed
 from benchmarks.estimates import Floats, Interval, paired_interval, verdict
 from benchmarks.trainings import Trained, Training, TrainingPool, open_pool
 from nas.contract.state import Task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import shutil
 import sys
 import time
@@ -12,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.baselines.variants import Variant
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
 from nas.distill.jobs import StudentJob, finish_folder
@@ -29,50 +29,12 @@ if TYPE_CHECKING:
 GRADIENT_BATCHES = 8
 SCORE_BATCHES = 4
 """Batches that Taylor importance, and a score of FastNAS, look at."""
-INSTALL = {
-    "torch_pruning": "pip install -e '.[rivals]'",
-    "modelopt": "pip install nvidia-modelopt requests",
-}
-"""What the tools are installed by, under the name that they are imported by."""
 WORKER = (
     sys.executable,
     "-c",
     f"import sys; from nas.jobs.worker import main; sys.exit(main([{__name__!r}]))",
 )
 """The command of a worker process that runs these jobs too."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to prune: tool, importance, spread over the layers, and what becomes of the heads.
-
-    `heads`: `kept` (attention's inner widths are left alone), `dims` (the tool is told the number
-    of heads and narrows each) or `pruned` (whole heads go).
-    """
-
-    name: str
-    tool: str = "torch_pruning"
-    importance: str = "magnitude"
-    everywhere: bool = False
-    heads: str = "kept"
-
-
-VARIANTS = (
-    Variant("Torch-Pruning, as its example for timm", heads="dims"),
-    Variant("Torch-Pruning, whole heads", heads="pruned"),
-    Variant("Torch-Pruning, magnitude, local"),
-    Variant("Torch-Pruning, magnitude, global", everywhere=True),
-    Variant("Torch-Pruning, Taylor, local", importance="taylor"),
-    Variant("Torch-Pruning, Taylor, global", importance="taylor", everywhere=True),
-    Variant("ModelOpt FastNAS", tool="modelopt"),
-)
-
-
-def not_installed(tool: str) -> str | None:
-    """Return how to install a tool that is not there, None when it is."""
-    if importlib.util.find_spec(tool) is not None:
-        return None
-    return f"not run: {tool} is not installed; {INSTALL[tool]}"
 
 
 @dataclass(frozen=True, kw_only=True)

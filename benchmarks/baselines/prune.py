@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.baselines.jobs import Variant
+from benchmarks.baselines.variants import Variant
 
 CLOSE = 0.01
 """The search for a ratio ends when the net is at most this share below the budget."""

@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import space.family
 from nas.contract import contract
 from nas.inherit.slice import inherit
-from nas.jobs.queue import InlineExecutor
 from space import Context, InputError, get_family
 from space.contractions import Band, count_contractions, propose
 from space.family import Family
+from tests._inline import InlineExecutor
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 

@@ -15,8 +15,8 @@ from nas.export.weights import load_weights, save_weights
 from nas.inherit.__main__ import compare, main, table
 from nas.jobs.job import Result
 from nas.jobs.local import LocalExecutor
-from nas.jobs.queue import InlineExecutor
 from space import Context
+from tests._inline import InlineExecutor
 
 ARCH: dict[str, Any] = {
     "embed_dims": [32, 32, 64, 64],

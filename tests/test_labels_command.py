@@ -27,13 +27,13 @@ from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.distill.jobs import teach
 from nas.export.weights import save_weights
-from nas.jobs.queue import InlineExecutor
 from nas.labels.__main__ import main
 from nas.labels.api import build, merge, verify
 from nas.labels.build import find_contradicted
 from nas.labels.reader import LabelReader
 from nas.labels.store import dropped_keys, open_store
 from space.errors import InputError
+from tests._inline import InlineExecutor
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES: dict[str, Any] = {

@@ -19,12 +19,12 @@ from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.core.requirement import parse_requirement
 from nas.jobs.job import Job, Result
-from nas.jobs.queue import InlineExecutor
 from nas.measure.device_rows import OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import Disturbance
 from nas.measure.measurement_table import read_measurements
 from space import Arch, Context, InputError, get_family
+from tests._inline import InlineExecutor
 
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=10)

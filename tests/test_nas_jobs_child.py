@@ -101,7 +101,7 @@ def test_one_that_is_ended_says_nothing_more(echo: Heard) -> None:
 
 
 def test_one_with_patience_ends_by_itself(echo: Heard) -> None:
-    assert echo.child.end(patience_s=30.0) == 0
+    assert echo.child.end(grace_s=30.0) == 0
 
 
 def test_what_it_started_ends_with_it() -> None:
@@ -131,7 +131,7 @@ def test_one_that_has_much_to_say_can_leave_in_peace() -> None:
         "raise SystemExit(3)\n"
     )
     heard = Heard(code)
-    assert heard.child.end(patience_s=60.0) == 3
+    assert heard.child.end(grace_s=60.0) == 3
     assert heard.queue.empty()
 
 

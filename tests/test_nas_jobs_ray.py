@@ -31,7 +31,7 @@ from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Tick
 from nas.jobs.executor import make_executor
 from nas.jobs.job import LEAVES, READS, Job, Values
-from nas.jobs.transfer_files import Bundle, fetch, file_states, place_files, read_files
+from nas.jobs.transfer_files import Bundle, fetch, file_states, read_files, write_files
 from space.errors import InputError
 from tests.conftest import SMALL_ARCH, Finished
 
@@ -120,7 +120,7 @@ def test_a_folder_arrives_as_it_was_sent_and_changes_come_back(data: st.DataObje
         folder.mkdir()
         place.mkdir()
         files, more = tree(data), tree(data)
-        place_files(folder, files)
+        write_files(folder, files)
         (folder / ".lock").write_bytes(b"")
         loads: list[int] = []
 
@@ -128,14 +128,14 @@ def test_a_folder_arrives_as_it_was_sent_and_changes_come_back(data: st.DataObje
             loads.append(1)
             return reference
 
-        bundle = Bundle("name", None, read_files(folder))
+        bundle = Bundle("name", "", read_files(folder))
         there = fetch(bundle, place, load)
         assert fetch(bundle, place, load) == there
         assert read_files(there) == files
         assert len(loads) == 1
         before = file_states(there)
         new = {f"new-{name}": content for name, content in more.items()}
-        place_files(there, new)
+        write_files(there, new)
         assert read_files(there, before=before) == new
         top = {name: content for name, content in files.items() if "/" not in name}
         assert read_files(folder, top_only=True) == top
@@ -164,7 +164,7 @@ def test_a_file_arrives_under_its_own_name_and_a_broken_journey_leaves_nothing(
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", ""])
 def test_nothing_is_placed_outside(tmp_path: Path, name: str) -> None:
     with pytest.raises(AssertionError):
-        place_files(tmp_path / "out", {name: b""})
+        write_files(tmp_path / "out", {name: b""})
     assert not (tmp_path / "out").exists()
 
 

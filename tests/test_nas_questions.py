@@ -30,7 +30,6 @@ from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.distill.jobs import TrainJob, train
 from nas.jobs.job import Job, JobFunction, Result
-from nas.jobs.queue import InlineExecutor
 from nas.measure.interference import Disturbance
 from nas.report import status
 from nas.search.constraints import bench_setting, requirements_of
@@ -40,6 +39,7 @@ from nas.train.jobs import pace
 from space import Context, get_family
 from space.contractions import Band
 from space.errors import InputError
+from tests._inline import InlineExecutor
 
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=10)

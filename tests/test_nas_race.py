@@ -299,7 +299,7 @@ def _scratch_trainings(finished: Any) -> list[TrainJob]:
     """Return the argument of a scratch training on the finished run's data and labels."""
     from nas.contract import contract
     from nas.contract.state import Run
-    from nas.jobs.queue import InlineExecutor
+    from tests._inline import InlineExecutor
 
     found: list[TrainJob] = []
 

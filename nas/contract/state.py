@@ -331,9 +331,9 @@ class Run:
         job = replace(job, rung=rung)
         total = each * ((epochs if rung is None else rung) - done)
         # Weights that the user named stay on the driver's machine, and so does the job.
-        stays = init.startswith("file:")
+        driver_only = init.startswith("file:")
         return Task(
-            Job(jobs.train, job, name, float(total), stays=stays),
+            Job(jobs.train, job, name, float(total), driver_only=driver_only),
             out,
             total * self.image_cost(arch),
         )

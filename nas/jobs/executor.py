@@ -1,4 +1,4 @@
-"""Make the executor that a user asked for."""
+"""Make the executor that the settings ask for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from space.errors import refuse
 
 
 def visible_gpus() -> list[int]:
-    """Return the indices of the GPUs that this process may use, without a driver library."""
+    """Return the indices of the GPUs that this process may use; loads no driver library."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [int(text) for text in named.split(",") if text.strip().isdecimal()]
@@ -25,9 +25,9 @@ def visible_gpus() -> list[int]:
 
 
 def workers_for(config: ExecutorConfig, device: str) -> tuple[int, list[int]]:
-    """Return how many processes work here and which GPUs they take in turn.
+    """Return the number of workers, and the GPUs that they take in turn.
 
-    `cuda` without a number means every GPU there is; a single one needs no dealing out.
+    `cuda` without a number means every GPU; a single one is not assigned.
     """
     gpus = visible_gpus() if device == "cuda" else []
     gpus = gpus if len(gpus) > 1 else []
@@ -38,10 +38,7 @@ def workers_for(config: ExecutorConfig, device: str) -> tuple[int, list[int]]:
 def make_executor(
     config: ExecutorConfig, *, threads: int, device: str = "cpu", folder: Path | None = None
 ) -> Executor:
-    """Make the executor that a user asked for; its logs and records go to `folder`.
-
-    Raises InputError, as where Ray is not installed.
-    """
+    """Make the executor of `config`; its logs and attempts go to `folder`. Raises InputError."""
     workers, gpus = workers_for(config, device)
     record = None if folder is None else folder / RECORD
     options: dict[str, Any] = {
@@ -56,7 +53,7 @@ def make_executor(
             workers=workers, gpus=gpus, retries=config.retries, record=record, **options
         )
     if device not in ("cpu", "cuda"):
-        want = "cuda, as a cluster deals its GPUs out by itself"
+        want = "cuda, as a cluster assigns its GPUs itself"
         raise refuse("--device", f"{device} with --executor ray", want)
     from nas.jobs.ray import RayBackend
 

@@ -1,7 +1,7 @@
 """A job: a function with a frozen dataclass argument that another process can run.
 
-A job function is an ordinary function `f(argument, tick) -> values` in a `jobs.py` beside the code
-that it calls. It imports torch inside, so that whoever submits jobs need not load it.
+A job function is a function `f(argument, tick) -> values` in a `jobs.py` beside the code that it
+calls. It imports torch inside, so that the driver does not load it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from space.errors import InputError
 log = logging.getLogger(__name__)
 
 LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"
-"""What an executor leaves in a run's folder: logs by job, a line per attempt, the workers' own."""
+"""In a run's folder: the folder of logs by job, the attempts, and the log of the workers."""
 
 CHECKPOINT = "checkpoint.safetensors"
-"""What a rung leaves in its folder (`nas.distill.jobs.train`)."""
+"""The checkpoint in a rung's folder (`nas.distill.jobs.train`)."""
 
 SPENT = ("weights.safetensors", CHECKPOINT)
-"""Files of a finished job that may be gone: nothing starts from them any more."""
+"""Files of a finished job that may be deleted once no job starts from them."""
 
 A = TypeVar("A")
 Values = dict[str, Any]
@@ -41,21 +41,20 @@ JobFunction = Callable[[Any, Tick], Values]
 READS: Mapping[str, Any] = {"reads": True}
 """Metadata of a path field: the job reads this file or folder."""
 READS_LAST: Mapping[str, Any] = {"reads": True, "last": True}
-"""The job reads it, and no other job does."""
+"""The job reads it, and no later job does."""
 LEAVES: Mapping[str, Any] = {"leaves": True}
-"""The job leaves this folder; with such a field it may run on a machine with other files."""
+"""The job writes this folder; only a job with such a field runs on a cluster."""
 EXTENDS: Mapping[str, Any] = {"reads": True, "leaves": True, "top_only": True}
 """The job reads the files at the top of this folder and adds to it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A call of `function` with `argument` that some worker makes.
+    """A call of `function` with `argument` in a worker.
 
     `key` is unique within a run and safe as a file name; `units` is the expected work, for
-    progress. A `timed` job has its device to itself, and that is the measured one; a `fresh` one
-    has a process that did nothing before; one that `stays` runs on the driver's machine even where
-    a cluster works for it.
+    progress. A `timed` job has the measured device to itself; a `fresh` one gets a new process; a
+    `driver_only` one runs on the driver's machine, never on a cluster.
     """
 
     function: JobFunction
@@ -64,7 +63,7 @@ class Job:
     units: float = 0.0
     timed: bool = False
     fresh: bool = False
-    stays: bool = False
+    driver_only: bool = False
 
     if TYPE_CHECKING:  # a type checker compares the function's argument with what it is given
 
@@ -76,7 +75,7 @@ class Job:
             units: float = 0.0,
             timed: bool = False,
             fresh: bool = False,
-            stays: bool = False,
+            driver_only: bool = False,
         ) -> None: ...
 
     @property
@@ -86,7 +85,7 @@ class Job:
 
     @property
     def folder(self) -> str | None:
-        """The dotted name of the argument's field with the folder that the job leaves."""
+        """The dotted name of the argument's field with the folder that the job writes."""
         return next((name for name, (_, use) in self.files.items() if "leaves" in use), None)
 
     @property
@@ -122,9 +121,9 @@ def encode_job(job: Job) -> dict[str, Any]:
 
 
 def decode_job(data: Mapping[str, Any], modules: Sequence[str] = ()) -> Job:
-    """Build a job from `encode_job`'s JSON; raises ValueError for a function that is none.
+    """Build a job from `encode_job`'s JSON.
 
-    Functions are looked up in `nas.<package>.jobs` and in the further `modules` only.
+    Functions are looked up in `nas.<package>.jobs` and in `modules` only; another is a ValueError.
     """
     module, _, name = data["function"].partition(":")
     if not re.fullmatch(r"nas\.\w+\.jobs", module) and module not in modules:
@@ -152,7 +151,7 @@ def file_fields(argument: Any, prefix: str = "") -> dict[str, tuple[Path, Mappin
 
 
 def with_files(argument: Any, paths: Mapping[str, Path]) -> Any:
-    """Return an argument with other paths in some of its fields, by dotted name."""
+    """Return an argument with some of its paths replaced, by dotted name."""
     changes: dict[str, Any] = {}
     for dotted, path in paths.items():
         name, _, rest = dotted.partition(".")
@@ -162,7 +161,7 @@ def with_files(argument: Any, paths: Mapping[str, Path]) -> Any:
 
 
 def run_job(job: Job, tick: Tick = no_tick) -> Result:
-    """Do one job. Whatever goes wrong becomes a failed result with a reason in one line."""
+    """Run one job; an exception becomes a failed result with a reason in one line."""
     started = time.monotonic()
     try:
         values = job.function(job.argument, tick)
@@ -172,7 +171,7 @@ def run_job(job: Job, tick: Tick = no_tick) -> Result:
         return Result(job.key, False, {}, "out of memory", _since(started))
     except Exception as error:
         full = disk_refusal(error)
-        if full is not None:  # no candidate's fault: the run stops, and goes on where there is room
+        if full is not None:  # not the candidate's fault: the run stops and can be resumed
             return Result(job.key, False, {"input_error": True}, str(full), _since(started))
         log.debug("job %s failed", job.key, exc_info=True)
         traceback.print_exc()
@@ -181,7 +180,7 @@ def run_job(job: Job, tick: Tick = no_tick) -> Result:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory ran out, on a CPU or a GPU."""
+    """Return whether an exception says that memory ran out, on a CPU or a GPU."""
     text = str(error).lower()
     known = ("out of memory", "can't allocate memory", "failed to allocate", "bad_alloc")
     return isinstance(error, MemoryError) or any(words in text for words in known)
@@ -200,7 +199,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def log_of(job: str) -> str:
-    """Name the log of a job, as its row does: a path in the run's folder."""
+    """Return the path of a job's log in the run's folder."""
     return f"{LOGS}/{job}.log"
 
 
@@ -209,9 +208,9 @@ def _failure(out: Path) -> Path:
 
 
 def finished_before(out: Path, key: str) -> Result | None:
-    """Return the result that an earlier process of a run left in `out`, if it is all there.
+    """Return the result that an earlier process of a run left in `out`, if it is complete.
 
-    A folder that is there in part is removed, to be made again. Raises InputError.
+    An incomplete folder is removed. Raises InputError where a file is damaged.
     """
     path = out / "result.json"
     if not path.is_file():
@@ -229,7 +228,7 @@ def finished_before(out: Path, key: str) -> Result | None:
 
 
 def failed_before(out: Path) -> Result | None:
-    """Return that the job of `out` failed, if it did: an outcome. Raises InputError."""
+    """Return the failure of the job of `out`, if it failed. Raises InputError."""
     path = _failure(out)
     if not path.exists():
         return None
@@ -238,6 +237,6 @@ def failed_before(out: Path) -> Result | None:
 
 
 def keep_failure(out: Path, result: Result) -> None:
-    """Keep beside `out` that its job failed, for a resumed run to find."""
+    """Write beside `out` that its job failed, for a resumed run."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(_failure(out), {"reason": result.reason, "seconds": result.seconds})

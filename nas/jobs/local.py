@@ -1,4 +1,4 @@
-"""Worker processes of this machine, each pinned to its cores or GPU, which may die alone."""
+"""Run jobs in worker processes of this machine, each pinned to its cores or GPU."""
 
 from __future__ import annotations
 
@@ -20,41 +20,38 @@ from typing import IO, Any
 import nas
 from nas.jobs.job import Job, Result, encode_job
 from nas.jobs.queue import Ended, Event, Executor, Lost, Progress
+from nas.jobs.worker import Message, usable_cores
 from space.errors import refuse
 
-START_S, ENDING_S = 300.0, 5.0
-"""How long a worker may take to load its libraries before a job's limit begins, and to end after
-its output ended."""
+START_S, EXIT_S = 300.0, 5.0
+"""Seconds that a worker may load its libraries before a job's limit begins, and that it may run on
+after it closed its output."""
 
 SILENT_S, KILLED_S = 1.0, 30.0
-"""How long after a process's end its last lines may arrive, and how long the system may take to end
-one that was killed."""
+"""Seconds in which the last lines of an ended process arrive, and in which a killed one ends."""
 
-NO_ROOM = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""Errors of a system that has no more processes, memory or files for us."""
-
-Message = dict[str, Any]
+EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of a system without free processes, memory or files."""
 
 
 class Child:
-    """A process that reads and writes JSON lines; other lines are left out.
+    """A process that reads and writes JSON lines; other lines are ignored.
 
-    `hear` is called from a thread of its own with each message, and with None after the last one,
-    but not after `end`. What the process prints goes to the file `log`, where there is one.
-    `environment` is added to ours. Raises OSError where the process cannot be started, InputError
-    where the system has no room for one more.
+    Until `end`, a thread calls `on_message` with each message, and with None after the last. The
+    process prints to `log`, if given; `environment` is added to ours. Raises OSError where it
+    cannot be started, InputError where the system allows no further process.
     """
 
     def __init__(
         self,
         command: Sequence[str],
-        hear: Callable[[Child, Message | None], None],
+        on_message: Callable[[Child, Message | None], None],
         *,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
     ) -> None:
         printed: IO[bytes] | int = subprocess.DEVNULL if log is None else log.open("ab")
-        root = str(Path(nas.__file__).resolve().parent.parent)  # the child runs this very code
+        root = str(Path(nas.__file__).resolve().parent.parent)  # the child imports this same code
         path = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         try:
             self._process = subprocess.Popen(
@@ -69,22 +66,22 @@ class Child:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
             )
         except OSError as error:
-            if error.errno in NO_ROOM:
-                raise _no_room(error.strerror) from None
+            if error.errno in EXHAUSTED:
+                raise _exhausted(error.strerror) from None
             raise
         finally:
             if not isinstance(printed, int):
                 printed.close()
-        self._hear = hear
-        self._over = False
+        self._on_message = on_message
+        self._ended = False
         self._silent_since: float | None = None
-        self._orders: SimpleQueue[str | None] = SimpleQueue()
+        self._lines: SimpleQueue[str | None] = SimpleQueue()
         try:
             for work in (self._write, self._read):
                 threading.Thread(target=work, daemon=True).start()
         except RuntimeError as error:
             self.end()
-            raise _no_room(str(error)) from None
+            raise _exhausted(str(error)) from None
 
     @property
     def alive(self) -> bool:
@@ -92,13 +89,13 @@ class Child:
         return self._process.poll() is None
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a line; returns at once, also where the process is gone or does not read."""
-        self._orders.put(json.dumps(message) + "\n")
+        """Send a message; returns at once, even where the process ended or does not read."""
+        self._lines.put(json.dumps(message) + "\n")
 
     def gone(self) -> bool:
-        """Tell whether the process ended and no more lines will arrive.
+        """Return whether the process ended and no more messages will arrive.
 
-        A child of its own may hold its end of the pipe, so its output may never end.
+        A child of its own may hold the pipe open, so the end of its output may never come.
         """
         if self.alive:
             return False
@@ -108,21 +105,21 @@ class Child:
         return now - self._silent_since > SILENT_S
 
     def wait(self, timeout_s: float) -> bool:
-        """Wait for its end; True where it came."""
+        """Wait for its end; returns whether it ended."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=timeout_s)
         return not self.alive
 
-    def end(self, patience_s: float = 0.0) -> int:
-        """Close its input, let it end by itself for so long, then kill it and all that it started.
+    def end(self, grace_s: float = 0.0) -> int:
+        """Close its input, wait up to `grace_s`, then kill its process group.
 
-        Returns its exit status, below zero for the signal that ended it.
+        Returns its exit status, negative for a signal.
         """
-        self._over = True
-        self._orders.put(None)
-        if patience_s:
-            self.wait(patience_s)
-        # The whole group: a child that a library forked would hold our pipe open for ever.
+        self._ended = True
+        self._lines.put(None)
+        if grace_s:
+            self.wait(grace_s)
+        # The whole group: a child that a library forked would keep our pipe open.
         with contextlib.suppress(OSError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.wait(KILLED_S)
@@ -130,10 +127,10 @@ class Child:
         return -signal.SIGKILL if code is None else code
 
     def _write(self) -> None:
-        """Send lines in a thread, so that a child that does not read holds up nobody."""
+        """Write lines, in a thread of its own: a child that does not read blocks no caller."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
-            while (line := self._orders.get()) is not None:
+            while (line := self._lines.get()) is not None:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
         with contextlib.suppress(OSError, ValueError):
@@ -146,37 +143,35 @@ class Child:
                 message = None
                 with contextlib.suppress(ValueError):
                     message = json.loads(line)
-                if isinstance(message, dict) and not self._over:
-                    self._hear(self, message)
-        if not self._over:
-            self._hear(self, None)
+                if isinstance(message, dict) and not self._ended:
+                    self._on_message(self, message)
+        if not self._ended:
+            self._on_message(self, None)
 
 
-def _no_room(reason: str | None) -> Exception:
+def _exhausted(reason: str | None) -> Exception:
     want = "limits that allow one more (ulimit -n, ulimit -u)"
-    return refuse("a process of ours", f"none from the system ({reason})", want, "fewer --workers")
+    return refuse("a worker process", f"none from the system ({reason})", want, "fewer --workers")
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Return the environment of a process that does jobs, beside what there is."""
+    """Return the environment variables that a process that runs jobs needs."""
     return {
         # One pool of the asked size; nested pools would change the bits and the timings.
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # Threads that spin while they wait can starve each other when other processes take
-        # the cores; asleep at once, they are slow on a quiet machine. A short spin lies
-        # between.
+        # Threads that spin while they wait starve each other on busy cores; those that sleep at
+        # once are slow on a quiet machine.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
     }
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerOptions:
-    """How worker processes run: `threads` each, a job at most `limit_s` seconds.
+    """The settings of worker processes: `threads` each, at most `limit_s` seconds a job.
 
-    A worker may not take more than `memory_bytes` (data, not files that are mapped). `log` receives
-    what workers print; with `logs`, a folder, what they print during a job goes to `<its key>.log`
-    there. `command` starts a worker other than `nas.jobs.worker`.
+    `memory_bytes` limits a worker's data (not mapped files). Workers print to `log`, and during a
+    job to `<key>.log` in the folder `logs`, if given. `command` starts a worker.
     """
 
     threads: int
@@ -190,9 +185,8 @@ class WorkerOptions:
 class LocalExecutor(Executor):
     """Runs jobs in `workers` processes of this machine; `more` are fields of `WorkerOptions`.
 
-    A worker that dies takes nothing else along, and the next job gets a fresh one. Several workers
-    are each pinned to cores of their own as far as there are enough (but not while they time), and
-    to one of `gpus` (their indices) in turn. See `Executor` for `retries` and `record`.
+    A worker that dies is replaced, and the others go on. Several workers are each pinned to cores
+    of their own if there are enough (not in a timed job), and to one of `gpus` (indices) in turn.
     """
 
     def __init__(
@@ -216,7 +210,7 @@ class _Task:
 
 
 class LocalBackend:
-    """The worker processes of a `LocalExecutor`; started when they are needed."""
+    """The worker processes of a `LocalExecutor`, each started when it is first needed."""
 
     def __init__(self, options: WorkerOptions, workers: int = 1, gpus: Sequence[int] = ()) -> None:
         self._limit_s = options.limit_s
@@ -228,27 +222,27 @@ class LocalBackend:
         ]
 
     def has_slot(self, job: Job) -> bool:
-        """Tell whether a worker is idle."""
+        """Return whether a worker is idle."""
         return any(worker.task is None for worker in self._workers)
 
     def start(self, job: Job, attempt: int) -> None:
         """Give a job to an idle worker."""
         idle = [worker for worker in self._workers if worker.task is None]
-        # One that runs already has its libraries loaded; all that is timed has one device.
+        # A running one has its libraries loaded; timed jobs share one worker and so one device.
         worker = idle[0] if job.timed else next((w for w in idle if w.alive), idle[0])
         if job.fresh:
             worker.end()
         worker.take(_Task(job, attempt, time.monotonic()))
 
     def cancel(self, key: str, attempt: int) -> None:
-        """End the worker that does this."""
+        """End the worker that runs an attempt."""
         for worker in self._workers:
             task = worker.task
             if task is not None and (task.job.key, task.attempt) == (key, attempt):
                 worker.end()
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """Return the workers' messages, and which of them died or took too long."""
+        """Return the workers' messages, and the attempts whose worker died or took too long."""
         events: list[Event] = []
         with contextlib.suppress(Empty):
             events += self._events(*self._messages.get(timeout=timeout_s))
@@ -260,11 +254,7 @@ class LocalBackend:
                 continue
             seconds, limit = time.monotonic() - task.since, self._limit_s
             if limit is not None and seconds > (limit if worker.ready else max(limit, START_S)):
-                worker.end()
-                reason = f"no end after {limit:g} s (--job-minutes)"
-                events.append(
-                    Lost(task.job.key, task.attempt, reason, worker.name, seconds, late=True)
-                )
+                events.append(worker.lost(f"no end after {limit:g} s (--job-minutes)", late=True))
             elif worker.child is not None and worker.child.gone():
                 events.append(worker.died())
         return events
@@ -274,13 +264,10 @@ class LocalBackend:
         if task is None or child is not worker.child:
             return []
         if message is None:
-            if child.wait(ENDING_S):
+            if child.wait(EXIT_S):
                 return [worker.died()]
-            worker.end()
-            reason = "the worker closed its output, but did not end"
-            seconds = time.monotonic() - task.since
-            return [Lost(task.job.key, task.attempt, reason, worker.name, seconds)]
-        if "ready" in message:  # its start is not the job's time
+            return [worker.lost("the worker closed its output, but did not end")]
+        if "ready" in message:  # its start does not count as the job's time
             task.since = time.monotonic()
             worker.ready = True
             return []
@@ -293,7 +280,7 @@ class LocalBackend:
         return [Ended(key, attempt, Result(**message["result"]), worker.name)]
 
     def release(self) -> None:
-        """End the workers that are idle: the next job gets a fresh one."""
+        """End the idle workers; the next job gets a fresh one."""
         for worker in self._workers:
             if worker.task is None:
                 worker.end()
@@ -304,25 +291,22 @@ class LocalBackend:
             worker.end()
 
 
-def _cores(threads: int, workers: int) -> list[list[int] | None]:
-    """Deal the usable cores out; a single worker, or too many of them, may use all."""
-    try:
-        usable = sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return [None] * workers
+def _cores(threads: int, workers: int) -> list[list[int]]:
+    """Return the cores of each worker; none where it is not pinned."""
+    usable = usable_cores()
     if workers == 1 or workers * threads > len(usable):
-        return [None] * workers
+        return [[]] * workers
     return [usable[n * threads : (n + 1) * threads] for n in range(workers)]
 
 
 class _Worker:
-    """One process that does one job at a time."""
+    """One process that runs one job at a time."""
 
     def __init__(
         self,
         number: int,
         options: WorkerOptions,
-        cores: list[int] | None,
+        cores: list[int],
         gpu: int | None,
         messages: Queue[tuple[_Worker, Child, Message | None]],
     ) -> None:
@@ -341,13 +325,13 @@ class _Worker:
         return self.child is not None and self.child.alive
 
     def take(self, task: _Task) -> None:
-        """Begin a job, in a fresh process where there is none."""
+        """Start a job, in a new process where none runs."""
         self.task = task
         log = self._log_of(task.job) if self._options.logs is not None else None
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         more = {"attempt": task.attempt, "log": log and str(log)}
-        # A worker that is dead already is found out by `poll`.
+        # `poll` notices a worker that is dead already.
         self._running().send({**encode_job(task.job), **more})
 
     def _log_of(self, job: Job) -> Path | None:
@@ -355,7 +339,7 @@ class _Worker:
         return self._options.log if logs is None else logs / f"{job.key}.log"
 
     def died(self) -> Lost:
-        """Clear away a process that ended, and tell how it did."""
+        """Return that the attempt was lost as the process ended, and how it did."""
         task = self.task
         assert task is not None
         code = self._end()
@@ -368,11 +352,18 @@ class _Worker:
         log = self._log_of(task.job)
         if log is not None:
             reason += f" (see {log.name})"
-        self.task = None
-        return Lost(task.job.key, task.attempt, reason, self.name, time.monotonic() - task.since)
+        return self.lost(reason)
+
+    def lost(self, reason: str, *, late: bool = False) -> Lost:
+        """End the process; returns that its attempt was lost."""
+        task = self.task
+        assert task is not None
+        self.end()
+        seconds = time.monotonic() - task.since
+        return Lost(task.job.key, task.attempt, reason, self.name, seconds, late=late)
 
     def end(self) -> None:
-        """End the process, if there is one, with all that it started; its job is forgotten."""
+        """End the process, if one runs, with all that it started."""
         self.task = None
         self._end()
 

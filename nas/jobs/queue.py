@@ -1,24 +1,23 @@
-"""Run jobs on a backend: in order, each again where its worker was lost, results as they end."""
+"""Run jobs on a backend: in order, retrying those whose worker was lost."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nas.core.progress import Tick, no_tick
 from nas.core.table import Writer
-from nas.jobs.job import Job, Result, run_job
+from nas.jobs.job import Job, Result
 
 KeyTick = Callable[[str, float], None]
-"""Called with a job's key and the units of it that were finished since the last call."""
+"""Called with a job's key and the units of it that finished since the last call."""
 
 ATTEMPT_COLUMNS = ("job", "attempt", "where", "when", "seconds", "outcome", "reason")
 """Columns of `attempts.csv`; `outcome` is `done`, `failed`, `lost`, `late` or `cancelled`."""
@@ -33,12 +32,12 @@ def no_key_tick(key: str, units: float) -> None:
 
 
 class OutOfTime(Exception):
-    """The deadline came before the jobs were done; their work is lost, nothing else."""
+    """The deadline passed before the jobs ended; only their work is lost."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Units of an attempt that are finished."""
+    """Further units of an attempt that finished."""
 
     key: str
     attempt: int
@@ -47,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ended:
-    """An attempt that came to its end, well or not: the job's own doing."""
+    """An attempt whose function returned or raised."""
 
     key: str
     attempt: int
@@ -57,9 +56,9 @@ class Ended:
 
 @dataclass(frozen=True)
 class Lost:
-    """An attempt whose worker or node went away, or that was `late`: not the job's doing.
+    """An attempt whose worker or node died, or that exceeded its time limit (`late`).
 
-    One that is `final` is not tried again: the backend has done so.
+    With `final` it is not retried: the backend has done so.
     """
 
     key: str
@@ -75,31 +74,31 @@ Event = Progress | Ended | Lost
 
 
 class Backend(Protocol):
-    """Where attempts run. Nothing blocks but `poll`, and that no longer than it is told."""
+    """Where attempts run. Only `poll` blocks, and no longer than its timeout."""
 
     def has_slot(self, job: Job) -> bool:
-        """Tell whether a job could start now."""
+        """Return whether a job can start now."""
 
     def start(self, job: Job, attempt: int) -> None:
         """Start an attempt."""
 
     def cancel(self, key: str, attempt: int) -> None:
-        """End an attempt; no event tells of it afterwards."""
+        """End an attempt; no event of it follows."""
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Wait for events, and return them."""
 
     def release(self) -> None:
-        """Free the memory and cores that nothing uses now."""
+        """End idle processes."""
 
     def close(self) -> None:
         """End everything."""
 
 
 class JobQueue:
-    """Jobs that wait and run: which one starts next, and whether a lost one is tried again.
+    """Waiting and running jobs: which starts next, and whether a lost one is retried.
 
-    Jobs start in the order given; a lost one is tried again before all that wait, up to `retries`
+    Jobs start in the order given; a lost one is retried before all that wait, up to `retries`
     times. A timed job starts when nothing runs, and nothing starts beside it.
     """
 
@@ -110,7 +109,7 @@ class JobQueue:
         self._retries = retries
 
     def next(self, has_slot: Callable[[Job], bool]) -> tuple[Job, int] | None:
-        """Start a job: return it and the number of its attempt, None where none can start."""
+        """Start a job; returns it and the number of its attempt, None if none can start."""
         if not self._waiting or any(job.timed for job in self.running.values()):
             return None
         job = self._waiting[0]
@@ -122,7 +121,7 @@ class JobQueue:
         return job, attempt
 
     def is_running(self, key: str, attempt: int) -> bool:
-        """Tell whether this attempt of a job runs."""
+        """Return whether this attempt of a job runs."""
         return key in self.running and self._attempts[key] == attempt
 
     def attempts(self, key: str) -> int:
@@ -130,11 +129,11 @@ class JobQueue:
         return self._attempts.get(key, 0)
 
     def finished(self, key: str) -> None:
-        """Forget a job whose attempt ended."""
+        """Remove a job whose attempt ended."""
         del self.running[key]
 
     def lost(self, key: str, *, final: bool = False) -> bool:
-        """Return whether a job whose attempt was lost is tried again."""
+        """Remove a job whose attempt was lost, or queue it again; returns whether it is retried."""
         job = self.running.pop(key)
         again = not final and self._attempts[key] <= self._retries
         if again:
@@ -142,27 +141,12 @@ class JobQueue:
         return again
 
 
-class _Progress:
-    """Passes units on; of several attempts the furthest counts: work done twice is no progress."""
-
-    def __init__(self, tick: KeyTick) -> None:
-        self._tick = tick
-        self._done: dict[str, float] = {}
-        self._own: dict[tuple[str, int], float] = {}
-
-    def add(self, event: Progress) -> None:
-        which, before = (event.key, event.attempt), self._done.get(event.key, 0.0)
-        self._own[which] = own = self._own.get(which, 0.0) + event.units
-        self._done[event.key] = max(before, own)
-        self._tick(event.key, max(0.0, own - before))
-
-
 class Executor:
     """Runs jobs on a backend.
 
-    A job that raises or refuses is a failed `Result` with a reason in one line; one whose worker
-    died is tried again up to `retries` times, and is a failed result after that. Every attempt
-    becomes a line of `record` (`attempts.csv`), where there is one: a log that nothing reads back.
+    A job that raises is a failed `Result` with a reason in one line; one whose worker died is
+    retried up to `retries` times, and fails after that. Each attempt is a line of `record`
+    (`attempts.csv`), if there is one: a log that no code reads.
     """
 
     def __init__(self, backend: Backend, *, retries: int = 0, record: Path | None = None) -> None:
@@ -193,15 +177,16 @@ class Executor:
         deadline: float | None = None,
         heartbeat: Callable[[], None] | None = None,
     ) -> Iterator[Result]:
-        """Run jobs with different keys; gives their results as they end, in any order.
+        """Run jobs with different keys; yields their results as they end, in any order.
 
-        `deadline` is on `time.monotonic()`; past it all is ended and `OutOfTime` raised.
-        `heartbeat` is called a few times a second while waiting. A consumer that stops early ends
-        the jobs that run.
+        `deadline` is on `time.monotonic()`; past it the jobs are ended and `OutOfTime` is raised.
+        `heartbeat` is called a few times a second. A consumer that stops early ends what runs.
         """
         left = {job.key for job in jobs}
-        assert len(left) == len(jobs), "two jobs of one name"
-        queue, progress = JobQueue(jobs, self._retries), _Progress(tick)
+        assert len(left) == len(jobs), "two jobs with one key"
+        queue = JobQueue(jobs, self._retries)
+        units = defaultdict[tuple[str, int], float](float)  # by key and attempt
+        furthest = defaultdict[str, float](float)
         try:
             while left:
                 if deadline is not None and time.monotonic() >= deadline:
@@ -214,7 +199,11 @@ class Executor:
                     if not queue.is_running(event.key, event.attempt):
                         continue
                     if isinstance(event, Progress):
-                        progress.add(event)
+                        key, before = event.key, furthest[event.key]
+                        units[key, event.attempt] += event.units
+                        # Work that a retry repeats is no progress.
+                        furthest[key] = max(before, units[key, event.attempt])
+                        tick(key, furthest[key] - before)
                     elif (result := self._ended(queue, event)) is not None:
                         left.discard(event.key)
                         yield result
@@ -222,10 +211,10 @@ class Executor:
             for key in queue.running:
                 attempt = queue.attempts(key)
                 self._backend.cancel(key, attempt)
-                self._write(key, attempt, "", 0.0, "cancelled", "nobody waits for it any more")
+                self._write(key, attempt, "", 0.0, "cancelled", "its result is no longer wanted")
 
     def _ended(self, queue: JobQueue, event: Ended | Lost) -> Result | None:
-        """Write an attempt down; returns the job's result unless it is tried again."""
+        """Record an attempt; returns the job's result unless it is retried."""
         key, attempt = event.key, event.attempt
         if isinstance(event, Ended):
             queue.finished(key)
@@ -244,11 +233,11 @@ class Executor:
         return Result(key, False, {}, reason, event.seconds)
 
     def release(self) -> None:
-        """Free memory and cores; nothing runs."""
+        """End idle processes, which frees their memory and cores."""
         self._backend.release()
 
     def close(self) -> None:
-        """End everything. The next job starts anew."""
+        """End everything; a later job starts new processes."""
         self._backend.close()
 
     def __enter__(self: Self) -> Self:
@@ -268,44 +257,6 @@ class Executor:
         if not self._record.exists():
             writer.writeheader()
         writer.writerow([key, attempt, where, now, round(seconds, 3), outcome, reason])
-        # A log: a full disk is found out by what matters.
+        # Only a log: a full disk is reported by what a run needs.
         with contextlib.suppress(OSError), self._record.open("a", encoding="utf-8") as file:
             file.write(out.getvalue())
-
-
-class InlineExecutor(Executor):
-    """Runs jobs in this process: for tests and debuggers. A crash takes the run along."""
-
-    def __init__(self) -> None:
-        """Nothing to prepare."""
-
-    def run(
-        self,
-        job: Job,
-        *,
-        tick: Tick = no_tick,
-        deadline: float | None = None,
-        heartbeat: Callable[[], None] | None = None,
-    ) -> Result:
-        """Run one job here; the deadline is looked at before it starts only."""
-        if deadline is not None and time.monotonic() >= deadline:
-            raise OutOfTime(job.key)
-        return run_job(job, tick)
-
-    def stream(
-        self,
-        jobs: Sequence[Job],
-        *,
-        tick: KeyTick = no_key_tick,
-        deadline: float | None = None,
-        heartbeat: Callable[[], None] | None = None,
-    ) -> Iterator[Result]:
-        """Run jobs here, in the order given."""
-        for job in jobs:
-            yield self.run(job, tick=partial(tick, job.key), deadline=deadline)
-
-    def release(self) -> None:
-        """Nothing to free."""
-
-    def close(self) -> None:
-        """Nothing to end."""

@@ -1,4 +1,4 @@
-"""Send files to the nodes of a cluster and back: each reaches a node once, whole or not at all."""
+"""Send files to the nodes of a cluster and back; each is sent to a node once, and written whole."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ State = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Bundle:
-    """A file or folder on its way: a name that no other state has, and a reference to its bytes.
+    """A file or folder to send: a unique name of its state, and a reference to its bytes.
 
-    `file` is the name of a file that travels alone, None for a folder.
+    `file` is the name of a single file, empty for a folder.
     """
 
     name: str
-    file: str | None
+    file: str
     reference: Any
 
 
 def file_states(path: Path, *, top_only: bool = False) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of a file, or of the files of a folder, by relative name.
+    """Return size and modification time of a file, or of a folder's files by relative name.
 
-    Hidden files (locks, leftovers) and, with `top_only`, folders are left out. Raises
+    Skips hidden files (locks, temporary ones) and, with `top_only`, subfolders. Raises
     FileNotFoundError.
     """
-    if not path.exists():
-        raise FileNotFoundError(path)
+    path.stat()
     found = [path] if path.is_file() else path.iterdir() if top_only else path.rglob("*")
     files = [p for p in found if p.is_file() and not p.name.startswith(".")]
     stats = {(p.name if p == path else p.relative_to(path).as_posix()): p.stat() for p in files}
@@ -50,8 +49,8 @@ def read_files(
     return {n: (folder / n).read_bytes() for n, state in states.items() if known.get(n) != state}
 
 
-def place_files(out: Path, files: Mapping[str, bytes]) -> None:
-    """Write files: a new folder at once, an existing one file by file, whole."""
+def write_files(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write files: a new folder atomically, into an existing one each file atomically."""
     for name in files:
         inside = name and ".." not in Path(name).parts and not Path(name).is_absolute()
         assert inside, name
@@ -64,17 +63,14 @@ def place_files(out: Path, files: Mapping[str, bytes]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent) as base:
         aside = Path(base, out.name)
         aside.mkdir()
-        place_files(aside, files)
+        write_files(aside, files)
         aside.replace(out)
 
 
-def fetch(bundle: Bundle, place: Path, load: Callable[[Any], Mapping[str, bytes]]) -> Path:
-    """Return where a node keeps a bundle under `place`, loading it where it is not there yet.
-
-    Safe in several processes at once.
-    """
-    folder = place / bundle.name
-    with FileLock(place / f"{bundle.name}.lock"):
+def fetch(bundle: Bundle, cache: Path, load: Callable[[Any], Mapping[str, bytes]]) -> Path:
+    """Return the path of a bundle under `cache`, loaded once for all processes of a node."""
+    folder = cache / bundle.name
+    with FileLock(cache / f"{bundle.name}.lock"):
         if not folder.is_dir():
-            place_files(folder, load(bundle.reference))
-    return folder if bundle.file is None else folder / bundle.file
+            write_files(folder, load(bundle.reference))
+    return folder / bundle.file

@@ -1,7 +1,7 @@
-"""A worker process: takes jobs as JSON lines on standard input, answers on standard output.
+"""A worker process: reads jobs as JSON lines from standard input, answers on standard output.
 
-It ends when its driver does: the end of its standard input stops it, whatever it is doing, so a
-driver that is killed leaves no orphan. Everything that libraries print goes to standard error.
+The end of its standard input ends it at once, so a killed driver leaves no orphan. What libraries
+print goes to standard error.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from nas.core.progress import Tick
 from nas.jobs.job import decode_job, run_job
 
 TICK_S = 0.2
-"""How often progress is reported."""
+"""Seconds between reports of progress."""
 
 Message = dict[str, Any]
-Say = Callable[[Message], None]
+Send = Callable[[Message], None]
 
 
-def open_pipes(patience_s: float = 0.0) -> tuple[Say, Queue[Message | None]]:
-    """Return a function that sends a line to the driver, and the lines that the driver sends.
+def open_pipes(grace_s: float = 0.0) -> tuple[Send, Queue[Message | None]]:
+    """Return a function that sends a message to the driver, and the queue of the driver's.
 
-    After the last line comes None, and after `patience_s` more the process ends.
+    None follows the last message, and `grace_s` seconds later the process ends.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides what Ctrl-C means
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not reach the driver
+    os.dup2(2, 1)  # the driver reads messages only
     lines: Queue[Message | None] = Queue()
 
     def read() -> None:
@@ -45,22 +45,22 @@ def open_pipes(patience_s: float = 0.0) -> tuple[Say, Queue[Message | None]]:
             with contextlib.suppress(ValueError):  # the last line of a driver that was killed
                 lines.put(json.loads(line))
         lines.put(None)
-        time.sleep(patience_s)
+        time.sleep(grace_s)
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
 
-    def say(message: Message) -> None:
+    def send(message: Message) -> None:
         print(json.dumps(message), file=out, flush=True)
 
-    return say, lines
+    return send, lines
 
 
-def collected(tick: Tick, every_s: float) -> tuple[Tick, Callable[[], None]]:
-    """Return a tick that passes units on at most every so many seconds, and one for the rest."""
+def throttled(tick: Tick, every_s: float) -> tuple[Tick, Callable[[], None]]:
+    """Return a tick that reports the sum at most every `every_s`, and a flush of the rest."""
     held, last = 0.0, time.monotonic()
 
-    def rest() -> None:
+    def flush() -> None:
         nonlocal held, last
         if held:
             tick(held)
@@ -70,13 +70,13 @@ def collected(tick: Tick, every_s: float) -> tuple[Tick, Callable[[], None]]:
         nonlocal held
         held += units
         if time.monotonic() - last >= every_s:
-            rest()
+            flush()
 
-    return add, rest
+    return add, flush
 
 
 def limit_memory(memory_bytes: int | None) -> None:
-    """Let too much memory be this process's end, not the driver's nor another worker's."""
+    """Let the system end this process first where memory runs out, and limit its data."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
         score.write("900")
     if memory_bytes is not None:
@@ -88,7 +88,7 @@ def limit_memory(memory_bytes: int | None) -> None:
 
 @contextlib.contextmanager
 def printing_to(path: Path | None, header: str = "") -> Iterator[None]:
-    """Let what libraries print go to a file meanwhile, below a header."""
+    """Redirect what this process and its libraries print to a file, below a header."""
     kept = [os.dup(1), os.dup(2)]
     try:
         if path is not None:
@@ -107,15 +107,16 @@ def printing_to(path: Path | None, header: str = "") -> Iterator[None]:
             os.close(handle)
 
 
-def _usable() -> list[int] | None:
+def usable_cores() -> list[int]:
+    """Return the cores that this process may use; empty on a system that does not tell."""
     try:
         return sorted(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return None
+    except AttributeError:
+        return []
 
 
-def _pin(cores: list[int] | None) -> None:
-    """Move this process, all of its threads, to some cores; a timed job has them all."""
+def _pin(cores: Sequence[int]) -> None:
+    """Pin all threads of this process to some cores."""
     if not cores:
         return
     with contextlib.suppress(AttributeError, OSError):
@@ -123,35 +124,35 @@ def _pin(cores: list[int] | None) -> None:
             os.sched_setaffinity(int(thread), cores)
 
 
-def _do(message: Message, say: Say, modules: Sequence[str]) -> None:
-    """Run a job, and send its progress and its result."""
+def _serve(message: Message, send: Send, modules: Sequence[str]) -> None:
+    """Run a job; sends its progress and its result."""
     which = {"key": message["key"], "attempt": message["attempt"]}
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     about = f"{message['function']} {which['key']}, attempt {which['attempt']}"
     log = None if message["log"] is None else Path(message["log"])
-    tick, rest = collected(lambda units: say({**which, "tick": units}), TICK_S)
+    tick, flush = throttled(lambda units: send({**which, "tick": units}), TICK_S)
     with printing_to(log, f"-- {now} {about}, process {os.getpid()}\n"):
         result = run_job(decode_job(message, modules), tick)
-    rest()
-    say({**which, "result": asdict(result)})
+    flush()
+    send({**which, "result": asdict(result)})
 
 
 def main(modules: Sequence[str] = ()) -> int:
-    """Serve jobs until standard input ends; `modules` are further ones whose functions it runs."""
-    say, lines = open_pipes()
-    hello = lines.get()
-    assert hello is not None
-    cores, every = hello.get("cores"), _usable()
+    """Serve jobs until standard input ends; `modules` are more modules with job functions."""
+    send, lines = open_pipes()
+    options = lines.get()
+    assert options is not None
+    cores, every = options["cores"], usable_cores()
     _pin(cores)
-    limit_memory(hello.get("memory_bytes"))
+    limit_memory(options["memory_bytes"])
     import torch
 
-    torch.set_num_threads(int(hello["threads"]))
-    say({"ready": os.getpid()})
+    torch.set_num_threads(int(options["threads"]))
+    send({"ready": os.getpid()})
     while (message := lines.get()) is not None:
         if cores:
-            _pin(every if message["timed"] else cores)
-        _do(message, say, modules)
+            _pin(every if message["timed"] else cores)  # a timed job has all cores
+        _serve(message, send, modules)
     return 0
 
 

@@ -1,7 +1,9 @@
-"""A job may fail, crash, hang or print; the run goes on, and a dead driver leaves no orphan."""
+"""Jobs may fail, crash, hang or print; the run goes on, and a killed driver leaves no orphan."""
 
 from __future__ import annotations
 
+import csv
+import itertools
 import os
 import pickle
 import signal
@@ -10,12 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nas.core.executor_config import ExecutorConfig
+from nas.jobs.executor import make_executor, workers_for
 from nas.jobs.job import Job, JobFunction
 from nas.jobs.local import LocalExecutor
-from nas.jobs.queue import OutOfTime
+from nas.jobs.queue import ATTEMPT_COLUMNS, OutOfTime
+from space.errors import InputError
 from tests import _worker
 
 WORKER = [sys.executable, "-m", "tests._worker"]
@@ -34,6 +40,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def ends(pid: int) -> bool:
+    """Return whether a process ends within 20 s: the kernel takes its time."""
+    until = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pid)
 
 
 def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: LocalExecutor) -> None:
@@ -74,7 +88,6 @@ def test_a_failing_job_is_a_result_and_the_next_job_runs(
 
 @pytest.mark.parametrize("die", [False, True])
 def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: bool) -> None:
-    """Such as the one that a library forks to send its usage data."""
     executor = LocalExecutor(threads=1, command=WORKER)
     result = executor.run(Job(_worker.fork, {"die": die}, "a"))
     assert result.ok is not die
@@ -85,10 +98,7 @@ def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: b
     executor.close()
     assert time.monotonic() - started < 20
     if not die:
-        until = time.monotonic() + 20  # the kernel ends a killed process when it gets to it
-        while alive(result.values["child"]) and time.monotonic() < until:
-            time.sleep(0.02)
-        assert not alive(result.values["child"])
+        assert ends(result.values["child"])
 
 
 def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(
@@ -120,7 +130,206 @@ def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path) -> None:
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    until = time.monotonic() + 10
-    while alive(worker) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive(worker)
+    assert ends(worker)
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[LocalExecutor]:
+    with LocalExecutor(
+        threads=1,
+        workers=2,
+        retries=2,
+        command=WORKER,
+        log=tmp_path / "worker.log",
+        logs=tmp_path / "logs",
+        record=tmp_path / "attempts.csv",
+    ) as made:
+        yield made
+
+
+def attempts(folder: Path) -> list[dict[str, str]]:
+    with (folder / "attempts.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert all(tuple(row) == ATTEMPT_COLUMNS for row in rows)
+    return rows
+
+
+def meeting(folder: Path, name: str, *others: str, **more: Any) -> Job:
+    """A job that ends once the others have begun."""
+    spec = {"mine": str(folder / name), "others": [str(folder / other) for other in others]}
+    return Job(_worker.meet, spec, name, **more)
+
+
+def test_jobs_run_side_by_side_and_results_stream_as_they_end(
+    two: LocalExecutor, tmp_path: Path
+) -> None:
+    jobs = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a"), Job(_worker.echo, {}, "c")]
+    results = {result.key: result for result in two.stream(jobs)}
+    assert all(result.ok for result in results.values())
+    assert results["a"].values["pid"] != results["b"].values["pid"]
+    assert results["c"].values["pid"] in {results[k].values["pid"] for k in "ab"}
+    assert sorted(row["job"] for row in attempts(tmp_path)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("deaths", range(4))
+def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
+    two: LocalExecutor, tmp_path: Path, deaths: int
+) -> None:
+    ticks: list[float] = []
+    spec = {"counter": str(tmp_path / "counter"), "deaths": deaths}
+    jobs = [Job(_worker.flaky, spec, "flaky", units=3.0), Job(_worker.echo, {"say": 1}, "other")]
+    results = {
+        result.key: result
+        for result in two.stream(jobs, tick=lambda key, units: ticks.append(units))
+    }
+    assert results["other"].ok, "a death takes nothing else along"
+    rows = [row for row in attempts(tmp_path) if row["job"] == "flaky"]
+    lost = [row for row in rows if row["outcome"] == "lost"]
+    assert len(lost) == min(deaths, 3)
+    assert [int(row["attempt"]) for row in rows] == list(range(1, len(rows) + 1))
+    if deaths <= 2:
+        assert results["flaky"].values == {"lives": deaths + 1}
+    else:
+        reason = results["flaky"].reason
+        assert reason is not None
+        assert "killed by SIGKILL" in reason
+        assert reason.endswith("; 3 attempts")
+        assert "flaky.log" in reason
+    assert sum(ticks) <= 3.0, "work done twice is not progress"
+
+
+def test_a_job_that_hangs_is_ended_and_tried_again(tmp_path: Path) -> None:
+    executor = LocalExecutor(
+        threads=1, retries=1, limit_s=3.0, command=WORKER, record=tmp_path / "attempts.csv"
+    )
+    with executor:
+        pid_file = tmp_path / "pid"
+        spec = {"seconds": 600, "pid_file": str(pid_file)}
+        result = executor.run(Job(_worker.sleep, spec, "long"))
+        assert not result.ok
+        assert result.reason is not None
+        assert "no end after 3 s (--job-minutes); 2 attempts" in result.reason
+        assert not alive(int(pid_file.read_text()))
+        assert [row["outcome"] for row in attempts(tmp_path)] == ["late", "late"]
+        assert executor.run(Job(_worker.echo, {}, "after")).ok
+
+
+def test_nothing_runs_beside_a_timed_job(two: LocalExecutor) -> None:
+    alone = {"t1", "t2"}
+    jobs = [
+        Job(_worker.during, {"seconds": 0.3}, key, timed=key in alone)
+        for key in ("a", "b", "t1", "c", "t2", "d", "e")
+    ]
+    spans = {r.key: (r.values["began"], r.values["ended"]) for r in two.stream(jobs)}
+    for one, other in itertools.combinations(spans, 2):
+        if {one, other} & alone:
+            (a, b), (c, d) = spans[one], spans[other]
+            assert b <= c or d <= a, f"{one} and {other} overlap"
+
+
+def test_what_a_job_prints_is_in_its_own_log(two: LocalExecutor, tmp_path: Path) -> None:
+    jobs = [Job(_worker.noise, {"say": f"this is {key}"}, key) for key in "abcd"]
+    assert all(result.ok for result in two.stream(jobs))
+    for key in "abcd":
+        text = (tmp_path / "logs" / f"{key}.log").read_text()
+        assert f"noise {key}, attempt 1" in text
+        assert f"this is {key}" in text
+        assert not any(f"this is {other}" in text for other in set("abcd") - {key})
+
+
+def test_a_consumer_that_stops_ends_what_runs(two: LocalExecutor, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    sleep = Job(_worker.sleep, {"seconds": 600, "pid_file": str(pid_file)}, "long")
+    for result in two.stream([sleep, Job(_worker.echo, {}, "a")]):
+        assert result.key == "a"
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.02)
+        break
+    assert ends(int(pid_file.read_text()))
+    assert two.run(Job(_worker.echo, {}, "after")).ok
+    ended = [row for row in attempts(tmp_path) if row["outcome"] == "cancelled"]
+    assert [row["job"] for row in ended] == ["long"]
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core"
+)
+def test_workers_have_cores_of_their_own_but_for_timing(two: LocalExecutor, tmp_path: Path) -> None:
+    both = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]  # both workers stand
+    assert all(r.ok for r in two.stream(both))
+    every = sorted(os.sched_getaffinity(0))
+    seen = set()
+    for number in range(12):
+        seen.add(tuple(two.run(Job(_worker.cores, {}, f"c{number}")).values["cores"]))
+    assert seen <= {(every[0],), (every[1],)}
+    timed = two.run(Job(_worker.cores, {}, "timed", timed=True))
+    assert timed.values["cores"] == every
+    assert len(two.run(Job(_worker.cores, {}, "after")).values["cores"]) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of data are Linux's")
+def test_too_much_memory_fails_that_job_only(tmp_path: Path) -> None:
+    with LocalExecutor(threads=1, command=WORKER, memory_bytes=4_000_000_000) as executor:
+        small = executor.run(Job(_worker.hog, {"bytes": 1e8}, "small"))
+        assert small.ok, small.reason
+        large = executor.run(Job(_worker.hog, {"bytes": 8e9}, "large"))
+        assert not large.ok
+        assert large.reason is not None
+        assert "memory" in large.reason
+        assert executor.run(Job(_worker.echo, {}, "after")).ok
+
+
+def test_a_full_disk_is_an_input_error(two: LocalExecutor) -> None:
+    result = two.run(Job(_worker.full, {}, "full"))
+    assert result.values == {"input_error": True}
+    assert result.reason is not None
+    assert result.reason.startswith("/somewhere/weights: got No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"workers": 0}, "--workers"),
+        ({"workers": 1025}, "--workers"),
+        ({"copy_files": True}, "--copy-files"),
+        ({"retries": 10_000}, "--retries"),
+        ({"retries": -1}, "--retries"),
+        ({"job_minutes": 0.0}, "--job-minutes"),
+        ({"job_minutes": float("nan")}, "--job-minutes"),
+        ({"job_memory_gb": -1.0}, "--job-memory-gb"),
+        ({"gpu_share": 0.0}, "--gpu-share"),
+        ({"gpu_share": 1.5}, "--gpu-share"),
+        ({"executor": "slurm"}, "--executor"),
+        ({"ray_address": "auto"}, "--ray-address"),
+        ({"benchmark_resource": "orin"}, "--benchmark-resource"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        ExecutorConfig(**given)
+
+
+def test_each_gpu_or_share_of_one_gets_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert workers_for(ExecutorConfig(), "cuda") == (3, [2, 5, 7])
+    assert workers_for(ExecutorConfig(gpu_share=0.5), "cuda") == (6, [2, 5, 7])
+    assert workers_for(ExecutorConfig(workers=2), "cuda") == (2, [2, 5, 7])
+    assert workers_for(ExecutorConfig(), "cuda:1") == (1, [])
+    assert workers_for(ExecutorConfig(), "cpu") == (1, [])
+    with make_executor(ExecutorConfig(workers=3), threads=1) as made:
+        assert isinstance(made, LocalExecutor)
+
+
+def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:
+    from nas.contract.checks import make_config
+    from nas.core.cli import usable_cpus
+
+    def threads(means: ExecutorConfig, **given: object) -> int:
+        return make_config({"seed": "21M", "target_params": 5_000_000, **given}, means).threads
+
+    assert threads(ExecutorConfig()) == threads(ExecutorConfig(workers=1)) == usable_cpus()
+    assert threads(ExecutorConfig(workers=1024)) == 1
+    assert threads(ExecutorConfig(workers=2), threads=3) == 3
+    assert threads(ExecutorConfig(executor="ray", workers=1024)) == 1
+    cluster = ExecutorConfig(executor="ray", workers=2, ray_address="auto")
+    assert threads(cluster) == usable_cpus()

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from space.errors import refuse
 from space.family import Arch, Array, Context, Family, Table
 
-BLOCK = 1 << 17  # archs looked at together: a few arrays of 1 MB
+BLOCK = 1 << 17  # archs counted together: a few arrays of 1 MB
 MAX_GRID = 20_000_000_000  # archs that one walk may meet: minutes
 
 QUICK = 1 << 26  # archs that may be counted before a draw: a second
@@ -87,7 +87,7 @@ def _blocks(sizes: Sequence[int]) -> Iterator[tuple[slice, ...]]:
 
 
 def mesh(columns: Sequence[Array], cut: Sequence[slice], slots: bool = False) -> list[Array]:
-    """Give every column an axis of its own; with `slots`, 2-D columns keep their last one."""
+    """Return every column an axis of its own; with `slots`, 2-D columns keep their last one."""
     meshed = []
     for k, (column, part) in enumerate(zip(columns, cut, strict=True)):
         shape = [1] * len(columns)
@@ -97,7 +97,7 @@ def mesh(columns: Sequence[Array], cut: Sequence[slice], slots: bool = False) ->
 
 
 def inside_band(family: Family, table: Table, ctx: Context, band: Band) -> npt.NDArray[np.bool_]:
-    """Tell which archs of a table can be built and lie in the band."""
+    """Return which archs of a table can be built and lie in the band."""
     params = family.count_params_many(table, ctx)
     inside = (params >= band.lo) & (params <= band.hi) & family.valid_many(table, ctx)
     if band.max_macs is not None:
@@ -230,7 +230,7 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def seeded(x: Array, random_seed: int) -> npt.NDArray[np.uint64]:
-    """Give each integer its place in a seeded order."""
+    """Return each integer its place in a seeded order."""
     salt = _mix(np.array([random_seed % 2**64], dtype=np.uint64))
     return _mix(x.astype(np.uint64) ^ salt)
 
@@ -295,7 +295,7 @@ def _by_rule(
     below = smaller_than(family, arch, ctx, band)
     farthest = sum(int(a.steps.max()) for a in axes)
     wanted = number
-    if math.prod(a.length for a in axes) <= QUICK:  # do not look far for what is not there
+    if math.prod(a.length for a in axes) <= QUICK:  # no wider radius for what is not there
         wanted = min(number, _count(family, axes, ctx, below))
     radius = min(3, farthest)
     while True:
@@ -387,7 +387,7 @@ def propose(
 def listed(
     family: Family, parents: Sequence[Arch], chosen: Sequence[tuple[str | None, Arch]], ctx: Context
 ) -> list[Candidate]:
-    """Say of each chosen (baseline, arch) what it costs and how far it is from its nearest parent.
+    """Measure each chosen (baseline, arch): its cost and its distance from the nearest parent.
 
     The parent is one that contracts to it, if any does, else any larger one; there must be one.
     """
@@ -408,13 +408,13 @@ def listed(
 
 
 def contains(family: Family, parent: Arch, arch: Arch, ctx: Context) -> bool:
-    """Tell whether `arch` is a contraction of `parent`, whatever the band."""
+    """Return whether `arch` is a contraction of `parent`, whatever the band."""
     smaller = family.count_params(arch, ctx) < family.count_params(parent, ctx)
     return smaller and _holds(family, family.moves(parent), arch, ctx)
 
 
 def _holds(family: Family, moves: dict[str, Array], arch: Arch, ctx: Context) -> bool:
-    """Tell whether every factor of `arch`, as built, is among the moves."""
+    """Return whether every factor of `arch`, as built, is among the moves."""
     wanted, built = family.effective(family.table([arch]), ctx), family.effective(moves, ctx)
     return all(
         bool((built[f].reshape(len(built[f]), -1) == wanted[f].reshape(1, -1)).all(axis=1).any())

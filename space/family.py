@@ -165,7 +165,7 @@ class Family(ABC):
 
     @abstractmethod
     def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Give the fields as built in `ctx`. Works field by field, so a partial table will do."""
+        """Return the fields as built in `ctx`. Works field by field, so a partial table will do."""
 
     @abstractmethod
     def key(self, arch: Arch, ctx: Context) -> str:
@@ -180,7 +180,7 @@ class Family(ABC):
         """Count multiply-adds of one image, dense; shape as `count_params_many`."""
 
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Give what a forward pass is made of, by name: work that takes time in proportion.
+        """Return what a forward pass is made of, by name: work that takes time in proportion.
 
         A device's time is close to a sum of these with weights of its own, none negative. A family
         may split them by stage and kind of layer. Shapes as `count_params_many`.
@@ -190,10 +190,10 @@ class Family(ABC):
 
     @abstractmethod
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
-        """Tell which archs can be built (in `ctx`); any shape that broadcasts to the table's."""
+        """Return which archs can be built (in `ctx`); any shape that broadcasts to the table's."""
 
     def fits(self, arch: Arch, ctx: Context) -> bool:
-        """Tell whether `arch` can be built in `ctx`."""
+        """Return whether `arch` can be built in `ctx`."""
         return bool(self.valid_many(self.table([arch]), ctx)[0])
 
     def check(self, arch: Arch, ctx: Context) -> None:
@@ -208,7 +208,7 @@ class Family(ABC):
 
     @abstractmethod
     def floor(self, arch: Arch, ctx: Context) -> Arch:
-        """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
+        """Return the arch of fewest parameters that repeated contraction of `arch` can reach."""
 
     @abstractmethod
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
@@ -258,7 +258,7 @@ class Family(ABC):
         return self.slicing(arch, arch, ctx_parent, ctx_child)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
-        """Give the groups of units that a child may take a part of, with all that they run through.
+        """Return the groups of units that a child may take a part of, with their tensors.
 
         Removing or reordering a unit in every member at once leaves a net that works. (Default: {})
         """
@@ -273,17 +273,17 @@ class Family(ABC):
         return {}
 
     def to_dict(self, arch: Arch) -> dict[str, Any]:
-        """Give the arch as plain JSON; `arch()` is the inverse."""
+        """Return the arch as plain JSON; `arch()` is the inverse."""
         values = ((f.field, getattr(arch, f.field)) for f in self.factors)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values}
 
     def label(self, arch: Arch) -> str:
-        """Name the arch for people, e.g. "D64-128-160-320 N2-2-6-2 W7-14-7 R4 M4 E32"."""
+        """Return a readable name, e.g. "D64-128-160-320 N2-2-6-2 W7-14-7 R4 M4 E32"."""
         values = ((f.symbol, _slots(getattr(arch, f.field))) for f in self.factors)
         return " ".join(s + "-".join(f"{v:g}" for v in vs) for s, vs in values)
 
     def describe_moves(self, parent: Arch, child: Arch) -> str:
-        """Say what differs, e.g. "embed_dims[2] 384->256, depths[3] 2->1"; "" if nothing does."""
+        """Return what differs, e.g. "embed_dims[2] 384->256, depths[3] 2->1", or ""."""
         parts = []
         for f in self.factors:
             both = (_slots(getattr(a, f.field)) for a in (parent, child))
@@ -316,7 +316,7 @@ class Family(ABC):
         return self.arch({f.field: table[f.field][i].tolist() for f in self.factors})
 
     def coherent(self, field: str, values: Array) -> npt.NDArray[np.bool_]:
-        """Tell which joint values [v, slots] of a factor contraction may propose (default: all)."""
+        """Return which joint values [v, slots] of a factor may be proposed (default: all)."""
         return np.ones(len(values), dtype=bool)
 
     def moves(self, arch: Arch) -> dict[str, Array]:
@@ -428,7 +428,7 @@ def family_names() -> tuple[str, ...]:
 
 
 def get_family(name: str) -> Family:
-    """Give the family called `name` (any case); an unknown one is refused.
+    """Return the family called `name` (any case); an unknown one is refused.
 
     Ours are one file each in `space/`, found by its `FAMILY`. Others register an object of type
     `Family` as an entry point in the group `vision_contraction.families`; ours come first.

@@ -42,11 +42,11 @@ def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
     )
 
     def moves(self: Family, arch: Arch) -> dict[str, Array]:
-        """Give the joint values per factor that contraction may propose (see `Family.moves`)."""
+        """Return the joint values per factor that contraction may propose (see `Family.moves`)."""
         return _holding(kind.moves(self, arch), arch, frozen)
 
     def floor(self: Family, arch: Arch, ctx: Context) -> Arch:
-        """Give the arch of fewest parameters that contraction of `arch` can reach."""
+        """Return the arch of fewest parameters that contraction of `arch` can reach."""
         return _smallest(self, arch, ctx)
 
     def scaled(self: Family, arch: Arch, factor: float) -> Arch:
@@ -97,7 +97,7 @@ def _columns(value: Any, slots: Sequence[int]) -> tuple[Any, ...]:
 
 
 def _agree(a: Arch, b: Arch, frozen: Frozen) -> bool:
-    """Tell whether two archs have the same values in the frozen slots."""
+    """Return whether two archs have the same values in the frozen slots."""
     return all(
         _columns(getattr(a, field), slots) == _columns(getattr(b, field), slots)
         for field, slots in frozen.items()
@@ -154,7 +154,7 @@ def _descended(family: Family, arch: Arch, ctx: Context) -> Arch:
 
 
 def _restored(family: Family, arch: Arch, scaled: Arch, frozen: Frozen) -> Arch:
-    """Give the frozen slots of `scaled` their values in `arch` back.
+    """Return the frozen slots of `scaled` their values in `arch` back.
 
     Of what contraction may propose, the joint values nearest to the scaled ones that can be built:
     a free width may have to follow a frozen one.

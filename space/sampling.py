@@ -25,7 +25,7 @@ from space.family import Arch, Array, Context, Family
 
 SHORT = 1 << 18  # points: products up to this are walked at once
 TRIES = 1 << 18  # points drawn at random before everything is walked instead
-CHUNK = 1 << 13  # of them looked at together
+CHUNK = 1 << 13  # of them tested together
 
 
 def sample_band(
@@ -61,7 +61,7 @@ def sample_band(
 def _places(
     family: Family, axes: Sequence[Axis], ctx: Context, band: Band, most: int, random_seed: int
 ) -> Iterator[int]:
-    """Give at most `most` places of the band, each once, in an order drawn uniformly.
+    """Return at most `most` places of the band, each once, in an order drawn uniformly.
 
     Points of the product are drawn and rejected. A band that is hit too seldom is walked: what was
     not met yet follows in a seeded order.
@@ -92,7 +92,7 @@ def _places(
 
 
 def _arch_at(family: Family, axes: Sequence[Axis], place: int) -> Arch:
-    """Give the arch at a mixed-radix place of the product."""
+    """Return the arch at a mixed-radix place of the product."""
     rows = np.unravel_index(place, tuple(len(a.values) for a in axes))
     return family.arch({a.field: a.values[i].tolist() for a, i in zip(axes, rows, strict=True)})
 
@@ -178,7 +178,7 @@ def _closest(
     number: int,
     random_seed: int,
 ) -> list[int]:
-    """Give the places of the `number` nearest ones within `radius` steps, nearest first."""
+    """Return the places of the `number` nearest ones within `radius` steps, nearest first."""
     places, steps = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     for rows, away in walk_near(family, near, ctx, band, radius):
         keep = away <= radius

@@ -137,14 +137,14 @@ def picked(child: int, parent: int, order: Array | None) -> list[int | None]:
 
 
 def _cubic(away: Blend, constant: float) -> Blend:
-    """Give Keys's cubic convolution kernel at distances >= 0; nothing from 2 on."""
+    """Return Keys's cubic convolution kernel at distances >= 0; nothing from 2 on."""
     near = ((constant + 2) * away - (constant + 3)) * away**2 + 1
     far = constant * (((away - 5) * away + 8) * away - 4)
     return np.where(away <= 1, near, np.where(away < 2, far, 0.0))
 
 
 def bicubic(child: int, parent: int) -> Blend:
-    """Give the weights [child, parent] that resize a line as torch does, without antialiasing.
+    """Return the weights [child, parent] that resize a line as torch does, without antialiasing.
 
     `F.interpolate(..., mode="bicubic", align_corners=False)`; beyond its ends a line goes on as it
     ends.
@@ -159,7 +159,7 @@ def bicubic(child: int, parent: int) -> Blend:
 
 
 def antialiased(child: int, parent: int) -> Blend:
-    """Give the weights [child, parent] that resize a line as torch does, with antialiasing.
+    """Return the weights [child, parent] that resize a line as torch does, with antialiasing.
 
     `F.interpolate(..., mode="bicubic", antialias=True)`, which is Pillow's: another constant than
     `bicubic`, so that larger lines differ too; the kernel is as wide as the child's step; beyond

@@ -138,7 +138,7 @@ def _count(
     if table["depths"].ndim != 2 or n <= CHUNK:
         vectors = ("embed_dims", "depths", "window_sizes")  # the others have no slots
         shapes = (v.shape[:-1] if field in vectors else v.shape for field, v in table.items())
-        # Some formulas need no head dim, say: the result has its axis all the same.
+        # A formula may ignore a field such as the head dim: the result still has its axis.
         counts = formula(_columns(table, ctx), ctx)
         return np.broadcast_to(counts, np.broadcast_shapes(*shapes))
     out = np.empty(n, dtype=np.int64)
@@ -236,7 +236,7 @@ class TinyVit(Family):
         )
 
     def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Give the fields as built in `ctx`: windows are scaled, the rest is as written."""
+        """Return the fields as built in `ctx`: windows are scaled, the rest is as written."""
         built = dict(table)
         if "window_sizes" in built:
             built["window_sizes"] = _built_windows(built["window_sizes"], ctx)
@@ -259,7 +259,7 @@ class TinyVit(Family):
         return _count(_macs, table, ctx)
 
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Give the parts of a pass by stage: blocks, multiply-adds and elements by kind of layer.
+        """Return the parts of a pass by stage: blocks, multiply-adds and elements by kind of layer.
 
         `linear` are pointwise convolutions and matrix products with weights, `depthwise` are 3x3
         convolutions a channel, `attend` the products of queries, keys and values, `softmax` its
@@ -296,7 +296,7 @@ class TinyVit(Family):
         return {name: np.broadcast_to(value, shape) for name, value in terms.items()}
 
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
-        """Tell which archs can be built: heads divide stages 2 to 4, D1 is even."""
+        """Return which archs can be built: heads divide stages 2 to 4, D1 is even."""
         dims, head_dim = table["embed_dims"], table["head_dim"]
         ok = dims[..., 0] % 2 == 0
         for i in (1, 2, 3):
@@ -304,13 +304,13 @@ class TinyVit(Family):
         return np.asarray(ok)
 
     def coherent(self, field: str, values: Array) -> npt.NDArray[np.bool_]:
-        """Tell which joint values contraction may propose: dims do not fall from stage to stage."""
+        """Return which joint values may be proposed: dims do not fall from stage to stage."""
         if field != "embed_dims":
             return super().coherent(field, values)
         return np.asarray((np.diff(values, axis=1) >= 0).all(axis=1))
 
     def moves(self, arch: Arch) -> dict[str, Array]:
-        """Give the joint values per factor that contraction may propose (see `Family.moves`).
+        """Return the joint values per factor that contraction may propose (see `Family.moves`).
 
         A ratio on the grid so close below one off it that it could build the same hidden widths is
         left out: all combinations stay different nets.
@@ -329,7 +329,7 @@ class TinyVit(Family):
         return replace(a, embed_dims=(d[0], d[1], d[2], d[3]))
 
     def floor(self, arch: Arch, ctx: Context) -> TinyVitArch:
-        """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
+        """Return the arch of fewest parameters that repeated contraction of `arch` can reach."""
         a = _own(arch)
         # A dim below the grid may stay, but not under a wider stage before it.
         d = np.maximum.accumulate(np.minimum(WIDTH_STEP, a.embed_dims)).tolist()
@@ -416,7 +416,7 @@ class TinyVit(Family):
         return resized(found, _net(_own(arch), ctx_parent), _net(_own(arch), ctx_child), how)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
-        """Give the groups of units that a child may take a part of.
+        """Return the groups of units that a child may take a part of.
 
         "stem"; "dim1".."dim4", the residual streams; "stages.1.downsample.hidden", between the
         convolutions of a merge; and of each block "stages.0.blocks.1.expand", or
@@ -425,7 +425,7 @@ class TinyVit(Family):
         return members(_net(_own(arch), ctx))
 
     def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:
-        """Give the blocks that a child may lack, by stage: "stages.0.blocks" and so on."""
+        """Return the blocks that a child may lack, by stage: "stages.0.blocks" and so on."""
         return block_names(_own(arch).depths)
 
 

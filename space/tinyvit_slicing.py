@@ -76,7 +76,7 @@ def _group(axis: str, block: str) -> str:
 
 
 def _walk(net: TinyVitNet) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Give (block, key, axes) for every tensor; the block is "" outside of blocks."""
+    """Return (block, key, axes) for every tensor; the block is "" outside of blocks."""
     for key, axes in _outside_blocks():
         yield "", key, axes
     for stage, depth in enumerate(net.depths):
@@ -111,7 +111,7 @@ def members(net: TinyVitNet) -> dict[str, tuple[Member, ...]]:
 
 
 def block_names(depths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
-    """Give the blocks of every stage."""
+    """Return the blocks of every stage."""
     stages = {f"stages.{i}.blocks": depth for i, depth in enumerate(depths)}
     return {name: tuple(f"{name}.{j}" for j in range(n)) for name, n in stages.items()}
 
@@ -209,7 +209,7 @@ def slices(parent: TinyVitNet, child: TinyVitNet, order: Mapping[str, Array]) ->
 def resized(
     found: Mapping[str, Slice], parent: TinyVitNet, child: TinyVitNet, how: str
 ) -> dict[str, Slice]:
-    """Give a slicing between two sizes of one net with its tables resized the way called `how`.
+    """Return a slicing between two sizes of one net with its tables resized the way called `how`.
 
     "own" is the slicing as it is. Otherwise a bias table is resized as if it were an image
     [window, window], whatever its offsets are in the image: the official `load_pretrained`

@@ -156,7 +156,7 @@ class Vit(Family):
         )
 
     def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Give the fields as built in `ctx`: as they are written."""
+        """Return the fields as built in `ctx`: as they are written."""
         return dict(table)
 
     def key(self, arch: Arch, ctx: Context) -> str:
@@ -184,7 +184,7 @@ class Vit(Family):
         return np.asarray(outside + table["depth"] * block + 0 * table["head_dim"])
 
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Give the parts of a pass: blocks, multiply-adds and elements by kind of layer.
+        """Return the parts of a pass: blocks, multiply-adds and elements by kind of layer.
 
         `linear` are matrix products with weights, `attend` the products of queries, keys and
         values, `softmax` its scores, `elements` the activations written on the way.
@@ -206,7 +206,7 @@ class Vit(Family):
         return {name: np.broadcast_to(value, shape) for name, value in terms.items()}
 
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
-        """Tell which archs can be built: heads divide the width, patches the image."""
+        """Return which archs can be built: heads divide the width, patches the image."""
         ok = np.asarray(table["embed_dim"] % table["head_dim"] == 0)
         if ctx is None:
             return ok
@@ -223,7 +223,7 @@ class Vit(Family):
             raise refuse("--img-size", ctx.img_size, want, remedy)
 
     def moves(self, arch: Arch) -> dict[str, Array]:
-        """Give the values per factor that contraction may propose (see `Family.moves`)."""
+        """Return the values per factor that contraction may propose (see `Family.moves`)."""
         moves, a = super().moves(arch), _own(arch)
         narrowest = min(WIDTH_STEP, a.embed_dim)
         moves["mlp_ratio"] = apart(a.mlp_ratio, moves["mlp_ratio"], narrowest)
@@ -236,7 +236,7 @@ class Vit(Family):
         return replace(a, embed_dim=max(unit, math.floor(a.embed_dim * factor / unit + 0.5) * unit))
 
     def floor(self, arch: Arch, ctx: Context) -> VitArch:
-        """Give the arch of fewest parameters that repeated contraction of `arch` can reach."""
+        """Return the arch of fewest parameters that repeated contraction of `arch` can reach."""
         a = _own(arch)
         dim, ratio = min(WIDTH_STEP, a.embed_dim), min(LEAST_RATIO, a.mlp_ratio)
         moves = self.moves(a)
@@ -304,14 +304,14 @@ class Vit(Family):
         return resized(found, _net(_own(arch), ctx_parent), _net(_own(arch), ctx_child), how)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
-        """Give the groups of units that a child may take a part of.
+        """Return the groups of units that a child may take a part of.
 
         "dim", the residual stream; and of each block "blocks.3.hidden" and "blocks.3.heads".
         """
         return members(_net(_own(arch), ctx))
 
     def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:
-        """Give the blocks that a child may lack: "blocks"."""
+        """Return the blocks that a child may lack: "blocks"."""
         return block_names(_own(arch).depth)
 
 

@@ -60,7 +60,7 @@ def _group(axis: str, block: str) -> str:
 
 
 def _walk(net: VitNet) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """Give (block, key, axes) for every tensor; the block is "" outside of blocks."""
+    """Return (block, key, axes) for every tensor; the block is "" outside of blocks."""
     for key, axes in _outside_blocks(net):
         yield "", key, axes
     for block in block_names(net.depth)["blocks"]:
@@ -87,12 +87,12 @@ def members(net: VitNet) -> dict[str, tuple[Member, ...]]:
 
 
 def block_names(depth: int) -> dict[str, tuple[str, ...]]:
-    """Give the blocks."""
+    """Return the blocks."""
     return {"blocks": tuple(f"blocks.{j}" for j in range(depth))}
 
 
 def kernel(child: int, parent: int) -> Blend:
-    """Give the weights [child, parent] that resize a line of a patch projection.
+    """Return the weights [child, parent] that resize a line of a patch projection.
 
     A coarser projection gives for an enlarged patch what the parent's gives for the patch
     (FlexiViT's pseudo-inverse, arXiv 2212.08013); a finer one gives for a patch what the parent's
@@ -178,7 +178,7 @@ def slices(parent: VitNet, child: VitNet, order: Mapping[str, Array]) -> dict[st
 def resized(
     found: Mapping[str, Slice], parent: VitNet, child: VitNet, how: str
 ) -> dict[str, Slice]:
-    """Give a slicing between two sizes of one net with its positions resized the way called `how`.
+    """Return a slicing between two sizes of one net with its positions resized by `how`.
 
     "own" is the slicing as it is, and the same as "published". Position embeddings alone differ.
     """

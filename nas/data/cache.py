@@ -39,7 +39,7 @@ CAP_VARIABLE = "VISION_CONTRACTION_CACHE_CAP"
 DEFAULT_CAP = 100 * 10**9
 """Bytes of decoded pixels kept, unless 80 % of the disk is less or the variable says otherwise."""
 _SPARE = 64 << 20
-_REMEDY = "ask for fewer --max-images, or decode as you go with --no-pixel-cache"
+_REMEDY = "lower --max-images, or decode as you go with --no-pixel-cache"
 _LEFT_OUT = "broken images left out"
 _ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _held: dict[str, int] = {}
@@ -225,7 +225,7 @@ def _clear_leftovers(data: Path) -> None:
 def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> None:
     """Make room for a data set that will take `stays` bytes, and `while_building` for a time.
 
-    Removes what was not used for longest, as much as the cap or the disk asks for, and nothing
+    Removes what was not used for longest, as much as the cap or the disk needs, and nothing
     where even that would not do. Raises InputError then.
     """
     cache = Path(cache_dir)
@@ -242,7 +242,7 @@ def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> No
     if _free(data) + total - fixed < while_building:
         raise _no_disk(what, while_building, _free(data) + total - fixed)
     _remove_down_to(folders, lambda t: t + stays <= cap and _free(data) >= while_building)
-    if _free(data) < while_building:  # what is removed stays on disk while somebody has it mapped
+    if _free(data) < while_building:  # removed files stay on disk while a process maps them
         raise _no_disk(what, while_building, _free(data))
 
 
@@ -402,7 +402,7 @@ def relabelled(
     classes: Sequence[str],
     by: str,
 ) -> Dataset:
-    """Give a data set the classes of a teacher `by`: side -> int64 [n] in 0 .. len(classes) - 1.
+    """Return a data set the classes of a teacher `by`: side -> int64 [n] in 0 .. len(classes) - 1.
 
     Made once and found again; it shares the files of the first by hard links, where the file
     system has them. Raises InputError.

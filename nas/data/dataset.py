@@ -22,7 +22,7 @@ EMBEDDED = ("digits", "fractals")
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The data set that a user asks for.
+    """A request for a data set.
 
     `name` is "digits", "fractals", a folder, or "torch/...", "hfds/...", "wds/...";
     `img_size` in pixels (None: chosen from the data); `max_images` counts train and holdout
@@ -184,7 +184,7 @@ class Dataset:
 
     @property
     def crop_pct(self) -> float:
-        """Share of the resized side that evaluation looks at, as timm's `crop_pct`.
+        """Share of the resized side that evaluation crops, as timm's `crop_pct`.
 
         timm takes floor(img_size / crop_pct) for that side, hence the quarter of a pixel.
         """

@@ -15,11 +15,11 @@ from PIL import Image, UnidentifiedImageError
 from nas.data.split import content_key
 
 CROP = 0.875
-"""Share of the stored side that evaluation looks at (timm's default)."""
+"""Share of the stored side that evaluation crops (timm's default)."""
 SIZES = (48, 96, 224)
 _NARROWEST = 100
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, by content. Not all that Pillow reads: it runs Ghostscript on EPS, say."""
+"""What is decoded, by content. Not all that Pillow reads: it runs Ghostscript on EPS."""
 MOST_PIXELS = 89_478_485
 """Of an image, as in Pillow, which by itself only warns below twice as many."""
 MOST_BYTES = 1 << 30
@@ -27,7 +27,7 @@ MOST_BYTES = 1 << 30
 
 
 def store_size_of(img_size: int) -> int:
-    """Say which side is stored so that evaluation crops 87.5 % of it, in pixels."""
+    """Return which side is stored so that evaluation crops 87.5 % of it, in pixels."""
     return round(img_size / CROP)
 
 
@@ -93,7 +93,7 @@ def refuse_bomb(image: Image.Image) -> None:
 
 
 def why_broken(error: Exception) -> str:
-    """Say in a few words why an image could not be read."""
+    """Return in a few words why an image could not be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError):

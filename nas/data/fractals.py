@@ -57,7 +57,7 @@ class Wanted:
 
     @property
     def name(self) -> str:
-        """Tell the image from all others."""
+        """Return a name that no other image has."""
         return f"{self.role}/{self.label:03d}/{self.number:04d}"
 
 
@@ -234,7 +234,7 @@ def _render(wanted: Sequence[Wanted], systems: Floats, size: int) -> NDArray[np.
 
 
 def _tied(jitter: Floats, system: Floats) -> Floats:
-    """Give repeated maps the jitter of the map they repeat, so that no map splits in two."""
+    """Return repeated maps the jitter of the map they repeat, so that no map splits in two."""
     same = (system == system[0]).all(1)
     return np.where(same[:, None], jitter[:1], jitter)
 

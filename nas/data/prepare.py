@@ -17,7 +17,7 @@ _KEPT_ANYWAY = "pixels are kept all the same: only a folder's images can be deco
 
 
 def find_source(spec: DataSpec, cache_dir: Path) -> DataSource:
-    """Look at a data set without decoding it. Raises InputError."""
+    """Inspect a data set without decoding it. Raises InputError."""
     if spec.name == "digits":
         return digits(spec)
     if spec.name == "fractals":
@@ -35,7 +35,7 @@ def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
     source = find_source(spec, Path(cache_dir))
     dataset = cached(source, spec.random_seed, spec.max_corrupt, Path(cache_dir), tick)
     if not spec.pixel_cache and source.root is None:
-        # Not among the stored notes: the folder is the same whatever was asked.
+        # Not among the stored notes: the folder does not depend on it.
         dataset = replace(dataset, notes=(*dataset.notes, _KEPT_ANYWAY))
     return dataset
 

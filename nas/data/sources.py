@@ -1,6 +1,6 @@
 """Sources of images: what a source is, scikit-learn's digits, and whatever timm's readers open.
 
-torch is imported here only when a reader's data set is asked for.
+torch is imported only to open a reader's data set.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ImagePool:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set that has been looked at but not decoded.
+    """A data set that has been inspected but not decoded.
 
     `identity` is plain JSON that is cheap to find out and changes when the content does;
     `decoding` names how pixels come about; `fill` decodes into a pool, ticking once an image;
@@ -155,7 +155,7 @@ def _digit_rows(keys: Sequence[str], labels: np.ndarray, max_images: int | None)
 
 @dataclass(frozen=True)
 class _Side:
-    """One split: images by number, or in a stream; `labels` where they are known beforehand."""
+    """One split: images by number, or in a stream; `labels` where the reader lists them."""
 
     items: Any
     count: int
@@ -163,7 +163,7 @@ class _Side:
     streamed: bool
 
     def read(self, wanted: Sequence[int]) -> Iterator[tuple[Any, Any] | str]:
-        """Give (image, label) of the wanted numbers, rising; of a broken one the reason."""
+        """Return (image, label) of the wanted numbers, rising; of a broken one the reason."""
         if self.streamed:
             chosen = set(wanted)
             try:
@@ -230,7 +230,7 @@ def _reader_source(
 
     def fill(pool: ImagePool, tick: Tick) -> None:
         for role, side in sides.items():
-            split = "train" if role == "any" else role  # the split that timm's users know
+            split = "train" if role == "any" else role  # the split's name in timm
             for at, item in zip(wanted[role], side.read(wanted[role]), strict=False):
                 shown = f"{split}[{at}]"
                 if isinstance(item, str):
@@ -343,7 +343,7 @@ def _checked_label(label: Any, classes: int, name: str) -> int:
 def _wanted(
     sides: dict[str, _Side], classes: int, asked: int | None, notes: list[str]
 ) -> dict[str, list[int]]:
-    """Choose which numbers are read, stratified where labels are known beforehand."""
+    """Choose which numbers are read, stratified where the reader lists labels."""
     split = "test" in sides
     limits = {role: proxy_limit(classes, asked, split) for role in sides}
     if split:

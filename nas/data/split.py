@@ -20,7 +20,7 @@ TEST_SHARE = 0.2
 TEST_IMAGES = 5_000
 
 DEFAULT_PROXY_IMAGES = 10_000
-"""Train and holdout images used of a set that is not embedded, unless asked otherwise."""
+"""Train and holdout images used of a set that is not embedded, unless requested otherwise."""
 
 Rows = NDArray[np.int64]
 
@@ -136,9 +136,9 @@ def cut(
 
 
 def proxy_limit(classes: int, asked: int | None, split: bool) -> int:
-    """Say how many images train and holdout (and test, if it is cut from the same) may use.
+    """Return how many images train and holdout (and test, if it is cut from the same) may use.
 
-    Raises InputError if the images asked for cannot hold every class.
+    Raises InputError if `asked` images cannot hold every class.
     """
     if asked is not None and asked < 2 * classes:
         want = f"at least {2 * classes}, two for each of {classes} classes"

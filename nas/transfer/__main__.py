@@ -16,13 +16,14 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.core.cli import Parser, default_cache, guarded
 from nas.core.progress import Console
+from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
 from nas.core.table import write_table
 from nas.data import Dataset, DataSpec
 from nas.data.prepare import prepared
@@ -36,55 +37,58 @@ if TYPE_CHECKING:
 
 CHECKS = ("probe", "knn", "segment")
 _ON_DATA = ("probe", "knn")
-_FIT_UNITS, _HEAD_UNITS, _FINETUNE_UNITS = 1.0, 0.3, 3.0
-"""What an image costs in a linear fit, a head's epoch and a fine-tuning epoch, in forward passes:
-for the bar alone."""
+
+
+def _names(flag: str, text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """What to check, refused where that is possible before anything is read.
-
-    `data` as in nas.contract (None with `segment` alone); `img_size` None is the model's own;
-    `epochs` are the segmentation's; `out` is a CSV of the rows. Raises InputError.
-    """
+    """What to check; `img_size` None is the model's own. Raises InputError."""
 
     source: Path
-    data: str | None = None
-    checks: tuple[str, ...] = CHECKS
-    img_size: int | None = None
-    random_seed: int = 0
-    device: str = "cpu"
-    epochs: int | None = None
-    finetune: bool = False
-    out: Path | None = None
+    data: str | None = setting(None, "as in nas.contract, with classes; not needed for segment")
+    checks: tuple[str, ...] = setting(
+        CHECKS, "some of them", parse=_names, default_text=",".join(CHECKS)
+    )
+    img_size: int | None = setting(
+        None, "of all checks", metavar="PX", low=16, high=1024, default_text="the model's own"
+    )
+    random_seed: int = setting(
+        0, "of the fresh weights, the cuts, the masks and the head", metavar="N"
+    )
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
+    epochs: int | None = setting(
+        None, "of the segmentation", metavar="N", low=1, default_text="12; 5 with --finetune"
+    )
+    finetune: bool = setting(False, "segment: train the backbone, too")
+    out: str | None = setting(None, "write the rows, as shares", metavar="FILE.csv")
 
     def __post_init__(self) -> None:
         from nas.measure.fingerprint import take_fingerprint
 
+        check_settings(self)
         for name in self.checks or ("nothing",):
             if name not in CHECKS:
                 want = f"some of {', '.join(CHECKS)}, with commas between"
                 raise refuse("--checks", name, want)
         if self.on_data and self.data is None:
             raise refuse("--data", "nothing", "a data set for probe and knn", "or --checks segment")
-        DataSpec("any", img_size=self.img_size, random_seed=self.random_seed)
-        if self.epochs is not None and self.epochs < 1:
-            raise refuse("--epochs", self.epochs, "an integer >= 1")
         for flag, given in (("--epochs", self.epochs is not None), ("--finetune", self.finetune)):
             if given and "segment" not in self.checks:
                 raise refuse(flag, f"--checks {','.join(self.checks)}", "segment among the checks")
         if self.out is not None:
-            if self.out.suffix != ".csv" or self.out.is_dir():
-                raise refuse("--out", self.out, "a file that ends in .csv")
-            if not self.out.parent.is_dir():
-                remedy = f"make {self.out.parent}"
-                raise refuse("--out", self.out, "a place in a folder that exists", remedy)
+            out = Path(self.out).expanduser()
+            if out.suffix != ".csv" or out.is_dir():
+                raise refuse("--out", out, "a file that ends in .csv")
+            if not out.parent.is_dir():
+                raise refuse("--out", out, "a place in a folder that exists", f"make {out.parent}")
         take_fingerprint(self.device, threads=1)  # refuses a device that is not there
 
     @property
     def on_data(self) -> bool:
-        """Tell whether a data set is read."""
+        """Return whether a data set is read."""
         return any(check in self.checks for check in _ON_DATA)
 
 
@@ -128,7 +132,7 @@ def transfer(
             console.stop()
     if config.out is not None:
         try:
-            write_table(config.out, rows)
+            write_table(Path(config.out).expanduser(), rows)
         except OSError as error:
             want, why = "a place to write to", error.strerror or ""
             raise refuse("--out", config.out, want, why) from error
@@ -158,17 +162,15 @@ def _read(
 
 
 def _units(config: TransferConfig, dataset: Dataset | None) -> float:
-    """Estimate the work of both networks, in forward passes of an image."""
+    """Count the images that pass through both networks, for the progress bar."""
     total = 0.0
     if dataset is not None:
         total += sum(len(side) for side in (dataset.train, dataset.holdout, dataset.test))
-        total += _FIT_UNITS * len(dataset.train) * ("probe" in config.checks)
     if "segment" in config.checks:
         from nas.transfer.segmentation import TEST_IMAGES, TRAIN_IMAGES, settings_of
 
         epochs = settings_of(config.epochs, config.finetune).epochs
-        images = TRAIN_IMAGES * epochs + TEST_IMAGES
-        total += images * (_FINETUNE_UNITS if config.finetune else _HEAD_UNITS)
+        total += TRAIN_IMAGES * epochs + TEST_IMAGES
     return 2 * total
 
 
@@ -212,8 +214,7 @@ def _probed(
     found = []
     for train, holdout, test in features:
         if name == "probe":
-            whole = _FIT_UNITS * len(train.labels)
-            found.append(linear_probe(train, holdout, test, _scaled(console, whole)))
+            found.append(linear_probe(train, holdout, test))
         else:
             found.append(knn_probe(train, holdout, test, classes))
     trained, random = found
@@ -239,7 +240,6 @@ def _segmented(
         f"segment: {len(fit.images)} formula-driven images to train, {len(test.images)} test, "
         f"{len(KINDS)} classes; backbone {how}"
     )
-    tick = _scaled(console, _FINETUNE_UNITS if config.finetune else _HEAD_UNITS)
     counts = []
     for seed in (None, config.random_seed):
         console.describe(f"segment, {_weights(seed)} weights")
@@ -253,7 +253,7 @@ def _segmented(
                     finetune=config.finetune,
                     random_seed=config.random_seed,
                     device=config.device,
-                    tick=tick,
+                    tick=console.advance,
                 )
             )
         except Diverged as error:
@@ -267,8 +267,15 @@ def _segmented(
     return rows
 
 
-def _scaled(console: Console, factor: float) -> Callable[[float], None]:
-    return lambda units: console.advance(units * factor)
+@dataclass(frozen=True)
+class _Process:
+    """What one process does; changes no answer."""
+
+    cache_dir: str | None = setting(
+        None, "decoded data", metavar="DIR", default_text="as in nas.contract"
+    )
+    quiet: bool = setting(False, "print nothing but errors and --json")
+    json: bool = setting(False, "end with one line of JSON")
 
 
 def build_parser() -> Parser:
@@ -279,35 +286,14 @@ def build_parser() -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "source",
         type=Path,
         metavar="SOURCE",
         help="a run's folder, a model's JSON, weights, or an export",
     )
-    add("--data", help="as in nas.contract, with classes; not needed for segment")
-    add("--checks", default=",".join(CHECKS), help=f"some of them (default: {','.join(CHECKS)})")
-    add("--img-size", type=int, metavar="PX", help="of all checks (default: the model's own)")
-    add(
-        "--random-seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of the fresh weights, the cuts, the masks and the head (default: 0)",
-    )
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    add(
-        "--epochs",
-        type=int,
-        metavar="N",
-        help="of the segmentation (default: 12; 5 with --finetune)",
-    )
-    add("--finetune", action="store_true", help="segment: train the backbone, too")
-    add("--cache-dir", type=Path, metavar="DIR", help="decoded data (default: as in nas.contract)")
-    add("--out", type=Path, metavar="FILE.csv", help="write the rows, as shares")
-    add("--quiet", action="store_true", help="print nothing but errors and --json")
-    add("--json", action="store_true", help="end with one line of JSON")
+    add_settings(parser, TransferConfig)
+    add_settings(parser, _Process)
     return parser
 
 
@@ -315,31 +301,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse and check. Returns the exit status: 0, or 2 for bad input."""
 
     def work() -> int:
-        given = build_parser().parse_args(argv)
+        given = vars(build_parser().parse_args(argv))
         # As the executor does for its workers; torch, which reads it, is not imported yet.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-        from nas.transfer.rows import TransferRow, text_table
+        from nas.report.tables import plain
+        from nas.transfer.rows import HEADER, TransferRow, cells
 
-        console = Console(quiet=given.quiet)
-        config = TransferConfig(
-            given.source.expanduser(),
-            given.data,
-            tuple(check.strip() for check in given.checks.split(",")),
-            given.img_size,
-            given.random_seed,
-            given.device,
-            given.epochs,
-            given.finetune,
-            None if given.out is None else given.out.expanduser(),
+        options = parsed(
+            TransferConfig, {f.name: given[f.name] for f in settings_of(TransferConfig)}
         )
-        cache = None if given.cache_dir is None else given.cache_dir.expanduser()
-        found = transfer(config, cache, console)
-        for line in text_table([TransferRow(**row) for row in found["rows"]]):
+        console = Console(quiet=given["quiet"])
+        config = TransferConfig(given["source"].expanduser(), **options)
+        cache = default_cache() if given["cache_dir"] is None else Path(given["cache_dir"])
+        found = transfer(config, cache.expanduser(), console)
+        for line in plain(HEADER, [cells(TransferRow(**row)) for row in found["rows"]]).split("\n"):
             console.line(line)
         took = ", ".join(f"{name} {seconds:g} s" for name, seconds in found["seconds"].items())
-        console.line(f"random: the same arch, fresh weights of random seed {given.random_seed}")
+        console.line(f"random: the same arch, fresh weights of random seed {config.random_seed}")
         console.line(f"took: {took}")
-        if given.json:
+        if given["json"]:
             print(json.dumps(found))
         return 0
 

@@ -129,7 +129,7 @@ def _described(folder: Path, source: Path, img_size: int | None) -> Backbone:
 
 
 def _tried(found: Backbone, source: Path) -> None:
-    """Load the weights and look at one image; what fails is refused in one line."""
+    """Load the weights and run one image; what fails is refused in one line."""
     try:
         model: Any = found.classifier(None)
     except Exception as error:  # timm raises kinds of its own; each means "not to be had"
@@ -144,7 +144,7 @@ def _tried(found: Backbone, source: Path) -> None:
     try:
         with torch.no_grad():
             model.forward_features(torch.zeros(1, 3, found.img_size, found.img_size))
-    except Exception as error:  # whatever its layers say of a size that they do not take
+    except Exception as error:  # layers raise anything on a size that they do not take
         got = f"{found.img_size} ({type(error).__name__}: {error})"
         raise refuse("--img-size", got, _sizes(found)) from None
 

@@ -31,7 +31,7 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 MOST_ITERATIONS = 300
 SMALL_FIT = 1e9
 """Images x features x classes up to which a fit has one thread: products so small gain little from
-more, and where other processes want the cores the threads' waiting makes it 15 times slower."""
+more, and where other processes use the cores the threads' waiting makes it 15 times slower."""
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
 _BLOCK = 512
@@ -77,12 +77,10 @@ def features_of(
     return FeatureSet(np.concatenate(rows), np.asarray(split.labels))
 
 
-def linear_probe(
-    train: FeatureSet, holdout: FeatureSet, test: FeatureSet, tick: Tick = no_tick
-) -> Probed:
+def linear_probe(train: FeatureSet, holdout: FeatureSet, test: FeatureSet) -> Probed:
     """Fit multinomial logistic regression on standardised features, for every strength.
 
-    Of equal ones the one of least cross-entropy on the holdout is taken. `tick` gets 1 in all.
+    Of equal ones the one of least cross-entropy on the holdout is taken.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -101,7 +99,7 @@ def linear_probe(
     for strength in STRENGTHS:
         model.set_params(C=strength)
         with warnings.catch_warnings(), pools.threadpool_limits(threads, user_api="blas"):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # `chosen` tells
+            warnings.simplefilter("ignore", ConvergenceWarning)  # `chosen` reports it
             model.fit(fit_on, train.labels)
         likely = model.predict_proba(chosen_on)
         of_truth = likely[np.arange(len(likely)), np.searchsorted(model.classes_, holdout.labels)]
@@ -112,7 +110,6 @@ def linear_probe(
             right = np.asarray(model.predict(tested_on) == test.labels)
             ended = int(np.max(model.n_iter_)) < MOST_ITERATIONS
             chosen = f"C={strength:g}" + ("" if ended else f", stopped at {MOST_ITERATIONS}")
-        tick(1 / len(STRENGTHS))
     return Probed(right, chosen)
 
 

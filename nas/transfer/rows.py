@@ -1,4 +1,4 @@
-"""What a transfer check finds: metrics with errors and intervals, as rows for people and programs.
+"""What a transfer check finds: metrics with errors and intervals, as rows.
 
 Every error is over the test images of one training: another random seed's is not in it.
 """
@@ -59,18 +59,11 @@ def pair(
     ]
 
 
-def text_table(rows: Sequence[TransferRow]) -> list[str]:
-    """Format rows as lines, values in percent."""
-    head = ("check", "model", "metric", "value +- se", "difference to random [95 %]", "n", "chosen")
-    cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    return [
-        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in cells
-    ]
+HEADER = ("check", "model", "metric", "value +- se", "difference to random [95 %]", "n", "chosen")
 
 
-def _cells(row: TransferRow) -> tuple[str, ...]:
+def cells(row: TransferRow) -> tuple[str, ...]:
+    """Format a row under `HEADER`, values in percent."""
     difference = ""
     if row.difference is not None:
         shown = (f"{100 * (v or 0.0):+.1f}" for v in (row.difference_lo, row.difference_hi))
@@ -88,9 +81,9 @@ def share(right: NDArray[np.bool_]) -> tuple[float, float]:
 def paired_shares(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Interval:
     """Compare two shares of the same images [n]: that of a less that of b.
 
-    Half an image is added to each of the four outcomes: where few images or none tell the two
-    apart, the plain interval shrinks to a point. Source: Agresti and Min, "Simple improved
-    confidence intervals for comparing matched proportions" (Statistics in Medicine, 2005).
+    Half an image is added to each of the four outcomes: where few images or none differ, the plain
+    interval shrinks to a point. Source: Agresti and Min, "Simple improved confidence intervals for
+    comparing matched proportions" (Statistics in Medicine, 2005).
     """
     n = len(a)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())

@@ -2,7 +2,7 @@
 
 Images are patches of texture on another texture, and the class of a pixel is the kind of texture
 there. Values are ranked inside every patch and painted between two colours of one distribution, so
-that all classes have the same histogram: only the pattern tells them apart, no threshold does. In
+that all classes have the same histogram: only the pattern separates them, no threshold does. In
 the spirit of Kataoka et al., "Pre-training without natural images" (ACCV 2020).
 
 The head is a light feature pyramid: every map, normalised, through a 1x1 convolution, summed from
@@ -163,7 +163,7 @@ def _scene(
 
 
 def _blob(x: Floats, y: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Tell which pixels lie in a star-shaped patch around the origin; at least its centre's do."""
+    """Return which pixels lie in a star-shaped patch around the origin; its centre always does."""
     angle, radius = np.arctan2(y, x), rng.uniform(0.2, 0.32) * len(x)
     edge = np.ones_like(angle)
     for wave in (2, 3, 4):
@@ -179,7 +179,7 @@ def _ranked(values: Floats) -> Floats:
 
 
 def _colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """Draw two tones that can be told apart, a little tinted."""
+    """Draw two tones of some contrast, a little tinted."""
     while True:
         one, other = rng.uniform(0, 1, 2)
         if abs(one - other) >= _LEAST_CONTRAST:
@@ -226,13 +226,13 @@ class Segmenter(nn.Module):
         self.head = head
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Give logits [B, classes, S, S] of images [B, 3, S, S]."""
+        """Return logits [B, classes, S, S] of images [B, 3, S, S]."""
         logits: torch.Tensor = self.head(maps_of(self.pyramid, images), images.shape[-1])
         return logits
 
 
 def maps_of(pyramid: nn.Module, images: torch.Tensor) -> Maps:
-    """Give the maps [B, C, H, W] of images, finest first, whatever order the network has."""
+    """Return the maps [B, C, H, W] of images, finest first, whatever order the network has."""
     maps = list(pyramid(images))
     if str(getattr(getattr(pyramid, "output_fmt", None), "value", "NCHW")) == "NHWC":
         maps = [m.permute(0, 3, 1, 2) for m in maps]
@@ -319,7 +319,7 @@ def _inputs(side: Scenes, spec: AugmentSpec, rows: Any) -> torch.Tensor:
 def _kept(
     pyramid: nn.Module, side: Scenes, spec: AugmentSpec, device: str
 ) -> Callable[[NDArray[np.int64]], Any]:
-    """Give the maps of rows, from memory where all of them fit."""
+    """Return the maps of rows, from memory where all of them fit."""
 
     def made(rows: Any) -> Maps:
         with torch.no_grad():

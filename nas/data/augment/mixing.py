@@ -75,7 +75,7 @@ def draws(
 def shares(
     codes: Sequence[int], partner_codes: Sequence[int], size: tuple[int, int], spec: AugmentSpec
 ) -> NDArray[np.float64]:
-    """Give how much of each mixed input is its own image, [n]; the rest is its partner's.
+    """Return how much of each mixed input is its own image, [n]; the rest is its partner's.
 
     mixup's lambda, or the share of the pixels that CutMix's box leaves, by which timm mixes labels.
     """
@@ -89,7 +89,7 @@ def shares(
     )
 
 
-@lru_cache(maxsize=4096)  # both of a pair ask, mostly one after the other
+@lru_cache(maxsize=4096)  # each pair is drawn twice, mostly in succession
 def _drawn(
     low: int, high: int, size: tuple[int, int], spec: AugmentSpec
 ) -> tuple[float, Box | None]:

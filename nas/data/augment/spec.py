@@ -80,11 +80,11 @@ class AugmentSpec:
 
     @property
     def mixes(self) -> bool:
-        """Tell whether images are mixed with partners."""
+        """Return whether images are mixed with partners."""
         return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give plain JSON, the inverse of `from_dict`."""
+        """Return plain JSON, the inverse of `from_dict`."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @staticmethod
@@ -154,7 +154,7 @@ def _check_batched(spec: AugmentSpec) -> None:
 
 
 def _check_policy(spec: AugmentSpec) -> None:
-    """Refuse a policy that timm does not read, would leave out a part of, or cannot apply."""
+    """Refuse a policy that timm does not read, ignores a part of, or cannot apply."""
     name, *sections = str(spec.policy).split("-")
     for section in sections:
         named = name == "rand" and section.startswith("t")  # a set of operations
@@ -194,7 +194,7 @@ def default_spec(dataset: Dataset) -> AugmentSpec:
 
 
 def preset_spec(name: str, dataset: Dataset) -> AugmentSpec:
-    """Give a named pipeline for a data set. Raises InputError.
+    """Return a named pipeline for a data set. Raises InputError.
 
     `22k` (distillation on ImageNet-22k) and `finetune` (22k to 1k) are the official random resized
     crop of 8 to 100 %, flip, RandAugment and erasing; `1k` (from scratch) adds mixup 0.8 and CutMix
@@ -261,7 +261,7 @@ def borrowed_generators() -> Iterator[None]:
 
 def timm_transforms(spec: AugmentSpec) -> Any:
     """Make timm's transforms: geometry, policy, tensor part."""
-    # timm takes None for "no jitter" but does not say so in its types.
+    # timm takes None for "no jitter"; its types do not.
     jitter: Any = spec.color_jitter
     return create_transform(
         spec.img_size,

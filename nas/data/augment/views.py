@@ -1,4 +1,4 @@
-"""From stored pixels to a network's inputs: augmented views, mixed with a partner's where asked.
+"""From stored pixels to a network's inputs: augmented views, mixed in pairs on request.
 
 `Inputs` makes whole batches, `stream` makes them ahead in loader processes, and `outputs` is the
 one loop of every evaluation.
@@ -64,7 +64,7 @@ class EpochPlan:
         return ViewSpec(self.rows[at], self.codes[at], rows, self.codes[other])
 
     def whole(self) -> NDArray[np.bool_]:
-        """Tell which records have all their images in the data: bool [n]."""
+        """Return which records have all their images in the data: bool [n]."""
         here = self.rows >= 0
         if self.partner is None:
             return here

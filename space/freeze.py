@@ -21,8 +21,8 @@ Frozen = Mapping[str, tuple[int, ...]]
 def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
     """Make a family like `family` in which the named factors keep the values of `seed`.
 
-    `names`: a field ("window_sizes"), one of its slots ("embed_dims[2]"), or a part that the family
-    names in an optional `parts()`: a mapping of parts to fields and slots. Archs, keys, counts and
+    `names`: a field ("window_sizes"), one of its slots ("embed_dims[2]"), or one of the family's
+    `parts()`. Archs, keys, counts and
     builds stay the family's own; only what may be proposed changes: `moves`, `floor`, `scaled` and
     `published`. Raises `InputError` for unknown names, and when nothing would be left to contract.
     """
@@ -77,8 +77,7 @@ def _slots_of(family: Family, names: Sequence[str]) -> dict[str, tuple[int, ...]
         known[f.field] = [(f.field, i) for i in range(f.slots)]
         if not f.scalar:
             known |= {f"{f.field}[{i}]": [(f.field, i)] for i in range(f.slots)}
-    parts = getattr(family, "parts", None)
-    for part, members in (parts() if parts is not None else {}).items():
+    for part, members in family.parts().items():
         known[part] = [slot for member in members for slot in known[member]]
     found: set[tuple[str, int]] = set()
     for name in names:

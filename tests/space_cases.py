@@ -16,6 +16,15 @@ from space import Context, get_family
 from space.tinyvit import TinyVitArch
 
 FAMILY = get_family("tinyvit")
+SMALL: dict[str, Any] = {
+    "embed_dims": [32, 64, 64, 96],
+    "depths": [1, 1, 2, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 4.0,
+    "mlp_ratio": 3.0,
+    "head_dim": 32,
+}
+"""A TinyViT with few contractions."""
 
 
 def random_arch(rng: random.Random, most: int = 256, deepest: int = 3) -> TinyVitArch:

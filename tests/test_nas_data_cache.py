@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +97,6 @@ def test_decoding_as_one_goes_gives_the_cached_bits(tree: Path, tmp_path: Path) 
         ours, theirs = getattr(lazy, side), getattr(kept, side)
         assert ours.keys == theirs.keys
         assert ours.pixels.shape == theirs.pixels.shape
-        assert np.array_equal(ours.pixels[:], theirs.pixels)
-        assert np.array_equal(ours.pixels[1::2], theirs.pixels[1::2])
-        rows = np.array([2, 0, 1])
-        assert np.array_equal(ours.pixels[rows], theirs.pixels[rows])
-        assert np.array_equal(ours.pixels[1], theirs.pixels[1])
         assert np.array_equal(np.asarray(ours.pixels), theirs.pixels)
     rng = np.random.default_rng(0)
     n, lazily, mapped = len(lazy.train), lazy.train.pixels, kept.train.pixels
@@ -190,16 +187,6 @@ def test_images_without_class_folders_are_a_set_without_ground_truth(tmp_path: P
         picture(tmp_path / "same" / f"{at}.png", 0)
     with pytest.raises(InputError, match="1 images without copies"):
         prepare(spec(tmp_path / "same"), tmp_path / "c")
-
-
-def test_the_cut_of_images_without_classes_goes_by_content_alone(tmp_path: Path) -> None:
-    first = prepare(spec(loose(tmp_path / "one", 30)), tmp_path / "c")
-    for at in range(30):
-        picture(tmp_path / "two" / f"{29 - at:02d}x.png", at)
-    second = prepare(spec(tmp_path / "two"), tmp_path / "c")
-    for side in SIDES:
-        assert getattr(first, side).keys == getattr(second, side).keys
-    assert first.preparation == second.preparation
 
 
 def test_train_may_be_the_name_of_a_class(tmp_path: Path) -> None:
@@ -315,17 +302,11 @@ def fake(cache: Path, name: str, size: int, used: float) -> Path:
     return folder
 
 
-def test_what_a_living_process_uses_stays(tree: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "c"
-    dataset = prepare(spec(tree), cache)
-    other = tmp_path / "copy"
-    shutil.copytree(cache, other)
-    code = (
-        "import sys; from nas.data import open_dataset\n"
-        "held = open_dataset(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
-    )
+@contextmanager
+def another_process(code: str, path: Path) -> Iterator[None]:
+    """Keep a process alive that has run `code` on a path."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(other / "data" / dataset.folder.name)],
+        [sys.executable, "-c", f"import sys; {code}; print(flush=True); sys.stdin.read()", path],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -333,11 +314,21 @@ def test_what_a_living_process_uses_stays(tree: Path, tmp_path: Path) -> None:
     )
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
-        assert [row["in_use"] for row in cache_report(other)] == [True]
-        assert clean_cache(other, 0) == 0
+        assert process.stdout.readline() == "\n"
+        yield
     finally:
         process.communicate("")
+
+
+def test_what_a_living_process_uses_stays(tree: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c"
+    dataset = prepare(spec(tree), cache)
+    other = tmp_path / "copy"
+    shutil.copytree(cache, other)
+    opening = "from nas.data import open_dataset; held = open_dataset(sys.argv[1])"
+    with another_process(opening, other / "data" / dataset.folder.name):
+        assert [row["in_use"] for row in cache_report(other)] == [True]
+        assert clean_cache(other, 0) == 0
     assert [row["in_use"] for row in cache_report(other)] == [False]
     assert clean_cache(other, 0) > 0
     assert cache_report(other) == []
@@ -371,13 +362,8 @@ def test_room_is_made_and_what_never_fits_is_refused_before_it_is_decoded(
 
 
 def test_sizes_are_read_or_refused() -> None:
-    assert [parse_bytes("x", text) for text in ("10", "1.5K", "2MB", "3g", "0")] == [
-        10,
-        1500,
-        2_000_000,
-        3_000_000_000,
-        0,
-    ]
+    sizes = {"10": 10, "1.5K": 1500, "2MB": 2_000_000, "3g": 3_000_000_000, "0": 0}
+    assert {text: parse_bytes("x", text) for text in sizes} == sizes
     for text in ("", "x", "-1", "5X", "nanG", "1e40"):
         with pytest.raises(InputError, match="--keep"):
             parse_bytes("--keep", text)
@@ -479,24 +465,11 @@ def test_halves_of_other_sets_go_unless_their_builder_lives(tmp_path: Path) -> N
         (data / name).mkdir(parents=True)
         (data / name / "meta.json").write_text("half")
     (data / "dead-1.lock").touch()
-    code = (
-        "import sys; from filelock import FileLock\n"
-        "with FileLock(sys.argv[1]): print('locked', flush=True); sys.stdin.read()"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(data / "alive-2.lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
+    locking = "from filelock import FileLock; held = FileLock(sys.argv[1]).acquire()"
+    with another_process(locking, data / "alive-2.lock"):
         assert cache_report(tmp_path) == []
         make_room(tmp_path, 1, 2, "images")
         assert {p.name for p in data.iterdir() if p.is_dir()} == {"alive-2.part"}
-    finally:
-        process.communicate("")
     clean_cache(tmp_path, 10**9)
     assert not [p for p in data.iterdir() if p.is_dir()]
 

@@ -105,14 +105,9 @@ _MEMORY = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from nas.data import open_dataset
 from nas.data.split import content_key
 from nas.data.cache import cached
 from nas.data.sources import DataSource
-
-def private():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
 def source(n):
     def fill(pool, tick):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from torchvision.datasets import FakeData
 import nas.data.sources as readers
 from nas.data import DataSpec, prepare
 from space.errors import InputError
+
+Serve = Callable[[Callable[[str], Any]], None]
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
+    """Give what a test makes of a split's name in place of what timm opens."""
+    return lambda make: monkeypatch.setattr(readers, "_create", lambda name, s, cache: make(s))
 
 
 def fake(split: str, count: int = 60, classes: int = 3, side: int = 40) -> FakeData:
@@ -46,8 +55,8 @@ def test_mnist_files_are_read_by_timm_and_torchvision_themselves(tmp_path: Path)
     assert prepare(DataSpec("torch/mnist"), tmp_path).fingerprint == dataset.fingerprint
 
 
-def test_splits_are_found_and_limits_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "_create", lambda name, split, cache: fake(split))
+def test_splits_are_found_and_limits_hold(tmp_path: Path, serve: Serve) -> None:
+    serve(fake)
     dataset = prepare(DataSpec("torch/fake", max_images=30), tmp_path)
     assert len(dataset.train) + len(dataset.holdout) == 30
     assert len(dataset.test) == 60
@@ -55,13 +64,13 @@ def test_splits_are_found_and_limits_hold(tmp_path: Path, monkeypatch: pytest.Mo
     assert any("30 of 60 training images" in note for note in dataset.notes)
 
 
-def test_without_a_test_split_one_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def create(name: str, split: str, cache: Path) -> Any:
+def test_without_a_test_split_one_is_cut(tmp_path: Path, serve: Serve) -> None:
+    def create(split: str) -> Any:
         if split != "train":
             raise ValueError(f"Unknown split {split!r}")
         return fake(split)
 
-    monkeypatch.setattr(readers, "_create", create)
+    serve(create)
     dataset = prepare(DataSpec("torch/fake"), tmp_path)
     assert (len(dataset.train), len(dataset.holdout), len(dataset.test)) == (38, 10, 12)
     assert any("no split for testing" in note for note in dataset.notes)
@@ -86,30 +95,28 @@ class Stream(torch.utils.data.IterableDataset[Any]):
             yield Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8)), at % 3
 
 
-def test_streams_are_read_once_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_read_once_through(tmp_path: Path, serve: Serve) -> None:
     count = {"train": 40, "validation": 12}
-    monkeypatch.setattr(readers, "_create", lambda name, split, cache: Stream(count[split]))
+    serve(lambda split: Stream(count[split]))
     dataset = prepare(DataSpec("torch/stream"), tmp_path)
     assert (len(dataset.train), len(dataset.holdout), len(dataset.test)) == (32, 8, 12)
-    monkeypatch.setattr(readers, "_create", lambda name, split, cache: Stream(30, 25))
+    serve(lambda split: Stream(30, 25))
     with pytest.raises(InputError, match="connection reset"):
         prepare(DataSpec("torch/other", img_size=48), tmp_path)
 
 
-def test_what_cannot_be_opened_is_refused_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_opened_is_refused_with_the_remedy(tmp_path: Path, serve: Serve) -> None:
     for prefix, package in (("hfds", "datasets"), ("wds", "webdataset")):
         if importlib.util.find_spec(package) is None:
             with pytest.raises(InputError, match=rf"package {package}; pip install"):
                 prepare(DataSpec(f"{prefix}/some/thing"), tmp_path)
 
-    def create(name: str, split: str, cache: Path) -> Any:
+    def create(split: str) -> Any:
         raise OSError("no route\nto host")
 
     with pytest.raises(InputError, match="Unknown torchvision dataset nosuch"):
         prepare(DataSpec("torch/nosuch"), tmp_path)
-    monkeypatch.setattr(readers, "_create", create)
+    serve(create)
     with pytest.raises(InputError, match="no route to host") as caught:
         prepare(DataSpec("torch/cifar100"), tmp_path)
     assert "\n" not in str(caught.value)
@@ -121,7 +128,7 @@ def test_what_cannot_be_opened_is_refused_with_the_remedy(
     ("label", "words"), [(-1, "label -1"), ([1, 0], r"label \[1, 0\]"), (7, "label 7")]
 )
 def test_labels_that_are_no_class_are_refused(
-    label: object, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    label: object, words: str, tmp_path: Path, serve: Serve
 ) -> None:
     class Odd(FakeData):
         def __init__(self) -> None:
@@ -131,22 +138,22 @@ def test_labels_that_are_no_class_are_refused(
         def __getitem__(self, index: int) -> Any:
             return super().__getitem__(index)[0], label
 
-    monkeypatch.setattr(readers, "_create", lambda name, split, cache: Odd())
+    serve(lambda split: Odd())
     with pytest.raises(InputError, match=words):
         prepare(DataSpec("torch/odd", img_size=48), tmp_path)
 
 
-def test_broken_images_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_images_are_counted(tmp_path: Path, serve: Serve) -> None:
     class Holes(FakeData):
         def __getitem__(self, index: int) -> Any:
             if index in (3, 8):
                 raise OSError("truncated")
             return super().__getitem__(index)
 
-    def create(name: str, split: str, cache: Path) -> Any:
+    def create(split: str) -> Any:
         offset = 0 if split == "train" else 999
         return Holes(40, (3, 40, 40), 2, random_offset=offset)
 
-    monkeypatch.setattr(readers, "_create", create)
+    serve(create)
     dataset = prepare(DataSpec("torch/holes", max_corrupt=0.1, img_size=48), tmp_path)
     assert dataset.broken == ("train[3]", "train[8]", "test[3]", "test[8]")

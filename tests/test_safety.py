@@ -260,14 +260,19 @@ def test_a_bundle_times_its_own_networks_only(
 
 
 def test_images_that_are_decoded_on_access_stay_in_their_folder(tmp_path: Path) -> None:
-    from nas.data.layout import DecodedFiles
+    from nas.data.dataset import KeyTable, NameTable
+    from nas.data.layout import DecodedFiles, file_of, write_table
 
     (tmp_path / "in").mkdir()
     shutil.copyfile(__file__, tmp_path / "out.png")
-    for name in ("../out.png", str(tmp_path / "out.png"), "a/../../out.png"):
-        images = DecodedFiles(tmp_path, "train", tmp_path / "in", [name], ["0" * 32], 16, 16)
+    names = NameTable.of(["../out.png", str(tmp_path / "out.png"), "a/../../out.png"])
+    tables = {"keys": KeyTable.of(["0" * 32] * 3).raw, "names": names.text, "ends": names.ends}
+    for name, table in tables.items():
+        write_table(tmp_path / file_of("train", name), table)
+    images = DecodedFiles(tmp_path, "train", tmp_path / "in", 16, 16)
+    for row in range(3):
         with pytest.raises(InputError, match="want a name inside"):
-            images[0]
+            images[row]
 
 
 def test_what_a_cache_folder_describes_is_its_own(digits: Path, tmp_path: Path) -> None:

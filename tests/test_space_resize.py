@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import vit_cases
 from space_cases import (
+    SMALL,
     on_meta,
     one_thread,  # noqa: F401 - a fixture, used by every test here
 )
@@ -33,31 +35,15 @@ State = dict[str, torch.Tensor]
 
 
 def vit(**changes: object) -> Arch:
-    return VIT.arch(
-        {
-            "embed_dim": 16,
-            "depth": 1,
-            "head_dim": 8,
-            "mlp_ratio": 2.0,
-            "patch_size": 16,
-            "dist_token": False,
-            **changes,
-        }
+    return vit_cases.small(
+        **{"embed_dim": 16, "depth": 1, "head_dim": 8, "mlp_ratio": 2.0, **changes}
     )
 
 
 def tinyvit(**changes: object) -> Arch:
-    return TINYVIT.arch(
-        {
-            "embed_dims": [8, 16, 16, 24],
-            "depths": [1, 2, 1, 1],
-            "window_sizes": [7, 14, 7],
-            "mbconv_expand_ratio": 2.0,
-            "mlp_ratio": 2.0,
-            "head_dim": 8,
-            **changes,
-        }
-    )
+    narrow = {"embed_dims": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "head_dim": 8}
+    ratios = {"mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0}
+    return TINYVIT.arch({**SMALL, **narrow, **ratios, **changes})
 
 
 def scrambled(family: Family, arch: Arch, ctx: Context, seed: int, dtype: torch.dtype) -> Any:
@@ -169,16 +155,6 @@ def test_weights_are_torchs_up_and_down(line: Any, antialias: bool, dtype: torch
             assert 0 <= index.min() <= index.max() < parent**2
 
 
-@pytest.mark.parametrize("line", [bicubic, antialiased])
-def test_weights_sum_to_one_mirror_and_leave_a_line_of_their_size(line: Any) -> None:
-    for child, parent in product(range(1, 40), repeat=2):
-        weights = line(child, parent)
-        assert np.allclose(weights.sum(axis=1), 1, atol=1e-12)
-        assert np.allclose(weights, weights[::-1, ::-1], atol=1e-12)
-        if child == parent:
-            assert np.array_equal(weights, np.eye(child))
-
-
 # -- ViT -------------------------------------------------------------------------------------------
 VIT_SIZES = [(48, 128), (128, 48), (64, 80), (80, 64), (224, 384), (384, 512), (512, 224)]
 
@@ -209,15 +185,6 @@ def test_vits_are_resized_as_deit_and_timm_do(
     assert not torch.allclose(got["pos_embed"], published, atol=0.01), "two ways"
     for state in (got["pos_embed"], published):
         assert torch.equal(state[:, : 1 + dist], parent["pos_embed"][:, : 1 + dist])
-
-
-def test_a_vit_in_single_precision_is_resized_as_by_torch() -> None:
-    arch, contexts = vit(dist_token=True), (Context(48, 5), Context(112, 5))
-    parent, own, got, net = carried(VIT, arch, *contexts, "published", torch.float32)
-    check_equal(got, loaded(own, by_deit(parent, net)), {"pos_embed"}, 2e-5)
-    parent, own, got, net = carried(VIT, arch, *contexts, "timm", torch.float32)
-    resized = vision_transformer.checkpoint_filter_fn(parent, net)
-    check_equal(got, loaded(own, resized), {"pos_embed"}, 2e-5)
 
 
 # -- TinyViT ---------------------------------------------------------------------------------------

@@ -10,21 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from space_cases import FAMILY, random_arch
+from space_cases import FAMILY, SMALL, random_arch
 
 from space import Arch, Context
 from space import sampling as module
 from space.contractions import Band, contains, count_contractions
 from space.sampling import nearest, sample_band
-
-SMALL = {
-    "embed_dims": [32, 64, 64, 96],
-    "depths": [1, 1, 2, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 4.0,
-    "mlp_ratio": 3.0,
-    "head_dim": 32,
-}
 
 
 def random_origin(rng: random.Random) -> tuple[Arch, Context]:

@@ -220,14 +220,6 @@ def test_biases_keep_their_offset(ours: int, theirs: int) -> None:
     assert torch.equal(full[0][corner], full[1][corner])
 
 
-def test_biases_follow_the_image_when_its_size_changes() -> None:
-    arch = small()
-    slices = FAMILY.slicing(arch, arch, Context(224, 5), Context(112, 5))
-    index = slices["stages.2.blocks.0.attn.attention_biases"].index[1]
-    assert index.reshape(7, 7)[0].tolist() == [0, 2, 4, 6, 8, 10, 12]  # twice as far apart
-    assert index.reshape(7, 7)[:, 0].tolist() == [14 * i for i in (0, 2, 4, 6, 8, 10, 12)]
-
-
 def test_heads_are_cut_from_the_heads_that_held_their_channels() -> None:
     slices = FAMILY.slicing(small(), small(head_dim=16), CTX, CTX)
     assert slices["stages.1.blocks.0.attn.attention_biases"].index[0].tolist() == [0, 0, 1, 1]
@@ -365,20 +357,6 @@ def test_wanted_units_are_taken_as_the_first_ones_of_a_net_with_them_in_front(
         assert torch.equal(got[key], want[key]), key
     plain = inherited(FAMILY.slicing(a, b, CTX, CTX), parent, own)
     assert not all(torch.equal(got[key], plain[key]) for key in plain)
-
-
-def test_wanted_heads_are_kept_whole() -> None:
-    a, b = small(), small(embed_dims=[32, 64, 64, 96])
-    order = {"stages.3.blocks.0.heads": np.array([3, 0, 2, 1])}
-    slices = FAMILY.slicing(a, b, CTX, CTX, order)
-    attn = "stages.3.blocks.0.attn"
-    rows = slices[f"{attn}.qkv.weight"].index[0]
-    assert rows.tolist() == [r for head in (0, 2, 3) for r in range(96 * head, 96 * (head + 1))]
-    assert slices[f"{attn}.qkv.bias"].index[0].tolist() == rows.tolist()
-    columns = slices[f"{attn}.proj.weight"].index[1]
-    assert columns.tolist() == [c for head in (0, 2, 3) for c in range(32 * head, 32 * (head + 1))]
-    assert slices[f"{attn}.attention_biases"].index[0].tolist() == [0, 2, 3]
-    assert slices["stages.3.blocks.1.attn.attention_biases"].index[0].tolist() == [0, 1, 2]
 
 
 def test_wanted_blocks_are_taken_in_the_parents_order() -> None:

@@ -173,12 +173,7 @@ def _is_dir(path: Path) -> bool:
 def _class_folders(tree: Path) -> list[str]:
     """List the class folders of a tree, sorted by name; links that lead back up are left out."""
     above = {tree.resolve(), *tree.resolve().parents}
-    try:
-        with os.scandir(tree) as entries:
-            names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
-    except OSError as error:
-        raise _unreadable(tree, error) from error
-    found = sorted(n for n in names if (tree / n).resolve() not in above)
+    found = [n for n in _listed(tree, folders=True) if (tree / n).resolve() not in above]
     for name in found:  # it becomes a class, which tables and models name
         try:
             name.encode("utf-8")
@@ -190,12 +185,18 @@ def _class_folders(tree: Path) -> list[str]:
 
 def _loose(tree: Path) -> list[Path]:
     """List the images that lie directly in a folder, sorted by name."""
+    names = _listed(tree, folders=False)
+    return [tree / n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS]
+
+
+def _listed(tree: Path, folders: bool) -> list[str]:
+    """List the folders or files of a folder by name, hidden ones left out."""
     try:
         with os.scandir(tree) as entries:
-            names = [e.name for e in entries if e.is_file() and not e.name.startswith(".")]
+            seen = [e for e in entries if not e.name.startswith(".")]
+            return sorted(e.name for e in seen if (e.is_dir() if folders else e.is_file()))
     except OSError as error:
         raise _unreadable(tree, error) from error
-    return [tree / n for n in sorted(names) if os.path.splitext(n)[1].lower() in EXTENSIONS]
 
 
 def _unreadable(path: Path, error: OSError) -> Exception:

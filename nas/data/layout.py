@@ -14,7 +14,7 @@ and `meta.json`: the rest, and the checksums of all files.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,8 +119,7 @@ def _open_side(folder: Path, side: str, meta: Mapping[str, Any], verify: bool) -
         raise ValueError(f"{side} has {n} keys, {len(labels)} labels and {len(ends)} names")
     pixels: Any
     if meta["root"] is not None:
-        root = Path(meta["root"])
-        pixels = DecodedFiles(folder, side, root, names, table, meta["img_size"], stored)
+        pixels = DecodedFiles(folder, side, Path(meta["root"]), meta["img_size"], stored)
     else:
         pixels = _checked(folder, file_of(side, "pixels"), meta, verify=verify)
         if pixels.dtype != np.uint8 or pixels.shape != (n, stored, stored, 3):
@@ -146,33 +145,27 @@ class DecodedFiles:
     """Images of a folder as one array, uint8 [n, S, S, 3], decoded on access to the same bits as
     cached ones. A file that is gone, damaged or replaced is refused by name when it is read.
 
-    `names` are relative to `root`, `keys` what the files' contents were. Pickled by the folder `at`
-    and the `side` whose tables are mapped again.
+    The tables of `side` in the cache folder `at` hold the names, relative to `root`, and the keys
+    of the files' contents; a pickled copy maps them again.
     """
 
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(
-        self,
-        at: Path,
-        side: str,
-        root: Path,
-        names: Sequence[str],
-        keys: Sequence[str],
-        img_size: int,
-        store_size: int,
-    ) -> None:
-        self._at, self._side, self._root = at, side, root
-        self._names, self._keys = names, keys
-        self._img_size, self._store_size = img_size, store_size
-        self.shape = (len(names), store_size, store_size, 3)
+    def __init__(self, at: Path, side: str, root: Path, img_size: int, store_size: int) -> None:
+        self._given = (at, side, root, img_size, store_size)
+        keys, text, ends = (
+            np.load(at / file_of(side, table), mmap_mode="r", allow_pickle=False)
+            for table in ("keys", "names", "ends")
+        )
+        self._names, self._keys = NameTable(text, ends), KeyTable(keys)
+        self.shape = (len(keys), store_size, store_size, 3)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self._at, self._side, self._root, self._img_size, self._store_size)
+        return DecodedFiles, self._given
 
     def __getitem__(self, at: Any) -> NDArray[np.uint8]:
         if isinstance(at, (int, np.integer)):
@@ -191,25 +184,17 @@ class DecodedFiles:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _read(self, row: int) -> NDArray[np.uint8]:
+        _, _, root, img_size, store_size = self._given
         name = self._names[row]
         # Links inside a user's folder may lead anywhere; a name in the cache's table may not.
         if os.path.isabs(name) or ".." in name.split("/"):
-            raise refuse("--data", name, f"a name inside {self._root}", "prepare the data anew")
+            raise refuse("--data", name, f"a name inside {root}", "prepare the data anew")
         want, remedy = "the image that was there", "restore it, or prepare the data anew"
         try:
-            key, pixels = read_image(self._root / name, self._img_size, self._store_size)
+            key, pixels = read_image(root / name, img_size, store_size)
         except Exception as error:  # a damaged file raises almost anything in Pillow
             got = f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
             raise refuse("--data", got, want, remedy) from error
         if key != self._keys[row]:
             raise refuse("--data", f"{name} with another content", want, remedy)
         return pixels
-
-
-def _reopened(at: Path, side: str, root: Path, img_size: int, store_size: int) -> DecodedFiles:
-    keys, text, ends = (
-        np.load(at / f"{side}.{name}.npy", mmap_mode="r", allow_pickle=False)
-        for name in ("keys", "names", "ends")
-    )
-    names, table = NameTable(text, ends), KeyTable(keys)
-    return DecodedFiles(at, side, root, names, table, img_size, store_size)

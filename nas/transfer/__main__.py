@@ -307,9 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from nas.report.tables import plain
         from nas.transfer.rows import HEADER, TransferRow, cells
 
-        options = parsed(
-            TransferConfig, {f.name: given[f.name] for f in settings_of(TransferConfig)}
-        )
+        names = [f.name for f in settings_of(TransferConfig) if given[f.name] is not None]
+        options = parsed(TransferConfig, {name: given[name] for name in names})
         console = Console(quiet=given["quiet"])
         config = TransferConfig(given["source"].expanduser(), **options)
         cache = default_cache() if given["cache_dir"] is None else Path(given["cache_dir"])

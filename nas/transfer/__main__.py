@@ -39,8 +39,8 @@ CHECKS = ("probe", "knn", "segment")
 _ON_DATA = ("probe", "knn")
 
 
-def _names(flag: str, text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
+def _names(flag: str, given: Any) -> tuple[str, ...]:
+    return tuple(name.strip() for text in given for name in text.split(","))
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,7 @@ def sample(
     if family.key(seed, ctx) not in {net.key(ctx) for net in nets}:
         nets.insert(0, _inline(family, seed))
     nets = nets[:count]
+    first = len(nets)
 
     def draw(lo: float, hi: float, number: int) -> None:
         within, taken = Band(math.ceil(lo), math.floor(hi)), {net.key(ctx) for net in nets}
@@ -202,7 +203,9 @@ def sample(
             draw(lo, hi, -(-(count - len(nets)) // (SLICES - at)))
         if len(nets) == before:
             raise refuse("--sample", count, f"at most {before} here", "ask for fewer")
-    return nets
+    # In no order of size: a table that is cut short is of the whole range.
+    order = first + np.random.default_rng(random_seed).permutation(count - first)
+    return [*nets[:first], *(nets[i] for i in order)]
 
 
 def _inline(family: Family, arch: Arch) -> Net:

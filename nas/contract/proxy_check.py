@@ -1,5 +1,5 @@
-"""How far a run's proxy scores can be trusted: `--check-proxy N`, and the table
-`benchmarks.proxy_rank`.
+"""How far a run's proxy scores can be trusted: `--check-proxy N`, and the table of
+`benchmarks.proxy`.
 
 N candidates of the last step's band, kept and rejected, are named in `proxy_check.json` before
 anything is trained. Each is then scored by the proxy from the seed's weights (or from scratch, as

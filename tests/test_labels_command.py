@@ -25,10 +25,10 @@ from PIL import Image
 from nas.data import DataSpec, prepare
 from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
-from nas.distill.jobs import teach
+from nas.distill.label_store import build, verify
 from nas.export.weights import save_weights
 from nas.labels.__main__ import main
-from nas.labels.api import build, merge, verify
+from nas.labels.api import merge
 from nas.labels.build import find_contradicted
 from nas.labels.reader import LabelReader
 from nas.labels.store import dropped_keys, open_store
@@ -53,7 +53,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def store(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stores") / "s"
-    build("digits", teach=teach, out=out, cache_dir=cache, **SIZES)
+    build("digits", out=out, cache_dir=cache, **SIZES)
     return out
 
 
@@ -64,7 +64,8 @@ def flags(**changes: Any) -> list[str]:
 
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let jobs run here: a process of its own takes seconds to start."""
-    monkeypatch.setattr("nas.labels.api.LocalExecutor", lambda **_: InlineExecutor())
+    for module in ("nas.distill.label_store", "nas.labels.api"):
+        monkeypatch.setattr(f"{module}.LocalExecutor", lambda **_: InlineExecutor())
 
 
 def test_the_command_builds_tells_and_verifies(
@@ -122,14 +123,14 @@ def test_damage_ends_in_a_line_each_and_status_2(
 def test_processes_make_the_same_bytes(
     cache: Path, store: Path, tmp_path: Path, processes: int
 ) -> None:
-    build("digits", teach=teach, out=tmp_path / "s", processes=processes, cache_dir=cache, **SIZES)
+    build("digits", out=tmp_path / "s", processes=processes, cache_dir=cache, **SIZES)
     assert contents(tmp_path / "s") == contents(store)
 
 
 @pytest.mark.slow
 def test_machines_build_parts_and_merge(cache: Path, store: Path, tmp_path: Path) -> None:
     for at in (1, 2):
-        build("digits", teach=teach, out=tmp_path / f"{at}", part=(at, 2), cache_dir=cache, **SIZES)
+        build("digits", out=tmp_path / f"{at}", part=f"{at}/2", cache_dir=cache, **SIZES)
     assert merge(tmp_path / "all", [tmp_path / "1"])["missing"] > 0
     assert merge(tmp_path / "all", [tmp_path / "1", tmp_path / "2"])["missing"] == 0
     assert contents(tmp_path / "all") == contents(store)
@@ -139,7 +140,7 @@ def test_a_subset_of_images_is_labelled_where_asked(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inline(monkeypatch)
-    made = build("digits", teach=teach, out=tmp_path / "s", limit=40, cache_dir=cache, **SIZES)
+    made = build("digits", out=tmp_path / "s", limit=40, cache_dir=cache, **SIZES)
     assert made["images"] == 40
     dataset = prepare(DataSpec("digits", 16, 120), cache)
     opened = open_store(tmp_path / "s", use=dataset)
@@ -185,7 +186,7 @@ def test_bad_input_is_one_line(
     monkeypatch.setenv("VISION_CONTRACTION_CACHE", str(cache))
     inline(monkeypatch)
     if "--teacher" not in arguments:  # whose training may take hours
-        monkeypatch.setattr("nas.labels.__main__.teach", lambda *_, **__: pytest.fail("taught"))
+        monkeypatch.setattr("nas.distill.label_store.teach", lambda *_, **__: pytest.fail("taught"))
     if arguments[:1] == ["build"]:
         given = {f: v for f, v in zip(*[iter(flags())] * 2, strict=True) if f not in arguments}
         arguments = [*arguments, *(part for pair in given.items() for part in pair), "--out", "s"]
@@ -323,7 +324,7 @@ def test_images_without_classes_are_labelled_and_teach(
 ) -> None:
     inline(monkeypatch)
     data = folder_of_digits(tmp_path / "loose", classes=False)
-    options: dict[str, Any] = {**SIZES, "max_images": None, "teach": teach}
+    options: dict[str, Any] = {**SIZES, "max_images": None}
     made = build(str(data), teacher=teacher, out=tmp_path / "s", cache_dir=cache, **options)
     assert made["num_classes"] == 7
     dataset = prepare(DataSpec(str(data), 16), cache)
@@ -332,7 +333,7 @@ def test_images_without_classes_are_labelled_and_teach(
     batch = next(LabelReader(dataset.train, opened, 8, 0).epoch(0))
     assert batch.truth.unique().tolist() == [-1]
     assert int(batch.index.max()) < 7
-    assert verify(tmp_path / "s", teacher=10, teach=teach, cache_dir=cache) == []
+    assert verify(tmp_path / "s", teacher=10, cache_dir=cache) == []
     with pytest.raises(InputError, match=r"--teacher: got auto for .* which has no labels"):
         build(str(data), out=tmp_path / "t", cache_dir=cache, **options)
     with pytest.raises(InputError, match="--clean: got images without labels"):
@@ -342,7 +343,7 @@ def test_images_without_classes_are_labelled_and_teach(
 @pytest.mark.slow
 def test_contradicted_labels_are_dropped_and_listed(cache: Path, tmp_path: Path) -> None:
     data = folder_of_digits(tmp_path / "digits", classes=True)
-    options: dict[str, Any] = {**SIZES, "max_images": None, "teach": teach}
+    options: dict[str, Any] = {**SIZES, "max_images": None}
     made = build(str(data), out=tmp_path / "s", clean=0.5, cache_dir=cache, **options)
     with open(tmp_path / "s" / "dropped.csv", newline="") as table:
         rows = list(csv.DictReader(table))

@@ -312,7 +312,7 @@ def test_impossible_requests_are_refused_and_leave_nothing(
     dataset: Dataset, tmp_path: Path
 ) -> None:
     bad: list[dict[str, Any]] = [
-        *({"topk": 10}, {"topk": 0}, {"epochs": 0}, {"codec": "zip"}, {"preset": "2k"}),
+        *({"topk": 10}, {"topk": 0}, {"epochs": 0}, {"codec": "zip"}, {"augment": "2k"}),
         *({"limit": 1}, {"clean": 2.0}, {"precision": "float16"}, {"changes": {"mixup": 1.0}}),
         *({"changes": {"mixup_alpha": -1.0}}, {"changes": {"policy": "no-such-policy"}}),
     ]

@@ -63,7 +63,7 @@ def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_pa
         final_epochs=1,
         cache_dir=finished.cache,
         measurements=str(finished.folder / "measurements.csv"),
-        means=ExecutorConfig(executor="ray", workers=2, copy_files=True),
+        executor_config=ExecutorConfig(executor="ray", workers=2, copy_files=True),
     )
     assert outcome.status == "reached"
     assert run_outcome(tmp_path / "run") == run_outcome(finished.folder)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nas.distill.jobs import teach
-from nas.labels import api as labels
+from nas.distill import label_store
 from tests.conftest import SMALL_ARCH
 
 VIT = {
@@ -56,7 +55,7 @@ def build_store(
     """Build a small label store with a teacher of one epoch, unless it is there."""
     if not out.exists():
         options = {"epochs": 2, "teacher_epochs": 1, "img_size": 32, "threads": 1, **more}
-        labels.build(data, teach=teach, out=out, max_images=images, cache_dir=cache, **options)
+        label_store.build(data, out=out, max_images=images, cache_dir=cache, **options)
     return out
 
 

@@ -76,7 +76,7 @@ def label_store(cache: Path, dataset: Dataset, engine: str, epochs: int = 2) -> 
         notes=(),
         **numbers,
     )
-    request = LabelRequest(epochs=epochs, preset="batched" if engine == "batched" else "default")
+    request = LabelRequest(epochs=epochs, augment="batched" if engine == "batched" else "default")
     store = begin_store(cache / "labels", dataset, info, request, made_by={}, named=False)
     build_shards(store, dataset, lambda inputs: inputs.flatten(1) @ weights)
     return open_store(store.folder)

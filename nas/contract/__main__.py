@@ -22,7 +22,7 @@ EXIT_REACHED, EXIT_STUCK = 0, 3
 
 
 _SESSION = tuple(field.name for field in dataclasses.fields(SessionOptions))
-_MEANS = tuple(field.name for field in dataclasses.fields(ExecutorConfig))
+_EXECUTOR = tuple(field.name for field in dataclasses.fields(ExecutorConfig))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     session_given = {k: arguments.pop(k) for k in _SESSION if k in arguments}
     out = session_given.get("out")
     try:
-        named = [name for name in _MEANS if name in arguments]
-        session_given["means"] = ExecutorConfig(**{name: arguments.pop(name) for name in named})
+        named = [name for name in _EXECUTOR if name in arguments]
+        session_given["executor_config"] = ExecutorConfig(
+            **{name: arguments.pop(name) for name in named}
+        )
         if "status" in session_given:
             from nas.report import status
 
@@ -71,7 +73,7 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     )
     if not quiet:
         print(text)
-        if session_given["means"] != ExecutorConfig():
+        if session_given["executor_config"] != ExecutorConfig():
             print("note: planned for one worker of this machine, whatever else is given")
     if session_given.get("json"):
         print(json.dumps(dataclasses.asdict(made)))
@@ -91,7 +93,7 @@ def _run(
         final_measurements=session_given.get("final_measurements"),
         check_proxy=session_given.get("proxy_check"),
         storage=session_given.get("storage"),
-        means=session_given["means"],
+        executor_config=session_given["executor_config"],
         quiet=quiet,
         **arguments,
     )

@@ -17,11 +17,11 @@ from nas.core.requirement import COUNTED, LATENCIES
 from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED, dataset_card
 from nas.data.prepare import prepared
-from nas.distill.jobs import teach
+from nas.distill.label_store import teach
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from nas.jobs.queue import Executor
-from nas.labels import make_store as labelling
+from nas.labels import api as labels
 from nas.measure import jobs as measure_jobs
 from nas.measure.device_rows import read_rows, write_rows
 from nas.measure.device_table import DeviceTable
@@ -40,7 +40,9 @@ DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
 """What a run with `--device-table` keeps: a copy of it, and the finalists' own measurements."""
 
 
-def make_config(given: Mapping[str, Any], means: ExecutorConfig | None = None) -> RunConfig:
+def make_config(
+    given: Mapping[str, Any], executor_config: ExecutorConfig | None = None
+) -> RunConfig:
     """Return the configuration of a new run from what the user gave, checked.
 
     Several workers on this machine share the usable cores, unless the user named the threads.
@@ -50,8 +52,8 @@ def make_config(given: Mapping[str, Any], means: ExecutorConfig | None = None) -
             raise refuse(flag(name), "nothing", want)
     settings = with_effort(given.get("effort", "normal"), given)
     workers = 1
-    if means is not None and means.ray_address is None:
-        workers = means.workers or 1
+    if executor_config is not None and executor_config.ray_address is None:
+        workers = executor_config.workers or 1
     settings.setdefault("threads", max(1, usable_cpus() // workers))
     return RunConfig(**settings)
 
@@ -171,7 +173,7 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
         "threads": config.threads,
     }
     if config.labels is not None:
-        made_by = labelling.made_by(Path(config.labels))
+        made_by = labels.made_by(Path(config.labels))
         asked.update({name: made_by[name] for name in ("teacher", "teacher_epochs", "random_seed")})
     console.count("asking the teacher for classes")
     try:
@@ -181,7 +183,7 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
                 return worker.run(job, tick=console.advance, heartbeat=console.refresh)
 
             info = teach(do, dataset, cache, **asked)["info"]
-            folder = labelling.classes_from_teacher(do, dataset, cache, info, config.device)
+            folder = labels.classes_from_teacher(do, dataset, cache, info, config.device)
     finally:
         console.stop()
     console.line(

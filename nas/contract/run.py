@@ -94,12 +94,12 @@ class Session:
 
     `deadline` is on the monotonic clock; `check_proxy` archs are trained longer afterwards;
     `final_measurements` are the measurements of another device; `executor` replaces the one that
-    `means` describe.
+    `executor_config` describes.
     """
 
     cache: Path
     console: Console
-    means: ExecutorConfig = field(default_factory=ExecutorConfig)
+    executor_config: ExecutorConfig = field(default_factory=ExecutorConfig)
     executor: Executor | None = None
     deadline: float | None = None
     storage: str | None = None
@@ -121,7 +121,7 @@ def contract(
     quiet: bool = True,
     console: Console | None = None,
     executor: Executor | None = None,
-    means: ExecutorConfig | None = None,
+    executor_config: ExecutorConfig | None = None,
     **settings: Any,
 ) -> RunResult:
     """Contract `seed` to `target_params` and leave everything in the run folder `out`.
@@ -130,7 +130,7 @@ def contract(
     ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
     only settings that equal its own may be given. `check_proxy` archs are trained longer
     afterwards, for a report on how far the scores can be trusted (`nas.contract.proxy_check`).
-    `means` are where jobs run and how many at once (`nas.core.executor_config`). `storage` is the
+    `executor_config` tells where jobs run and how many at once. `storage` is the
     address of a PostgreSQL database for the study, in place of a `study.db` in the folder. Raises
     `InputError` (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is
     a result, not an error.
@@ -143,7 +143,7 @@ def contract(
     session = Session(
         cache=default_cache() if cache_dir is None else Path(cache_dir),
         console=Console(quiet=quiet) if console is None else console,
-        means=means or ExecutorConfig(),
+        executor_config=executor_config or ExecutorConfig(),
         executor=executor,
         deadline=deadline,
         storage=storage,
@@ -271,7 +271,7 @@ def open_run(
         elif "replay" in given:
             config = replayed_config(given)
         else:
-            config = make_config(given, session.means)
+            config = make_config(given, session.executor_config)
         config, family, seed_arch = with_seed(config)
         rows = read_lent(config, needed=not resume)
         if saved is not None:
@@ -308,7 +308,7 @@ def open_run(
             check_requirements(config, family, seed_arch, dataset, table)
             folder.create()
         worker = worker or make_executor(
-            session.means, threads=config.threads, device=config.device, folder=out
+            session.executor_config, threads=config.threads, device=config.device, folder=out
         )
         fingerprints = ask_fingerprints(config, worker, table)
         if saved is not None:

@@ -11,9 +11,10 @@ from nas.contract.state import Incumbent, Run
 from nas.contract.timing import MEASURE_COST, interval_text
 from nas.core.config import RunConfig, flag
 from nas.core.requirement import Requirement, Setting
-from nas.distill.jobs import teach
+from nas.distill.label_store import teach
 from nas.jobs.job import Result
-from nas.labels import make_store as labelling
+from nas.labels import api as labels
+from nas.labels.request import LabelRequest
 from nas.measure.measurement import Measurement
 from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.study import Trial
@@ -242,7 +243,7 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         teacher = taught["info"]
         run.console.line(f"teacher: {taught['says']}")
         folder = _own_store(run, taught["info"], stored)
-    run.store = labelling.open_for(
+    run.store = labels.open_for(
         run.do,
         folder,
         data,
@@ -261,15 +262,15 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
 def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
     """Build the run's own store in the cache, or find it there."""
     config, data = run.config, run.dataset
-    request = {
-        "epochs": epochs,
-        "topk": config.topk,
-        "codec": config.codec,
-        "preset": config.augment,
-        "salt": config.random_seed,
-        "device": config.device,
-        "threads": config.threads,
-    }
+    request = LabelRequest(
+        epochs=epochs,
+        topk=config.topk,
+        codec=config.codec,
+        augment=config.augment,
+        salt=config.random_seed,
+        device=config.device,
+        threads=config.threads,
+    )
     made_by = {
         "data": run.data_spec(),
         "teacher": config.teacher,
@@ -278,11 +279,12 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
         "device": config.device,
         "threads": config.threads,
     }
-    begun = labelling.begin(
+    begun = labels.begin(
         run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by
     )
-    job = labelling.build_job(begun, data, info, part=(1, 1), device=config.device)
-    labelling.build(lambda job: run.do(job, cost=job.units / 3 * teacher_cost(run)), job)
+    job = labels.build_job(begun, data, info, part=(1, 1), device=config.device)
+    built = run.do(job, cost=job.units / 3 * teacher_cost(run))
+    labels.job_values(built, "soft labels")
     return str(begun["folder"])
 
 

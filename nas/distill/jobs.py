@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +16,7 @@ from filelock import FileLock
 
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.progress import Tick
-from nas.data import Dataset
-from nas.jobs.job import CHECKPOINT, LEAVES, READS, READS_LAST, Job, Result, Values
-from nas.labels.make_store import job_values
+from nas.jobs.job import CHECKPOINT, LEAVES, READS, READS_LAST, Values
 from space import Context, get_family
 from space.errors import refuse
 
@@ -127,31 +125,6 @@ class ZeroCostJob(StudentJob):
     """An untrained student to score on the first `images` images that a training would see."""
 
     images: int
-
-
-def teach(
-    do: Callable[[Job], Result],
-    dataset: Dataset,
-    cache: Path,
-    *,
-    teacher: str,
-    teacher_epochs: int,
-    random_seed: int,
-    device: str,
-    threads: int,
-) -> Mapping[str, Any]:
-    """Have the teacher of a data set made: its `info` and a line `says`. Raises InputError."""
-    job = TeacherJob(
-        dataset=dataset.folder,
-        cache=cache,
-        teacher=teacher,
-        epochs=teacher_epochs,
-        random_seed=random_seed,
-        device=device,
-        threads=threads,
-    )
-    units = float(len(dataset.train) * teacher_epochs)
-    return job_values(do(Job(train_teacher, job, "teacher", units)), f"--teacher {teacher}")
 
 
 def train_teacher(job: TeacherJob, tick: Tick) -> Values:

@@ -5,242 +5,158 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nas.core.cli import Parser, default_cache, guarded, usable_cpus
-from nas.core.config import choices_of, parse_share
 from nas.core.executor_config import EXECUTORS, ExecutorConfig
 from nas.core.progress import Console
+from nas.core.settings import add_settings, parsed, setting
 from nas.data.cache import cache_report, clean_cache, parse_bytes
-from nas.distill.jobs import teach
-from nas.labels.api import build, info, merge, verify
+from nas.distill.label_store import BuildOptions, build, verify
+from nas.labels.api import info, merge
+from nas.labels.request import LabelRequest
 from space.errors import refuse
 
 __all__ = ["build", "info", "main", "merge", "verify"]
 
-CLEAN_RATIO = 0.01
-"""What `--clean` alone stands for."""
+
+@dataclass(frozen=True)
+class AugmentChanges:
+    """The fields of the augmentation that flags override."""
+
+    mixup_alpha: float | None = setting(
+        None, "override the pipeline's mixup", metavar="ALPHA", spelling="--mixup"
+    )
+    cutmix_alpha: float | None = setting(
+        None, "override the pipeline's CutMix", metavar="ALPHA", spelling="--cutmix"
+    )
+    erase_prob: float | None = setting(
+        None, "override random erasing", metavar="PROB", spelling="--erase"
+    )
+    policy: str | None = setting(None, "override RandAugment: a timm string, or none")
+    color_jitter: float | None = setting(None, "override colour jitter", metavar="X")
 
 
-def _part(text: str) -> tuple[int, int]:
-    at, slash, parts = text.partition("/")
-    if not (slash and at.isdigit() and parts.isdigit() and 1 <= int(at) <= int(parts)):
-        raise refuse("--part", text, "I/N with 1 <= I <= N, such as 2/3")
-    return int(at), int(parts)
+@dataclass(frozen=True)
+class BuildPlace:
+    """Where a store is built; changes no label."""
+
+    out: str | None = setting(
+        None, "the store's folder", metavar="DIR", default_text="in the cache"
+    )
+    cache_dir: str | None = setting(None, "data sets and teachers", metavar="DIR")
+    executor: str = setting(
+        "local", "ray builds the --processes parts on a cluster", choices=EXECUTORS
+    )
+    ray_address: str | None = setting(
+        None, "HOST:PORT or auto", metavar="ADDRESS", default_text="a cluster of this machine alone"
+    )
 
 
-def _changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Collect the fields of the augmentation that flags override."""
-    names = {
-        "mixup": "mixup_alpha",
-        "cutmix": "cutmix_alpha",
-        "erase": "erase_prob",
-        "policy": "policy",
-        "color_jitter": "color_jitter",
-    }
-    found = {field: getattr(arguments, flag) for flag, field in names.items()}
-    given = {field: value for field, value in found.items() if value is not None}
-    if given.get("policy") == "none":
-        given["policy"] = None
-    return given
+GROUPS = (BuildOptions, LabelRequest, AugmentChanges, BuildPlace)
 
 
 def build_parser() -> Parser:
-    """Return the parser."""
+    """Return the parser; flags of a build that are not given are absent."""
     parser = Parser(prog="python -m nas.labels", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    make = commands.add_parser("build", help="make a store, or go on with one")
-    make.add_argument("--data", required=True, help="as in nas.contract; a folder needs no classes")
-    make.add_argument("--teacher", default="auto", help="auto, a timm name, or MODEL:FILE")
-    make.add_argument("--teacher-epochs", type=int, default=15, help="of the auto teacher")
-    make.add_argument("--epochs", type=int, default=10, help="views of each image (default: 10)")
-    make.add_argument("--topk", type=int, help="classes kept (default: 10; 100 of over 10,000)")
-    make.add_argument("--codec", choices=choices_of("codec"), default="packed")
-    make.add_argument(
-        "--augment",
-        choices=choices_of("augment"),
-        default="default",
-        help="pipeline; the official ones are 22k, 1k and finetune",
+    make = commands.add_parser(
+        "build", help="make a store, or continue one", argument_default=argparse.SUPPRESS
     )
-    make.add_argument("--mixup", type=float, metavar="ALPHA", help="override the pipeline's")
-    make.add_argument("--cutmix", type=float, metavar="ALPHA", help="override the pipeline's")
-    make.add_argument("--erase", type=float, metavar="PROB", help="override random erasing")
-    make.add_argument("--policy", help="override RandAugment: a timm string, or none")
-    make.add_argument("--color-jitter", type=float, metavar="X", help="override colour jitter")
-    make.add_argument("--salt", type=int, default=0, help="another number: other views")
-    make.add_argument("--limit", type=int, metavar="N", help="label N images only")
-    make.add_argument(
-        "--clean",
-        nargs="?",
-        const=str(CLEAN_RATIO),
-        metavar="RATIO",
-        help="drop images whose label gets less than RATIO of the probability of the "
-        f"teacher's best (alone: {CLEAN_RATIO}), listing them",
-    )
-    make.add_argument("--precision", default="float32", help="of the teacher, on a GPU")
-    make.add_argument("--img-size", type=int, metavar="PX")
-    make.add_argument(
-        "--max-images",
-        type=int,
-        metavar="N",
-        help="images read (default: 10,000, or 4 a class if more)",
-    )
-    make.add_argument("--max-corrupt", default="1%", metavar="SHARE")
-    make.add_argument(
-        "--no-pixel-cache",
-        dest="pixel_cache",
-        action="store_false",
-        help="decode files each time instead of keeping their pixels",
-    )
-    make.add_argument("--out", metavar="DIR", help="the store's folder (default: in the cache)")
-    make.add_argument("--processes", type=int, default=1, help="of this machine (default: 1)")
-    make.add_argument(
-        "--executor",
-        choices=EXECUTORS,
-        default="local",
-        help="ray: --processes parts are made as tasks of a cluster",
-    )
-    make.add_argument(
-        "--ray-address",
-        metavar="ADDRESS",
-        help="HOST:PORT or auto (default: a cluster of this machine alone)",
-    )
-    make.add_argument(
-        "--part",
-        default="1/1",
-        metavar="I/N",
-        help="build every N-th shard: one of N machines (see merge)",
-    )
-    make.add_argument("--threads", type=int, help="torch's, a process; part of the store")
-    make.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    tell = commands.add_parser("info", help="tell what a store is")
-    tell.add_argument("store")
+    for group in GROUPS:
+        add_settings(make, group)
+    tell = commands.add_parser("info", help="describe a store")
     check = commands.add_parser("verify", help="find any damaged, missing or stale file")
-    check.add_argument("store")
+    join = commands.add_parser("merge", help="join the parts that several machines made")
+    for command in (tell, check, join):
+        command.add_argument("store")
     check.add_argument("--teacher", type=int, metavar="N", help="run it again on N records")
     check.add_argument("--data", help="where the data is now")
     check.add_argument("--teacher-model", help="where the teacher is now")
-    join = commands.add_parser("merge", help="join the parts that several machines made")
-    join.add_argument("store")
+    check.add_argument("--random-seed", type=int, default=0)
     join.add_argument("parts", nargs="+")
-    keep = commands.add_parser("cache", help="tell what decoded pixels the cache holds")
+    keep = commands.add_parser("cache", help="list the decoded pixels in the cache")
     keep.add_argument("--keep", metavar="SIZE", help="remove the least recently used beyond it")
-    for command in (make, check):
-        command.add_argument("--random-seed", type=int, default=0)
-    for command in (make, check, keep):
+    for command in (check, keep):
         command.add_argument("--cache-dir", metavar="DIR")
     for command in (make, tell, check, join, keep):
-        command.add_argument("--quiet", action="store_true")
-        command.add_argument("--json", action="store_true", help="a last line for programs")
+        command.add_argument("--quiet", action="store_true", default=False)
+        command.add_argument(
+            "--json", action="store_true", default=False, help="end with one line of JSON"
+        )
     return parser
 
 
-def _means(arguments: argparse.Namespace) -> ExecutorConfig:
-    workers = max(1, min(arguments.processes, usable_cpus()))
-    return ExecutorConfig(
-        executor=arguments.executor, ray_address=arguments.ray_address, workers=workers
-    )
+def _taken(given: dict[str, Any], cls: type) -> dict[str, Any]:
+    """Move the settings of a dataclass out of what was given."""
+    return {f.name: given.pop(f.name) for f in fields(cls) if f.name in given}
 
 
-def _build(arguments: argparse.Namespace, console: Console) -> int:
-    clean = None if arguments.clean is None else parse_share("--clean", arguments.clean)
-    made = build(
-        arguments.data,
-        teach=teach,
-        teacher=arguments.teacher,
-        teacher_epochs=arguments.teacher_epochs,
-        epochs=arguments.epochs,
-        out=arguments.out,
-        topk=arguments.topk,
-        codec=arguments.codec,
-        augment=arguments.augment,
-        changes=_changes(arguments),
-        salt=arguments.salt,
-        limit=arguments.limit,
-        clean=clean,
-        precision=arguments.precision,
-        img_size=arguments.img_size,
-        max_images=arguments.max_images,
-        max_corrupt=parse_share("--max-corrupt", arguments.max_corrupt),
-        pixel_cache=arguments.pixel_cache,
-        random_seed=arguments.random_seed,
-        device=arguments.device,
-        threads=arguments.threads,
-        processes=arguments.processes,
-        part=_part(arguments.part),
-        means=_means(arguments),
-        cache_dir=arguments.cache_dir,
-        console=console,
-    )
+def _build(given: dict[str, Any], console: Console) -> Mapping[str, Any]:
+    for group in GROUPS:
+        given = parsed(group, given)
+    if "data" not in given:
+        raise refuse("--data", "nothing", "what nas.labels build --help says of --data")
+    changes = _taken(given, AugmentChanges)
+    if changes.get("policy") == "none":
+        changes["policy"] = None
+    workers = max(1, min(given.get("processes", 1), usable_cpus()))
+    named = {k: given.pop(k) for k in ("executor", "ray_address") if k in given}
+    executor = ExecutorConfig(**named, workers=workers)
+    made = build(**given, changes=changes, executor_config=executor, console=console)
     console.line(f"store: {made['folder']} ({made['bytes_per_record']:.1f} bytes a record)")
-    return _end(arguments, made)
+    return made
 
 
-def _info(arguments: argparse.Namespace, console: Console) -> int:
-    told = info(arguments.store)
-    for name, value in told.items():
+def _info(given: dict[str, Any], console: Console) -> Mapping[str, Any]:
+    found = info(given["store"])
+    for name, value in found.items():
         console.line(f"{name}: {json.dumps(value)}")
-    return _end(arguments, told)
+    return found
 
 
-def _verify(arguments: argparse.Namespace, console: Console) -> int:
-    wrong = verify(
-        arguments.store,
-        teacher=arguments.teacher,
-        data=arguments.data,
-        teacher_model=arguments.teacher_model,
-        teach=teach,
-        random_seed=arguments.random_seed,
-        cache_dir=arguments.cache_dir,
-        console=console,
-    )
+def _verify(given: dict[str, Any], console: Console) -> Mapping[str, Any]:
+    store = given["store"]
+    wrong = verify(**given, console=console)
     for line in wrong:
-        print(f"error: label store {arguments.store}: {line}", file=sys.stderr)
+        print(f"error: label store {store}: {line}", file=sys.stderr)
     if not wrong:
-        console.line(f"{arguments.store}: whole")
-    _end(arguments, {"problems": wrong})
-    return 2 if wrong else 0
+        console.line(f"{store}: whole")
+    return {"problems": wrong}
 
 
-def _merge(arguments: argparse.Namespace, console: Console) -> int:
-    made = merge(arguments.store, arguments.parts, console=console)
-    console.line(f"{arguments.store}: {made['missing']} shards missing")
-    return _end(arguments, made)
+def _merge(given: dict[str, Any], console: Console) -> Mapping[str, Any]:
+    made = merge(given["store"], given["parts"])
+    console.line(f"{given['store']}: {made['missing']} shards missing")
+    return made
 
 
-def _cache(arguments: argparse.Namespace, console: Console) -> int:
-    cache = Path(arguments.cache_dir) if arguments.cache_dir else default_cache()
-    if arguments.keep is not None:
-        clean_cache(cache, parse_bytes("--keep", arguments.keep))
+def _cache(given: dict[str, Any], console: Console) -> Mapping[str, Any]:
+    cache = Path(given["cache_dir"]) if given["cache_dir"] else default_cache()
+    if given["keep"] is not None:
+        clean_cache(cache, parse_bytes("--keep", given["keep"]))
     rows = [dict(row) for row in cache_report(cache)]
     for row in rows:
         console.line("  ".join(f"{name} {value}" for name, value in row.items()))
-    return _end(arguments, {"data": rows})
+    return {"data": rows}
 
 
-def _end(arguments: argparse.Namespace, values: Mapping[str, Any]) -> int:
-    if arguments.json:
-        print(json.dumps(dict(values), default=str))
-    return 0
-
-
-_COMMANDS: Mapping[str, Callable[[argparse.Namespace, Console], int]] = {
-    "build": _build,
-    "info": _info,
-    "verify": _verify,
-    "merge": _merge,
-    "cache": _cache,
-}
+_COMMANDS = {"build": _build, "info": _info, "verify": _verify, "merge": _merge, "cache": _cache}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and work. Returns the exit status: 0, or 2 for bad input and for a damaged store."""
 
     def work() -> int:
-        arguments = build_parser().parse_args(argv)
-        return _COMMANDS[arguments.command](arguments, Console(quiet=arguments.quiet))
+        given = vars(build_parser().parse_args(argv))
+        command, as_json = given.pop("command"), given.pop("json")
+        values = _COMMANDS[command](given, Console(quiet=given.pop("quiet")))
+        if as_json:
+            print(json.dumps(dict(values), default=str))
+        return 2 if values.get("problems") else 0
 
     return guarded(work)
 

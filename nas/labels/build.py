@@ -73,7 +73,7 @@ class BuildStatus:
 
 def resolve_augment(request: LabelRequest, dataset: Dataset) -> AugmentSpec:
     """Return the augmentation of a request. Raises InputError."""
-    spec = preset_spec(request.preset, dataset)
+    spec = preset_spec(request.augment, dataset)
     unknown = set(request.changes) - {f.name for f in fields(AugmentSpec)}
     if unknown:
         raise refuse("augmentation", ", ".join(sorted(unknown)), "fields of an augmentation")

@@ -9,6 +9,7 @@ from typing import Any
 
 from nas.core.progress import Tick
 from nas.jobs.job import EXTENDS, READS, Values
+from nas.labels.request import LabelRequest
 from space.errors import refuse
 
 
@@ -24,10 +25,10 @@ class RelabelJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckLabelsJob:
-    """A `nas.labels.request.LabelRequest`, as JSON, for a data set."""
+    """A request for labels of a data set."""
 
     dataset: Path = field(metadata=READS)
-    request: Mapping[str, Any]
+    request: LabelRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class BeginLabelsJob:
 
     dataset: Path
     teacher: Path
-    request: Mapping[str, Any]
+    request: LabelRequest
     place: Path
     named: bool
     made_by: Mapping[str, Any]
@@ -118,9 +119,8 @@ def check_labels(job: CheckLabelsJob, tick: Tick) -> Values:
     """Refuse what can be refused before there is a teacher."""
     from nas.data import open_dataset
     from nas.labels.build import check_request
-    from nas.labels.request import LabelRequest
 
-    check_request(LabelRequest.from_dict(job.request), open_dataset(job.dataset))
+    check_request(job.request, open_dataset(job.dataset))
     return {}
 
 
@@ -130,11 +130,10 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
     from nas.data.augment.spec import default_spec
     from nas.export.teacher_net import load_teacher, read_teacher
     from nas.labels.build import begin_store, build_status, check_room, find_contradicted
-    from nas.labels.request import LabelRequest
 
     dataset = open_dataset(job.dataset)
     info = read_teacher(job.teacher)
-    request = LabelRequest.from_dict(job.request)
+    request = job.request
     dropped, count = None, 0
     if request.clean is not None:
         logits = load_teacher(info, request.device)

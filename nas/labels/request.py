@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from nas.core.config import choices_of, parse_share
+from nas.core.settings import check_settings, setting
 from space.errors import refuse
 
 PRECISIONS = ("float32", "bfloat16", "float16")
+CLEAN_RATIO = "0.01"
+"""What `--clean` alone stands for."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LabelRequest:
     """The choices of a user that decide a label store, besides data and teacher.
 
-    `topk` None means `default_topk`; `preset` names an augmentation and `changes` overrides its
-    fields; `limit` labels so many images only; `clean` drops images whose given class gets less
-    than this share of the teacher's best (None: off). `salt` makes other views of the same images.
-    Raises InputError.
+    `changes` overrides fields of the augmentation (`nas.data.augment.spec.AugmentSpec`); `threads`
+    are torch's, in each process. Raises InputError.
     """
 
-    epochs: int
-    topk: int | None = None
-    codec: str = "packed"
-    preset: str = "default"
+    epochs: int = setting(10, "views of each image", metavar="N", low=1)
+    topk: int | None = setting(
+        None, "classes kept", metavar="K", low=1, default_text="10; 100 of over 10,000"
+    )
+    codec: str = setting("packed", "records", choices=choices_of("codec"))
+    augment: str = setting(
+        "default",
+        "pipeline; the official ones are 22k, 1k and finetune",
+        metavar="PRESET",
+        choices=choices_of("augment"),
+    )
     changes: Mapping[str, Any] = field(default_factory=dict)
-    salt: int = 0
-    limit: int | None = None
-    clean: float | None = None
-    precision: str = "float32"
-    device: str = "cpu"
+    salt: int = setting(0, "another number: other views", metavar="N")
+    limit: int | None = setting(None, "label N images only", metavar="N", low=2)
+    clean: float | None = setting(
+        None,
+        "drop images whose given class gets less than RATIO of the probability of the teacher's "
+        f"best (alone: {CLEAN_RATIO}), and list them",
+        metavar="RATIO",
+        parse=parse_share,
+        const=CLEAN_RATIO,
+        above=0.0,
+    )
+    precision: str = setting("float32", "of the teacher, on a GPU", choices=PRECISIONS)
+    device: str = setting("cpu", "cpu, cuda or cuda:N")
     threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise refuse("--epochs", self.epochs, "an integer >= 1")
-        if self.topk is not None and self.topk < 1:
-            raise refuse("--topk", self.topk, "an integer >= 1")
-        if self.limit is not None and self.limit < 2:
-            raise refuse("--limit", self.limit, "an integer >= 2")
-        if self.clean is not None and not 0 < self.clean < 1:
+        check_settings(self)
+        if self.clean is not None and self.clean >= 1:
             raise refuse("--clean", self.clean, "a ratio between 0 and 1, such as 0.01")
         check_precision(self.precision, self.device)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return asdict(self)
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> LabelRequest:
-        """Read plain JSON."""
-        return LabelRequest(**value)
 
 
 def check_precision(precision: str, device: str) -> None:

@@ -59,7 +59,7 @@ class EarlierRung:
 class StudentJob:
     """A student arch (as JSON) in its context, and the data and labels that it is judged by.
 
-    `missing` tells what happens to images without a label: `refuse` or `skip`.
+    Images without a label are an error, or left out with `missing` "skip".
     """
 
     family: str

@@ -68,7 +68,7 @@ class BuildOptions:
     @property
     def shards(self) -> tuple[int, int]:
         """The part as (number, of how many)."""
-        at, slash, parts = self.part.partition("/")
+        at, slash, parts = str(self.part).partition("/")
         if not (slash and at.isdigit() and parts.isdigit() and 1 <= int(at) <= int(parts)):
             raise refuse("--part", self.part, "I/N with 1 <= I <= N, such as 2/3")
         return int(at), int(parts)

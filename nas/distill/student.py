@@ -119,9 +119,8 @@ class StudentTraining:
     norms behind a change see the first batches before. Epoch e trains on the store's epoch
     `first_epoch` + e, so that all candidates see the same batches. `images` takes a seeded subset
     of the training images. `missing`, `label_overflow`, `topk` and `label_epochs` (`epochs`) are
-    those of
-    `LabelReader`. The score is the plain cross-entropy, whatever `loss` trains; one that teaches a
-    distillation token teaches the one head of a net without.
+    those of `LabelReader`. The score is the plain cross-entropy, whatever `loss` trains; one that
+    teaches a distillation token teaches the one head of a net without.
     """
 
     family: Family

@@ -71,11 +71,11 @@ class LabelReader:
     error, or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its
     partner's image is not in the split. `notes` and `skipped` name what is skipped. Past the stored
     epochs, labels and views start again from the first in a new order (`label_overflow` "cycle"),
-    or it is
-    an error; `epochs` uses the first so many of them only, whatever a store has grown to. `topk`
-    reads fewer classes than are stored. The order of batches depends on keys, `random_seed` and
-    epoch alone; inputs are bit-identical for any order, `batch_size` (>= 2), subset and `workers`
-    (loader processes; none for the batched engine, which works on `device`). Raises InputError.
+    or it is an error; `epochs` uses the first so many of them only, whatever a store has grown to.
+    `topk` reads fewer classes than are stored. The order of batches depends on keys, `random_seed`
+    and epoch alone; inputs are bit-identical for any order, `batch_size` (>= 2), subset and
+    `workers` (loader processes; none for the batched engine, which works on `device`). Raises
+    InputError.
     """
 
     def __init__(

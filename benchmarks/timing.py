@@ -39,7 +39,7 @@ from nas.core.config import parse_count
 from nas.core.progress import Console
 from nas.core.requirement import Setting
 from nas.core.stats import kendall, resampled
-from nas.measure.device_rows import OK, one_fingerprint, read_rows
+from nas.measure.device_table import OK, one_fingerprint, read_rows
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interleave import Bounds, Series, measure_rounds, planned_looks, settle, timed_of
 from nas.measure.intervals import median_interval
@@ -350,8 +350,9 @@ def measure_predictor(given: argparse.Namespace) -> dict[str, Any]:
     family = get_family(rows[0].family)
     ctx = Context(img_size=rows[0].img_size, num_classes=rows[0].num_classes)
     archs = [family.arch(json.loads(row.spec)) for row in rows]
-    relative = all(row.ratio is not None for row in rows)
-    paces = np.array([row.ratio if relative else row.images_per_s for row in rows], dtype=float)
+    relative = all(row.measured.ratio is not None for row in rows)
+    metric = "speedup" if relative else "images_per_s"
+    paces = np.array([row.measured.interval(metric)[0] for row in rows])
     terms = terms_of(family, archs, ctx)
     scores = {name: 1.0 / held_out(make, terms, 1.0 / paces) for name, make in MODELS.items()}
     params = np.array([family.count_params(arch, ctx) for arch in archs], dtype=float)

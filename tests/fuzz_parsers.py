@@ -30,7 +30,7 @@ from nas.contract.proxy_check import named_archs
 from nas.contract.replay import earlier_config, read_models
 from nas.core.config import RunConfig, parse_count, parse_share
 from nas.core.io import digest_of, load_arrays
-from nas.core.requirement import parse_requirement, parse_setting
+from nas.core.requirement import Setting, parse_requirement, parse_setting
 from nas.core.table import format_table
 from nas.data.augment.spec import AugmentSpec
 from nas.export import teacher_net
@@ -41,10 +41,15 @@ from nas.inherit.importance import load_order
 from nas.inherit.slice import read_head_map
 from nas.labels import store
 from nas.measure.bundle import _networks
-from nas.measure.device_rows import DeviceRow, fingerprint_columns, read_rows, write_rows
-from nas.measure.device_table import DeviceTable
+from nas.measure.device_table import (
+    DeviceRow,
+    DeviceTable,
+    fingerprint_columns,
+    read_rows,
+    write_rows,
+)
 from nas.measure.fingerprint import Fingerprint
-from nas.measure.measurement import Measurement
+from nas.measure.measurement import Measurement, Throughput
 from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.report.read import RunFiles
 from nas.report.text import status_lines
@@ -253,7 +258,13 @@ def any_values(kind: Any, **own: Any) -> dict[str, Any]:
 def measurement_seeds() -> list[bytes]:
     shape = {"img_size": 32, "num_classes": 3, "in_chans": 3, "batch": 16, "threads": 1}
     how = {"dtype": "float32", "runtime": "eager", "device": "cpu", "fingerprint": "f" * 12}
-    own = {"images_per_s_lo": 0.9, "images_per_s_hi": 1.1, "ratio_lo": 0.9, "ratio_hi": 1.1}
+    own = {
+        "ratio": 1.0,
+        "images_per_s_lo": 0.9,
+        "images_per_s_hi": 1.1,
+        "ratio_lo": 0.9,
+        "ratio_hi": 1.1,
+    }
     when = {"when": "2025-01-01T00:00:00", "coverage": 0.95, "blocks": 10}
     one = Measurement(**any_values(Measurement, **shape, **how, **own, **when))
     rows = [MeasurementRow("gate", f"k{at}", "a, b", "seed", one) for at in range(2)]
@@ -274,18 +285,15 @@ def device_seeds() -> list[bytes]:
         spec=json.dumps(TINYVIT),
         img_size=32,
         num_classes=3,
-        device="cpu",
-        runtime="eager",
-        dtype="float32",
-        batch=16,
+        setting=Setting("cpu", "eager", "float32", 16),
         threads=1,
         state="ok",
-        images_per_s=100.0,
-        images_per_s_lo=90.0,
-        images_per_s_hi=110.0,
+        throughput=Throughput(
+            **any_values(Throughput, images_per_s_lo=0.9, images_per_s_hi=1.1, coverage=0.95)
+        ),
         **fingerprint_columns(where),
     )
-    bad = replace(row, arch="b", state="failed", reason="-out of memory", images_per_s=None)
+    bad = replace(row, arch="b", state="failed", reason="-out of memory", throughput=None)
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder) / "d.csv", [row, bad])
         return [(Path(folder) / "d.csv").read_bytes()]

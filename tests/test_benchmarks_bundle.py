@@ -19,9 +19,14 @@ from benchmarks.throughput.networks import Net, find_nets
 from nas.core.progress import Console
 from nas.core.requirement import Setting
 from nas.measure.bundle import main
+<<<<<<< HEAD
 from nas.measure.device_rows import FAILED, OK, read_rows, write_rows
 from space import InputError
 from tests.test_benchmarks_throughput import CTX, FACTORS, FAMILY, SMALL
+=======
+from nas.measure.device_table import FAILED, OK, read_rows, write_rows
+from space import Context, InputError, get_family
+>>>>>>> 063d75a (One set of fields for a measurement and a row of a device table; the table goes through the one codec; device_rows joins device_table)
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -95,21 +100,20 @@ def test_a_bundle_measures_without_torch(
         assert row.macs == FAMILY.count_macs(arch, CTX)
         assert row.setting == Setting(runtime="onnxruntime", batch=1)
         assert row.reference == f"{LARGE}@cpu:onnxruntime:float32:b1"
-        assert row.blocks == 6
-        assert row.latency_ms_p50 is not None
-        assert row.images_per_s is not None
-        assert 0 < row.latency_ms_p50 < 2e3 / row.images_per_s
+        assert row.measured.blocks == 6
+        assert row.measured.latency_ms_p50 is not None
+        assert 0 < row.measured.latency_ms_p50 < 2e3 / row.measured.images_per_s
         assert row.on_runtime_version.startswith("onnxruntime ")
     assert rows[0].fingerprint == rows[1].fingerprint
     # One row is there already, and it is a telling one: it is taken over, the other is measured.
-    kept = replace(rows[1], when="a sentinel")
+    kept = replace(rows[1], throughput=replace(rows[1].measured, when="a sentinel"))
     write_rows(out, [kept])
     again = measure(bundle, board, ["--out", str(out), *QUICK, "--resume"], tmp_path)
     assert again.returncode == 0, again.stderr
     resumed = read_rows(out, "--x")
     assert resumed[1] == kept
     assert resumed[0].question == rows[0].question
-    assert resumed[0].when != "a sentinel"
+    assert resumed[0].measured.when != "a sentinel"
 
 
 def test_bad_input_is_one_line_and_status_2(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from benchmarks.throughput.__main__ import main
 from benchmarks.throughput.networks import find_nets
-from nas.measure.device_rows import COLUMNS, FAILED, OK, DeviceRow, read_rows, write_rows
+from nas.measure.device_table import COLUMNS, FAILED, OK, DeviceRow, read_rows, write_rows
 from nas.measure.runtimes import runtimes
 from space import Context, get_family
 
@@ -72,7 +72,7 @@ def test_one_row_a_network_and_setting(measured: tuple[Path, list[DeviceRow]]) -
     with out.open(newline="") as file:
         assert file.readline().strip().split(",") == list(COLUMNS)
     names = [str(out.with_name("small.json")), LARGE]
-    assert [(r.arch, r.runtime) for r in rows] == [
+    assert [(r.arch, r.setting.runtime) for r in rows] == [
         (name, runtime) for runtime in ("eager", "tensorrt") for name in names
     ]
     for row, factors in zip(rows[:2], (SMALL, LARGE), strict=True):
@@ -83,21 +83,20 @@ def test_one_row_a_network_and_setting(measured: tuple[Path, list[DeviceRow]]) -
         assert row.params == FAMILY.count_params(arch, CTX)
         assert row.macs == FAMILY.count_macs(arch, CTX)
         assert row.reference == f"{SMALL}@cpu:eager:float32:b2"
-        assert (row.threads, row.blocks, row.batch, row.img_size) == (1, 6, 2, 32)
+        found = row.measured
+        assert (row.threads, found.blocks, row.setting.batch, row.img_size) == (1, 6, 2, 32)
         assert row.latency_passes is not None
         assert row.latency_passes >= 10
-        assert row.latency_ms_p50 is not None
-        assert row.latency_ms_p90 is not None
-        assert row.latency_ms_p50 <= row.latency_ms_p90
-        assert row.agrees == 1
-        assert row.ratio is not None
-        assert row.peak_mem_bytes is None
+        assert found.latency_ms_p50 is not None
+        assert found.latency_ms_p90 is not None
+        assert found.latency_ms_p50 <= found.latency_ms_p90
+        assert found.agrees == 1
+        assert found.ratio is not None
+        assert found.peak_mem_bytes is None
     assert rows[0].fingerprint == rows[1].fingerprint
     # Which one is faster is for the machine to say, not for a test.
-    assert rows[1].ratio is not None
-    assert rows[1].ratio_lo is not None
-    assert rows[1].ratio_hi is not None
-    assert 0 < rows[1].ratio_lo <= rows[1].ratio <= rows[1].ratio_hi
+    ratio, lo, hi = rows[1].measured.interval("speedup")
+    assert 0 < lo <= ratio <= hi
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
@@ -108,7 +107,7 @@ def test_a_runtime_that_is_missing_is_a_row_with_its_remedy(
         pytest.skip("TensorRT is installed")
     for row in measured[1][2:]:
         assert row.state == FAILED
-        assert row.images_per_s is None
+        assert row.throughput is None
         assert "pip install tensorrt" in row.reason
 
 
@@ -117,7 +116,7 @@ def test_resuming_takes_rows_over_and_ends_with_one_line(
 ) -> None:
     """What is there is not measured again; what is missing is, and weighed: its weights count."""
     before = measured[1]
-    kept = replace(before[1], arch=SMALL, when="a sentinel")
+    kept = replace(before[1], arch=SMALL, throughput=replace(before[1].measured, when="a sentinel"))
     out = tmp_path / "t.csv"
     write_rows(out, [kept])
     flags = ["--arch", SMALL, "mobilenetv3_small_050", "--reference", SMALL, *QUICK[:-1]]
@@ -133,8 +132,9 @@ def test_resuming_takes_rows_over_and_ends_with_one_line(
     assert (rows[1].family, rows[1].key, rows[1].spec) == ("timm", rows[1].arch, "")
     assert rows[1].params is not None
     assert rows[1].macs is not None
-    assert rows[1].peak_mem_bytes is not None
-    assert 4 * rows[1].params <= rows[1].peak_mem_bytes < 2e9
+    peak = rows[1].measured.peak_mem_bytes
+    assert peak is not None
+    assert 4 * rows[1].params <= peak < 2e9
     assert said["fingerprints"] == sorted({r.fingerprint for r in rows})
 
 
@@ -227,7 +227,7 @@ def test_what_a_runtime_does_not_serve_is_a_row(tmp_path: Path) -> None:
     out = tmp_path / "t.csv"
     flags = ["--arch", SMALL, "--reference", "none", "--dtype", "float32", "float16", *QUICK]
     assert run(*flags, "--runtime", "onnxruntime", "--out", str(out)) == 0
-    rows = {r.dtype: r for r in read_rows(out, "--out")}
+    rows = {r.setting.dtype: r for r in read_rows(out, "--out")}
     assert rows["float32"].state == OK
     assert (rows["float16"].state, rows["float16"].reason) == (
         FAILED,

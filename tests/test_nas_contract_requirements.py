@@ -17,11 +17,19 @@ from conftest import SMALL_ARCH, Finished
 from benchmarks.throughput.networks import sample
 from nas.contract import contract
 from nas.contract.__main__ import main
-from nas.core.requirement import parse_requirement
+from nas.core.requirement import Setting, parse_requirement
 from nas.jobs.job import Job, Result
-from nas.measure.device_rows import OK, DeviceRow, fingerprint_columns, read_rows, write_rows
+from nas.measure.device_table import (
+    OK,
+    DeviceRow,
+    fingerprint_columns,
+    fingerprint_of,
+    read_rows,
+    write_rows,
+)
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import Disturbance
+from nas.measure.measurement import Throughput
 from nas.measure.measurement_table import read_measurements
 from space import Arch, Context, InputError, get_family
 from tests._inline import InlineExecutor
@@ -139,10 +147,10 @@ def test_a_requirement_that_nothing_meets_is_refused_before_training(
         assert not (tmp_path / "run").exists()
 
 
-def elsewhere() -> dict[str, Any]:
+def elsewhere(name: str = "a board") -> dict[str, Any]:
     """The identity of a device that is not this one."""
     here = take_fingerprint("cpu", threads=4)
-    board = replace(here, device_name="a board", logical_cores=4, torch="none", timm="none")
+    board = replace(here, device_name=name, logical_cores=4, torch="none", timm="none")
     on = board.under(
         runtime="onnxruntime",
         runtime_version="onnxruntime 1.20.0",
@@ -170,22 +178,23 @@ def device_row(arch: Arch, name: str) -> DeviceRow:
         spec=json.dumps(FAMILY.to_dict(arch)),
         img_size=CTX.img_size,
         num_classes=CTX.num_classes,
-        device="cpu",
-        runtime="onnxruntime",
-        dtype="float32",
-        batch=1,
+        setting=Setting("cpu", "onnxruntime", "float32", 1),
         threads=4,
         state=OK,
-        images_per_s=pace,
-        images_per_s_lo=pace * 0.99,
-        images_per_s_hi=pace * 1.01,
-        ratio=pace / seed,
-        ratio_lo=pace / seed * 0.995,
-        ratio_hi=pace / seed * 1.005,
+        throughput=Throughput(
+            images_per_s=pace,
+            images_per_s_lo=pace * 0.99,
+            images_per_s_hi=pace * 1.01,
+            ratio=pace / seed,
+            ratio_lo=pace / seed * 0.995,
+            ratio_hi=pace / seed * 1.005,
+            coverage=0.95,
+            blocks=12,
+            passes=3,
+            seconds=1.0,
+            when="",
+        ),
         reference="seed@cpu:onnxruntime:float32:b1",
-        coverage=0.95,
-        blocks=12,
-        passes=3,
         **elsewhere(),
     )
 
@@ -244,7 +253,7 @@ def test_the_finalists_own_rows_finish_the_run(
     resume = ["--resume", str(unverified), "--cache-dir", str(finished.cache), "--quiet"]
 
     assert main(resume) == 3, "without their rows it stays as it was"
-    other = [replace(row, threads=2) for row in rows]
+    other = [replace(row, **elsewhere("another")) for row in rows]
     write_rows(tmp_path / "other.csv", other)
     assert main([*resume, "--final-measurements", str(tmp_path / "other.csv")]) == 2
     assert "fingerprint" in capsys.readouterr().err
@@ -255,7 +264,7 @@ def test_the_finalists_own_rows_finish_the_run(
     winner = result["final"]["winner"]
     assert winner["basis"] == "table"
     assert winner["ratio"] == pytest.approx(
-        next(row.ratio for row in rows if row.key == winner["key"])
+        next(row.measured.ratio for row in rows if row.key == winner["key"])
     )
     best = json.loads((unverified / "best.json").read_text())
     assert best["throughput"]["runtime"] == "onnxruntime"
@@ -265,9 +274,10 @@ def test_a_table_of_something_else_is_refused(
     device_table: Path, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = read_rows(device_table, "t")
-    mixed = [*rows[:-1], replace(rows[-1], fingerprint="0" * 12)]
+    mixed = [*rows[:-1], replace(rows[-1], **elsewhere("another"))]
+    larger = fingerprint_columns(replace(fingerprint_of(rows[0]), img_size=48))
     cases = {
-        "another resolution": [replace(r, img_size=48) for r in rows],
+        "another resolution": [replace(r, img_size=48, **larger) for r in rows],
         "another number of classes": [replace(r, num_classes=11) for r in rows],
         "no seed": [r for r in rows if r.arch != "seed"],
         "too few": [r for r in rows if r.arch == "seed"],

@@ -299,7 +299,7 @@ def test_values_import_without_torch() -> None:
     code = (
         "import sys; import nas.measure.measurement_table, nas.measure.fingerprint, "
         "nas.measure.measurement, "
-        "nas.measure.interleave, nas.measure.interference, nas.measure.device_rows, "
+        "nas.measure.interleave, nas.measure.interference, nas.measure.device_table, "
         "nas.measure.device_table, "
         "nas.measure.measurement_table, nas.measure.bundle, nas.measure.runtimes, "
         "nas.core.requirement, "

@@ -104,7 +104,7 @@ def flaws(tree: ast.AST) -> list[str]:
 
 def test_nothing_executes_what_it_reads() -> None:
     seen = {module: flaws(tree) for module, tree in trees()}
-    assert len(seen) > 150
+    assert len(seen) > 100
     assert {module: found for module, found in seen.items() if found} == {}
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,12 +25,11 @@ from nas.core.requirement import Setting
 from nas.jobs.job import Job, Result, Values
 from nas.jobs.local import LocalExecutor
 from nas.measure import jobs
-from nas.measure.device_rows import (
+from nas.measure.device_table import (
     FAILED,
     OK,
     DeviceRow,
     fingerprint_columns,
-    measured_columns,
     read_rows,
     write_rows,
 )
@@ -45,6 +44,7 @@ from nas.measure.jobs import (
     MemoryJob,
     TimingJob,
 )
+from nas.measure.measurement import Measurement, Throughput
 from nas.measure.runtimes import find_runtime
 from space import Context
 from space.errors import InputError, refuse
@@ -112,14 +112,14 @@ class DeviceBenchmark:
         lacking = runtime.missing()
         if lacking:
             reason = f"not installed: {', '.join(lacking)}; {runtime.install}"
-            return replace(empty, state=FAILED, reason=reason)
+            return replace(empty, reason=reason)
         for what, asked, served in (
             ("dtype", setting.dtype, runtime.dtypes),
             ("device", setting.device.partition(":")[0], runtime.devices),
         ):
             if asked not in served:
                 reason = f"{what} {asked} is not served, only {', '.join(served)}"
-                return replace(empty, state=FAILED, reason=reason)
+                return replace(empty, reason=reason)
         if self.plan.auto:
             found = self.do(
                 jobs.fastest_batch,
@@ -134,14 +134,17 @@ class DeviceBenchmark:
         measured = self.do(jobs.measure, f"{net.name} {setting.text}", timing)
         if not measured.ok:
             return self._failed(empty, measured)
-        row = replace(empty, state=OK, **measured_columns(measured.values))
-        row = replace(row, **self._counts(net, ctx))
-        row = replace(row, **self._latency(net, ctx, setting, measured.values))
+        timed = Measurement.from_dict(measured.values).throughput
+        alone, passes = self._latency(net, ctx, setting, timed)
+        timed = timed.with_latency(alone)
         if self.plan.config.memory:
-            row = replace(row, peak_mem_bytes=self._peak_memory(net, ctx, setting))
+            timed = replace(timed, peak_mem_bytes=self._peak_memory(net, ctx, setting))
+        more = self._counts(net, ctx)
         if net.trained(ctx) and self.plan.config.accuracy_data is not None:
-            row = replace(row, **self._accuracy(net, ctx, setting))
-        return row
+            accuracy = self._accuracy(net, ctx, setting)
+            timed = replace(timed, done=accuracy.pop("done", timed.done))
+            more |= accuracy
+        return replace(empty, state=OK, throughput=timed, latency_passes=passes, **more)
 
     def _empty(self, net: Net, ctx: Context, setting: Setting) -> DeviceRow:
         runtime = find_runtime(setting.runtime)
@@ -156,12 +159,9 @@ class DeviceBenchmark:
         beside = "" if reference is None else f"{reference.name}@{self._beside(setting).text}"
         return DeviceRow(
             **net.columns(ctx),
-            device=setting.device,
-            runtime=setting.runtime,
-            dtype=setting.dtype,
-            batch=setting.batch,
+            setting=setting,
             threads=self.plan.threads,
-            state=OK,
+            state=FAILED,
             reference=beside,
             **fingerprint_columns(on),
         )
@@ -187,7 +187,7 @@ class DeviceBenchmark:
     def _failed(self, empty: DeviceRow, result: Result) -> DeviceRow:
         if result.values.get("input_error"):
             raise InputError(result.reason)
-        return replace(empty, state=FAILED, reason=result.reason or "failed")
+        return replace(empty, reason=result.reason or "failed")
 
     def _counts(self, net: Net, ctx: Context) -> dict[str, Any]:
         counts = net.counts(ctx)
@@ -198,31 +198,28 @@ class DeviceBenchmark:
         return dict(found.values) if found.ok else {}
 
     def _latency(
-        self, net: Net, ctx: Context, setting: Setting, throughput: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Return the latencies at batch 1, from at least as many passes as asked."""
-        names = ("p50", "p50_lo", "p50_hi", "p90", "p99")
-        if self.plan.config.latency_passes == 0:
-            return {}
-        values = throughput
-        if setting.batch != 1 or throughput["passes"] * throughput["blocks"] < (
-            self.plan.config.latency_passes
-        ):
-            timing = replace(
-                self._timing(net, ctx, replace(setting, batch=1)),
-                reference=None,
-                reference_setting=None,
-                blocks=LATENCY_BLOCKS,
-                max_blocks=LATENCY_BLOCKS,
-                bounds=Bounds(),
-                min_passes=-(-self.plan.config.latency_passes // LATENCY_BLOCKS),
-            )
-            found = self.do(jobs.measure, f"{net.name} latency", timing)
-            if not found.ok:
-                return {}
-            values = dict(found.values)
-        columns = {f"latency_ms_{name}": values[f"latency_ms_{name}"] for name in names}
-        return {**columns, "latency_passes": values["blocks"] * values["passes"]}
+        self, net: Net, ctx: Context, setting: Setting, throughput: Throughput
+    ) -> tuple[Throughput | None, int | None]:
+        """Measure the latencies at batch 1; also returns the passes, at least as many as asked."""
+        least, passes = self.plan.config.latency_passes, throughput.passes * throughput.blocks
+        if least == 0:
+            return None, None
+        if setting.batch == 1 and passes >= least:
+            return throughput, passes
+        timing = replace(
+            self._timing(net, ctx, replace(setting, batch=1)),
+            reference=None,
+            reference_setting=None,
+            blocks=LATENCY_BLOCKS,
+            max_blocks=LATENCY_BLOCKS,
+            bounds=Bounds(),
+            min_passes=-(-least // LATENCY_BLOCKS),
+        )
+        found = self.do(jobs.measure, f"{net.name} latency", timing)
+        if not found.ok:
+            return None, None
+        alone = Measurement.from_dict(found.values)
+        return alone, alone.blocks * alone.passes
 
     def _peak_memory(self, net: Net, ctx: Context, setting: Setting) -> int | None:
         """Return the peak memory of a process that only loads and runs the net."""
@@ -310,30 +307,28 @@ def throughput(nets: Sequence[Net], plan: Plan, console: Console | None = None) 
 
 def row_line(row: DeviceRow) -> str:
     """Write a row as a line for the terminal."""
-    name = row.arch if len(row.arch) <= 28 else row.key
-    head = f"{name[:44]:<30} {row.runtime:<16} {row.dtype:<8} {row.batch:>4} {row.img_size:>4}"
+    name, at = row.arch if len(row.arch) <= 28 else row.key, row.setting
+    head = f"{name[:44]:<30} {at.runtime:<16} {at.dtype:<8} {at.batch:>4} {row.img_size:>4}"
     if row.state == FAILED:
         return f"{head}  failed: {row.reason}"
-    parts = [head]
-    parts.append(f"{row.images_per_s:9.1f} [{row.images_per_s_lo:.1f}, {row.images_per_s_hi:.1f}]")
-    if row.ratio is not None:
-        parts.append(f"{row.ratio:6.3f} [{row.ratio_lo:.3f}, {row.ratio_hi:.3f}]")
-    if row.latency_ms_p50 is not None:
-        parts.append(
-            f"{row.latency_ms_p50:.1f}/{row.latency_ms_p90:.1f}/{row.latency_ms_p99:.1f} ms"
-        )
-    if row.peak_mem_bytes is not None:
-        parts.append(f"{row.peak_mem_bytes / 1e6:.0f} MB")
+    of, parts = row.measured, [head]
+    parts.append(f"{of.images_per_s:9.1f} [{of.images_per_s_lo:.1f}, {of.images_per_s_hi:.1f}]")
+    if of.ratio is not None:
+        parts.append(f"{of.ratio:6.3f} [{of.ratio_lo:.3f}, {of.ratio_hi:.3f}]")
+    if of.latency_ms_p50 is not None:
+        parts.append(f"{of.latency_ms_p50:.1f}/{of.latency_ms_p90:.1f}/{of.latency_ms_p99:.1f} ms")
+    if of.peak_mem_bytes is not None:
+        parts.append(f"{of.peak_mem_bytes / 1e6:.0f} MB")
     if row.params is not None:
         parts.append(f"{row.params / 1e6:.2f}M")
     if row.macs is not None:
         parts.append(f"{row.macs / 1e9:.3f} GMACs")
     if row.top1 is not None:
         parts.append(f"top-1 {row.top1:.1%} (eager {row.eager_top1:.1%})")
-    if row.agrees == 0:
-        parts.append(f"DIFFERS from eager by {row.parity:.1e} of the largest logit")
-    if row.disturbed:
-        parts.append(f"disturbed: {row.disturbed}")
+    if of.agrees == 0:
+        parts.append(f"DIFFERS from eager by {of.parity:.1e} of the largest logit")
+    if of.disturbed:
+        parts.append(f"disturbed: {of.disturbed}")
     return "  ".join(parts)
 
 

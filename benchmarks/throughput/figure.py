@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.io import write_atomic
-from nas.measure.device_rows import OK, DeviceRow
+from nas.measure.device_table import OK, DeviceRow
 from space.errors import refuse
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -40,9 +40,7 @@ def surely_misordered(rows: Sequence[DeviceRow], cost: str) -> tuple[int, int, s
 
 def pace(row: DeviceRow) -> tuple[float, float, float]:
     """Return a row's ratio to its reference, or its images/s where it has none, with interval."""
-    name = "images_per_s" if row.ratio is None else "ratio"
-    middle, lo, hi = (getattr(row, name + end) for end in ("", "_lo", "_hi"))
-    return middle, lo, hi
+    return row.measured.interval("images_per_s" if row.measured.ratio is None else "speedup")
 
 
 def draw_rows(
@@ -65,7 +63,7 @@ def draw_rows(
     for row in kept:
         groups.setdefault(f"{row.setting.text}, {row.img_size} px", []).append(row)
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.4), sharey=True, layout="constrained")
-    relative = all(row.ratio is not None for row in kept)
+    relative = all(row.measured.ratio is not None for row in kept)
     for axis, cost, label in (
         (axes[0], "params", "parameters"),
         (axes[1], "macs", "MACs an image"),
@@ -121,12 +119,7 @@ def _points(
         x = getattr(row, cost)
         if x is None:
             continue
-        middle, lo, hi = pace(row)
-        if not relative:
-            assert row.images_per_s is not None
-            assert row.images_per_s_lo is not None
-            assert row.images_per_s_hi is not None
-            middle, lo, hi = row.images_per_s, row.images_per_s_lo, row.images_per_s_hi
+        middle, lo, hi = pace(row) if relative else row.measured.interval("images_per_s")
         star = row.arch in found
         axis.errorbar(
             [x],

@@ -23,8 +23,7 @@ from nas.jobs.local import LocalExecutor
 from nas.jobs.queue import Executor
 from nas.labels import api as labels
 from nas.measure import jobs as measure_jobs
-from nas.measure.device_rows import read_rows, write_rows
-from nas.measure.device_table import DeviceTable
+from nas.measure.device_table import DeviceTable, read_rows, write_rows
 from nas.measure.jobs import FingerprintJob
 from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.measure.runtimes import check_setting

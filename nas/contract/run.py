@@ -64,7 +64,7 @@ from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.jobs.executor import make_executor
 from nas.jobs.queue import Executor, OutOfTime
-from nas.measure.device_rows import write_rows
+from nas.measure.device_table import write_rows
 from nas.measure.measurement_table import read_measurements
 from nas.report import write_report
 from nas.search.storage import StudyAway, check_reachable, new_shared, resumed_shared

@@ -170,12 +170,12 @@ def _instance(cls: type[T], cells: Mapping[str, str], where: str) -> T:
         raise refuse(where, error, "a row as it was written") from None
 
 
-def _required(cls: type) -> set[str]:
+def _required(cls: type) -> list[str]:
     """Return the columns that a file must have: those of neither optional nor default values."""
-    found: set[str] = set()
+    found: list[str] = []
     for field in _fields(cls):
         if not (field.optional or field.has_default):
-            found |= {field.name} if field.kind in _WANT else _required(field.kind)
+            found += [field.name] if field.kind in _WANT else _required(field.kind)
     return found
 
 
@@ -191,10 +191,11 @@ def parse_table(data: bytes, cls: type[T], name: str) -> list[T]:
         # Line breaks as they are: a cell may hold any of them.
         lines = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         header = [unguard(cell) for cell in next(lines, [])]
-        missing = sorted(_required(cls) - set(header))
+        required = _required(cls)
+        missing = [column for column in required if column not in header]
         if missing:
             got = f"no column {', '.join(missing[:3])}" if header else "an empty file"
-            raise refuse(f"{name} line 1", got, f"the columns {', '.join(table_columns(cls))}")
+            raise refuse(f"{name} line 1", got, f"the columns {', '.join(required)}")
         rows = []
         for cells in lines:
             line = lines.line_num

@@ -17,18 +17,19 @@ import numpy as np
 
 from nas.core.cli import read_threads, usable_cpus
 from nas.core.io import member, read_json
-from nas.measure.device_rows import (
+from nas.core.requirement import Setting
+from nas.measure.device_table import (
     FAILED,
     OK,
     DeviceRow,
     fingerprint_columns,
-    measured_columns,
     read_rows,
     write_rows,
 )
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import conditions
 from nas.measure.interleave import Bounds, Timed, measure_rounds, summary
+from nas.measure.measurement import Throughput
 from nas.measure.runtimes import Ready
 from nas.measure.runtimes.ort_session import open_session
 from space.errors import InputError, refuse
@@ -91,14 +92,13 @@ def _main(given: argparse.Namespace) -> int:
         row = bench.row(network, known)
         rows.append(row)
         write_rows(given.out, rows)
-        pace = (
-            row.reason
-            if row.state == FAILED
-            else (
-                f"{row.images_per_s:.1f} [{row.images_per_s_lo:.1f}, {row.images_per_s_hi:.1f}] "
-                f"images/s, {row.ratio:.3f}x the reference"
+        pace = row.reason
+        if row.state == OK:
+            at = row.measured
+            pace = (
+                f"{at.images_per_s:.1f} [{at.images_per_s_lo:.1f}, {at.images_per_s_hi:.1f}] "
+                f"images/s, {at.ratio:.3f}x the reference"
             )
-        )
         print(f"{number}/{len(networks)}  {row.key}  {pace}", flush=True)
     failed = sum(row.state == FAILED for row in rows)
     print(json.dumps({"rows": len(rows), "failed": failed, "out": str(given.out)}))
@@ -157,17 +157,15 @@ class _Bench:
             img_size=network["img_size"],
         )
         named = ("arch", "family", "key", "spec", "img_size", "num_classes", "params", "macs")
+        setting = Setting(self._given.device, "onnxruntime", "float32", network["batch"])
         empty = DeviceRow(
             **{name: network[name] for name in named},
-            device=self._given.device,
-            runtime="onnxruntime",
-            dtype="float32",
-            batch=network["batch"],
+            setting=setting,
             threads=self._threads,
-            state=OK,
+            state=FAILED,
+            reference=f"{beside['arch']}@{setting.text}",
             **fingerprint_columns(on),
         )
-        empty = replace(empty, reference=f"{beside['arch']}@{empty.setting.text}")
         if empty.question in known:
             return known[empty.question]
         now = conditions(self._given.device)
@@ -177,25 +175,14 @@ class _Bench:
             raise
         except Exception as error:  # whatever a runtime raises is a row
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return replace(empty, state=FAILED, reason=reason)
-        values = {
-            **summary(timed),
-            "parity": None,
-            "agrees": None,
-            "done": "ONNX",
-            "load": now.load,
-            "when": now.when,
-            "clock_mhz": now.clock_mhz,
-            "threads": self._threads,
-            "peak_mem_bytes": None,
-        }
-        row = replace(empty, **measured_columns(values))
-        if network["batch"] == 1:
-            latency = {n: values[f"latency_ms_{n}"] for n in ("p50", "p50_lo", "p50_hi", "p90")}
-            row = replace(row, **{f"latency_ms_{n}": v for n, v in latency.items()})
-            row = replace(row, latency_ms_p99=values["latency_ms_p99"])
-            row = replace(row, latency_passes=timed.blocks * timed.passes)
-        return row
+            return replace(empty, reason=reason)
+        found = Throughput(
+            **summary(timed), load=now.load, when=now.when, clock_mhz=now.clock_mhz, done="ONNX"
+        )
+        if network["batch"] != 1:
+            return replace(empty, state=OK, throughput=found.with_latency(None))
+        passes = timed.blocks * timed.passes
+        return replace(empty, state=OK, throughput=found, latency_passes=passes)
 
     def _time(self, network: Mapping[str, Any], beside: Mapping[str, Any]) -> Timed:
         own = self._session(network)

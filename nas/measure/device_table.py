@@ -1,34 +1,164 @@
-"""Another device's measurements for `--device-table`: exact where measured, else predicted."""
+"""Measured networks of a device as a table: read, written and asked by `--device-table`; no torch.
+
+Where a network was measured the answer is exact, elsewhere predicted.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nas.core.requirement import Setting
-from nas.measure.device_rows import OK, DeviceRow, one_fingerprint, read_rows
-from nas.measure.measurement import Measurement
-from nas.measure.predict import Predictor, fit_predictor
-from space import Arch, Context, Family
+from nas.core.table import read_table, table_columns, write_table
+from nas.measure.fingerprint import Fingerprint
+from nas.measure.measurement import Measurement, Throughput
 from space.errors import refuse
 
+if TYPE_CHECKING:
+    from space import Arch, Context, Family
+
+OK, FAILED = "ok", "failed"
 FLAG = "--device-table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceRow:
+    """One network under one setting on one device; `reason` explains a missing throughput.
+
+    `arch` is as the user gave it; `spec` its factors as JSON, empty for a plain timm model, `key`
+    its name as built at `img_size` and `num_classes`. The throughput's ratio is over `reference`
+    (`ARCH@SETTING`), its latencies are at batch 1, from `latency_passes` passes. `top1` and
+    `agreement` (with eager float32) are shares of `test_n` test images. `on_*` and `fingerprint`
+    identify device and software. An unknown value is None.
+    """
+
+    arch: str
+    family: str
+    key: str
+    spec: str
+    img_size: int
+    num_classes: int
+    setting: Setting
+    threads: int
+    state: str
+    reason: str = ""
+    throughput: Throughput | None = None
+    reference: str = ""
+    latency_passes: int | None = None
+    params: int | None = None
+    macs: int | None = None
+    top1: float | None = None
+    top1_se: float | None = None
+    eager_top1: float | None = None
+    agreement: float | None = None
+    test_n: int | None = None
+    fingerprint: str
+    on_device_name: str
+    on_physical_cores: int | None = None
+    on_logical_cores: int
+    on_usable_cpus: float
+    on_nominal_mhz: float | None = None
+    on_driver: str | None = None
+    on_cuda: str | None = None
+    on_cudnn: str | None = None
+    on_torch: str
+    on_timm: str
+    on_python: str
+    on_os: str
+    on_arch: str
+    on_runtime_version: str
+
+    def __post_init__(self) -> None:
+        """Refuse a row whose parts do not belong together."""
+        if self.state not in (OK, FAILED):
+            raise refuse("state", self.state, f"{OK} or {FAILED}")
+        if self.state == FAILED:
+            return
+        if self.throughput is None:
+            raise refuse("images_per_s", "nothing", f"a number where the state is {OK}")
+        fingerprint_of(self)
+        try:
+            json.loads(self.spec or "{}")
+        except (ValueError, RecursionError):
+            raise refuse("spec", self.spec[:60], "an arch's factors as JSON") from None
+
+    @property
+    def measured(self) -> Throughput:
+        """The throughput, where the state is `OK`."""
+        assert self.throughput is not None, f"{self.arch} was not measured: {self.reason}"
+        return self.throughput
+
+    @property
+    def question(self) -> tuple[Any, ...]:
+        """What is equal for two rows that measure the same (on the same device)."""
+        return (self.arch, self.img_size, self.num_classes, self.setting, self.reference)
+
+
+COLUMNS = table_columns(DeviceRow)
+
+
+def fingerprint_columns(of: Fingerprint) -> dict[str, Any]:
+    """Return the fields of a row that identify the device and software."""
+    names = [n for n in COLUMNS if n.startswith("on_")]
+    return {"fingerprint": of.id, **{n: getattr(of, n.removeprefix("on_")) for n in names}}
+
+
+def fingerprint_of(row: DeviceRow) -> Fingerprint:
+    """Rebuild the fingerprint that a row was measured under, and check its id."""
+    values = {n.removeprefix("on_"): getattr(row, n) for n in COLUMNS if n.startswith("on_")}
+    values.update(
+        device=row.setting.device.partition(":")[0],
+        threads=row.threads,
+        runtime=row.setting.runtime,
+        dtype=row.setting.dtype,
+        batch=row.setting.batch,
+        img_size=row.img_size,
+        id=row.fingerprint,
+    )
+    return Fingerprint.from_dict(values)
+
+
+def write_rows(path: Path, rows: Sequence[DeviceRow]) -> None:
+    """Write the whole table atomically."""
+    write_table(path, rows, DeviceRow)
+
+
+def read_rows(path: Path, flag: str) -> list[DeviceRow]:
+    """Read a table; errors name the flag, and the line and column."""
+    return read_table(path, DeviceRow, f"{flag} {path}")
+
+
+def one_fingerprint(rows: Sequence[DeviceRow], where: str) -> str:
+    """Return the fingerprint that all rows share; rows of several are refused."""
+    found = sorted({row.fingerprint for row in rows if row.state == OK})
+    if len(found) != 1:
+        raise refuse(
+            where,
+            f"rows of {len(found)} fingerprints ({', '.join(found[:3])})",
+            "those of one device, runtime, dtype, batch and resolution",
+            "split the table",
+        )
+    return found[0]
 
 
 class DeviceTable:
     """Measurements of one device under one setting, and a predictor fitted to them.
 
-    Rows of the same network: the last one counts. Ratios are to the seed, which must be among the
-    rows. Refuses tables of another family, resolution, number of classes, or several fingerprints.
+    Of several rows of a network the last one counts. Ratios are to the seed, which must be among
+    the rows. Refuses tables of another family, resolution, number of classes, or several
+    fingerprints.
     """
 
     def __init__(
         self, paths: Sequence[Path], family: Family, ctx: Context, seed: Arch, flag: str = FLAG
     ) -> None:
-        rows = [row for path in paths for row in read_rows(path, flag) if row.state == OK]
+        from nas.measure.predict import fit_predictor
+
         shown = ", ".join(str(path) for path in paths)
-        rows = [row for row in rows if row.spec]
+        rows = [r for path in paths for r in read_rows(path, flag) if r.state == OK and r.spec]
         if not rows:
             raise refuse(flag, f"{shown} without a measured {family.name}", "measured networks")
         self.fingerprint = one_fingerprint(rows, shown)
@@ -38,7 +168,7 @@ class DeviceTable:
         self._rows: dict[str, DeviceRow] = {}
         self._finalists: dict[str, DeviceRow] = {}
         for row in rows:
-            self._take(row, shown, self._rows)
+            self._add(row, shown, self._rows)
         self.rows = tuple(rows)
         seed_key = family.key(seed, ctx)
         if seed_key not in self._rows:
@@ -49,14 +179,14 @@ class DeviceTable:
                 "measure it too: add it to --arch",
             )
         self._seed = self._rows[seed_key]
-        self.predictor: Predictor = fit_predictor(
+        self.predictor = fit_predictor(
             family,
             ctx,
             [family.arch(json.loads(row.spec)) for row in self._rows.values()],
-            [self._pace(row) for row in self._rows.values()],
+            [self._images_per_s(row) for row in self._rows.values()],
         )
 
-    def _take(self, row: DeviceRow, shown: str, into: dict[str, DeviceRow]) -> None:
+    def _add(self, row: DeviceRow, shown: str, into: dict[str, DeviceRow]) -> None:
         if row.family != self.family.name:
             raise refuse(self.flag, f"{shown} of {row.family}", f"networks of {self.family.name}")
         if (row.img_size, row.num_classes) != (self.ctx.img_size, self.ctx.num_classes):
@@ -66,16 +196,15 @@ class DeviceTable:
                 f"{self.ctx.img_size} px and {self.ctx.num_classes} classes, as this run has",
                 f"measure with --img-size {self.ctx.img_size} --num-classes {self.ctx.num_classes}",
             )
-        arch = self.family.arch(json.loads(row.spec))
-        key = self.family.key(arch, self.ctx)
+        key = self.family.key(self.family.arch(json.loads(row.spec)), self.ctx)
         if key != row.key:
             raise refuse(self.flag, f"{shown}: key {row.key}", f"{key}, which its factors give")
         into[key] = row
 
     def add_finalists(self, rows: Sequence[DeviceRow], where: str) -> None:
-        """Take the finalists' own rows, measured on the same device later on.
+        """Add the finalists' own rows, measured on the same device later on.
 
-        They count for `final` questions only: what earlier steps decided on stays what it was.
+        They count for `final` measurements only: the basis of earlier decisions does not change.
         """
         for row in rows:
             if row.state == OK and row.fingerprint != self.fingerprint:
@@ -86,78 +215,54 @@ class DeviceTable:
                     "measure on the device, runtime and batch of --device-table",
                 )
             if row.state == OK and row.spec:
-                self._take(row, where, self._finalists)
+                self._add(row, where, self._finalists)
 
-    def _pace(self, row: DeviceRow) -> float:
+    def _images_per_s(self, row: DeviceRow) -> float:
         # Ratios to one reference cancel what the device went through meanwhile.
-        assert row.images_per_s is not None
-        if not self._beside_one(row):
-            return row.images_per_s
-        assert row.ratio is not None
-        assert self._seed.ratio is not None
-        assert self._seed.images_per_s is not None
-        return row.ratio / self._seed.ratio * self._seed.images_per_s
+        own, seed = row.measured, self._seed.measured
+        if not self._same_reference(row):
+            return own.images_per_s
+        assert own.ratio is not None
+        assert seed.ratio is not None
+        return own.ratio / seed.ratio * seed.images_per_s
 
-    def _beside_one(self, row: DeviceRow) -> bool:
-        """Tell whether a row's ratio and the seed's are to one reference."""
-        return (
-            row.ratio is not None
-            and self._seed.ratio is not None
-            and (row.reference == self._seed.reference)
-        )
+    def _same_reference(self, row: DeviceRow) -> bool:
+        """Whether the ratios of a row and of the seed are over one reference."""
+        ratios = row.measured.ratio, self._seed.measured.ratio
+        return None not in ratios and row.reference == self._seed.reference
 
     def _row(self, arch: Arch, final: bool) -> DeviceRow | None:
         key = self.family.key(arch, self.ctx)
         return (self._finalists.get(key) if final else None) or self._rows.get(key)
 
     def exact(self, arch: Arch, *, final: bool = False) -> bool:
-        """Tell whether a network was measured itself."""
+        """Return whether a network was measured itself."""
         return self._row(arch, final) is not None
 
     def measurement(self, arch: Arch, *, final: bool = False) -> Measurement:
         """Return a network's throughput on that device: as measured, or predicted.
 
-        A prediction has 0.95 as `coverage`, `done` says so, and its interval is the predictor's
-        error on networks that it had not seen.
+        A prediction has 0.95 as `coverage` and is marked in `done`; its interval is the
+        predictor's error on networks that it had not seen.
         """
-        row, seed = self._row(arch, final), self._seed
-        assert seed.images_per_s is not None
+        row, seed = self._row(arch, final), self._seed.measured
         if row is None:
-            guess = self.predictor.predict([arch])[0]
-            base = self._pace(seed)
-            speed = (guess.images_per_s, guess.lo, guess.hi)
-            ratio = (guess.images_per_s / base, guess.lo / base, guess.hi / base)
-            done, source = f"predicted ({self.predictor.name})", seed
+            found = self._predicted(arch)
         else:
-            assert row.images_per_s is not None
-            assert row.images_per_s_lo is not None
-            assert row.images_per_s_hi is not None
-            speed = (row.images_per_s, row.images_per_s_lo, row.images_per_s_hi)
-            ratio, done, source = self._ratio(row), row.done, row
-        latency = {}
-        if row is not None and row.batch == 1 and row.latency_ms_p50 is not None:
-            latency = {
-                f"latency_ms_p50{end}": getattr(row, f"latency_ms_p50{end}")
-                for end in ("", "_lo", "_hi")
-            }
-        elif self.setting.batch == 1:
-            latency = {
-                "latency_ms_p50": 1e3 / speed[0],
-                "latency_ms_p50_lo": 1e3 / speed[2],
-                "latency_ms_p50_hi": 1e3 / speed[1],
-            }
+            ratio, lo, hi = self._ratio(row)
+            found = replace(row.measured, ratio=ratio, ratio_lo=lo, ratio_hi=hi)
+            if self.setting.batch != 1:  # the row's latencies are at batch 1
+                found = found.with_latency(None)
+        if self.setting.batch == 1 and found.latency_ms_p50 is None:
+            found = replace(
+                found,
+                latency_ms_p50=1e3 / found.images_per_s,
+                latency_ms_p50_lo=1e3 / found.images_per_s_hi,
+                latency_ms_p50_hi=1e3 / found.images_per_s_lo,
+            )
+        found = replace(found, reference_images_per_s=seed.images_per_s, seconds=0.0)
         return Measurement(
-            images_per_s=speed[0],
-            images_per_s_lo=speed[1],
-            images_per_s_hi=speed[2],
-            ratio=ratio[0],
-            ratio_lo=ratio[1],
-            ratio_hi=ratio[2],
-            reference_images_per_s=seed.images_per_s,
-            coverage=0.95 if row is None else source.coverage or 0.95,
-            blocks=source.blocks or 1,
-            passes=source.passes or 1,
-            seconds=0.0,
+            **vars(found),
             img_size=self.ctx.img_size,
             num_classes=self.ctx.num_classes,
             in_chans=self.ctx.in_chans,
@@ -165,28 +270,44 @@ class DeviceTable:
             dtype=self.setting.dtype,
             runtime=self.setting.runtime,
             device=self.setting.device,
-            threads=source.threads,
+            threads=self._seed.threads,
             fingerprint=self.fingerprint,
-            load=source.load,
-            when=source.when,
-            peak_mem_bytes=None if row is None else row.peak_mem_bytes,
-            done=done,
-            **latency,
+        )
+
+    def _predicted(self, arch: Arch) -> Throughput:
+        guess, seed = self.predictor.predict([arch])[0], self._seed.measured
+        base = self._images_per_s(self._seed)
+        return Throughput(
+            images_per_s=guess.images_per_s,
+            images_per_s_lo=guess.lo,
+            images_per_s_hi=guess.hi,
+            ratio=guess.images_per_s / base,
+            ratio_lo=guess.lo / base,
+            ratio_hi=guess.hi / base,
+            coverage=0.95,
+            blocks=seed.blocks,
+            passes=seed.passes,
+            seconds=0.0,
+            load=seed.load,
+            when=seed.when,
+            done=f"predicted ({self.predictor.name})",
         )
 
     def _ratio(self, row: DeviceRow) -> tuple[float, float, float]:
-        """Return a measured network's ratio to the seed, intervals of both taken together."""
+        """Return a measured network's ratio to the seed; its interval combines those of both."""
         if row is self._seed:
             return 1.0, 1.0, 1.0
         seed = self._seed
-        if row.ratio is not None and row.reference == f"{seed.arch}@{self.setting.text}":
-            return _values(row, "ratio")  # timed in alternating blocks with the seed itself
-        name = "ratio" if self._beside_one(row) else "images_per_s"
-        own, other = _values(row, name), _values(seed, name)
+        if row.measured.ratio is not None and (
+            row.reference == f"{seed.arch}@{self.setting.text}"
+        ):  # timed in alternating blocks with the seed itself
+            return row.measured.interval("speedup")
+        metric = "speedup" if self._same_reference(row) else "images_per_s"
+        own, other = row.measured.interval(metric), seed.measured.interval(metric)
         return own[0] / other[0], own[1] / other[2], own[2] / other[1]
 
     def describe(self) -> list[str]:
-        """Say whose numbers these are, and how far predictions may be trusted."""
+        """Return lines for people: the device, and the predictor with its held-out error."""
         p = self.predictor
         tried = ", ".join(f"{name} {score:.1%}" for name, score in p.scores.items())
         return [
@@ -195,9 +316,3 @@ class DeviceTable:
             f"predictor: {p.name}; held-out error {p.median_error:.1%} in the median, "
             f"{p.error:.1%} for 95 % (models tried: {tried})",
         ]
-
-
-def _values(row: DeviceRow, name: str) -> tuple[float, float, float]:
-    middle, lo, hi = (getattr(row, name + end) for end in ("", "_lo", "_hi"))
-    assert middle is not None
-    return middle, lo, hi

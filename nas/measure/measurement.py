@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from nas.core.requirement import LATENCIES, Requirement
@@ -12,9 +12,9 @@ from nas.measure.intervals import Verdict, verdict
 from space.errors import refuse
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """Throughput of one network under stated conditions, alone or beside a reference network.
+@dataclass(frozen=True, kw_only=True)
+class Throughput:
+    """Throughput and latency of one network, with intervals and the conditions of the moment.
 
     `ratio` is images/s over the reference's, from blocks that alternate with the reference's; None
     without a reference. `_lo` and `_hi` enclose the medians with probability `coverage`, drift
@@ -23,35 +23,20 @@ class Measurement:
     a block's); percentiles have no interval where there were too few passes. `peak_mem_bytes` is
     None where it was not measured. `parity` is the largest difference of the logits from eager
     float32, as a share of the largest logit; `agrees` whether that is inside the runtime's stated
-    tolerance.
+    tolerance; `done` describes what the runtime did to the network.
 
-    `waited` is the share of time in which our threads could not run, `disturbed` what disturbed in
-    words, `attempts` how often it was measured because of that. `load`, `when` (UTC) and
-    `clock_mhz` are of the moment when measuring began: conditions, not identity.
+    `waited` is the share of time in which the process's threads could not run, `disturbed` the
+    disturbances in words, `attempts` how often it was measured because of them. `load`, `when`
+    (UTC) and `clock_mhz` are of the moment when measuring began: conditions, not identity.
     """
 
     images_per_s: float
     images_per_s_lo: float
     images_per_s_hi: float
-    ratio: float | None
-    ratio_lo: float | None
-    ratio_hi: float | None
-    reference_images_per_s: float | None
-    coverage: float
-    blocks: int
-    passes: int
-    seconds: float
-    img_size: int
-    num_classes: int
-    in_chans: int
-    batch: int
-    dtype: str
-    runtime: str
-    device: str
-    threads: int
-    fingerprint: str
-    load: float | None
-    when: str
+    ratio: float | None = None
+    ratio_lo: float | None = None
+    ratio_hi: float | None = None
+    reference_images_per_s: float | None = None
     latency_ms_p50: float | None = None
     latency_ms_p50_lo: float | None = None
     latency_ms_p50_hi: float | None = None
@@ -65,21 +50,37 @@ class Measurement:
     parity: float | None = None
     agrees: int | None = None
     done: str = ""
+    coverage: float
+    blocks: int
+    passes: int
+    seconds: float
     waited: float | None = None
     disturbed: str = ""
     attempts: int = 1
+    load: float | None = None
     clock_mhz: float | None = None
+    when: str
 
     def __post_init__(self) -> None:
         """Refuse numbers that no measurement gives (a table may come from anywhere)."""
-        _check_interval(self, "images_per_s")
-        ratios = (self.ratio, self.ratio_lo, self.ratio_hi)
-        if any(value is not None for value in ratios):
-            _check_interval(self, "ratio")
+        self._check_interval("images_per_s")
+        if any(value is not None for value in (self.ratio, self.ratio_lo, self.ratio_hi)):
+            self._check_interval("ratio")
         for name in LATENCIES.values():
             if getattr(self, f"latency_ms_{name}_lo") is not None:
-                _check_interval(self, f"latency_ms_{name}")
-        for name in ("blocks", "passes", "img_size", "num_classes", "in_chans", "batch", "threads"):
+                self._check_interval(f"latency_ms_{name}")
+        self._check_positive("blocks", "passes")
+
+    def _check_interval(self, name: str) -> None:
+        middle, lo, hi = (getattr(self, name + end) for end in ("", "_lo", "_hi"))
+        sound = all(value is not None and math.isfinite(value) for value in (middle, lo, hi))
+        if not (sound and 0 < lo <= middle <= hi):
+            raise refuse(
+                f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= median <= hi"
+            )
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
             if getattr(self, name) < 1:
                 raise refuse(f"measurement.{name}", getattr(self, name), "an integer >= 1")
 
@@ -96,6 +97,37 @@ class Measurement:
         if lo is None or hi is None:  # too few passes for a percentile so far out
             return middle, 0.0, math.inf
         return middle, lo, hi
+
+    def with_latency(self, other: Throughput | None) -> Throughput:
+        """Return these values with the latencies of another measurement, or with none."""
+        names = [f.name for f in fields(Throughput) if f.name.startswith("latency_ms_")]
+        latency: dict[str, Any] = {name: getattr(other, name, None) for name in names}
+        return replace(self, **latency)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement(Throughput):
+    """A `Throughput` under a stated setting, resolution and device."""
+
+    img_size: int
+    num_classes: int
+    in_chans: int
+    batch: int
+    dtype: str
+    runtime: str
+    device: str
+    threads: int
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no measurement gives."""
+        super().__post_init__()
+        self._check_positive("img_size", "num_classes", "in_chans", "batch", "threads")
+
+    @property
+    def throughput(self) -> Throughput:
+        """The values without setting and device."""
+        return Throughput(**{f.name: getattr(self, f.name) for f in fields(Throughput)})
 
     def judge(self, required: Requirement) -> Verdict:
         """Judge one requirement by the interval's ends."""
@@ -123,10 +155,3 @@ class Measurement:
         if missing:
             raise refuse("measurement", ", ".join(missing) + " missing", "all its fields")
         return cls(**{name: values[name] for name in names})
-
-
-def _check_interval(of: Measurement, name: str) -> None:
-    middle, lo, hi = (getattr(of, name + end) for end in ("", "_lo", "_hi"))
-    sound = all(value is not None and math.isfinite(value) for value in (middle, lo, hi))
-    if not (sound and 0 < lo <= middle <= hi):
-        raise refuse(f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= median <= hi")

@@ -41,7 +41,14 @@ from nas.core.requirement import Setting
 from nas.core.stats import kendall, resampled
 from nas.measure.device_table import OK, one_fingerprint, read_rows
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.interleave import Bounds, Series, measure_rounds, planned_looks, settle, timed_of
+from nas.measure.interleave import (
+    Bounds,
+    Samples,
+    measure_rounds,
+    planned_looks,
+    settle,
+    timing_result,
+)
 from nas.measure.intervals import median_interval
 from nas.measure.predict import MODELS, held_out, terms_of
 from space import Context, get_family
@@ -181,23 +188,23 @@ def _burn(random_seed: int) -> None:
         time.sleep(rng.uniform(0.5, 2.0))
 
 
-def record(sides: Sequence[Any], batch: int, given: argparse.Namespace) -> list[Series]:
+def record(sides: Sequence[Any], batch: int, given: argparse.Namespace) -> list[Samples]:
     """Time blocks of both sides in the order A B B A ...; returns a series each."""
     import torch
 
-    series = [Series(), Series()]
+    series = [Samples(), Samples()]
     with torch.inference_mode():
         passes = [settle(side.ready.timer, given.min_block_s) for side in sides]
         for number in range(given.recorded):
             for which in (0, 1) if number % 2 == 0 else (1, 0):
                 took = math.fsum(sides[which].ready.timer(passes[which]))
                 series[which].images_per_s.append(batch * passes[which] / took)
-                series[which].pieces_s.append(took)
+                series[which].durations_s.append(took)
     return series
 
 
 def simulate(
-    recorded: Sequence[Series], bound: float, trials: int, looks: list[int], random_seed: int
+    recorded: Sequence[Samples], bound: float, trials: int, looks: list[int], random_seed: int
 ) -> tuple[list[Verdict], list[Verdict]]:
     """Replay windows of a recording: the trials of the gate, and those of single means.
 
@@ -211,13 +218,13 @@ def simulate(
         verdict, used = "undecided", looks[-1]
         for used in looks:
             window = [
-                Series(s.images_per_s[start : start + used], s.pieces_s[start : start + used])
+                Samples(s.images_per_s[start : start + used], s.durations_s[start : start + used])
                 for s in recorded
             ]
-            verdict = timed_of(window, looks, 1).decides(Bounds(ratio=bound))
+            verdict = timing_result(window, looks, 1).decides(Bounds(ratio=bound))
             if verdict != "undecided":
                 break
-        seconds = sum(sum(s.pieces_s[start : start + used]) for s in recorded)
+        seconds = sum(sum(s.durations_s[start : start + used]) for s in recorded)
         gate.append((verdict, used, seconds))
         # A, then B: 2 * used rounds hold `used` blocks of the one and, later, of the other.
         first = recorded[0].images_per_s[start : start + used]

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from nas.measure import gpu
 from nas.measure import interference as watch
 from nas.measure.fingerprint import Fingerprint, take_fingerprint
 from nas.measure.interference import Conditions, Watch, conditions
@@ -143,7 +142,7 @@ def test_waited_is_the_share_of_wanted_time(
     found = Watch().read()
     assert counted.left == []
     assert found.waited == pytest.approx(share, abs=1e-4)
-    assert bool(found.says) == (share > watch.CONTENDED)
+    assert bool(found.text) == (share > watch.CONTENDED)
 
 
 def test_time_that_the_host_steals_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +184,8 @@ def test_clocks_and_other_processes_are_told(
     monkeypatch.setattr(watch, "conditions", lambda device: moments.pop(0))
     Counted(monkeypatch, None, None)
     found = Watch("cuda").read()
-    assert says in found.says
-    assert bool(says) == bool(found.says)
+    assert says in found.text
+    assert bool(says) == bool(found.text)
 
 
 def test_a_spinning_neighbour_on_our_core_is_seen() -> None:
@@ -237,20 +236,20 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("SMI_CLOCK", "1755")
     monkeypatch.setenv("SMI_PIDS", "")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpu.driver.cache_clear()
-    gpu.nominal_mhz.cache_clear()
+    watch.gpu_driver.cache_clear()
+    watch.gpu_nominal_mhz.cache_clear()
     yield log
-    gpu.driver.cache_clear()
-    gpu.nominal_mhz.cache_clear()
+    watch.gpu_driver.cache_clear()
+    watch.gpu_nominal_mhz.cache_clear()
 
 
 def test_the_drivers_tool_is_read(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu.driver("cuda") == "550.54.15"
-    assert gpu.nominal_mhz("cuda") == 1980.0
-    assert gpu.clock_mhz("cuda") == 1755.0
+    assert watch.gpu_driver("cuda") == "550.54.15"
+    assert watch.gpu_nominal_mhz("cuda") == 1980.0
+    assert watch.gpu_clock_mhz("cuda") == 1755.0
     monkeypatch.setenv("SMI_CLOCK", "900")
-    assert gpu.clock_mhz("cuda") == 900.0, "a condition is asked anew"
-    assert gpu.driver("cuda") == "550.54.15"
+    assert watch.gpu_clock_mhz("cuda") == 900.0, "a condition is asked anew"
+    assert watch.gpu_driver("cuda") == "550.54.15"
     assert smi.read_text().count("driver_version") == 1, "identity is asked once"
     now = conditions("cuda")
     assert (now.clock_mhz, now.gpu_others) == (900.0, 0)
@@ -258,9 +257,9 @@ def test_the_drivers_tool_is_read(smi: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_this_process_is_no_other_process(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMI_PIDS", f"{os.getpid()} 999999 888888")
-    assert gpu.other_processes("cuda") == 2
+    assert watch.other_gpu_processes("cuda") == 2
     monkeypatch.setenv("SMI_PIDS", f"{os.getpid()}")
-    assert gpu.other_processes("cuda") == 0
+    assert watch.other_gpu_processes("cuda") == 0
 
 
 @pytest.mark.parametrize(
@@ -279,19 +278,19 @@ def test_the_tool_is_asked_for_the_device_that_torch_uses(
     """torch counts within CUDA_VISIBLE_DEVICES, the driver's tool over all devices."""
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpu.clock_mhz(device)
+    watch.gpu_clock_mhz(device)
     assert smi.read_text().strip().endswith(asked)
 
 
 def test_answers_that_are_none_are_none(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMI_CLOCK", "[N/A]")
-    assert gpu.clock_mhz("cuda") is None
+    assert watch.gpu_clock_mhz("cuda") is None
     (smi.parent / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
-    assert gpu.driver("cuda") is None
-    assert gpu.other_processes("cuda") is None
+    assert watch.gpu_driver("cuda") is None
+    assert watch.other_gpu_processes("cuda") is None
     monkeypatch.setenv("PATH", str(smi.parent / "nothing"))
-    assert gpu.clock_mhz("cuda") is None
-    assert gpu.nominal_mhz("cuda") is None
+    assert watch.gpu_clock_mhz("cuda") is None
+    assert watch.gpu_nominal_mhz("cuda") is None
 
 
 def test_values_import_without_torch() -> None:

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from nas.measure import interleave as rounds
 from nas.measure.interference import Disturbance
-from nas.measure.interleave import Bounds, Timed, measure_rounds, planned_looks, settle, summary
+from nas.measure.interleave import (
+    Bounds,
+    TimingResult,
+    measure_rounds,
+    planned_looks,
+    settle,
+    summary,
+)
 
 LAW = settings(derandomize=True, deadline=None)
 Fake = Callable[[int], list[float]]
@@ -57,7 +64,7 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "Watch", Calm)
 
 
-def timed(timers: list[Fake], bounds: Bounds | None = None, **changes: object) -> Timed:
+def timed(timers: list[Fake], bounds: Bounds | None = None, **changes: object) -> TimingResult:
     given = {"batch": 8, "blocks": 6, "max_blocks": 48, "min_block_s": 1e-6, **changes}
     return measure_rounds(timers, bounds=bounds or Bounds(), **given)  # type: ignore[arg-type]
 
@@ -203,7 +210,7 @@ def test_what_was_disturbed_is_repeated_and_the_calmest_kept(
     found = timed([machine.timer("A", lambda: 1.0)], retries=retries)
     assert found.attempts == attempts
     assert found.disturbance.waited == kept
-    assert bool(found.disturbance.says) == (kept > 0.1)
+    assert bool(found.disturbance.text) == (kept > 0.1)
     assert Scripted.said == []
 
 
@@ -222,7 +229,7 @@ def test_an_undisturbed_repetition_is_calmer_whatever_disturbed_before(
     Scripted.said = list(said)
     monkeypatch.setattr(rounds, "Watch", Scripted)
     found = timed([Machine().timer("A", lambda: 1.0)])
-    assert found.disturbance.says == ""
+    assert found.disturbance.text == ""
     assert found.attempts == 2
 
 

@@ -17,7 +17,14 @@ from torch.nn import functional as F
 
 from nas.core.requirement import Setting
 from nas.export.fuse import fuse_batch_norms
-from nas.measure.runtimes import Order, Ready, Runtime, check_setting, find_runtime, runtimes
+from nas.measure.runtimes import (
+    PreparedModel,
+    Runtime,
+    RuntimeRequest,
+    check_setting,
+    find_runtime,
+    runtimes,
+)
 from nas.measure.throughput import Prepared, difference, prepare, private_copy
 from space import Context, InputError, get_family
 
@@ -438,7 +445,7 @@ class Plugged(Runtime):
 
     name = "plugged"
 
-    def prepare(self, order: Order) -> Ready:
+    def prepare(self, order: RuntimeRequest) -> PreparedModel:
         """Compute something else on purpose."""
         model = order.model
 
@@ -446,7 +453,7 @@ class Plugged(Runtime):
             with torch.inference_mode():
                 return 1.5 * model(torch.from_numpy(x)).numpy()
 
-        return Ready(lambda passes: [0.001] * passes, logits, "plugged in")
+        return PreparedModel(lambda passes: [0.001] * passes, logits, "plugged in")
 
 
 class Eclipse(Plugged):

@@ -15,14 +15,7 @@ from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import Disturbance
 from nas.measure.interleave import Bounds
 from nas.measure.measurement import Measurement
-from nas.measure.throughput import (
-    difference,
-    measure,
-    measure_prepared,
-    prepare,
-    private_copy,
-    with_latency,
-)
+from nas.measure.throughput import difference, measure, measure_prepared, prepare, private_copy
 from space import Context, InputError, get_family
 
 CTX = Context(img_size=16, num_classes=4)
@@ -252,25 +245,17 @@ def test_measurement_names_its_setting_and_its_device() -> None:
     assert found.latency_ms_p50 <= found.latency_ms_p90 <= found.latency_ms_p99  # type: ignore[operator]
 
 
-def test_networks_of_several_settings_alternate() -> None:
+def test_networks_of_several_settings_alternate(fake_clock: list[float]) -> None:
     """A reference in another batch: images/s count its own images."""
-    nets = [prepare(conv(), ctx=CTX, setting=Setting(batch=b)) for b in (4, 1)]
+    model = Sleepy("A", 0.001, [], fake_clock)
+    nets = [prepare(model, ctx=CTX, setting=Setting(batch=b)) for b in (4, 1)]
     found = measure_prepared(
         nets[0], nets[1], blocks=6, max_blocks=6, min_block_s=0.001, min_passes=3
     )
     assert found.batch == 4
     assert found.passes >= 3
-    assert found.ratio is not None
-    assert found.reference_images_per_s is not None
-    assert found.ratio == pytest.approx(found.images_per_s / found.reference_images_per_s, rel=0.5)
-
-
-def test_latencies_of_batch_1_join_a_throughput() -> None:
-    large = measure(conv(), setting=Setting(batch=8), **QUICK)
-    alone = measure(conv(), setting=Setting(batch=1), **QUICK)
-    joined = with_latency(large, alone)
-    assert joined.images_per_s == large.images_per_s
-    assert joined.latency_ms_p90_hi == alone.latency_ms_p90_hi
+    assert found.ratio == pytest.approx(4.0, rel=0.01)
+    assert found.reference_images_per_s == pytest.approx(1000.0, rel=0.01)
 
 
 def test_errors_of_a_network_come_through_and_state_is_restored() -> None:

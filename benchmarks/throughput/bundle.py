@@ -25,7 +25,7 @@ SCRIPT = "throughput.pyz"
 CARRIED = (
     *("__init__.py", "core/__init__.py", "core/table.py", "core/cli.py", "core/io.py"),
     *("core/requirement.py", "measure/__init__.py", "measure/bundle.py"),
-    *("measure/fingerprint.py", "measure/gpu.py", "measure/intervals.py"),
+    *("measure/fingerprint.py", "measure/intervals.py"),
     *("measure/measurement.py", "measure/interleave.py", "measure/device_table.py"),
     *("measure/interference.py", "measure/runtimes/__init__.py", "measure/runtimes/runtime.py"),
     "measure/runtimes/ort_session.py",

@@ -28,9 +28,9 @@ from nas.measure.device_table import (
 )
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import conditions
-from nas.measure.interleave import Bounds, Timed, measure_rounds, summary
+from nas.measure.interleave import Bounds, TimingResult, measure_rounds, summary
 from nas.measure.measurement import Throughput
-from nas.measure.runtimes import Ready
+from nas.measure.runtimes import PreparedModel
 from nas.measure.runtimes.ort_session import open_session
 from space.errors import InputError, refuse
 
@@ -142,7 +142,7 @@ class _Bench:
         self._references = {
             (n["batch"], n["img_size"]): n for n in networks if n.get("reference", False)
         }
-        self._open: tuple[str, Ready] | None = None
+        self._open: tuple[str, PreparedModel] | None = None
 
     def row(
         self, network: Mapping[str, Any], known: Mapping[tuple[Any, ...], DeviceRow]
@@ -184,7 +184,7 @@ class _Bench:
         passes = timed.blocks * timed.passes
         return replace(empty, state=OK, throughput=found, latency_passes=passes)
 
-    def _time(self, network: Mapping[str, Any], beside: Mapping[str, Any]) -> Timed:
+    def _time(self, network: Mapping[str, Any], beside: Mapping[str, Any]) -> TimingResult:
         own = self._session(network)
         if self._open is None or self._open[0] != beside["file"]:
             self._open = beside["file"], self._session(beside)
@@ -200,12 +200,12 @@ class _Bench:
             device=given.device,
         )
 
-    def _session(self, network: Mapping[str, Any]) -> Ready:
+    def _session(self, network: Mapping[str, Any]) -> PreparedModel:
         size = network["img_size"]
         rng = np.random.default_rng(0)
         images = rng.standard_normal((network["batch"], 3, size, size), dtype=np.float32)
         path = member(self._folder, network["file"], f"{LIST}: file", links=True)
         if not path.is_file():
             raise refuse(str(path), "no such file", "an ONNX file of the bundle", "copy it whole")
-        opened: Callable[..., Ready] = open_session
+        opened: Callable[..., PreparedModel] = open_session
         return opened(path, images, device=self._given.device, threads=self._threads, done="ONNX")

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nas.measure import gpu
+from nas.measure.interference import gpu_driver, gpu_nominal_mhz
 from space.errors import refuse
 
 
@@ -115,7 +115,7 @@ def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerp
     name, driver, cuda, cudnn, clock = _cpu_name(), None, None, None, _nominal_mhz()
     if kind == "cuda":
         name, driver, cuda, cudnn = _gpu(device)
-        clock = gpu.nominal_mhz(device)
+        clock = gpu_nominal_mhz(device)
     return Fingerprint(
         device=kind,
         device_name=name,
@@ -260,4 +260,4 @@ def _gpu(device: str) -> tuple[str, str | None, str | None, str | None]:
     gib = properties.total_memory / 2**30
     name = f"{properties.name} {gib:.0f} GiB sm_{properties.major}{properties.minor}"
     cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-    return name, gpu.driver(device), torch.version.cuda, None if cudnn is None else str(cudnn)
+    return name, gpu_driver(device), torch.version.cuda, None if cudnn is None else str(cudnn)

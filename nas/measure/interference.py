@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -31,9 +33,7 @@ def conditions(device: str = "cpu") -> Conditions:
         load = None
     clock, others = _cpu_clock_mhz(), None
     if device.startswith("cuda"):
-        from nas.measure.gpu import clock_mhz, other_processes
-
-        clock, others = clock_mhz(device), other_processes(device)
+        clock, others = gpu_clock_mhz(device), other_gpu_processes(device)
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Conditions(load, when, clock, others)
 
@@ -52,11 +52,11 @@ class Disturbance:
     """What kept a measurement from being undisturbed.
 
     `waited` is the share of their wanted time in which our threads could not run, None where the
-    kernel does not tell; `says` is empty when nothing is worth a word.
+    kernel has no such number; `text` describes what disturbed, empty for nothing.
     """
 
     waited: float | None
-    says: str
+    text: str
 
 
 CONTENDED = 0.10
@@ -148,3 +148,59 @@ def _stolen_s() -> float:
         return int(fields[8]) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
         return 0.0
+
+
+def _gpu_index(device: str) -> str:
+    # torch counts among the visible devices, nvidia-smi among all of them.
+    number = int(device.partition(":")[2] or 0)
+    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return shown[number] if number < len(shown) and shown[number] else str(number)
+
+
+def _ask_nvidia_smi(what: str, device: str, of: str = "gpu") -> list[str] | None:
+    """Ask nvidia-smi; the lines of its answer, or None where it does not answer."""
+    index = _gpu_index(device)
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", f"--query-{of}={what}", "--format=csv,noheader,nounits", "-i", index],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [line.strip() for line in asked.stdout.splitlines() if line.strip()]
+
+
+def _number(lines: list[str] | None) -> float | None:
+    try:
+        return None if not lines else float(lines[0])
+    except ValueError:  # "[N/A]"
+        return None
+
+
+@lru_cache(maxsize=8)
+def gpu_driver(device: str) -> str | None:
+    """Return the driver's version."""
+    lines = _ask_nvidia_smi("driver_version", device)
+    return lines[0] if lines else None
+
+
+@lru_cache(maxsize=8)
+def gpu_nominal_mhz(device: str) -> float | None:
+    """Return the highest clock of the multiprocessors: part of the device's identity."""
+    return _number(_ask_nvidia_smi("clocks.max.sm", device))
+
+
+def gpu_clock_mhz(device: str) -> float | None:
+    """Return the present clock of the multiprocessors: a condition."""
+    return _number(_ask_nvidia_smi("clocks.sm", device))
+
+
+def other_gpu_processes(device: str) -> int | None:
+    """Count the processes on the GPU that are not this one."""
+    lines = _ask_nvidia_smi("pid", device, of="compute-apps")
+    if lines is None:
+        return None
+    return sum(1 for line in lines if line.isdigit() and int(line) != os.getpid())

@@ -43,15 +43,15 @@ class Bounds:
 
 
 @dataclass
-class Series:
+class Samples:
     """One network's blocks in time order: images/s of each, and the seconds of each piece."""
 
     images_per_s: list[float] = field(default_factory=list)
-    pieces_s: list[float] = field(default_factory=list)
+    durations_s: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Timed:
+class TimingResult:
     """What rounds of blocks say. The intervals hold together over all planned looks."""
 
     own: Interval
@@ -109,7 +109,7 @@ def measure_rounds(
     retries: int = 1,
     device: str = "cpu",
     reference_batch: int | None = None,
-) -> Timed:
+) -> TimingResult:
     """Time one network, or one beside its reference (`timers[1]`), in alternating blocks.
 
     Blocks run in the order A B B A A B ..., so that a drift of the machine meets both alike; the
@@ -122,25 +122,25 @@ def measure_rounds(
     """
     started = time.perf_counter()
     passes = [max(min_passes, settle(t, min_block_s, warm_up_s)) for t in timers]
-    best: Timed | None = None
+    best: TimingResult | None = None
     attempt = 0
     while attempt <= retries:
         attempt += 1
         seen = Watch(device)
         batches = [batch, reference_batch or batch][: len(timers)]
         series, looks = _rounds(timers, passes, batches, bounds, blocks, max_blocks)
-        made = timed_of(series, looks, passes[0], seen.read())
+        made = timing_result(series, looks, passes[0], seen.read())
         if best is None or _unrest(made) < _unrest(best):
             best = made
-        if not made.disturbance.says:
+        if not made.disturbance.text:
             break
     assert best is not None
     return replace(best, attempts=attempt, seconds=time.perf_counter() - started)
 
 
-def _unrest(of: Timed) -> tuple[bool, float]:
+def _unrest(of: TimingResult) -> tuple[bool, float]:
     # Undisturbed beats disturbed, whatever it was: a clock drifts without anyone waiting.
-    return bool(of.disturbance.says), of.disturbance.waited or 0.0
+    return bool(of.disturbance.text), of.disturbance.waited or 0.0
 
 
 def _rounds(
@@ -150,9 +150,9 @@ def _rounds(
     bounds: Bounds,
     blocks: int,
     max_blocks: int,
-) -> tuple[list[Series], list[int]]:
+) -> tuple[list[Samples], list[int]]:
     looks = planned_looks(blocks, max_blocks if bounds.any else blocks)
-    series = [Series() for _ in timers]
+    series = [Samples() for _ in timers]
     done = 0
     for until in looks:
         for number in range(done, until):
@@ -161,21 +161,21 @@ def _rounds(
                 pieces = timers[which](passes[which])
                 took = max(math.fsum(pieces), 1e-9)
                 series[which].images_per_s.append(batches[which] * passes[which] / took)
-                series[which].pieces_s.extend(
+                series[which].durations_s.extend(
                     piece * len(pieces) / passes[which] for piece in pieces
                 )
         done = until
-        if timed_of(series, looks, passes[0]).decides(bounds) != "undecided":
+        if timing_result(series, looks, passes[0]).decides(bounds) != "undecided":
             break
     return series, looks
 
 
-def timed_of(
-    series: Sequence[Series],
+def timing_result(
+    series: Sequence[Samples],
     looks: Sequence[int],
     passes: int,
     disturbance: Disturbance = UNDISTURBED,
-) -> Timed:
+) -> TimingResult:
     """Return what one or two series say, at one of the planned looks.
 
     Each look may miss with a share of the allowed probability.
@@ -188,13 +188,13 @@ def timed_of(
         ratio = quantile_interval([a / b for a, b in both], 0.5, share, drift=True)
         reference = quantile_interval(series[1].images_per_s, 0.5, share, drift=True)
     latency = {
-        name: _in_ms(quantile_interval(series[0].pieces_s, q, share, drift=True))
+        name: _in_ms(quantile_interval(series[0].durations_s, q, share, drift=True))
         for name, q in QUANTILES.items()
     }
     missed = len(looks) * (
         1.0 - min(own.coverage, own.coverage if ratio is None else ratio.coverage)
     )
-    return Timed(
+    return TimingResult(
         own=own,
         ratio=ratio,
         reference=reference,
@@ -241,7 +241,7 @@ def settle(timer: Timer, min_block_s: float, warm_up_s: float = 0.0) -> int:
     return max(1, math.ceil(min_block_s / max(min(took), 1e-9)))
 
 
-def summary(of: Timed) -> dict[str, Any]:
+def summary(of: TimingResult) -> dict[str, Any]:
     """Return the columns of a measurement that come from the clock."""
     values: dict[str, Any] = {
         "images_per_s": of.own.median,
@@ -256,7 +256,7 @@ def summary(of: Timed) -> dict[str, Any]:
         "passes": of.passes,
         "seconds": of.seconds,
         "waited": of.disturbance.waited,
-        "disturbed": of.disturbance.says,
+        "disturbed": of.disturbance.text,
         "attempts": of.attempts,
     }
     for name, at in of.latency_ms.items():

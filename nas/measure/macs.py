@@ -1,4 +1,4 @@
-"""Multiply-adds of a built network by two counters that know nothing of our closed form."""
+"""Multiply-adds of a built network, counted by fvcore without the families' closed forms."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from nas.measure.throughput import private_copy
 from space import Context
@@ -69,23 +67,6 @@ def fvcore_by_operator(model: nn.Module, ctx: Context) -> dict[str, int]:
     if unknown:
         raise UnsupportedOperator("no multiply-add count for " + ", ".join(unknown))
     return dict(sorted(found.items()))
-
-
-def flop_counter_macs(model: nn.Module, ctx: Context) -> int:
-    """Count the multiply-adds of one image by torch's dispatcher, on the meta device.
-
-    Independent of fvcore's trace: it sees the operators that run. Attention is forced to its plain
-    form, whose two matrix products the counter sees whatever kernel the device would have chosen.
-    It passes silently over operators that it does not know, so it is a second oracle, not a judge.
-    """
-    own = private_copy(model, "meta")
-    inputs = torch.zeros(1, ctx.in_chans, ctx.img_size, ctx.img_size, device="meta")
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        own(inputs)
-    flops = int(counter.get_total_flops())
-    assert flops % 2 == 0, "torch counts two operations for each multiply-add"
-    return flops // 2
 
 
 def _reported_names() -> frozenset[str]:

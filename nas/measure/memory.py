@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nas.core.requirement import Setting
-from nas.measure.runtimes import Order, check_setting
+from nas.measure.runtimes import RuntimeRequest, check_setting
 from space import Context
 
 
@@ -48,7 +48,9 @@ def peak_memory_bytes(
     before = resident_bytes()
     model = None if staged is not None else build().eval().requires_grad_(False)
     with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-        order = Order(model, torch.zeros(shape), setting, threads, Path(folder), staged=staged)
+        order = RuntimeRequest(
+            model, torch.zeros(shape), setting, threads, Path(folder), staged=staged
+        )
         ready = runtime.prepare(order)
     del model, order
     # What preparing took for a moment (a compilation, a conversion) is not what running takes.

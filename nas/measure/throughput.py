@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nas.measure.interference import conditions
 from nas.measure.interleave import Bounds, measure_rounds, summary
 from nas.measure.intervals import MIN_BLOCKS
 from nas.measure.measurement import Measurement
-from nas.measure.runtimes import Order, Ready, Runtime, check_setting
+from nas.measure.runtimes import PreparedModel, Runtime, RuntimeRequest, check_setting
 from space import Context
 from space.errors import refuse
 
@@ -39,7 +39,7 @@ class Prepared:
     logit; `agrees` whether that is within the runtime's tolerance (None where it has none).
     """
 
-    ready: Ready
+    ready: PreparedModel
     runtime: Runtime
     setting: Setting
     ctx: Context
@@ -80,7 +80,7 @@ def prepare(
             wanted = oracle(images.to(setting.device)).float().cpu().numpy()
             del oracle
     with tempfile.TemporaryDirectory(prefix="runtime-") as folder:
-        order = Order(own, images, setting, threads, Path(folder), given, staged)
+        order = RuntimeRequest(own, images, setting, threads, Path(folder), given, staged)
         ready = runtime.prepare(order)
         parity = 0.0 if wanted is None else difference(ready.logits(images.numpy()), wanted)
     agrees = None
@@ -100,7 +100,7 @@ def staged_file(
     images, given = _images(runtime, shape, noise)
     own = private_copy(model, "cpu")
     return runtime.stage(
-        Order(own, images, setting, threads or torch.get_num_threads(), folder, given)
+        RuntimeRequest(own, images, setting, threads or torch.get_num_threads(), folder, given)
     )
 
 
@@ -225,12 +225,6 @@ def measure(
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
-
-
-def with_latency(measured: Measurement, alone: Measurement) -> Measurement:
-    """Return a measurement with the latencies of another one (that of batch 1)."""
-    names = [n for n in vars(alone) if n.startswith("latency_ms_")]
-    return replace(measured, **{name: getattr(alone, name) for name in names})
 
 
 def private_copy(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:

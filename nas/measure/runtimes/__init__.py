@@ -10,19 +10,26 @@ from importlib import metadata
 from typing import Any
 
 from nas.core.requirement import Setting
-from nas.measure.runtimes.runtime import Order, Ready, Runtime
+from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
 from space.errors import refuse
 
-__all__ = ["Order", "Ready", "Runtime", "check_setting", "find_runtime", "runtimes"]
+__all__ = [
+    "PreparedModel",
+    "Runtime",
+    "RuntimeRequest",
+    "check_setting",
+    "find_runtime",
+    "runtimes",
+]
 
 ENTRY_POINTS = "vision_contraction.runtimes"
 
 
 def runtimes() -> dict[str, Runtime]:
     """Return every runtime by its name, installed or not."""
-    from nas.measure.runtimes import eager, from_onnx, tensorrt
+    from nas.measure.runtimes import eager, from_onnx
 
-    own: list[Any] = [*eager.RUNTIMES, *from_onnx.RUNTIMES, tensorrt.TensorRt]
+    own: list[Any] = [*eager.RUNTIMES, *from_onnx.RUNTIMES]
     found = {kind.name: kind() for kind in own}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         found.setdefault(entry.name, entry.load()())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nas.core.requirement import Setting
-from nas.measure.runtimes.runtime import Order, Ready, Runtime
+from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,23 +22,23 @@ class Eager(Runtime):
     fused: ClassVar[bool] = False
     channels_last: ClassVar[bool] = False
 
-    def prepare(self, order: Order) -> Ready:
+    def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Cast to the dtype (no autocast) and move to the device."""
         import torch
 
-        model, done = order.net, []
+        model, done = request.net, []
         if self.fused:
             from nas.export.fuse import fuse_batch_norms
 
-            folded = fuse_batch_norms(model, order.images[:1])
+            folded = fuse_batch_norms(model, request.images[:1])
             done.append(f"{folded} batch norms folded")
-        dtype = getattr(torch, order.setting.dtype)
-        model = model.to(device=order.setting.device, dtype=dtype)
+        dtype = getattr(torch, request.setting.dtype)
+        model = model.to(device=request.setting.device, dtype=dtype)
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
             done.append("channels last")
-        return torch_ready(self.wrap(model, done), order, layout, done)
+        return torch_ready(self.wrap(model, done), request, layout, done)
 
     def wrap(self, model: nn.Module, done: list[str]) -> Callable[[Any], Any]:
         """Return what is called with images; adds to what was done."""
@@ -86,11 +86,13 @@ class Compile(Eager):
         return compiled
 
 
-def torch_ready(forward: Callable[[Any], Any], order: Order, layout: Any, done: list[str]) -> Ready:
+def torch_ready(
+    forward: Callable[[Any], Any], request: RuntimeRequest, layout: Any, done: list[str]
+) -> PreparedModel:
     """Bind a torch callable to its images and a clock that knows when the device is done."""
     import torch
 
-    device, dtype = order.setting.device, getattr(torch, order.setting.dtype)
+    device, dtype = request.setting.device, getattr(torch, request.setting.dtype)
 
     def put(images: Tensor) -> Tensor:
         return (
@@ -99,7 +101,7 @@ def torch_ready(forward: Callable[[Any], Any], order: Order, layout: Any, done: 
             else images.to(device=device, dtype=dtype)
         )
 
-    bound = put(order.images)
+    bound = put(request.images)
 
     def once() -> None:
         forward(bound)
@@ -110,25 +112,25 @@ def torch_ready(forward: Callable[[Any], Any], order: Order, layout: Any, done: 
         result: Images = found.float().cpu().numpy()
         return result
 
-    timer = cuda_timer(once, order.setting) if device.startswith("cuda") else cpu_timer(once)
+    timer = cuda_timer(once, request.setting) if device.startswith("cuda") else cpu_timer(once)
 
     def timed(passes: int) -> list[float]:
         with torch.inference_mode():
             return timer(passes)
 
-    return Ready(timed, logits, "; ".join(done))
+    return PreparedModel(timed, logits, "; ".join(done))
 
 
 def cpu_timer(once: Callable[[], object]) -> Callable[[int], list[float]]:
     """Clock every pass: on a CPU a pass is over when it returns."""
 
     def run(passes: int) -> list[float]:
-        pieces = []
+        durations = []
         for _ in range(passes):
             start = time.perf_counter()
             once()
-            pieces.append(time.perf_counter() - start)
-        return pieces
+            durations.append(time.perf_counter() - start)
+        return durations
 
     return run
 
@@ -143,7 +145,7 @@ def cuda_timer(once: Callable[[], object], setting: Setting) -> Callable[[int], 
     alone = setting.batch == 1
 
     def run(passes: int) -> list[float]:
-        pieces = []
+        durations = []
         torch.cuda.synchronize(setting.device)
         for _ in range(passes if alone else 1):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -152,8 +154,8 @@ def cuda_timer(once: Callable[[], object], setting: Setting) -> Callable[[int], 
                 once()
             stop.record()
             stop.synchronize()
-            pieces.append(start.elapsed_time(stop) / 1e3)
-        return pieces
+            durations.append(start.elapsed_time(stop) / 1e3)
+        return durations
 
     return run
 

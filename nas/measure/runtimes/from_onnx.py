@@ -1,12 +1,13 @@
-"""Runtimes that take ONNX files: ONNX Runtime and OpenVINO, in float and in int8."""
+"""Runtimes of ONNX files: ONNX Runtime and OpenVINO, in float and in int8, and TensorRT."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from nas.measure.runtimes.eager import cpu_timer, cuda_timer
 from nas.measure.runtimes.ort_session import open_session
-from nas.measure.runtimes.runtime import Order, Ready, Runtime
+from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
 
 if TYPE_CHECKING:
     from nas.measure.runtimes.runtime import Images
@@ -21,13 +22,23 @@ def _stay_here() -> None:
     GA4Backend.send = lambda *_, **__: None
 
 
-def _exported(order: Order) -> Path:
+def _exported(request: RuntimeRequest) -> Path:
     from nas.export.onnx import export_onnx
 
-    return export_onnx(order.net, order.images, order.work / "net.onnx")
+    return export_onnx(request.net, request.images, request.work / "net.onnx")
 
 
-class OnnxRuntime(Runtime):
+class OnnxFile(Runtime):
+    """A runtime that executes an exported ONNX file; `changes` describes the file."""
+
+    changes: ClassVar[str] = "ONNX"
+
+    def stage(self, request: RuntimeRequest) -> Path:
+        """Export."""
+        return _exported(request)
+
+
+class OnnxRuntime(OnnxFile):
     """ONNX Runtime's own execution provider for the device, all graph optimisations on."""
 
     name = "onnxruntime"
@@ -36,23 +47,15 @@ class OnnxRuntime(Runtime):
     install = 'pip install -e ".[onnx]"'
     dtypes = ("float32",)
 
-    def prepare(self, order: Order) -> Ready:
+    def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Export and open a session."""
         return open_session(
-            order.staged or self.stage(order),
-            order.images.numpy(),
-            device=order.setting.device,
-            threads=order.threads,
-            done=self.says(),
+            request.staged or self.stage(request),
+            request.images.numpy(),
+            device=request.setting.device,
+            threads=request.threads,
+            done=self.changes,
         )
-
-    def stage(self, order: Order) -> Path:
-        """Export."""
-        return _exported(order)
-
-    def says(self) -> str:
-        """Say what was done to the network."""
-        return "ONNX"
 
 
 class OnnxRuntimeInt8(OnnxRuntime):
@@ -62,22 +65,19 @@ class OnnxRuntimeInt8(OnnxRuntime):
     devices = ("cpu",)
     tolerance = None
     calibrates = True
+    changes = "ONNX; int8 weights a channel, uint8 activations (static, QDQ)"
 
-    def stage(self, order: Order) -> Path:
+    def stage(self, request: RuntimeRequest) -> Path:
         """Export and quantise."""
         from nas.export.onnx import quantize_onnx
 
-        source = _exported(order)
-        made = quantize_onnx(source, order.work / "net-int8.onnx", order.calibration)
+        source = _exported(request)
+        made = quantize_onnx(source, request.work / "net-int8.onnx", request.calibration)
         source.unlink()
         return made
 
-    def says(self) -> str:
-        """Say what was done to the network."""
-        return "ONNX; int8 weights a channel, uint8 activations (static, QDQ)"
 
-
-class OpenVino(Runtime):
+class OpenVino(OnnxFile):
     """OpenVINO's CPU plug-in, set for latency at the pinned number of threads."""
 
     name = "openvino"
@@ -86,40 +86,36 @@ class OpenVino(Runtime):
     install = 'pip install -e ".[openvino]"'
     devices = ("cpu",)
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
-    says: ClassVar[str] = "ONNX"
 
-    def prepare(self, order: Order) -> Ready:
+    def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Export, convert, compile."""
         import openvino
 
         _stay_here()
         core = openvino.Core()
-        model = core.read_model(str(order.staged or self.stage(order)))
-        hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[order.setting.dtype]
+        model = core.read_model(str(request.staged or self.stage(request)))
+        hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[request.setting.dtype]
         compiled = core.compile_model(
             model,
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": hint,
-                "INFERENCE_NUM_THREADS": order.threads,
+                "INFERENCE_NUM_THREADS": request.threads,
                 "PERFORMANCE_HINT": "LATENCY",
             },
         )
         used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
-        request = compiled.create_infer_request()
-        bound = openvino.Tensor(order.images.numpy())
-        request.set_input_tensor(0, bound)
-        from nas.measure.runtimes.eager import cpu_timer
+        inference = compiled.create_infer_request()
+        bound = openvino.Tensor(request.images.numpy())
+        inference.set_input_tensor(0, bound)
 
         def logits(images: Images) -> Images:
             found: Images = compiled(images)[0].astype("float32")
             return found
 
-        return Ready(cpu_timer(request.infer), logits, f"{self.says}; executes in {used}")
-
-    def stage(self, order: Order) -> Path:
-        """Export."""
-        return _exported(order)
+        return PreparedModel(
+            cpu_timer(inference.infer), logits, f"{self.changes}; executes in {used}"
+        )
 
 
 class OpenVinoInt8(OpenVino):
@@ -132,9 +128,9 @@ class OpenVinoInt8(OpenVino):
     tolerance = None
     calibrates = True
 
-    says = "ONNX; int8 by NNCF (post-training, transformer)"
+    changes = "ONNX; int8 by NNCF (post-training, transformer)"
 
-    def stage(self, order: Order) -> Path:
+    def stage(self, request: RuntimeRequest) -> Path:
         """Export, quantise, and save in OpenVINO's own format."""
         import contextlib
         import io
@@ -145,17 +141,70 @@ class OpenVinoInt8(OpenVino):
         import openvino
 
         logging.getLogger("nncf").setLevel(logging.ERROR)
-        source = _exported(order)
+        source = _exported(request)
         with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
             made = nncf.quantize(
                 openvino.Core().read_model(str(source)),
-                nncf.Dataset(list(order.calibration)),
+                nncf.Dataset(list(request.calibration)),
                 model_type=nncf.ModelType.TRANSFORMER,
-                subset_size=len(order.calibration),
+                subset_size=len(request.calibration),
             )
-        target = order.work / "net-int8.xml"
+        target = request.work / "net-int8.xml"
         openvino.save_model(made, str(target), compress_to_fp16=False)
         return target
 
 
-RUNTIMES = (OnnxRuntime, OnnxRuntimeInt8, OpenVino, OpenVinoInt8)
+class TensorRt(OnnxFile):
+    """An engine that TensorRT built for this GPU from the exported network."""
+
+    name = "tensorrt"
+    needs: ClassVar[tuple[str, ...]] = ("tensorrt", "onnx", "onnxscript")
+    executes = ("tensorrt",)
+    install = 'pip install tensorrt -e ".[onnx]"'
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+
+    def prepare(self, request: RuntimeRequest) -> PreparedModel:
+        """Export, build an engine, bind it to device memory that torch owns."""
+        import tensorrt
+        import torch
+
+        source = request.staged or self.stage(request)
+        log = tensorrt.Logger(tensorrt.Logger.ERROR)
+        builder = tensorrt.Builder(log)
+        network = builder.create_network(0)
+        parser = tensorrt.OnnxParser(network, log)
+        if not parser.parse(source.read_bytes()):
+            said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise RuntimeError(f"TensorRT does not take the network: {said}")
+        settings = builder.create_builder_config()
+        flags = {"float16": tensorrt.BuilderFlag.FP16, "bfloat16": tensorrt.BuilderFlag.BF16}
+        if request.setting.dtype in flags:
+            settings.set_flag(flags[request.setting.dtype])
+        with torch.cuda.device(request.setting.device):
+            built = builder.build_serialized_network(network, settings)
+            if built is None:
+                raise RuntimeError("TensorRT built no engine")
+            engine = tensorrt.Runtime(log).deserialize_cuda_engine(built)
+            context = engine.create_execution_context()
+        images = request.images.to(request.setting.device)
+        out = torch.empty(tuple(engine.get_tensor_shape("logits")), device=request.setting.device)
+        context.set_tensor_address("images", images.data_ptr())
+        context.set_tensor_address("logits", out.data_ptr())
+
+        def once() -> None:
+            context.execute_async_v3(torch.cuda.current_stream(request.setting.device).cuda_stream)
+
+        def logits(of: Images) -> Images:
+            kept = images.clone()
+            images.copy_(torch.from_numpy(of))
+            once()
+            torch.cuda.synchronize(request.setting.device)
+            found: Images = out.float().cpu().numpy().copy()
+            images.copy_(kept)
+            return found
+
+        done = f"ONNX; engine in {request.setting.dtype}"
+        return PreparedModel(cuda_timer(once, request.setting), logits, done)
+
+
+RUNTIMES = (OnnxRuntime, OnnxRuntimeInt8, OpenVino, OpenVinoInt8, TensorRt)

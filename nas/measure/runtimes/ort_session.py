@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from nas.measure.runtimes.runtime import Ready
+from nas.measure.runtimes.runtime import PreparedModel
 from space.errors import refuse
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def open_session(path: Path, images: Any, *, device: str, threads: int, done: str) -> Ready:
+def open_session(path: Path, images: Any, *, device: str, threads: int, done: str) -> PreparedModel:
     """Open a file whose input is `images` and output `logits`, and bind it to images `[n,c,h,w]`.
 
     Inputs and outputs stay on the device while passes are timed. Refuses a device that this build
@@ -38,15 +38,15 @@ def open_session(path: Path, images: Any, *, device: str, threads: int, done: st
     binding.bind_output("logits", kind, int(index or 0))
 
     def timer(passes: int) -> list[float]:
-        pieces = []
+        durations = []
         for _ in range(passes):
             start = time.perf_counter()
             session.run_with_iobinding(binding)
             binding.synchronize_outputs()
-            pieces.append(time.perf_counter() - start)
-        return pieces
+            durations.append(time.perf_counter() - start)
+        return durations
 
     def logits(of: Any) -> Any:
         return session.run(["logits"], {"images": of})[0]
 
-    return Ready(timer, logits, f"{done}; {provider}")
+    return PreparedModel(timer, logits, f"{done}; {provider}")

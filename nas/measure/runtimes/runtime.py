@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Order:
+class RuntimeRequest:
     """What a runtime is to prepare: a network and the images `[batch, c, h, w]` to time it on.
 
     `model` is the runtime's own copy: in eval mode, float32, on the CPU, without gradients. `work`
@@ -42,15 +42,15 @@ class Order:
     @property
     def net(self) -> nn.Module:
         """The model, where there must be one."""
-        assert self.model is not None, "an order without a model is for what was staged"
+        assert self.model is not None, "an request without a model is for what was staged"
         return self.model
 
 
 @dataclass
-class Ready:
+class PreparedModel:
     """A network that is ready to be timed.
 
-    `timer` runs passes over the order's images; `logits` gives `[batch, classes]` in float32 for
+    `timer` runs passes over the request's images; `logits` gives `[batch, classes]` in float32 for
     other images of the same shape; `done` says what was done to the network, for the record.
     """
 
@@ -83,12 +83,12 @@ class Runtime(ABC):
     }
     calibrates: ClassVar[bool] = False
 
-    def stage(self, order: Order) -> Path | None:
-        """Write the file that is deployed, in `order.work`; None where the model itself runs."""
+    def stage(self, request: RuntimeRequest) -> Path | None:
+        """Write the file that is deployed, in `request.work`; None where the model itself runs."""
         return None
 
     @abstractmethod
-    def prepare(self, order: Order) -> Ready:
+    def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Make the network ready. Whatever the runtime raises comes through as it is."""
 
     def version(self) -> str:

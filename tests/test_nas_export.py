@@ -248,8 +248,8 @@ OVERLAY = "timm.kwargs.pretrained_cfg_overlay"
     [
         (lambda run: (run / "best.json").unlink(), "no best.json in it"),
         (lambda run: (run / "best.json").write_text("{"), "best.json"),
-        (lambda run: (run / "best.json").write_text("[]"), "another format"),
-        (lambda run: (run / "best.safetensors").unlink(), "no best.safetensors"),
+        (lambda run: (run / "best.json").write_text("[]"), "a JSON object"),
+        (lambda run: (run / "best.safetensors").unlink(), "best.safetensors: got No such file"),
         (flipped, "it is damaged"),
         (edited("family", "resnet"), "--family: got resnet"),
         (edited("arch.depths", [1, 1, 0, 1]), "depths[2]: got 0"),

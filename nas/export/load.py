@@ -6,14 +6,13 @@ teacher, `load_saved_model` a model of a run or a training. torch is imported in
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.core.io import read_json
+from nas.core.io import check_sha256, read_json, read_object
 from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Family
@@ -37,8 +36,11 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _IN_FOLDER = ("model.safetensors", "best.safetensors", "weights.safetensors")
 
-SAVED = ("family", "arch", "img_size", "num_classes", "timm", "classes", "sha256")
-"""What the JSON of a saved model must have."""
+SAVED = {
+    **{"family": str, "arch": dict, "img_size": int, "num_classes": int},
+    **{"timm": dict, "classes": list, "sha256": str},
+}
+"""The JSON of a saved model: required names and their types."""
 PREPROCESSING = ("crop_pct", "interpolation", "mean", "std")
 """The preprocessing that is read from the JSON of a saved model."""
 
@@ -374,16 +376,13 @@ def load_saved_model(source: Path) -> SavedModel:
     if source.is_dir():
         path = source / "best.json"
         if not path.is_file():
-            remedy = "name a model of its family/ instead"
+            remedy = "name a model of its models/ instead"
             if (source / "run.json").is_file():
                 remedy = f"finish it (python -m nas.contract --resume {source}), or {remedy}"
             raise refuse(str(source), "no best.json in it", "the folder of a finished run", remedy)
     elif source.suffix == ".safetensors":
         path = source.with_suffix(".json")
-    record = read_json(path, "a model's JSON, such as a run's best.json")
-    if not isinstance(record, dict) or any(name not in record for name in SAVED):
-        want = f"a model's JSON with {', '.join(SAVED)}"
-        raise refuse(str(path), "another format", want, "name a run's folder or its best.json")
+    record = read_object(path, "a model's JSON, such as a run's best.json", SAVED)
     try:
         family = get_family(str(record["family"]))
         arch = family.arch(record["arch"])
@@ -396,19 +395,10 @@ def load_saved_model(source: Path) -> SavedModel:
         family.check(arch, context)
         _check_classes_and_preprocessing(record["classes"], overlay, context)
         weights = path.with_suffix(".safetensors")
-        _check_sha256(weights, str(record["sha256"]))
+        check_sha256(weights, record["sha256"])
         return SavedModel(path, weights, record, family, arch, context, _run_settings(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-
-
-def _check_sha256(weights: Path, sha256: str) -> None:
-    if not weights.is_file():
-        raise refuse("weights", f"no {weights.name}", "the file beside it", "restore it")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    if digest != sha256:
-        got, want = f"sha256 {digest[:12]}...", f"{sha256[:12]}..., as written"
-        raise refuse(weights.name, got, want, "it is damaged: restore it")
 
 
 def _check_classes_and_preprocessing(classes: Any, overlay: Any, context: Context) -> None:

@@ -71,6 +71,16 @@ def on_meta() -> Iterator[None]:
         yield
 
 
+TINY_FACTORS: dict[str, Any] = {
+    "embed_dims": [32, 32, 32, 32],
+    "depths": [1, 1, 1, 1],
+    "window_sizes": [7, 14, 7],
+    "mbconv_expand_ratio": 2.0,
+    "mlp_ratio": 2.0,
+    "head_dim": 16,
+}
+
+
 def meta_build(arch: TinyVitArch, ctx: Context) -> Any:
     """Build an arch without memory for its weights."""
     with on_meta():

@@ -16,7 +16,7 @@ def test_a_run_killed_while_it_takes_measurements_over_takes_the_rest(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = finished.folder / "measurements.csv"
-    append = MeasurementTable.append_row
+    append = MeasurementTable.append
     taken: list[MeasurementRow] = []
 
     def dying(self: MeasurementTable, row: MeasurementRow) -> None:
@@ -27,7 +27,7 @@ def test_a_run_killed_while_it_takes_measurements_over_takes_the_rest(
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(MeasurementTable, "append_row", dying)
+        patch.setattr(MeasurementTable, "append", dying)
         with pytest.raises(KeyboardInterrupt):
             contract(
                 str(finished.folder.parent / "small.json"),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
+from space_cases import one_thread  # noqa: F401
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,15 +15,6 @@ from nas.measure.macs import UnsupportedOperator, fvcore_by_operator, fvcore_mac
 from nas.measure.throughput import private_copy
 from space import Context, get_family
 from space.family import Arch
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other far longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_arch(rng: random.Random) -> Arch:

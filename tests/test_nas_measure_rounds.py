@@ -21,6 +21,7 @@ from nas.measure.interleave import (
     settle,
     summary,
 )
+from nas.measure.measurement import Throughput
 
 LAW = settings(derandomize=True, deadline=None)
 Fake = Callable[[int], list[float]]
@@ -276,24 +277,8 @@ def test_a_block_lasts_at_least_as_long_as_asked(cost: float, least: float) -> N
     assert passes == 1 or (passes - 1) * cost < least * (1 + 1e-9)
 
 
-def test_summary_has_the_columns_of_a_measurement() -> None:
-    from nas.measure.measurement import Measurement
-
-    found = summary(timed(noisy_pair()))
-    made = Measurement(
-        **found,
-        img_size=32,
-        num_classes=4,
-        in_chans=3,
-        batch=8,
-        dtype="float32",
-        runtime="eager",
-        device="cpu",
-        threads=1,
-        fingerprint="0" * 12,
-        load=None,
-        when="",
-    )
+def test_summary_has_the_fields_of_a_throughput() -> None:
+    made = Throughput(**summary(timed(noisy_pair())), when="")
     assert made.ratio == pytest.approx(2.0, rel=0.2)
     assert made.latency_ms_p99 is not None
-    assert made.to_dict()["attempts"] == 1
+    assert made.attempts == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from space_cases import TINY_FACTORS, one_thread  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,28 +36,10 @@ INT8 = ["onnxruntime-int8", "openvino-int8"]
 INSTALLED = [name for name in (*EXACT, *INT8) if not runtimes()[name].missing()]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small nets on two threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tiny_vit(seed: int = 0) -> nn.Module:
     """A TinyViT whose norms and biases are those of a trained net: nothing is one or zero."""
     family = get_family("tinyvit")
-    arch = family.arch(
-        {
-            "embed_dims": [32, 32, 32, 32],
-            "depths": [1, 1, 1, 1],
-            "window_sizes": [7, 14, 7],
-            "mbconv_expand_ratio": 2.0,
-            "mlp_ratio": 2.0,
-            "head_dim": 16,
-        }
-    )
+    arch = family.arch(TINY_FACTORS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = family.build(arch, CTX)
@@ -260,82 +243,74 @@ def test_norms_behind_layers_are_folded_and_nothing_changes(
     )
 
 
-class Skip(nn.Module):
+class Net(nn.Module):
+    """Named layers and how they are applied."""
+
+    def __init__(self, apply: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.applied = apply
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.applied(self, x)
+
+
+def skip() -> nn.Module:
     """The convolution's output is used by the norm and beside it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    def apply(net: Any, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        return (net.norm(y) + 3.0 * y).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return (self.norm(y) + 3.0 * y).mean((2, 3))
+    return Net(apply, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4))
 
 
-class Mutated(nn.Module):
+def mutated() -> nn.Module:
     """The convolution's output is changed in place before the norm sees it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        F.relu_(y)
-        found: Tensor = self.norm(y).mean((2, 3))
-        return found
+    return Net(
+        lambda net, x: net.norm(F.relu_(net.conv(x))).mean((2, 3)),
+        conv=nn.Conv2d(3, 4, 3),
+        norm=nn.BatchNorm2d(4),
+    )
 
 
-class TwoNorms(nn.Module):
+def two_norms() -> nn.Module:
     """One convolution, two norms."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.one, self.two = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    def apply(net: Any, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        return torch.cat([net.one(y), net.two(y)], 1).mean((2, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        return torch.cat([self.one(y), self.two(y)], 1).mean((2, 3))
+    return Net(apply, conv=nn.Conv2d(3, 4, 3), one=nn.BatchNorm2d(4), two=nn.BatchNorm2d(4))
 
 
-class Returned(nn.Module):
+def returned() -> nn.Module:
     """The convolution's output is an output of the network too."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 32), nn.BatchNorm2d(4)
+    def apply(net: Any, x: Tensor) -> Tensor:
+        y = net.conv(x)
+        return torch.cat([net.norm(y), y], 1).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        kept: list[Tensor] = [y]
-        z = self.norm(y)
-        return torch.cat([z, kept[0]], 1).flatten(1)
+    return Net(apply, conv=nn.Conv2d(3, 4, 32), norm=nn.BatchNorm2d(4))
 
 
-class Twice(nn.Module):
+def twice() -> nn.Module:
     """One convolution runs twice, its norm once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        found: Tensor = self.norm(self.conv(y)).mean((2, 3))
-        return found
+    return Net(
+        lambda net, x: net.norm(net.conv(net.conv(x))).mean((2, 3)),
+        conv=nn.Conv2d(3, 3, 3, padding=1),
+        norm=nn.BatchNorm2d(3),
+    )
 
 
-class Tokens(nn.Module):
+def tokens() -> nn.Module:
     """The norm is over tokens, as many as the layer has channels: another axis."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.norm = nn.Linear(32, 96), nn.BatchNorm1d(96)
-
-    def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.norm(self.layer(x.flatten(1, 2))).mean(2)
-        return found
+    return Net(
+        lambda net, x: net.norm(net.layer(x.flatten(1, 2))).mean(2),
+        layer=nn.Linear(32, 96),
+        norm=nn.BatchNorm1d(96),
+    )
 
 
 class Standardised(nn.Conv2d):
@@ -372,12 +347,7 @@ def plain() -> nn.Module:
     ("make", "folded"),
     [
         (plain, 2),
-        (Skip, 0),
-        (Mutated, 0),
-        (TwoNorms, 0),
-        (Returned, 0),
-        (Twice, 0),
-        (Tokens, 0),
+        *[(make, 0) for make in (skip, mutated, two_norms, returned, twice, tokens)],
         (standardised, 0),
         (spectral, 0),
     ],

@@ -1,4 +1,4 @@
-"""The table of measurements loses nothing that was used, and trusts nothing that was damaged."""
+"""Measurements: verdicts, the table of a run, and the cache that earlier runs filled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas.core.requirement import parse_requirement
 from nas.core.table import format_table, parse_table
 from nas.measure.measurement import Measurement
 from nas.measure.measurement_table import (
     HEADER,
+    MeasurementCache,
     MeasurementRow,
     MeasurementTable,
     read_measurements,
@@ -46,33 +48,13 @@ MEASUREMENT = Measurement(
     load=0.5,
     when="2026-01-01T00:00:00+00:00",
 )
+ALONE = replace(MEASUREMENT, ratio=None, ratio_lo=None, ratio_hi=None, load=None)
+LATENCY = {"latency_ms_p50": 8.0, "latency_ms_p50_lo": 7.0, "latency_ms_p50_hi": 9.0}
 
 
-def put(table: MeasurementTable, arch: str, measurement: Measurement = MEASUREMENT) -> None:
-    table.append(
-        role="gate",
-        arch_key=arch,
-        arch_label=f"label of {arch}",
-        reference_key="seed",
-        measurement=measurement,
-    )
-
-
-def key(arch: str, **changes: Any) -> dict[str, Any]:
-    of = MEASUREMENT
-    return {
-        "role": "gate",
-        "arch_key": arch,
-        "reference_key": "seed",
-        "img_size": of.img_size,
-        "num_classes": of.num_classes,
-        "in_chans": of.in_chans,
-        "batch": of.batch,
-        "dtype": of.dtype,
-        "runtime": of.runtime,
-        "fingerprint": of.fingerprint,
-        **changes,
-    }
+def row(arch: str = "a", **changes: Any) -> MeasurementRow:
+    of = replace(MEASUREMENT, **changes)
+    return MeasurementRow("gate", arch, f"label of {arch}", "seed", of)
 
 
 TEXTS = st.text(
@@ -88,12 +70,11 @@ def test_a_row_reads_back_exactly(
 ) -> None:
     """Every float to the bit, every text, and no cell that a spreadsheet would run."""
     lo, middle, hi = sorted(speeds)
-    made = replace(MEASUREMENT, images_per_s=middle, images_per_s_lo=lo, images_per_s_hi=hi)
-    if alone:
-        made = replace(made, ratio=None, ratio_lo=None, ratio_hi=None, load=None)
-    row = MeasurementRow("gate", arch, label, reference, made)
-    text = format_table([row], MeasurementRow)
-    assert parse_table(text.encode(), MeasurementRow, "m.csv") == [row]
+    base = ALONE if alone else MEASUREMENT
+    made = replace(base, images_per_s=middle, images_per_s_lo=lo, images_per_s_hi=hi)
+    one = MeasurementRow("gate", arch, label, reference, made)
+    text = format_table([one], MeasurementRow)
+    assert parse_table(text.encode(), MeasurementRow, "m.csv") == [one]
 
 
 def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None:
@@ -101,15 +82,15 @@ def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None
     table = MeasurementTable(path)
     assert table.rows == ()
     assert not path.exists()
-    put(table, "a")
-    put(table, "b")
-    put(table, "a", replace(MEASUREMENT, blocks=24))
+    table.append(row("a"))
+    table.append(row("b"))
+    table.append(row("a", blocks=24))
     for opened in (table, MeasurementTable(path)):
-        assert [row.arch_key for row in opened.rows] == ["a", "b", "a"]
-        found = opened.find(**key("a"))
+        assert [each.arch_key for each in opened.rows] == ["a", "b", "a"]
+        found = opened.find(row("a").key)
         assert found is not None
         assert found.blocks == 24
-        assert opened.find(**key("b")) == MEASUREMENT
+        assert opened.find(row("b").key) == MEASUREMENT
     assert list(read_measurements(path)) == list(table.rows)
     assert path.read_text().splitlines()[0] == HEADER
 
@@ -131,9 +112,9 @@ def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None
 )
 def test_every_part_of_the_key_counts(tmp_path: Path, changed: dict[str, Any]) -> None:
     table = MeasurementTable(tmp_path / "m.csv")
-    put(table, "a")
-    assert table.find(**key("a")) is not None
-    assert table.find(**key("a", **changed)) is None
+    table.append(row("a"))
+    assert table.find(row("a").key) is not None
+    assert table.find(replace(row("a").key, **changed)) is None
 
 
 def test_torn_anywhere_keeps_whole_rows_and_goes_on(tmp_path: Path) -> None:
@@ -141,7 +122,7 @@ def test_torn_anywhere_keeps_whole_rows_and_goes_on(tmp_path: Path) -> None:
     whole = tmp_path / "whole.csv"
     table = MeasurementTable(whole)
     for arch in "ab":
-        put(table, arch)
+        table.append(row(arch))
     data = whole.read_bytes()
     path = tmp_path / "cut.csv"
     for cut in range(len(data) + 1):
@@ -150,12 +131,12 @@ def test_torn_anywhere_keeps_whole_rows_and_goes_on(tmp_path: Path) -> None:
         survivors = max(0, data[:cut].count(b"\n") - 1)
         assert len(opened.rows) == survivors
         if cut % 7 == 0:
-            put(opened, "c")
-            again = [row.arch_key for row in MeasurementTable(path).rows]
+            opened.append(row("c"))
+            again = [each.arch_key for each in MeasurementTable(path).rows]
             assert again == [*"ab"[:survivors], "c"]
     path.write_bytes(data + b"x" * 5000)
-    put(MeasurementTable(path), "c")
-    assert [row.arch_key for row in MeasurementTable(path).rows] == [*"abc"]
+    MeasurementTable(path).append(row("c"))
+    assert [each.arch_key for each in MeasurementTable(path).rows] == [*"abc"]
     assert path.read_bytes().endswith(b"\n")
     assert path.read_bytes().count(HEADER.encode()) == 1
 
@@ -163,7 +144,7 @@ def test_torn_anywhere_keeps_whole_rows_and_goes_on(tmp_path: Path) -> None:
 def test_bad_values_are_refused_naming_line_and_column(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
     for arch in "ab":
-        put(MeasurementTable(path), arch)
+        MeasurementTable(path).append(row(arch))
     text = path.read_text()
     for old, new, want in (
         (",12,3,", ",12.5,3,", "line 2: blocks"),
@@ -214,12 +195,128 @@ def test_the_row_is_on_disk_before_append_returns(
         real(handle)
 
     monkeypatch.setattr("nas.measure.measurement_table.os.fsync", spy)
-    put(MeasurementTable(path), "a")
+    MeasurementTable(path).append(row("a"))
     assert synced == [path.stat().st_size]
 
 
 def test_a_table_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     table = MeasurementTable(tmp_path / "gone" / "m.csv")
     with pytest.raises(InputError):
-        put(table, "a")
+        table.append(row("a"))
     assert table.rows == ()
+
+
+# The cache of earlier runs.
+
+
+def test_a_measurement_is_found_again_by_anyone(tmp_path: Path) -> None:
+    """Also by an instance that looked before it was there, if it asks a fresh one."""
+    first = MeasurementCache(tmp_path / "m")
+    assert first.find(row().key) is None
+    first.add(row())
+    assert first.find(row().key) == row()
+    second = MeasurementCache(tmp_path / "m")
+    assert second.find(row().key) == row()
+    assert second.find(row("b").key) is None
+    assert second.find(replace(row().key, batch=1)) is None
+    assert second.find(replace(row().key, fingerprint="f" * 12)) is None
+
+
+def test_the_newest_answer_counts_and_several_writers_lose_nothing(tmp_path: Path) -> None:
+    caches = [MeasurementCache(tmp_path) for _ in range(2)]
+    for number in range(6):
+        caches[number % 2].add(row(str(number)))
+    caches[0].add(row("0", seconds=9.0))
+    fresh = MeasurementCache(tmp_path)
+    assert [fresh.find(row(str(n)).key) is not None for n in range(6)] == [True] * 6
+    found = fresh.find(row("0").key)
+    assert found is not None
+    assert found.measurement.seconds == 9.0
+
+
+def test_disturbed_measurements_are_not_kept(tmp_path: Path) -> None:
+    cache = MeasurementCache(tmp_path / "m")
+    cache.add(row(disturbed="waited 40% of the time for a core"))
+    assert cache.find(row().key) is None
+    assert MeasurementCache(tmp_path / "m").find(row().key) is None
+
+
+@pytest.mark.parametrize("damage", [b"other,columns\n", b"\xff\x00", b""])
+def test_a_damaged_table_is_set_aside_and_measuring_goes_on(damage: bytes, tmp_path: Path) -> None:
+    first = MeasurementCache(tmp_path)
+    first.add(row())
+    (path,) = tmp_path.glob("*.csv")
+    path.write_bytes(damage or path.read_bytes().replace(b",12,", b",x,"))
+    second = MeasurementCache(tmp_path)
+    assert second.find(row().key) is None
+    assert [p.suffix for p in tmp_path.iterdir() if p.suffix != ".lock"] == [".damaged"]
+    second.add(row("b"))
+    third = MeasurementCache(tmp_path)
+    assert third.find(row("b").key) == row("b")
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = MeasurementCache(tmp_path / "file" / "m")
+    cache.add(row())
+    assert cache.find(row().key) is None
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes everything")
+def test_a_folder_of_somebody_else_costs_nothing_but_time(tmp_path: Path) -> None:
+    MeasurementCache(tmp_path / "m").add(row())
+    (tmp_path / "m").chmod(0o500)
+    try:
+        cache = MeasurementCache(tmp_path / "m")
+        cache.add(row("b"))
+        cache.find(row().key)
+    finally:
+        (tmp_path / "m").chmod(0o700)
+
+
+# Verdicts.
+
+
+@pytest.mark.parametrize(
+    ("required", "wanted"),
+    [
+        ([], "pass"),
+        (["speedup>=1.9"], "pass"),
+        (["speedup>=1.95"], "undecided"),
+        (["speedup>=2.1"], "undecided"),
+        (["speedup>=2.2"], "fail"),
+        (["images_per_s>=111"], "fail"),
+        (["speedup>=1.5", "images_per_s>=100"], "undecided"),
+        (["images_per_s>=100", "speedup>=2.2"], "fail"),
+        (["speedup>=1.9", "images_per_s>=90"], "pass"),
+        (["latency_ms<=9"], "pass"),
+        (["latency_ms<=8"], "undecided"),
+        (["latency_ms<=7"], "undecided"),
+        (["latency_ms<=6.9"], "fail"),
+        (["peak_mem_mb<=50"], "pass"),
+        (["peak_mem_mb<=49.9"], "fail"),
+    ],
+)
+def test_verdicts_by_interval_ends(required: list[str], wanted: str) -> None:
+    read = [parse_requirement(f"{r}@cpu", dtype="float32", batch=32) for r in required]
+    measured = replace(MEASUREMENT, **LATENCY, peak_mem_bytes=50_000_000)
+    assert measured.meets(read) == wanted
+
+
+def test_measurement_round_trip_and_nonsense() -> None:
+    for found in (MEASUREMENT, ALONE):
+        assert Measurement.from_dict(found.to_dict()) == found
+    with pytest.raises(InputError, match="ratio_lo"):
+        Measurement.from_dict({k: v for k, v in MEASUREMENT.to_dict().items() if k != "ratio_lo"})
+    wrong: tuple[dict[str, Any], ...] = (
+        {"images_per_s": float("nan")},
+        {"images_per_s_lo": 101.0},
+        {"ratio_lo": None},
+        {"ratio": -1.0},
+        {"blocks": 0},
+        {"batch": 0},
+        {**LATENCY, "latency_ms_p50_hi": 7.5},
+    )
+    for bad in wrong:
+        with pytest.raises(InputError):
+            replace(MEASUREMENT, **bad)

@@ -132,7 +132,7 @@ class Timings:
         row = MeasurementRow(
             role, asked.arch_key, self.family.label(arch), asked.reference_key, measured
         )
-        self.rows.append_row(row)
+        self.rows.append(row)
         self.kept.add(row)
         return measured
 
@@ -151,7 +151,7 @@ class Timings:
         known = list(self.rows.rows)
         if known == fitting[: len(known)]:
             for row in fitting[len(known) :]:
-                self.rows.append_row(row)
+                self.rows.append(row)
         if rows and not fitting and named:
             raise refuse(
                 "--measurements",
@@ -202,11 +202,11 @@ class Timings:
 
     def _known(self, key: MeasurementKey) -> Measurement | None:
         """Look a measurement up in this run's table, then in the cache of earlier runs."""
-        known = self.rows.find(**vars(key))
+        known = self.rows.find(key)
         if known is None and self.config.measurement_cache:
             cached = self.kept.find(key)
             if cached is not None and cached.measurement.blocks >= self.config.bench_blocks:
-                self.rows.append_row(cached)
+                self.rows.append(cached)
                 self.reused += 1
                 known = cached.measurement
         return known

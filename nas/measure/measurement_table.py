@@ -6,9 +6,8 @@ A row is on disk before it is used. Importable without torch.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -19,9 +18,9 @@ from space.errors import InputError, refuse
 
 @dataclass(frozen=True)
 class MeasurementKey:
-    """What must be equal for a measurement to answer the same question.
+    """What is equal for two measurements of the same thing.
 
-    `role` says what for ("seed", "gate", "final", "published"); `arch_key` and `reference_key`
+    `role` is its purpose ("seed", "gate", "final", "published"); `arch_key` and `reference_key`
     are keys of archs in their context, `reference_key` empty where there was no reference.
     """
 
@@ -49,20 +48,10 @@ class MeasurementRow:
 
     @property
     def key(self) -> MeasurementKey:
-        """The question that this row answers."""
-        of = self.measurement
-        return MeasurementKey(
-            role=self.role,
-            arch_key=self.arch_key,
-            reference_key=self.reference_key,
-            img_size=of.img_size,
-            num_classes=of.num_classes,
-            in_chans=of.in_chans,
-            batch=of.batch,
-            dtype=of.dtype,
-            runtime=of.runtime,
-            fingerprint=of.fingerprint,
-        )
+        """What the row is found by."""
+        names = [field.name for field in fields(MeasurementKey)]
+        under = {name: getattr(self.measurement, name) for name in names[3:]}
+        return MeasurementKey(self.role, self.arch_key, self.reference_key, **under)
 
 
 HEADER = ",".join(table_columns(MeasurementRow))
@@ -91,27 +80,13 @@ class MeasurementTable:
         """Every row, oldest first."""
         return tuple(self._rows)
 
-    def find(self, **key: Any) -> Measurement | None:
-        """Return the newest measurement that answers the fields of a `MeasurementKey`."""
-        row = self._newest.get(MeasurementKey(**key))
+    def find(self, key: MeasurementKey) -> Measurement | None:
+        """Return the newest measurement of a key."""
+        row = self._newest.get(key)
         return None if row is None else row.measurement
 
-    def append(
-        self,
-        *,
-        role: str,
-        arch_key: str,
-        arch_label: str,
-        reference_key: str,
-        measurement: Measurement,
-    ) -> MeasurementRow:
-        """Add a measurement; it is safely on disk when this returns."""
-        row = MeasurementRow(role, arch_key, arch_label, reference_key, measurement)
-        self.append_row(row)
-        return row
-
-    def append_row(self, row: MeasurementRow) -> None:
-        """Write one row durably, cutting off a torn last line first."""
+    def append(self, row: MeasurementRow) -> None:
+        """Add a row, cutting off a torn last line first; it is safely on disk on return."""
         text = format_table([row], MeasurementRow, header=self._whole_bytes == 0)
         assert text.count("\n") == 1 + (self._whole_bytes == 0), "a cell holds a line break"
         data, existed = text.encode(), self.path.exists()
@@ -181,7 +156,7 @@ class MeasurementCache:
         self._tables: dict[str, dict[MeasurementKey, MeasurementRow]] = {}
 
     def find(self, key: MeasurementKey) -> MeasurementRow | None:
-        """Return the newest measurement that answers the same question."""
+        """Return the newest row of a key."""
         if key.fingerprint not in self._tables:
             self._tables[key.fingerprint] = {r.key: r for r in self._read(key.fingerprint)}
         return self._tables[key.fingerprint].get(key)
@@ -209,7 +184,7 @@ class MeasurementCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
-                MeasurementTable(path).append_row(row)
+                MeasurementTable(path).append(row)
         except (OSError, InputError):
             return
         self._tables.setdefault(fingerprint, {})[row.key] = row

@@ -49,7 +49,7 @@ def write_measurements(path: Path) -> int:
     """Write the recorded measurements as if they were made here; return how many."""
     from nas.measure.fingerprint import take_fingerprint
     from nas.measure.measurement import Measurement
-    from nas.measure.measurement_table import MeasurementTable
+    from nas.measure.measurement_table import MeasurementRow, MeasurementTable
     from nas.measure.runtimes import find_runtime
 
     device = take_fingerprint("cpu", 1)
@@ -68,7 +68,7 @@ def write_measurements(path: Path) -> int:
         )
         measurement = Measurement.from_dict({**values, "fingerprint": here.id})
         names = ("role", "arch_key", "arch_label", "reference_key")
-        table.append(**{name: row[name] for name in names}, measurement=measurement)
+        table.append(MeasurementRow(*(row[name] for name in names), measurement))
     return len(rows)
 
 

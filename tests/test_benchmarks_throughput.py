@@ -229,7 +229,5 @@ def test_what_a_runtime_does_not_serve_is_a_row(tmp_path: Path) -> None:
     assert run(*flags, "--runtime", "onnxruntime", "--out", str(out)) == 0
     rows = {r.setting.dtype: r for r in read_rows(out, "--out")}
     assert rows["float32"].state == OK
-    assert (rows["float16"].state, rows["float16"].reason) == (
-        FAILED,
-        "dtype float16 is not served, only float32",
-    )
+    assert rows["float16"].state == FAILED
+    assert "want a dtype of float32" in rows["float16"].reason

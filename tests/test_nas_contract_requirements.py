@@ -151,13 +151,8 @@ def elsewhere(name: str = "a board") -> dict[str, Any]:
     """The identity of a device that is not this one."""
     here = take_fingerprint("cpu", threads=4)
     board = replace(here, device_name=name, logical_cores=4, torch="none", timm="none")
-    on = board.under(
-        runtime="onnxruntime",
-        runtime_version="onnxruntime 1.20.0",
-        dtype="float32",
-        batch=1,
-        img_size=CTX.img_size,
-    )
+    setting = Setting("cpu", "onnxruntime", "float32", 1)
+    on = board.under(setting, "onnxruntime 1.20.0", CTX.img_size)
     return fingerprint_columns(on)
 
 

@@ -75,13 +75,7 @@ BOARD = Setting("cpu", "onnxruntime", "float32", 8)
 
 
 def row(arch: Arch, pace: float, seed_pace: float, setting: Setting = BOARD) -> DeviceRow:
-    on = DEVICE.under(
-        runtime=setting.runtime,
-        runtime_version="onnxruntime 1.20.1",
-        dtype=setting.dtype,
-        batch=setting.batch,
-        img_size=CTX.img_size,
-    )
+    on = DEVICE.under(setting, "onnxruntime 1.20.1", CTX.img_size)
     measured = Throughput(
         images_per_s=pace,
         images_per_s_lo=0.98 * pace,

@@ -13,18 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from nas.core.requirement import Setting
 from nas.measure import interference as watch
 from nas.measure.fingerprint import Fingerprint, take_fingerprint
 from nas.measure.interference import Conditions, Watch, conditions
 from space import InputError
 
-UNDER: dict[str, Any] = {
-    "runtime": "onnxruntime",
-    "runtime_version": "onnxruntime 1.20",
-    "dtype": "float32",
-    "batch": 16,
-    "img_size": 224,
-}
+UNDER = ("runtime", "runtime_version", "dtype", "batch", "img_size")
+SETTING = Setting("cpu", "onnxruntime", "float32", 16)
 
 
 def test_fingerprint_is_identity_without_conditions() -> None:
@@ -44,7 +40,7 @@ def test_fingerprint_is_identity_without_conditions() -> None:
 
 def test_every_field_is_identity() -> None:
     """Another value in any one field, the setting's own included, is another fingerprint."""
-    here = take_fingerprint("cpu", threads=2).under(**UNDER)
+    here = take_fingerprint("cpu", threads=2).under(SETTING, "onnxruntime 1.20", 224)
     assert dataclasses.replace(here, **dict.fromkeys(UNDER)) == take_fingerprint("cpu", threads=2)
     assert Fingerprint.from_dict(here.to_dict()) == here
     ids = {here.id}

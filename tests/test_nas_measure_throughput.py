@@ -176,13 +176,7 @@ def test_measurement_names_its_setting_and_its_device() -> None:
     here = take_fingerprint("cpu", threads=1)
     found = measure(conv(), setting=setting, **QUICK)
     same = measure(conv(), setting=setting, fingerprint=here, **QUICK)
-    on = here.under(
-        runtime="eager",
-        runtime_version=f"torch {torch.__version__}",
-        dtype="float32",
-        batch=2,
-        img_size=16,
-    )
+    on = here.under(setting, f"torch {torch.__version__}", 16)
     assert found.fingerprint == same.fingerprint == on.id
     assert (found.batch, found.img_size, found.num_classes, found.threads) == (2, 16, 4, 1)
     assert found.when.endswith("+00:00")

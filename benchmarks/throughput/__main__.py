@@ -45,7 +45,7 @@ from nas.measure.jobs import (
     TimingJob,
 )
 from nas.measure.measurement import Measurement, Throughput
-from nas.measure.runtimes import find_runtime
+from nas.measure.runtimes import check_setting, find_runtime
 from space import Context
 from space.errors import InputError, refuse
 
@@ -108,18 +108,10 @@ class DeviceBenchmark:
         empty = self._empty(net, ctx, setting)
         if not self.plan.auto and empty.question in done:
             return done[empty.question]
-        runtime = find_runtime(setting.runtime)
-        lacking = runtime.missing()
-        if lacking:
-            reason = f"not installed: {', '.join(lacking)}; {runtime.install}"
-            return replace(empty, reason=reason)
-        for what, asked, served in (
-            ("dtype", setting.dtype, runtime.dtypes),
-            ("device", setting.device.partition(":")[0], runtime.devices),
-        ):
-            if asked not in served:
-                reason = f"{what} {asked} is not served, only {', '.join(served)}"
-                return replace(empty, reason=reason)
+        try:
+            check_setting(setting)
+        except InputError as error:  # not installed, or not for this device or dtype
+            return replace(empty, reason=str(error))
         if self.plan.auto:
             found = self.do(
                 jobs.fastest_batch,
@@ -148,13 +140,7 @@ class DeviceBenchmark:
 
     def _empty(self, net: Net, ctx: Context, setting: Setting) -> DeviceRow:
         runtime = find_runtime(setting.runtime)
-        on = self.device(setting.device).under(
-            runtime=runtime.name,
-            runtime_version=runtime.version(),
-            dtype=setting.dtype,
-            batch=setting.batch,
-            img_size=ctx.img_size,
-        )
+        on = self.device(setting.device).under(setting, runtime.version(), ctx.img_size)
         reference = self.plan.reference
         beside = "" if reference is None else f"{reference.name}@{self._beside(setting).text}"
         return DeviceRow(

@@ -215,13 +215,7 @@ class Timings:
         """Return the fingerprint id of a number measured under a setting in this run."""
         device = Fingerprint.from_dict(self.fingerprints[setting.device])
         runtime = find_runtime(setting.runtime, "--require")
-        return device.under(
-            runtime=runtime.name,
-            runtime_version=runtime.version(),
-            dtype=setting.dtype,
-            batch=setting.batch,
-            img_size=self.context.img_size,
-        ).id
+        return device.under(setting, runtime.version(), self.context.img_size).id
 
     def predicts(self, setting: Setting, arch: Arch, *, final: bool = False) -> bool:
         """Tell whether an arch's throughput under a setting is a prediction, not a measurement."""

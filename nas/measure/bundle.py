@@ -149,15 +149,9 @@ class _Bench:
     ) -> DeviceRow:
         """Time one network beside its reference; a failure is a row."""
         beside = self._references[network["batch"], network["img_size"]]
-        on = self._device.under(
-            runtime="onnxruntime",
-            runtime_version=self._version,
-            dtype="float32",
-            batch=network["batch"],
-            img_size=network["img_size"],
-        )
-        named = ("arch", "family", "key", "spec", "img_size", "num_classes", "params", "macs")
         setting = Setting(self._given.device, "onnxruntime", "float32", network["batch"])
+        on = self._device.under(setting, self._version, network["img_size"])
+        named = ("arch", "family", "key", "spec", "img_size", "num_classes", "params", "macs")
         empty = DeviceRow(
             **{name: network[name] for name in named},
             setting=setting,

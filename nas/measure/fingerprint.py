@@ -15,6 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nas.core.cli import usable_cpus
+from nas.core.requirement import Setting
 from nas.measure.interference import gpu_driver, gpu_nominal_mhz
 from space.errors import refuse
 
@@ -54,16 +56,14 @@ class Fingerprint:
     batch: int | None = None
     img_size: int | None = None
 
-    def under(
-        self, *, runtime: str, runtime_version: str, dtype: str, batch: int, img_size: int
-    ) -> Fingerprint:
-        """Return the fingerprint of a number measured here under these settings."""
+    def under(self, setting: Setting, runtime_version: str, img_size: int) -> Fingerprint:
+        """Return the fingerprint of a number measured here under a setting."""
         return replace(
             self,
-            runtime=runtime,
+            runtime=setting.runtime,
             runtime_version=runtime_version,
-            dtype=dtype,
-            batch=batch,
+            dtype=setting.dtype,
+            batch=setting.batch,
             img_size=img_size,
         )
 
@@ -155,7 +155,7 @@ def version_of(package: str) -> str:
 
 def _cpu_name() -> str:
     # Cloud machines all say "AMD EPYC": family, model and stepping tell the generations apart.
-    fields_of_cpu = _cpuinfo()
+    fields_of_cpu = next(iter(_processors()), {})
     if "model name" in fields_of_cpu:
         name = fields_of_cpu["model name"]
         parts = [fields_of_cpu.get(k, "?") for k in ("cpu family", "model", "stepping")]
@@ -178,14 +178,14 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown CPU"
 
 
-def _cpuinfo() -> dict[str, str]:
-    # The first processor's entries of /proc/cpuinfo; empty where there is no such file.
+def _processors() -> list[dict[str, str]]:
+    """Return the entries of /proc/cpuinfo by processor; none where there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n", 1)[0].splitlines())
-    return {key.strip(): value.strip() for key, colon, value in pairs if colon}
+        return []
+    blocks = ([line.partition(":") for line in b.splitlines()] for b in text.split("\n\n"))
+    return [{key.strip(): value.strip() for key, colon, value in b if colon} for b in blocks]
 
 
 def _nominal_mhz() -> float | None:
@@ -200,7 +200,7 @@ def _nominal_mhz() -> float | None:
             return round(int((folder / name).read_text()) / 1e3, 1)
         except (OSError, ValueError):
             continue
-    found = _cpuinfo()
+    found = next(iter(_processors()), {})
     named = re.search(r"@\s*([0-9.]+)\s*GHz", found.get("model name", ""))
     if named is not None:
         return round(float(named.group(1)) * 1e3, 1)
@@ -211,23 +211,13 @@ def _nominal_mhz() -> float | None:
 
 
 def _physical_cores() -> int | None:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    cores = set()
-    for block in text.split("\n\n"):
-        pairs = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in block.splitlines())}
-        if "core id" in pairs:
-            cores.add((pairs.get("physical id"), pairs["core id"]))
-    return len(cores) or None
+    processors = [p for p in _processors() if "core id" in p]
+    return len({(p.get("physical id"), p["core id"]) for p in processors}) or None
 
 
 def _usable_cpus() -> float:
     # A container often sees 64 CPUs and may use two: by affinity, or by quota (cgroup 2 and 1).
-    count = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
+    count = usable_cpus()
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -135,13 +135,7 @@ def fingerprint(job: FingerprintJob, tick: Tick) -> Values:
     if job.setting is not None:
         assert job.img_size is not None, "a setting comes with a resolution"
         runtime = check_setting(job.setting, "--require")
-        found = found.under(
-            runtime=runtime.name,
-            runtime_version=runtime.version(),
-            dtype=job.setting.dtype,
-            batch=job.setting.batch,
-            img_size=job.img_size,
-        )
+        found = found.under(job.setting, runtime.version(), job.img_size)
     return {"fingerprint": found.to_dict()}
 
 

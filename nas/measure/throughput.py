@@ -143,13 +143,7 @@ def measure_prepared(
     setting, ctx, runtime = network.setting, network.ctx, network.runtime
     now = conditions(setting.device)
     device = fingerprint or take_fingerprint(setting.device)
-    on = device.under(
-        runtime=runtime.name,
-        runtime_version=runtime.version(),
-        dtype=setting.dtype,
-        batch=setting.batch,
-        img_size=ctx.img_size,
-    )
+    on = device.under(setting, runtime.version(), ctx.img_size)
     timers = [network.ready.timer] + ([] if reference is None else [reference.ready.timer])
     timed = measure_rounds(
         timers,

@@ -47,6 +47,7 @@ def run(module: str, *arguments: str) -> None:
 
 def write_measurements(path: Path) -> int:
     """Write the recorded measurements as if they were made here; return how many."""
+    from nas.core.requirement import Setting
     from nas.measure.fingerprint import take_fingerprint
     from nas.measure.measurement import Measurement
     from nas.measure.measurement_table import MeasurementRow, MeasurementTable
@@ -59,13 +60,8 @@ def write_measurements(path: Path) -> int:
         values = {field.name: None for field in dataclasses.fields(Measurement)}
         values.update(row["measurement"])
         runtime = find_runtime(values["runtime"], "--require")
-        here = device.under(
-            runtime=runtime.name,
-            runtime_version=runtime.version(),
-            dtype=values["dtype"],
-            batch=values["batch"],
-            img_size=values["img_size"],
-        )
+        setting = Setting("cpu", values["runtime"], values["dtype"], values["batch"])
+        here = device.under(setting, runtime.version(), values["img_size"])
         measurement = Measurement.from_dict({**values, "fingerprint": here.id})
         names = ("role", "arch_key", "arch_label", "reference_key")
         table.append(MeasurementRow(*(row[name] for name in names), measurement))

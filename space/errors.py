@@ -11,7 +11,7 @@ import numpy as np
 
 
 class InputError(ValueError):
-    """Bad input from outside: one line that says name, got, want and remedy.
+    """Bad input from outside: one line with name, got, want and remedy.
 
     Entry points print the line and end with exit status 2; library code only raises it.
     Anything else that is raised is a defect of the toolkit and keeps its traceback.

@@ -112,7 +112,7 @@ def test_a_bundle_measures_without_torch(
     assert again.returncode == 0, again.stderr
     resumed = read_rows(out, "--x")
     assert resumed[1] == kept
-    assert resumed[0].question == rows[0].question
+    assert resumed[0].conditions == rows[0].conditions
     assert resumed[0].measured.when != "a sentinel"
 
 

@@ -94,7 +94,7 @@ class DeviceBenchmark:
 
     def rows(self, nets: Sequence[Net], known: Sequence[DeviceRow]) -> Iterator[DeviceRow]:
         """Measure every network under every setting, in the order asked; `known` rows are kept."""
-        done = {row.question: row for row in known}
+        done = {row.conditions: row for row in known}
         for size in self.plan.sizes:
             ctx = Context(img_size=size, num_classes=self.plan.config.num_classes)
             for setting in self.plan.settings:
@@ -106,8 +106,8 @@ class DeviceBenchmark:
         self, net: Net, ctx: Context, setting: Setting, done: dict[tuple[Any, ...], DeviceRow]
     ) -> DeviceRow:
         empty = self._empty(net, ctx, setting)
-        if not self.plan.auto and empty.question in done:
-            return done[empty.question]
+        if not self.plan.auto and empty.conditions in done:
+            return done[empty.conditions]
         try:
             check_setting(setting)
         except InputError as error:  # not installed, or not for this device or dtype

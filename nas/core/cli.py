@@ -21,7 +21,7 @@ fill its memory with stacks."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose refusals are one line (house rule 2)."""
+    """An argument parser whose refusals are one line (rule 2 of the design)."""
 
     def error(self, message: str) -> NoReturn:
         """End with one line and exit status 2."""

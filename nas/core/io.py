@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-"""What a full, read-only or broken disk says: of the machine, never of a candidate."""
+"""Errors of a full, read-only or broken disk: of the machine, never of a candidate."""
 
 
 def disk_refusal(error: BaseException) -> InputError | None:
     """Return a refusal in one line where an error is the disk's, else None.
 
-    Libraries wrap what the system said in errors of their own; its words remain.
+    Libraries wrap the system's error in their own; its text remains.
     """
     code = error.errno if isinstance(error, OSError) else None
-    said = " ".join(str(error).split())
+    text = " ".join(str(error).split())
     if code is None:
-        found = re.search(r"os error (\d+)|\[Errno (\d+)\]", said)
+        found = re.search(r"os error (\d+)|\[Errno (\d+)\]", text)
         code = int(found[1] or found[2]) if found else None
-        if code is None and re.search(r"no space left|disk is full|quota exceeded", said, re.I):
+        if code is None and re.search(r"no space left|disk is full|quota exceeded", text, re.I):
             code = errno.ENOSPC
     if code not in WRITE_ERRORS:
         return None

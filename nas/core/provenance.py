@@ -10,6 +10,7 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that decide results."""
     names = ("torch", "torchvision", "timm", "optuna", "numpy", "pillow", "safetensors", "fvcore")
     found = {"python": sys.version.split()[0]}
     for name in names:

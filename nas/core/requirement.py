@@ -60,7 +60,7 @@ class Setting:
 def parse_setting(name: str, text: str, *, dtype: str, batch: int) -> Setting:
     """Read `DEVICE[:RUNTIME][:DTYPE][:bBATCH]`, the parts after the device in any order.
 
-    Whether there is such a runtime is for its registry to say. Raises `InputError`.
+    The runtime's name is checked by the registry of runtimes. Raises `InputError`.
     """
     parts = text.split(":")
     device = parts.pop(0)

@@ -84,7 +84,7 @@ def _main(given: argparse.Namespace) -> int:
     if given.out.exists():
         if not given.resume:
             raise refuse("--out", f"{given.out}, which exists", "a new file", "or add --resume")
-        known = {row.question: row for row in read_rows(given.out, "--out")}
+        known = {row.conditions: row for row in read_rows(given.out, "--out")}
     threads = given.threads or usable_cpus()
     bench = _Bench(folder, networks, given, threads)
     rows: list[DeviceRow] = []
@@ -116,8 +116,8 @@ def _networks(folder: Path) -> list[dict[str, Any]]:
     except InputError:
         raise
     except (KeyError, TypeError) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise refuse(str(path), said, "the list of a bundle", "make the bundle again") from None
+        got = " ".join(f"{type(error).__name__}: {error}".split())
+        raise refuse(str(path), got, "the list of a bundle", "make the bundle again") from None
     if not listed or sizes != beside:
         want = "networks with a reference each"
         raise refuse(str(path), f"{len(listed)} networks", want, "make the bundle again")
@@ -160,8 +160,8 @@ class _Bench:
             reference=f"{beside['arch']}@{setting.text}",
             **fingerprint_columns(on),
         )
-        if empty.question in known:
-            return known[empty.question]
+        if empty.conditions in known:
+            return known[empty.conditions]
         now = conditions(self._given.device)
         try:
             timed = self._time(network, beside)

@@ -1,4 +1,4 @@
-"""Measured networks of a device as a table: read, written and asked by `--device-table`; no torch.
+"""Measured networks of a device as a table: files, and answers for `--device-table`; no torch.
 
 Where a network was measured the answer is exact, elsewhere predicted.
 """
@@ -72,7 +72,7 @@ class DeviceRow:
     on_runtime_version: str
 
     def __post_init__(self) -> None:
-        """Refuse a row whose parts do not belong together."""
+        """Refuse a row that contradicts itself."""
         if self.state not in (OK, FAILED):
             raise refuse("state", self.state, f"{OK} or {FAILED}")
         if self.state == FAILED:
@@ -92,7 +92,7 @@ class DeviceRow:
         return self.throughput
 
     @property
-    def question(self) -> tuple[Any, ...]:
+    def conditions(self) -> tuple[Any, ...]:
         """What is equal for two rows that measure the same (on the same device)."""
         return (self.arch, self.img_size, self.num_classes, self.setting, self.reference)
 

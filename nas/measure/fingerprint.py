@@ -29,7 +29,7 @@ class Fingerprint:
     `nas.measure.interference`.
     `usable_cpus` is what this process may use (affinity and container quota), a float because a
     quota may be a fraction. `driver`, `cuda` and `cudnn` are None on a CPU. `nominal_mhz` is the
-    clock that the device is sold with, None where it does not tell. `threads` are the runtime's.
+    clock that the device is sold with, None where that is unknown. `threads` are the runtime's.
 
     `runtime` to `img_size` are None for a device by itself; `under` fills them in for a number that
     was measured there.
@@ -102,7 +102,7 @@ class Fingerprint:
 def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerprint:
     """Describe `device` ("cpu", "cuda", "cuda:1") with its software.
 
-    `threads` defaults to torch's present number; torch is imported only to ask for that or for a
+    `threads` defaults to torch's present number; torch is imported only for that or for a
     GPU. Refuses a device that is not there.
     """
     kind = device.partition(":")[0]
@@ -154,7 +154,7 @@ def version_of(package: str) -> str:
 
 
 def _cpu_name() -> str:
-    # Cloud machines all say "AMD EPYC": family, model and stepping tell the generations apart.
+    # Cloud machines all say "AMD EPYC": family, model and stepping differ by generation.
     fields_of_cpu = next(iter(_processors()), {})
     if "model name" in fields_of_cpu:
         name = fields_of_cpu["model name"]
@@ -165,14 +165,14 @@ def _cpu_name() -> str:
         return f"{platform.machine()} part {'/'.join(parts)}"
     if platform.system() == "Darwin":
         try:
-            asked = subprocess.run(
+            done = subprocess.run(
                 ["sysctl", "-n", "machdep.cpu.brand_string"],
                 capture_output=True,
                 text=True,
                 timeout=5,
                 check=True,
             )
-            return asked.stdout.strip()
+            return done.stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass
     return platform.processor() or platform.machine() or "unknown CPU"
@@ -189,7 +189,7 @@ def _processors() -> list[dict[str, str]]:
 
 
 def _nominal_mhz() -> float | None:
-    """Return the clock that a CPU is sold with, where the system tells it.
+    """Return the clock that a CPU is sold with, where the system has it.
 
     The frequency driver's own, else the name's ("@ 2.45GHz"), else, in a virtual machine without a
     frequency driver, the constant that the kernel shows; that one to 50 MHz, as boots differ.

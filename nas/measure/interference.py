@@ -1,4 +1,4 @@
-"""How disturbed a measurement was: what our threads waited for, not what others did elsewhere."""
+"""Disturbances of a measurement: waiting for a core, changed clocks, other processes on a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Conditions:
     """What holds for a moment only, and is never identity.
 
     The one-minute load average, the CPU's or GPU's present clock in MHz, other processes on the GPU
-    (None where the system does not tell), and the time (UTC, ISO 8601).
+    (None where that is unknown), and the time (UTC, ISO 8601).
     """
 
     load: float | None
@@ -51,7 +51,7 @@ def _cpu_clock_mhz() -> float | None:
 class Disturbance:
     """What kept a measurement from being undisturbed.
 
-    `waited` is the share of their wanted time in which our threads could not run, None where the
+    `waited` is the share of their time in which the process's threads could not run, None where the
     kernel has no such number; `text` describes what disturbed, empty for nothing.
     """
 
@@ -67,7 +67,7 @@ CLOCK_DRIFT = 0.10
 
 
 class Watch:
-    """Looks out for disturbances from now on.
+    """Watches for disturbances from its creation on.
 
     Threads wait when another process has the core (the kernel's run-queue delay of each), when a
     container's quota stops them, or when the host of a virtual machine takes the time.
@@ -80,19 +80,19 @@ class Watch:
         self._before = _counters()
 
     def read(self) -> Disturbance:
-        """Tell what has disturbed since the watch began."""
+        """Return the disturbances since the watch began."""
         waited = self._waited()
         before, after = self._conditions, conditions(self._device)
-        says = []
+        found = []
         if waited is not None and waited > CONTENDED:
-            says.append(f"waited {waited:.0%} of the time for a core")
+            found.append(f"waited {waited:.0%} of the time for a core")
         clocks = before.clock_mhz, after.clock_mhz
         if clocks[0] and clocks[1] and abs(clocks[1] / clocks[0] - 1.0) > CLOCK_DRIFT:
-            says.append(f"the clock went from {clocks[0]:.0f} to {clocks[1]:.0f} MHz")
+            found.append(f"the clock went from {clocks[0]:.0f} to {clocks[1]:.0f} MHz")
         others = max(before.gpu_others or 0, after.gpu_others or 0)
         if others:
-            says.append(f"{others} other processes on the GPU")
-        return Disturbance(waited, "; ".join(says))
+            found.append(f"{others} other processes on the GPU")
+        return Disturbance(waited, "; ".join(found))
 
     def _waited(self) -> float | None:
         now, before = _counters(), self._before
@@ -158,10 +158,10 @@ def _gpu_index(device: str) -> str:
 
 
 def _ask_nvidia_smi(what: str, device: str, of: str = "gpu") -> list[str] | None:
-    """Ask nvidia-smi; the lines of its answer, or None where it does not answer."""
+    """Return the lines of nvidia-smi's answer; None where there is none."""
     index = _gpu_index(device)
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             ["nvidia-smi", f"--query-{of}={what}", "--format=csv,noheader,nounits", "-i", index],
             capture_output=True,
             text=True,
@@ -170,7 +170,7 @@ def _ask_nvidia_smi(what: str, device: str, of: str = "gpu") -> list[str] | None
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return [line.strip() for line in asked.stdout.splitlines() if line.strip()]
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()]
 
 
 def _number(lines: list[str] | None) -> float | None:

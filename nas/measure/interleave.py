@@ -1,4 +1,4 @@
-"""Interleaved blocks of passes, and what they say; standard library only, any runtime."""
+"""Timing in interleaved blocks of passes, in any runtime; standard library only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Timer = Callable[[int], list[float]]
 every pass where clocks are free (a CPU), the whole block where waiting would cost (a GPU)."""
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
-"""The latencies that are told, by name."""
+"""The reported latencies, by name."""
 
 WARM_UP_S = 60.0
 
@@ -25,10 +25,10 @@ UNDISTURBED = Disturbance(None, "")
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a measurement is to decide; None where nothing is asked.
+    """What a measurement is to decide; None: no bound.
 
     `ratio` and `images_per_s` are least values, `latency_ms` the most milliseconds a pass, by the
-    name of the quantile. `precision` is the asked half width of the interval as a share.
+    name of the quantile. `precision` is the most half width of the interval, as a share.
     """
 
     ratio: float | None = None
@@ -52,7 +52,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class TimingResult:
-    """What rounds of blocks say. The intervals hold together over all planned looks."""
+    """Intervals from rounds of blocks; they hold together over all planned looks."""
 
     own: Interval
     ratio: Interval | None
@@ -176,7 +176,7 @@ def timing_result(
     passes: int,
     disturbance: Disturbance = UNDISTURBED,
 ) -> TimingResult:
-    """Return what one or two series say, at one of the planned looks.
+    """Return the intervals of one or two networks' samples, at one of the planned looks.
 
     Each look may miss with a share of the allowed probability.
     """
@@ -209,7 +209,7 @@ def timing_result(
 
 
 def enough(of: Interval) -> bool:
-    """Tell whether there were values enough to enclose a quantile: the 99th of 100 has no end."""
+    """Return whether the values enclose a quantile: the 99th of 100 has no end."""
     return of.coverage >= COVERAGE - 0.02
 
 
@@ -242,7 +242,7 @@ def settle(timer: Timer, min_block_s: float, warm_up_s: float = 0.0) -> int:
 
 
 def summary(of: TimingResult) -> dict[str, Any]:
-    """Return the columns of a measurement that come from the clock."""
+    """Return the fields of a `Throughput` that come from the clock."""
     values: dict[str, Any] = {
         "images_per_s": of.own.median,
         "images_per_s_lo": of.own.lo,

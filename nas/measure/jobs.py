@@ -1,4 +1,4 @@
-"""Jobs that time, weigh, count and compare networks on the worker's device."""
+"""Jobs that measure networks on the worker's device: time, memory, counts, accuracy."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TimingJob:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob:
-    """A network whose deployed file goes to the folder `out`."""
+    """A network to export in its runtime's format to the folder `out`."""
 
     network: NetworkSpec
     context: Context
@@ -86,7 +86,7 @@ class ExportJob:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryJob:
-    """A network to weigh, from a `file` in `folder` where its runtime deploys one."""
+    """A network to measure the memory of, from a `file` in `folder` where its runtime has one."""
 
     network: NetworkSpec
     context: Context
@@ -98,7 +98,7 @@ class MemoryJob:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchJob:
-    """A network whose fastest batch is wanted; the setting's own batch does not count."""
+    """A network to find the fastest batch of; the setting's own batch is ignored."""
 
     network: NetworkSpec
     context: Context
@@ -204,7 +204,7 @@ def measure(job: TimingJob, tick: Tick) -> Values:
 
 
 def _least_passes(bounds: Bounds, blocks: int) -> int:
-    """Return the passes a block without which a bounded percentile could not be told."""
+    """Return the passes a block that a bounded percentile needs."""
     return max([1, *(-(-LEAST_PASSES[name] // blocks) for name, _ in bounds.latency_ms)])
 
 
@@ -224,7 +224,7 @@ def _reference(network: NetworkSpec, ctx: Context, setting: Setting, seed: int) 
 def export_model(job: ExportJob, tick: Tick) -> Values:
     """Write the file that a runtime deploys: `{"file"}`, its name; None where it deploys none.
 
-    What is weighed loads it in a process that never exported anything.
+    Memory is measured in another process, which never exported anything.
     """
     from nas.measure.throughput import staged_file
 
@@ -235,7 +235,7 @@ def export_model(job: ExportJob, tick: Tick) -> Values:
 
 
 def peak_memory(job: MemoryJob, tick: Tick) -> Values:
-    """Weigh a network in this process, which should be a fresh one: `{"peak_mem_bytes"}`."""
+    """Measure a network's peak memory: `{"peak_mem_bytes"}`; the process should be a fresh one."""
     import torch
 
     from nas.measure.memory import peak_memory_bytes

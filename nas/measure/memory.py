@@ -47,7 +47,7 @@ def peak_memory_bytes(
         base, free = torch.cuda.memory_allocated(setting.device), _free(setting.device)
     before = resident_bytes()
     model = None if staged is not None else build().eval().requires_grad_(False)
-    with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
+    with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         order = RuntimeRequest(
             model, torch.zeros(shape), setting, threads, Path(folder), staged=staged
         )
@@ -64,15 +64,15 @@ def peak_memory_bytes(
 
 
 def resident_bytes() -> int:
-    """Return the process's resident memory, or its highest where the system tells that only."""
+    """Return the process's resident memory, or its highest where only that is known."""
     return _status("VmRSS") or highest_resident_bytes()
 
 
 def highest_resident_bytes() -> int:
     """Return the process's highest resident memory."""
-    told = _status("VmHWM")
-    if told is not None:
-        return told
+    known = _status("VmHWM")
+    if known is not None:
+        return known
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return highest if sys.platform == "darwin" else highest * 1024
 

@@ -33,7 +33,7 @@ CALIBRATION_BATCHES = 8
 
 @dataclass(frozen=True)
 class Prepared:
-    """A network ready in a runtime, with what was done to it and whether it still says the same.
+    """A network ready in a runtime, what was done to it, and how far its logits are from eager's.
 
     `parity` is the largest difference of its logits from eager float32 as a share of the largest
     logit; `agrees` whether that is within the runtime's tolerance (None where it has none).

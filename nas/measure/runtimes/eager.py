@@ -89,7 +89,7 @@ class Compile(Eager):
 def torch_ready(
     forward: Callable[[Any], Any], request: RuntimeRequest, layout: Any, done: list[str]
 ) -> PreparedModel:
-    """Bind a torch callable to its images and a clock that knows when the device is done."""
+    """Bind a torch callable to its images and a timer that waits for the device."""
     import torch
 
     device, dtype = request.setting.device, getattr(torch, request.setting.dtype)

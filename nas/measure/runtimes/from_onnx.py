@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from nas.measure.runtimes.runtime import Images
 
 
-def _stay_here() -> None:
-    """Keep OpenVINO and NNCF from sending usage data: nobody was asked, and each sending forks."""
+def _disable_telemetry() -> None:
+    """Keep OpenVINO and NNCF from sending usage data: nobody agreed to it, and it forks."""
     try:
         from openvino_telemetry.backend.backend_ga4 import GA4Backend
     except ImportError:
@@ -91,7 +91,7 @@ class OpenVino(OnnxFile):
         """Export, convert, compile."""
         import openvino
 
-        _stay_here()
+        _disable_telemetry()
         core = openvino.Core()
         model = core.read_model(str(request.staged or self.stage(request)))
         hint = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[request.setting.dtype]
@@ -136,7 +136,7 @@ class OpenVinoInt8(OpenVino):
         import io
         import logging
 
-        _stay_here()
+        _disable_telemetry()
         import nncf
         import openvino
 
@@ -174,8 +174,8 @@ class TensorRt(OnnxFile):
         network = builder.create_network(0)
         parser = tensorrt.OnnxParser(network, log)
         if not parser.parse(source.read_bytes()):
-            said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise RuntimeError(f"TensorRT does not take the network: {said}")
+            errors = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
+            raise RuntimeError(f"TensorRT does not take the network: {errors}")
         settings = builder.create_builder_config()
         flags = {"float16": tensorrt.BuilderFlag.FP16, "bfloat16": tensorrt.BuilderFlag.BF16}
         if request.setting.dtype in flags:

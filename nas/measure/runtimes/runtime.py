@@ -51,7 +51,7 @@ class PreparedModel:
     """A network that is ready to be timed.
 
     `timer` runs passes over the request's images; `logits` gives `[batch, classes]` in float32 for
-    other images of the same shape; `done` says what was done to the network, for the record.
+    other images of the same shape; `done` says what was done to the network, as it is recorded.
     """
 
     timer: Timer
@@ -67,7 +67,7 @@ class Runtime(ABC):
     `executes` those whose versions decide the speed.
     `tolerance` gives, by dtype, the largest difference of the logits from eager float32 that still
     counts as the same network, as a share of the largest logit; None where a runtime changes the
-    network on purpose (int8), so that only its accuracy can tell.
+    network on purpose (int8), so that only its accuracy is comparable.
     """
 
     name: ClassVar[str]

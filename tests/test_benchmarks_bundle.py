@@ -19,14 +19,9 @@ from benchmarks.throughput.networks import Net, find_nets
 from nas.core.progress import Console
 from nas.core.requirement import Setting
 from nas.measure.bundle import main
-<<<<<<< HEAD
-from nas.measure.device_rows import FAILED, OK, read_rows, write_rows
+from nas.measure.device_table import FAILED, OK, read_rows, write_rows
 from space import InputError
 from tests.test_benchmarks_throughput import CTX, FACTORS, FAMILY, SMALL
-=======
-from nas.measure.device_table import FAILED, OK, read_rows, write_rows
-from space import Context, InputError, get_family
->>>>>>> 063d75a (One set of fields for a measurement and a row of a device table; the table goes through the one codec; device_rows joins device_table)
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

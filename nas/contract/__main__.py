@@ -68,7 +68,7 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     made, text = plan(
         **arguments,
         cache_dir=session_given.get("cache_dir"),
-        check_proxy=session_given.get("proxy_check"),
+        check_proxy=session_given.get("check_proxy"),
         quiet=quiet,
     )
     if not quiet:
@@ -91,7 +91,7 @@ def _run(
         max_hours=session_given.get("max_hours"),
         cache_dir=session_given.get("cache_dir"),
         final_measurements=session_given.get("final_measurements"),
-        check_proxy=session_given.get("proxy_check"),
+        check_proxy=session_given.get("check_proxy"),
         storage=session_given.get("storage"),
         executor_config=session_given["executor_config"],
         quiet=quiet,

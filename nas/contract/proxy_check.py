@@ -251,7 +251,7 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     }
     kept = indistinguishable(by_arch)
     own, limit = rows[0], rows[-1]
-    verdict = "within" if own.within_one_sd else "label_overflow"
+    verdict = "within" if own.within_one_sd else "beyond"
     gone = f"; {len(failed)} more could not be trained" if failed else ""
     return {
         "n": len(archs),

@@ -28,12 +28,12 @@ from benchmarks.trainings import (
     add_flags,
     open_pool,
 )
-from nas.contract.proxy_check import TrustRow, ranked, untrained, write_rows
+from nas.contract.proxy_check import ProxyCheckRow, compare_scores, training_free_scores, write_rows
 from nas.contract.state import derived_seed
 from nas.core.cli import Parser
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
-from nas.core.stats import in_words, indistinguishable, regret
+from nas.core.stats import describe_tied, regret, tied_with_best
 from space.contractions import propose
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -143,7 +143,7 @@ def affordable(pool: TrainingPool, given: argparse.Namespace) -> int:
     return max(6, min(24, pool.affordable(given.seeds * truth + short, given.budget_hours)))
 
 
-def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], dict[str, Any]]:
+def rank(given: argparse.Namespace, console: Console) -> tuple[list[ProxyCheckRow], dict[str, Any]]:
     """Train what is missing; return the table's rows and the summary."""
     with open_pool(given, console) as pool:
         listed = held(pool)  # what is compared was named before anything was trained
@@ -174,7 +174,7 @@ def rank(given: argparse.Namespace, console: Console) -> tuple[list[TrustRow], d
             raise InputError(f"{len(archs)} archs are left, too few to rank: {LEAST} are needed")
         truth = done[len(short) * len(archs) :]
         scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
-        free = untrained(pool.run, archs)
+        free = training_free_scores(pool.run, archs)
         pool.run.executor.close()
         rows, told = table(pool, given, archs, scored, truth, free)
         return rows, told
@@ -187,7 +187,7 @@ def table(
     scored: Mapping[str, Sequence[Trained]],
     truth: Sequence[Trained],
     free: Mapping[str, Sequence[float]],
-) -> tuple[list[TrustRow], dict[str, Any]]:
+) -> tuple[list[ProxyCheckRow], dict[str, Any]]:
     """Compare every score with the truth."""
     n = len(archs)
     losses = np.array([t.values["soft_loss"] for t in truth]).reshape(-1, n)
@@ -206,14 +206,14 @@ def table(
         together = sum(s for _, s in both if s is not None)
         scores[f"both, {named('ranks added', shortest)} each"] = ranks, together
     scores |= {name: (values, 0.0) for name, values in free.items()}
-    rows = ranked(scores, losses)
+    rows = compare_scores(scores, losses)
     limit = rows[-1]
     per_image = {
         pool.run.key(arch): np.array([truth[s * n + i].losses() for s in range(given.seeds)])
         for i, arch in enumerate(archs)
     }
-    kept = indistinguishable(per_image)
-    words = in_words(kept, per_image)
+    kept = tied_with_best(per_image)
+    words = describe_tied(kept, per_image)
     of_default = [
         r for r in rows if r.name in scored and r.name.startswith(f"inherited ({CRITERION})")
     ]
@@ -239,7 +239,7 @@ def table(
     return rows, told
 
 
-def draw(path: Path, rows: Sequence[TrustRow], told: Mapping[str, Any]) -> None:
+def draw(path: Path, rows: Sequence[ProxyCheckRow], told: Mapping[str, Any]) -> None:
     """Draw tau of every score with its interval, the ceilings as lines."""
     shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if not r.name.startswith("ceiling")]
     lines = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}

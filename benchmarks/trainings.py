@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.contract import seed as stage
-from nas.contract.checks import ask_fingerprints, make_config, read_data, resolved
+from nas.contract.checks import make_config, read_data, read_fingerprints, with_absolute_paths
 from nas.contract.race import with_order
-from nas.contract.run_folder import RunDir
+from nas.contract.run_folder import RunFolder
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.cli import default_cache, usable_cpus
 from nas.core.io import load_arrays
@@ -251,7 +251,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
     from nas.core.config import config_from_dict, parse_count
 
     config = make_config(
-        resolved(
+        with_absolute_paths(
             {
                 "seed": given.seed,
                 "target_params": parse_count("--target-params", given.target_params),
@@ -273,7 +273,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
     )
     family = get_family(config.family)
     cache = default_cache() if given.cache_dir is None else given.cache_dir
-    folder = RunDir(folder_of(given))
+    folder = RunFolder(folder_of(given))
     dataset = read_data(config, cache, console)
     # What a training does not depend on may differ between the benchmarks that share a folder.
     loose = {"target_params": 0, "bench_max_blocks": 0, "selection": ""}
@@ -305,7 +305,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
             console=console,
             cache=cache,
             deadline=None,
-            fingerprints=ask_fingerprints(config, worker, None),
+            fingerprints=read_fingerprints(config, worker, None),
         )
         pool = TrainingPool(run, max(1, given.workers))
         worker.close()  # its threads would only be in the way

@@ -312,7 +312,7 @@ def _by_rule(
     return archs
 
 
-def anchors_in(
+def baselines_in(
     family: Family, parents: Sequence[Arch], ctx: Context, band: Band
 ) -> list[tuple[str, Arch]]:
     """Find the baselines: published archs in the band, then each parent's uniform scaling.
@@ -371,7 +371,7 @@ def propose(
     assert parents, "nothing to contract"
     drawn: dict[str, tuple[str | None, Arch]] = {}
     if baselines:
-        for name, arch in anchors_in(family, parents, ctx, band):
+        for name, arch in baselines_in(family, parents, ctx, band):
             drawn.setdefault(family.key(arch, ctx), (name, arch))
     number = size + len(exclude) + len(drawn)  # enough even if all of those are drawn again
     rules = [_by_rule(family, p, ctx, band, number, random_seed) for p in parents]
@@ -381,13 +381,13 @@ def propose(
                 drawn.setdefault(family.key(candidate, ctx), (None, candidate))
     tried = set(exclude)
     chosen = [v for key, v in drawn.items() if key not in tried][:size]
-    return listed(family, parents, chosen, ctx)
+    return describe_candidates(family, parents, chosen, ctx)
 
 
-def listed(
+def describe_candidates(
     family: Family, parents: Sequence[Arch], chosen: Sequence[tuple[str | None, Arch]], ctx: Context
 ) -> list[Candidate]:
-    """Measure each chosen (baseline, arch): its cost and its distance from the nearest parent.
+    """Return each chosen (baseline, arch) with its counts and its distance from its nearest parent.
 
     The parent is one that contracts to it, if any does, else any larger one; there must be one.
     """

@@ -15,20 +15,26 @@ from conftest import SMALL_ARCH
 from safetensors.numpy import save_file
 from scipy import stats
 
-from nas.contract.proxy_check import check_band, check_number, check_proxy, listed, named_archs
-from nas.contract.run_folder import RunDir
+from nas.contract.proxy_check import (
+    check_band,
+    check_number,
+    check_proxy,
+    choose_archs,
+    named_archs,
+)
+from nas.contract.run_folder import RunFolder
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.config import RunConfig
 from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.core.stats import (
     _dunnett,
-    ceiling,
-    in_words,
-    indistinguishable,
+    describe_tied,
     kendall,
     kendall_interval,
+    noise_ceiling,
     regret,
+    tied_with_best,
 )
 from nas.distill.jobs import train
 from nas.jobs.job import Job, Result, failed_before, keep_failure
@@ -119,7 +125,7 @@ def test_the_ceilings_are_those_of_the_world_that_was_simulated(s: int, sd: floa
     asked = normal_tau(1 / math.sqrt(1 + sd**2 / s))
     for _ in range(SIMULATED):
         true, truth = world(rng, n, s, sd)
-        found = ceiling(truth, resamples=2)
+        found = noise_ceiling(truth, resamples=2)
         perfect.append(found.perfect.value)
         reached.append(kendall(true, truth.mean(axis=0)))
         pairwise.append(found.pairwise.value)
@@ -136,16 +142,16 @@ def test_the_pairwise_ceilings_interval_covers() -> None:
     rng = np.random.default_rng(5)
     asked, covered = normal_tau(1 / (1 + 0.6**2)), 0
     for _ in range(SIMULATED):
-        found = ceiling(world(rng, 20, 3, 0.6)[1], resamples=300).pairwise
+        found = noise_ceiling(world(rng, 20, 3, 0.6)[1], resamples=300).pairwise
         covered += found.lo <= asked <= found.hi
     assert covered / SIMULATED >= 0.95 - SLACK
 
 
 def test_pure_noise_has_no_ceiling_and_no_noise_has_the_highest() -> None:
     rng = np.random.default_rng(6)
-    noise = [ceiling(rng.normal(size=(3, 20)), resamples=2).perfect.lo for _ in range(50)]
+    noise = [noise_ceiling(rng.normal(size=(3, 20)), resamples=2).perfect.lo for _ in range(50)]
     assert np.mean(np.array(noise) == 0) > 0.9
-    exact = ceiling(np.tile(rng.normal(size=12), (3, 1)), resamples=50)
+    exact = noise_ceiling(np.tile(rng.normal(size=12), (3, 1)), resamples=50)
     assert exact.perfect.value == exact.perfect.lo == 1.0
     assert exact.pairwise.value == pytest.approx(1)
 
@@ -212,7 +218,7 @@ def test_the_best_arch_is_rarely_left_out_and_clear_losers_are(s: int, seed_sd: 
     missed, sizes = 0, []
     for _ in range(SIMULATED):
         true = np.array([0.0, 0.005, 0.01, 0.02, 0.05, 0.1, 2.0, 3.0])
-        kept = indistinguishable(images_of(rng, true, s, 200, seed_sd), 0.05)
+        kept = tied_with_best(images_of(rng, true, s, 200, seed_sd), 0.05)
         missed += "a00" not in kept
         assert "a07" not in kept
         sizes.append(len(kept))
@@ -224,13 +230,13 @@ def test_equal_archs_keep_the_level_with_random_seeds_that_differ() -> None:
     """Without the spread of random seeds the images alone would name a winner almost always."""
     rng = np.random.default_rng(10)
     missed = sum(
-        "a00" not in indistinguishable(images_of(rng, np.zeros(5), 3, 1000, 0.2), 0.05)
+        "a00" not in tied_with_best(images_of(rng, np.zeros(5), 3, 1000, 0.2), 0.05)
         for _ in range(SIMULATED)
     )
     assert missed / SIMULATED <= 0.05 + SLACK
     single = sum(
         "a00"
-        not in indistinguishable(
+        not in tied_with_best(
             {k: v.mean(axis=0) for k, v in images_of(rng, np.zeros(5), 3, 1000, 0.2).items()}, 0.05
         )
         for _ in range(50)
@@ -241,22 +247,24 @@ def test_equal_archs_keep_the_level_with_random_seeds_that_differ() -> None:
 def test_what_is_said_of_the_best() -> None:
     rng = np.random.default_rng(11)
     losses = images_of(rng, np.array([0.0, 0.0, 5.0]), 3, 2000, 0.01)
-    kept = indistinguishable(losses, 0.001)
+    kept = tied_with_best(losses, 0.001)
     assert set(kept) == {"a00", "a01"}
-    assert kept == indistinguishable(dict(reversed(losses.items())), 0.001)
-    said = in_words(kept, losses)
+    assert kept == tied_with_best(dict(reversed(losses.items())), 0.001)
+    said = describe_tied(kept, losses)
     assert said == "the first 2 of 3 cannot be told apart by 3 random seeds x 2,000 images"
-    assert in_words(("a00",), losses).startswith("the first of 3 is better than the others")
-    assert in_words(tuple(losses), losses).startswith("the 3 cannot be told apart")
-    assert in_words(("a00", "a02"), losses).startswith("2 of 3 cannot be told apart from the best")
+    assert describe_tied(("a00",), losses).startswith("the first of 3 is better than the others")
+    assert describe_tied(tuple(losses), losses).startswith("the 3 cannot be told apart")
+    assert describe_tied(("a00", "a02"), losses).startswith(
+        "2 of 3 cannot be told apart from the best"
+    )
     broken = {**losses, "a01": np.full((3, 2000), np.nan)}
-    assert indistinguishable(broken, 0.001) == ("a00",)
-    assert indistinguishable({"a": losses["a00"], "b": losses["a00"]}, 0.05) == ("a", "b")
+    assert tied_with_best(broken, 0.001) == ("a00",)
+    assert tied_with_best({"a": losses["a00"], "b": losses["a00"]}, 0.05) == ("a", "b")
 
 
 def test_input_that_says_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="at least 2"):
-        ceiling(np.zeros((1, 5)))
+        noise_ceiling(np.zeros((1, 5)))
     with pytest.raises(InputError, match="at least 2"):
         regret(np.zeros(5), np.zeros((1, 5)))
     with pytest.raises(InputError, match="finite"):
@@ -264,9 +272,9 @@ def test_input_that_says_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="one per arch"):
         kendall_interval(np.zeros(4), np.zeros((2, 3)), random_seed=0)
     with pytest.raises(InputError, match="same random seeds and images"):
-        indistinguishable({"a": np.zeros((2, 5)), "b": np.zeros((2, 6))})
+        tied_with_best({"a": np.zeros((2, 5)), "b": np.zeros((2, 6))})
     with pytest.raises(InputError, match="alpha"):
-        indistinguishable({"a": np.zeros((2, 5))}, 0.0)
+        tied_with_best({"a": np.zeros((2, 5))}, 0.0)
 
 
 FAMILY, CTX = get_family("tinyvit"), Context(32, 10)
@@ -284,12 +292,12 @@ class Paper:
 
     def __init__(self, folder: Path, config: RunConfig, failing: tuple[str, ...] = ()) -> None:
         self.family, self.seed_arch, self.context, self.config = FAMILY, SEED, CTX, config
-        self.folder, self.failing = RunDir(folder), failing
+        self.folder, self.failing = RunFolder(folder), failing
         self.said = io.StringIO()
         self.console = Console(stream=self.said)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.rows: list[tuple[Trial, dict[str, Any]]] = []
-        self.ledger = cast(Any, self)
+        self.study = cast(Any, self)
         folder.mkdir(exist_ok=True)
 
     @property
@@ -335,7 +343,7 @@ def untrained_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     def counts(run: Run, archs: Any) -> dict[str, list[float]]:
         return {"parameters": [-float(FAMILY.count_params(a, CTX)) for a in archs]}
 
-    monkeypatch.setattr("nas.contract.proxy_check.untrained", counts)
+    monkeypatch.setattr("nas.contract.proxy_check.training_free_scores", counts)
 
 
 START = Incumbent(SEED, FAMILY.key(SEED, CTX), Path("seed.safetensors"), 1.0, 1.0, 0.0)
@@ -355,17 +363,17 @@ def test_a_report_is_of_archs_that_the_run_could_train(tmp_path: Path) -> None:
         key: (Trial(2, key, "", "", "", 1, "", params, params, 1, stage=stage, state=state), arch)
         for (key, params, arch), (stage, state) in zip(of, stages, strict=True)
     }
-    paper.ledger = cast(
+    paper.study = cast(
         Any,
         SimpleNamespace(rows=[r for r, _ in table.values()], arch=lambda step, key: table[key][1]),
     )
-    found = [paper.key(arch) for arch in listed(paper.run, 3)]
+    found = [paper.key(arch) for arch in choose_archs(paper.run, 3)]
     assert found == [of[2][0], of[1][0], of[3][0]], "kept, scored, stopped in the race"
     (tmp_path / "run" / "proxy_check.json").unlink()
     held = count_contractions(FAMILY, SEED, CTX, paper.band(2))
-    assert of[0][0] not in [paper.key(arch) for arch in listed(paper.run, held - 1)]
+    assert of[0][0] not in [paper.key(arch) for arch in choose_archs(paper.run, held - 1)]
     (tmp_path / "run" / "proxy_check.json").unlink()
-    assert paper.key(listed(paper.run, held)[-1]) == of[0][0], "where there are no others"
+    assert paper.key(choose_archs(paper.run, held)[-1]) == of[0][0], "where there are no others"
 
 
 @pytest.mark.usefixtures("untrained_scores")
@@ -380,13 +388,13 @@ def test_an_arch_that_cannot_be_trained_is_left_out_for_good(
     paper = Paper(folder, config_of(), failing=(f"truth1-{gone}",))
     report = check_proxy(paper.run, START, 5)
     assert report["n"] == 4
-    assert "over 4 archs" in report["says"]
-    assert "1 more could not be trained" in report["says"]
+    assert "over 4 archs" in report["message"]
+    assert "1 more could not be trained" in report["message"]
     assert "out of memory" in report["left_out"][0]
     assert paper.said.getvalue().count("left out") == 1
     assert not [name for name, _ in paper.asked if name in (f"truth2-{gone}", f"check-{gone}")]
     again = Paper(folder, config_of())  # it would not fail a second time
-    assert check_proxy(again.run, START, 5) | {"says": ""} == report | {"says": ""}
+    assert check_proxy(again.run, START, 5) | {"message": ""} == report | {"message": ""}
     assert not [name for name, _ in again.asked if name.endswith(gone) and "truth0" not in name]
 
 
@@ -407,7 +415,7 @@ def test_fewer_than_three_archs_make_no_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize("init", ["inherit", "scratch"])
 def test_the_truth_starts_as_the_proxies_do(init: str, tmp_path: Path) -> None:
     paper = Paper(tmp_path / "run", config_of(proxy_init=init))
-    paper.ledger = cast(Any, SimpleNamespace(rows=[]))
+    paper.study = cast(Any, SimpleNamespace(rows=[]))
     check_proxy(paper.run, START, 3)
     assert len(paper.asked) == 3 * 5
     assert {more["init"] for _, more in paper.asked} == {init}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
@@ -18,7 +17,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from conftest import SMALL_ARCH, Finished
+from conftest import Finished
+from run_cases import table
 
 from nas.contract import contract
 from nas.contract.__main__ import main
@@ -29,11 +29,6 @@ from space import Context, get_family
 from space.errors import InputError
 
 FAMILY = get_family("tinyvit")
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as lines:
-        return list(csv.DictReader(lines))
 
 
 def test_a_run_leaves_every_file_it_promises(finished: Finished) -> None:
@@ -103,13 +98,13 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
 
 
 def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished) -> None:
-    rows = read_csv(finished.folder / "trials.csv")
+    rows = table(finished.folder / "trials.csv")
     assert tuple(rows[0]) == table_columns(Trial)
     storage = f"sqlite:///{finished.folder}/study.db"
     trials = optuna.load_study(study_name="contraction", storage=storage).trials
     assert [t.user_attrs["row"]["key"] for t in trials] == [r["key"] for r in rows]
     assert all(t.state.is_finished() for t in trials)
-    steps = read_csv(finished.folder / "steps.csv")
+    steps = table(finished.folder / "steps.csv")
     for step in steps:
         of = [r for r in rows if r["step"] == step["step"]]
         counted = sum(int(step[k]) for k in ("too_slow", "not_selected", "failed", "scored"))
@@ -119,9 +114,9 @@ def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished
 
 
 def test_every_candidate_is_smaller_than_its_parent_and_in_its_band(finished: Finished) -> None:
-    rows = read_csv(finished.folder / "trials.csv")
+    rows = table(finished.folder / "trials.csv")
     params = {r["key"]: int(r["params"]) for r in rows}
-    steps = {s["step"]: s for s in read_csv(finished.folder / "steps.csv")}
+    steps = {s["step"]: s for s in table(finished.folder / "steps.csv")}
     for r in rows[1:]:
         assert int(r["params"]) < params[r["parent"]]
         step = steps[r["step"]]
@@ -134,7 +129,7 @@ def test_measurements_are_stored_with_their_role(finished: Finished) -> None:
     assert roles[0] == "seed"
     assert roles.count("final") == 2
     gates = {r.arch_key for r in rows if r.role == "gate"}
-    assert gates == {r["key"] for r in read_csv(finished.folder / "trials.csv")[1:]}
+    assert gates == {r["key"] for r in table(finished.folder / "trials.csv")[1:]}
 
 
 def without_times(rows: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -155,9 +150,7 @@ def run_process(arguments: list[str], **more: object) -> subprocess.Popen[str]:
 
 
 def assert_same_answer(run: Path, truth: Path) -> None:
-    assert without_times(read_csv(run / "trials.csv")) == without_times(
-        read_csv(truth / "trials.csv")
-    )
+    assert without_times(table(run / "trials.csv")) == without_times(table(truth / "trials.csv"))
     assert (run / "best.safetensors").read_bytes() == (truth / "best.safetensors").read_bytes()
     a, b = (json.loads((f / "best.json").read_text()) for f in (run, truth))
     assert (a["arch"], a["score"]) == (b["arch"], b["score"])
@@ -279,6 +272,8 @@ def test_resume_of_a_finished_run_prints_its_result(
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["status"] == "reached"
     assert main(["--out", str(finished.folder), "--resume", "--quiet"]) == 0
+    outcome = contract(out=finished.folder, resume=True)  # the same from Python
+    assert (outcome.status, outcome.exit_code) == ("reached", 0)
     assert (finished.folder / "best.safetensors").stat().st_mtime_ns == before
 
 
@@ -309,12 +304,6 @@ def test_status_tells_where_a_run_stands(
 ) -> None:
     assert main(["--status", str(finished.folder)]) == 0
     assert "reached" in capsys.readouterr().out.lower()
-
-
-def test_the_same_from_python(finished: Finished) -> None:
-    outcome = contract(out=finished.folder, resume=True)
-    assert (outcome.status, outcome.exit_code) == ("reached", 0)
-    assert outcome.folder == finished.folder
 
 
 def test_an_impossible_speedup_is_refused_before_training_with_the_reach(
@@ -359,14 +348,9 @@ def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
     assert "nearest" in outcome.message
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["config"]["steps"] == 1  # 590K to 530K is a short way
-    rows = read_csv(tmp_path / "run" / "trials.csv")
+    rows = table(tmp_path / "run" / "trials.csv")
     assert {r["stage"] for r in rows[1:]} == {"throughput"}
     assert (tmp_path / "run" / "report.md").exists()
-
-
-def test_the_small_arch_is_what_the_tests_think(finished: Finished) -> None:
-    arch = FAMILY.arch(SMALL_ARCH)
-    assert FAMILY.count_params(arch, Context(32, 10)) == 589_998
 
 
 def loose_folder(root: Path) -> tuple[Path, str]:
@@ -424,6 +408,6 @@ def test_a_store_of_other_images_serves_where_skipping_is_allowed(
     assert (
         main([*flags, "--label-epochs", "1", "--label-overflow", "cycle", "--out", str(out)]) == 0
     )
-    rows = read_csv(out / "trials.csv")
+    rows = table(out / "trials.csv")
     assert any(row["stage"] == "kept" for row in rows)
     assert main([*flags, "--label-epochs", "1", "--out", str(tmp_path / "strict")]) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import SMALL_ARCH, Finished
+from run_cases import Counting, one_calm_thread, settings, trials
 
 from benchmarks.throughput.networks import sample
 from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.core.requirement import Setting, parse_requirement
-from nas.jobs.job import Job, Result
 from nas.measure.device_table import (
     OK,
     DeviceRow,
@@ -28,7 +26,6 @@ from nas.measure.device_table import (
     write_rows,
 )
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.interference import Disturbance
 from nas.measure.measurement import Throughput
 from nas.measure.measurement_table import read_measurements
 from space import Arch, Context, InputError, get_family
@@ -40,69 +37,17 @@ SEED = FAMILY.arch(SMALL_ARCH)
 REQUIRED = ("speedup>=0.8@cpu:b2", "latency_ms<=500@cpu:b1", "peak_mem_mb<=4000@cpu:b1")
 
 
-def settings(finished: Finished, **more: Any) -> dict[str, Any]:
-    """The flags of the finished run, for Python."""
-    return {
-        "seed": finished.flags[1],
-        "target_params": "400K",
-        "effort": "smoke",
-        "threads": 1,
-        "img_size": 32,
-        "max_images": 200,
-        "teacher_epochs": 2,
-        "final_epochs": 1,
-        "candidates_per_step": 3,
-        "train_per_step": 1,
-        "steps": 2,
-        "bench_blocks": 6,
-        "bench_max_blocks": 6,
-        **more,
-    }
-
-
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """An inline executor runs on this process's threads, which are the run's identity."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def calm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests run beside these: what disturbs is measured elsewhere, here nothing does."""
-
-    class Calm:
-        def __init__(self, device: str) -> None: ...
-
-        def read(self) -> Disturbance:
-            return Disturbance(0.0, "")
-
-    monkeypatch.setattr("nas.measure.interleave.Watch", Calm)
-
-
-class Counting(InlineExecutor):
-    """Runs jobs here and remembers what kinds there were."""
-
-    def __init__(self) -> None:
-        self.kinds: list[str] = []
-
-    def run(self, job: Job, **more: Any) -> Result:
-        self.kinds.append(job.function.__name__)
-        return super().run(job, **more)
-
-
-def ledger(folder: Path) -> list[dict[str, str]]:
-    with open(folder / "trials.csv", newline="") as lines:
-        return list(csv.DictReader(lines))
+def calm() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield from one_calm_thread(patch)
 
 
 def test_every_setting_is_measured_and_a_second_search_times_nothing(
     finished: Finished, tmp_path: Path
 ) -> None:
     """Kept archs meet all requirements by interval; a cache answers the second run's questions."""
-    given = settings(finished, require=REQUIRED, cache_dir=finished.cache, steps=1)
+    given = settings(finished, require=REQUIRED, train_per_step=1, steps=1)
     first, second = Counting(), Counting()
     one = contract(**given, out=tmp_path / "one", executor=first)
     two = contract(**given, out=tmp_path / "two", executor=second)
@@ -113,7 +58,7 @@ def test_every_setting_is_measured_and_a_second_search_times_nothing(
     assert two.result["winner"] == one.result["winner"]
     verdicts = one.result["final"]["requirements"]
     assert len(verdicts) == len(REQUIRED)
-    rows = ledger(tmp_path / "one")
+    rows = trials(tmp_path / "one")
     assert {row["basis"] for row in rows} == {"measured"}
     for row in rows[1:]:
         if row["stage"] in ("kept", "proxy", "selection"):
@@ -137,7 +82,7 @@ def test_a_requirement_that_nothing_meets_is_refused_before_training(
 ) -> None:
     for text in ("latency_ms<=0.001@cpu:b1", "speedup>=400@cpu:b2"):
         executor = Counting()
-        given = settings(finished, require=(text,), cache_dir=finished.cache)
+        given = settings(finished, require=(text,))
         with pytest.raises(InputError) as caught:
             contract(**given, out=tmp_path / "run", executor=executor)
         metric = parse_requirement(text, dtype="float32", batch=16).metric
@@ -209,8 +154,8 @@ def unverified(
     finished: Finished, device_table: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "there"
-    given = settings(finished, device_table=[device_table], min_speedup=1.2)
-    outcome = contract(**given, out=folder, cache_dir=finished.cache, executor=InlineExecutor())
+    given = settings(finished, device_table=[device_table], min_speedup=1.2, train_per_step=1)
+    outcome = contract(**given, out=folder, executor=InlineExecutor())
     assert (outcome.status, outcome.exit_code) == ("unverified", 3)
     return folder
 
@@ -222,7 +167,7 @@ def test_with_a_device_table_nothing_is_timed_here_and_nothing_promised(unverifi
     assert "benchmarks.throughput --arch" in result["message"]
     assert "--runtime onnxruntime" in result["message"]
     assert result["final"] is None
-    rows = ledger(unverified)
+    rows = trials(unverified)
     assert {row["basis"] for row in rows} <= {"table", "predicted"}
     assert rows[0]["basis"] == "table", "the seed was measured there"
     for row in rows[1:]:

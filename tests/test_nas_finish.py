@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from nas.contract.final import nearest_published
-from nas.contract.seed import weak_teacher
+from nas.contract.seed import weak_teacher_notes
 from nas.core.per_image import paired_difference
 from nas.core.progress import Console
 from space import Context, get_family
@@ -119,6 +119,6 @@ def test_a_bar_on_a_terminal_lines_in_a_pipe_and_nothing_when_quiet() -> None:
 def test_a_teacher_no_better_than_its_student_is_told(
     teacher: float, error: float, seed: float, weak: bool
 ) -> None:
-    said = weak_teacher({"holdout_top1": teacher, "holdout_top1_se": error}, {"top1": seed})
+    said = weak_teacher_notes({"holdout_top1": teacher, "holdout_top1_se": error}, {"top1": seed})
     assert bool(said) == weak
     assert all("does not stand above the seed" in line for line in said)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import shutil
@@ -14,23 +13,28 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 from conftest import SMALL_ARCH, Finished
+from run_cases import Counting, one_calm_thread, settings, table, trials
 from safetensors.numpy import save_file
 
 from nas.contract import contract
 from nas.contract.__main__ import main
-from nas.contract.replay import earlier_of, lineage, read_earlier, replayed_config, set_aside
+from nas.contract.replay import (
+    dropped_requirements,
+    lineage,
+    load_earlier,
+    read_earlier,
+    replayed_config,
+)
 from nas.contract.run import plan
 from nas.contract.run_folder import SCHEMA
 from nas.contract.state import Run
-from nas.contract.step import binding_count
+from nas.contract.step import binding_constraint
 from nas.core.config import RunConfig
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.distill.jobs import TrainJob, train
-from nas.jobs.job import Job, JobFunction, Result
-from nas.measure.interference import Disturbance
+from nas.jobs.job import Job, Result
 from nas.report import status
 from nas.search.constraints import bench_setting, requirements_of
 from nas.search.strategies import strategy_names
@@ -45,68 +49,13 @@ FAMILY = get_family("tinyvit")
 CTX = Context(img_size=32, num_classes=10)
 
 
-def settings(finished: Finished, **more: Any) -> dict[str, Any]:
-    """The flags of the finished run, for Python."""
-    return {
-        "seed": finished.flags[1],
-        "target_params": "400K",
-        "effort": "smoke",
-        "threads": 1,
-        "img_size": 32,
-        "max_images": 200,
-        "teacher_epochs": 2,
-        "cache_dir": finished.cache,
-        "bench_blocks": 6,
-        "bench_max_blocks": 6,
-        "candidates_per_step": 3,
-        "train_per_step": 2,
-        "final_epochs": 1,
-        "steps": 2,
-        **more,
-    }
-
-
-class Calm:
-    """Other tests run beside these: nothing disturbs."""
-
-    def __init__(self, device: str) -> None: ...
-
-    def read(self) -> Disturbance:
-        return Disturbance(0.0, "")
-
-
 @pytest.fixture(scope="module", autouse=True)
 def calm() -> Iterator[None]:
-    """One thread, as an inline executor has its process's; of archs this small, none is to be too
-    slow by chance; a plan of seconds."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Of archs this small, none is to be too slow by chance; a plan takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nas.measure.interleave.Watch", Calm)
         patch.setattr("nas.search.constraints.NO_SLOWER_SLACK", 0.9)
         patch.setattr("nas.contract.plan.MEASURING_S", 6.0)
-        yield
-    torch.set_num_threads(before)
-
-
-class Counting(InlineExecutor):
-    """Runs jobs here and remembers which there were."""
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[JobFunction, str]] = []
-
-    def run(self, job: Job, **more: Any) -> Result:
-        self.jobs.append((job.function, job.key))
-        return super().run(job, **more)
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-def ledger(folder: Path) -> list[dict[str, str]]:
-    return table(folder / "trials.csv")
+        yield from one_calm_thread(patch)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +89,7 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
     first = contract(**settings(finished), out=folder, executor=Failing())
     assert first.status == "reached"
     before = (folder / "trials.csv").read_bytes()
-    assert [r["reason"] for r in ledger(folder) if r["state"] == "failed"] == ["out of memory"]
+    assert [r["reason"] for r in trials(folder) if r["state"] == "failed"] == ["out of memory"]
     (folder / "result.json").unlink()
     counting = Counting()
     again = contract(out=folder, resume=True, cache_dir=finished.cache, executor=counting)
@@ -179,10 +128,10 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
     given = settings(finished, strategy=strategy, baselines=False)
     outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
     assert outcome.status == "reached"
-    rows = [r for r in ledger(tmp_path / "run") if r["step"] != "0"]
+    rows = [r for r in trials(tmp_path / "run") if r["step"] != "0"]
     assert all(360_000 <= int(r["params"]) <= 440_000 for r in rows)
     assert len({r["key"] for r in rows}) == len(rows), "no arch is looked at twice"
-    seed = next(r for r in ledger(tmp_path / "run") if r["step"] == "0")
+    seed = next(r for r in trials(tmp_path / "run") if r["step"] == "0")
     assert {r["parent"] for r in rows} == {seed["key"]}
     kept = {r["key"] for r in rows if r["stage"] == "kept"}
     assert {f["key"] for f in outcome.result["finalists"]} <= kept
@@ -195,14 +144,14 @@ def test_a_rivals_run_repeats_itself(strategy: str, finished: Finished, tmp_path
     once, again = (
         contract(**given, out=tmp_path / name, executor=InlineExecutor()) for name in ("a", "b")
     )
-    assert [r["key"] for r in ledger(tmp_path / "a")] == [r["key"] for r in ledger(tmp_path / "b")]
+    assert [r["key"] for r in trials(tmp_path / "a")] == [r["key"] for r in trials(tmp_path / "b")]
     assert again.result["winner"] == once.result["winner"]
 
 
 def test_frozen_parts_are_never_moved(finished: Finished, tmp_path: Path) -> None:
     given = settings(finished, freeze=("stage1", "window_sizes"), target_params="500K", steps=1)
     contract(**given, out=tmp_path / "run", executor=InlineExecutor())
-    moved = {m.split(" ")[0] for r in ledger(tmp_path / "run") for m in r["moves"].split(", ") if m}
+    moved = {m.split(" ")[0] for r in trials(tmp_path / "run") for m in r["moves"].split(", ") if m}
     assert moved
     held = ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio", "window_sizes")
     assert not [m for m in moved if m.startswith(held)]
@@ -233,7 +182,7 @@ def test_finalists_have_a_second_random_seed(original: Path) -> None:
 def test_a_replay_answers_from_scores_without_training_a_candidate(
     original: Path, finished: Finished, tmp_path: Path
 ) -> None:
-    scored = [r for r in ledger(original) if r["state"] == "complete" and r["step"] != "0"]
+    scored = [r for r in trials(original) if r["state"] == "complete" and r["step"] != "0"]
     target = int(scored[0]["params"])
     executor = Counting()
     outcome = contract(
@@ -263,7 +212,7 @@ def test_a_replay_goes_on_from_the_nearest_larger_model(
         cache_dir=finished.cache,
     )
     assert outcome.status == "reached"
-    rows = ledger(tmp_path / "run")
+    rows = trials(tmp_path / "run")
     starts = {row["key"] for row in table(original / "models.csv")}
     assert outcome.result["reused"]["start"] in starts
     assert {r["parent"] for r in rows if r["step"] == "1"} == {outcome.result["reused"]["start"]}
@@ -308,7 +257,7 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
 
     def found(name: str) -> list[str]:
         config = RunConfig(seed="small", target_params=300_000, replay=str(tmp_path / name))
-        earlier = earlier_of(config, FAMILY, dataset)
+        earlier = load_earlier(config, FAMILY, dataset)
         assert earlier is not None
         return [row.key for row, _ in earlier.scored]
 
@@ -327,7 +276,7 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
 
 @pytest.mark.slow
 def test_a_replay_can_be_replayed(original: Path, finished: Finished, tmp_path: Path) -> None:
-    scored = [r for r in ledger(original) if r["state"] == "complete" and r["step"] != "0"]
+    scored = [r for r in trials(original) if r["state"] == "complete" and r["step"] != "0"]
     asked: dict[str, Any] = {"target_params": int(scored[0]["params"]), "cache_dir": finished.cache}
     results = []
     for name, before in (("first", original), ("second", tmp_path / "first")):
@@ -371,8 +320,8 @@ def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path
 
         run.do_all = do_all
         run.train(arch, "a", out=tmp_path / "a", epochs=2, init="scratch", **more)
-        job = run.train_job(arch, out=tmp_path / "a", epochs=2, init="scratch")
-        return jobs[0].argument, run.training_digest(job)
+        task = run.training(arch, "a", out=tmp_path / "a", epochs=2, init="scratch")
+        return jobs[0].argument, run.training_digest(task.job.argument)
 
     before, digest = asked("sparse")
     digests = {digest}
@@ -445,7 +394,7 @@ def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> N
     want = {r.text for r in requirements_of(before) if r.setting != bench_setting(before)}
     want |= {r.text for r in requirements_of(before) if r.metric == "peak_mem_mb"}
     assert texts == {*want, "speedup>=2@cpu:eager:float32:b16"}
-    assert set(set_aside(before, faster)) == {"speedup>=1.5@cpu:eager:float32:b16", own}
+    assert set(dropped_requirements(before, faster)) == {"speedup>=1.5@cpu:eager:float32:b16", own}
     anew = replayed_config({**asked, "require": ("params<=350000",)})
     assert (anew.min_speedup, anew.require) == (None, ("params<=350000",))
 
@@ -463,7 +412,7 @@ def test_what_keeps_a_band_empty_is_named(asked: int | None, lo: int, by: str) -
     here = SimpleNamespace(
         key=lambda arch: FAMILY.key(arch, CTX), counted={}, family=FAMILY, context=CTX
     )
-    assert binding_count(cast(Any, here), [seed], Band(lo, lo + 500_000, asked)) == by
+    assert binding_constraint(cast(Any, here), [seed], Band(lo, lo + 500_000, asked)) == by
 
 
 def test_a_plan_trains_nothing_and_foretells_the_counted_work(
@@ -590,7 +539,7 @@ def test_a_trust_report_names_its_archs_first_and_survives_a_stop(
         "synflow",
         "ceiling: the noise-free truth",
     } <= (names)
-    assert result["proxy_check"]["says"] in (original / "report.md").read_text()
+    assert result["proxy_check"]["message"] in (original / "report.md").read_text()
     assert (original / "best.safetensors").read_bytes() == before
     assert main([*flags, "--check-proxy", "4"]) == 0, "and is not made twice"
 
@@ -601,7 +550,7 @@ def test_classes_may_count_alike(finished: Finished, tmp_path: Path) -> None:
     assert outcome.status == "reached"
     assert outcome.result["final"]["winner"]["metric"] is not None
     assert "balanced accuracy" in outcome.message
-    scored = [r for r in ledger(tmp_path / "run") if r["state"] == "complete"]
+    scored = [r for r in trials(tmp_path / "run") if r["state"] == "complete"]
     assert all(r["metric"] for r in scored)
     assert "balanced accuracy" in (tmp_path / "run" / "report.md").read_text()
     with pytest.raises(InputError, match="--metric"):

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from nas.contract.race import race, rungs_of
 from nas.contract.state import MORE, Incumbent, Run, Task
 from nas.contract.step import Step, rank
-from nas.core.per_image import judged, losses_of, per_image
+from nas.core.per_image import losses_of, per_image, with_metric
 from nas.distill.jobs import EarlierRung, TrainJob, train
 from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, keep_failure, run_job
 from nas.search.study import Trial
@@ -50,7 +50,7 @@ class Rows:
 
 
 @dataclass
-class Bench(Run):
+class MadeUpRun(Run):
     """What a race needs of a run: made-up losses by candidate, and a diary of its trainings.
 
     An arch is its own key.
@@ -89,8 +89,8 @@ class Bench(Run):
             to_dict=str,
             arch=str,
         )
-        self.context = self.seed_arch = self.ledger = same()
-        self.ledger = Rows()  # type: ignore[assignment]
+        self.context = self.seed_arch = self.study = same()
+        self.study = Rows()  # type: ignore[assignment]
 
     def band(self, step: int) -> Any:
         return SimpleNamespace(hi=1)
@@ -137,25 +137,24 @@ class Bench(Run):
 PARENT = Incumbent(cast(Any, "parent"), "parent", Path("parent"), 1.0, 1.0, 1.0)
 
 
-def step_of(bench: Bench, incumbents: Sequence[Incumbent] = ()) -> Step:
+def step_of(run: MadeUpRun, incumbents: Sequence[Incumbent] = ()) -> Step:
     """A first step whose candidates are all equally fast."""
     timed = {"images_per_s": 1.0, "ratio": 1.0}
     found = [
-        Candidate(cast(Any, key), key, 1, 1, 1, (), None, PARENT.arch, **timed)
-        for key in bench.means
+        Candidate(cast(Any, key), key, 1, 1, 1, (), None, PARENT.arch, **timed) for key in run.means
     ]
-    return Step(1, PARENT, incumbents, [PARENT], {}, listed={each.key: each for each in found})
+    return Step(1, PARENT, incumbents, [PARENT], {}, candidates={each.key: each for each in found})
 
 
-def run_race(bench: Bench) -> list[Trial]:
-    step = step_of(bench)
-    return race(bench, step, list(step.listed.values()))
+def run_race(run: MadeUpRun) -> list[Trial]:
+    step = step_of(run)
+    return race(run, step, list(step.candidates.values()))
 
 
 def test_losers_stop_and_those_that_remain_get_their_epochs(tmp_path: Path) -> None:
     means = {"a": 1.0, "b": 1.01, **{f"z{i}": 3.0 + i for i in range(6)}}
-    bench = Bench(tmp_path, means, keep=2)
-    raced = run_race(bench)
+    run = MadeUpRun(tmp_path, means, keep=2)
+    raced = run_race(run)
     assert [t.key for t in raced] == list(means), "in the order of the candidates"
     through = [t for t in raced if t.stage != "race"]
     stopped = [t for t in raced if t.stage == "race"]
@@ -163,74 +162,74 @@ def test_losers_stop_and_those_that_remain_get_their_epochs(tmp_path: Path) -> N
     assert all(t.epochs == 1 and "after 1 of 8 epochs" in t.reason for t in stopped)
     # Six stopped after one of eight epochs: 42 saved, 21 more for each of two.
     assert {t.epochs for t in through} == {8 + 21}
-    folders = {bench.trial_folder(t).name for t in through}
+    folders = {run.trial_folder(t).name for t in through}
     assert all(name.endswith(MORE) for name in folders)
     assert sum(t.epochs for t in raced) <= 8 * len(means)
     assert not list(tmp_path.glob(f"*/{CHECKPOINT}")), "no checkpoint is left"
     assert {p.parent.name for p in tmp_path.glob("*/weights.safetensors")} == folders
     for trial in raced:
-        assert (bench.trial_folder(trial) / "holdout.safetensors").exists()
+        assert (run.trial_folder(trial) / "holdout.safetensors").exists()
 
 
 @pytest.mark.parametrize("racing", [False, True])
 def test_equals_all_reach_the_end_and_nothing_is_raced_needlessly(
     tmp_path: Path, racing: bool
 ) -> None:
-    bench = Bench(tmp_path, dict.fromkeys("abcd", 1.0), racing=racing, epochs=4)
-    assert all((t.stage, t.epochs) == ("proxy", 4) for t in run_race(bench))
-    assert len(bench.diary) == (4 * len(rungs_of(4)) if racing else 4)
-    few = Bench(tmp_path / "few", {"a": 1.0, "b": 9.0}, keep=2, epochs=4)
+    run = MadeUpRun(tmp_path, dict.fromkeys("abcd", 1.0), racing=racing, epochs=4)
+    assert all((t.stage, t.epochs) == ("proxy", 4) for t in run_race(run))
+    assert len(run.diary) == (4 * len(rungs_of(4)) if racing else 4)
+    few = MadeUpRun(tmp_path / "few", {"a": 1.0, "b": 9.0}, keep=2, epochs=4)
     few.root.mkdir()
     assert all(t.stage == "proxy" for t in run_race(few))
     assert len(few.diary) == 2, "as many places as candidates: nothing to race for"
 
 
 def test_a_failure_is_an_outcome_of_its_own(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing=frozenset("b"), epochs=2)
-    raced = run_race(bench)
+    run = MadeUpRun(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing=frozenset("b"), epochs=2)
+    raced = run_race(run)
     assert [t.state for t in raced] == ["complete", "failed", "complete"]
     assert raced[1].reason == "out of memory"
-    assert [d["key"] for d in bench.diary].count("b") == 1, "and is not trained any further"
-    done = len(bench.diary)
-    assert run_race(bench) == raced
-    assert [d["key"] for d in bench.diary[done:]].count("b") == 0, "nor on resuming"
+    assert [d["key"] for d in run.diary].count("b") == 1, "and is not trained any further"
+    done = len(run.diary)
+    assert run_race(run) == raced
+    assert [d["key"] for d in run.diary[done:]].count("b") == 0, "nor on resuming"
 
 
 @pytest.mark.parametrize("stored", [3, 9, 100])
 def test_saved_epochs_stay_within_the_stored_labels(tmp_path: Path, stored: int) -> None:
     means = {"a": 1.0, "b": 1.0, **{f"z{i}": 5.0 for i in range(4)}}
-    bench = Bench(tmp_path, means, epochs=2, stored=stored)
-    run_race(bench)
-    more = [d for d in bench.diary if d["name"].endswith(MORE)]
+    run = MadeUpRun(tmp_path, means, epochs=2, stored=stored)
+    run_race(run)
+    more = [d for d in run.diary if d["name"].endswith(MORE)]
     assert more
     assert all(d["first_epoch"] + d["epochs"] <= stored for d in more)
 
 
 def test_where_steps_are_compared_all_train_equally_long(tmp_path: Path) -> None:
     means = {"a": 1.0, "b": 1.01, **{f"z{i}": 3.0 + i for i in range(6)}}
-    raced = run_race(Bench(tmp_path, means, stepwise=False, keep=2))
+    raced = run_race(MadeUpRun(tmp_path, means, stepwise=False, keep=2))
     assert {t.epochs for t in raced if t.stage != "race"} == {8}
     assert not list(tmp_path.glob(f"*{MORE}"))
 
 
 def test_a_race_that_nobody_ends_is_a_recorded_outcome(tmp_path: Path) -> None:
     means = {"a": 1.0, **{f"z{i}": 5.0 + i for i in range(3)}}
-    bench = Bench(tmp_path, means, failing=frozenset("a"), fails_late=True, epochs=4)
-    raced = run_race(bench)
+    run = MadeUpRun(tmp_path, means, failing=frozenset("a"), fails_late=True, epochs=4)
+    raced = run_race(run)
     assert [t.state for t in raced] == ["failed", "pruned", "pruned", "pruned"]
-    assert rank(bench, step_of(bench), raced) == []
-    assert {t.key: (t.stage, t.state) for t in bench.ledger.rows} == {
+    assert rank(run, step_of(run), raced) == []
+    assert {t.key: (t.stage, t.state) for t in run.study.rows} == {
         "a": ("proxy", "failed"),
         **dict.fromkeys(("z0", "z1", "z2"), ("race", "pruned")),
     }
 
 
 def test_an_arch_trained_again_holds_one_place(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, {"a": 1.0, "b": 2.0}, stepwise=False, keep=2, epochs=2)
-    raced = run_race(bench)
-    first = rank(bench, step_of(bench), raced)
+    run = MadeUpRun(tmp_path, {"a": 1.0, "b": 2.0}, stepwise=False, keep=2, epochs=2)
+    raced = run_race(run)
+    first = rank(run, step_of(run), raced)
     assert [i.key for i in first] == ["a", "b"]
-    assert [i.key for i in rank(bench, step_of(bench, first), raced)] == ["a", "b"]
+    assert [i.key for i in rank(run, step_of(run, first), raced)] == ["a", "b"]
 
 
 def test_that_a_job_failed_is_kept_and_success_is_not_in_its_way(tmp_path: Path) -> None:
@@ -258,7 +257,7 @@ def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:
     by_class = [losses[truth == c].mean() for c in range(3)]
     assert losses_of(tmp_path, "macro_f1").mean() == pytest.approx(np.mean(by_class), rel=1e-6)
     assert losses_of(tmp_path).mean() == pytest.approx(losses.mean(), rel=1e-6)
-    values = judged({"soft_loss": 9.0}, tmp_path, "balanced_accuracy", 3)
+    values = with_metric({"soft_loss": 9.0}, tmp_path, "balanced_accuracy", 3)
     recall = [(predicted[truth == c] == c).mean() for c in range(3)]
     assert values["metric"] == values["test_metric"] == pytest.approx(np.mean(recall))
     assert values["soft_loss"] == pytest.approx(np.mean(by_class), rel=1e-6)
@@ -332,7 +331,7 @@ def _scratch_trainings(finished: Any) -> list[TrainJob]:
 
 
 def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
-    bench = SimpleNamespace(
+    run = SimpleNamespace(
         dataset=SimpleNamespace(fingerprint="d"),
         fingerprint={"id": "f"},
         config=SimpleNamespace(threads=1, metric="top1"),
@@ -352,7 +351,7 @@ def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
             first_epoch=first_epoch,
             label_epochs=label_epochs,
         )
-        return Run.training_digest(bench, job)  # type: ignore[arg-type]
+        return Run.training_digest(run, job)  # type: ignore[arg-type]
 
     assert digest(4) == digest(9) == digest(100)
     assert len({digest(3), digest(2), digest(4)}) == 3, "where labels start again, it counts"

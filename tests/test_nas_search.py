@@ -22,7 +22,7 @@ from nas.search.constraints import (
     primary_setting,
     requirements_of,
     settings_of,
-    tightened,
+    tighten,
 )
 from nas.search.selection import paired_error, pick, rank, spread
 from space import get_family
@@ -88,7 +88,7 @@ def test_no_step_asks_for_less_than_the_one_before_nor_more_than_the_user(
 ) -> None:
     """Either sense, whether the seed meets the bound already or not."""
     required = Requirement(metric, bound, None if metric == "macs" else Setting())
-    asked = [tightened(required, k / steps, seed) for k in range(1, steps + 1)]
+    asked = [tighten(required, k / steps, seed) for k in range(1, steps + 1)]
     values = [r.bound if r.sense == "<=" else -r.bound for r in asked]
     assert all(a >= b - 1e-9 * abs(b) for a, b in pairwise(values))
     assert asked[-1] == required

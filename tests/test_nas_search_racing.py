@@ -8,8 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from nas.search.racing import share_saved, survivors
-from space.errors import InputError
+from nas.search.racing import racing_decision
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,7 +31,7 @@ def raced(curves: Floats, keep: int, alpha: float, drift_sd: float | None) -> li
     left, found = [str(i) for i in range(len(curves))], []
     for rung in range(curves.shape[1] - 1):
         losses = {key: curves[int(key), rung] for key in left}
-        decision = survivors(
+        decision = racing_decision(
             losses, keep, alpha=alpha, looks=curves.shape[1] - 1, drift_sd=drift_sd
         )
         left = list(decision.stay)
@@ -80,7 +79,7 @@ def test_decisions_follow_the_rule_spelt_out_pair_by_pair() -> None:
         losses = {
             f"k{i}": base + spread * rng.normal() + 0.3 * rng.normal(size=images) for i in range(n)
         }
-        found = survivors(losses, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
+        found = racing_decision(losses, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
         if n <= keep:
             assert set(found.stay) == set(losses)
             continue
@@ -94,7 +93,7 @@ def test_decisions_follow_the_rule_spelt_out_pair_by_pair() -> None:
                     better += 1
             assert (key in found.stop) == (better >= keep)
         shuffled = {k: losses[k] for k in rng.permutation(list(losses)).tolist()}
-        again = survivors(shuffled, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
+        again = racing_decision(shuffled, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
         assert (again.stay, again.stop) == (found.stay, found.stop)
         means = [float(losses[k].mean()) for k in found.stay]
         assert means == sorted(means)
@@ -107,48 +106,26 @@ def test_who_must_stay_and_who_cannot() -> None:
     rng = np.random.default_rng(4)
     losses = {f"k{i}": i + 0.01 * rng.normal(size=50) for i in range(5)}
     for keep in (5, 6, 100):
-        assert not survivors(losses, keep, alpha=0.05, looks=1).stop
-    found = survivors(losses, 2, alpha=0.05, looks=2)
+        assert not racing_decision(losses, keep, alpha=0.05, looks=1).stop
+    found = racing_decision(losses, 2, alpha=0.05, looks=2)
     assert found.stay == ("k0", "k1")
     assert found.stop["k4"] == (
         "worse than 4 of 4 others by paired tests on 50 images, keeping 2; 4 nats behind the best"
     )
     ties = dict.fromkeys("abc", losses["k0"])
-    assert survivors(ties, 1, alpha=0.05, looks=1).stay == ("a", "b", "c")
+    assert racing_decision(ties, 1, alpha=0.05, looks=1).stay == ("a", "b", "c")
     # The same difference on every image is no accident; one image alone proves nothing.
     certain = {"a": np.zeros(9), "b": np.full(9, 0.5)}
-    assert survivors(certain, 1, alpha=0.05, looks=1).stay == ("a",)
-    assert survivors(certain, 1, alpha=0.05, looks=1, drift_sd=1.0).stay == ("a", "b")
+    assert racing_decision(certain, 1, alpha=0.05, looks=1).stay == ("a",)
+    assert racing_decision(certain, 1, alpha=0.05, looks=1, drift_sd=1.0).stay == ("a", "b")
     one = {"a": np.zeros(1), "b": np.full(1, 0.5)}
-    assert not survivors(one, 1, alpha=0.05, looks=1).stop
+    assert not racing_decision(one, 1, alpha=0.05, looks=1).stop
 
 
 def test_what_diverged_stops_at_once_but_never_everything() -> None:
     good, bad = np.zeros(5), np.array([0.0, 0.0, math.nan, 0.0, 0.0])
-    found = survivors({"a": good, "b": bad, "c": np.full(5, np.inf)}, 3, alpha=0.05, looks=1)
+    found = racing_decision({"a": good, "b": bad, "c": np.full(5, np.inf)}, 3, alpha=0.05, looks=1)
     assert found.stay == ("a",)
     assert found.stop == {"b": "diverged", "c": "diverged"}
-    assert survivors({"b": bad, "c": bad}, 1, alpha=0.05, looks=1).stay == ("b", "c")
-    assert survivors({}, 1, alpha=0.05, looks=1).stay == ()
-
-
-@pytest.mark.parametrize("epochs", range(0, 20, 3))
-def test_saved_epochs_are_shared_evenly_to_the_last_one(epochs: int) -> None:
-    for n in range(1, 6):
-        keys = [f"k{i}" for i in range(n)]
-        shares = share_saved(epochs, keys)
-        assert sum(shares.values()) == epochs
-        assert max(shares.values()) - min(shares.values()) <= 1
-        assert [shares[k] for k in keys] == sorted(shares.values(), reverse=True)
-    assert share_saved(epochs, []) == {}
-
-
-def test_input_that_makes_no_race_is_refused() -> None:
-    images = {"a": np.zeros(5), "b": np.zeros(5)}
-    for keep, alpha, looks in ((0, 0.1, 1), (1, 0.0, 1), (1, 1.0, 1), (1, 0.1, 0)):
-        with pytest.raises(InputError, match="a race"):
-            survivors(images, keep, alpha=alpha, looks=looks)
-    with pytest.raises(InputError, match="drift_sd"):
-        survivors(images, 1, alpha=0.1, looks=1, drift_sd=math.nan)
-    with pytest.raises(InputError, match="same images"):
-        survivors({"a": np.zeros(5), "b": np.zeros(6)}, 1, alpha=0.1, looks=1)
+    assert racing_decision({"b": bad, "c": bad}, 1, alpha=0.05, looks=1).stay == ("b", "c")
+    assert racing_decision({}, 1, alpha=0.05, looks=1).stay == ()

@@ -21,7 +21,13 @@ from nas.contract.__main__ import main
 from nas.contract.replay import read_earlier
 from nas.contract.run import RunResult
 from nas.contract.state import Run
-from nas.search.storage import SharedStudy, StudyAway, check_reachable, new_shared, resumed_shared
+from nas.search.storage import (
+    SharedStudy,
+    StudyUnavailable,
+    check_reachable,
+    new_shared,
+    resumed_shared,
+)
 from nas.search.study import StepRow, Study, Trial, open_study, read_study
 from space import get_family
 from space.errors import InputError, refuse, without_passwords
@@ -131,9 +137,9 @@ def test_a_server_that_is_away_ends_in_one_line_and_the_study_goes_on(tmp_path: 
         server.start()
         fill(study, wanted[:2])  # restarted between trials: not noticed
         server.kill()
-        with pytest.raises(StudyAway) as adding:
+        with pytest.raises(StudyUnavailable) as adding:
             fill(study, wanted[:4])
-        with pytest.raises(StudyAway) as opening:
+        with pytest.raises(StudyUnavailable) as opening:
             check_reachable(shared)
         for refusal in (adding, opening):
             line = str(refusal.value)
@@ -168,11 +174,11 @@ def test_a_copy_in_a_file_serves_readers_without_the_server(tmp_path: Path) -> N
     copy = read_study(tmp_path, told)
     assert copy.rows == rows(4)
     assert copy.steps == [step]
-    with pytest.raises(StudyAway):
+    with pytest.raises(StudyUnavailable):
         open_study(tmp_path, shared)  # a run that goes on needs the server
     assert (tmp_path / "study.db").exists()
     (tmp_path / "study.db").unlink()
-    with pytest.raises(StudyAway):
+    with pytest.raises(StudyUnavailable):
         read_study(tmp_path, told)
 
 
@@ -403,23 +409,23 @@ def test_an_outage_before_the_first_row_keeps_the_run(
     with serving() as server:
         begun = [*finished.flags, "--out", str(folder), "--storage", server.url(), "--quiet"]
 
-        def first_row(bench: Run, trust: object, *, fresh: bool) -> RunResult:
+        def first_row(run: Run, trust: object, *, fresh: bool) -> RunResult:
             if fresh:
                 assert len(server_studies(server)) == 1
                 server.kill()
-            fill(bench.ledger, rows(1))
+            fill(run.study, rows(1))
             return RunResult("stopped", 3, "", folder, {})
 
-        def refused(bench: Run, trust: object, *, fresh: bool) -> RunResult:
+        def refused(run: Run, trust: object, *, fresh: bool) -> RunResult:
             assert len(server_studies(server)) == 1
             raise refuse("--steps", 1, "another number")
 
-        monkeypatch.setattr("nas.contract.run.work", refused)
+        monkeypatch.setattr("nas.contract.run.execute", refused)
         assert main(begun) == 2
         assert not folder.exists()
         assert server_studies(server) == []
         capfd.readouterr()
-        monkeypatch.setattr("nas.contract.run.work", first_row)
+        monkeypatch.setattr("nas.contract.run.execute", first_row)
         assert main(begun) == 2
         error = capfd.readouterr().err
         assert len(error.splitlines()) == 1, error

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from space_cases import FAMILY, random_arch
 
-from nas.search.strategies import Ask, Seen, get_strategy, strategy_names
+from nas.search.strategies import SearchState, get_strategy, strategy_names
 from nas.search.strategies.encoding import dimensions_of
-from nas.search.strategies.optuna_samplers import startup, told
+from nas.search.strategies.optuna_samplers import past_trials, startup_trials
+from nas.search.study import Trial
 from space import Arch, Context, InputError
-from space.contractions import Band, Candidate, anchors_in, contains, count_contractions, propose
+from space.contractions import Band, Candidate, baselines_in, contains, count_contractions, propose
 from space.freeze import freeze
 
 ALL = strategy_names()
@@ -37,9 +38,9 @@ SMALL = FAMILY.arch(
 DIGITS = Context(48, 10)
 
 
-def question(seed: Arch = SMALL, ctx: Context = DIGITS, **more: object) -> Ask:
+def search_state(seed: Arch = SMALL, ctx: Context = DIGITS, **more: object) -> SearchState:
     params = FAMILY.count_params(seed, ctx)
-    ask = Ask(
+    state = SearchState(
         step=1,
         steps=4,
         number=6,
@@ -52,17 +53,17 @@ def question(seed: Arch = SMALL, ctx: Context = DIGITS, **more: object) -> Ask:
         random_seed=0,
         baselines=False,
     )
-    return replace(ask, **more)  # type: ignore[arg-type]
+    return replace(state, **more)  # type: ignore[arg-type]
 
 
-def random_question(rng: random.Random) -> Ask:
-    """Draw a question of a first step: any seed, any band, often one with few nets or none."""
+def random_state(rng: random.Random) -> SearchState:
+    """Draw a first step's state: any seed, any band, often one with few nets or none."""
     ctx = Context(rng.choice([32, 48, 224]), rng.choice([3, 10, 1000]))
     seed = rng.choice([SMALL, FAMILY.seed("5M"), random_arch(rng, most=128, deepest=2)])
     params, macs = FAMILY.count_params(seed, ctx), FAMILY.count_macs(seed, ctx)
     low = rng.uniform(0.2, 1.0)
     light = int(macs * rng.uniform(0.4, 1.0)) if rng.random() < 0.4 else None
-    return question(
+    return search_state(
         seed,
         ctx,
         number=rng.randint(1, 9),
@@ -72,14 +73,30 @@ def random_question(rng: random.Random) -> Ask:
     )
 
 
-def decided(ask: Ask, listed: Sequence[Candidate], rng: random.Random) -> tuple[Seen, ...]:
-    """Decide a list at random: scored, passed but not trained, too slow, failed."""
+def trial(step: int, candidate: Candidate, **more: object) -> tuple[Trial, Arch]:
+    c = candidate
+    known = Trial(step, c.key, "", "", "", c.grid_steps, "", c.params, c.params, c.macs)
+    return replace(known, **more), c.arch  # type: ignore[arg-type]
+
+
+def scored(step: int, candidate: Candidate, loss: float) -> tuple[Trial, Arch]:
+    return trial(step, candidate, stage="proxy", state="complete", soft_loss=loss)
+
+
+def decided(
+    state: SearchState, proposed: Sequence[Candidate], rng: random.Random
+) -> tuple[tuple[Trial, Arch], ...]:
+    """Decide candidates at random: scored, passed but not trained, too slow, failed."""
     rows = []
-    for s in listed:
+    for candidate in proposed:
         violation = rng.choice([-0.2, 0.0, -0.1, 0.05, 0.4, math.inf])
-        loss = rng.uniform(0.5, 2.0) if violation <= 0 and rng.random() < 0.8 else None
-        key = FAMILY.key(s.arch, ask.context)
-        rows.append(Seen(ask.step, s.arch, key, s.params, violation, loss, rng.uniform(1, 2)))
+        if violation <= 0 and rng.random() < 0.8:
+            row = scored(state.step, candidate, rng.uniform(0.5, 2.0))
+        elif violation == math.inf:
+            row = trial(state.step, candidate, stage="throughput", state="failed")
+        else:
+            row = trial(state.step, candidate, stage="throughput", violation=violation)
+        rows.append((replace(row[0], ratio=rng.uniform(1, 2)), row[1]))
     return tuple(rows)
 
 
@@ -89,37 +106,39 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
     rng = random.Random(f"legal {name}")
     answered = 0
     for _ in range(7):
-        ask = random_question(rng)
+        state = random_state(rng)
         for step in (1, 2, 3):
-            ask = replace(ask, step=step, draw=rng.choice([0, 0, 1]))
-            listed = strategy.propose(ask)
-            answered += len(listed)
-            assert listed == strategy.propose(ask)
-            assert len(listed) <= ask.number
-            keys = [FAMILY.key(s.arch, ask.context) for s in listed]
+            state = replace(state, step=step, draw=rng.choice([0, 0, 1]))
+            proposed = strategy.propose(state)
+            answered += len(proposed)
+            assert proposed == strategy.propose(state)
+            assert len(proposed) <= state.number
+            keys = [FAMILY.key(s.arch, state.context) for s in proposed]
             assert len(set(keys)) == len(keys)
-            assert not set(keys) & ask.exclude
-            baselines = {FAMILY.key(a, ask.context) for _, a in anchors_of(ask)}
-            for s, key in zip(listed, keys, strict=True):
-                assert s.parent == ask.seed
-                assert ask.band.lo <= s.params <= ask.band.hi
-                assert s.params == FAMILY.count_params(s.arch, ask.context)
-                assert s.macs == FAMILY.count_macs(s.arch, ask.context)
-                assert ask.band.max_macs is None or s.macs <= ask.band.max_macs
-                assert contains(FAMILY, ask.seed, s.arch, ask.context) or key in baselines
+            assert not set(keys) & state.exclude
+            baselines = {FAMILY.key(a, state.context) for _, a in anchors_of(state)}
+            for s, key in zip(proposed, keys, strict=True):
+                assert s.parent == state.seed
+                assert state.band.lo <= s.params <= state.band.hi
+                assert s.params == FAMILY.count_params(s.arch, state.context)
+                assert s.macs == FAMILY.count_macs(s.arch, state.context)
+                assert state.band.max_macs is None or s.macs <= state.band.max_macs
+                assert contains(FAMILY, state.seed, s.arch, state.context) or key in baselines
                 assert s.moved
                 assert s.grid_steps >= len(s.moved)
-                assert s.baseline is None or (ask.baselines and ask.draw == 0)
-            more = decided(ask, listed, rng)
+                assert s.baseline is None or (state.baselines and state.draw == 0)
+            more = decided(state, proposed, rng)
             again = rng.random() < 0.5  # the same step asks again, or the next one does
-            ask = replace(
-                ask, seen=(*ask.seen, *more), exclude=frozenset(keys) if again else frozenset()
+            state = replace(
+                state,
+                trials=(*state.trials, *more),
+                exclude=frozenset(keys) if again else frozenset(),
             )
     assert answered > (5 if name == "uniform" else 40)  # few scalings fit in a narrow band
 
 
-def anchors_of(ask: Ask) -> list[tuple[str, Arch]]:
-    return anchors_in(FAMILY, [ask.seed], ask.context, ask.band)
+def anchors_of(state: SearchState) -> list[tuple[str, Arch]]:
+    return baselines_in(FAMILY, [state.seed], state.context, state.band)
 
 
 @pytest.mark.parametrize(
@@ -130,35 +149,35 @@ def test_what_was_decided_is_listed_again_only_when_nothing_else_is_left(name: s
     ctx = Context(48, 10)
     seed = FAMILY.arch({**FAMILY.to_dict(SMALL), "embed_dims": [32, 32, 64, 64], "depths": [1] * 4})
     params = FAMILY.count_params(seed, ctx)
-    ask = question(seed, ctx, number=7, band=Band(int(0.5 * params), int(0.9 * params)))
-    number = count_contractions(FAMILY, seed, ctx, ask.band)
+    state = search_state(seed, ctx, number=7, band=Band(int(0.5 * params), int(0.9 * params)))
+    number = count_contractions(FAMILY, seed, ctx, state.band)
     assert 20 < number < 7 * 24
     met: set[str] = set()
     fresh = True
     for step in range(1, 25):
-        ask = replace(ask, step=step, steps=25)
-        listed = strategy.propose(ask)
-        keys = {FAMILY.key(s.arch, ctx) for s in listed}
+        state = replace(state, step=step, steps=25)
+        proposed = strategy.propose(state)
+        keys = {FAMILY.key(s.arch, ctx) for s in proposed}
         assert keys, "there is always something to list again"
         if keys & met:
             assert keys <= met
             fresh = False
         assert fresh or keys <= met, "nothing new turns up later"
         met |= keys
-        ask = replace(ask, seen=(*ask.seen, *decided(ask, listed, rng)))
+        state = replace(state, trials=(*state.trials, *decided(state, proposed, rng)))
     assert not fresh
     assert len(met) == number
-    assert strategy.propose(replace(ask, exclude=frozenset(met))) == []
+    assert strategy.propose(replace(state, exclude=frozenset(met))) == []
 
 
 @pytest.mark.parametrize("name", SEEDED)
 def test_the_random_seed_the_step_and_the_draw_change_the_list(name: str) -> None:
     strategy = get_strategy(name)
-    past = decided(question(), strategy.propose(question(number=12)), random.Random(2))
-    for seen in ((), past):
-        ask = question(seen=seen)
+    past = decided(search_state(), strategy.propose(search_state(number=12)), random.Random(2))
+    for trials in ((), past):
+        state = search_state(trials=trials)
         lists = [
-            tuple(s.arch for s in strategy.propose(replace(ask, **change)))  # type: ignore[arg-type]
+            tuple(s.arch for s in strategy.propose(replace(state, **change)))  # type: ignore[arg-type]
             for change in ({}, {"random_seed": 1}, {"step": 2}, {"draw": 1})
         ]
         assert len(set(lists)) == 4
@@ -170,19 +189,21 @@ def test_contraction_is_the_shortlist_of_the_incumbents() -> None:
     assert strategy.stepwise
     assert [n for n in ALL if get_strategy(n).stepwise] == ["contraction"]
     for draw in (0, 1):
-        ask = question(FAMILY.seed("5M"), random_seed=rng.randint(0, 9), baselines=True, draw=draw)
-        others = tuple(s.arch for s in strategy.propose(replace(ask, number=2)))
-        params = FAMILY.count_params(ask.seed, DIGITS)
-        ask = replace(ask, incumbents=others, band=Band(int(0.3 * params), int(0.5 * params)))
-        tried = frozenset(FAMILY.key(s.arch, DIGITS) for s in strategy.propose(ask)[2:])
-        ask = replace(ask, exclude=tried)
-        assert strategy.propose(ask) == propose(
+        state = search_state(
+            FAMILY.seed("5M"), random_seed=rng.randint(0, 9), baselines=True, draw=draw
+        )
+        others = tuple(s.arch for s in strategy.propose(replace(state, number=2)))
+        params = FAMILY.count_params(state.seed, DIGITS)
+        state = replace(state, incumbents=others, band=Band(int(0.3 * params), int(0.5 * params)))
+        tried = frozenset(FAMILY.key(s.arch, DIGITS) for s in strategy.propose(state)[2:])
+        state = replace(state, exclude=tried)
+        assert strategy.propose(state) == propose(
             FAMILY,
             others,
             DIGITS,
-            ask.band,
-            ask.number,
-            random_seed=ask.random_seed,
+            state.band,
+            state.number,
+            random_seed=state.random_seed,
             baselines=draw == 0,
             exclude=tried,
         )
@@ -191,16 +212,16 @@ def test_contraction_is_the_shortlist_of_the_incumbents() -> None:
 def test_uniform_scales_widths_first_then_depths_as_well() -> None:
     seed, ctx = FAMILY.seed("21M"), Context(224, 1000)
     params = FAMILY.count_params(FAMILY.seed("5M"), ctx)
-    ask = question(seed, ctx, number=40, band=Band(int(0.9 * params), int(1.1 * params)))
-    listed = get_strategy("uniform").propose(ask)
-    values = [FAMILY.to_dict(s.arch) for s in listed]
+    state = search_state(seed, ctx, number=40, band=Band(int(0.9 * params), int(1.1 * params)))
+    proposed = get_strategy("uniform").propose(state)
+    values = [FAMILY.to_dict(s.arch) for s in proposed]
     kept = {k: v for k, v in FAMILY.to_dict(seed).items() if k not in ("embed_dims", "depths")}
     assert all({k: v[k] for k in kept} == kept for v in values)
     blocks = [sum(v["depths"]) for v in values]
     assert blocks == sorted(blocks, reverse=True)
     assert blocks[0] == sum(FAMILY.to_dict(seed)["depths"]) > blocks[-1]
     for level in set(blocks):
-        off = [abs(s.params - params) for s, n in zip(listed, blocks, strict=True) if n == level]
+        off = [abs(s.params - params) for s, n in zip(proposed, blocks, strict=True) if n == level]
         assert all(b - a > -2 for a, b in itertools.pairwise(off))
     for v in values:
         ratios = np.array(v["embed_dims"]) / FAMILY.to_dict(seed)["embed_dims"]
@@ -211,16 +232,13 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
     """In a band without bounds nothing is moved: half a list differs from a parent in few slots."""
     band = Band(0, 10**9)
     dimensions = dimensions_of(FAMILY, SMALL, DIGITS)
-    pool = get_strategy("random").propose(question(number=12, band=band))
-    seen = tuple(
-        Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, -0.1, float(i))
-        for i, s in enumerate(pool)
-    )
-    parents = [np.array([g.index(s.arch) for g in dimensions]) for s in seen[:3]]
+    pool = get_strategy("random").propose(search_state(number=12, band=band))
+    trials = tuple(scored(1, s, float(i)) for i, s in enumerate(pool))
+    parents = [np.array([g.index(arch) for g in dimensions]) for _, arch in trials[:3]]
     moved, crossed = [], 0
     for k in range(20):
-        ask = question(number=12, band=band, seen=seen, step=2, random_seed=k)
-        for i, s in enumerate(get_strategy("evolution").propose(ask)):
+        state = search_state(number=12, band=band, trials=trials, step=2, random_seed=k)
+        for i, s in enumerate(get_strategy("evolution").propose(state)):
             code = np.array([g.index(s.arch) for g in dimensions])
             if i < 6:
                 moved.append(min(int((code != p).sum()) for p in parents))
@@ -235,36 +253,38 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
 
 def test_too_few_scored_candidates_make_no_parents() -> None:
     evolution, rest = get_strategy("evolution"), get_strategy("random")
-    listed = rest.propose(question(number=12))
-    seen = tuple(
-        Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, -0.1, 1.0 + i)
-        for i, s in enumerate(listed)
-    )
-    few, enough = (question(number=12, step=2, seen=seen[:n]) for n in (2, 3))
+    proposed = rest.propose(search_state(number=12))
+    trials = tuple(scored(1, s, 1.0 + i) for i, s in enumerate(proposed))
+    few, enough = (search_state(number=12, step=2, trials=trials[:n]) for n in (2, 3))
     assert evolution.propose(few) == rest.propose(few)
     assert evolution.propose(enough) != rest.propose(enough)
     assert "until 3 are scored" in evolution.describe(few)
 
 
-def test_samplers_are_told_scores_and_violations_and_nothing_else() -> None:
-    listed = get_strategy("random").propose(question(number=6))
-    ways = [(-0.1, 2.0), (0.3, None), (-0.1, None), (math.inf, None), (0.0, 4.0), (-0.1, None)]
-    seen = [
-        Seen(1, s.arch, FAMILY.key(s.arch, DIGITS), s.params, violation, loss)
-        for s, (violation, loss) in zip(listed, ways, strict=True)
+def test_samplers_get_scores_and_violations_and_nothing_else() -> None:
+    one, slow, untrained, broken, two, stopped = get_strategy("random").propose(
+        search_state(number=6)
+    )
+    trials = [
+        scored(1, one, 2.0),
+        trial(1, slow, stage="throughput", violation=0.3),
+        trial(1, untrained, stage="selection"),
+        trial(1, broken, stage="proxy", state="failed"),
+        scored(1, two, 4.0),
+        trial(1, stopped, stage="race", soft_loss=9.0),  # as bad as the worst of a whole training
+        trial(2, one, stage="selection"),  # met again, and not trained then
     ]
-    seen[5] = replace(seen[5], stopped=True)  # by a race: as bad as the worst that is known
-    seen.append(replace(seen[0], step=2, loss=None))  # met again, and not trained then
-    answers = [(t.key, value, dict(bad)) for t, value, bad in told(question(seen=tuple(seen)))]
-    assert answers == [
-        (seen[0].key, 2.0, {"violation": -0.1}),
-        (seen[1].key, 3.0, {"violation": 0.3}),
-        (seen[4].key, 4.0, {"violation": 0.0}),
-        (seen[5].key, 4.0, {"violation": -0.1}),
+    assert past_trials(search_state(trials=tuple(trials))) == [
+        (one.arch, 2.0, {"violation": 0.0}),
+        (slow.arch, 3.0, {"violation": 0.3}),
+        (two.arch, 4.0, {"violation": 0.0}),
+        (stopped.arch, 4.0, {"violation": 0.0}),
     ]
-    assert [bad for _, _, bad in told(question(seen=(seen[0], *seen[4:])))] == [{}, {}, {}]
-    assert told(question(seen=(seen[5],))) == [], "worse than what?"
-    assert [startup(question(number=n)) for n in (1, 6, 12, 24, 100)] == [5, 5, 6, 10, 10]
+    without = past_trials(search_state(trials=(trials[0], *trials[4:])))
+    assert [bad for _, _, bad in without] == [{}, {}, {}]
+    assert past_trials(search_state(trials=(trials[5],))) == [], "worse than what?"
+    starts = [startup_trials(search_state(number=n)) for n in (1, 6, 12, 24, 100)]
+    assert starts == [5, 5, 6, 10, 10]
 
 
 CLOSED = FAMILY.arch(
@@ -275,24 +295,23 @@ CLOSED = FAMILY.arch(
 def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, float]:
     """How many candidates are tried until a hidden arch is met, and the least distance to it."""
     band = Band(0, FAMILY.count_params(CLOSED, DIGITS))
-    ask = question(CLOSED, number=5, band=band, random_seed=random_seed)
+    state = search_state(CLOSED, number=5, band=band, random_seed=random_seed)
     dimensions = dimensions_of(FAMILY, CLOSED, DIGITS)
-    hidden = get_strategy("random").propose(replace(ask, step=99))[0].arch
+    hidden = get_strategy("random").propose(replace(state, step=99))[0].arch
     done = 0
     while done < most:
-        ask = replace(ask, step=ask.step + 1)
+        state = replace(state, step=state.step + 1)
         found = []
-        for s in get_strategy(name).propose(ask):
+        for s in get_strategy(name).propose(state):
             done += 1
             if s.arch == hidden:
                 return done, 0.0
             away = [
-                abs(d.index(s.arch) - d.index(hidden)) / (len(d.values) - 1) for d in dimensions
+                abs(g.index(s.arch) - g.index(hidden)) / (len(g.values) - 1) for g in dimensions
             ]
-            key = FAMILY.key(s.arch, DIGITS)
-            found.append(Seen(ask.step, s.arch, key, s.params, -0.1, sum(away)))
-        ask = replace(ask, seen=(*ask.seen, *found))
-    return most, min(s.loss for s in ask.seen if s.loss is not None)
+            found.append(scored(state.step, s, sum(away)))
+        state = replace(state, trials=(*state.trials, *found))
+    return most, min(known.soft_loss or 0.0 for known, _ in state.trials)
 
 
 @pytest.mark.parametrize(
@@ -315,17 +334,17 @@ def test_learning_strategies_find_an_optimum_sooner_than_random(name: str) -> No
 @pytest.mark.slow
 def test_the_gaussian_process_is_legal_and_finds_an_optimum_sooner_than_random() -> None:
     strategy, rng = get_strategy("gp"), random.Random(4)
-    ask = question(number=4)
+    state = search_state(number=4)
     for step in (1, 2, 3):
-        ask = replace(ask, step=step)
-        listed = strategy.propose(ask)
-        assert listed == strategy.propose(ask)
-        keys = {FAMILY.key(s.arch, DIGITS) for s in listed}
+        state = replace(state, step=step)
+        proposed = strategy.propose(state)
+        assert proposed == strategy.propose(state)
+        keys = {FAMILY.key(s.arch, DIGITS) for s in proposed}
         assert len(keys) == 4
-        assert not keys & {s.key for s in ask.seen}
-        assert all(ask.band.lo <= s.params <= ask.band.hi for s in listed)
-        assert all(contains(FAMILY, SMALL, s.arch, DIGITS) for s in listed)
-        ask = replace(ask, seen=(*ask.seen, *decided(ask, listed, rng)))
+        assert not keys & {known.key for known, _ in state.trials}
+        assert all(state.band.lo <= s.params <= state.band.hi for s in proposed)
+        assert all(contains(FAMILY, SMALL, s.arch, DIGITS) for s in proposed)
+        state = replace(state, trials=(*state.trials, *decided(state, proposed, rng)))
     tries = [evaluations("gp", s, most=40) for s in range(2)]
     blind = [evaluations("random", s, most=40) for s in range(2)]
     assert np.mean([n for n, _ in tries]) < np.mean([n for n, _ in blind])
@@ -334,15 +353,15 @@ def test_the_gaussian_process_is_legal_and_finds_an_optimum_sooner_than_random()
 @pytest.mark.parametrize("name", FAST)
 def test_frozen_factors_stay_frozen(name: str) -> None:
     family = freeze(FAMILY, SMALL, ["depths", "embed_dims[3]"])
-    ask = question(family=family, baselines=True)
+    state = search_state(family=family, baselines=True)
     for step in (1, 2):
-        listed = get_strategy(name).propose(replace(ask, step=step))
-        assert listed
-        for s in listed:
+        proposed = get_strategy(name).propose(replace(state, step=step))
+        assert proposed
+        for s in proposed:
             values = FAMILY.to_dict(s.arch)
             assert values["depths"] == [2, 1, 2, 2]
             assert values["embed_dims"][3] == 128
-        ask = replace(ask, seen=decided(ask, listed, random.Random(5)))
+        state = replace(state, trials=decided(state, proposed, random.Random(5)))
 
 
 def test_an_unknown_strategy_is_refused_with_the_names() -> None:
@@ -351,20 +370,20 @@ def test_an_unknown_strategy_is_refused_with_the_names() -> None:
     for name in ALL:
         assert get_strategy(name.upper()).name == name
         assert get_strategy(name).summary
-        assert get_strategy(name).describe(question())
+        assert get_strategy(name).describe(search_state())
 
 
 def test_strategies_need_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "from nas.search.strategies import get_strategy, strategy_names, Ask\n"
+        "from nas.search.strategies import get_strategy, strategy_names, SearchState\n"
         "from space import Context, get_family\n"
         "from space.contractions import Band\n"
         "family = get_family('tinyvit'); seed = family.seed('5M'); ctx = Context(48, 10)\n"
         "params = family.count_params(seed, ctx)\n"
         "band = Band(int(0.6 * params), int(0.7 * params))\n"
-        "ask = Ask(1, 2, 4, 0, family, ctx, seed, (seed,), band, 0, True)\n"
-        "assert all(get_strategy(n).propose(ask) for n in strategy_names())\n"
+        "state = SearchState(1, 2, 4, 0, family, ctx, seed, (seed,), band, 0, True)\n"
+        "assert all(get_strategy(n).propose(state) for n in strategy_names())\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

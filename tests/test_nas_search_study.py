@@ -20,7 +20,7 @@ from benchmarks.pareto import main as pareto
 from nas.contract.__main__ import main as contract
 from nas.core.table import read_table
 from nas.search import storage
-from nas.search.storage import StudyAway
+from nas.search.storage import StudyUnavailable
 from nas.search.study import STAGES, StepRow, Study, Trial, open_study, read_study
 from space.errors import InputError
 
@@ -245,9 +245,9 @@ def test_a_lock_is_waited_for_and_one_that_stays_ends_in_one_line(
     monkeypatch.setattr(storage, "TRY_S", 0.1)
     study = Study(path, create=False)
     with held(path, 60.0) as holder:
-        with pytest.raises(StudyAway) as adding:
+        with pytest.raises(StudyUnavailable) as adding:
             study.add(NEW, ARCH, MET)
-        with pytest.raises(StudyAway) as opening:
+        with pytest.raises(StudyUnavailable) as opening:
             Study(path, create=False)
         holder.kill()
     for refusal in (adding, opening):

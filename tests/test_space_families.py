@@ -22,7 +22,7 @@ from space_cases import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from space import Arch, Context, InputError
-from space.contractions import Band, anchors_in, contains, count_contractions, propose
+from space.contractions import Band, baselines_in, contains, count_contractions, propose
 from space.tinyvit import map_sizes
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
@@ -420,7 +420,7 @@ def test_the_published_small_and_tiny_are_contractions_of_base() -> None:
             assert contains(VIT, base, child, IMAGENET)
             params = VIT.count_params(child, IMAGENET)
             band = Band(int(0.95 * params), int(1.05 * params))
-            names = [name for name, _ in anchors_in(VIT, [base], IMAGENET, band)]
+            names = [name for name, _ in baselines_in(VIT, [base], IMAGENET, band)]
             assert any(name.startswith("published:deit") for name in names)
             listed = propose(VIT, [base], IMAGENET, band, 8, random_seed=0)
             assert child in [one.arch for one in listed]

@@ -320,7 +320,8 @@ def pruned_rows(
 ) -> list[BaselineRow]:
     """Prune the seed to the contracted arch's parameters by every variant, train and compare."""
     run, config = pool.run, pool.run.config
-    own_job = run.train_job(run.seed_arch, out=run.folder.path, epochs=0, init="inherit")
+    seed = run.training(run.seed_arch, "seed", out=run.folder.path, epochs=0, init="inherit")
+    own_job = seed.job.argument
     shared = {f.name for f in fields(SeedJob)} - {"out", "random_seed"}
     common: dict[str, Any] = {name: getattr(own_job, name) for name in shared}
 

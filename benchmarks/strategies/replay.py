@@ -14,12 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from nas.contract.checks import make_config, resolved
+from nas.contract.checks import make_config, with_absolute_paths
 from nas.contract.state import derived_seed
 from nas.core.config import parse_count, steps_of
 from nas.search.constraints import band_at
 from nas.search.selection import pick
-from nas.search.strategies import Ask, Seen, Strategy, get_strategy
+from nas.search.strategies import SearchState, Strategy, get_strategy
+from nas.search.study import Trial
 from space import Context, get_family
 from space.contractions import Band, Candidate
 from space.errors import refuse
@@ -139,7 +140,7 @@ def replay(
     """
     family, context = lattice.family, lattice.context
     incumbents, beside = [lattice.seed], dict[str, float]()
-    seen: list[Seen] = []
+    past: list[tuple[Trial, Arch]] = []
     done: list[Scored] = []
     tried: set[str] = set()
     step, draw = 1, 0
@@ -153,7 +154,7 @@ def replay(
             continue
         band = lattice.bands[min(step, settings.steps) - 1 if strategy.stepwise else -1]
         listed = strategy.propose(
-            Ask(
+            SearchState(
                 step=step,
                 steps=settings.steps,
                 number=settings.candidates_per_step,
@@ -167,7 +168,7 @@ def replay(
                 baselines=False,
                 # What is scored is not asked for again; what was only listed is, at the very end.
                 exclude=frozenset(tried if strategy.stepwise else beside),
-                seen=tuple(seen),
+                trials=tuple(past),
             )
         )
         by_key = {family.key(each.arch, context): each for each in listed}
@@ -183,8 +184,7 @@ def replay(
         chosen = chosen[: settings.budget - len(done)]
         done += [Scored(step, key, losses[key]) for key in chosen]
         for key, each in by_key.items():
-            loss = losses[key] if key in chosen else None
-            seen.append(Seen(step, each.arch, key, each.params, 0.0, loss, 1.0))
+            past.append((_trial(step, each, losses[key] if key in chosen else None), each.arch))
         scored = {key: losses[key] for key in chosen}
         if not strategy.stepwise:
             beside |= scored
@@ -198,6 +198,26 @@ def replay(
         incumbents = [lattice.archs[k] for k in kept[: settings.beam]]
         step, draw, tried = step + 1, 0, set()
     return done
+
+
+def _trial(step: int, candidate: Candidate, loss: float | None) -> Trial:
+    """Return a candidate as a trial: scored, or not selected where it has no loss."""
+    return Trial(
+        step=step,
+        key=candidate.key,
+        label="",
+        parent="",
+        moves="",
+        grid_steps=candidate.grid_steps,
+        baseline="",
+        params=candidate.params,
+        params_1000=candidate.params,
+        macs=candidate.macs,
+        ratio=1.0,
+        soft_loss=loss,
+        stage="selection" if loss is None else "proxy",
+        state="pruned" if loss is None else "complete",
+    )
 
 
 def _chosen(
@@ -264,7 +284,9 @@ class ClosedTable:
         target = parse_count("--target-params", self.target_params)
         steps = self.steps or steps_of(self.effort, start, target)
         asked = {"seed": self.seed, "effort": self.effort, "img_size": self.img_size}
-        config = make_config(resolved({**asked, "target_params": target, "steps": steps}))
+        config = make_config(
+            with_absolute_paths({**asked, "target_params": target, "steps": steps})
+        )
         bands = tuple(band_at(start, config, step) for step in range(1, steps + 1))
         return lattice_of(family, seed, context, bands, self.free.split(","))
 

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if resume == "" and out is None:
             raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
         if resume is None and "replay" not in arguments:
-            _need(arguments)
+            _check_required(arguments)
         arguments = parsed(RunConfig, arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,13 +98,13 @@ def _run(
         **arguments,
     )
     if not quiet:
-        _farewell(outcome, time.monotonic() - started)
+        _print_summary(outcome, time.monotonic() - started)
     if session_given.get("json"):
         print(json.dumps({**outcome.result, "out": str(outcome.folder)}))
     return outcome.exit_code
 
 
-def _need(arguments: Mapping[str, Any]) -> None:
+def _check_required(arguments: Mapping[str, Any]) -> None:
     """Refuse a new run without a seed or a target."""
     for name, example in (("seed", "--seed 21M"), ("target_params", "--target-params 5M")):
         if name not in arguments:
@@ -112,14 +112,14 @@ def _need(arguments: Mapping[str, Any]) -> None:
             raise refuse(flag, "nothing", "a value", f"add, for example, {example}")
 
 
-def _farewell(outcome: RunResult, seconds: float) -> None:
+def _print_summary(outcome: RunResult, seconds: float) -> None:
     """Print the final table, the paths and the next commands."""
     from nas.report import final_table, next_commands
 
     print(final_table(outcome.folder))
     pace = outcome.result.get("seed_images_per_s")
-    said = "" if pace is None else f" (the seed measured {pace:.0f} images/s here)"
-    print(f"finished in {seconds / 60:.1f} minutes{said}")
+    pace_text = "" if pace is None else f" (the seed measured {pace:.0f} images/s here)"
+    print(f"finished in {seconds / 60:.1f} minutes{pace_text}")
     print(f"run folder: {outcome.folder}")
     print(f"report:     {outcome.folder / 'report.md'}")
     print("next:")

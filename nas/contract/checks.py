@@ -1,4 +1,4 @@
-"""What is checked before a run may begin: settings, data, budget, device (house rule 2)."""
+"""Checks before a run starts: settings, data, budget and device. Each raises InputError."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.cli import usable_cpus
-from nas.core.config import RunConfig, config_from_dict, flag, with_effort
+from nas.core.config import ROUNDS, RunConfig, config_from_dict, flag, steps_of, with_effort
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
@@ -27,8 +27,9 @@ from nas.measure.device_table import DeviceTable, read_rows, write_rows
 from nas.measure.jobs import FingerprintJob
 from nas.measure.measurement_table import MeasurementRow, read_measurements
 from nas.measure.runtimes import check_setting
-from nas.search.constraints import band_at, requirements_of, settings_of, usual_steps
+from nas.search.constraints import band_at, requirements_of, settings_of
 from nas.search.storage import SharedStudy
+from nas.search.strategies import get_strategy
 from nas.train.jobs import HeadsJob, heads
 from space import Context, get_family
 from space.errors import InputError, refuse, without_passwords
@@ -36,7 +37,7 @@ from space.family import Arch, Family
 from space.freeze import freeze
 
 DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
-"""What a run with `--device-table` keeps: a copy of it, and the finalists' own measurements."""
+"""Files of a run with `--device-table`: a copy of it, and the finalists' measurements."""
 
 
 def make_config(
@@ -44,7 +45,7 @@ def make_config(
 ) -> RunConfig:
     """Return the configuration of a new run from what the user gave, checked.
 
-    Several workers on this machine share the usable cores, unless the user named the threads.
+    Several workers on this machine share the usable cores, unless the user sets the threads.
     """
     for name, want in (("seed", "where to start, such as 21M"), ("target_params", "such as 5M")):
         if given.get(name) is None:
@@ -78,9 +79,9 @@ def saved_config(config: Any) -> RunConfig:
 
 
 def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of an earlier run, refusing flags that would change its answer.
+    """Return the configuration of an earlier run, refusing flags that would change its result.
 
-    `given` holds only the settings that the user named on this command line.
+    `given` holds only the settings of this command line.
     """
     config = saved_config(run["config"])
     for name, value in given.items():
@@ -97,27 +98,27 @@ def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfi
     return config
 
 
-def resolved(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Make the paths among the settings absolute, so that a resume may start elsewhere."""
-    resolved = dict(given)
+def with_absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with absolute paths, so that a resume may start elsewhere."""
+    found = dict(given)
     for name in ("data", "labels", "measurements", "replay", "seed_weights"):
-        value = resolved.get(name)
+        value = found.get(name)
         # An embedded data set keeps its name even where a folder is called like it.
         if isinstance(value, str) and not (name == "data" and value in EMBEDDED):
             path = Path(value).expanduser()
             if path.exists():
-                resolved[name] = str(path.resolve())
+                found[name] = str(path.resolve())
     for name in ("require", "freeze"):
-        if name in resolved:
-            resolved[name] = _texts(flag(name), resolved[name])
-    if "device_table" in resolved:
-        files = _texts("--device-table", resolved["device_table"])
-        resolved["device_table"] = tuple(str(Path(p).expanduser().resolve()) for p in files)
+        if name in found:
+            found[name] = _texts(flag(name), found[name])
+    if "device_table" in found:
+        files = _texts("--device-table", found["device_table"])
+        found["device_table"] = tuple(str(Path(p).expanduser().resolve()) for p in files)
     names = {f.name for f in dataclasses.fields(RunConfig)}
-    unknown = sorted(set(resolved) - names)
+    unknown = sorted(set(found) - names)
     if unknown:
         raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
-    return resolved
+    return found
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
@@ -129,7 +130,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return tuple(str(each) for each in value)
 
 
-def read_lent(config: RunConfig, *, needed: bool) -> list[MeasurementRow]:
+def read_lent_measurements(config: RunConfig, *, needed: bool) -> list[MeasurementRow]:
     """Read the file of `--measurements`; unless it is `needed`, one that is gone holds none."""
     if config.measurements is None or not (needed or Path(config.measurements).is_file()):
         return []
@@ -137,7 +138,7 @@ def read_lent(config: RunConfig, *, needed: bool) -> list[MeasurementRow]:
 
 
 def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
-    """Read and cache the data, and say what it is."""
+    """Read and cache the data, and print what it is."""
     spec = DataSpec(
         name=config.data,
         img_size=config.img_size,
@@ -150,10 +151,9 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
 
 
 def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Console) -> Dataset:
-    """Give images without ground truth the classes that the teacher sees; others stay as they are.
+    """Return the data set, with the teacher's classes where images have no ground truth.
 
-    With `--labels` the teacher is the one that the store was made by. Raises InputError, also where
-    trainings should learn from ground truth that is not there.
+    With `--labels` the teacher is that of the store. Trainings that need ground truth are refused.
     """
     if dataset.labelled:
         return dataset
@@ -186,10 +186,20 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
     finally:
         console.stop()
     console.line(
-        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below means "
+        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below executor "
         "agreement with it"
     )
     return open_dataset(folder)
+
+
+def usual_steps(config: RunConfig, params: int) -> int:
+    """Return the steps from a number of parameters to the target, where the user gave none.
+
+    More for a larger distance; the effort's number of rounds for a strategy that is not stepwise.
+    """
+    if not get_strategy(config.strategy).stepwise:
+        return ROUNDS[config.effort]
+    return steps_of(config.effort, params, config.target_params)
 
 
 def with_steps(
@@ -206,8 +216,7 @@ def with_steps(
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
     """Refuse a budget that no contraction of the seed can meet, with the reachable range.
 
-    And a seed that images of this size do not fit, and labels of more classes than there are to
-    choose from.
+    Also a seed that cannot be built for images of this size, and a `--topk` above the classes.
     """
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     family.check(seed, context)
@@ -266,12 +275,12 @@ def check_requirements(
                 raise refuse("--require", one.text, want, "the device table knows no more")
 
 
-def ask_fingerprints(
+def read_fingerprints(
     config: RunConfig, worker: Executor, table: DeviceTable | None
 ) -> dict[str, Mapping[str, Any]]:
-    """Have the worker look at every device; one that is not there, or not working, is refused.
+    """Return a fingerprint by device, that of `--device` first; a missing device is refused.
 
-    Returns a fingerprint by device, that of `--device` first. A table's device is not here.
+    The device of a device table is left out.
     """
     elsewhere = None if table is None else table.setting
     timed = [setting.device for setting in settings_of(config) if setting != elsewhere]
@@ -291,7 +300,7 @@ def ask_fingerprints(
 def check_token(
     config: RunConfig, worker: Executor, family: Family, seed: Arch, dataset: Dataset
 ) -> None:
-    """Refuse to teach a distillation token that the seed has not; the worker builds it and looks.
+    """Refuse `--distill token` for a seed without a distillation token; a worker builds it.
 
     Candidates may lose theirs: they learn on their one head (`nas.train.losses`).
     """
@@ -312,27 +321,27 @@ def check_token(
 def read_device_table(
     config: RunConfig, paths: Sequence[Path], family: Family, seed: Arch, dataset: Dataset
 ) -> tuple[RunConfig, DeviceTable | None]:
-    """Read `--device-table`; the run is then about that device and setting.
+    """Read `--device-table`; return the configuration with its setting, and the table.
 
-    Returns the configuration with the table's setting as the one of the `--bench` flags.
+    The table's setting replaces that of the `--bench` flags.
     """
     if not paths:
         return config, None
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     table = DeviceTable(paths, family, context, seed)
     setting = table.setting
-    told = dataclasses.replace(
+    updated = dataclasses.replace(
         config,
         bench_device=setting.device,
         bench_runtime=setting.runtime,
         bench_dtype=setting.dtype,
         bench_batch=setting.batch,
     )
-    return told, table
+    return updated, table
 
 
 def check_same_data(config: RunConfig, known: str, dataset: Dataset) -> None:
-    """Refuse to resume a run on other data than it began with."""
+    """Refuse to resume a run on other data than its own."""
     if dataset.fingerprint != known:
         raise refuse(
             "--data",
@@ -345,7 +354,7 @@ def check_same_data(config: RunConfig, known: str, dataset: Dataset) -> None:
 def check_same_device(
     before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Refuse to resume a run on another device or software than it was measured on."""
+    """Refuse to resume a run on another device or software than that of its measurements."""
     for device, fingerprint in now.items():
         known = before.get(device, {})
         if known.get("id") == fingerprint["id"]:
@@ -363,7 +372,7 @@ def check_same_device(
         )
 
 
-def take_finalists(out: Path, table: DeviceTable | None, finalists: Path | None) -> None:
+def add_final_measurements(out: Path, table: DeviceTable | None, finalists: Path | None) -> None:
     """Keep the finalists' measurements in the run's folder and add them to its device table."""
     kept = out / FINALIST_ROWS
     if finalists is not None:

@@ -1,4 +1,4 @@
-"""How a run ends: the winner timed afresh, trained longer and tested once; or the best so far."""
+"""The end of a run: time the finalists again, train and test the winner, write the result."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.contract.models import write_best, write_family
+from nas.contract.models import write_best, write_models_table
 from nas.contract.race import with_order
 from nas.contract.state import MORE, Incumbent, Run, Task, derived_seed
-from nas.contract.step import band_text
+from nas.contract.step import THROUGHPUT, band_text
 from nas.contract.timing import interval_text, verdict_text
 from nas.core.io import read_object, write_json
 from nas.core.per_image import losses_of, paired_difference
@@ -31,14 +31,14 @@ from space.family import Arch
 
 @dataclass(frozen=True)
 class Unverified:
-    """Finalists that only predictions speak for: measure them on their device first."""
+    """Finalists that meet the requirements by prediction only."""
 
     finalists: tuple[Incumbent, ...]
 
 
 @dataclass
 class Progress:
-    """How far a run has come: what is recorded when time runs out in the middle."""
+    """The progress of a run, which is recorded when time runs out."""
 
     status: str = "stopped"
     message: str = ""
@@ -52,7 +52,7 @@ class Progress:
 
 
 def finish(run: Run, seed: Incumbent, progress: Progress) -> None:
-    """Confirm the finalists, pick the winner and compare it, noting all in `progress`."""
+    """Confirm the finalists, pick the winner and compare it; `progress` records each."""
     progress.incumbents = confirm(run, progress.incumbents)
     picked = pick_winner(run, progress.incumbents)
     if isinstance(picked, str):
@@ -101,7 +101,7 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
         if not result.ok:
             run.console.line(f"note: {each.key}: the second random seed failed: {result.reason}")
             continue
-        # As long as the second one: without the epochs that a race gave it besides.
+        # As long as the second one: without the saved epochs of a race.
         first = each.weights.parent
         first = first.with_name(first.name.removesuffix(MORE))
         both = [losses_of(folder, config.metric) for folder in (first, task.out)]
@@ -119,23 +119,24 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
 def pick_winner(
     run: Run, ranked: Sequence[Incumbent]
 ) -> tuple[Incumbent, Measurement, tuple[str, ...]] | Unverified | str:
-    """Time the finalists afresh, best first; return the first that no requirement rejects,
-    with its primary timing and every requirement's verdict.
+    """Time the finalists again, best first; return the first that no requirement rejects.
 
-    Otherwise a sentence that says by how much the last one missed. Where a device table predicts,
-    nothing is promised: finalists that it has not measured and does not rule out are returned.
+    It comes with its primary timing and every requirement's verdict.
+
+    Otherwise a sentence with how much the last one missed. Finalists that a device table only
+    predicts, and does not rule out, are returned as `Unverified`.
     """
-    said, likely = "", []
+    text, likely = "", []
     for finalist in ranked:
         missed, primary, guessed, verdicts = _fresh(run, finalist)
         if missed:
-            said = f"{run.family.label(finalist.arch)}, timed afresh, {missed}"
+            text = f"{run.family.label(finalist.arch)}, timed afresh, {missed}"
         elif guessed:
             likely.append(finalist)
         else:
             assert primary is not None
             return finalist, primary, verdicts
-    return Unverified(tuple(likely)) if likely else said
+    return Unverified(tuple(likely)) if likely else text
 
 
 def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool, tuple[str, ...]]:
@@ -212,10 +213,10 @@ def final_training(run: Run, arch: Arch, seed: Incumbent) -> Task:
 def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
     """Return the published arch nearest in size to `params`, as built in this run's context.
 
-    Contractions of the seed come first: only they find a start for all that they have. Where none
-    of the published archs can be built for these images, the seed stands there itself.
+    Contractions of the seed come first: only they inherit all their weights. Where no published
+    arch can be built for these images, the seed itself.
     """
-    # Whatever a run froze, what its authors released stays what a result is compared with.
+    # The comparison is with the released archs, whatever the run froze.
     family, context = get_family(run.config.family), run.context
     fits = [p for p in family.published if family.fits(p.arch, context)]
     if not fits:
@@ -237,12 +238,7 @@ def _side(
         "params": run.family.count_params(arch, run.context),
         "macs": run.family.count_macs(arch, run.context),
         "params_1000": run.family.count_params(arch, REFERENCE_CONTEXT),
-        "images_per_s": measured.images_per_s,
-        "images_per_s_lo": measured.images_per_s_lo,
-        "images_per_s_hi": measured.images_per_s_hi,
-        "ratio": measured.ratio,
-        "ratio_lo": measured.ratio_lo,
-        "ratio_hi": measured.ratio_hi,
+        **{field: getattr(measured, field) for field in THROUGHPUT},
         "basis": run.timings.basis(arch, final=True),
         "top1": values["test_top1"],
         "top1_se": values["test_top1_se"],
@@ -317,20 +313,20 @@ def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]
         "work": asdict(run.work()),
         "finalists": [_finalist(i) for i in progress.incumbents if i.parent is not None],
         "seconds": round(seconds, 1),
-        # What kind of moment the machine had.
-        "seed_images_per_s": next((r.images_per_s for r in run.ledger.rows if r.step == 0), None),
+        # Tells how busy the machine was.
+        "seed_images_per_s": next((r.images_per_s for r in run.study.rows if r.step == 0), None),
     }
     write_best(run, progress.best, progress.final)
-    run.ledger.write_csv(folder / "trials.csv")
-    write_family(folder)
-    run.ledger.export(folder / "study.db")
+    run.study.write_csv(folder / "trials.csv")
+    write_models_table(folder)
+    run.study.export(folder / "study.db")
     write_json(run.folder.result_json, result)
     write_report(folder)
     return result
 
 
 def _finalist(of: Incumbent) -> dict[str, Any]:
-    """Return what is known of a finalist: its losses from the first and the second random seed."""
+    """Return a finalist with its losses from the first and the second random seed."""
     return {
         "key": of.key,
         "ratio": of.ratio,
@@ -342,7 +338,7 @@ def _finalist(of: Incumbent) -> dict[str, Any]:
 def _reached(run: Run, final: Mapping[str, Any]) -> str:
     winner = final["winner"]
     band = run.band(run.config.steps)
-    said = (
+    text = (
         f"reached: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
         f"{winner['ratio']:.2f}x the seed's throughput "
         f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
@@ -350,17 +346,17 @@ def _reached(run: Run, final: Mapping[str, Any]) -> str:
     )
     if final["metric"] != "top1" and winner["metric"] is not None:
         name = final["metric"].replace("_", " ")
-        said += f", {name} {winner['metric']:.1%} +- {winner['metric_se']:.1%}"
+        text += f", {name} {winner['metric']:.1%} +- {winner['metric_se']:.1%}"
     for verdict in final["requirements"]:
         if ": undecided at " in verdict:
-            said += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
+            text += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
     if run.timings.reused:
-        said += f"; {run.timings.reused} measurements were taken from the cache of earlier runs"
-    return said
+        text += f"; {run.timings.reused} measurements were taken from the cache of earlier runs"
+    return text
 
 
 def _unverified(run: Run, found: Unverified) -> str:
-    """Say what is left to do before anything is promised."""
+    """Return the message of an unverified run, with the next commands."""
     command = write_finalists(run, found.finalists)
     return (
         f"unverified: {len(found.finalists)} finalists meet the requirements by prediction only; "

@@ -13,7 +13,7 @@ from nas.core.settings import add_settings, setting
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """What one process does with a run; changes no answer."""
+    """The options of one process; none changes a run's result."""
 
     out: str | None = setting(
         None,
@@ -34,7 +34,7 @@ class SessionOptions:
         metavar="FILE",
     )
     plan: bool = setting(
-        False, "tell what the run would do and cost after about a minute of measuring, and exit"
+        False, "print what the run would do and cost after about a minute of measuring, and exit"
     )
     check_proxy: int | None = setting(
         None,
@@ -50,7 +50,7 @@ class SessionOptions:
         metavar="URL",
         default_text="study.db in the run folder",
     )
-    status: str | None = setting(None, "tell where a run stands, and exit", metavar="DIR")
+    status: str | None = setting(None, "print where a run stands, and exit", metavar="DIR")
     max_hours: float | None = setting(None, "stop in time, exit status 3", metavar="H")
     cache_dir: str | None = setting(
         None,

@@ -1,4 +1,4 @@
-"""The models that a run leaves: plain timm ones, the best of every milestone and the winner."""
+"""The models that a run writes: the best of every step and the winner, as plain timm models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nas.core.table import Writer
 from nas.export.save import model_json, preprocessing_of
 from nas.measure.measurement import Measurement
 
-FAMILY_COLUMNS = (
+MODELS_COLUMNS = (
     "file",
     "kind",
     "step",
@@ -40,15 +40,15 @@ FAMILY_COLUMNS = (
 """Columns of `models.csv`; `kind` is `proxy` (trained so far as its step did) or `final`. `metric`
 is the run's own where that is not top-1."""
 PASSING = ("load", "when", "seconds")
-"""What a measurement says of its moment, not of the model."""
+"""Fields of a measurement that describe its moment, not the model."""
 
 
 def write_model(
     run: Run, of: Incumbent, weights: Path, score: Mapping[str, Any], role: str, stem: Path
 ) -> dict[str, Any]:
-    """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and what is known of it.
+    """Write `<stem>.safetensors` and `<stem>.json`: a plain timm model and its record.
 
-    `role` names the measurement that is quoted. Returns what the JSON holds.
+    `role` names the measurement in the record. Returns the JSON.
     """
     measured = run.timings.measure(of.arch, role, reference=run.seed_arch)
     assert isinstance(measured, Measurement)
@@ -57,7 +57,7 @@ def write_model(
     aside = target.with_name(f".{target.name}.tmp")
     shutil.copyfile(weights, aside)
     aside.replace(target)
-    told = model_json(
+    model = model_json(
         run.family,
         of.arch,
         run.context,
@@ -70,16 +70,13 @@ def write_model(
         },
         preprocessing=preprocessing_of(run.dataset),
     )
-    write_json(stem.with_name(f"{stem.name}.json"), told)
-    return told
+    write_json(stem.with_name(f"{stem.name}.json"), model)
+    return model
 
 
 def write_milestone(run: Run, step: int, best: Incumbent) -> None:
-    """Keep the best of a step as a model of its own: `family/<step>-<parameters>.*`.
-
-    `models.csv` is drawn anew from what lies there.
-    """
-    row = next(r for r in run.ledger.rows if (r.step, r.key) == (best.step, best.key))
+    """Write the best of a step as `models/<step>-<parameters>.*`, and `models.csv` anew."""
+    row = next(r for r in run.study.rows if (r.step, r.key) == (best.step, best.key))
     stem = run.folder.path / "models" / f"{step:02d}-{row.params}"
     if not stem.with_name(f"{stem.name}.json").exists():
         score = {
@@ -95,7 +92,7 @@ def write_milestone(run: Run, step: int, best: Incumbent) -> None:
             "holdout_n": len(run.dataset.holdout.labels),
         }
         write_model(run, best, best.weights, score, "gate", stem)
-    write_family(run.folder.path)
+    write_models_table(run.folder.path)
 
 
 def write_best(run: Run, best: Incumbent | None, final: Mapping[str, Any] | None) -> None:
@@ -105,9 +102,9 @@ def write_best(run: Run, best: Incumbent | None, final: Mapping[str, Any] | None
     stem = run.folder.path / "best"
     if final is not None:
         weights = run.folder.job_folder(f"final-{best.key}") / "weights.safetensors"
-        if weights.exists():  # gone when a finished run is opened again
+        if weights.exists():  # removed when a run has finished
             write_model(run, best, weights, _score(final), "final", stem)
-    elif best.weights.exists():  # a replay's answers may have scores only
+    elif best.weights.exists():  # a replay may have scores only
         images = len(run.dataset.holdout.labels)
         score = {"kind": "proxy", "soft_loss": best.soft_loss, "holdout_n": images}
         write_model(run, best, best.weights, score, "gate", stem)
@@ -128,23 +125,23 @@ def _score(final: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_family(folder: Path) -> None:
-    """Draw `models.csv` from the models in `family/`, and the winner's where there is one."""
+def write_models_table(folder: Path) -> None:
+    """Write `models.csv` from the models in `models/`, and the winner if there is one."""
     out = io.StringIO()
     writer = Writer(out)
-    writer.writerow(FAMILY_COLUMNS)
+    writer.writerow(MODELS_COLUMNS)
     for path in [*sorted((folder / "models").glob("*.json")), folder / "best.json"]:
         if path.exists():
             writer.writerow(_row(path, read_json(path, "a model of a run"), folder))
     write_atomic(folder / "models.csv", out.getvalue().encode())
 
 
-def _row(path: Path, told: Mapping[str, Any], folder: Path) -> list[Any]:
-    score, pace = told["score"], told["throughput"]
+def _row(path: Path, model: Mapping[str, Any], folder: Path) -> list[Any]:
+    score, pace = model["score"], model["throughput"]
     values = {
-        **{k: told[k] for k in ("key", "params", "params_1000", "macs")},
-        **{k: v for k, v in pace.items() if k in FAMILY_COLUMNS},
-        **{k: v for k, v in score.items() if k in FAMILY_COLUMNS},
+        **{k: model[k] for k in ("key", "params", "params_1000", "macs")},
+        **{k: v for k, v in pace.items() if k in MODELS_COLUMNS},
+        **{k: v for k, v in score.items() if k in MODELS_COLUMNS},
         "file": str(path.with_suffix(".safetensors").relative_to(folder)),
     }
-    return ["" if values.get(name) is None else values[name] for name in FAMILY_COLUMNS]
+    return ["" if values.get(name) is None else values[name] for name in MODELS_COLUMNS]

@@ -1,9 +1,8 @@
-"""Plan before spend: what a run would do and cost, from counting and about a minute's measuring.
+"""Plan a run (`--plan`): its steps and cost, from counts and about a minute of measuring.
 
-The steps are taken on paper: a strategy lists candidates as it would in the run, a throughput
-predicted from multiply-adds decides who passes, and where the run would train and rank, the
-candidate in the middle goes on. Counts of a band are exact; everything about throughput and time
-is an estimate and called one.
+The steps are simulated: the strategy proposes candidates as in the run, a throughput predicted from
+MACs decides which pass, and the candidate of middle MACs becomes the incumbent, as nothing is
+trained. Counts of a band are exact; throughput and time are estimates.
 """
 
 from __future__ import annotations
@@ -23,16 +22,17 @@ from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.contract.step import (
     band_text,
     begin_step,
-    binding_count,
+    binding_constraint,
     count,
     places,
     propose,
     selected,
     speedup_of,
+    trial_of,
 )
 from nas.jobs.job import Job, Result
 from nas.search.constraints import PACE, StepBounds
-from nas.search.strategies import Seen
+from nas.search.study import Trial
 from nas.train.jobs import PaceJob
 from nas.train.jobs import pace as train_pace
 from space.contractions import Candidate
@@ -41,20 +41,20 @@ from space.family import Arch
 from space.sampling import sample_band
 
 MEASURING_S = 60.0
-"""How long a plan measures."""
+"""Seconds of measuring."""
 SAMPLED = 512
 """Archs of a band whose throughput is estimated."""
 SCARCE = 0.05
-"""Where fewer of a band than this share are fast enough, throughput is what binds."""
+"""Throughput binds where a smaller share of a band is fast enough."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How throughput and training go with multiply-adds on this device, from a few archs.
+    """How throughput and training scale with MACs on this device, from a few archs.
 
     `power`: throughput relative to the seed is (seed's MACs / MACs) ** power, with a standard
     deviation of `spread` of its logarithm over `measured` archs. `gmacs_per_s` is of training,
-    forward and backward; `timing_s` what one timing took.
+    forward and backward; `timing_s` the seconds of one timing.
     """
 
     power: float
@@ -66,10 +66,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step as planned.
+    """One planned step.
 
-    `contractions` counts those of the seed in the band, exactly; `likely` those of the incumbents
-    that the plan met on its way. `fast_share` is the share of the band estimated to be fast enough
+    `contractions` counts those of the seed in the band, exactly; `likely` those of the plan's own
+    incumbents. `fast_share` is the share of the band estimated to be fast enough
     (None: nothing about pace is required), `binds` which constraint leaves less.
     """
 
@@ -87,9 +87,9 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `--plan` tells; hours are of this device, bytes the most at a time.
+    """The result of `--plan`; `hours` on this device, `disk_bytes` at most at a time.
 
-    `work` and `hours` are of everything, `check_proxy` is what of it a proxy check takes.
+    `work` and `hours` include the proxy check, whose share is `check_proxy`.
     """
 
     steps: tuple[PlannedStep, ...]
@@ -175,7 +175,7 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
 
 
 def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
-    """Return the GMACs a second of training an arch here."""
+    """Measure the GMACs a second of training an arch."""
     job = PaceJob(
         family=run.family.name,
         arch=run.family.to_dict(arch),
@@ -186,8 +186,8 @@ def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
     )
     result = run.do(Job(train_pace, job, f"pace-{run.key(arch)}"))
     if not result.ok:
-        said = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
-        reason = f"{run.family.label(arch)} cannot be trained: {said}"
+        error = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
+        reason = f"{run.family.label(arch)} cannot be trained: {error}"
         raise refuse("--batch-size", run.config.batch_size, "a batch that trains here", reason)
     return float(result.values["images_per_s"]) * run.image_cost(arch)
 
@@ -198,7 +198,7 @@ def predicted_ratio(run: Run, pace: Pace, macs: float) -> float:
 
 
 def _needed(run: Run, bounds: StepBounds, images_per_s: float) -> float | None:
-    """Return the least ratio to the seed that a step asks for, as far as it is about pace."""
+    """Return the least throughput ratio to the seed that a step requires, None without one."""
     needs = [] if bounds.least_ratio is None else [bounds.least_ratio]
     for required in bounds.requirements:
         if required.metric == "speedup":
@@ -211,11 +211,11 @@ def _needed(run: Run, bounds: StepBounds, images_per_s: float) -> float | None:
 
 
 def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep], str | None]:
-    """Take the steps on paper."""
+    """Simulate the steps; return them, and a warning where one may find no candidate."""
     config = run.config
     seed = Incumbent(run.seed_arch, run.key(run.seed_arch), run.folder.path, 1.0, images_per_s, 0.0)
     incumbents = [seed]
-    seen: list[Seen] = []
+    past: list[tuple[Trial, Arch]] = []
     found: list[PlannedStep] = []
     for number in range(1, config.steps + 1):
         step = begin_step(run, number, seed, incumbents)
@@ -223,8 +223,8 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
         need = _needed(run, bounds, images_per_s)
         passed: list[Candidate] = []
         for draw in range(config.max_draws):
-            listed = propose(run, step, draw, seen)
-            passed = _likely(run, listed, need, pace)
+            proposed = propose(run, step, draw, past)
+            passed = _likely(run, proposed, need, pace)
             if passed:
                 break
         chosen = selected(run, number, passed)
@@ -239,7 +239,7 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
                 likely=step.contractions,
                 fast_share=share,
                 binds=_binds(run, bounds, counted, share),
-                timings=len(step.listed),
+                timings=len(step.candidates),
                 trainings=len(chosen),
                 train_gmacs=_train_gmacs(run, [c.arch for c in chosen]),
             )
@@ -247,7 +247,8 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
         if not chosen and run.strategy.stepwise:
             need_text = "" if need is None else f" ({need:.2f}x the seed is asked for)"
             return found, f"step {number} may find nothing fast enough{need_text}"
-        seen += [Seen(number, c.arch, c.key, c.params, 0.0, 1.0, 1.0) for c in listed]
+        scored = {"stage": "proxy", "state": "complete", "soft_loss": 1.0}
+        past += [(trial_of(run, number, c, **scored), c.arch) for c in proposed]
         middle = sorted(chosen, key=lambda c: (c.macs, c.key))
         at = max(0, (len(middle) - places(run, number)) // 2)
         kept = [
@@ -259,19 +260,19 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
 
 
 def _likely(
-    run: Run, listed: Sequence[Candidate], need: float | None, pace: Pace
+    run: Run, candidates: Sequence[Candidate], need: float | None, pace: Pace
 ) -> list[Candidate]:
-    """Return as many as are expected to pass, the likeliest ones, with their predicted ratios."""
-    predicted = [replace(c, ratio=predicted_ratio(run, pace, c.macs)) for c in listed]
+    """Return the candidates expected to pass, the likeliest ones, with predicted ratios."""
+    predicted = [replace(c, ratio=predicted_ratio(run, pace, c.macs)) for c in candidates]
     if need is None:
         return predicted
     odds = [_odds(c.ratio or 0.0, need, pace) for c in predicted]
-    likeliest = sorted(range(len(listed)), key=lambda i: -odds[i])[: round(sum(odds))]
+    likeliest = sorted(range(len(candidates)), key=lambda i: -odds[i])[: round(sum(odds))]
     return [predicted[i] for i in sorted(likeliest)]
 
 
 def _odds(ratio: float, need: float, pace: Pace) -> float:
-    """Return how likely an arch of an estimated ratio is fast enough."""
+    """Return the probability that an arch of an estimated ratio is fast enough."""
     z = math.log(ratio / need) / max(pace.spread, 1e-6)
     return 0.5 * math.erfc(-z / math.sqrt(2))
 
@@ -282,7 +283,7 @@ def _train_gmacs(run: Run, archs: Sequence[Arch]) -> float:
 
 
 def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) -> float | None:
-    """Estimate which share of a band is fast enough, with the estimate's own scatter."""
+    """Estimate the share of a band that is fast enough, given the estimate's spread."""
     if need is None:
         return None
     drawn = sample_band(
@@ -301,7 +302,7 @@ def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) ->
 
 def _binds(run: Run, bounds: StepBounds, counted: int, share: float | None) -> str:
     if counted == 0:
-        return f"{binding_count(run, [run.seed_arch], bounds.band)}: nothing in the band"
+        return f"{binding_constraint(run, [run.seed_arch], bounds.band)}: nothing in the band"
     if share is None:
         return "parameters"
     return "throughput (estimate)" if share < SCARCE else "parameters, then throughput (estimate)"
@@ -335,7 +336,7 @@ def _hours(run: Run, work: Work, pace: Pace) -> float:
     teacher = 0.0
     if config.labels is None:
         teacher = images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
-    # Every training is scored on the holdout, at a third of the cost of training on an image.
+    # Scoring on the holdout costs a third of training, per image.
     rungs = len(rungs_of(config.proxy_epochs)) if config.racing else 1
     scored = len(run.dataset.holdout.labels) * rungs / 3 * work.train_gmacs
     scored /= images * max(config.proxy_epochs, 1)
@@ -351,7 +352,7 @@ def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
     pixels = sum(len(s.labels) for s in splits) * 3 * run.context.img_size**2
     classes = run.context.num_classes
     topk = config.topk or min(100 if classes > 10_000 else 10, classes - 1)
-    labels = 0  # a store of the user's own is there already
+    labels = 0  # none to build for a named store
     if config.labels is None:
         labels = len(data.train.labels) * label_epochs(run) * (4 * topk + 24)
     weights = 4 * run.start_params
@@ -365,7 +366,7 @@ def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
 
 
 def plan_text(run: Run, plan: Plan) -> str:
-    """Write the plan as lines for the terminal."""
+    """Return the plan as lines for the terminal."""
     lines = [
         f"{'step':>4}  {'band':<20} {'contractions':>13} {'on the way':>11} {'fast enough':>12}  "
         f"{'timed':>5} {'trained':>7} {'GMACs':>9}  what binds"

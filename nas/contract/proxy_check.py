@@ -1,15 +1,14 @@
-"""How far a run's proxy scores can be trusted: `--check-proxy N`, and the table of
-`benchmarks.proxy`.
+"""Check how well proxy scores rank: `--check-proxy N`, and the table of `benchmarks.proxy`.
 
-N candidates of the last step's band, kept and rejected, are named in `proxy_check.json` before
-anything is trained. Each is then scored by the proxy from the seed's weights (or from scratch, as
-the run's own), and trained about ten times longer from there on several random seeds: the truth.
-`proxy_check.csv` compares.
+`proxy_check.json` names N archs of the last step's band, kept and rejected, before any training.
+Each is scored by the run's proxy from the seed's weights (or from scratch), and trained about ten
+times longer on several random seeds: the truth. `proxy_check.csv` compares the two.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.core.config import RunConfig
 from nas.core.io import read_object, write_atomic, write_json
 from nas.core.per_image import losses_of
-from nas.core.stats import ceiling, in_words, indistinguishable, kendall_interval, regret
+from nas.core.stats import describe_tied, kendall_interval, noise_ceiling, regret, tied_with_best
 from nas.core.table import Writer
 from nas.data import Dataset
 from nas.distill.jobs import ZeroCostJob, zero_cost
@@ -40,21 +39,21 @@ from space.sampling import sample_band
 Floats = npt.NDArray[np.float64]
 
 LONGER = 10
-"""How many times as long as the proxy the truth trains."""
+"""Epochs of the truth per epoch of the proxy."""
 SEEDS = 3
 """Random seeds of the truth."""
 LEAST, MOST = 3, 1000
-"""Of so many archs there can be a report."""
+"""Smallest and largest number of archs of a check."""
 ZERO_COST_IMAGES = 64
 
 
 @dataclass(frozen=True)
-class TrustRow:
+class ProxyCheckRow:
     """One score against the truth: Kendall's tau with its interval over `n` archs.
 
-    `cost_share` is its training relative to one of the truth's; `regret` what trusting its pick
-    costs in nats of the truth, with its interval, and whether that is within one standard deviation
-    of a random seed. The ceilings have neither.
+    `cost_share` is its training cost relative to one training of the truth; `regret` is how far its
+    pick is behind the best in nats of the truth, with an interval, and whether that is within one
+    standard deviation of a random seed. The ceilings have neither.
     """
 
     name: str
@@ -69,9 +68,9 @@ class TrustRow:
     within_one_sd: bool | None = None
 
 
-def ranked(
+def compare_scores(
     scores: Mapping[str, tuple[npt.ArrayLike, float | None]], truth: npt.ArrayLike
-) -> list[TrustRow]:
+) -> list[ProxyCheckRow]:
     """Compare scores (lower is better, with their share of the cost) with truth [seeds, archs].
 
     The last two rows are the ceilings that the truth's own noise sets (`nas.core.stats`).
@@ -80,34 +79,22 @@ def ranked(
     rows = []
     for name, (values, share) in scores.items():
         tau, cost = kendall_interval(values, truth, random_seed=0), regret(values, truth)
-        rows.append(
-            TrustRow(
-                name,
-                tau.value,
-                tau.lo,
-                tau.hi,
-                n,
-                share,
-                cost.value,
-                cost.lo,
-                cost.hi,
-                cost.within_one_sd,
-            )
-        )
-    limit = ceiling(truth)
-    for name, found in (
-        ("ceiling: one truth against another", limit.pairwise),
-        ("ceiling: the noise-free truth", limit.perfect),
+        spread = (cost.value, cost.lo, cost.hi, cost.within_one_sd)
+        rows.append(ProxyCheckRow(name, tau.value, tau.lo, tau.hi, n, share, *spread))
+    limit = noise_ceiling(truth)
+    for what, found in (
+        ("one truth against another", limit.pairwise),
+        ("the noise-free truth", limit.perfect),
     ):
-        rows.append(TrustRow(name, found.value, found.lo, found.hi, n))
+        rows.append(ProxyCheckRow(f"ceiling: {what}", found.value, found.lo, found.hi, n))
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[TrustRow], **more: str) -> None:
+def write_rows(path: Path, rows: Sequence[ProxyCheckRow], **more: str) -> None:
     """Write the table as CSV; `more` are further columns, the same in every row."""
     out = io.StringIO()
     writer = Writer(out)
-    writer.writerow([*(f.name for f in dataclasses.fields(TrustRow)), *more])
+    writer.writerow([*(f.name for f in dataclasses.fields(ProxyCheckRow)), *more])
     for row in rows:
         cells = [round(v, 5) if isinstance(v, float) else v for v in dataclasses.astuple(row)]
         writer.writerow([*("" if v is None else v for v in cells), *more.values()])
@@ -115,18 +102,16 @@ def write_rows(path: Path, rows: Sequence[TrustRow], **more: str) -> None:
 
 
 def check_number(number: object) -> None:
-    """Refuse what is no number of archs for a report; None asks for no report."""
-    if number is None:
-        return
-    whole = isinstance(number, int) and not isinstance(number, bool)
-    if not whole or number not in range(LEAST, MOST + 1):
+    """Refuse an invalid number of archs; None is valid and means no check."""
+    valid = number is None or (type(number) is int and LEAST <= number <= MOST)
+    if not valid:
         raise refuse("--check-proxy", number, f"an integer from {LEAST} to {MOST} (archs to train)")
 
 
 def check_band(
     number: int | None, config: RunConfig, family: Family, seed: Arch, dataset: Dataset
 ) -> None:
-    """Refuse a report of more archs than the last band holds; None asks for no report."""
+    """Refuse a check of more archs than the last band holds; None means no check."""
     if number is None:
         return
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
@@ -142,7 +127,7 @@ def _too_many(number: int, held: int) -> InputError:
 
 
 def named_archs(folder: Path, number: int) -> list[Any] | None:
-    """Read the archs that a run named before; another number of them is refused."""
+    """Read the archs of `proxy_check.json`, None without one; another number is refused."""
     path = folder / "proxy_check.json"
     if not path.exists():
         return None
@@ -153,21 +138,21 @@ def named_archs(folder: Path, number: int) -> list[Any] | None:
     return known
 
 
-def listed(run: Run, number: int) -> list[Arch]:
-    """Name the candidates: of the last step's band, scored ones first, then those rejected.
+def choose_archs(run: Run, number: int) -> list[Arch]:
+    """Choose archs of the last step's band: scored trials first, then the rejected.
 
-    Where the run met fewer, the rest is drawn uniformly from the band; those whose training failed
-    come last. Kept in `proxy_check.json`.
+    Where the run has fewer, the rest is drawn uniformly from the band; archs whose training failed
+    come last. The choice is kept in `proxy_check.json`.
     """
     known = named_archs(run.folder.path, number)
     if known is not None:
         return [run.family.arch(arch) for arch in known]
     band = run.band(run.config.steps)
     order = {"kept": 0, "proxy": 1, "race": 2, "selection": 3, "throughput": 4}
-    inside = [r for r in run.ledger.rows if r.step > 0 and band.lo <= r.params <= band.hi]
+    inside = [r for r in run.study.rows if r.step > 0 and band.lo <= r.params <= band.hi]
     rows = [r for r in inside if r.state != "failed"]
     rows.sort(key=lambda r: order.get(r.stage, 5))
-    found = {r.key: run.family.arch(run.ledger.arch(r.step, r.key)) for r in rows}
+    found = {r.key: run.family.arch(run.study.arch(r.step, r.key)) for r in rows}
     archs = list(found.values())[:number]
     for failed in ({r.key for r in inside if r.state == "failed"}, set[str]()):
         archs += sample_band(
@@ -181,8 +166,8 @@ def listed(run: Run, number: int) -> list[Arch]:
         )
     if len(archs) < number:
         raise _too_many(number, len(archs))
-    told = {"archs": [run.family.to_dict(arch) for arch in archs]}
-    write_json(run.folder.path / "proxy_check.json", told)
+    named = {"archs": [run.family.to_dict(arch) for arch in archs]}
+    write_json(run.folder.path / "proxy_check.json", named)
     return archs
 
 
@@ -194,20 +179,21 @@ def proxy_check_cost(run: Run, number: int) -> float:
 
 
 def proxy_check_work(run: Run, number: int) -> Work:
-    """Return the work of a proxy check: each arch is timed once and trained by truth and proxy."""
+    """Return the work of a check: per arch one timing, the truth's and the proxies' trainings."""
     return Work(number, number * (2 + SEEDS), proxy_check_cost(run, number))
 
 
 def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
-    """Train what the report needs, write `proxy_check.csv`, and return the report as plain JSON.
+    """Train the archs, write `proxy_check.csv`, and return the report as plain JSON.
 
-    An arch that cannot be trained is left out, and the report says so; it needs three others.
+    An arch that cannot be trained is left out and listed in the report; three must remain.
     """
     parent = with_order(run, seed)
-    archs = listed(run, number)
+    archs = choose_archs(run, number)
     config, init = run.config, run.config.proxy_init
     # The truth is longer than the labels that the run stored: they start again then.
-    longer = _with_config(run, label_overflow="cycle")
+    longer = copy.copy(run)
+    longer.config = replace(config, label_overflow="cycle")
     trainings = [
         _Training(
             longer,
@@ -236,21 +222,20 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     means = np.array([[float(values.mean()) for values in row] for row in losses])
     share = 1 / LONGER
     scores: dict[str, tuple[npt.ArrayLike, float | None]] = {
-        f"proxy ({init})": ([float(losses_of(f, config.metric).mean()) for f in short], share),
-        f"proxy ({init}), hard labels": (
-            [float(losses_of(f, config.metric).mean()) for f in hard],
-            share,
-        ),
+        name: ([float(losses_of(folder, config.metric).mean()) for folder in folders], share)
+        for name, folders in ((f"proxy ({init})", short), (f"proxy ({init}), hard labels", hard))
     }
-    scores |= {name: (values, 0.0) for name, values in untrained(run, archs).items()}
-    rows = ranked(scores, means)
+    scores |= {name: (values, 0.0) for name, values in training_free_scores(run, archs).items()}
+    rows = compare_scores(scores, means)
     write_rows(run.folder.path / "proxy_check.csv", rows)
     by_arch = {
         run.key(arch): np.array([losses[s][i] for s in range(SEEDS)])
         for i, arch in enumerate(archs)
     }
-    kept = indistinguishable(by_arch)
+    kept = tied_with_best(by_arch)
     own, limit = rows[0], rows[-1]
+    # Proxies of a check start from the seed; a run of several steps has nearer parents.
+    start = " from the seed's weights" if init == "inherit" else ""
     verdict = "within" if own.within_one_sd else "beyond"
     gone = f"; {len(failed)} more could not be trained" if failed else ""
     return {
@@ -263,33 +248,20 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         "tau_hi": own.hi,
         "ceiling": limit.estimate,
         "regret": own.regret,
-        "says": (
+        "message": (
             f"over {len(archs)} archs of the last band, trained {LONGER} times longer on {SEEDS} "
-            f"random seeds, the proxy{_from(init)} ranks with tau {own.estimate:.2f} "
+            f"random seeds, the proxy{start} ranks with tau {own.estimate:.2f} "
             f"[{own.lo:.2f}, {own.hi:.2f}] where noise permits {limit.estimate:.2f} "
             f"[{limit.lo:.2f}, {limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind "
             f"the best, {verdict} one standard deviation of a random seed; "
-            f"{in_words(kept, by_arch)}{gone}"
+            f"{describe_tied(kept, by_arch)}{gone}"
         ),
     }
 
 
-def _from(init: str) -> str:
-    """Say what the report's proxies start from: a run of several steps had nearer parents."""
-    return " from the seed's weights" if init == "inherit" else ""
-
-
-def _with_config(run: Run, **changes: Any) -> Run:
-    import copy
-
-    other = copy.copy(run)
-    other.config = replace(run.config, **changes)
-    return other
-
-
 @dataclass(frozen=True)
 class _Training:
-    """One training that every arch of a report gets, and the role in its folder's name."""
+    """One training that every arch of a check gets; `role` begins its folder's name."""
 
     run: Run
     role: str
@@ -298,11 +270,11 @@ class _Training:
     hard: float = 0.0
 
     def folder(self, arch: Arch) -> Path:
-        """Return where its result lies."""
+        """Return the folder of an arch's result."""
         return self.run.folder.job_folder(f"{self.role}-{self.run.key(arch)}")
 
     def do(self, archs: Sequence[Arch], parent: Incumbent) -> list[tuple[Arch, str]]:
-        """Train archs as the run's proxies are, and return those that failed, and why."""
+        """Train archs as the run's proxies are; return those that failed, with the reasons."""
         outs = [self.folder(arch) for arch in archs]
         tasks = [
             self.run.training(
@@ -324,7 +296,7 @@ class _Training:
         return [(arch, result.reason or "failed") for arch, result in done if not result.ok]
 
 
-def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
+def training_free_scores(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
     """Return scores that need no training, lower taken for better: counts, pace, zero-cost.
 
     Signs are those of their authors' claims: more parameters, MACs, gradient or distinct codes are
@@ -360,18 +332,17 @@ def untrained(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
 
 
 def check_proxy_in_time(run: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
-    """Make the proxy check, as far as time allows; a later --resume goes on with it."""
+    """Run the proxy check as far as time allows; a later --resume continues it."""
     console = run.console
     console.start(proxy_check_cost(run, number))
     try:
         report = check_proxy(run, seed, number)
-        console.line(f"proxy check: {report['says']}")
+        console.line(f"proxy check: {report['message']}")
         return report
     except OutOfTime:
         console.line(
-            f"proxy check: out of time (--max-hours); --resume {run.folder.path} --check-proxy "
-            f"{number} "
-            "goes on"
+            "proxy check: out of time (--max-hours); "
+            f"--resume {run.folder.path} --check-proxy {number} goes on"
         )
         return None
     finally:

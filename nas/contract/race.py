@@ -1,7 +1,7 @@
-"""The proxy trainings of a step, raced: in rungs on the same batches; what cannot win stops.
+"""Race the proxy trainings of a step in rungs on the same batches; likely losers stop.
 
-A rung is a job of its own that continues the one before. Decisions fall when all candidates have
-reached a rung, in the order of keys, so they depend on results alone.
+Each rung is a job that continues the one before. Decisions follow when all candidates have reached
+a rung, in the order of keys, so they depend on results alone.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from nas.contract.step import SCORES, Step, places, trial_of
 from nas.core.per_image import losses_of
 from nas.inherit.jobs import ImportanceJob, rank_by_importance
 from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, keep_failure, log_of
-from nas.search.racing import share_saved, survivors
+from nas.search.racing import racing_decision
 from nas.search.study import Trial
 from space.contractions import Candidate
 
 ALPHA = 0.05
-"""The chance, over a whole race, that the best of it is stopped for the noise of its images."""
+"""Probability, over a whole race, that image noise stops its best candidate."""
 
 DRIFT_NATS = 0.05
-"""How far (standard deviation) two candidates' losses still move apart until the last rung."""
+"""Standard deviation of how much two candidates' difference still moves until the last rung."""
 
 IMPORTANCE_IMAGES = 256
-"""Training images that the importance of units and blocks is judged on."""
+"""Training images behind the importance of units and blocks."""
 
 
 def rungs_of(epochs: int) -> list[int]:
-    """Return the epochs after which a race looks: the whole length, halved down to one."""
+    """Return the epochs at which a race decides: the whole length, halved down to one."""
     found = [epochs]
     while found[0] > 1:
         found.insert(0, -(-found[0] // 2))
@@ -42,10 +42,10 @@ def rungs_of(epochs: int) -> list[int]:
 def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
     """Train a step's selected candidates and return them as trials, in their order.
 
-    Each trains the epochs of a proxy unless a paired test on the holdout shows before that it
-    cannot be among the best (`nas.search.racing`); failures are trials too. Epochs that are saved
-    go to those that remain, equally long for all; not so where a later step is compared with this
-    one, as its candidates would not be trained equally long.
+    Each trains the epochs of a proxy unless a paired test on the holdout shows earlier that it
+    cannot be among the best (`nas.search.racing`); failures are trials too. A stepwise strategy
+    gives saved epochs to the remaining candidates, equally; other strategies compare candidates of
+    different steps, which must be trained equally long.
     """
     config, keep, epochs = run.config, places(run, step.number), run.config.proxy_epochs
     rungs = rungs_of(epochs) if config.racing and len(selected) > keep else [epochs]
@@ -64,7 +64,7 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
         results = run.train_all(tasks, remember=True)
         for at, (each, task, result) in enumerate(zip(racing, tasks, results, strict=True)):
             if earlier is not None:
-                _forget(_folder(run, step, each, earlier))
+                _drop_checkpoint(_folder(run, step, each, earlier))
             racing[at] = each = replace(each, seconds=each.seconds + result.seconds)
             trials[each.key] = _trial(run, step, each, task, result, rung)
         racing = [each for each in racing if trials[each.key].state != "failed"]
@@ -72,15 +72,17 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
             break
         folders = {each.key: _folder(run, step, each, rung) for each in racing}
         losses = {key: losses_of(folders[key], config.metric) for key in sorted(folders)}
-        decision = survivors(losses, keep, alpha=ALPHA, looks=len(rungs) - 1, drift_sd=DRIFT_NATS)
+        decision = racing_decision(
+            losses, keep, alpha=ALPHA, looks=len(rungs) - 1, drift_sd=DRIFT_NATS
+        )
         for key, reason in decision.stop.items():
             reason = f"stopped after {rung} of {epochs} epochs: {reason}"
             trials[key] = replace(trials[key], stage="race", state="pruned", reason=reason)
-            _forget(folders[key])
+            _drop_checkpoint(folders[key])
         racing = [each for each in racing if each.key in decision.stay]
         earlier = rung
     if run.strategy.stepwise:
-        trials |= _prolonged(run, step, racing, parents, trials)
+        trials |= _train_on_saved_epochs(run, step, racing, parents, trials)
     return [trials[each.key] for each in selected]
 
 
@@ -111,7 +113,7 @@ def _rung(
 def _trial(
     run: Run, step: Step, candidate: Candidate, task: Task, result: Result, epochs: int
 ) -> Trial:
-    """Return what a training made of a candidate."""
+    """Return a trained candidate as a trial."""
     log = log_of(task.out.name)
     if not result.ok:
         failed = {"stage": "proxy", "state": "failed", "reason": result.reason or "failed"}
@@ -121,21 +123,20 @@ def _trial(
     return trial_of(run, step.number, candidate, **scores, **done)
 
 
-def _prolonged(
+def _train_on_saved_epochs(
     run: Run,
     step: Step,
     through: Sequence[Candidate],
     parents: Mapping[str, Incumbent],
     trials: Mapping[str, Trial],
 ) -> dict[str, Trial]:
-    """Give the epochs that stopped candidates saved to those that reached the end."""
+    """Train the candidates that reached the end on the epochs that stopped ones saved."""
     epochs, stored = run.config.proxy_epochs, run.store["use_epochs"]
     saved = sum(epochs - trial.epochs for trial in trials.values() if trial.stage == "race")
-    shares = share_saved(saved, [each.key for each in through])
-    more = min(shares.values(), default=0)  # as long for all: their scores are compared
+    more = saved // max(len(through), 1)  # equally long for all: their scores are compared
     if more < 1 or len(through) < 2:
         return {}
-    # Where stored epochs run out, they are taken from the start again.
+    # Where stored epochs run out, they start again from the first.
     first_epoch = run.first_epoch(step.number) + epochs
     first_epoch = first_epoch if first_epoch + more <= stored else 0
     length = min(more, stored)
@@ -162,7 +163,7 @@ def _prolonged(
         )
     results = run.train_all(tasks, remember=True)
     if not all(result.ok for result in results):
-        return {}  # all are compared by what they had, equally long
+        return {}  # all keep their first scores, equally long
     found = {}
     for each, task, result in zip(through, tasks, results, strict=True):
         longer = replace(each, seconds=each.seconds + result.seconds)
@@ -171,8 +172,8 @@ def _prolonged(
     return found
 
 
-def _forget(folder: Path) -> None:
-    """Remove where a rung stood, as nothing goes on from there."""
+def _drop_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a rung that nothing continues."""
     with contextlib.suppress(OSError):
         (folder / CHECKPOINT).unlink()
 

@@ -1,8 +1,8 @@
-"""Answer a new question from what an earlier run measured and scored: `--replay`.
+"""Reuse an earlier run's measurements and scores for a new target: `--replay`.
 
-A run's ledger holds scores of archs of all sizes, and its `family/` the models that its steps
-started from. A new target or throughput is answered from there: by archs that were scored already
-and meet it, or by steps that start from the nearest larger model instead of from the seed.
+A run's study holds scores of archs of all sizes, and its `models/` those that its steps started
+from. A replay takes scored archs that meet the new target or throughput; without any, its steps
+start from the nearest larger model instead of the seed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nas.contract.checks import saved_config
-from nas.contract.run_folder import SCHEMA
+from nas.contract.checks import saved_config, usual_steps
+from nas.contract.run_folder import read_run_json
+from nas.contract.seed import requirement_value
 from nas.contract.state import MORE, Earlier, Incumbent, Run
 from nas.contract.step import SCORES, Step, add_trial, meets_requirements, places, trial_of
 from nas.core.config import RunConfig, flag
@@ -22,18 +23,11 @@ from nas.core.io import read_json
 from nas.core.per_image import losses_of
 from nas.data import Dataset
 from nas.jobs.job import Result
-from nas.search.constraints import (
-    PACE,
-    band_at,
-    bench_setting,
-    bounds_at,
-    requirements_of,
-    usual_steps,
-)
+from nas.search.constraints import PACE, band_at, bench_setting, bounds_at, requirements_of
 from nas.search.selection import paired_error, rank
 from nas.search.study import Trial, read_study
 from space import Context
-from space.contractions import Band, Candidate, listed
+from space.contractions import Band, Candidate, describe_candidates
 from space.errors import InputError, refuse
 from space.family import Arch, Family
 
@@ -52,27 +46,17 @@ NEW_QUESTION = (
     "final_epochs",
     "replay",
 )
-"""Settings that a replay may change; all others decide what the earlier scores mean."""
+"""Settings that a replay may change; the others decide what the earlier scores mean."""
 
 
 def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
-    """Read an earlier run's configuration and `run.json`; what is no run is refused."""
-    path = folder / "run.json"
-    if not path.is_file():
-        raise refuse(
-            "--replay",
-            folder,
-            "a folder with a run in it (a run.json)",
-            "name the --out folder of an earlier run",
-        )
-    data = read_json(path, "the run.json of a run")
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
-        raise refuse(str(path), "another format", f"schema {SCHEMA}", "replay a newer run")
+    """Read an earlier run's configuration and `run.json`. Raises InputError without a run."""
+    data = read_run_json(folder, "--replay")
     return saved_config(data["config"]), data
 
 
 def replayed_config(given: Mapping[str, Any]) -> RunConfig:
-    """Return the earlier run's configuration with a new question in it.
+    """Return the earlier run's configuration with the new settings.
 
     Settings that would change what the earlier scores mean are refused. The number of steps
     follows the distance, unless it is given.
@@ -102,8 +86,8 @@ def replayed_config(given: Mapping[str, Any]) -> RunConfig:
     return replace(config, **dict(given))
 
 
-def set_aside(earlier: RunConfig, config: RunConfig) -> tuple[str, ...]:
-    """Return the earlier run's requirements that a replay does not hold its answers to."""
+def dropped_requirements(earlier: RunConfig, config: RunConfig) -> tuple[str, ...]:
+    """Return the earlier run's requirements that the new configuration lacks."""
     now = {required.text for required in requirements_of(config)}
     return tuple(r.text for r in requirements_of(earlier) if r.text not in now)
 
@@ -111,7 +95,7 @@ def set_aside(earlier: RunConfig, config: RunConfig) -> tuple[str, ...]:
 def read_earlier(
     folder: Path, family: Family, dataset: str, *, after: Collection[Path] = ()
 ) -> Earlier:
-    """Read what an earlier run measured and scored; one on other data is refused.
+    """Read an earlier run's trials and models; one on other data is refused.
 
     `after` are the folders of replays that led here, so that none is read twice.
     """
@@ -124,15 +108,15 @@ def read_earlier(
             f"the data at hand, {dataset}",
             "restore the data",
         )
-    ledger = read_study(folder, data)
+    study = read_study(folder, data)
     try:
         scored = tuple(
-            (row, family.arch(ledger.arch(row.step, row.key)))
-            for row in ledger.rows
+            (row, family.arch(study.arch(row.step, row.key)))
+            for row in study.rows
             if row.step > 0 and row.state == "complete" and row.soft_loss is not None
         )
     finally:
-        ledger.close()
+        study.close()
     before, met = None, {*after, folder.resolve()}
     if config.replay is not None and Path(config.replay).resolve() not in met:
         with contextlib.suppress(InputError):  # gone or replaced: its scores cannot be compared
@@ -141,19 +125,19 @@ def read_earlier(
 
 
 def read_models(folder: Path, family: Family) -> tuple[Incumbent, ...]:
-    """Read the models in a run's `family/` whose weights are there; damaged ones are refused."""
+    """Read the models in a run's `models/` that have weights; damaged ones are refused."""
     found = []
     for path in sorted((folder / "models").glob("*.json")):
-        told = read_json(path, "a model of a run")
+        model = read_json(path, "a model of a run")
         weights = path.with_suffix(".safetensors")
         if not weights.is_file():
             continue
         try:
-            score, timed = told["score"], told["throughput"]
+            score, timed = model["score"], model["throughput"]
             found.append(
                 Incumbent(
-                    arch=family.arch(told["arch"]),
-                    key=told["key"],
+                    arch=family.arch(model["arch"]),
+                    key=model["key"],
                     weights=weights,
                     ratio=timed["ratio"],
                     images_per_s=timed["images_per_s"],
@@ -167,7 +151,7 @@ def read_models(folder: Path, family: Family) -> tuple[Incumbent, ...]:
     return tuple(found)
 
 
-def answers(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
+def scores_in_band(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
     """Return the scored archs inside a band, best first, each net once.
 
     One that was scored in several steps counts by its last score.
@@ -180,8 +164,10 @@ def answers(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
     return sorted(latest.values(), key=lambda found: (found[0].soft_loss or 0.0, found[0].key))
 
 
-def start_of(earlier: Earlier, band: Band, family: Family, context: Context) -> Incumbent | None:
-    """Return the smallest model that is still larger than a band, or None: start from the seed."""
+def nearest_larger_model(
+    earlier: Earlier, band: Band, family: Family, context: Context
+) -> Incumbent | None:
+    """Return the smallest model larger than a band, or None."""
     models = [model for run in lineage(earlier) for model in run.models]
     sized = [(family.count_params(model.arch, context), model) for model in models]
     larger = [each for each in sized if each[0] > band.hi]
@@ -189,18 +175,18 @@ def start_of(earlier: Earlier, band: Band, family: Family, context: Context) -> 
 
 
 def lineage(earlier: Earlier) -> list[Earlier]:
-    """Return an earlier run, the one that it replayed itself, and so on."""
+    """Return an earlier run, the run that it replayed, and so on."""
     return [earlier, *(lineage(earlier.before) if earlier.before is not None else ())]
 
 
 # Replaying
 
 
-def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
-    """Return the best archs that the earlier run scored and that meet the new question.
+def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
+    """Return the best archs that the earlier run scored and that meet the new requirements.
 
-    Each passes the gates anew, from stored measurements where there are any. Empty when none does.
-    Scores of different steps come from different parents; they are compared as they are.
+    Requirements are checked again, from stored measurements where there are any. Empty when no arch
+    passes. Scores of different steps come from different parents; they are compared as they are.
     """
     step = run.config.steps
     bounds = bounds_at(
@@ -215,13 +201,13 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     here = Step(step, seed, [seed], [seed], {seed.key: bounds})
     passed: dict[str, tuple[Trial, Candidate]] = {}
     folders: dict[str, Path] = {}
-    known = [(of, *each) for of in lineage(earlier) for each in answers(of, bounds.band)]
+    known = [(of, *each) for of in lineage(earlier) for each in scores_in_band(of, bounds.band)]
     for of, row, arch in known:
         folder = _folder(of, row)
-        if folder is None or row.key in folders:  # the last run that scored it tells
+        if folder is None or row.key in folders:  # the latest run that scored it counts
             continue
         folders[row.key] = folder
-        (candidate,) = listed(run.family, [run.seed_arch], [(None, arch)], run.context)
+        (candidate,) = describe_candidates(run.family, [run.seed_arch], [(None, arch)], run.context)
         measured = meets_requirements(run, here, candidate)
         if measured is not None:
             passed[row.key] = (row, measured)
@@ -252,9 +238,9 @@ def answered(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
 
 
 def _folder(earlier: Earlier, row: Trial) -> Path | None:
-    """Return where the losses per image behind a score lie, None where they are gone.
+    """Return the folder with the losses per image behind a score, None where it is gone.
 
-    A replay's own answers have theirs with the run that it replayed.
+    A replay's own scores have theirs in the run that it replayed.
     """
     longer = MORE if row.epochs > earlier.config.proxy_epochs else ""
     folder = earlier.folder / "work" / f"s{row.step}-{row.key}{longer}"
@@ -270,12 +256,12 @@ def _folder(earlier: Earlier, row: Trial) -> Path | None:
     return None
 
 
-def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
-    """Return where the steps begin: the earlier run's smallest model above the band, or the seed.
+def starting_incumbent(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
+    """Return where the steps start: the earlier run's smallest model above the band, or the seed.
 
     The steps' bounds tighten from there.
     """
-    model = start_of(earlier, run.band(run.config.steps), run.family, run.context)
+    model = nearest_larger_model(earlier, run.band(run.config.steps), run.family, run.context)
     if model is None:
         return seed
     measured = run.timings.measure(model.arch, "gate", reference=run.seed_arch)
@@ -283,23 +269,10 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
         return seed
     values = {}
     for required in requirements_of(run.config):
-        if required.setting is None:
-            count = run.family.count_params
-            if required.metric == "macs":
-                count = run.family.count_macs
-            values[required] = float(count(model.arch, run.context))
-            continue
-        weigh = (required,) if required.metric == "peak_mem_mb" else ()
-        there = run.timings.measure(
-            model.arch,
-            "gate",
-            reference=run.seed_arch,
-            requirements=weigh,
-            setting=required.setting,
-        )
-        if isinstance(there, Result):
+        value = requirement_value(run, model.arch, required, "gate", reference=run.seed_arch)
+        if isinstance(value, Result):
             return seed
-        values[required] = there.interval(required.metric)[0]
+        values[required] = value
     run.start_values = values
     run.start_params = run.family.count_params(model.arch, run.context)
     run.start_macs = run.family.count_macs(model.arch, run.context)
@@ -308,8 +281,8 @@ def begun_at(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent:
     return replace(model, key=key, ratio=measured.ratio, images_per_s=measured.images_per_s)
 
 
-def earlier_of(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
-    """Read the run that a replay answers from, with the scores whose losses per image are left."""
+def load_earlier(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
+    """Load the run of `--replay`, with the scores that still have losses per image."""
     if config.replay is None:
         return None
     earlier = read_earlier(Path(config.replay), family, dataset.fingerprint)
@@ -317,50 +290,46 @@ def earlier_of(config: RunConfig, family: Family, dataset: Dataset) -> Earlier |
     return replace(earlier, scored=there)
 
 
-def steps_from(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
+def steps_to_target(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
     """Return how many steps a replay takes from the earlier run's nearest model to its target."""
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     seed_params = family.count_params(family.arch(config.seed_arch), context)
-    start = start_of(earlier, band_at(seed_params, config, config.steps), family, context)
+    start = nearest_larger_model(
+        earlier, band_at(seed_params, config, config.steps), family, context
+    )
     params = seed_params if start is None else family.count_params(start.arch, context)
     return usual_steps(config, params)
 
 
-def reused_words(
+def describe_reuse(
     run: Run, earlier: Earlier, seed: Incumbent, start: Incumbent, known: Sequence[Incumbent]
 ) -> dict[str, Any]:
-    """Say what a replay takes from the earlier run."""
-    scores = (
-        sum(row.step == run.config.steps and row.soft_loss is not None for row in run.ledger.rows)
-        if known
-        else 0
-    )
+    """Return what a replay takes from the earlier run: `result.json`'s `reused`."""
+    rows = [r for r in run.study.rows if r.step == run.config.steps and r.soft_loss is not None]
+    scores = len(rows) if known else 0
     if known:
-        says = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
+        message = (
+            f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
+        )
         if scores == 1:
-            says += ", and no choice; a run of its own would look further"
-        lengths = {
-            row.epochs
-            for row in run.ledger.rows
-            if row.step == run.config.steps and row.soft_loss is not None
-        }
+            message += ", and no choice; a run of its own would look further"
+        lengths = {row.epochs for row in rows}
         if len(lengths) > 1:
             epochs = " and ".join(f"{e:g}" for e in sorted(lengths))
-            says += f"; they were trained {epochs} epochs and are compared as they are"
+            message += f"; they were trained {epochs} epochs and are compared as they are"
     elif start is not seed:
-        says = (
+        message = (
             f"none of the {len(earlier.scored)} archs scored in {earlier.folder} meets the new "
-            f"question; {run.config.steps} steps from its model of {run.start_params:,} "
-            "parameters"
+            f"question; {run.config.steps} steps from its model of {run.start_params:,} parameters"
         )
     else:
-        says = f"nothing in {earlier.folder} helps; {run.config.steps} steps from the seed"
-    dropped = set_aside(earlier.config, run.config)
+        message = f"nothing in {earlier.folder} helps; {run.config.steps} steps from the seed"
+    dropped = dropped_requirements(earlier.config, run.config)
     if dropped:
-        says += f"; its {' and '.join(dropped)} not asked for any more"
+        message += f"; its {' and '.join(dropped)} not asked for any more"
     return {
         "run": str(earlier.folder),
         "scores": scores,
         "start": None if known else start.key,
-        "says": says,
+        "message": message,
     }

@@ -1,4 +1,4 @@
-"""Contract a seed model to a budget: how a run starts, takes its steps and ends."""
+"""Contract a seed model to a budget: start or resume a run, take its steps, write its result."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nas.contract import seed as stage
 from nas.contract.checks import (
     DEVICE_ROWS,
-    ask_fingerprints,
+    add_final_measurements,
     check_possible,
     check_requirements,
     check_same_data,
@@ -24,11 +23,11 @@ from nas.contract.checks import (
     make_config,
     read_data,
     read_device_table,
-    read_lent,
-    resolved,
+    read_fingerprints,
+    read_lent_measurements,
     resumed_config,
     run_json,
-    take_finalists,
+    with_absolute_paths,
     with_classes,
     with_seed,
     with_steps,
@@ -39,18 +38,25 @@ from nas.contract.plan import Plan, make_plan, plan_text
 from nas.contract.proxy_check import check_band, check_number, check_proxy_in_time, named_archs
 from nas.contract.race import race
 from nas.contract.replay import (
-    answered,
-    begun_at,
-    earlier_of,
+    describe_reuse,
+    load_earlier,
     replayed_config,
-    reused_words,
-    steps_from,
+    reuse_scores,
+    starting_incumbent,
+    steps_to_target,
 )
-from nas.contract.run_folder import RunDir
+from nas.contract.run_folder import RunFolder
+from nas.contract.seed import (
+    best_so_far,
+    expected_cost,
+    prepare_seed,
+    print_config,
+    remove_intermediate_weights,
+)
 from nas.contract.state import Incumbent, Run
 from nas.contract.step import (
     begin_step,
-    close_step,
+    end_step,
     meets_requirements,
     propose,
     rank,
@@ -67,7 +73,7 @@ from nas.jobs.queue import Executor, OutOfTime
 from nas.measure.device_table import write_rows
 from nas.measure.measurement_table import read_measurements
 from nas.report import write_report
-from nas.search.storage import StudyAway, check_reachable, new_shared, resumed_shared
+from nas.search.storage import StudyUnavailable, check_reachable, new_shared, resumed_shared
 from nas.search.study import StepRow
 from space.errors import InputError, refuse
 
@@ -90,7 +96,7 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One process's part in a run: nothing in it changes an answer.
+    """The options of one process; none changes a run's result.
 
     `deadline` is on the monotonic clock; `check_proxy` archs are trained longer afterwards;
     `final_measurements` are the measurements of another device; `executor` replaces the one that
@@ -166,7 +172,7 @@ def contract(
         if done is not None:
             return done
     with open_run(given, folder, session, resume=resume) as run:
-        return work(run, check_proxy, fresh=not resume)
+        return execute(run, check_proxy, fresh=not resume)
 
 
 def plan(
@@ -180,9 +186,9 @@ def plan(
     executor: Executor | None = None,
     **settings: Any,
 ) -> tuple[Plan, str]:
-    """Plan `contract` without training: the plan, and the same as text.
+    """Plan `contract` without training: return the plan, and the same as text.
 
-    Takes about a minute of measuring; nothing is kept but measurements in the cache.
+    Measures for about a minute; keeps only measurements in the cache.
     """
     check_number(check_proxy)
     given = _given(seed, target_params, settings)
@@ -199,7 +205,7 @@ def plan(
         open_run(given, Path(place) / "plan", session, keep=False) as run,
     ):
         made = make_plan(run, check_proxy=check_proxy)
-        run.ledger.close()
+        run.study.close()
         return made, plan_text(run, made)
 
 
@@ -210,7 +216,7 @@ def _given(seed: str | None, target: str | int | None, settings: Mapping[str, An
         given["seed"] = seed
     if target is not None:
         given["target_params"] = parse_count("--target-params", target)
-    return resolved(given)
+    return with_absolute_paths(given)
 
 
 def _default_folder(given: Mapping[str, Any]) -> Path:
@@ -225,8 +231,8 @@ def _default_folder(given: Mapping[str, Any]) -> Path:
 
 
 def finished_result(given: Mapping[str, Any], out: Path, session: Session) -> RunResult | None:
-    """Return the result of a finished run that nothing more is asked of, else None."""
-    folder = RunDir(out)
+    """Return the result of a finished run that has nothing left to do, else None."""
+    folder = RunFolder(out)
     saved = folder.open()
     try:
         resumed_config(saved, given)
@@ -261,7 +267,7 @@ def open_run(
     A new run that is refused before it decided anything leaves no folder; with `keep` off (a plan)
     it has no `run.json` and cannot be resumed. Raises InputError on bad input.
     """
-    folder, console, cache = RunDir(out), session.console, session.cache
+    folder, console, cache = RunFolder(out), session.console, session.cache
     worker = session.executor
     run: Run | None = None
     saved = folder.open() if resume else None
@@ -273,7 +279,7 @@ def open_run(
         else:
             config = make_config(given, session.executor_config)
         config, family, seed_arch = with_seed(config)
-        rows = read_lent(config, needed=not resume)
+        rows = read_lent_measurements(config, needed=not resume)
         if saved is not None:
             shared = resumed_shared(saved.get("storage"), session.storage, folder.run_json)
         else:
@@ -291,7 +297,7 @@ def open_run(
             resume and named_archs(out, session.check_proxy)
         ):
             check_band(session.check_proxy, config, family, seed_arch, dataset)
-        earlier = earlier_of(config, family, dataset)
+        earlier = load_earlier(config, family, dataset)
         tables = [Path(path) for path in config.device_table]
         if tables and (resume or earlier is not None):
             tables = [(out if resume or earlier is None else earlier.folder) / DEVICE_ROWS]
@@ -300,17 +306,17 @@ def open_run(
             if not tables and measured.is_file():
                 rows += read_measurements(measured)
             if not resume and "steps" not in given:
-                config = replace(config, steps=steps_from(earlier, config, family, dataset))
+                config = replace(config, steps=steps_to_target(earlier, config, family, dataset))
         config, table = read_device_table(config, tables, family, seed_arch, dataset)
         if resume:
-            take_finalists(out, table, session.final_measurements)
+            add_final_measurements(out, table, session.final_measurements)
         else:
             check_requirements(config, family, seed_arch, dataset, table)
             folder.create()
         worker = worker or make_executor(
             session.executor_config, threads=config.threads, device=config.device, folder=out
         )
-        fingerprints = ask_fingerprints(config, worker, table)
+        fingerprints = read_fingerprints(config, worker, table)
         if saved is not None:
             check_same_device(saved["fingerprints"], fingerprints)
         else:
@@ -335,16 +341,18 @@ def open_run(
             storage=shared,
         )
         run.timings.import_rows(rows, named=not resume and "measurements" in given)
-        # It goes on, so the record of an earlier stop is no longer true.
+        # The run continues, so the record of an earlier stop is no longer true.
         folder.result_json.unlink(missing_ok=True)
         yield run
     except InputError as error:
         if worker is not None:
             worker.close()
-        if not resume and (run is None or not (run.ledger.rows or isinstance(error, StudyAway))):
+        if not resume and (
+            run is None or not (run.study.rows or isinstance(error, StudyUnavailable))
+        ):
             if run is not None:
-                run.ledger.remove()
-            folder.discard()  # refused before there was anything to keep
+                run.study.remove()
+            folder.discard()  # refused before any decision
         raise
     except (KeyboardInterrupt, SystemExit):
         console.stop()
@@ -363,13 +371,13 @@ def open_run(
 # From the seed to the report
 
 
-def work(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResult:
-    """Search and finish, as far as time allows, and write the result and the report."""
+def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResult:
+    """Search and finish as far as time allows, then write the result and the report."""
     console, folder = run.console, run.folder
     progress = Progress()
     started = time.monotonic()
-    stage.announce(run, fresh=fresh)
-    console.start(stage.expected_cost(run))
+    print_config(run, fresh=fresh)
+    console.start(expected_cost(run))
     try:
         search(run, progress)
     except OutOfTime:
@@ -379,7 +387,7 @@ def work(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResult:
             where = "in the final comparison"
         message = f"out of time (--max-hours): stopped {where}; --resume {folder.path} goes on"
         progress.message = message
-        progress.best = stage.best_so_far(run, taken)
+        progress.best = best_so_far(run, taken)
     finally:
         console.stop()
         with contextlib.suppress(Exception):
@@ -392,24 +400,24 @@ def work(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResult:
         write_json(folder.result_json, result)
         write_report(folder.path)
     elif check_proxy is not None:
-        said = f"proxy check: no report is made of a run that is {status}"
+        note = f"proxy check: no report is made of a run that is {status}"
         if status == "stopped":
-            said += f"; --resume {folder.path} --check-proxy {check_proxy} goes on"
-        console.line(said)
+            note += f"; --resume {folder.path} --check-proxy {check_proxy} goes on"
+        console.line(note)
     if status not in ("stopped", "unverified"):
-        stage.tidy(run)
+        remove_intermediate_weights(run)
     return RunResult(status, result["exit_code"], progress.message, folder.path, result)
 
 
 def search(run: Run, progress: Progress) -> None:
-    """Go from the seed through the steps to the final comparison, noting all in `progress`."""
-    seed = progress.seed = stage.prepare_seed(run)
+    """Take all steps from the seed to the final comparison; `progress` records each."""
+    seed = progress.seed = prepare_seed(run)
     start, known = seed, []
     if run.earlier is not None:
-        known = answered(run, run.earlier, seed)
-        start = seed if known else begun_at(run, run.earlier, seed)
-        progress.reused = reused_words(run, run.earlier, seed, start, known)
-        run.console.line(f"replay: {progress.reused['says']}")
+        known = reuse_scores(run, run.earlier, seed)
+        start = seed if known else starting_incumbent(run, run.earlier, seed)
+        progress.reused = describe_reuse(run, run.earlier, seed, start, known)
+        run.console.line(f"replay: {progress.reused['message']}")
     path, stuck = ([[seed], known], None) if known else contract_steps(run, start, progress.steps)
     progress.path, progress.incumbents = path, path[-1]
     progress.best = path[-1][0]
@@ -422,9 +430,9 @@ def search(run: Run, progress: Progress) -> None:
 def contract_steps(
     run: Run, start: Incumbent, rows: list[StepRow]
 ) -> tuple[list[list[Incumbent]], str | None]:
-    """Take every step; return all steps' incumbents, and what binds where there are no more.
+    """Take every step; return all steps' incumbents, and why the run is stuck if it is.
 
-    `rows` collects one row a step as they finish, for `steps.csv`.
+    `rows` collects one row a finished step, for `steps.csv`.
     """
     path = [[start]]
     for number in range(1, run.config.steps + 1):
@@ -438,10 +446,10 @@ def contract_steps(
             if kept:
                 break
         if kept:
-            close_step(run, step, kept, rows)
+            end_step(run, step, kept, rows)
             write_milestone(run, number, kept[0])
             path.append(kept)
         elif run.strategy.stepwise or (number == run.config.steps and len(path) == 1):
             return path, stuck_message(run, step)
-        # else the next list of a strategy that looks in one band may fare better
+        # else the next candidates of a strategy that searches one band may pass
     return path, None

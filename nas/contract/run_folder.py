@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, what it holds, and what a resume may change."""
+"""A run's folder: its files, its lock and its `run.json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,19 @@ from space.errors import refuse
 SCHEMA = 1
 
 
-class RunDir:
+def read_run_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a run's `run.json`. Raises InputError naming `name` where the folder has no run."""
+    path = folder / "run.json"
+    if not path.is_file():
+        want = "a folder with a run in it (a run.json)"
+        raise refuse(name, folder, want, "name the --out folder of an earlier run")
+    data = read_json(path, "the run.json of a run")
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
+        raise refuse(str(path), "another format", f"schema {SCHEMA}", "start a new run")
+    return data
+
+
+class RunFolder:
     """The files of one run. The process that holds the lock is the only writer."""
 
     def __init__(self, path: Path) -> None:
@@ -28,17 +40,17 @@ class RunDir:
 
     @property
     def run_json(self) -> Path:
-        """Configuration, versions, fingerprint: written once, before any work."""
+        """The configuration, versions and fingerprint, written once before any work."""
         return self.path / "run.json"
 
     @property
     def result_json(self) -> Path:
-        """How the run ended; missing while it runs."""
+        """The result; missing while the run is unfinished."""
         return self.path / "result.json"
 
     @property
     def work(self) -> Path:
-        """Finished jobs by key; a job's folder is there whole or not at all."""
+        """The folders of finished jobs by key, each whole or absent."""
         return self.path / "work"
 
     def check_new(self) -> None:
@@ -57,7 +69,7 @@ class RunDir:
         fresh = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            ours = {".lock", WORKER_LOG, LOGS, RECORD}  # what a start that was killed leaves behind
+            ours = {".lock", WORKER_LOG, LOGS, RECORD}  # files of a start that was killed
             held = [p.name for p in self.path.iterdir() if p.name not in ours]
         except OSError as error:
             raise refuse("--out", self.path, "a folder to write in", _why(error)) from None
@@ -74,25 +86,15 @@ class RunDir:
 
     def open(self) -> dict[str, Any]:
         """Lock the folder of an earlier run and return its `run.json`."""
-        if not self.run_json.is_file():
-            raise refuse(
-                "--resume",
-                self.path,
-                "a folder with a run in it (a run.json)",
-                "name the --out folder of an earlier run",
-            )
-        self.lock()
-        data = read_json(self.run_json, "the run.json of a run")
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
-            raise refuse(
-                str(self.run_json), "another format", f"schema {SCHEMA}", "start a new run"
-            )
-        for place in (self.path, self.work, self.path / "models"):
-            remove_leftovers(place)
+        if self.run_json.is_file():
+            self.lock()
+        data = read_run_json(self.path, "--resume")
+        for folder in (self.path, self.work, self.path / "models"):
+            remove_leftovers(folder)
         return data
 
     def lock(self) -> None:
-        """Take the folder for this process, or refuse."""
+        """Lock the folder for this process. Raises InputError where another one has it."""
         try:
             self._lock.acquire()
         except Timeout:
@@ -106,11 +108,11 @@ class RunDir:
             raise refuse(str(self.path), _why(error), "a folder to write in") from None
 
     def release(self) -> None:
-        """Let the folder go."""
+        """Release the lock."""
         self._lock.release()
 
     def discard(self) -> None:
-        """Undo `create` after a refusal: nothing of ours stays behind."""
+        """Undo `create` after a refusal."""
         if not self.begun:
             return
         self.release()
@@ -119,21 +121,19 @@ class RunDir:
         if self.created:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
-            for name in ("run.json", "study.db", "measurements.csv", "device_table.csv"):
+            tables = ("run.json", "study.db", "measurements.csv", "device_table.csv")
+            for name in (*tables, RECORD, WORKER_LOG):
                 with contextlib.suppress(OSError):
                     (self.path / name).unlink()
-            for name in (RECORD, WORKER_LOG):
-                with contextlib.suppress(OSError):
-                    (self.path / name).unlink()
-            for place in (self.work, self.path / LOGS):
-                shutil.rmtree(place, ignore_errors=True)
+            for folder in (self.work, self.path / LOGS):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def job_folder(self, key: str) -> Path:
-        """Return where a job leaves its result."""
+        """Return the folder of a job's result."""
         return self.work / key
 
     def drop_weights(self, key: str) -> None:
-        """Remove the weights of a job that nothing will start from; its result stays."""
+        """Remove the weights of a job that nothing starts from; its result stays."""
         with contextlib.suppress(OSError):
             (self.job_folder(key) / "weights.safetensors").unlink()
 

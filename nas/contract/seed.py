@@ -1,4 +1,4 @@
-"""What comes before the first step: the seed measured and trained, the teacher and its labels."""
+"""Before the first step: measure the seed, make the teacher and its labels, train the seed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nas.contract.state import Incumbent, Run
+from nas.contract.step import SCORES, THROUGHPUT
 from nas.contract.timing import MEASURE_COST, interval_text
 from nas.core.config import RunConfig, flag
 from nas.core.requirement import Requirement, Setting
@@ -20,27 +21,28 @@ from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.study import Trial
 from space import REFERENCE_CONTEXT
 from space.errors import InputError, refuse
+from space.family import Arch
 
 TEACHER_COST = 0.35
 """GMACs of training the auto teacher on one image at 48 px, forward and backward (roughly)."""
 
 
 def teacher_cost(run: Run) -> float:
-    """Return about how many GMACs a training of the auto teacher spends on one image.
+    """Estimate the GMACs of training the auto teacher on one image.
 
-    It is convolutional: they go with the pixels. Another teacher's are not known before it runs.
+    It is convolutional, so they grow with the pixels; another teacher's are unknown.
     """
     return TEACHER_COST * (run.context.img_size / 48) ** 2
 
 
 def label_epochs(run: Run) -> int:
-    """Return how many epochs of labels the longest training replays."""
+    """Return how many epochs of labels the longest training reads."""
     config = run.config
     return max(config.seed_epochs, config.proxy_epochs * config.steps, config.final_epochs)
 
 
 def expected_cost(run: Run) -> float:
-    """Return the run's work in GMACs of training, for the progress bar. An estimate."""
+    """Estimate the run's work in GMACs of training, for the progress bar."""
     config = run.config
     images = len(run.dataset.train.labels)
     seed = run.image_cost(run.seed_arch)
@@ -57,7 +59,7 @@ def expected_cost(run: Run) -> float:
     return cost + 2 * (images * config.final_epochs * seed * share + MEASURE_COST)
 
 
-def announce(run: Run, *, fresh: bool) -> None:
+def print_config(run: Run, *, fresh: bool) -> None:
     """Print the configuration, once, before any work."""
     config, family, context = run.config, run.family, run.context
     bounds = [required.text for required in requirements_of(config)]
@@ -85,16 +87,15 @@ def announce(run: Run, *, fresh: bool) -> None:
 
 
 def prepare_seed(run: Run) -> Incumbent:
-    """Measure, teach and train the seed; return it as the first incumbent, and write its row."""
+    """Measure and train the seed, write its trial, and return it as the first incumbent."""
     measured = measure_seed(run)
     teacher = _labels(run)
     init = "scratch"
     if run.config.seed_weights is not None:
         init = f"file:{run.config.seed_weights}"
     epochs, cached = run.config.seed_epochs, run.cache / "seeds"
-    out = cached / run.training_digest(
-        run.train_job(run.seed_arch, out=cached, epochs=epochs, init=init)
-    )
+    task = run.training(run.seed_arch, "seed", out=cached, epochs=epochs, init=init)
+    out = cached / run.training_digest(task.job.argument)
     trained = run.train(run.seed_arch, "seed", out=out, epochs=epochs, init=init)
     if not trained.ok:
         raise InputError(f"the seed's training failed: {trained.reason}")
@@ -107,7 +108,7 @@ def prepare_seed(run: Run) -> Incumbent:
         f"{len(run.dataset.holdout.labels)} holdout images after {run.config.seed_epochs} epochs"
     )
     if teacher is not None:
-        for line in weak_teacher(teacher, trained.values):
+        for line in weak_teacher_notes(teacher, trained.values):
             run.console.line(line)
     return Incumbent(
         arch=run.seed_arch,
@@ -121,8 +122,10 @@ def prepare_seed(run: Run) -> Incumbent:
 
 
 def measure_seed(run: Run) -> Measurement:
-    """Time the seed under every setting; refuse what its smallest contraction does not reach."""
-    measured = _measured_seed(run)
+    """Time the seed under every setting; refuse requirements out of reach."""
+    measured = run.timings.measure(run.seed_arch, "seed", reference=None)
+    if isinstance(measured, Result):
+        raise _untimed(run, run.primary, measured)
     run.console.line(
         f"seed: {measured.images_per_s:.1f} images/s "
         f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
@@ -133,36 +136,41 @@ def measure_seed(run: Run) -> Measurement:
     return measured
 
 
-def _measured_seed(
-    run: Run, setting: Setting | None = None, requirements: tuple[Requirement, ...] = ()
-) -> Measurement:
-    setting = run.primary if setting is None else setting
+def requirement_value(
+    run: Run, arch: Arch, required: Requirement, role: str, *, reference: Arch | None
+) -> float | Result:
+    """Return an arch's value of a requirement's metric in its unit, or a failed timing."""
+    if required.setting is None:
+        count = run.family.count_params if required.metric == "params" else run.family.count_macs
+        return float(count(arch, run.context))
+    # Only memory needs its bound to be measured; the arch itself may miss every bound.
+    weigh = (required,) if required.metric == "peak_mem_mb" else ()
     measured = run.timings.measure(
-        run.seed_arch, "seed", reference=None, requirements=requirements, setting=setting
+        arch, role, reference=reference, requirements=weigh, setting=required.setting
     )
-    if isinstance(measured, Result):
-        raise InputError(
-            f"--seed: {run.config.seed} cannot be timed under {setting.text}: {measured.reason}; "
-            "lower the batch (--bench-batch, or :bN in --require)"
-        )
-    return measured
+    return measured if isinstance(measured, Result) else measured.interval(required.metric)[0]
 
 
 def _seed_value(run: Run, required: Requirement) -> float:
-    """Return the seed's own value of what is required, in the metric's unit."""
-    if required.setting is None:
-        count = run.family.count_params if required.metric == "params" else run.family.count_macs
-        return float(count(run.seed_arch, run.context))
+    """Return the seed's value of a requirement's metric, in its unit."""
     if required.metric == "speedup":
         return 1.0
-    # A bound with nothing to decide: the seed may miss it, that is what the steps are for.
-    weigh = (required,) if required.metric == "peak_mem_mb" else ()
-    measured = _measured_seed(run, required.setting, weigh)
-    return measured.interval(required.metric)[0]
+    value = requirement_value(run, run.seed_arch, required, "seed", reference=None)
+    if isinstance(value, Result):
+        raise _untimed(run, required.setting, value)
+    return value
+
+
+def _untimed(run: Run, setting: Setting | None, failure: Result) -> InputError:
+    assert setting is not None
+    return InputError(
+        f"--seed: {run.config.seed} cannot be timed under {setting.text}: {failure.reason}; "
+        "lower the batch (--bench-batch, or :bN in --require)"
+    )
 
 
 def _reachable(run: Run) -> None:
-    """Refuse requirements that even the smallest contraction does not meet, before training."""
+    """Refuse requirements that even the smallest contraction misses, before training."""
     config = run.config
     floor = run.family.floor(run.seed_arch, run.context)
     for setting in run.settings:
@@ -173,7 +181,7 @@ def _reachable(run: Run) -> None:
             floor, "floor", reference=run.seed_arch, requirements=required, setting=setting
         )
         if isinstance(measured, Result):
-            continue  # nothing is known then, so nothing is refused
+            continue  # unknown, so not refused
         for one in required:
             if measured.judge(one) == "fail":
                 reach = f"about {interval_text(measured, one.metric)} at the very end"
@@ -187,7 +195,7 @@ def _reachable(run: Run) -> None:
 
 
 def short_form(config: RunConfig, required: Requirement) -> str:
-    """Return the flag that a requirement was given by."""
+    """Return the flag that set a requirement."""
     for name, metric in (("min_speedup", "speedup"), ("min_throughput", "images_per_s")):
         same = (required.metric, required.setting) == (metric, bench_setting(config))
         if same and getattr(config, name) is not None:
@@ -195,10 +203,10 @@ def short_form(config: RunConfig, required: Requirement) -> str:
     return "--require"
 
 
-def weak_teacher(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> list[str]:
-    """Say so when the teacher does not stand above its student; nothing otherwise.
+def weak_teacher_notes(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> list[str]:
+    """Return a note when the teacher is not better than the seed, else nothing.
 
-    Above means by more than its standard error in holdout top-1, or both at 97 % or more.
+    Better means by more than its standard error in holdout top-1, or both at 97 % or more.
     """
     best, error, student = teacher["holdout_top1"], teacher["holdout_top1_se"], seed["top1"]
     if best - student > error or min(best, student) >= 0.97:
@@ -210,9 +218,9 @@ def weak_teacher(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> list[st
 
 
 def _labels(run: Run) -> Mapping[str, Any] | None:
-    """Have the labels: the named store, or the teacher's own, made now where they are missing.
+    """Open the named label store, or build the teacher's own, and set `run.store`.
 
-    Returns the teacher, or None for a named store, which does not say how good its teacher was.
+    Returns the teacher, or None for a named store, whose teacher's score is unknown.
     """
     config, data = run.config, run.dataset
     needed = label_epochs(run)
@@ -241,26 +249,26 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
             threads=config.threads,
         )
         teacher = taught["info"]
-        run.console.line(f"teacher: {taught['says']}")
+        run.console.line(f"teacher: {taught['message']}")
         folder = _own_store(run, taught["info"], stored)
     run.store = labels.open_for(
         run.do,
         folder,
         data,
         epochs=needed,
-        # The run's own store is shared, and longer where another run asked for more.
+        # The run's own store is shared, and longer where another run needed more.
         stored=stored if config.labels is None else config.label_epochs,
         missing=config.missing_labels,
         label_overflow=config.label_overflow,
     )
-    run.console.line(f"labels: {run.store['says']}")
+    run.console.line(f"labels: {run.store['message']}")
     for note in run.store["notes"]:
         run.console.line(f"labels: {note}")
     return teacher
 
 
 def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
-    """Build the run's own store in the cache, or find it there."""
+    """Return the folder of the run's own store in the cache, built if missing."""
     config, data = run.config, run.dataset
     request = LabelRequest(
         epochs=epochs,
@@ -289,8 +297,11 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
 
 
 def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
-    """Write the seed's own ledger row, step 0."""
+    """Add the seed's trial, step 0."""
     family, arch = run.family, run.seed_arch
+    values: dict[str, Any] = {name: getattr(measured, name) for name in THROUGHPUT}
+    values |= dict.fromkeys(("ratio", "ratio_lo", "ratio_hi"), 1.0)
+    values |= {name: trained.values.get(name) for name in SCORES}
     row = Trial(
         step=0,
         key=run.key(arch),
@@ -302,36 +313,25 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         params=family.count_params(arch, run.context),
         params_1000=family.count_params(arch, REFERENCE_CONTEXT),
         macs=family.count_macs(arch, run.context),
-        images_per_s=measured.images_per_s,
-        images_per_s_lo=measured.images_per_s_lo,
-        images_per_s_hi=measured.images_per_s_hi,
-        ratio=1.0,
-        ratio_lo=1.0,
-        ratio_hi=1.0,
         reference=run.key(arch),
         basis=run.timings.basis(arch),
-        soft_loss=trained.values["soft_loss"],
-        soft_loss_se=trained.values["soft_loss_se"],
-        top1=trained.values["top1"],
-        top1_se=trained.values["top1_se"],
-        metric=trained.values.get("metric"),
-        metric_se=trained.values.get("metric_se"),
         epochs=run.config.seed_epochs,
         seconds=round(measured.seconds + trained.seconds, 3),
         stage="kept",
         state="complete",
         reason="the seed",
+        **values,
     )
-    run.ledger.add(row, family.to_dict(arch), {"params": 0.0, "throughput": 0.0})
-    run.ledger.write_csv(run.folder.path / "trials.csv")
+    run.study.add(row, family.to_dict(arch), {"params": 0.0, "throughput": 0.0})
+    run.study.write_csv(run.folder.path / "trials.csv")
 
 
 def best_so_far(run: Run, steps: int) -> Incumbent | None:
-    """Return the best of the last finished step whose weights are there, None before the first.
+    """Return the best incumbent of the last finished step that has weights, or None.
 
-    Where all steps look inside one band, the best of all of them.
+    Where all steps search one band, the best of all steps.
     """
-    rows = [r for r in run.ledger.rows if r.stage == "kept" and 0 < r.step <= steps]
+    rows = [r for r in run.study.rows if r.stage == "kept" and 0 < r.step <= steps]
     if run.strategy.stepwise:
         rows = [r for r in rows if r.step == steps]
     else:
@@ -340,8 +340,8 @@ def best_so_far(run: Run, steps: int) -> Incumbent | None:
     return next((each for each in found if each.weights.exists()), None)
 
 
-def tidy(run: Run) -> None:
-    """Remove the weights that only a resume would have needed; results and logs stay."""
+def remove_intermediate_weights(run: Run) -> None:
+    """Remove the weights that only a resume would need; results and logs stay."""
     keep = {run.folder.path / "best.safetensors"}
     for path in run.folder.work.glob("*/weights.safetensors"):
         if path not in keep:

@@ -1,4 +1,4 @@
-"""One run at work: its configuration, folder, executor and books, and how a job is done in it."""
+"""The state of a run: configuration, folder, executor, study and timings; and how it runs jobs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nas.contract.run_folder import RunDir
+from nas.contract.run_folder import RunFolder
 from nas.contract.timing import Timings
 from nas.core.config import RunConfig
 from nas.core.dataclass_json import to_json
-from nas.core.per_image import judged
+from nas.core.per_image import with_metric
 from nas.core.progress import Console
 from nas.core.requirement import Requirement
 from nas.data import Dataset
@@ -36,18 +36,18 @@ from space.family import Arch, Family
 log = logging.getLogger(__name__)
 
 RUNG = "-rung"
-"""Between the name of a raced training and the epochs after which one of its jobs stops."""
+"""Stands between a training's name and the epochs of a rung in the name of the rung's job."""
 MORE = "-more"
-"""What the job of an entrant is called that trains on the epochs which others saved."""
+"""Ends the name of a job that trains a finalist of a race on the saved epochs."""
 
 
 @dataclass(frozen=True)
 class Incumbent:
     """A kept trial with weights, which a step may start from.
 
-    `order` is the file that says which of its units and blocks a child wants most; None: the first.
-    `step` is that of its ledger row, `parent` what its weights came from; `second_loss` its soft
-    loss from another random seed, where it was a finalist.
+    `order` is the file with the importance order of its units and blocks; None keeps the first.
+    `step` is that of its trial, `parent` the source of its weights; `second_loss` a finalist's soft
+    loss from a second random seed.
     """
 
     arch: Arch
@@ -67,8 +67,8 @@ class Incumbent:
 class Earlier:
     """An earlier run: its folder, configuration, scored trials with their archs, and its models.
 
-    `models` are what it wrote to `family/`. `before` is the run that it replayed itself, where that
-    is still there.
+    `models` are those in its `models/`. `before` is the run that it replayed itself, if that still
+    exists.
     """
 
     folder: Path
@@ -81,7 +81,7 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Task:
-    """A job that leaves the folder `out`, and its share of the progress bar."""
+    """A job that writes the folder `out`, and its share of the progress bar."""
 
     job: Job
     out: Path
@@ -89,7 +89,7 @@ class Task:
 
 
 def derived_seed(*parts: object) -> int:
-    """Return a seed for one decision, from the run's random seed and what is decided."""
+    """Return a random seed for one decision, from the run's random seed and the decision's name."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
@@ -107,9 +107,9 @@ class Work:
 
 
 class Run:
-    """What the steps of a run share. The driver's process holds exactly one.
+    """What the steps of a run share; one per driver process.
 
-    Opens the folder's books, `measurements.csv` and `study.db`; damaged ones are refused.
+    Opens `measurements.csv` and `study.db`; damaged ones are refused.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Run:
         family: Family,
         seed_arch: Arch,
         dataset: Dataset,
-        folder: RunDir,
+        folder: RunFolder,
         executor: Executor,
         console: Console,
         cache: Path,
@@ -148,7 +148,7 @@ class Run:
         self.settings = settings_of(config)
         self.trained: dict[str, float] = {}
         self.counted: dict[tuple[str, Band], int] = {}
-        # Where the steps' bounds start to tighten: the seed, or what an earlier run had reached.
+        # Where the steps' bounds start to tighten: the seed, or a model of an earlier run.
         self.start_values: Mapping[Requirement, float] = {}
         self.start_params = family.count_params(seed_arch, self.context)
         self.start_macs = family.count_macs(seed_arch, self.context)
@@ -165,14 +165,14 @@ class Run:
             table=table,
             do=self.do,
         )
-        self.ledger = open_study(folder.path, storage)
+        self.study = open_study(folder.path, storage)
 
     def key(self, arch: Arch) -> str:
         """Return the arch's key in this run's context."""
         return self.family.key(arch, self.context)
 
     def trial_folder(self, trial: Trial) -> Path:
-        """Return the folder of a trial's last training: it holds its losses per image."""
+        """Return the folder of a trial's last training, with its losses per image."""
         more = MORE if trial.epochs > self.config.proxy_epochs else ""
         cut = f"{RUNG}{trial.epochs}" if trial.stage == "race" else more
         return self.folder.job_folder(f"s{trial.step}-{trial.key}{cut}")
@@ -183,7 +183,7 @@ class Run:
         assert trial.images_per_s is not None
         assert trial.soft_loss is not None
         return Incumbent(
-            arch=self.family.arch(self.ledger.arch(trial.step, trial.key)),
+            arch=self.family.arch(self.study.arch(trial.step, trial.key)),
             key=trial.key,
             weights=self.trial_folder(trial) / "weights.safetensors",
             ratio=trial.ratio,
@@ -201,13 +201,13 @@ class Run:
     def first_epoch(self, step: int) -> int:
         """Return the first epoch of labels that a step's candidates train on.
 
-        Steps of a contraction go on where the parents stopped; the others compare the candidates of
-        all steps, so these all see the same batches.
+        A stepwise strategy continues where the parents stopped; the others compare the candidates
+        of all steps, which therefore see the same batches.
         """
         return (step - 1) * self.config.proxy_epochs if self.strategy.stepwise else 0
 
     def work(self) -> Work:
-        """Return what this run asked for so far, whether it was done now or earlier."""
+        """Return the work of this run so far, whether it was done now or taken from a cache."""
         trained = {name.split(RUNG)[0].removesuffix(MORE) for name in self.trained}
         return Work(len(self.timings.asked), len(trained), sum(self.trained.values()))
 
@@ -217,7 +217,7 @@ class Run:
         return band_at(self.start_params, self.config, step)
 
     def data_spec(self) -> dict[str, Any]:
-        """Return what the user asked of the data, as plain JSON."""
+        """Return the settings of the data, as plain JSON."""
         config = self.config
         return {
             "name": config.data,
@@ -230,19 +230,18 @@ class Run:
     # Jobs
 
     def do(self, job: Job, *, cost: float = 0.0) -> Result:
-        """Do a job that leaves nothing behind.
+        """Run a job without a folder; a failure of the job is a result.
 
-        `cost` is its share of the progress bar. Failures that depend on the moment (the deadline)
-        raise, and bad input; failures of the job are results.
+        `cost` is its share of the progress bar. Raises OutOfTime at the deadline, and InputError.
         """
         (result,) = self._stream([job], {job.key: cost})
         return result
 
     def do_all(self, tasks: Sequence[Task], *, remember: bool = False) -> list[Result]:
-        """Do jobs that leave folders, side by side where the executor can; results in their order.
+        """Run jobs that write folders, in parallel where the executor can; results in their order.
 
-        Each leaves its folder whole or not at all, with its `result.json`; what an earlier process
-        of this run finished is taken over, and that a job failed too where it is to `remember`.
+        Each writes its folder whole or not at all, with its `result.json`. Results of an earlier
+        process are reused; with `remember`, failures too.
         """
         found: dict[str, Result] = {}
         open_tasks = {}
@@ -262,7 +261,7 @@ class Run:
         return [found[task.job.key] for task in tasks]
 
     def _stream(self, jobs: Sequence[Job], costs: Mapping[str, float]) -> Iterator[Result]:
-        """Do jobs, move the bar on as they go, and give their results as they end."""
+        """Run jobs, advance the progress bar, and yield their results as they end."""
         moved = dict.fromkeys(costs, 0.0)
         units = {job.key: job.units for job in jobs}
 
@@ -302,34 +301,55 @@ class Run:
         images: int | None = None,
         hard_weight: float = 0.0,
     ) -> Task:
-        """Describe a training of an arch on the stored labels, scored on the holdout (`train`).
+        """Return the task of training an arch on the stored labels and scoring it on the holdout.
 
-        The rest is as in `nas.distill.jobs.TrainJob`, but that `before` goes on from an earlier
-        rung: its epochs and its folder. `random_seed` None is the run's own; a `hard_weight` takes
-        the place of the run's own `--distill`.
+        Arguments are those of `nas.distill.jobs.TrainJob`, except that `before` continues an
+        earlier rung: its epochs and its folder. `random_seed` None is the run's own; a
+        `hard_weight` replaces the run's `--distill`.
         """
-        job = self.train_job(
-            arch,
-            out=out,
-            epochs=epochs,
-            init=init,
-            parent=parent,
-            first_epoch=first_epoch,
-            test=test,
-            random_seed=random_seed,
-            hard_weight=hard_weight,
-        )
+        config, store, family = self.config, self.store, self.family
         each = len(self.dataset.train.labels)
-        if images is not None and images < each:
-            each = images
-            job = replace(job, images=images)
-        done = 0
-        if before is not None:
-            done = before[0]
-            earlier = EarlierRung(epochs=done, checkpoint=before[1] / CHECKPOINT)
-            job = replace(job, continue_from=earlier)
-        job = replace(job, rung=rung)
-        total = each * ((epochs if rung is None else rung) - done)
+        images = None if images is None or images >= each else images
+        done = 0 if before is None else before[0]
+        job = TrainJob(
+            family=family.name,
+            arch=family.to_dict(arch),
+            context=self.context,
+            dataset=self.dataset.folder,
+            store=Path(store["folder"]),
+            store_id=store["id"],
+            label_epochs=store["use_epochs"],
+            missing=config.missing_labels,
+            label_overflow=config.label_overflow,
+            epochs=epochs,
+            batch_size=config.batch_size,
+            lr=peak_lr(
+                "scratch" if init == "scratch" else "inherit",
+                family.count_params(arch, self.context),
+            ),
+            init=init,
+            random_seed=config.random_seed if random_seed is None else random_seed,
+            device=config.device,
+            parent=None
+            if parent is None
+            else ParentWeights(
+                arch=family.to_dict(parent.arch), weights=parent.weights, order=parent.order
+            ),
+            first_epoch=first_epoch,
+            distill="sparse" if hard_weight else config.distill,
+            hard_weight=hard_weight,
+            # A long training may be cut anywhere; a short one is sooner done again.
+            checkpoint=epochs >= 5,
+            test=test,
+            shared=self.folder.path not in out.parents,
+            out=out,
+            images=images,
+            continue_from=None
+            if before is None
+            else EarlierRung(epochs=done, checkpoint=before[1] / CHECKPOINT),
+            rung=rung,
+        )
+        total = (images or each) * ((epochs if rung is None else rung) - done)
         # Weights that the user named stay on the driver's machine, and so does the job.
         driver_only = init.startswith("file:")
         return Task(
@@ -343,69 +363,22 @@ class Run:
         return self.train_all([self.training(arch, name, **more)])[0]
 
     def train_all(self, tasks: Sequence[Task], **options: Any) -> list[Result]:
-        """Do trainings, as `do_all` does; they count as work, and are judged by the metric."""
+        """Run trainings as `do_all` does, count them as work, and add the run's metric."""
         for task in tasks:
             self.trained[task.job.key] = task.cost
         results = self.do_all(tasks, **options)
-        return [self._judged(*each) for each in zip(tasks, results, strict=True)]
+        return [self._with_metric(*each) for each in zip(tasks, results, strict=True)]
 
-    def _judged(self, task: Task, result: Result) -> Result:
+    def _with_metric(self, task: Task, result: Result) -> Result:
         if not result.ok or self.config.metric == "top1":
             return result
         classes = len(self.dataset.classes)
-        return replace(result, values=judged(result.values, task.out, self.config.metric, classes))
-
-    def train_job(
-        self,
-        arch: Arch,
-        *,
-        out: Path,
-        epochs: int,
-        init: str,
-        parent: Incumbent | None = None,
-        first_epoch: int = 0,
-        test: bool = False,
-        random_seed: int | None = None,
-        hard_weight: float = 0.0,
-    ) -> TrainJob:
-        """Return everything that decides the outcome of a training."""
-        config, store = self.config, self.store
-        return TrainJob(
-            family=self.family.name,
-            arch=self.family.to_dict(arch),
-            context=self.context,
-            dataset=self.dataset.folder,
-            store=Path(store["folder"]),
-            store_id=store["id"],
-            label_epochs=store["use_epochs"],
-            missing=config.missing_labels,
-            label_overflow=config.label_overflow,
-            epochs=epochs,
-            batch_size=config.batch_size,
-            lr=peak_lr(
-                "scratch" if init == "scratch" else "inherit",
-                self.family.count_params(arch, self.context),
-            ),
-            init=init,
-            random_seed=config.random_seed if random_seed is None else random_seed,
-            device=config.device,
-            parent=None
-            if parent is None
-            else ParentWeights(
-                arch=self.family.to_dict(parent.arch), weights=parent.weights, order=parent.order
-            ),
-            first_epoch=first_epoch,
-            distill="sparse" if hard_weight else config.distill,
-            hard_weight=hard_weight,
-            # A long training may be cut anywhere; a short one is sooner done again.
-            checkpoint=epochs >= 5,
-            test=test,
-            shared=self.folder.path not in out.parents,
-            out=out,
+        return replace(
+            result, values=with_metric(result.values, task.out, self.config.metric, classes)
         )
 
     def training_digest(self, job: TrainJob) -> str:
-        """Return a name for everything that decides a cached training, this machine included."""
+        """Return a key of everything that decides a cached training, this machine included."""
         places = ("dataset", "store", "out", "checkpoint", "shared")
         whole = {
             **{k: v for k, v in to_json(job).items() if k not in places},
@@ -422,7 +395,7 @@ class Run:
 
 
 def _file_digest(init: str) -> str | None:
-    """Return the content hash of the checkpoint that `file:PATH` names; a path alone may lie."""
+    """Return the content hash of the checkpoint of `file:PATH`; its content may change."""
     kind, _, path = init.partition(":")
     if kind != "file" or not Path(path).is_file():
         return None

@@ -1,12 +1,11 @@
-"""One step of a contraction: propose candidates, time them, select some to train, rank those.
+"""One step of a search: propose candidates, check requirements, select some to train, rank them.
 
 Everything here is a function of the configuration, the measurements and the jobs' results, so a
-resumed run repeats itself: what is done is taken over, and what is written is not written twice.
+resumed run repeats itself: finished work is reused and no trial is written twice.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -23,25 +22,25 @@ from nas.jobs.job import Result, log_of
 from nas.measure.measurement import Measurement
 from nas.search import selection
 from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
-from nas.search.strategies import Ask, Seen
+from nas.search.strategies import SearchState
 from nas.search.study import StepRow, Trial
 from space import REFERENCE_CONTEXT
 from space.contractions import Band, Candidate, count_contractions
 from space.family import Arch
 
 THROUGHPUT = ("images_per_s", "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi")
-"""What a candidate and its trial keep of the measurement under the run's primary setting."""
+"""Fields of the primary measurement that a candidate and its trial keep."""
 SCORES = ("soft_loss", "soft_loss_se", "top1", "top1_se", "metric", "metric_se")
-"""What a trial keeps of its training."""
+"""Fields of a training's result that a trial keeps."""
 
 
 @dataclass
 class Step:
-    """A step at work.
+    """The state of one step.
 
-    `start` is where the steps began, `incumbents` are those of the step before, `parents` those
-    among them that are contracted, `bounds` what their children must meet, by the parent's key;
-    `contractions` counts the band; `listed` are the candidates so far, by key.
+    `start` is the first incumbent of the run, `incumbents` are those of the step before, `parents`
+    the ones that are contracted, `bounds` what their children must meet, by the parent's key;
+    `contractions` counts the band; `candidates` are those proposed so far, by key.
     """
 
     number: int
@@ -50,7 +49,7 @@ class Step:
     parents: Sequence[Incumbent]
     bounds: dict[str, StepBounds]
     contractions: int = 0
-    listed: dict[str, Candidate] = field(default_factory=dict)
+    candidates: dict[str, Candidate] = field(default_factory=dict)
 
     @property
     def first_bounds(self) -> StepBounds:
@@ -63,7 +62,7 @@ class Step:
 
 
 def begin_step(run: Run, number: int, start: Incumbent, incumbents: Sequence[Incumbent]) -> Step:
-    """Begin a step at the incumbents, or at the start for a strategy that looks in one band."""
+    """Begin a step at the incumbents, or at the start for a strategy that searches one band."""
     config, stepwise = run.config, run.strategy.stepwise
     parents = incumbents if stepwise else [start]
     bounds = {
@@ -81,11 +80,12 @@ def begin_step(run: Run, number: int, start: Incumbent, incumbents: Sequence[Inc
     return step
 
 
-def propose(run: Run, step: Step, draw: int, seen: Sequence[Seen] | None = None) -> list[Candidate]:
-    """Return the strategy's next candidates, by what was `seen`: by default, what was decided."""
+def propose(
+    run: Run, step: Step, draw: int, past: Sequence[tuple[Trial, Arch]] | None = None
+) -> list[Candidate]:
+    """Return the strategy's next candidates, from `past` trials: by default, those of the run."""
     config, strategy = run.config, run.strategy
-    decided = _seen(run, step) if seen is None else seen
-    ask = Ask(
+    state = SearchState(
         step=step.number,
         steps=config.steps,
         number=config.candidates_per_step,
@@ -97,45 +97,37 @@ def propose(run: Run, step: Step, draw: int, seen: Sequence[Seen] | None = None)
         band=lighter_band(run, step.first_bounds, draw),
         random_seed=derived_seed(config.random_seed, "shortlist", step.number),
         baselines=config.baselines and draw == 0,
-        exclude=frozenset(step.listed),
-        seen=tuple(decided),
+        exclude=frozenset(step.candidates),
+        trials=_decided(run, step) if past is None else tuple(past),
     )
-    if seen is None and step.number == 1 and draw == 0 and not strategy.stepwise:
-        run.console.line(f"strategy {strategy.name}: {strategy.describe(ask)}")
-    found = strategy.propose(ask)
-    if seen is None and draw:
+    if past is None and step.number == 1 and draw == 0 and not strategy.stepwise:
+        run.console.line(f"strategy {strategy.name}: {strategy.describe(state)}")
+    found = strategy.propose(state)
+    if past is None and draw:
         run.console.extend(len(found) * MEASURE_COST)
-    step.listed |= {each.key: each for each in found}
+    step.candidates |= {each.key: each for each in found}
     return found
 
 
-def _seen(run: Run, step: Step) -> tuple[Seen, ...]:
+def _decided(run: Run, step: Step) -> tuple[tuple[Trial, Arch], ...]:
     """Return what is decided so far: all steps before, and this step's earlier draws.
 
-    Trials of this step that a resumed run finds but has not come to yet are left out, so that it
-    asks as it did the first time.
+    Trials of this step that a resumed run finds before it proposes them again are left out, so that
+    it proposes what it proposed the first time.
     """
     return tuple(
-        Seen(
-            step=row.step,
-            arch=run.family.arch(run.ledger.arch(row.step, row.key)),
-            key=row.key,
-            params=row.params,
-            violation=math.inf if row.state == "failed" else row.violation,
-            loss=row.soft_loss if row.state == "complete" else None,  # a whole training's
-            ratio=row.ratio,
-            stopped=row.stage == "race",
-        )
-        for row in run.ledger.rows
-        if 0 < row.step < step.number or (row.step == step.number and row.key in step.listed)
+        (trial, run.family.arch(run.study.arch(trial.step, trial.key)))
+        for trial in run.study.rows
+        if 0 < trial.step < step.number
+        or (trial.step == step.number and trial.key in step.candidates)
     )
 
 
 def lighter_band(run: Run, bounds: StepBounds, draw: int) -> Band:
-    """Return the band that a draw looks at: the first one the step's own, the others fewer MACs.
+    """Return the band of a draw: the step's own for the first, fewer MACs for the others.
 
-    When no contraction of the first draw was fast enough, the nearest were the wrong place to
-    look: each further draw asks for fewer MACs than the required throughput suggests.
+    When no contraction of the first draw was fast enough, each further draw asks for fewer MACs
+    than the required throughput suggests.
     """
     own = bounds.band.max_macs
     if draw == 0:
@@ -149,7 +141,7 @@ def lighter_band(run: Run, bounds: StepBounds, draw: int) -> Band:
 
 
 def speedup_of(run: Run, tightened: Requirement) -> float:
-    """Return how many times faster than the start a step's requirement on pace asks for."""
+    """Return the speedup over the start that a step's requirement on pace needs."""
     start = next(
         run.start_values[own]
         for own in requirements_of(run.config)
@@ -159,7 +151,7 @@ def speedup_of(run: Run, tightened: Requirement) -> float:
 
 
 def count(run: Run, parents: Sequence[Arch], band: Band) -> int:
-    """Count the contractions of the parents in a band; each parent and band is walked once."""
+    """Count the contractions of the parents in a band, each parent and band once."""
     total = 0
     for parent in parents:
         key = (run.key(parent), band)
@@ -169,8 +161,8 @@ def count(run: Run, parents: Sequence[Arch], band: Band) -> int:
     return total
 
 
-def binding_count(run: Run, parents: Sequence[Arch], band: Band) -> str:
-    """Name the counted bound that keeps a band empty: without it there would be contractions."""
+def binding_constraint(run: Run, parents: Sequence[Arch], band: Band) -> str:
+    """Return the counted bound that keeps a band empty: multiply-adds or parameters."""
     if band.max_macs is not None and count(run, parents, replace(band, max_macs=None)):
         return "multiply-adds"
     return "parameters"
@@ -185,7 +177,7 @@ def band_text(lo: int, hi: int) -> str:
 
 
 def trial_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Trial:
-    """Return a candidate as a trial as far as it is known, with `more` filled in."""
+    """Return a candidate as a trial with what is known of it, and `more`."""
     arch, family = candidate.arch, run.family
     return replace(
         Trial(
@@ -210,10 +202,10 @@ def trial_of(run: Run, step: int, candidate: Candidate, **more: Any) -> Trial:
 
 
 def add_trial(run: Run, trial: Trial, arch: Arch) -> None:
-    """Write one decided candidate to the study, with its violations (at most 0 where met)."""
+    """Add a decided candidate to the study, with its violations (at most 0 where met)."""
     over = trial.params - run.band(trial.step).hi
     violations = {"params": float(over), "throughput": trial.violation}
-    run.ledger.add(trial, run.family.to_dict(arch), violations)
+    run.study.add(trial, run.family.to_dict(arch), violations)
 
 
 # Requirements
@@ -222,9 +214,9 @@ def add_trial(run: Run, trial: Trial, arch: Arch) -> None:
 def meets_requirements(run: Run, step: Step, candidate: Candidate) -> Candidate | None:
     """Time a candidate under every setting, the primary one first, and return it as measured.
 
-    One that misses a bound becomes a trial, is not measured any further, and None is returned.
+    A candidate that misses a bound becomes a trial, is not measured further, and gives None.
     """
-    if run.ledger.failed(step.number, candidate.key, "throughput"):
+    if run.study.failed(step.number, candidate.key, "throughput"):
         return None
     arch, bounds = candidate.arch, step.bounds[step.parent_of(candidate).key]
     for setting in run.settings:
@@ -267,10 +259,9 @@ def meets_requirements(run: Run, step: Step, candidate: Candidate) -> Candidate 
 
 
 def _slower(measured: Measurement, least_ratio: float) -> list[tuple[str, float]]:
-    """Return by what share a candidate is slower than its parent, as text too; else nothing.
+    """Return the text and share by which a candidate is slower than its parent; else nothing.
 
-    This is a guard without a promise, judged by the median: on a noisy machine no interval would
-    clear a bound so near to 1.
+    The median decides: on a noisy machine no interval would clear a bound so near to 1.
     """
     ratio, lo, hi = measured.interval("speedup")
     if ratio >= least_ratio:
@@ -282,10 +273,10 @@ def _slower(measured: Measurement, least_ratio: float) -> list[tuple[str, float]
 def _missed(
     measured: Measurement, required: Sequence[Requirement], guessed: bool
 ) -> list[tuple[str, float]]:
-    """Return which requirements were missed, as text, and by what share each.
+    """Return the text and share of each missed requirement.
 
-    A requirement must be met by the whole interval; a prediction may not miss it with all of its
-    own, as the device has the last word.
+    A measurement must meet a requirement with its whole interval; a prediction misses it only with
+    its whole interval, as the device is measured later.
     """
     found = []
     for one in required:
@@ -306,8 +297,7 @@ def _missed(
 def select(run: Run, step: Step, passed: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates to train; the others become trials.
 
-    As `--selection` says where the list is a rule's; a strategy that learns puts its best guess
-    first.
+    `--selection` chooses for a stepwise strategy; the others propose their best guess first.
     """
     config, how = run.config, f"among the first {run.config.train_per_step}"
     if run.strategy.stepwise and config.selection == "diverse":
@@ -318,12 +308,12 @@ def select(run: Run, step: Step, passed: Sequence[Candidate]) -> list[Candidate]
             reason = f"fast enough, but not {how}"
             trial = trial_of(run, step.number, candidate, stage="selection", reason=reason)
             add_trial(run, trial, candidate.arch)
-    run.ledger.write_csv(run.folder.path / "trials.csv")  # for --status meanwhile
+    run.study.write_csv(run.folder.path / "trials.csv")  # for --status
     return chosen
 
 
 def selected(run: Run, number: int, passed: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that a step trains of the candidates that passed."""
+    """Return the candidates of a step to train, of those that passed."""
     config = run.config
     if not run.strategy.stepwise:
         return list(passed[: config.train_per_step])
@@ -335,7 +325,7 @@ def selected(run: Run, number: int, passed: Sequence[Candidate]) -> list[Candida
 
 
 def features_of(arch: dict[str, Any]) -> tuple[float, ...]:
-    """Return an arch as numbers, one a slot, for distances between candidates."""
+    """Return an arch as numbers, one per slot, for distances between candidates."""
     slots = (value if isinstance(value, list) else [value] for value in arch.values())
     return tuple(float(v) for values in slots for v in values)
 
@@ -343,14 +333,14 @@ def features_of(arch: dict[str, Any]) -> tuple[float, ...]:
 def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     """Rank the trained candidates, write their trials, and return the best as incumbents.
 
-    Strategies that look inside one band all the time keep incumbents of earlier steps for the same
-    places; one that was trained anew stands by the new training. Returns none when nobody reached
-    the end of the race.
+    Strategies that search one band keep incumbents of earlier steps for the same places; an arch
+    that was trained again counts by the new training. Returns none when no candidate reached the
+    end of the race.
     """
     scored = [trial for trial in raced if trial.state != "failed"]
     for trial in raced:
         if trial.state == "failed":
-            add_trial(run, trial, step.listed[trial.key].arch)
+            add_trial(run, trial, step.candidates[trial.key].arch)
     through = {trial.key: trial for trial in scored if trial.stage != "race"}
     older: dict[str, Incumbent] = {}
     if scored and not run.strategy.stepwise:
@@ -367,7 +357,7 @@ def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     kept = order[: places(run, step.number)]
     position = {key: at for at, key in enumerate(order)}
     for trial in sorted(scored, key=lambda t: position.get(t.key, len(order))):
-        arch = step.listed[trial.key].arch
+        arch = step.candidates[trial.key].arch
         if trial.key in position:
             place = f"rank {position[trial.key] + 1} of {len(order)}"
             if trial.key in kept:
@@ -382,29 +372,29 @@ def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     return [
         older[key]
         if key in older
-        else run.incumbent(through[key], parent=step.parent_of(step.listed[key]))
+        else run.incumbent(through[key], parent=step.parent_of(step.candidates[key]))
         for key in kept
     ]
 
 
 def places(run: Run, step: int) -> int:
-    """Return how many candidates of a step go on: the beam, or at least two finalists."""
+    """Return how many incumbents a step keeps: the beam, or at least two finalists."""
     return run.config.beam if step < run.config.steps else max(run.config.beam, 2)
 
 
 # The end of a step
 
 
-def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[StepRow]) -> None:
-    """Add the step to `steps.csv`, redraw `trials.csv`, log it, and drop weights not needed."""
-    rows = [r for r in run.ledger.rows if r.step == step.number]
-    best = next(r for r in run.ledger.rows if (r.key, r.step) == (kept[0].key, kept[0].step))
+def end_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[StepRow]) -> None:
+    """Write the step to the study and the tables, log it, and drop weights not needed."""
+    rows = [r for r in run.study.rows if r.step == step.number]
+    best = next(r for r in run.study.rows if (r.key, r.step) == (kept[0].key, kept[0].step))
     bounds = step.first_bounds
     summary = StepRow.of(step.number, bounds, step.contractions, rows, best)
     steps.append(summary)
-    run.ledger.add_step(summary)
-    run.ledger.write_steps(run.folder.path / "steps.csv")
-    run.ledger.write_csv(run.folder.path / "trials.csv")
+    run.study.add_step(summary)
+    run.study.write_steps(run.folder.path / "steps.csv")
+    run.study.write_csv(run.folder.path / "trials.csv")
     run.console.line(
         f"step {step.number}/{run.config.steps}  band {band_text(bounds.band.lo, bounds.band.hi)}  "
         f"{step.contractions:,} contractions, {summary.shortlisted} timed, {summary.too_slow} too "
@@ -412,8 +402,8 @@ def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[Step
         f"{best.ratio:.2f}x  soft loss {best.soft_loss:.4f} +- {best.soft_loss_se:.4f}  "
         f"top-1 {best.top1:.1%}"
     )
-    # The start's weights begin the final training, and are shared through the cache; the last
-    # step's parents begin the second random seed of the finalists.
+    # The start's weights start the final training and are shared through the cache; the last
+    # step's parents start the finalists' second random seed.
     keys = {incumbent.key for incumbent in kept}
     for old in step.incumbents:
         if old.key not in keys and old is not step.start and step.number < run.config.steps:
@@ -421,14 +411,14 @@ def close_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[Step
 
 
 def stuck_message(run: Run, step: Step) -> str:
-    """Name the constraint that binds and how far off the nearest candidate was."""
-    run.ledger.write_csv(run.folder.path / "trials.csv")
+    """Return which constraint binds and how far off the nearest candidate was."""
+    run.study.write_csv(run.folder.path / "trials.csv")
     bounds = step.first_bounds
-    rows = [r for r in run.ledger.rows if r.step == step.number]
+    rows = [r for r in run.study.rows if r.step == step.number]
     where = f"stuck at step {step.number} of {run.config.steps}: "
     band = band_text(bounds.band.lo, bounds.band.hi)
-    if not step.listed:
-        by = binding_count(run, [p.arch for p in step.parents], bounds.band)
+    if not step.candidates:
+        by = binding_constraint(run, [p.arch for p in step.parents], bounds.band)
         return (
             f"{where}the budget of {by} binds: {step.contractions} contractions of the incumbent "
             f"fall in {band}; widen --params-tolerance, loosen the bound or raise --steps"

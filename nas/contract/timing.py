@@ -1,4 +1,4 @@
-"""What a run asks of its devices: measured now, known from before, or told by a device table."""
+"""A run's timings: measured now, taken from a cache, or read from a device table."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ UNITS = {"speedup": "x the seed", "images_per_s": " images/s", "peak_mem_mb": " 
 
 @dataclass(kw_only=True)
 class Timings:
-    """A run's timings: `rows` is its `measurements.csv`, `asked` all that it wanted to know.
+    """A run's timings: `rows` is its `measurements.csv`, `asked` the keys requested.
 
     `reused` counts those taken from the cache of earlier runs. `do` does a job
     (`nas.contract.state.Run.do`).
@@ -56,7 +56,7 @@ class Timings:
     do: Callable[..., Result]
 
     def __post_init__(self) -> None:
-        """Open the run's own table and the cache of earlier runs."""
+        """Open the run's own table and the cache of all runs."""
         self.primary = primary_setting(self.config)
         self.rows = MeasurementTable(self.folder / "measurements.csv")
         self.kept = MeasurementCache(self.cache / "measurements")
@@ -85,7 +85,7 @@ class Timings:
             self.console.advance(MEASURE_COST)
             return self.table.measurement(arch, final=role == "final")
         weigh = any(r.metric == "peak_mem_mb" for r in requirements)
-        asked = self._question(arch, role, reference, setting)
+        asked = self._measurement_key(arch, role, reference, setting)
         self.asked.add(asked)
         roles = [role] if step is None else [f"{role}-s{step}", role]
         for each in roles:
@@ -120,7 +120,7 @@ class Timings:
             return result
         measured = Measurement.from_dict(result.values)
         if weigh:
-            weighed = self._weigh(name, arch, setting)
+            weighed = self._measure_memory(name, arch, setting)
             if not weighed.ok:
                 return weighed
             measured = replace(measured, **weighed.values)
@@ -137,9 +137,9 @@ class Timings:
         return measured
 
     def import_rows(self, rows: Sequence[MeasurementRow], *, named: bool) -> None:
-        """Take over another run's measurements that were made under a setting of this one.
+        """Add another run's measurements that were made under a setting of this run.
 
-        Where the user `named` their file, one without any that fits is refused.
+        With `named` (the user's `--measurements`), a file without a fitting row is refused.
         """
         own = {
             self.fingerprint_under(setting)
@@ -147,7 +147,7 @@ class Timings:
             if self.table is None or setting != self.table.setting
         }
         fitting = [row for row in rows if row.measurement.fingerprint in own]
-        # A run that was killed while it took them over has the first ones, and takes the rest.
+        # A run that was killed during the import has the first rows, and adds the rest.
         known = list(self.rows.rows)
         if known == fitting[: len(known)]:
             for row in fitting[len(known) :]:
@@ -160,8 +160,8 @@ class Timings:
                 "measure on this device and software",
             )
 
-    def _weigh(self, name: str, arch: Arch, setting: Setting) -> Result:
-        """Weigh a network in a process that did nothing else, from the file that is deployed."""
+    def _measure_memory(self, name: str, arch: Arch, setting: Setting) -> Result:
+        """Measure a network's peak memory in a fresh process, from the exported file."""
         network, seed = self._network(arch), self.config.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
             export = ExportJob(
@@ -184,7 +184,7 @@ class Timings:
             )
             return self.do(Job(jobs.peak_memory, weigh, f"memory-{name}", timed=True, fresh=True))
 
-    def _question(
+    def _measurement_key(
         self, arch: Arch, role: str, reference: Arch | None, setting: Setting
     ) -> MeasurementKey:
         return MeasurementKey(
@@ -218,13 +218,13 @@ class Timings:
         return device.under(setting, runtime.version(), self.context.img_size).id
 
     def predicts(self, setting: Setting, arch: Arch, *, final: bool = False) -> bool:
-        """Tell whether an arch's throughput under a setting is a prediction, not a measurement."""
+        """Return whether an arch's throughput under a setting is a prediction."""
         if self.table is None or setting != self.table.setting:
             return False
         return not self.table.exact(arch, final=final)
 
     def basis(self, arch: Arch, *, final: bool = False) -> str:
-        """Say where an arch's throughput under the primary setting comes from."""
+        """Return the source of an arch's throughput under the primary setting."""
         if self.table is None or self.primary != self.table.setting:
             return "measured"
         return "table" if self.table.exact(arch, final=final) else "predicted"

@@ -37,7 +37,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The tau that the noise of the truth permits; see `ceiling`."""
+    """The tau that the noise of the truth permits; see `noise_ceiling`."""
 
     pairwise: Estimate
     perfect: Estimate
@@ -95,7 +95,9 @@ def resampled(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int, random_seed: i
     return _resampled(left * right, np.abs(left), np.abs(right), resamples, random_seed)
 
 
-def ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int = 0) -> Ceiling:
+def noise_ceiling(
+    truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int = 0
+) -> Ceiling:
     """Return what tau the truth's own noise permits, from truth [s, n], s >= 2.
 
     `pairwise`: truth against truth, the mean tau over pairs of single random seeds; what a proxy
@@ -160,7 +162,7 @@ def regret(scores: npt.ArrayLike, truth: npt.ArrayLike, *, random_seed: int = 0)
     return Regret(value, lo, hi, seed_sd, value <= seed_sd, pick, best, plain)
 
 
-def indistinguishable(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) -> tuple[str, ...]:
+def tied_with_best(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) -> tuple[str, ...]:
     """Return the archs that cannot be told apart from the best, by mean loss, best first.
 
     `losses`: per arch [s, images] (or [images]), the same images in the same order for all. The
@@ -201,8 +203,8 @@ def indistinguishable(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) 
     return tuple(kept)
 
 
-def in_words(kept: Sequence[str], losses: Mapping[str, npt.ArrayLike]) -> str:
-    """Return the result of `indistinguishable` among these losses in one sentence."""
+def describe_tied(kept: Sequence[str], losses: Mapping[str, npt.ArrayLike]) -> str:
+    """Return the result of `tied_with_best` among these losses in one sentence."""
     table = {key: _per_image(key, value) for key, value in losses.items()}
     order, n = _by_mean(table), len(table)
     s, images = next(iter(table.values())).shape

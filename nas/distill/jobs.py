@@ -128,7 +128,7 @@ class ZeroCostJob(StudentJob):
 
 
 def train_teacher(job: TeacherJob, tick: Tick) -> Values:
-    """Make a teacher, or find it in the cache: `{"info": ..., "says": line}`."""
+    """Make a teacher, or find it in the cache: `{"info": ..., "message": line}`."""
     from nas.data import open_dataset
     from nas.distill.teacher import make_teacher
     from nas.export.load import parse_teacher
@@ -144,11 +144,11 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
         tick=tick,
     )
     notes = "".join(f"; {note}" for note in info.notes)
-    says = (
+    message = (
         f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- "
         f"{info.holdout_top1_se:.1%}{notes}"
     )
-    return {"info": info.to_dict(), "says": says}
+    return {"info": info.to_dict(), "message": message}
 
 
 def train(job: TrainJob, tick: Tick) -> Values:

@@ -129,7 +129,7 @@ def build(
             taught = teach(do, dataset, cache, **taught_by)
         finally:
             console.stop()
-        console.line(f"teacher: {taught['says']}")
+        console.line(f"teacher: {taught['message']}")
         info = taught["info"]
 
         def begin(part: tuple[int, int]) -> Mapping[str, Any]:

@@ -199,7 +199,7 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
     )
     next(holdout_batches(dataset, store, 1, job.missing), None)
     manifest = store.spec
-    says = (
+    message = (
         f"{reader.images} images x {store.epochs} epochs, top {manifest.topk} of "
         f"{manifest.num_classes} classes, teacher {manifest.teacher_id}, in {store.folder}"
     )
@@ -208,7 +208,7 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
         "id": store.id,
         # A shared store may grow while a run goes on: the run keeps to what it began with.
         "use_epochs": min(job.stored or store.epochs, store.epochs),
-        "says": says,
+        "message": message,
     }
     return {**values, "notes": list(reader.notes)}
 

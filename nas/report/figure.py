@@ -132,8 +132,8 @@ def _x(point: Point, by_params: bool) -> float | None:
 def _draw_series(
     axes: Axes, series: Series, by_params: bool, colour: str, one: bool, y_lower: bool
 ) -> None:
-    shown = [p for p in series.points if _x(p, by_params) is not None]
-    xy = {p.key: (float(_x(p, by_params) or 0.0), p.score) for p in shown}
+    drawn = [p for p in series.points if _x(p, by_params) is not None]
+    xy = {p.key: (float(_x(p, by_params) or 0.0), p.score) for p in drawn}
     edge = front(list(xy.values()), x_lower=by_params, y_lower=y_lower)
     if len(edge) > 1:
         xs, ys = zip(*edge, strict=True)
@@ -143,7 +143,7 @@ def _draw_series(
     if len(path) > 1:
         xs, ys = zip(*path, strict=True)
         axes.plot(xs, ys, color=colour, lw=1.6, alpha=0.9, zorder=3)
-    for point in shown:
+    for point in drawn:
         x, y = xy[point.key]
         special = point.key in series.path or point.kind not in ("candidate", "uniform")
         tint = colour if special or not one else _GREY

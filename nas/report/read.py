@@ -1,4 +1,4 @@
-"""Reading of a run's folder for reports; a run that is not finished has fewer parts."""
+"""Read a run's folder for reports; an unfinished run has fewer parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from space.errors import refuse
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Everything a report may use. `result` and `best` are empty until the run has them."""
+    """A run's files. `result` and `best` are empty until the run has them."""
 
     folder: Path
     run: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and tables of them in Markdown and plain text."""
+"""Numbers formatted for readers, and tables in Markdown and plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a report: the question, the outcome, its certainty, and the next commands."""
+"""The text of a report: settings, result, caveats and next commands."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ POWER_80 = (1.960 + 0.842) / 1.960
 """Half widths of a 95 % interval that a difference must have to be found with 80 % power."""
 
 
-def asked(run: RunFiles) -> str:
-    """Return in one sentence what the run was asked for."""
+def question_text(run: RunFiles) -> str:
+    """Return the run's target and requirements in one sentence."""
     config = run.config
     target, share = number(config, "target_params"), number(config, "params_tolerance")
     aim = "a smaller model"
@@ -67,8 +67,8 @@ def asked(run: RunFiles) -> str:
     return f"From the seed {run.seed_name} to {aim}, {' and '.join(bounds)}, on {where}."
 
 
-def came_out(run: RunFiles) -> str:
-    """Return in a few sentences what the run found so far."""
+def outcome_text(run: RunFiles) -> str:
+    """Return the run's result so far in a few sentences."""
     if not run.result:
         return f"The run has not ended: {_position(run)}."
     final = section(run.result, "final")
@@ -88,7 +88,7 @@ def report(run: RunFiles, *, figure: bool = True) -> str:
     status = run.result.get("status", "unfinished")
     target = number(config, "target_params")
     parts = [f"# {run.seed_name} to {short_count(target)} parameters: {status}"]
-    parts.append(f"**Asked.** {asked(run)}\n\n**Came out.** {came_out(run)}")
+    parts.append(f"**Asked.** {question_text(run)}\n\n**Came out.** {outcome_text(run)}")
     parts.append(f"Throughput was measured on: {_device(run)}.")
     parts.append("## Result\n\n" + markdown(FINAL_HEADER, final_rows(run)))
     parts.append(_treatment(run))
@@ -108,7 +108,7 @@ def report(run: RunFiles, *, figure: bool = True) -> str:
     if (run.folder / "models.csv").exists():
         parts.append(
             "The best of every step is a model of its own, too: `models.csv` lists them with size, "
-            "throughput and score; each file in `family/` loads as above."
+            "throughput and score; each file in `models/` loads as above."
         )
     parts.append("## How far to trust this\n\n" + "\n".join(f"- {c}" for c in caveats(run)))
     parts.append("## Next\n\n```sh\n" + "\n".join(next_commands(run)) + "\n```")
@@ -117,12 +117,15 @@ def report(run: RunFiles, *, figure: bool = True) -> str:
 
 def final_table(run: RunFiles) -> str:
     """Lay out the comparison for a terminal, with the outcome under it."""
-    return plain(FINAL_HEADER, final_rows(run)) + "\n" + came_out(run)
+    return plain(FINAL_HEADER, final_rows(run)) + "\n" + outcome_text(run)
 
 
 def status_lines(run: RunFiles) -> str:
     """Return the state of a run: asked, position, last candidate, best so far, what remains."""
-    lines = [f"{run.folder}: {run.result.get('status', 'unfinished')}", f"asked: {asked(run)}"]
+    lines = [
+        f"{run.folder}: {run.result.get('status', 'unfinished')}",
+        f"asked: {question_text(run)}",
+    ]
     lines.append(f"where: {_position(run)}")
     if run.trials:
         last = run.trials[-1]
@@ -137,7 +140,7 @@ def status_lines(run: RunFiles) -> str:
             f"throughput, proxy soft loss {decimal(best.soft_loss)}"
         )
     if run.result:
-        lines.append(f"ended: {came_out(run)}")
+        lines.append(f"ended: {outcome_text(run)}")
     else:
         lines.append(f"left:  {_remains(run)}")
     lines.append("next:  " + next_commands(run)[0])
@@ -210,26 +213,26 @@ def caveats(run: RunFiles) -> list[str]:
     epochs, init = config.get("proxy_epochs"), config.get("proxy_init")
     short = counted(epochs, "epoch") if epochs else "a short distillation"
     start = {"inherit": ", from the parent's sliced weights", "scratch": ", from scratch"}
-    said = [
+    lines = [
         f"A proxy score is the soft loss after {short}{start.get(str(init), '')}, on "
         f"{images if images is not None else 'the'} holdout images that the search chose by. It "
         "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen."
     ]
     distill = config.get("distill", "sparse")
     if distill != "sparse":
-        said.append(
+        lines.append(
             f"Trainings learned half from the true labels and half from the teacher (`--distill "
             f"{distill}`); scores are the soft loss against the teacher's labels all the same."
         )
-    trusted = section(run.result, "proxy_check").get("says")
+    trusted = section(run.result, "proxy_check").get("message")
     if trusted:
-        said.append(f"Put to the test (`proxy_check.csv`): {trusted}.")
-    reused = section(run.result, "reused").get("says")
+        lines.append(f"Put to the test (`proxy_check.csv`): {trusted}.")
+    reused = section(run.result, "reused").get("message")
     if reused:
-        said.append(f"A replay: {reused}.")
+        lines.append(f"A replay: {reused}.")
     teacher = section(run.run, "dataset").get("labelled_by")
     if teacher is not None:
-        said.append(
+        lines.append(
             f"The images have no ground truth: their classes are those that {teacher} sees, and "
             "every top-1 here means agreement with it."
         )
@@ -237,17 +240,17 @@ def caveats(run: RunFiles) -> list[str]:
     tested = number(section(final, "winner"), "test_n")
     if tested:
         half = 196 * (0.25 / tested) ** 0.5
-        said.append(
+        lines.append(
             f"Test top-1 rests on {tested:.0f} images: counting alone leaves +-{half:.1f} points "
             "at worst (95 %), and one random seed of training stands behind each model."
         )
     twice = _twice(run.result)
     if twice:
-        said.append(
+        lines.append(
             "Soft loss of the finalists, and from a second random seed (without epochs that a race "
             f"gave to the first): {'; '.join(twice)}."
         )
-    said += [
+    lines += [
         "A throughput holds for the stated device, batch, dtype and resolution only. Its interval "
         "is distribution-free with about 95 %, and wider where neighbouring blocks resemble each "
         "other; slow drifts of a shared machine cancel in the ratio, not in images/s. Of many "
@@ -257,7 +260,7 @@ def caveats(run: RunFiles) -> list[str]:
         + (", a second one among the finalists too. " if twice else ". ")
         + "Another may end elsewhere.",
     ]
-    return said
+    return lines
 
 
 def _twice(result: Mapping[str, Any]) -> list[str]:

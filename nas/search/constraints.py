@@ -1,4 +1,4 @@
-"""The bounds of a contraction, and how they tighten from the seed to the target."""
+"""The requirements of a run, and how their bounds tighten from the seed to the target."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from nas.core.config import NO_SLOWER_SLACK, ROUNDS, RunConfig, steps_of
+from nas.core.config import NO_SLOWER_SLACK, RunConfig
 from nas.core.requirement import COUNTED, LATENCIES, Requirement, Setting, parse_requirement
-from nas.search.strategies import get_strategy
 from space.contractions import Band
 
 PACE = ("speedup", "images_per_s", *LATENCIES)
-"""Metrics of a network's pace."""
+"""Metrics of throughput and latency."""
 
 
 def requirements_of(config: RunConfig) -> tuple[Requirement, ...]:
-    """Return everything that a run requires: the short forms first, then `--require` in order."""
+    """Return a run's requirements: the short flags first, then `--require` in order."""
     here, found = bench_setting(config), []
     if config.min_speedup is not None:
         found.append(Requirement("speedup", config.min_speedup, here))
@@ -28,7 +27,7 @@ def requirements_of(config: RunConfig) -> tuple[Requirement, ...]:
 
 
 def bench_setting(config: RunConfig) -> Setting:
-    """Return the setting of the `--bench` flags, which the short forms are about."""
+    """Return the setting of the `--bench` flags, which the short flags refer to."""
     device = config.device if config.bench_device is None else config.bench_device
     return Setting(device, config.bench_runtime, config.bench_dtype, config.bench_batch)
 
@@ -71,18 +70,8 @@ class StepBounds:
         return tuple(r for r in self.requirements if r.setting == setting)
 
     def describe(self) -> str:
-        """Return the requirements in the words of the command line."""
+        """Return the requirements as on the command line."""
         return " and ".join(r.text for r in self.requirements)
-
-
-def usual_steps(config: RunConfig, params: int) -> int:
-    """Return the steps from a number of parameters to the target, where the user gave none.
-
-    As many as the way is long; for a strategy that takes none, the effort's number of rounds.
-    """
-    if not get_strategy(config.strategy).stepwise:
-        return ROUNDS[config.effort]
-    return steps_of(config.effort, params, config.target_params)
 
 
 def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
@@ -96,7 +85,7 @@ def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
     if step == config.steps:
         centre = float(config.target_params)
     tolerance = config.params_tolerance
-    # A hair of slack, so that float rounding never excludes the bound the user asked for.
+    # The slack keeps float rounding from excluding the user's bound.
     lo = max(1, math.ceil(centre * (1 - tolerance) - 1e-6))
     hi = math.floor(centre * (1 + tolerance) + 1e-6)
     if step == config.steps:
@@ -105,8 +94,8 @@ def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
     return Band(lo=lo, hi=hi)
 
 
-def tightened(required: Requirement, share: float, seed_value: float) -> Requirement:
-    """Return a requirement as tight as a share of the way from the seed's value to its bound.
+def tighten(required: Requirement, share: float, seed_value: float) -> Requirement:
+    """Return a requirement with the bound at a share of the way from the seed's value.
 
     Geometric; a seed that meets the bound already is held to it from the first step on.
     """
@@ -114,7 +103,7 @@ def tightened(required: Requirement, share: float, seed_value: float) -> Require
     start = min(seed_value, bound) if required.sense == ">=" else max(seed_value, bound)
     if share >= 1.0:
         return required
-    # Six digits are enough to be told in one, and rounding keeps the order of the steps.
+    # Six digits read well in messages, and rounding keeps the order of the steps.
     rounded = float(f"{start * (bound / start) ** share:.6g}")
     return replace(required, bound=min(max(rounded, min(start, bound)), max(start, bound)))
 
@@ -133,7 +122,7 @@ def bounds_at(
     """
     share = step / config.steps
     required = requirements_of(config)
-    at_step = tuple(tightened(r, share, seed_values[r]) for r in required)
+    at_step = tuple(tighten(r, share, seed_values[r]) for r in required)
     band = band_at(seed_params, config, step)
     most = [math.floor(r.bound + 1e-6) for r in at_step if r.metric == "macs"]
     if most:

@@ -1,4 +1,4 @@
-"""Racing: which candidates stop at a rung, by paired tests on the holdout."""
+"""Racing: decide which candidates stop at a rung, by paired tests on the holdout."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Decision:
-    """What a look decides: keys that go on, best mean loss first; the others with their reason."""
+    """The decision at a rung: keys that stay, best mean loss first; the others with a reason."""
 
     stay: tuple[str, ...]
     stop: Mapping[str, str]
 
 
-def survivors(
+def racing_decision(
     losses: Mapping[str, npt.ArrayLike],
     keep: int,
     *,
@@ -30,7 +30,7 @@ def survivors(
     looks: int,
     drift_sd: float | None = None,
 ) -> Decision:
-    """Decide who goes on, from per-image losses [n_images] (nats), the same images for all.
+    """Decide which candidates stay, from per-image losses [n_images] (nats) of the same images.
 
     A candidate stops when one-sided paired tests say that it is worse than each of at least `keep`
     others: then it is not among the best `keep`. `alpha` bounds the chance that a race of `looks`
@@ -90,11 +90,3 @@ def _behind(
         error = np.sqrt(difference.var(axis=1, ddof=1) / images + allowance)
         found.append((key, int(((mean > 0) & (mean > critical * error)).sum())))
     return found
-
-
-def share_saved(epochs_saved: int, stay: Sequence[str]) -> dict[str, int]:
-    """Share saved epochs evenly among those that remain, best first; the rest to the first ones."""
-    if not stay:
-        return {}
-    each, rest = divmod(epochs_saved, len(stay))
-    return {key: each + (at < rest) for at, key in enumerate(stay)}

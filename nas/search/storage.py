@@ -1,4 +1,4 @@
-"""Where a study lies: a run's own SQLite file, or a PostgreSQL database that many runs share."""
+"""The database of a study: a run's own SQLite file, or a PostgreSQL database of many runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 TRY_S = 6
-"""How long one try waits for a lock or a server; Optuna tries to add a trial five times."""
+"""Seconds to wait for a lock or a server; Optuna tries five times to add a trial."""
 
 _ADDRESS = "postgresql://USER@HOST:PORT/DATABASE"
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2")
 _RESTORE = "restore the database or start a new run in another folder"
 
 
-class StudyAway(InputError):
+class StudyUnavailable(InputError):
     """The database of a study is locked or away; `--resume` continues the run."""
 
 
@@ -60,7 +60,7 @@ def new_shared(storage: str, folder: Path) -> SharedStudy:
 
 
 def resumed_shared(kept: Any, storage: str | None, run_json: Path) -> SharedStudy | None:
-    """Return where an earlier run keeps its study, None for its own file.
+    """Return the shared database of an earlier run's study, None for its own file.
 
     `kept` is the entry of its `run.json`; `storage` is `--storage` as given now: the same address
     with its password, or the one that the database has moved to.
@@ -152,7 +152,7 @@ def check_reachable(shared: SharedStudy) -> None:
 
 @contextlib.contextmanager
 def one_line(where: Path | SharedStudy) -> Iterator[None]:
-    """Turn every way in which a database fails into one line: `StudyAway`, or an `InputError`."""
+    """Turn any failure of a database into one line: `StudyUnavailable` or another `InputError`."""
     try:
         yield
     except InputError:
@@ -172,7 +172,9 @@ def one_line(where: Path | SharedStudy) -> Iterator[None]:
                 "see to the server, the address and the password (PGPASSWORD, ~/.pgpass or in "
                 "--storage; the driver: pip install -e '.[postgres]'), then --resume a begun run"
             )
-        raise StudyAway(str(refuse(str(where), got, "a database that answers", remedy))) from None
+        raise StudyUnavailable(
+            str(refuse(str(where), got, "a database that answers", remedy))
+        ) from None
 
 
 def check_sqlite(path: Path) -> None:

@@ -31,13 +31,13 @@ STUDY = "contraction"
 
 @dataclass(frozen=True)
 class Trial:
-    """One shortlisted candidate and what became of it.
+    """A decided candidate: one row of `trials.csv` and one trial of the study.
 
     `parent` is the key of the arch it was contracted from; `moves` is its difference in words;
     `params_1000` counts it at 1000 classes and 224 px. Throughput is images/s with an interval,
     `ratio` is relative to `reference`; both under the
-    run's primary setting. `requirements` tells each bound of the step with its verdict and what was
-    measured; `basis` whether that was `measured` here, a `table` of another device's, or
+    run's primary setting. `requirements` lists each bound of the step with its verdict and the
+    measurement; `basis` whether that was `measured` here, a `table` of another device's, or
     `predicted` from one. `soft_loss` is in nats on the holdout (lower is better),
     `top1` a share, `metric` the run's where that is another, after `epochs` epochs; `violation` is
     by what share it missed what it missed worst (0: nothing). `stage` is where it stopped, `reason`
@@ -146,7 +146,7 @@ class Study:
 
     `where` is the run's own `study.db`, or a database that many runs share. The driver is the only
     writer; `create` begins a study. A database that cannot be read is refused in one line; one that
-    is locked or away raises `StudyAway`.
+    is locked or away raises `StudyUnavailable`.
     """
 
     def __init__(self, where: Path | SharedStudy, *, create: bool) -> None:
@@ -183,14 +183,14 @@ class Study:
         return [self._steps[step] for step in sorted(self._steps)]
 
     def has(self, step: int, key: str) -> bool:
-        """Tell whether a candidate of a step is decided already."""
+        """Return whether a candidate of a step is decided."""
         return (step, key) in self._trials
 
     def failed(self, step: int, key: str, stage: str) -> bool:
-        """Tell whether a candidate failed at a stage earlier in this run: not to be retried there.
+        """Return whether a candidate failed at this stage, where it is not tried again.
 
-        What failed later passed this stage, and passes it again on resuming: otherwise another one
-        would take its place.
+        A candidate that failed at a later stage passes this one again on resuming; otherwise
+        another candidate would take its place.
         """
         trial = self._trials.get((step, key))
         return trial is not None and (trial.state, trial.stage) == ("failed", stage)
@@ -235,11 +235,11 @@ class Study:
             _write_new(path, self._study.get_trials(deepcopy=False), self._study.user_attrs)
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the database."""
         self._storage.remove_session()
 
     def remove(self) -> None:
-        """Delete a study from a shared database, if it can be reached; a file is the folder's."""
+        """Delete a study from a shared database if it answers; a file belongs to the folder."""
         import optuna
 
         if not isinstance(self.where, Path):
@@ -249,7 +249,7 @@ class Study:
 
 
 def open_study(folder: Path, shared: SharedStudy | None) -> Study:
-    """Open the study of a run at work, or begin it.
+    """Open the study of a run, or create it.
 
     A run that was killed early may have its `run.json` and no study yet; once a `trials.csv` was
     drawn, a study that is missing is lost.

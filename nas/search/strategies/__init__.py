@@ -1,4 +1,4 @@
-"""Search strategies on one interface: they list the next candidates from the decided ones."""
+"""Search strategies: each proposes the next candidates from the decided trials."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from nas.search.strategies.contraction import Contraction
 from nas.search.strategies.evolution import Evolution
 from nas.search.strategies.optuna_samplers import Gp, Nsga2, Tpe
 from nas.search.strategies.random_search import Random
-from nas.search.strategies.strategy import Ask, Seen, Strategy
+from nas.search.strategies.strategy import SearchState, Strategy
 from nas.search.strategies.uniform import Uniform
 from space.errors import refuse
 
-__all__ = ["Ask", "Seen", "Strategy", "get_strategy", "strategy_names"]
+__all__ = ["SearchState", "Strategy", "get_strategy", "strategy_names"]
 
 _STRATEGIES: tuple[Strategy, ...] = (
     Contraction(),

@@ -1,8 +1,8 @@
-"""Progressive contraction: few grid steps at a time, from the incumbents of the step before."""
+"""Progressive contraction: a few grid steps at a time, from the incumbents of the step before."""
 
 from __future__ import annotations
 
-from nas.search.strategies.strategy import Ask, Strategy
+from nas.search.strategies.strategy import SearchState, Strategy
 from space.contractions import Candidate, propose
 
 
@@ -13,15 +13,15 @@ class Contraction(Strategy):
     stepwise = True
     summary = "contractions of the incumbents, fewest grid steps first, the factors taking turns"
 
-    def propose(self, ask: Ask) -> list[Candidate]:
+    def propose(self, state: SearchState) -> list[Candidate]:
         """Return the baselines on a step's first draw, then candidates by the rule."""
         return propose(
-            ask.family,
-            list(ask.incumbents),
-            ask.context,
-            ask.band,
-            ask.number,
-            random_seed=ask.random_seed,
-            baselines=ask.baselines and ask.draw == 0,
-            exclude=ask.exclude,
+            state.family,
+            list(state.incumbents),
+            state.context,
+            state.band,
+            state.number,
+            random_seed=state.random_seed,
+            baselines=state.baselines and state.draw == 0,
+            exclude=state.exclude,
         )

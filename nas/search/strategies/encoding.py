@@ -45,12 +45,12 @@ def dimensions_of(family: Family, seed: Arch, ctx: Context) -> tuple[Dimension, 
     return tuple(dimensions)
 
 
-def assembled(
+def decode(
     family: Family, seed: Arch, dimensions: tuple[Dimension, ...], indices: Mapping[str, int]
 ) -> dict[str, Any]:
-    """Put the dimensions' values, by name as positions among their choices, into the seed.
+    """Return the seed's fields with dimensions set by name to positions among their choices.
 
-    Returns a value for every field, which need not make an arch.
+    The values need not make a valid arch.
     """
     values = family.to_dict(seed)
     for dimension in dimensions:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import numpy as np
 
-from nas.search.strategies.encoding import Dimension, assembled, dimensions_of
-from nas.search.strategies.strategy import Ask, FromSeed, Seen
+from nas.search.strategies.encoding import Dimension, decode, dimensions_of
+from nas.search.strategies.strategy import FromSeed, SearchState
 from space.family import Arch
 from space.sampling import nearest, sample_band
 
@@ -21,76 +21,79 @@ class Evolution(FromSeed):
 
     Published (SparseViT, arXiv 2303.17605, and its code): populations of 100 satisfied candidates,
     all evaluated; the best 25 are the parents of the next, of which 50 are mutated (each slot drawn
-    afresh with probability 0.1) and 50 cross two distinct parents slot by slot. Scaled here to what
-    a run can train, in the same proportions: a population is the last `number` scored candidates,
-    its best quarter (two at least) the parents, and half of a list is mutated. As only some of a
-    list are trained, the random generation ends once a quarter of a list is scored. Children that
-    cannot be built, lie outside the band or were listed before are moved to the nearest that can.
+    afresh with probability 0.1) and 50 cross two distinct parents slot by slot. Here it is scaled
+    to what a run can train, in the same proportions: a population is the last `number` scored
+    candidates, its best quarter (two at least) the parents, and half of the proposals are mutated.
+    Only some proposals are trained, so the random generation ends once a quarter of a proposal is
+    scored. A child that is invalid, outside the band or a repeat moves to the nearest valid arch.
     """
 
     name = "evolution"
     summary = "random first, then mutations and crossings of the best quarter (SparseViT's scheme)"
 
-    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
-        """Breed children, or draw at random while too few are scored."""
-        rng = np.random.default_rng(ask.derived_seed())
-        parents = _parents(ask)
+    def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
+        """Return children of the best, or random archs while too few are scored."""
+        rng = np.random.default_rng(state.derived_seed())
+        parents = _parents(state)
         if not parents:
             return sample_band(
-                ask.family,
-                ask.seed,
-                ask.context,
-                ask.band,
+                state.family,
+                state.seed,
+                state.context,
+                state.band,
                 number,
-                random_seed=ask.derived_seed(),
+                random_seed=state.derived_seed(),
                 exclude=tried,
             )
-        dimensions = dimensions_of(ask.family, ask.seed, ask.context)
-        codes = [np.array([d.index(p.arch) for d in dimensions]) for p in parents]
+        dimensions = dimensions_of(state.family, state.seed, state.context)
+        codes = [
+            np.array([dimension.index(parent) for dimension in dimensions]) for parent in parents
+        ]
         children: dict[str, Arch] = {}
         while len(children) < number:
             breed = _mutated if len(children) < number // 2 else _crossed
             child = breed(codes, dimensions, rng)
             wanted = {g.name: int(i) for g, i in zip(dimensions, child, strict=True)}
             arch = nearest(
-                ask.family,
-                ask.seed,
-                assembled(ask.family, ask.seed, dimensions, wanted),
-                ask.context,
-                ask.band,
+                state.family,
+                state.seed,
+                decode(state.family, state.seed, dimensions, wanted),
+                state.context,
+                state.band,
                 random_seed=int(rng.integers(2**32)),
                 exclude={*tried, *children},
             )
             if arch is None:
                 break
-            children[ask.family.key(arch, ask.context)] = arch
+            children[state.family.key(arch, state.context)] = arch
         return list(children.values())
 
-    def describe(self, ask: Ask) -> str:
+    def describe(self, state: SearchState) -> str:
         """Return the sizes used here and the published ones."""
         return (
-            f"{self.summary}: random until {_enough(ask)} are scored, populations of the last "
-            f"{_population(ask)} scored, slots mutated with probability {MUTATED} (published: 100 "
-            "scored, populations of 100, 25 parents)"
+            f"{self.summary}: random until {_enough(state)} are scored, populations of "
+            f"the last {_population(state)} scored, slots mutated with probability {MUTATED} "
+            "(published: 100 scored, populations of 100, 25 parents)"
         )
 
 
-def _enough(ask: Ask) -> int:
+def _enough(state: SearchState) -> int:
     """Return how many candidates must be scored before there are parents."""
-    return max(2, ask.number // PARENTS)
+    return max(2, state.number // PARENTS)
 
 
-def _population(ask: Ask) -> int:
+def _population(state: SearchState) -> int:
     """Return from how many of the last scored candidates parents are chosen."""
-    return max(PARENTS, ask.number)
+    return max(PARENTS, state.number)
 
 
-def _parents(ask: Ask) -> list[Seen]:
+def _parents(state: SearchState) -> list[Arch]:
     """Return the best quarter of the population; none while too few are scored."""
-    if len(ask.scored) < _enough(ask):
+    if len(state.scored) < _enough(state):
         return []
-    population = sorted(ask.scored[-_population(ask) :], key=lambda s: (s.loss or 0.0, s.key))
-    return population[: max(2, len(population) // PARENTS)]
+    population = list(state.scored[-_population(state) :])
+    population.sort(key=lambda each: (each[0].soft_loss or 0.0, each[0].key))
+    return [arch for _, arch in population[: max(2, len(population) // PARENTS)]]
 
 
 def _mutated(

@@ -1,12 +1,12 @@
 """Optuna's samplers as strategies: TPE, NSGA-II and a Gaussian process.
 
-A sampler is made afresh for every question and fed the past from `Ask.seen`: nothing is kept
-between questions, and a resumed run repeats itself. It is fed
+Each proposal makes a new sampler and adds the past trials of the `SearchState` to it, so that a
+resumed run repeats itself. A sampler gets
 
-- scored candidates: complete, with their soft loss, the one objective;
-- those that missed a requirement: complete, with their violation as a constraint and, as they have
-  no loss, the mean of those that have one, which says nothing for or against;
-- neither those that met everything but were not trained, as their loss is unknown, nor failures.
+- scored trials: complete, with their soft loss, the one objective;
+- trials that missed a requirement: complete, with their violation as a constraint and, as they have
+  no loss, the mean of the known losses, which is neutral;
+- no trial that met everything but was not trained, as its loss is unknown, and no failure.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
-from nas.search.strategies.encoding import assembled, dimensions_of
-from nas.search.strategies.strategy import Ask, FromSeed, Seen
+from nas.search.strategies.encoding import decode, dimensions_of
+from nas.search.strategies.strategy import FromSeed, SearchState
 from space.family import Arch
 from space.sampling import nearest
 
@@ -25,37 +25,37 @@ if TYPE_CHECKING:
     import optuna
 
 
-def startup(ask: Ask) -> int:
+def startup_trials(state: SearchState) -> int:
     """Return how many trials a sampler needs: Optuna's ten, fewer for short lists.
 
     With fewer it draws each slot uniformly.
     """
-    return min(10, max(5, ask.number // 2))
+    return min(10, max(5, state.number // 2))
 
 
 class Sampled(FromSeed):
-    """Asks a sampler for one choice per slot of a factor.
+    """A strategy that asks an Optuna sampler for one choice per slot of a factor.
 
     Choices are integers in ascending order, so that their distance has a meaning. Each suggestion
-    is moved to the nearest contraction in the band that is not on the list, and fed back as running
-    so that the next suggestion differs.
+    moves to the nearest new contraction in the band, which is added as a running trial so that the
+    next suggestion differs.
     """
 
-    lives: ClassVar[bool] = False
-    """Whether past trials are asked for one by one, for a sampler that counts generations."""
+    generational: ClassVar[bool] = False
+    """Whether past trials pass through ask and tell, for a sampler that counts generations."""
 
     @abstractmethod
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler; `number` is how many trials it needs before it models them."""
 
-    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
-        """Feed the past, then ask and move until the list is full."""
+    def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
+        """Add the past trials, then ask for suggestions until there are enough."""
         import optuna
         from optuna.distributions import BaseDistribution, IntDistribution
         from optuna.trial import TrialState, create_trial
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        dimensions = dimensions_of(ask.family, ask.seed, ask.context)
+        dimensions = dimensions_of(state.family, state.seed, state.context)
         space: dict[str, BaseDistribution] = {
             g.name: IntDistribution(0, len(g.values) - 1) for g in dimensions
         }
@@ -63,11 +63,11 @@ class Sampled(FromSeed):
         def places(arch: Arch) -> dict[str, int]:
             return {g.name: g.index(arch) for g in dimensions}
 
-        random_seed = ask.derived_seed()
-        study = optuna.create_study(sampler=self.sampler(random_seed, startup(ask)))
-        for seen, value, constraints in told(ask):
-            if self.lives:
-                study.enqueue_trial(places(seen.arch))
+        random_seed = state.derived_seed()
+        study = optuna.create_study(sampler=self.sampler(random_seed, startup_trials(state)))
+        for past, value, constraints in past_trials(state):
+            if self.generational:
+                study.enqueue_trial(places(past))
                 trial = study.ask(space)
                 assert isinstance(study.sampler, optuna.samplers.NSGAIISampler)
                 # A trial with fixed values never reaches the sampler, which would number it.
@@ -78,7 +78,7 @@ class Sampled(FromSeed):
             else:
                 study.add_trial(
                     create_trial(
-                        params=places(seen.arch),
+                        params=places(past),
                         distributions=space,
                         value=value,
                         constraints=dict(constraints),
@@ -87,60 +87,59 @@ class Sampled(FromSeed):
         found: dict[str, Arch] = {}
         while len(found) < number:
             trial = study.ask(space)
-            study.tell(trial, state=TrialState.FAIL)  # what is really tried follows, moved
+            study.tell(trial, state=TrialState.FAIL)  # the moved arch follows
             arch = nearest(
-                ask.family,
-                ask.seed,
-                assembled(ask.family, ask.seed, dimensions, trial.params),
-                ask.context,
-                ask.band,
+                state.family,
+                state.seed,
+                decode(state.family, state.seed, dimensions, trial.params),
+                state.context,
+                state.band,
                 random_seed=random_seed + len(found),
                 exclude={*tried, *found},
             )
             if arch is None:
                 break
-            found[ask.family.key(arch, ask.context)] = arch
+            found[state.family.key(arch, state.context)] = arch
             study.add_trial(
                 create_trial(state=TrialState.RUNNING, params=places(arch), distributions=space)
             )
         return list(found.values())
 
-    def describe(self, ask: Ask) -> str:
+    def describe(self, state: SearchState) -> str:
         """Return how many candidates are drawn at random before the model is used."""
-        return f"{self.summary}, drawn at random until {startup(ask)} are told"
+        return f"{self.summary}, drawn at random until {startup_trials(state)} are known"
 
 
-def told(ask: Ask) -> list[tuple[Seen, float, Mapping[str, float]]]:
-    """Return the trials that a sampler is fed: (candidate, value, violations by name).
+def past_trials(state: SearchState) -> list[tuple[Arch, float, Mapping[str, float]]]:
+    """Return what a sampler learns from: (arch, value, violations by name).
 
-    In order of decision, each net once: as it was scored, else as decided last. One that a race
-    stopped counts as the worst that was scored. Violations are given only if there are any.
+    In order of decision, each net once: as it was scored, else as decided last. A trial that a race
+    stopped counts as the worst scored one. Violations are given only if there are any.
     """
-    latest = {s.key: s for s in (*ask.seen, *ask.scored)}
-    losses = [s.loss for s in ask.scored if s.loss is not None]
+    latest = {trial.key: (trial, arch) for trial, arch in (*state.trials, *state.scored)}
+    losses = [trial.soft_loss for trial, _ in state.scored if trial.soft_loss is not None]
     neutral = math.fsum(losses) / len(losses) if losses else 0.0
-    missed = [s for s in latest.values() if 0 < s.violation < math.inf]
-    answers: list[tuple[Seen, float, Mapping[str, float]]] = []
-    for seen in latest.values():
-        if seen.violation == math.inf:
+    decided = [each for each in latest.values() if each[0].state != "failed"]
+    missed = any(trial.violation > 0 for trial, _ in decided)
+    found: list[tuple[Arch, float, Mapping[str, float]]] = []
+    for trial, arch in decided:
+        if trial.violation > 0:
+            value = neutral
+        elif trial.state == "complete" and trial.soft_loss is not None:
+            value = trial.soft_loss
+        elif trial.stage == "race" and losses:
+            value = max(losses)
+        else:
             continue
-        value = neutral
-        if seen.violation <= 0:
-            if seen.loss is not None:
-                value = seen.loss
-            elif seen.stopped and losses:
-                value = max(losses)
-            else:
-                continue
-        answers.append((seen, value, {"violation": seen.violation} if missed else {}))
-    return answers
+        found.append((arch, value, {"violation": trial.violation} if missed else {}))
+    return found
 
 
 class Tpe(Sampled):
     """Tree-structured Parzen estimators (Bergstra et al. 2011), all slots jointly."""
 
     name = "tpe"
-    summary = "Optuna's TPE over places on the grids"
+    summary = "Optuna's TPE over positions among the choices"
 
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler; running candidates count as bad ones."""
@@ -154,13 +153,13 @@ class Tpe(Sampled):
 class Nsga2(Sampled):
     """NSGA-II (Deb et al. 2002) on the soft loss alone: requirements are constraints here.
 
-    With one objective it is a genetic algorithm with elitism. Generations hold as many told
-    candidates as other samplers need to start.
+    With one objective it is a genetic algorithm with elitism. Generations hold as many
+    trials as other samplers need to start.
     """
 
     name = "nsga2"
-    summary = "Optuna's NSGA-II over places on the grids, on the soft loss alone"
-    lives = True
+    summary = "Optuna's NSGA-II over positions among the choices, on the soft loss alone"
+    generational = True
 
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler."""
@@ -173,7 +172,7 @@ class Gp(Sampled):
     """A Gaussian process and expected improvement. Optuna's needs torch, inside this call only."""
 
     name = "gp"
-    summary = "Optuna's Gaussian process over places on the grids"
+    summary = "Optuna's Gaussian process over positions among the choices"
 
     def sampler(self, random_seed: int, number: int) -> optuna.samplers.BaseSampler:
         """Make the sampler."""

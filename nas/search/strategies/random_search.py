@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from nas.search.strategies.strategy import Ask, FromSeed
+from nas.search.strategies.strategy import FromSeed, SearchState
 from space.family import Arch
 from space.sampling import sample_band
 
@@ -15,14 +15,14 @@ class Random(FromSeed):
     name = "random"
     summary = "contractions of the seed, drawn uniformly from the target's band"
 
-    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
         """Draw from the band."""
         return sample_band(
-            ask.family,
-            ask.seed,
-            ask.context,
-            ask.band,
+            state.family,
+            state.seed,
+            state.context,
+            state.band,
             number,
-            random_seed=ask.derived_seed(),
+            random_seed=state.derived_seed(),
             exclude=tried,
         )

@@ -1,4 +1,4 @@
-"""The interface of search strategies: a question about a step, the decided candidates, a list."""
+"""The interface of search strategies: the state of a search goes in, candidates come out."""
 
 from __future__ import annotations
 
@@ -9,38 +9,20 @@ from typing import ClassVar
 
 import numpy as np
 
-from space.contractions import Band, Candidate, anchors_in, listed
+from nas.search.study import Trial
+from space.contractions import Band, Candidate, baselines_in, describe_candidates
 from space.family import Arch, Context, Family
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A decided candidate, as far as strategies use it.
+class SearchState:
+    """What a strategy proposes from: `number` candidates are wanted for a step.
 
-    `violation`: by what share it missed a requirement; at most 0 where all are met, infinite when
-    it failed. `loss`: its soft loss in nats, when it was scored. `ratio`: its throughput relative
-    to the seed, when it was timed. `stopped`: a race ended it, as it could not be among the best.
-    """
-
-    step: int
-    arch: Arch
-    key: str
-    params: int
-    violation: float
-    loss: float | None = None
-    ratio: float | None = None
-    stopped: bool = False
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question to a strategy: `number` candidates for a step.
-
-    `draw`: 0 first; more when all that was listed before in this step failed. `incumbents`: where
-    the step starts, the seed in step 1. `band`: that of the step for a stepwise strategy, the
-    target's otherwise. `baselines`: whether the published archs and the uniform scaling are listed
-    before anything else. `exclude`: keys that this step must not list again. `seen`: what was
-    decided in this run, in order of decision.
+    `draw`: 0 first; more when no earlier proposal of this step survived. `incumbents`: where the
+    step starts, the seed in step 1. `band`: that of the step for a stepwise strategy, else the
+    target's. `baselines`: whether the published archs and the uniform scaling are proposed first.
+    `exclude`: keys that this step must not propose again. `trials`: what this run decided, with the
+    archs, in order of decision.
     """
 
     step: int
@@ -55,7 +37,7 @@ class Ask:
     random_seed: int
     baselines: bool
     exclude: frozenset[str] = frozenset()
-    seen: tuple[Seen, ...] = ()
+    trials: tuple[tuple[Trial, Arch], ...] = ()
 
     def derived_seed(self) -> int:
         """Return a random seed for this step and draw, in 32 bits."""
@@ -63,9 +45,13 @@ class Ask:
         return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
     @property
-    def scored(self) -> tuple[Seen, ...]:
-        """The scored candidates that met the requirements, each net once, in order of decision."""
-        found = {s.key: s for s in self.seen if s.loss is not None and s.violation <= 0}
+    def scored(self) -> tuple[tuple[Trial, Arch], ...]:
+        """The scored trials that met the requirements, each net once, in order of decision."""
+        found = {
+            trial.key: (trial, arch)
+            for trial, arch in self.trials
+            if trial.state == "complete" and trial.violation <= 0
+        }
         return tuple(found.values())
 
 
@@ -81,44 +67,44 @@ class Strategy(ABC):
     summary: ClassVar[str]
 
     @abstractmethod
-    def propose(self, ask: Ask) -> list[Candidate]:
-        """Return at most `ask.number` candidates; equal questions have equal answers.
+    def propose(self, state: SearchState) -> list[Candidate]:
+        """Return at most `state.number` candidates; equal states give equal candidates.
 
         All are different nets as built, in the band, smaller than their parent, and not in
-        `ask.exclude`. Fewer, or none, when no more are there.
+        `state.exclude`. Fewer, or none, where no more exist.
         """
 
-    def describe(self, ask: Ask) -> str:
-        """Return in one line how the strategy is set for a question like this one."""
+    def describe(self, state: SearchState) -> str:
+        """Return in one line how the strategy is set for a state like this one."""
         return self.summary
 
 
 class FromSeed(Strategy):
-    """A strategy that lists contractions of the seed inside the target's band.
+    """A strategy that proposes contractions of the seed inside the target's band.
 
-    What was decided in an earlier step is listed again only when nothing else is left.
+    An arch of an earlier step is proposed again only when no other is left.
     """
 
     stepwise = False
 
     @abstractmethod
-    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
         """Return at most `number` different contractions of the seed whose keys are not tried."""
 
-    def propose(self, ask: Ask) -> list[Candidate]:
+    def propose(self, state: SearchState) -> list[Candidate]:
         """Return the baselines on a step's first draw, then the proposals of the strategy."""
-        decided = {s.key for s in ask.seen}
-        return self._list(ask, ask.exclude | decided) or self._list(ask, ask.exclude)
+        decided = {trial.key for trial, _ in state.trials}
+        return self._propose(state, state.exclude | decided) or self._propose(state, state.exclude)
 
-    def _list(self, ask: Ask, tried: frozenset[str]) -> list[Candidate]:
+    def _propose(self, state: SearchState, tried: frozenset[str]) -> list[Candidate]:
         chosen: dict[str, tuple[str | None, Arch]] = {}
-        if ask.baselines and ask.draw == 0:
-            for name, arch in anchors_in(ask.family, [ask.seed], ask.context, ask.band):
-                key = ask.family.key(arch, ask.context)
-                if key not in tried and len(chosen) < ask.number:
+        if state.baselines and state.draw == 0:
+            for name, arch in baselines_in(state.family, [state.seed], state.context, state.band):
+                key = state.family.key(arch, state.context)
+                if key not in tried and len(chosen) < state.number:
                     chosen.setdefault(key, (name, arch))
-        number = ask.number - len(chosen)
+        number = state.number - len(chosen)
         if number > 0:
-            for arch in self.attempt(ask, number, tried | set(chosen)):
-                chosen[ask.family.key(arch, ask.context)] = (None, arch)
-        return listed(ask.family, [ask.seed], list(chosen.values()), ask.context)
+            for arch in self.attempt(state, number, tried | set(chosen)):
+                chosen[state.family.key(arch, state.context)] = (None, arch)
+        return describe_candidates(state.family, [state.seed], list(chosen.values()), state.context)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from nas.search.strategies.strategy import Ask, FromSeed
+from nas.search.strategies.strategy import FromSeed, SearchState
 from space.contractions import contains, smaller_than
 from space.family import Arch
 
@@ -26,13 +26,13 @@ class Uniform(FromSeed):
     name = "uniform"
     summary = "the seed with all widths scaled by one factor, then its depths by another as well"
 
-    def attempt(self, ask: Ask, number: int, tried: Collection[str]) -> list[Arch]:
+    def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
         """Scale until the list is full."""
-        family, ctx = ask.family, ask.context
+        family, ctx = state.family, state.context
         found: dict[str, Arch] = {}
-        for arch in _scalings(ask):
+        for arch in _scalings(state):
             key = family.key(arch, ctx)
-            if key in tried or key in found or not contains(family, ask.seed, arch, ctx):
+            if key in tried or key in found or not contains(family, state.seed, arch, ctx):
                 continue
             found[key] = arch
             if len(found) == number:
@@ -40,11 +40,11 @@ class Uniform(FromSeed):
         return list(found.values())
 
 
-def _scalings(ask: Ask) -> Iterator[Arch]:
+def _scalings(state: SearchState) -> Iterator[Arch]:
     """Yield the scalings that lie in the band, in the order in which they are listed."""
-    family, ctx = ask.family, ask.context
-    band = smaller_than(family, ask.seed, ctx, ask.band)
-    for shallow in _shallower(ask):
+    family, ctx = state.family, state.context
+    band = smaller_than(family, state.seed, ctx, state.band)
+    for shallow in _shallower(state):
         factors = (k / PARTS for k in range(PARTS, 0, -1))
         scaled = list(dict.fromkeys(family.scaled(shallow, f) for f in factors))
         table = family.table(scaled)
@@ -52,19 +52,19 @@ def _scalings(ask: Ask) -> Iterator[Arch]:
         fits = (sizes >= band.lo) & (sizes <= band.hi)
         if band.max_macs is not None:
             fits &= family.count_macs_many(table, ctx) <= band.max_macs
-        off = np.abs(2 * sizes - (ask.band.lo + ask.band.hi))
+        off = np.abs(2 * sizes - (state.band.lo + state.band.hi))
         for i in np.argsort(off, kind="stable"):
             if fits[i]:
                 yield scaled[int(i)]
 
 
-def _shallower(ask: Ask) -> Iterator[Arch]:
+def _shallower(state: SearchState) -> Iterator[Arch]:
     """Yield the seed, then the seed with its depths scaled by ever smaller factors."""
-    yield ask.seed
-    values = ask.family.to_dict(ask.seed)
+    yield state.seed
+    values = state.family.to_dict(state.seed)
     met = []
-    for field in (f.field for f in ask.family.factors if f.symbol == DEPTH):
-        moves = ask.family.moves(ask.seed)[field]
+    for field in (f.field for f in state.family.factors if f.symbol == DEPTH):
+        moves = state.family.moves(state.seed)[field]
         options = {tuple(np.atleast_1d(v).tolist()) for v in moves}
         depths, scalar = values[field], not isinstance(values[field], list)
         for k in range(PARTS - 1, 0, -1):
@@ -72,4 +72,4 @@ def _shallower(ask: Ask) -> Iterator[Arch]:
             cut = [max(1, math.floor(v * k / PARTS + 0.5)) for v in full]
             if cut != full and cut not in met and tuple(cut) in options:
                 met.append(cut)
-                yield ask.family.arch({**values, field: cut[0] if scalar else cut})
+                yield state.family.arch({**values, field: cut[0] if scalar else cut})

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.throughput.bundle import CARRIED, SCRIPT, write_bundle
-from benchmarks.throughput.flags import Plan, ThroughputConfig
+from benchmarks.throughput.flags import ThroughputConfig, ThroughputPlan
 from benchmarks.throughput.networks import Net, find_nets
 from nas.core.progress import Console
 from nas.core.requirement import Setting
@@ -27,7 +27,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 32, 32, 64]})
-PLAN = Plan(
+PLAN = ThroughputPlan(
     ThroughputConfig(num_classes=4, blocks=6, max_blocks=6, precision=0.0),
     settings=(Setting(runtime="onnxruntime", batch=1),),
     sizes=(32,),

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.throughput.flags import Plan, parse_flags, plan_of
+from benchmarks.throughput.flags import ThroughputPlan, parse_flags, plan_of
 from benchmarks.throughput.networks import Net
 from nas.core.cli import default_cache, guarded
 from nas.core.progress import Console, Tick
@@ -57,7 +57,7 @@ LATENCY_BLOCKS = 10
 class DeviceBenchmark:
     """Measures networks in one worker process; caches the fingerprints of the devices."""
 
-    def __init__(self, plan: Plan, console: Console, log: Path | None = None) -> None:
+    def __init__(self, plan: ThroughputPlan, console: Console, log: Path | None = None) -> None:
         self.plan, self.console, self._log = plan, console, log
         self._worker = LocalExecutor(threads=plan.threads, log=log)
         self._devices: dict[str, Fingerprint] = {}
@@ -256,7 +256,9 @@ class DeviceBenchmark:
         return {**{name: found.values[name] for name in kept}, "done": found.values["done"]}
 
 
-def throughput(nets: Sequence[Net], plan: Plan, console: Console | None = None) -> list[DeviceRow]:
+def throughput(
+    nets: Sequence[Net], plan: ThroughputPlan, console: Console | None = None
+) -> list[DeviceRow]:
     """Measure networks and return a row each; a table at `--out` is there after every row.
 
     With `--resume`, rows that it holds already are taken over; without, an existing one is refused.

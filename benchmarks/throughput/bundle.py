@@ -11,7 +11,7 @@ from typing import Any
 
 import nas
 import space
-from benchmarks.throughput.flags import Plan
+from benchmarks.throughput.flags import ThroughputPlan
 from benchmarks.throughput.networks import Net
 from nas.core.io import write_json
 from nas.core.progress import Console
@@ -33,7 +33,9 @@ CARRIED = (
 """What of `nas` the script needs: nothing of it imports torch."""
 
 
-def write_bundle(folder: Path, nets: Sequence[Net], plan: Plan, console: Console) -> dict[str, Any]:
+def write_bundle(
+    folder: Path, nets: Sequence[Net], plan: ThroughputPlan, console: Console
+) -> dict[str, Any]:
     """Export every network and pack the script; returns what was written.
 
     A bundle that was interrupted goes on with the files that are missing. Raises `InputError`.

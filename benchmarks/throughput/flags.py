@@ -93,7 +93,7 @@ class ThroughputConfig:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ThroughputPlan:
     """How networks are measured. With `auto`, each network has its own batch."""
 
     config: ThroughputConfig
@@ -117,7 +117,7 @@ def parse_flags(argv: Sequence[str] | None, description: str | None) -> argparse
     return parser.parse_args(argv)
 
 
-def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
+def plan_of(given: argparse.Namespace) -> tuple[list[Net], ThroughputPlan]:
     """Return the networks and how they are measured, all flags checked. Raises InputError."""
     config = ThroughputConfig(**parsed(ThroughputConfig, vars(given)))
     check_settings(config)
@@ -157,7 +157,7 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], Plan]:
         raise refuse("--arch", "nothing", "a network", "such as --arch 5M 11M 21M")
     named = config.reference or published[-1]
     reference = None if named == "none" else find_nets([named], family)[0]
-    return nets, Plan(config, settings, sizes, reference, threads, auto)
+    return nets, ThroughputPlan(config, settings, sizes, reference, threads, auto)
 
 
 def _whole(name: str, text: str) -> int:

@@ -37,7 +37,7 @@ class Unverified:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """The progress of a run, which is recorded when time runs out."""
 
     status: str = "stopped"
@@ -51,7 +51,7 @@ class Progress:
     reused: dict[str, Any] | None = None
 
 
-def finish(run: Run, seed: Incumbent, progress: Progress) -> None:
+def finish(run: Run, seed: Incumbent, progress: RunProgress) -> None:
     """Confirm the finalists, pick the winner and compare it; `progress` records each."""
     progress.incumbents = confirm(run, progress.incumbents)
     picked = pick_winner(run, progress.incumbents)
@@ -297,7 +297,7 @@ def compare(
     return final
 
 
-def write_result(run: Run, progress: Progress, seconds: float) -> dict[str, Any]:
+def write_result(run: Run, progress: RunProgress, seconds: float) -> dict[str, Any]:
     """Write the best model, the tables, `result.json` and the report; return `result.json`."""
     folder = run.folder.path
     won = None if progress.final is None else progress.best

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from nas.contract.checks import (
     with_seed,
     with_steps,
 )
-from nas.contract.final import Progress, finish, read_result, write_result
+from nas.contract.final import RunProgress, finish, read_result, write_result
 from nas.contract.models import write_milestone
 from nas.contract.plan import Plan, make_plan, plan_text
 from nas.contract.proxy_check import check_band, check_number, check_proxy_in_time, named_archs
@@ -45,7 +44,7 @@ from nas.contract.replay import (
     starting_incumbent,
     steps_to_target,
 )
-from nas.contract.run_folder import RunFolder
+from nas.contract.run_folder import RunFolder, default_folder
 from nas.contract.seed import (
     best_so_far,
     expected_cost,
@@ -163,7 +162,10 @@ def contract(
             raise refuse(
                 "--final-measurements", final_measurements, want, "name the run: --resume DIR"
             )
-        folder = _default_folder(given) if out is None else Path(out)
+        if out is None:
+            config = replayed_config(given) if "replay" in given else make_config(given)
+            out = default_folder(config.seed, config.target_params)
+        folder = Path(out)
     elif out is None:
         raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
     else:
@@ -217,14 +219,6 @@ def _given(seed: str | None, target: str | int | None, settings: Mapping[str, An
     if target is not None:
         given["target_params"] = parse_count("--target-params", target)
     return with_absolute_paths(given)
-
-
-def _default_folder(given: Mapping[str, Any]) -> Path:
-    """Return the folder of a new run without `--out`: date, time, seed and target."""
-    config = replayed_config(given) if "replay" in given else make_config(given)
-    moment = datetime.now().strftime("%Y%m%d-%H%M%S")
-    target = f"{config.target_params / 1e6:g}M"
-    return Path("results/runs") / f"{moment}-{Path(config.seed).stem}-{target}"
 
 
 # Starting a run
@@ -374,7 +368,7 @@ def open_run(
 def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResult:
     """Search and finish as far as time allows, then write the result and the report."""
     console, folder = run.console, run.folder
-    progress = Progress()
+    progress = RunProgress()
     started = time.monotonic()
     print_config(run, fresh=fresh)
     console.start(expected_cost(run))
@@ -409,7 +403,7 @@ def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResu
     return RunResult(status, result["exit_code"], progress.message, folder.path, result)
 
 
-def search(run: Run, progress: Progress) -> None:
+def search(run: Run, progress: RunProgress) -> None:
     """Take all steps from the seed to the final comparison; `progress` records each."""
     seed = progress.seed = prepare_seed(run)
     start, known = seed, []

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def read_run_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA or "config" not in data:
         raise refuse(str(path), "another format", f"schema {SCHEMA}", "start a new run")
     return data
+
+
+def default_folder(seed: str, target_params: int) -> Path:
+    """Return the folder of a new run without `--out`: date, time, seed and target."""
+    moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("results/runs") / f"{moment}-{Path(seed).stem}-{target_params / 1e6:g}M"
 
 
 class RunFolder:

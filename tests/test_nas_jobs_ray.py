@@ -217,9 +217,8 @@ def test_what_a_campaign_compares(finished: Finished, tmp_path: Path) -> None:
     assert differences(kind, truth, finished.folder) == []
     assert differences(kind, {**truth, "winner": "x"}, finished.folder) == ["winner"]
     assert differences(kind, {**truth, "weights": "x"}, finished.folder) == ["weights"]
-    assert differences(kind, {**truth, "ledger": truth["ledger"][1:]}, finished.folder) == [
-        "ledger"
-    ]
+    fewer = {**truth, "trials": truth["trials"][1:]}
+    assert differences(kind, fewer, finished.folder) == ["trials"]
     assert differences(kind, truth, tmp_path)[0].startswith("no outcome")
     begun = start(["this"], tmp_path / "log")
     assert begun.end() == 0

@@ -90,6 +90,7 @@ def test_given_settings_override_the_effort() -> None:
         ("target_params", 0),
         ("steps", 0),
         ("steps", True),
+        ("steps", 2.0),
         ("candidates_per_step", -1),
         ("seed_epochs", 0),
         ("bench_blocks", 1),
@@ -118,6 +119,12 @@ def test_a_bad_setting_is_refused_in_one_line_naming_its_flag(name: str, value: 
     assert said.startswith("--" + name.replace("_", "-"))
     assert "got" in said
     assert "want" in said or "at most" in said
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1])
+def test_a_switch_is_true_or_false(value: object) -> None:
+    with pytest.raises(InputError, match=r"--no-racing: got .*, want true or false"):
+        make(racing=value)
 
 
 def test_labels_and_teacher_exclude_each_other() -> None:

@@ -145,6 +145,8 @@ def check_settings(values: Any) -> None:
             continue
         if about.choices and value not in about.choices:
             raise refuse(field.flag, value, f"one of {', '.join(about.choices)}")
+        if field.kind is bool and not isinstance(value, bool):
+            raise refuse(field.flag, value, "true or false")
         if field.kind is int:
             low, high = about.low or 0, about.high
             want = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"

@@ -272,7 +272,7 @@ def check_requirements(
             )
             if one.setting == setting and not known:
                 want = "speedup or images_per_s" + (", or latency_ms at batch 1" if latency else "")
-                raise refuse("--require", one.text, want, "the device table knows no more")
+                raise refuse("--require", one.text, want, "the device table has no more")
 
 
 def read_fingerprints(

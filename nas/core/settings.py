@@ -20,7 +20,7 @@ from space.errors import refuse
 
 @dataclass(frozen=True)
 class SettingSpec:
-    """What a field says of a setting beside its name, type and default.
+    """What a field holds of a setting beside its name, type and default.
 
     `group` opens a heading of the help that the following settings belong to. Numbers lie in
     [`low`, `high`], or above `above`. `parse` reads a text that the type does not: (flag, text) to
@@ -48,8 +48,8 @@ class SettingSpec:
 
 def setting(default: Any, help: str, **more: Any) -> Any:
     """Return a dataclass field that is a setting; `default` may be `dataclasses.MISSING`."""
-    told = SettingSpec(help, **more)
-    return dataclasses.field(default=default, metadata={"setting": told})
+    spec = SettingSpec(help, **more)
+    return dataclasses.field(default=default, metadata={"setting": spec})
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, efforts: tuple[str,
 
 
 def default_of(field: Field, efforts: tuple[str, ...] = ()) -> str:
-    """Return the default in words; empty where there is none to tell."""
+    """Return the default in words; empty where there is none."""
     about = field.about
     if about.default_text is not None:
         return about.default_text

@@ -151,8 +151,8 @@ def info(store: str | Path) -> Mapping[str, Any]:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     spec = manifest["spec"]
     records = spec["train_images"] * manifest["epochs"]
-    told = {k: v for k, v in manifest.items() if k != "files"}
-    return {**told, "bytes": size, "records": records, "bytes_per_record": size / records}
+    described = {k: v for k, v in manifest.items() if k != "files"}
+    return {**described, "bytes": size, "records": records, "bytes_per_record": size / records}
 
 
 def merge(store: str | Path, parts: Sequence[str | Path]) -> Mapping[str, Any]:

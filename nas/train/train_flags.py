@@ -1,4 +1,4 @@
-"""What `python -m nas.train` is told: its flags, and the values that they become."""
+"""The flags of `python -m nas.train`, and the configuration that they become."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from space.errors import InputError, refuse
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What a command says beside the settings of the training and its machine."""
+    """What is trained and by which recipe: the settings that become a `TrainConfig`."""
 
     arch: str | None = setting(
         None,
@@ -115,9 +115,9 @@ def resolve_arch(name: str, family: str | None) -> tuple[str, dict[str, Any], st
         path = path / "best.json"
         name = str(path)
     if path.suffix == ".json" and path.is_file():
-        told = read_json(path, "an arch")
-        if family is None and isinstance(told, dict) and "family" in told:
-            family = str(told["family"])
+        saved = read_json(path, "an arch")
+        if family is None and isinstance(saved, dict) and "family" in saved:
+            family = str(saved["family"])
         name = str(path.resolve())
     found = get_family(family or RunConfig.family)
     try:
@@ -205,7 +205,7 @@ def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machin
         "threads": max(1, cores),
         "workers": 0 if device == "cpu" else max(0, min(8, cores - 1)),
     }
-    # The number of threads decides bits: a resumed training keeps it, unless told otherwise.
+    # The number of threads decides bits: a resumed training keeps it unless --threads is given.
     given_now = {k: v for k, v in asked.items() if v is not None}
     moved = kept.get("device", device) != device
     amp = given.amp or ("auto" if moved else str(kept.get("amp", "auto")))
@@ -218,14 +218,14 @@ def describe(config: TrainConfig, world: int) -> list[str]:
     family, arch = config.family_and_arch
     peak, least, first = recipe.rates()
     words = dict.fromkeys(PIPELINE, "default")
-    told = ", ".join(
+    values = ", ".join(
         f"{k}={words.get(k, 'none') if v is None else v}"
         for k, v in recipe.to_dict().items()
         if k != "name"
     )
     return [
         f"arch: {family.name} {family.label(arch)} (of {config.arch_from})",
-        f"recipe {recipe.name}: {told}",
+        f"recipe {recipe.name}: {values}",
         f"rates for whole batches of {recipe.batch_size}: peak {peak:g}, least {least:g}, "
         f"first {first:g}; {world} process{'es' if world > 1 else ''}",
     ]

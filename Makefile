@@ -9,7 +9,7 @@ CONTRACT_FLAGS ?= --min-speedup 1.5
 
 help:
 	@echo "make contract   install into $(VENV) and contract TinyViT-21M to 5M on real digits (about 10 minutes)"
-	@echo "make test       the fast tests (under 10 minutes on 2 cores)"
+	@echo "make test       the fast tests (under 7 minutes on 2 quiet cores)"
 	@echo "make test-all   every test, the slow ones too"
 	@echo "make check      ruff, ruff format and mypy --strict"
 	@echo "make format     let ruff fix and format"

@@ -65,9 +65,7 @@ def run_or_resume(data: str, random_seed: int, given: argparse.Namespace) -> Run
     )
 
 
-def run_row(
-    data: str, random_seed: int, given: argparse.Namespace, of: RunResult
-) -> dict[str, Any]:
+def run_row(data: str, random_seed: int, given: argparse.Namespace, of: RunResult) -> dict[str, Any]:
     """Return the row of one run; of one without a result, its status alone."""
     found = read_run(of.folder)
     assert found.seed is not None

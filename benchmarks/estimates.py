@@ -74,11 +74,7 @@ class PairedDifference:
 
 
 def bootstrap(
-    values: npt.ArrayLike,
-    statistic: Callable[[Floats], float],
-    *,
-    random_seed: int,
-    resamples: int = RESAMPLES,
+    values: npt.ArrayLike, statistic: Callable[[Floats], float], *, random_seed: int, resamples: int = RESAMPLES
 ) -> Interval:
     """Return a statistic of values [k, ...] with the percentile interval of k drawn again.
 
@@ -99,9 +95,7 @@ def crossed(table: npt.ArrayLike, *, random_seed: int = 0, resamples: int = RESA
     """
     values = np.asarray(table, dtype=np.float64)
     rng = np.random.default_rng(random_seed)
-    rows, columns = (
-        rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape
-    )
+    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape)
     means = np.einsum("ri,ri->r", rows @ values, columns)
     return float(values.mean()), *_percentiles(means)
 
@@ -198,11 +192,7 @@ def _cell(value: Any) -> Any:
 
 
 def draw_intervals(
-    path: Path,
-    rows: Sequence[tuple[str, Interval]],
-    label: str,
-    *,
-    lines: Mapping[str, float] | None = None,
+    path: Path, rows: Sequence[tuple[str, Interval]], label: str, *, lines: Mapping[str, float] | None = None
 ) -> None:
     """Draw named estimates with their intervals below each other; `lines`: named values of x."""
     import matplotlib
@@ -226,9 +216,7 @@ def draw_intervals(
     plt.close(fig)
 
 
-def run_command(
-    parser: Parser, work: Callable[[argparse.Namespace], Any], argv: Sequence[str] | None
-) -> int:
+def run_command(parser: Parser, work: Callable[[argparse.Namespace], Any], argv: Sequence[str] | None) -> int:
     """Parse, do the work, and print what it returns as the last line, in JSON.
 
     `given.command` repeats the call. Returns the exit status, 2 on bad input.

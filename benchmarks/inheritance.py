@@ -16,15 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import (
-    EstimateRow,
-    Floats,
-    check_at_least,
-    crossed,
-    draw_intervals,
-    run_command,
-    write_table,
-)
+from benchmarks.estimates import EstimateRow, Floats, check_at_least, crossed, draw_intervals, run_command, write_table
 from benchmarks.proxy import candidates, chosen, held
 from benchmarks.trainings import CRITERION, PROXY_SEED, Training, TrainingPool, add_flags, open_pool
 from nas.core.cli import Parser
@@ -77,9 +69,7 @@ def ablation(
         parent = pool.parent(criterion)
         for raw in (False, True):
             wanted[f"{criterion}, 0 epochs{', norms as inherited' if raw else ''}"] = [
-                Training(
-                    arch, "inherit", 0, PROXY_SEED, parent, images=given.images, recalibrate=not raw
-                )
+                Training(arch, "inherit", 0, PROXY_SEED, parent, images=given.images, recalibrate=not raw)
                 for arch in archs
             ]
         wanted[f"{criterion}, 1 epoch"] = [
@@ -88,9 +78,7 @@ def ablation(
             for s in range(given.seeds)
         ]
     wanted["scratch, 1 epoch"] = [
-        Training(arch, "scratch", 1, PROXY_SEED + s, images=given.images)
-        for arch in archs
-        for s in range(given.seeds)
+        Training(arch, "scratch", 1, PROXY_SEED + s, images=given.images) for arch in archs for s in range(given.seeds)
     ]
     done = iter(pool.train_or_fail([t for these in wanted.values() for t in these]))
     losses: dict[str, Floats] = {}
@@ -104,11 +92,7 @@ def ablation(
 def ablation_rows(losses: Mapping[str, Floats], command: str) -> list[EstimateRow]:
     """Return the differences that matter of losses [archs, images] by "CRITERION, WHEN"."""
     whens = ("0 epochs", "0 epochs, norms as inherited", "1 epoch")
-    pairs = {
-        f"{c} - prefix, {when}": (f"{c}, {when}", f"prefix, {when}")
-        for when in whens
-        for c in CRITERIA[1:]
-    }
+    pairs = {f"{c} - prefix, {when}": (f"{c}, {when}", f"prefix, {when}") for when in whens for c in CRITERIA[1:]}
     for c in CRITERIA:
         pairs[f"norms anew - as inherited, {c}"] = f"{c}, {whens[0]}", f"{c}, {whens[1]}"
     pairs[f"scratch - {CRITERION}, 1 epoch"] = "scratch, 1 epoch", f"{CRITERION}, 1 epoch"
@@ -121,9 +105,7 @@ def ablation_rows(losses: Mapping[str, Floats], command: str) -> list[EstimateRo
     return rows
 
 
-def compare(
-    given: argparse.Namespace, console: Console
-) -> tuple[list[EstimateRow], dict[str, Any]]:
+def compare(given: argparse.Namespace, console: Console) -> tuple[list[EstimateRow], dict[str, Any]]:
     """Train what is missing; return the table's rows and the summary."""
     with open_pool(given, console) as pool:
         archs = listed(pool, given)

@@ -19,15 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.estimates import check_at_least, draw_intervals, run_command
-from benchmarks.trainings import (
-    CRITERION,
-    PROXY_SEED,
-    Trained,
-    Training,
-    TrainingPool,
-    add_flags,
-    open_pool,
-)
+from benchmarks.trainings import CRITERION, PROXY_SEED, Trained, Training, TrainingPool, add_flags, open_pool
 from nas.contract.proxy_check import ProxyCheckRow, compare_scores, training_free_scores, write_rows
 from nas.contract.state import derived_seed
 from nas.core.cli import Parser
@@ -56,23 +48,11 @@ def candidates(pool: TrainingPool, number: int) -> list[tuple[str, Arch]]:
     band = run.band(run.config.steps)
     seed = derived_seed(run.config.random_seed, "proxy_rank")
     ruled = propose(
-        run.family,
-        [run.seed_arch],
-        run.context,
-        band,
-        (number + 1) // 2,
-        random_seed=seed,
-        baselines=False,
+        run.family, [run.seed_arch], run.context, band, (number + 1) // 2, random_seed=seed, baselines=False
     )
     keys = {run.key(c.arch) for c in ruled}
     drawn = sample_band(
-        run.family,
-        run.seed_arch,
-        run.context,
-        band,
-        number - len(ruled),
-        random_seed=seed,
-        exclude=keys,
+        run.family, run.seed_arch, run.context, band, number - len(ruled), random_seed=seed, exclude=keys
     )
     return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
 
@@ -198,10 +178,7 @@ def table(
         scores[name] = values, sum(pool.cost(t.of) for t in trained) / cost
     shortest, longest = lengths(given)[0], lengths(given)[-1]
     if longest == 2 * shortest:  # as long as the longest, half of it each way
-        both = [
-            scores[named(f"inherited ({CRITERION})", shortest)],
-            scores[named("from scratch", shortest)],
-        ]
+        both = [scores[named(f"inherited ({CRITERION})", shortest)], scores[named("from scratch", shortest)]]
         ranks = sum((np.argsort(np.argsort(v)).astype(float) for v, _ in both), np.zeros(n))
         together = sum(s for _, s in both if s is not None)
         scores[f"both, {named('ranks added', shortest)} each"] = ranks, together
@@ -214,9 +191,7 @@ def table(
     }
     kept = tied_with_best(per_image)
     words = describe_tied(kept, per_image)
-    of_default = [
-        r for r in rows if r.name in scored and r.name.startswith(f"inherited ({CRITERION})")
-    ]
+    of_default = [r for r in rows if r.name in scored and r.name.startswith(f"inherited ({CRITERION})")]
     cheap = [r for r in of_default if r.cost_share is not None and r.cost_share <= CHEAP + 1e-9]
     own = max(cheap, key=lambda r: r.cost_share or 0.0, default=of_default[0])
     told = {

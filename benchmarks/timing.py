@@ -41,14 +41,7 @@ from nas.core.requirement import Setting
 from nas.core.stats import kendall, resampled
 from nas.measure.device_table import OK, one_fingerprint, read_rows
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.interleave import (
-    Bounds,
-    Samples,
-    measure_rounds,
-    planned_looks,
-    settle,
-    timing_result,
-)
+from nas.measure.interleave import Bounds, Samples, measure_rounds, planned_looks, settle, timing_result
 from nas.measure.intervals import median_interval
 from nas.measure.predict import MODELS, held_out, terms_of
 from space import Context, get_family
@@ -77,10 +70,7 @@ def timers(archs: Sequence[str], batch: int, dtype: str, size: int) -> Timers:
 
     family, ctx = get_family("tinyvit"), Context(img_size=size, num_classes=1000)
     setting = Setting("cpu", "eager", dtype, batch)
-    return {
-        name: prepare(family.build(family.seed(name), ctx), ctx=ctx, setting=setting).ready.timer
-        for name in archs
-    }
+    return {name: prepare(family.build(family.seed(name), ctx), ctx=ctx, setting=setting).ready.timer for name in archs}
 
 
 def method_ratios(method: str, at: Timers, batch: int) -> dict[str, float]:
@@ -218,8 +208,7 @@ def simulate(
         verdict, used = "undecided", looks[-1]
         for used in looks:
             window = [
-                Samples(s.images_per_s[start : start + used], s.durations_s[start : start + used])
-                for s in recorded
+                Samples(s.images_per_s[start : start + used], s.durations_s[start : start + used]) for s in recorded
             ]
             verdict = timing_result(window, looks, 1).decides(Bounds(ratio=bound))
             if verdict != "undecided":
@@ -233,9 +222,7 @@ def simulate(
     return gate, mean
 
 
-def live(
-    sides: Sequence[Any], bound: float, trials: int, given: argparse.Namespace
-) -> list[Verdict]:
+def live(sides: Sequence[Any], bound: float, trials: int, given: argparse.Namespace) -> list[Verdict]:
     """Measure as a run does, again and again."""
     from nas.measure.throughput import measure_prepared
 
@@ -258,9 +245,7 @@ def live(
     return found
 
 
-def gate_row(
-    kind: str, load: str, method: str, bound: float, found: Sequence[Verdict]
-) -> dict[str, Any]:
+def gate_row(kind: str, load: str, method: str, bound: float, found: Sequence[Verdict]) -> dict[str, Any]:
     """Summarise the trials against one bound; the true ratio is 1.
 
     `errors` are the share of passes at 1.03, of fails at 0.97; `error_hi` is the upper end of its
@@ -289,10 +274,7 @@ def measure_gate(given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     looks = planned_looks(given.blocks, given.max_blocks)
     family, ctx = get_family("tinyvit"), Context(img_size=given.img_size, num_classes=1000)
-    model, setting = (
-        family.build(family.seed(given.arch), ctx),
-        Setting("cpu", "eager", "float32", given.batch),
-    )
+    model, setting = (family.build(family.seed(given.arch), ctx), Setting("cpu", "eager", "float32", given.batch))
     sides = [prepare(model, ctx=ctx, setting=setting) for _ in range(2)]
     rows: list[Row] = []
 

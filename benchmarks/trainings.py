@@ -112,13 +112,7 @@ class TrainingPool:
         ]
 
     def do_all(
-        self,
-        tasks: Sequence[Task],
-        workers: int,
-        *,
-        threads: int = 1,
-        remember: bool = False,
-        **options: Any,
+        self, tasks: Sequence[Task], workers: int, *, threads: int = 1, remember: bool = False, **options: Any
     ) -> list[Result]:
         """Do jobs in worker processes of their own, or take over what is there.
 

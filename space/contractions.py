@@ -180,9 +180,7 @@ class _Entries:
 
     def take(self, index: Array) -> _Entries:
         """Keep the entries at `index`, in its order."""
-        return _Entries(
-            self.place[index], self.steps[index], self.moved[index], self.priority[index]
-        )
+        return _Entries(self.place[index], self.steps[index], self.moved[index], self.priority[index])
 
     @staticmethod
     def join(parts: Sequence[_Entries]) -> _Entries:
@@ -236,13 +234,7 @@ def seeded(x: Array, random_seed: int) -> npt.NDArray[np.uint64]:
 
 
 def _gather(
-    family: Family,
-    axes: Sequence[Axis],
-    ctx: Context,
-    band: Band,
-    radius: int,
-    number: int,
-    random_seed: int,
+    family: Family, axes: Sequence[Axis], ctx: Context, band: Band, radius: int, number: int, random_seed: int
 ) -> tuple[int, _Entries]:
     """Collect what lies within `radius` steps: (how many, the first `number` per stratum)."""
     near = checked([a.within(radius) for a in axes])
@@ -287,9 +279,7 @@ def _draw(entries: _Entries, number: int, random_seed: int) -> list[int]:
     return drawn
 
 
-def _by_rule(
-    family: Family, arch: Arch, ctx: Context, band: Band, number: int, random_seed: int
-) -> list[Arch]:
+def _by_rule(family: Family, arch: Arch, ctx: Context, band: Band, number: int, random_seed: int) -> list[Arch]:
     """List the first `number` contractions of one arch by the rule."""
     axes = axes_of(family, arch, ctx)
     below = smaller_than(family, arch, ctx, band)
@@ -312,9 +302,7 @@ def _by_rule(
     return archs
 
 
-def baselines_in(
-    family: Family, parents: Sequence[Arch], ctx: Context, band: Band
-) -> list[tuple[str, Arch]]:
+def baselines_in(family: Family, parents: Sequence[Arch], ctx: Context, band: Band) -> list[tuple[str, Arch]]:
     """Find the baselines: published archs in the band, then each parent's uniform scaling.
 
     Of the uniform scalings (all widths by one factor) the one nearest to the band's middle.
@@ -416,7 +404,4 @@ def contains(family: Family, parent: Arch, arch: Arch, ctx: Context) -> bool:
 def _holds(family: Family, moves: dict[str, Array], arch: Arch, ctx: Context) -> bool:
     """Return whether every factor of `arch`, as built, is among the moves."""
     wanted, built = family.effective(family.table([arch]), ctx), family.effective(moves, ctx)
-    return all(
-        bool((built[f].reshape(len(built[f]), -1) == wanted[f].reshape(1, -1)).all(axis=1).any())
-        for f in built
-    )
+    return all(bool((built[f].reshape(len(built[f]), -1) == wanted[f].reshape(1, -1)).all(axis=1).any()) for f in built)

@@ -245,9 +245,7 @@ class Family(ABC):
         the family prefers. What is kept stays in the parent's order.
         """
 
-    def resized(
-        self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str
-    ) -> dict[str, Slice]:
+    def resized(self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str) -> dict[str, Slice]:
         """Map the state_dict of an arch onto that of the same arch in another context.
 
         `how`: one of `resizes`, how tables of positions change their size ("own": as in `slicing`);

@@ -34,8 +34,7 @@ def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
         replace(
             f,
             choices=tuple(
-                Choices() if i in frozen.get(f.field, ()) else choices
-                for i, choices in enumerate(f.choices)
+                Choices() if i in frozen.get(f.field, ()) else choices for i, choices in enumerate(f.choices)
             ),
         )
         for f in family.factors
@@ -98,8 +97,7 @@ def _columns(value: Any, slots: Sequence[int]) -> tuple[Any, ...]:
 def _agree(a: Arch, b: Arch, frozen: Frozen) -> bool:
     """Return whether two archs have the same values in the frozen slots."""
     return all(
-        _columns(getattr(a, field), slots) == _columns(getattr(b, field), slots)
-        for field, slots in frozen.items()
+        _columns(getattr(a, field), slots) == _columns(getattr(b, field), slots) for field, slots in frozen.items()
     )
 
 

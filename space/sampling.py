@@ -9,18 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from space.contractions import (
-    Axis,
-    Band,
-    Ints,
-    axes_of,
-    checked,
-    inside_band,
-    seeded,
-    smaller_than,
-    walk,
-    walk_near,
-)
+from space.contractions import Axis, Band, Ints, axes_of, checked, inside_band, seeded, smaller_than, walk, walk_near
 from space.family import Arch, Array, Context, Family
 
 SHORT = 1 << 18  # points: products up to this are walked at once

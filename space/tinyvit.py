@@ -12,18 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from space.errors import read_int, read_ints, read_ratio, refuse, refuse_multiple
-from space.family import (
-    Arch,
-    Array,
-    Choices,
-    Context,
-    Factor,
-    Family,
-    Member,
-    Published,
-    Slice,
-    Table,
-)
+from space.family import Arch, Array, Choices, Context, Factor, Family, Member, Published, Slice, Table
 from space.ratios import apart, shortest_ratio
 from space.tinyvit_slicing import TinyVitNet, block_names, members, resized, slices
 
@@ -130,9 +119,7 @@ def _macs(c: _Columns, ctx: Context) -> Array:
     return np.asarray(total + c.depths[0] * (first**2 * (2 * d1 + 9) * c.expand))
 
 
-def _count(
-    formula: Callable[[_Columns, Context], Array], table: Table, ctx: Context
-) -> npt.NDArray[np.int64]:
+def _count(formula: Callable[[_Columns, Context], Array], table: Table, ctx: Context) -> npt.NDArray[np.int64]:
     """Apply a formula; long flat tables go in chunks that fit in cache."""
     n = len(table["depths"])
     if table["depths"].ndim != 2 or n <= CHUNK:
@@ -217,10 +204,7 @@ class TinyVit(Family):
         windows = read_ints("window_sizes", windows, 3, 1, MAX_WINDOW)
         expand = read_ratio("mbconv_expand_ratio", mapping["mbconv_expand_ratio"])
         mlp = read_ratio("mlp_ratio", mapping["mlp_ratio"])
-        for field, ratio, widths in (
-            ("mbconv_expand_ratio", expand, dims[:1]),
-            ("mlp_ratio", mlp, dims[1:]),
-        ):
+        for field, ratio, widths in (("mbconv_expand_ratio", expand, dims[:1]), ("mlp_ratio", mlp, dims[1:])):
             low, high = min(widths), max(widths)
             if ratio * low < 1 or ratio * high >= MAX_HIDDEN + 1:
                 want = f"1 to {MAX_HIDDEN} hidden channels"
@@ -354,9 +338,7 @@ class TinyVit(Family):
 
         Stages 2 to 4 share the MLP ratio and the head dim: to keep one stage is to keep these.
         """
-        found: dict[str, tuple[str, ...]] = {
-            "stage1": ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio")
-        }
+        found: dict[str, tuple[str, ...]] = {"stage1": ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio")}
         for i in (1, 2, 3):
             own = (f"embed_dims[{i}]", f"depths[{i}]", f"window_sizes[{i - 1}]")
             found[f"stage{i + 1}"] = (*own, "mlp_ratio", "head_dim")
@@ -370,9 +352,7 @@ class TinyVit(Family):
         """
         a = _own(arch)
         size = math.log(self.count_params(a, ctx))
-        near = min(
-            self.published, key=lambda p: abs(math.log(self.count_params(p.arch, ctx)) - size)
-        )
+        near = min(self.published, key=lambda p: abs(math.log(self.count_params(p.arch, ctx)) - size))
         windows = _windows(a, ctx)
         return f"tiny_vit_{near.name.lower()}_224", {
             "embed_dims": list(a.embed_dims),
@@ -405,9 +385,7 @@ class TinyVit(Family):
         nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
         return slices(*nets, order or {})
 
-    def resized(
-        self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str
-    ) -> dict[str, Slice]:
+    def resized(self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str) -> dict[str, Slice]:
         """Map the state_dict of an arch onto that of the same arch in another context.
 
         `how`: "own" keeps the meaning of offsets, "published" and "timm" resize tables as images.

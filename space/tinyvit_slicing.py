@@ -116,9 +116,7 @@ def block_names(depths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(f"{name}.{j}" for j in range(n)) for name, n in stages.items()}
 
 
-def _head_axes(
-    child: TinyVitNet, parent: TinyVitNet, stage: int, order: Array | None
-) -> dict[str, Index]:
+def _head_axes(child: TinyVitNet, parent: TinyVitNet, stage: int, order: Array | None) -> dict[str, Index]:
     """Map what is made of heads: rows of the fused projection, its channels, rows of biases.
 
     Rows are [head][q|k|v][channel of the head] in timm.
@@ -179,9 +177,7 @@ def _axes(
 
 def slices(parent: TinyVitNet, child: TinyVitNet, order: Mapping[str, Array]) -> dict[str, Slice]:
     """Map the child's state_dict onto the parent's; keys without any source are left out."""
-    slicing.check_order(
-        order, _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()}
-    )
+    slicing.check_order(order, _sizes(parent) | {k: len(v) for k, v in block_names(parent.depths).items()})
     found: dict[str, Slice] = {}
     axes = _axes(None, "", parent, child, order)
     for key, names in _outside_blocks():
@@ -200,15 +196,11 @@ def slices(parent: TinyVitNet, child: TinyVitNet, order: Mapping[str, Array]) ->
             block = f"{group}.{source}"
             axes = _axes(stage, block, parent, child, order) | {"offsets": offsets}
             for key, names in _block(stage):
-                slicing.add_slice(
-                    found, f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blends
-                )
+                slicing.add_slice(found, f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blends)
     return found
 
 
-def resized(
-    found: Mapping[str, Slice], parent: TinyVitNet, child: TinyVitNet, how: str
-) -> dict[str, Slice]:
+def resized(found: Mapping[str, Slice], parent: TinyVitNet, child: TinyVitNet, how: str) -> dict[str, Slice]:
     """Return a slicing between two sizes of one net with its tables resized the way called `how`.
 
     "own" is the slicing as it is. Otherwise a bias table is resized as if it were an image
@@ -222,9 +214,7 @@ def resized(
     for stage, names in enumerate(block_names(child.depths).values()):
         if stage == 0:
             continue
-        index, blend = slicing.square(
-            child.windows[stage - 1], parent.windows[stage - 1], slicing.LINES[how]
-        )
+        index, blend = slicing.square(child.windows[stage - 1], parent.windows[stage - 1], slicing.LINES[how])
         for name in names:
             key = f"{name}.attn.attention_biases"
             heads = found[key].index[0]

@@ -11,18 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from space.errors import read_int, read_ratio, refuse, refuse_multiple
-from space.family import (
-    Arch,
-    Array,
-    Choices,
-    Context,
-    Factor,
-    Family,
-    Member,
-    Published,
-    Slice,
-    Table,
-)
+from space.family import Arch, Array, Choices, Context, Factor, Family, Member, Published, Slice, Table
 from space.ratios import apart, shortest_ratio
 from space.vit_slicing import VitNet, block_names, members, resized, slices
 
@@ -45,9 +34,7 @@ class VitArch(Arch):
     dist_token: bool
 
 
-def _published(
-    name: str, dim: int, depth: int, patch: int, *aliases: str, dist: bool = False
-) -> Published:
+def _published(name: str, dim: int, depth: int, patch: int, *aliases: str, dist: bool = False) -> Published:
     return Published(name, VitArch(dim, depth, 64, 4.0, patch, dist), aliases)
 
 
@@ -292,9 +279,7 @@ class Vit(Family):
         nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
         return slices(*nets, order or {})
 
-    def resized(
-        self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str
-    ) -> dict[str, Slice]:
+    def resized(self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str) -> dict[str, Slice]:
         """Map the state_dict of an arch onto that of the same arch in another context.
 
         `how`: "own" and "published" resize position embeddings as DeiT does, "timm" as

@@ -103,9 +103,7 @@ def kernel(child: int, parent: int) -> Blend:
     return np.asarray(np.linalg.pinv(slicing.bicubic(child, parent)).T)
 
 
-def _tokens(
-    child: VitNet, parent: VitNet, line: Line = slicing.bicubic
-) -> tuple[Index, Blend | None]:
+def _tokens(child: VitNet, parent: VitNet, line: Line = slicing.bicubic) -> tuple[Index, Blend | None]:
     """Map positions: [class, distillation, grid row by row]; a grid of another size is resized.
 
     Source: DeiT resizes the grid and leaves the others as they are, and timm does too.
@@ -123,9 +121,7 @@ def _tokens(
     return index, blend
 
 
-def _axes(
-    block: str, parent: VitNet, child: VitNet, order: Mapping[str, Array]
-) -> dict[str, Index]:
+def _axes(block: str, parent: VitNet, child: VitNet, order: Mapping[str, Array]) -> dict[str, Index]:
     """Map every axis that occurs in one parent block (or outside all blocks: "")."""
     dim = slicing.first(child.dim, parent.dim, order.get("dim"))
     if not block:
@@ -175,9 +171,7 @@ def slices(parent: VitNet, child: VitNet, order: Mapping[str, Array]) -> dict[st
     return found
 
 
-def resized(
-    found: Mapping[str, Slice], parent: VitNet, child: VitNet, how: str
-) -> dict[str, Slice]:
+def resized(found: Mapping[str, Slice], parent: VitNet, child: VitNet, how: str) -> dict[str, Slice]:
     """Return a slicing between two sizes of one net with its positions resized by `how`.
 
     "own" is the slicing as it is, and the same as "published". Position embeddings alone differ.

@@ -17,20 +17,13 @@ class InlineExecutor(Executor):
 
     def __init__(self) -> None: ...
 
-    def run(
-        self, job: Job, *, tick: Tick = no_tick, deadline: float | None = None, **_: Any
-    ) -> Result:
+    def run(self, job: Job, *, tick: Tick = no_tick, deadline: float | None = None, **_: Any) -> Result:
         if deadline is not None and time.monotonic() >= deadline:
             raise OutOfTime(job.key)
         return run_job(job, tick)
 
     def stream(
-        self,
-        jobs: Sequence[Job],
-        *,
-        tick: KeyTick = no_key_tick,
-        deadline: float | None = None,
-        **_: Any,
+        self, jobs: Sequence[Job], *, tick: KeyTick = no_key_tick, deadline: float | None = None, **_: Any
     ) -> Iterator[Result]:
         for job in jobs:
             yield self.run(job, tick=partial(tick, job.key), deadline=deadline)

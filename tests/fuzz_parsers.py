@@ -41,13 +41,7 @@ from nas.inherit.importance import load_order
 from nas.inherit.slice import read_head_map
 from nas.labels import store
 from nas.measure.bundle import _networks
-from nas.measure.device_table import (
-    DeviceRow,
-    DeviceTable,
-    fingerprint_columns,
-    read_rows,
-    write_rows,
-)
+from nas.measure.device_table import DeviceRow, DeviceTable, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Measurement, Throughput
 from nas.measure.measurement_table import MeasurementRow, read_measurements
@@ -86,9 +80,7 @@ def json_of(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def of_file(
-    name: str, file: str, seeds: Callable[[], list[bytes]], read: Callable[[Path], object]
-) -> None:
+def of_file(name: str, file: str, seeds: Callable[[], list[bytes]], read: Callable[[Path], object]) -> None:
     """Register a reader of a file, which is called with the file's path."""
 
     def work(data: bytes, folder: Path) -> object:
@@ -102,21 +94,15 @@ def of_file(
 
 def of_text(name: str, seeds: list[bytes], read: Callable[[str], object]) -> None:
     """Register a reader of a text."""
-    PARSERS.append(
-        Parser(name, lambda: list(seeds), lambda b, _: read(b.decode("utf-8", "surrogateescape")))
-    )
+    PARSERS.append(Parser(name, lambda: list(seeds), lambda b, _: read(b.decode("utf-8", "surrogateescape"))))
 
 
 # Archs, recipes, words
 
 NAMED = [json_of({"family": f, "arch": a}) for f, a in (("tinyvit", TINYVIT), ("vit", VIT))]
-of_file(
-    "arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)], lambda p: resolve_arch(str(p), None)
-)
+of_file("arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)], lambda p: resolve_arch(str(p), None))
 of_text(
-    "inline-arch",
-    [json_of(TINYVIT)],
-    lambda text: find_nets([text if text.startswith("{") else "{" + text], FAMILY),
+    "inline-arch", [json_of(TINYVIT)], lambda text: find_nets([text if text.startswith("{") else "{" + text], FAMILY)
 )
 
 FINALIST = {"arch": TINYVIT, "label": "a", "predicted_ratio": [1.0, 0.9, 1.1]}
@@ -227,10 +213,7 @@ def train_seeds() -> list[bytes]:
 
 
 of_file(
-    "train",
-    "train.json",
-    train_seeds,
-    lambda path: read_config(TrainFolder(path.parent).read_settings()["config"]),
+    "train", "train.json", train_seeds, lambda path: read_config(TrainFolder(path.parent).read_settings()["config"])
 )
 of_file(
     "train-result",
@@ -258,13 +241,7 @@ def any_values(kind: Any, **own: Any) -> dict[str, Any]:
 def measurement_seeds() -> list[bytes]:
     shape = {"img_size": 32, "num_classes": 3, "in_chans": 3, "batch": 16, "threads": 1}
     how = {"dtype": "float32", "runtime": "eager", "device": "cpu", "fingerprint": "f" * 12}
-    own = {
-        "ratio": 1.0,
-        "images_per_s_lo": 0.9,
-        "images_per_s_hi": 1.1,
-        "ratio_lo": 0.9,
-        "ratio_hi": 1.1,
-    }
+    own = {"ratio": 1.0, "images_per_s_lo": 0.9, "images_per_s_hi": 1.1, "ratio_lo": 0.9, "ratio_hi": 1.1}
     when = {"when": "2025-01-01T00:00:00", "coverage": 0.95, "blocks": 10}
     one = Measurement(**any_values(Measurement, **shape, **how, **own, **when))
     rows = [MeasurementRow("gate", f"k{at}", "a, b", "seed", one) for at in range(2)]
@@ -288,9 +265,7 @@ def device_seeds() -> list[bytes]:
         setting=Setting("cpu", "eager", "float32", 16),
         threads=1,
         state="ok",
-        throughput=Throughput(
-            **any_values(Throughput, images_per_s_lo=0.9, images_per_s_hi=1.1, coverage=0.95)
-        ),
+        throughput=Throughput(**any_values(Throughput, images_per_s_lo=0.9, images_per_s_hi=1.1, coverage=0.95)),
         **fingerprint_columns(where),
     )
     bad = replace(row, arch="b", state="failed", reason="-out of memory", throughput=None)
@@ -316,12 +291,7 @@ NETWORK |= {"img_size": 32, "num_classes": 3, "params": 7, "macs": None, "batch"
 PAIR = [{**NETWORK, "reference": True}, {**NETWORK, "reference": False, "arch": "b"}]
 
 
-of_file(
-    "bundle",
-    "networks.json",
-    lambda: [json_of({"networks": PAIR})],
-    lambda path: _networks(path.parent),
-)
+of_file("bundle", "networks.json", lambda: [json_of({"networks": PAIR})], lambda path: _networks(path.parent))
 
 # Labels, teachers, tensors
 
@@ -371,9 +341,7 @@ def shard(path: Path) -> object:
 
 of_file("shard", "00000.bin", shard_seeds, shard)
 DROPPED = b"key,name\n" + b"0" * 32 + b",'=a.png\n"
-of_file(
-    "dropped", "dropped.csv", lambda: [DROPPED], lambda path: store.read_dropped(path.read_bytes())
-)
+of_file("dropped", "dropped.csv", lambda: [DROPPED], lambda path: store.read_dropped(path.read_bytes()))
 of_file("head-map", "map.txt", lambda: [b"0\n-1\n2\n1\n"], lambda p: read_head_map(p, 4))
 ORDER = json_of({"criterion": "l1", "order": {"a": [2, 0, 1]}})
 of_file("order", "order.json", lambda: [ORDER], load_order)

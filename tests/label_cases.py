@@ -45,18 +45,12 @@ def teacher_info(classes: int = 10, **changes: Any) -> TeacherInfo:
     return TeacherInfo(**values)
 
 
-def begun(
-    folder: Path, dataset: Dataset, dropped: str | None = None, classes: int = 10, **request: Any
-) -> LabelStore:
+def begun(folder: Path, dataset: Dataset, dropped: str | None = None, classes: int = 10, **request: Any) -> LabelStore:
     asked = LabelRequest(**{"epochs": 2, "topk": 3, **request})
-    return begin_store(
-        folder, dataset, teacher_info(classes), asked, made_by={}, named=True, dropped=dropped
-    )
+    return begin_store(folder, dataset, teacher_info(classes), asked, made_by={}, named=True, dropped=dropped)
 
 
-def built(
-    folder: Path, dataset: Dataset, dropped: str | None = None, classes: int = 10, **request: Any
-) -> LabelStore:
+def built(folder: Path, dataset: Dataset, dropped: str | None = None, classes: int = 10, **request: Any) -> LabelStore:
     store = begun(folder, dataset, dropped, classes, **request)
     build_shards(store, dataset, toy_for(dataset, classes))
     return open_store(folder)

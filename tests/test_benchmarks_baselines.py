@@ -44,9 +44,7 @@ def test_a_contracted_arch_that_misses_says_so() -> None:
     assert shortcomings(fine, own, rival, target) == ""
     other = Side("random", target.published_arch)
     beside = dataclasses.replace(row, params_rival=5_000_000)
-    assert (
-        shortcomings(beside, own, other, target) == "larger by 2.0%; slower: 0.900x its throughput"
-    )
+    assert shortcomings(beside, own, other, target) == "larger by 2.0%; slower: 0.900x its throughput"
     assert shortcomings(dataclasses.replace(fine, params_rival=4_900_000), own, other, target) == ""
     stuck = Side("contracted", target.published_arch, "stuck: too slow")
     assert shortcomings(fine, stuck, rival, target) == "stuck: too slow"
@@ -74,9 +72,7 @@ def test_the_budget_lets_in_what_fits_by_the_pace_so_far() -> None:
         ["--effort", "extreme"],
     ],
 )
-def test_bad_input_is_one_line(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, "--out", str(tmp_path / "x.csv"), "--work", str(tmp_path / "w")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -116,8 +112,7 @@ def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
     )
     seeds = range(2)
     return pruning, [
-        jobs.PrunedTrainJob(**common, random_seed=s, pruned=here, epochs=1, out=folder / f"r{s}")
-        for s in seeds
+        jobs.PrunedTrainJob(**common, random_seed=s, pruned=here, epochs=1, out=folder / f"r{s}") for s in seeds
     ]
 
 
@@ -170,9 +165,7 @@ def test_a_worker_process_runs_the_jobs(tmp_path: Path) -> None:
             assert str(tmp_path / "none") in str(found.reason)
 
 
-def test_a_tool_that_is_not_installed_is_named_with_its_install_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_tool_that_is_not_installed_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert variants.not_installed("json") is None
     monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
     for variant in variants.VARIANTS:
@@ -181,10 +174,7 @@ def test_a_tool_that_is_not_installed_is_named_with_its_install_line(
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(
-    budget=st.integers(30, 1000),
-    coarse=st.integers(1, 300),
-    fails_above=st.floats(0.0, 1.2),
-    vanishing=st.booleans(),
+    budget=st.integers(30, 1000), coarse=st.integers(1, 300), fails_above=st.floats(0.0, 1.2), vanishing=st.booleans()
 )
 def test_the_largest_net_within_the_budget_is_found(
     budget: int, coarse: int, fails_above: float, vanishing: bool
@@ -245,9 +235,7 @@ def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> Non
         rest = torch.ones_like(log).scatter(1, batch.index, 0.0) / 7 * 0.1
         target = rest.scatter(1, batch.index, batch.prob)
         loss = -(target * log).sum(1).mean()
-        for each, more in zip(
-            wanted, torch.autograd.grad(loss, list(own.parameters())), strict=True
-        ):
+        for each, more in zip(wanted, torch.autograd.grad(loss, list(own.parameters())), strict=True):
             each += more
     for mine, oracle in zip(found, wanted, strict=True):
         assert mine is not None

@@ -61,9 +61,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
 
 
-def measure(
-    bundle: Path, board: dict[str, str], flags: Sequence[str], cwd: Path
-) -> subprocess.CompletedProcess[str]:
+def measure(bundle: Path, board: dict[str, str], flags: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(bundle / SCRIPT), *flags],
         cwd=cwd,
@@ -75,9 +73,7 @@ def measure(
     )
 
 
-def test_a_bundle_measures_without_torch(
-    bundle: Path, board: dict[str, str], tmp_path: Path
-) -> None:
+def test_a_bundle_measures_without_torch(bundle: Path, board: dict[str, str], tmp_path: Path) -> None:
     """One row a network, in the list's order, each beside the reference; resumed rows stay."""
     out = tmp_path / "device.csv"
     ran = measure(bundle, board, ["--out", str(out), *QUICK], tmp_path)
@@ -111,9 +107,7 @@ def test_a_bundle_measures_without_torch(
     assert resumed[0].measured.when != "a sentinel"
 
 
-def test_bad_input_is_one_line_and_status_2(
-    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_status_2(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is refused before anything is measured, and nothing is overwritten."""
     there, damaged, empty = tmp_path / "there.csv", tmp_path / "damaged.csv", tmp_path / "empty"
     there.write_text("x")
@@ -200,9 +194,7 @@ def test_a_bundle_holds_its_networks_and_a_script_with_what_it_imports(bundle: P
         ({"reference": None}, "--reference"),
     ],
 )
-def test_what_a_board_cannot_run_is_refused(
-    change: dict[str, object], says: str, tmp_path: Path
-) -> None:
+def test_what_a_board_cannot_run_is_refused(change: dict[str, object], says: str, tmp_path: Path) -> None:
     both = nets(SMALL, LARGE)
     plan = replace(PLAN, **{"reference": both[1], **change})  # type: ignore[arg-type]
     with pytest.raises(InputError, match=says) as caught:

@@ -9,9 +9,7 @@ from benchmarks.contract import main
 
 @pytest.mark.parametrize("arguments", [["--data", "no-such-data"], ["--effort", "extreme"]])
 def test_bad_input_is_one_line(
-    arguments: list[str],
-    tmp_path_factory: pytest.TempPathFactory,
-    capsys: pytest.CaptureFixture[str],
+    arguments: list[str], tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = tmp_path_factory.mktemp("results")
     folders = ["--runs", str(base / "runs"), "--out", str(base / "out")]

@@ -42,19 +42,9 @@ def _tables(
 
 @pytest.mark.parametrize(
     ("images", "seeds", "rest"),
-    [
-        (1, 0, 0.3),
-        (0, 0, 1),
-        (1, 0.05, 1),
-        (1, 0.1, 1),
-        (1, 0.2, 0.5),
-        (1, 0.4, 0.5),
-        (0.3, 1, 0.3),
-    ],
+    [(1, 0, 0.3), (0, 0, 1), (1, 0.05, 1), (1, 0.1, 1), (1, 0.2, 0.5), (1, 0.4, 0.5), (0.3, 1, 0.3)],
 )
-def test_three_seeds_cover_as_promised_whatever_the_mix(
-    images: float, seeds: float, rest: float
-) -> None:
+def test_three_seeds_cover_as_promised_whatever_the_mix(images: float, seeds: float, rest: float) -> None:
     rng = np.random.default_rng(0)
     found = [paired_interval(*_tables(rng, images, seeds, rest)) for _ in range(TRIALS)]
     one_sided = np.mean([f.lower <= 0 for f in found])
@@ -76,9 +66,7 @@ def test_a_detectable_difference_is_detected_about_four_times_in_five() -> None:
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(seeds=st.integers(1, 5), images=st.integers(2, 60), seed=st.integers(0, 999))
-def test_the_bounds_are_in_order_and_change_sign_with_the_sides(
-    seeds: int, images: int, seed: int
-) -> None:
+def test_the_bounds_are_in_order_and_change_sign_with_the_sides(seeds: int, images: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = rng.integers(0, 2, (2, seeds, images))
     found, back = paired_interval(a, b), paired_interval(b, a)

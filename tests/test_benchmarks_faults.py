@@ -22,9 +22,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_killed_training_is_survived_and_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_training_is_survived_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(References, "train_epochs", 3)
     out = tmp_path / "faults.csv"
     words = ["--only", QUICK, "--tries", "1", "--jobs", "1"]
@@ -32,9 +30,7 @@ def test_a_killed_training_is_survived_and_counted(
     (row,) = rows_of(out)
     assert tuple(row) == ("fault", "tried", "survived", "lost", "seconds_to_recover", "command")
     assert (row["fault"], row["tried"], row["survived"], row["lost"]) == (QUICK, "1", "1", "0")
-    assert row["command"] == (
-        "python -m benchmarks.faults --only 'kill -9 of the trainer' --tries 1 --jobs 1"
-    )
+    assert row["command"] == ("python -m benchmarks.faults --only 'kill -9 of the trainer' --tries 1 --jobs 1")
     assert math.isfinite(float(row["seconds_to_recover"]))
 
 
@@ -55,9 +51,7 @@ def test_what_went_wrong_is_lost() -> None:
     assert math.isnan(command.row_of("a fault", tries[1:3], 1.5, "a command").seconds_to_recover)
 
 
-def test_an_error_of_ours_is_a_loss_and_other_rows_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_ours_is_a_loss_and_other_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*given: object) -> Try:
         raise OSError("no disk")
 
@@ -96,9 +90,7 @@ def test_a_hundred_runs_are_killed_by_default() -> None:
         (["--jobs", "0"], "--jobs: got 0"),
     ],
 )
-def test_bad_input_is_one_line(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*words, "--folder", str(tmp_path), "--out", str(tmp_path / "c.csv")]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -106,9 +98,7 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "c.csv").exists()
 
 
-def test_it_is_refused_when_undisturbed_runs_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_refused_when_undisturbed_runs_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     references = References(tmp_path, print)
     kind = references.training()
     answers = iter([{"a": 1}, {"a": 2}])

@@ -32,9 +32,7 @@ def test_criteria_are_compared_on_the_same_images() -> None:
     for row in rows:
         assert row.hi - row.lo < 1e-9
     by = {r.name: r.estimate for r in rows}
-    assert by["l1 - prefix, 1 epoch"] == pytest.approx(
-        shift["l1, 1 epoch"] - shift["prefix, 1 epoch"]
-    )
+    assert by["l1 - prefix, 1 epoch"] == pytest.approx(shift["l1, 1 epoch"] - shift["prefix, 1 epoch"])
     assert by["norms anew - as inherited, l2"] == pytest.approx(
         shift["l2, 0 epochs"] - shift["l2, 0 epochs, norms as inherited"]
     )
@@ -59,9 +57,7 @@ class _Pool:
 
 @pytest.mark.parametrize("number", range(1, 12))
 @pytest.mark.parametrize(("ruled", "drawn"), [(5, 5), (6, 4), (2, 7)])
-def test_fewer_archs_are_half_of_either_kind_and_none_twice(
-    number: int, ruled: int, drawn: int
-) -> None:
+def test_fewer_archs_are_half_of_either_kind_and_none_twice(number: int, ruled: int, drawn: int) -> None:
     listed = [("rule", i) for i in range(ruled)] + [("uniform", 100 + i) for i in range(drawn)]
     found = proxy.chosen(listed, number)  # type: ignore[arg-type]
     assert len(found) == len(set(found)) == min(number, ruled + drawn)
@@ -110,8 +106,7 @@ def test_the_proxy_that_is_asked_costs_a_tenth_of_the_truth_at_most() -> None:
     assert both.cost_share == pytest.approx(0.2)
     given.images = 4000  # nothing is cheap enough: the shortest is asked, and its share is told
     longer = {
-        name: [_done(float(t.values["soft_loss"]), t.of.epochs, 4000) for t in these]
-        for name, these in scored.items()
+        name: [_done(float(t.values["soft_loss"]), t.of.epochs, 4000) for t in these] for name, these in scored.items()
     }
     _, told = table(longer)
     assert told["proxy"] == "inherited (l1), 1 epoch"

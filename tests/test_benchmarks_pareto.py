@@ -50,9 +50,7 @@ def test_a_table_alone_and_beside_a_run(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["series"] == 2
 
 
-def test_bad_input_is_one_line_and_status_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", steps=1)
     unscored = make_run(tmp_path / "unscored", steps=0, status=None)
     (unscored / "study.db").unlink()

@@ -81,11 +81,7 @@ def test_replays_stay_inside_count_everything_and_only_improve(
         budget = 1 if name == "uniform" else 12  # which walks far for its last ones
         listed = 1 if name == "uniform" else 4
         settings = ReplaySettings(
-            steps=4,
-            candidates_per_step=listed,
-            train_per_step=train_per_step,
-            beam=2,
-            budget=budget,
+            steps=4, candidates_per_step=listed, train_per_step=train_per_step, beam=2, budget=budget
         )
         strategy = get_strategy(name)
         done = replay(lattice, losses, strategy, settings, random_seed=0)
@@ -101,9 +97,7 @@ def test_replays_stay_inside_count_everything_and_only_improve(
                 assert len(keys) <= per_step
             if strategy.stepwise:
                 band = lattice.bands[step - 1]
-                sizes = [
-                    lattice.family.count_params(lattice.archs[k], lattice.context) for k in keys
-                ]
+                sizes = [lattice.family.count_params(lattice.archs[k], lattice.context) for k in keys]
                 assert all(band.lo <= size <= band.hi for size in sizes)
         if not strategy.stepwise:
             assert all(s.key in lattice.final for s in done)
@@ -118,9 +112,7 @@ def test_replays_stay_inside_count_everything_and_only_improve(
         assert goals == sorted(goals, reverse=True)
 
 
-def test_with_budget_enough_random_search_sees_the_whole_band(
-    lattice: Lattice, losses: dict[str, float]
-) -> None:
+def test_with_budget_enough_random_search_sees_the_whole_band(lattice: Lattice, losses: dict[str, float]) -> None:
     for train_per_step in (0, 2):
         settings = ReplaySettings(4, 5, train_per_step, 2, 500)
         done = replay(lattice, losses, get_strategy("random"), settings, random_seed=3)
@@ -129,22 +121,14 @@ def test_with_budget_enough_random_search_sees_the_whole_band(
         assert reached_after(done, lattice, best) <= len(lattice.final)
 
 
-def test_contraction_goes_on_in_its_last_step_until_nothing_is_left(
-    lattice: Lattice, losses: dict[str, float]
-) -> None:
+def test_contraction_goes_on_in_its_last_step_until_nothing_is_left(lattice: Lattice, losses: dict[str, float]) -> None:
     for train_per_step in (0, 2):
         settings = ReplaySettings(4, 5, train_per_step, 2, 500)
         done = replay(lattice, losses, get_strategy("contraction"), settings, random_seed=3)
         first = [s for s in done if s.step < 4]
         assert len(first) == 3 * (train_per_step or 5)
         last = [s.key for s in done if s.step == 4]
-        whole = replay(
-            lattice,
-            losses,
-            get_strategy("contraction"),
-            ReplaySettings(4, 500, 0, 2, 500),
-            random_seed=3,
-        )
+        whole = replay(lattice, losses, get_strategy("contraction"), ReplaySettings(4, 500, 0, 2, 500), random_seed=3)
         assert len(last) == len(set(last)) > 5
         assert len(whole) < 500
 
@@ -201,9 +185,7 @@ def test_a_committed_table_is_replayed(tmp_path: Path, capsys: pytest.CaptureFix
         (["--replays", "1"], "--replays: got"),
     ],
 )
-def test_bad_input_is_one_line(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--out", str(tmp_path / "s.csv")]) == 2
     error = capsys.readouterr().err
     assert said in error

@@ -100,9 +100,7 @@ def test_one_row_a_network_and_setting(measured: tuple[Path, list[DeviceRow]]) -
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
-def test_a_runtime_that_is_missing_is_a_row_with_its_remedy(
-    measured: tuple[Path, list[DeviceRow]],
-) -> None:
+def test_a_runtime_that_is_missing_is_a_row_with_its_remedy(measured: tuple[Path, list[DeviceRow]]) -> None:
     if not runtimes()["tensorrt"].missing():
         pytest.skip("TensorRT is installed")
     for row in measured[1][2:]:
@@ -171,9 +169,7 @@ BAD: list[tuple[Sequence[str], str]] = [
 
 
 @pytest.mark.parametrize(("flags", "says"), BAD, ids=[" ".join(flags)[:40] for flags, _ in BAD])
-def test_bad_input_is_one_line_and_status_2(
-    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_status_2(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before anything starts; nothing on standard output."""
     known = {} if "--arch" in flags or "--space" in flags else {"--arch": SMALL}
     given = [word for pair in known.items() for word in pair]
@@ -199,9 +195,7 @@ def test_bad_files_are_refused_before_anything_is_measured(
     assert out.read_bytes() == before
 
 
-def test_a_network_that_only_timm_can_know_is_refused_too(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_network_that_only_timm_can_know_is_refused_too(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run("--arch", "nosuchnet", "--reference", "none", *QUICK) == 2
     refused(capsys, "nosuchnet")

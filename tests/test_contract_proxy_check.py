@@ -15,27 +15,13 @@ from conftest import SMALL_ARCH
 from safetensors.numpy import save_file
 from scipy import stats
 
-from nas.contract.proxy_check import (
-    check_band,
-    check_number,
-    check_proxy,
-    choose_archs,
-    named_archs,
-)
+from nas.contract.proxy_check import check_band, check_number, check_proxy, choose_archs, named_archs
 from nas.contract.run_folder import RunFolder
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.config import RunConfig
 from nas.core.io import write_json
 from nas.core.progress import Console
-from nas.core.stats import (
-    _dunnett,
-    describe_tied,
-    kendall,
-    kendall_interval,
-    noise_ceiling,
-    regret,
-    tied_with_best,
-)
+from nas.core.stats import _dunnett, describe_tied, kendall, kendall_interval, noise_ceiling, regret, tied_with_best
 from nas.distill.jobs import train
 from nas.jobs.job import Job, Result, failed_before, keep_failure
 from nas.search.constraints import band_at
@@ -72,11 +58,7 @@ def test_tau_is_that_of_concordant_pairs() -> None:
         for i in range(n):
             for j in range(i):
                 product = (a[i] - a[j]) * (b[i] - b[j])
-                above, below, ties = (
-                    above + (product > 0),
-                    below + (product < 0),
-                    ties + (product == 0),
-                )
+                above, below, ties = (above + (product > 0), below + (product < 0), ties + (product == 0))
         naive = (above - below) / math.sqrt((above + below) * (above + below + ties))
         assert kendall(a, b) == pytest.approx(naive)
         found = kendall_interval(a, b, resamples=50, random_seed=1)
@@ -197,9 +179,7 @@ def test_the_critical_value_is_the_t_quantile_for_one_rival_and_that_of_publishe
     assert _dunnett(9, 60, 2) == pytest.approx(2.73, rel=0.03)
 
 
-def images_of(
-    rng: np.random.Generator, true: Floats, s: int, images: int, seed_sd: float
-) -> dict[str, Floats]:
+def images_of(rng: np.random.Generator, true: Floats, s: int, images: int, seed_sd: float) -> dict[str, Floats]:
     """Losses [s, images] per arch: hard images are hard for all, random seeds differ."""
     hard = rng.exponential(size=images)
     return {
@@ -229,16 +209,11 @@ def test_the_best_arch_is_rarely_left_out_and_clear_losers_are(s: int, seed_sd: 
 def test_equal_archs_keep_the_level_with_random_seeds_that_differ() -> None:
     """Without the spread of random seeds the images alone would name a winner almost always."""
     rng = np.random.default_rng(10)
-    missed = sum(
-        "a00" not in tied_with_best(images_of(rng, np.zeros(5), 3, 1000, 0.2), 0.05)
-        for _ in range(SIMULATED)
-    )
+    missed = sum("a00" not in tied_with_best(images_of(rng, np.zeros(5), 3, 1000, 0.2), 0.05) for _ in range(SIMULATED))
     assert missed / SIMULATED <= 0.05 + SLACK
     single = sum(
         "a00"
-        not in tied_with_best(
-            {k: v.mean(axis=0) for k, v in images_of(rng, np.zeros(5), 3, 1000, 0.2).items()}, 0.05
-        )
+        not in tied_with_best({k: v.mean(axis=0) for k, v in images_of(rng, np.zeros(5), 3, 1000, 0.2).items()}, 0.05)
         for _ in range(50)
     )
     assert single / 50 > 0.5
@@ -254,9 +229,7 @@ def test_what_is_said_of_the_best() -> None:
     assert said == "the first 2 of 3 cannot be told apart by 3 random seeds x 2,000 images"
     assert describe_tied(("a00",), losses).startswith("the first of 3 is better than the others")
     assert describe_tied(tuple(losses), losses).startswith("the 3 cannot be told apart")
-    assert describe_tied(("a00", "a02"), losses).startswith(
-        "2 of 3 cannot be told apart from the best"
-    )
+    assert describe_tied(("a00", "a02"), losses).startswith("2 of 3 cannot be told apart from the best")
     broken = {**losses, "a01": np.full((3, 2000), np.nan)}
     assert tied_with_best(broken, 0.001) == ("a00",)
     assert tied_with_best({"a": losses["a00"], "b": losses["a00"]}, 0.05) == ("a", "b")
@@ -318,9 +291,7 @@ class Paper:
         found = []
         for task in tasks:
             spec = dict(task.job.argument)
-            result = failed_before(task.out) or self.train(
-                spec.pop("arch"), task.job.key, out=task.out, **spec
-            )
+            result = failed_before(task.out) or self.train(spec.pop("arch"), task.job.key, out=task.out, **spec)
             if not result.ok:
                 keep_failure(task.out, result)
             found.append(result)
@@ -363,10 +334,7 @@ def test_a_report_is_of_archs_that_the_run_could_train(tmp_path: Path) -> None:
         key: (Trial(2, key, "", "", "", 1, "", params, params, 1, stage=stage, state=state), arch)
         for (key, params, arch), (stage, state) in zip(of, stages, strict=True)
     }
-    paper.study = cast(
-        Any,
-        SimpleNamespace(rows=[r for r, _ in table.values()], arch=lambda step, key: table[key][1]),
-    )
+    paper.study = cast(Any, SimpleNamespace(rows=[r for r, _ in table.values()], arch=lambda step, key: table[key][1]))
     found = [paper.key(arch) for arch in choose_archs(paper.run, 3)]
     assert found == [of[2][0], of[1][0], of[3][0]], "kept, scored, stopped in the race"
     (tmp_path / "run" / "proxy_check.json").unlink()
@@ -377,9 +345,7 @@ def test_a_report_is_of_archs_that_the_run_could_train(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("untrained_scores")
-def test_an_arch_that_cannot_be_trained_is_left_out_for_good(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arch_that_cannot_be_trained_is_left_out_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archs = drawn(5)
     gone = FAMILY.key(archs[1], CTX)
     folder = tmp_path / "run"
@@ -405,9 +371,7 @@ def test_fewer_than_three_archs_make_no_report(tmp_path: Path) -> None:
     folder.mkdir()
     write_json(folder / "proxy_check.json", {"archs": [FAMILY.to_dict(a) for a in archs]})
     failing = tuple(f"truth0-{FAMILY.key(a, CTX)}" for a in archs[:2])
-    with pytest.raises(
-        InputError, match=r"--check-proxy: got 2 of 4 archs .* at least 3; .*memory"
-    ):
+    with pytest.raises(InputError, match=r"--check-proxy: got 2 of 4 archs .* at least 3; .*memory"):
         check_proxy(Paper(folder, config_of(), failing).run, START, 4)
 
 

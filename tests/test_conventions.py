@@ -74,7 +74,5 @@ def test_every_flag_that_the_documents_name_exists() -> None:
 
 
 def test_nothing_large_is_tracked() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.split()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     assert [p for p in listed if (ROOT / p).is_file() and (ROOT / p).stat().st_size > 1 << 20] == []

@@ -40,9 +40,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setattr(
-            space.family.importlib.metadata,
-            "entry_points",
-            lambda group: [found] if group == found.group else [],
+            space.family.importlib.metadata, "entry_points", lambda group: [found] if group == found.group else []
         )
         yield get_family("resnet")
         sys.modules.pop(module, None)

@@ -39,8 +39,7 @@ def test_valid_files_are_read(name: str) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     data=st.one_of(
-        st.binary(max_size=400),
-        st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
+        st.binary(max_size=400), st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass"))
     )
 )
 def test_any_bytes_are_a_value_or_one_line(name: str, data: bytes) -> None:

@@ -35,9 +35,7 @@ def without_scores(trial: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in trial.items() if name not in SCORES}
 
 
-def test_trials_and_winner_are_as_recorded(
-    outcome: dict[str, Any], expected: dict[str, Any]
-) -> None:
+def test_trials_and_winner_are_as_recorded(outcome: dict[str, Any], expected: dict[str, Any]) -> None:
     found = [without_scores(trial) for trial in outcome["trials"]]
     assert found == [without_scores(trial) for trial in expected["trials"]]
     assert outcome["winner"] == expected["winner"]
@@ -55,8 +53,6 @@ def test_scores_are_as_recorded(outcome: dict[str, Any], expected: dict[str, Any
                 assert found[name] is None
             else:
                 assert found[name] == pytest.approx(recorded[name], abs=TOLERANCE)
-    assert outcome["score"]["soft_loss"] == pytest.approx(
-        expected["score"]["soft_loss"], abs=TOLERANCE
-    )
+    assert outcome["score"]["soft_loss"] == pytest.approx(expected["score"]["soft_loss"], abs=TOLERANCE)
     for found, recorded in zip(outcome["training"], expected["training"], strict=True):
         assert found == pytest.approx(recorded, abs=TOLERANCE)

@@ -62,8 +62,7 @@ def test_every_layer_of_random_pairs_is_told_as_it_is(seed: int) -> None:
         else:
             assert layer.origin == "new"
     blocks = [
-        {k.rpartition(".blocks.")[0] + ".blocks." + k.split(".")[3] for k in s if ".blocks." in k}
-        for s in (was, now)
+        {k.rpartition(".blocks.")[0] + ".blocks." + k.split(".")[3] for k in s if ".blocks." in k} for s in (was, now)
     ]
     used = {".".join(s.source.split(".")[:4]) for s in slicing.values() if ".blocks." in s.source}
     assert {x.name for x in layers if x.block and x.now is None} == blocks[0] - used
@@ -81,9 +80,7 @@ def test_a_child_like_its_parent_has_no_line(seed: int) -> None:
     assert len(table([], (params, params))) == 2
 
 
-def test_a_best_json_says_what_it_was_made_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_best_json_says_what_it_was_made_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parent = written(tmp_path, "parent", ARCH)
     child = written(tmp_path, "best", {"arch": CHILD, "img_size": 64, "num_classes": 5})
     assert main([parent, child, "--json"]) == 0
@@ -96,9 +93,7 @@ def test_a_best_json_says_what_it_was_made_for(
     assert told["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), Context(32, 5))
 
 
-def test_the_table_says_what_changed_and_only_that(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_says_what_changed_and_only_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD)
     flags = ["--img-size", "64", "--num-classes", "5"]
     assert main([*names, *flags, "--json"]) == 0
@@ -128,10 +123,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("criterion", ["prefix", "l1", "l2"])
 def test_the_childs_weights_are_written(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    criterion: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, criterion: str
 ) -> None:
     if criterion != "l1":
         inline(monkeypatch)

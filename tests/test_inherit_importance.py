@@ -208,9 +208,7 @@ def test_taylor_is_the_slope_of_the_loss_in_a_unit_scaled_as_a_whole(name: str) 
         for batch in batches:
             losses = []
             for step in (1e-5, -1e-5):
-                kept = {
-                    m.key: parameters[m.key].clone() for m in GROUPS[name] if m.key in parameters
-                }
+                kept = {m.key: parameters[m.key].clone() for m in GROUPS[name] if m.key in parameters}
                 for m in GROUPS[name]:
                     if m.key in parameters:
                         at = torch.from_numpy(np.flatnonzero(m.unit == unit))
@@ -298,9 +296,7 @@ def ranked(given: dict[str, Any], criterion: str, out: Path, weights: Path) -> R
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_the_job_ranks_on_replayed_images(
-    given: dict[str, Any], criterion: str, tmp_path: Path
-) -> None:
+def test_the_job_ranks_on_replayed_images(given: dict[str, Any], criterion: str, tmp_path: Path) -> None:
     weights = tmp_path / "parent.safetensors"
     save_weights(weights, built().state_dict())
     files = [tmp_path / "deep" / name for name in ("1.json", "2.json")]
@@ -359,13 +355,7 @@ def test_a_training_starts_from_what_is_wanted_most(
 
 def test_a_damaged_order_is_refused(given: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "order.json"
-    for text in (
-        "{",
-        "[]",
-        '{"order": 3}',
-        '{"order": {"stem": ["a"]}}',
-        '{"order": {"a": [1e99]}}',
-    ):
+    for text in ("{", "[]", '{"order": 3}', '{"order": {"stem": ["a"]}}', '{"order": {"a": [1e99]}}'):
         file.write_text(text)
         with pytest.raises(InputError, match="order of units") as caught:
             load_order(file)

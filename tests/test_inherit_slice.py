@@ -70,14 +70,11 @@ def naive(child: dict[str, torch.Tensor], parent: dict[str, torch.Tensor], slici
                 value = parent[source.source][at]
                 if source.blends:
                     lines = [
-                        enumerate(source.blends[dim][i].tolist())
-                        if dim in source.blends
-                        else [(at[dim], 1.0)]
+                        enumerate(source.blends[dim][i].tolist()) if dim in source.blends else [(at[dim], 1.0)]
                         for dim, i in enumerate(place)
                     ]
                     value = sum(
-                        math.prod(w for _, w in each)
-                        * float(parent[source.source][tuple(j for j, _ in each)])
+                        math.prod(w for _, w in each) * float(parent[source.source][tuple(j for j, _ in each)])
                         for each in itertools.product(*lines)
                     )
                 result[name][place] = value
@@ -157,12 +154,7 @@ def test_removing_heads_is_the_same_as_silencing_them(dims: int, wanted: list[in
     fewer = type(attn)(96, 32, dims // 32, attn_ratio=1, resolution=(side, side)).double()
     own = {
         key: slicing[f"{block}.attn.{key}"].index[dim]
-        for key, dim in {
-            "qkv.weight": 0,
-            "qkv.bias": 0,
-            "attention_biases": 0,
-            "proj.weight": 1,
-        }.items()
+        for key, dim in {"qkv.weight": 0, "qkv.bias": 0, "attention_biases": 0, "proj.weight": 1}.items()
     }
     state = attn.state_dict()
     taken = {k: v.clone() for k, v in state.items()}
@@ -321,10 +313,7 @@ def test_the_first_change_is_where_a_plain_walk_finds_it() -> None:
             s = slicing.get(ours)
             if s is None or theirs != ours or s.source != ours:
                 break
-            if any(
-                i.tolist() != list(range(n))
-                for i, n in zip(s.index, states[0][ours].shape, strict=True)
-            ):
+            if any(i.tolist() != list(range(n)) for i, n in zip(s.index, states[0][ours].shape, strict=True)):
                 break
             want += 1
         assert first_change(states[1], states[0], slicing) == want
@@ -357,9 +346,7 @@ def test_random_slices_against_the_naive_copy(seed: int) -> None:
     child.register_parameter("w", nn.Parameter(torch.randn(shape)))
     wide = tuple(int(n + rng.integers(0, 4)) for n in shape)
     parent = {"w": torch.randn(wide)}
-    index = tuple(
-        rng.integers(-1, size, size=n).astype(np.int64) for n, size in zip(shape, wide, strict=True)
-    )
+    index = tuple(rng.integers(-1, size, size=n).astype(np.int64) for n, size in zip(shape, wide, strict=True))
     slicing = {"w": Slice("w", index)}
     want, copied = naive(dict(child.state_dict()), parent, slicing)
     assert inherit(child, parent, slicing).copied == copied

@@ -86,17 +86,7 @@ def check_laws(exact: Label, decoded: Label) -> None:
     np.testing.assert_allclose(total, 1.0, rtol=0, atol=1e-6)
 
 
-SIZES = [
-    (1, 2),
-    (1, 1000),
-    (2, 300),
-    (5, 100),
-    (10, 1000),
-    (50, 100),
-    (99, 100),
-    (128, 400),
-    (499, 500),
-]
+SIZES = [(1, 2), (1, 1000), (2, 300), (5, 100), (10, 1000), (50, 100), (99, 100), (128, 400), (499, 500)]
 
 
 @pytest.mark.parametrize(("k", "c"), SIZES)
@@ -115,9 +105,7 @@ def test_packed_labels_stay_within_their_divergence(k: int, c: int) -> None:
         assert (ranked[:, :-1] >= ranked[:, 1:]).all(), name
 
 
-@pytest.mark.parametrize(
-    ("k", "c", "size"), [(10, 1000, 21), (100, 1000, 142), (10, 21841, 26), (100, 21841, 199)]
-)
+@pytest.mark.parametrize(("k", "c", "size"), [(10, 1000, 21), (100, 1000, 142), (10, 21841, 26), (100, 21841, 199)])
 def test_sizes_and_divergence_on_zipf_labels(k: int, c: int, size: int) -> None:
     codec = make_codec("packed", k, c)
     assert codec.record_bytes == size
@@ -177,9 +165,7 @@ def test_records_are_independent(name: str, k: int, c: int) -> None:
                 np.testing.assert_array_equal(part, want[rows])
 
 
-@pytest.mark.parametrize(
-    ("k", "c"), [(1, 2), (1, 100_000), (2, 3), (4, 9), (10, 1000), (60, 61), (200, 999)]
-)
+@pytest.mark.parametrize(("k", "c"), [(1, 2), (1, 100_000), (2, 3), (4, 9), (10, 1000), (60, 61), (200, 999)])
 def test_packed_bits_are_as_described(k: int, c: int) -> None:
     """A decoder of one record by plain integers, from the words of the module alone."""
     rng, codec = np.random.default_rng(c), make_codec("packed", k, c)
@@ -211,9 +197,7 @@ def test_packed_bits_are_as_described(k: int, c: int) -> None:
         t = 0 if odds == 0 else 1 / (1 + np.exp(24 - 36 * (odds - 1) / 1022))
         assert tail[row] == pytest.approx(t, rel=1e-6)
         depth = ranges[scale >> 2]
-        raw = np.array(
-            [np.exp(-depth * (f[0] / max(1, 2**value - 1)) ** powers[scale & 3]) for f in fields]
-        )
+        raw = np.array([np.exp(-depth * (f[0] / max(1, 2**value - 1)) ** powers[scale & 3]) for f in fields])
         np.testing.assert_allclose(prob[row], raw / raw.sum() * (1 - t), rtol=1e-5)
 
 
@@ -249,8 +233,7 @@ def test_unknown_codecs_and_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "records"),
-    [("plain", "0000003f0000803e0000003e0000003e070205"), ("packed", "da9c95a51d10")],
+    ("name", "records"), [("plain", "0000003f0000803e0000003e0000003e070205"), ("packed", "da9c95a51d10")]
 )
 def test_written_records_stay_readable(name: str, records: str) -> None:
     """The bytes of today's format, so that no later change makes an old store say other things."""

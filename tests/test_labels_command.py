@@ -36,13 +36,7 @@ from space.errors import InputError
 from tests._inline import InlineExecutor
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES: dict[str, Any] = {
-    "img_size": 16,
-    "max_images": 120,
-    "teacher_epochs": 1,
-    "epochs": 2,
-    "threads": 1,
-}
+SIZES: dict[str, Any] = {"img_size": 16, "max_images": 120, "teacher_epochs": 1, "epochs": 2, "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +63,7 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_command_builds_tells_and_verifies(
-    cache: Path,
-    store: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    cache: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = ["--cache-dir", str(cache), "--quiet", "--json"]
     out = str(tmp_path / "s")
@@ -91,9 +81,7 @@ def test_the_command_builds_tells_and_verifies(
     assert json.loads(capsys.readouterr().out) == {"problems": []}
     # A second run has nothing to do, and says so before it starts.
     inline(monkeypatch)
-    assert (
-        main(["build", "--data", "digits", "--out", out, *flags(), "--cache-dir", str(cache)]) == 0
-    )
+    assert main(["build", "--data", "digits", "--out", out, *flags(), "--cache-dir", str(cache)]) == 0
     assert "0 shards with 0 records (0.0 MB) are still to be built" in capsys.readouterr().out
 
 
@@ -120,9 +108,7 @@ def test_damage_ends_in_a_line_each_and_status_2(
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_make_the_same_bytes(
-    cache: Path, store: Path, tmp_path: Path, processes: int
-) -> None:
+def test_processes_make_the_same_bytes(cache: Path, store: Path, tmp_path: Path, processes: int) -> None:
     build("digits", out=tmp_path / "s", processes=processes, cache_dir=cache, **SIZES)
     assert contents(tmp_path / "s") == contents(store)
 
@@ -384,9 +370,7 @@ def test_exactly_the_contradicted_are_dropped(cache: Path) -> None:
         assert count == len(want)
 
 
-def test_the_cache_is_listed_and_cleaned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_cache_is_listed_and_cleaned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = (
         "import sys; from pathlib import Path; from nas.data import DataSpec, prepare\n"
         "prepare(DataSpec('digits', 16, 60), Path(sys.argv[1]))"

@@ -34,9 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="module", params=["alone", "mixed"])
-def store(
-    dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> LabelStore:
+def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> LabelStore:
     changes = MIXED if request.param == "mixed" else HARD
     folder = tmp_path_factory.mktemp("stores") / "s"
     with pytest.MonkeyPatch.context() as patch:
@@ -64,9 +62,7 @@ def by_row(batches: list[Batch]) -> dict[int, tuple[bytes, ...]]:
     return found
 
 
-def test_inputs_and_labels_are_what_the_teacher_saw_and_said(
-    dataset: Dataset, store: LabelStore
-) -> None:
+def test_inputs_and_labels_are_what_the_teacher_saw_and_said(dataset: Dataset, store: LabelStore) -> None:
     toy, seen = toy_for(dataset), 0
     for batch in replay(dataset, store).epoch(1):
         want = top_labels(toy(batch.inputs), 3)
@@ -101,11 +97,7 @@ def test_true_classes_are_mixed_as_the_images_are(dataset: Dataset, store: Label
             theirs = torch.from_numpy(colours[recipe.partner_rows]).permute(0, 3, 1, 2)
             at = np.flatnonzero(recipe.partner_rows >= 0)
             views[at] = mix(
-                views[at],
-                theirs[at],
-                recipe.codes[at].tolist(),
-                recipe.partner_codes[at].tolist(),
-                store.spec.augment,
+                views[at], theirs[at], recipe.codes[at].tolist(), recipe.partner_codes[at].tolist(), store.spec.augment
             )
             assert torch.allclose(views.mean((1, 2, 3)), found[:, kind], atol=1e-5)
 
@@ -116,9 +108,7 @@ def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path)
     for batch in replay(dataset, store).epoch(1):
         rows = batch.rows.numpy()
         codes = store.codes(1, find_rows(store.keys, key_array(dataset.train.keys)[rows]))
-        assert torch.equal(
-            batch.inputs, augmenter.batch(dataset.train.pixels[rows], codes.tolist())
-        )
+        assert torch.equal(batch.inputs, augmenter.batch(dataset.train.pixels[rows], codes.tolist()))
 
 
 def test_loader_workers_change_nothing(dataset: Dataset, store: LabelStore) -> None:
@@ -145,9 +135,7 @@ def test_batch_size_seed_and_subset_change_no_input(dataset: Dataset, store: Lab
         assert part == {row: want[row] for row in rows}
 
 
-def test_images_that_were_removed_or_reordered_change_no_other(
-    dataset: Dataset, store: LabelStore
-) -> None:
+def test_images_that_were_removed_or_reordered_change_no_other(dataset: Dataset, store: LabelStore) -> None:
     whole = replay(dataset, store)
     want = by_row(list(whole.epoch(0)))
     rng = np.random.default_rng(2)
@@ -179,9 +167,7 @@ def test_images_that_were_removed_or_reordered_change_no_other(
         assert all(len(less.batch_rows(epoch)) == less.steps_per_epoch for epoch in range(4))
 
 
-def test_a_subset_of_records_still_sees_the_partners_images(
-    dataset: Dataset, store: LabelStore
-) -> None:
+def test_a_subset_of_records_still_sees_the_partners_images(dataset: Dataset, store: LabelStore) -> None:
     rows = list(range(0, len(dataset.train), 7))
     part = replay(dataset, store, subset=rows)
     assert part.skipped(0) == []
@@ -218,9 +204,7 @@ def test_what_the_store_dropped_is_skipped_and_told(dataset: Dataset, tmp_path: 
     assert "dropped" in found.notes[0]
 
 
-def test_what_workers_are_sent_does_not_grow_with_the_data(
-    dataset: Dataset, store: LabelStore, tmp_path: Path
-) -> None:
+def test_what_workers_are_sent_does_not_grow_with_the_data(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     import pickle  # what a spawned loader is sent; never written to a file
 
     larger = prepare(DataSpec("digits", img_size=16), tmp_path)
@@ -249,18 +233,14 @@ def test_order_follows_keys_seed_and_epoch_only(dataset: Dataset, store: LabelSt
         assert torch.equal(a.prob, b.prob)
 
 
-def test_epochs_beyond_the_stored_ones_start_again_in_a_new_order(
-    dataset: Dataset, store: LabelStore
-) -> None:
+def test_epochs_beyond_the_stored_ones_start_again_in_a_new_order(dataset: Dataset, store: LabelStore) -> None:
     first, third = list(replay(dataset, store).epoch(0)), list(replay(dataset, store).epoch(2))
     assert by_row(first) == by_row(third)
     assert by_row(first) != by_row(list(replay(dataset, store).epoch(1)))
     assert not torch.equal(first[0].rows, third[0].rows)
 
 
-def test_more_epochs_than_stored_are_refused_where_asked(
-    dataset: Dataset, store: LabelStore
-) -> None:
+def test_more_epochs_than_stored_are_refused_where_asked(dataset: Dataset, store: LabelStore) -> None:
     strict = replay(dataset, store, label_overflow="error")
     assert list(strict.epoch(1))
     with pytest.raises(InputError, match="2 epochs, want epoch 3"):
@@ -269,9 +249,7 @@ def test_more_epochs_than_stored_are_refused_where_asked(
     assert by_row(list(one.epoch(0))) == by_row(list(one.epoch(1)))
 
 
-def test_fewer_classes_than_stored_are_the_best_of_them(
-    dataset: Dataset, store: LabelStore
-) -> None:
+def test_fewer_classes_than_stored_are_the_best_of_them(dataset: Dataset, store: LabelStore) -> None:
     toy = toy_for(dataset)
     for batch in replay(dataset, store, topk=1).epoch(0):
         want = top_labels(toy(batch.inputs), 1)
@@ -311,9 +289,7 @@ def test_what_does_not_fit_is_refused(dataset: Dataset, store: LabelStore, tmp_p
         list(holdout_batches(other, store, 32))
     shared = list(holdout_batches(other, store, 32, "skip"))
     rows = torch.cat([batch.rows for batch in shared]).tolist()
-    assert {other.holdout.keys[row] for row in rows} == set(other.holdout.keys) & set(
-        dataset.holdout.keys
-    )
+    assert {other.holdout.keys[row] for row in rows} == set(other.holdout.keys) & set(dataset.holdout.keys)
     for change in (
         {"batch_size": 1},
         {"subset": []},

@@ -22,15 +22,7 @@ from nas.labels import store as store_module
 from nas.labels.build import build_shards, build_status, merge_stores
 from nas.labels.codec import top_labels
 from nas.labels.request import default_topk
-from nas.labels.store import (
-    TEACHER_BATCH,
-    find_rows,
-    key_array,
-    key_bytes,
-    open_store,
-    records_per_shard,
-    shards_of,
-)
+from nas.labels.store import TEACHER_BATCH, find_rows, key_array, key_bytes, open_store, records_per_shard, shards_of
 from nas.labels.verify import compare_with_teacher, find_problems
 from space.errors import InputError
 
@@ -67,9 +59,7 @@ def test_labels_are_the_teachers_of_the_augmented_inputs(dataset: Dataset, tmp_p
 
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_parts_in_any_order_make_the_same_bytes(
-    dataset: Dataset, tmp_path: Path, parts: int, mixup: float
-) -> None:
+def test_parts_in_any_order_make_the_same_bytes(dataset: Dataset, tmp_path: Path, parts: int, mixup: float) -> None:
     changes = {"mixup_alpha": mixup, "cutmix_alpha": mixup}
     whole = built(tmp_path / "whole", dataset, changes=changes)
     assert len(whole.all_shards()) >= 9
@@ -102,9 +92,7 @@ def test_machines_that_share_nothing_merge(dataset: Dataset, tmp_path: Path) -> 
         merge_stores(tmp_path / "new", [tmp_path / "m1"])
 
 
-def test_an_interrupted_build_goes_on_without_redoing_finished_shards(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_an_interrupted_build_goes_on_without_redoing_finished_shards(dataset: Dataset, tmp_path: Path) -> None:
     built(tmp_path / "whole", dataset)
     total = len(dataset.train) * 2 + len(dataset.holdout)
     store = begun(tmp_path / "s", dataset)
@@ -189,9 +177,7 @@ def test_a_use_must_fit_in_all_that_makes_inputs_and_labels_right(
 
 
 @pytest.mark.parametrize("times", [150, pytest.param(1000, marks=pytest.mark.slow)])
-def test_every_flipped_bit_and_every_cut_is_found(
-    dataset: Dataset, tmp_path: Path, times: int
-) -> None:
+def test_every_flipped_bit_and_every_cut_is_found(dataset: Dataset, tmp_path: Path, times: int) -> None:
     """In keys and labels; of the manifest, what its schema and its id cover."""
     built(tmp_path / "s", dataset, epochs=1)
     good, rng = contents(tmp_path / "s"), np.random.default_rng(0)
@@ -308,9 +294,7 @@ def test_the_status_counts_every_byte(dataset: Dataset, tmp_path: Path) -> None:
     assert build_status(store).bytes == 0
 
 
-def test_impossible_requests_are_refused_and_leave_nothing(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_impossible_requests_are_refused_and_leave_nothing(dataset: Dataset, tmp_path: Path) -> None:
     bad: list[dict[str, Any]] = [
         *({"topk": 10}, {"topk": 0}, {"epochs": 0}, {"codec": "zip"}, {"augment": "2k"}),
         *({"limit": 1}, {"clean": 2.0}, {"precision": "float16"}, {"changes": {"mixup": 1.0}}),

@@ -87,35 +87,20 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "requirement of no number": ([*GOAL, "--require", "speedup>=two@cpu"], "two"),
     "requirement of batch zero": ([*GOAL, "--require", "speedup>=2@cpu:b0"], "--batch"),
     "requirement of two batches": ([*GOAL, "--require", "speedup>=2@cpu:b1:b2"], "b2"),
-    "requirement of an unknown runtime": (
-        [*GOAL, "--require", "speedup>=2@cpu:tensorfow"],
-        "tensorfow",
-    ),
-    "requirement of a runtime not installed": (
-        [*GOAL, "--require", "speedup>=2@cuda:tensorrt"],
-        "tensorrt",
-    ),
+    "requirement of an unknown runtime": ([*GOAL, "--require", "speedup>=2@cpu:tensorfow"], "tensorfow"),
+    "requirement of a runtime not installed": ([*GOAL, "--require", "speedup>=2@cuda:tensorrt"], "tensorrt"),
     "requirement of a dtype a runtime lacks": (
         [*GOAL, "--require", "speedup>=2@cpu:onnxruntime-int8:bfloat16"],
         "bfloat16",
     ),
-    "requirement of a device that is not there": (
-        [*GOAL, "--require", "images_per_s>=2@cuda:7:b2"],
-        "cuda:7",
-    ),
-    "requirement twice": (
-        [*GOAL, "--require", "speedup>=2@cpu:b16", "--min-speedup", "1.5"],
-        "speedup>=1.5",
-    ),
+    "requirement of a device that is not there": ([*GOAL, "--require", "images_per_s>=2@cuda:7:b2"], "cuda:7"),
+    "requirement twice": ([*GOAL, "--require", "speedup>=2@cpu:b16", "--min-speedup", "1.5"], "speedup>=1.5"),
     "requirement below every arch": ([*GOAL, "--require", "macs<=1k"], "macs<=1000"),
     "bench runtime unknown": ([*GOAL, "--bench-runtime", "eagre"], "eagre"),
     "bench device unknown": ([*GOAL, "--bench-device", "tpu"], "tpu"),
     "device table missing": ([*GOAL, "--device-table", "/no/such.csv"], "/no/such.csv"),
     "finalists of a new run": ([*GOAL, "--final-measurements", "x.csv"], "--final-measurements"),
-    "distillation unknown": (
-        [*GOAL, "--distill", "warm"],
-        "--distill: got warm, want one of sparse",
-    ),
+    "distillation unknown": ([*GOAL, "--distill", "warm"], "--distill: got warm, want one of sparse"),
     "a token that the seed has not": (
         [*GOAL, "--distill", "token"],
         "--distill: got token for 21M, want a seed with a distillation token; hard learns",
@@ -188,9 +173,7 @@ def test_true_labels_that_are_not_there_cannot_be_learnt(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads and writes everything")
-def test_unreadable_data_and_unwritable_out_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_data_and_unwritable_out_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o000)
     cache = ["--cache-dir", str(tmp_path / "cache"), "--quiet"]
@@ -229,8 +212,7 @@ def test_two_processes_on_one_folder_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
-    [("--target-params", "300K"), ("--random-seed", "7"), ("--min-speedup", "1.1")],
+    ("flag", "value"), [("--target-params", "300K"), ("--random-seed", "7"), ("--min-speedup", "1.1")]
 )
 def test_a_resume_may_not_change_the_answer(
     flag: str, value: str, capsys: pytest.CaptureFixture[str], finished: Finished
@@ -257,20 +239,10 @@ def foreign(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [
-        ("study.db", cut),
-        ("study.db", foreign),
-        ("run.json", cut),
-        ("run.json", foreign),
-        ("measurements.csv", foreign),
-    ],
+    [("study.db", cut), ("study.db", foreign), ("run.json", cut), ("run.json", foreign), ("measurements.csv", foreign)],
 )
 def test_a_damaged_run_is_refused_naming_the_file(
-    name: str,
-    damage: Callable[[Path], None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    finished: Finished,
+    name: str, damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Finished
 ) -> None:
     folder = interrupted(finished, tmp_path / "run")
     damage(folder / name)
@@ -281,9 +253,7 @@ def test_a_damaged_run_is_refused_naming_the_file(
     assert (folder / name).read_bytes() == before
 
 
-def test_a_damaged_result_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Finished
-) -> None:
+def test_a_damaged_result_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Finished) -> None:
     shutil.copytree(finished.folder, tmp_path / "run")
     foreign(tmp_path / "run" / "result.json")
     assert "result.json" in refused(capsys, ["--resume", str(tmp_path / "run")])
@@ -310,9 +280,7 @@ def test_seed_weights_of_another_shape_are_refused(
         json.dumps({"depths": [1, 1, 1, -1]}),
     ],
 )
-def test_a_bad_seed_file_is_one_line(
-    arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_seed_file_is_one_line(arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "seed.json").write_text(arch)
     arguments = ["--seed", str(tmp_path / "seed.json"), "--target-params", "400K"]
     refused(capsys, [*arguments, "--out", str(tmp_path / "run"), "--quiet"])

@@ -63,11 +63,7 @@ def test_steps_are_as_many_as_the_way_is_long() -> None:
         assert tuple(steps_of(effort, params, target) for effort in EFFORTS) == wanted
 
 
-@given(
-    effort=st.sampled_from(list(EFFORTS)),
-    params=st.integers(1_000, 10**9),
-    share=st.floats(0.001, 0.999),
-)
+@given(effort=st.sampled_from(list(EFFORTS)), params=st.integers(1_000, 10**9), share=st.floats(0.001, 0.999))
 def test_a_step_keeps_about_the_efforts_share(effort: str, params: int, share: float) -> None:
     target = max(1, round(params * share))
     steps = steps_of(effort, params, target)
@@ -166,9 +162,7 @@ def test_every_setting_has_one_flag_and_the_table_lists_them_all() -> None:
     for field in settings_of(RunConfig):
         assert flags[field.name].option_strings == [field.flag]
         assert f"| `{field.flag}` |" in table
-    undescribed = {f.name for f in dataclasses.fields(RunConfig)} - {
-        f.name for f in settings_of(RunConfig)
-    }
+    undescribed = {f.name for f in dataclasses.fields(RunConfig)} - {f.name for f in settings_of(RunConfig)}
     assert undescribed == {"seed_arch"}
 
 

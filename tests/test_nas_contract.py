@@ -69,9 +69,7 @@ assert not [m for m in sys.modules if m.split(".")[0] in ("nas", "space", "bench
 """
 
 
-def test_the_winner_loads_in_plain_timm_and_predicts_the_same(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_the_winner_loads_in_plain_timm_and_predicts_the_same(finished: Finished, tmp_path: Path) -> None:
     import torch
     from PIL import Image
 
@@ -167,9 +165,7 @@ def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) ->
     return folder, time.monotonic() - started
 
 
-def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
     process = run_process([*flags, "--out", str(folder), "--quiet"])
@@ -230,9 +226,7 @@ def test_many_kills_at_random_instants_lose_nothing(
     assert_same_answer(folder, truth)
 
 
-def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
     process = run_process([*flags, "--out", str(folder), "--final-epochs", "40"])
@@ -264,9 +258,7 @@ def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_p
     assert outcome.status == "reached"
 
 
-def test_resume_of_a_finished_run_prints_its_result(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_of_a_finished_run_prints_its_result(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     before = (finished.folder / "best.safetensors").stat().st_mtime_ns
     assert main(["--resume", str(finished.folder), "--json"]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -277,9 +269,7 @@ def test_resume_of_a_finished_run_prints_its_result(
     assert (finished.folder / "best.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_run_killed_between_result_and_report_gets_its_report(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_run_killed_between_result_and_report_gets_its_report(finished: Finished, tmp_path: Path) -> None:
     shutil.copytree(finished.folder, tmp_path / "run")
     (tmp_path / "run" / "report.md").unlink()
     assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
@@ -299,9 +289,7 @@ def test_a_replaced_checkpoint_is_another_seed(tmp_path: Path) -> None:
     assert _file_digest("scratch") is None
 
 
-def test_status_tells_where_a_run_stands(
-    finished: Finished, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_tells_where_a_run_stands(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--status", str(finished.folder)]) == 0
     assert "reached" in capsys.readouterr().out.lower()
 
@@ -317,9 +305,7 @@ def test_an_impossible_speedup_is_refused_before_training_with_the_reach(
     assert not out.exists()
 
 
-def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(finished: Finished, tmp_path: Path) -> None:
     """Bounds between the floor's pace and that of the band: possible for the space, not here.
 
     What the floor reaches is asked first: on a busy machine it is another number.
@@ -376,9 +362,7 @@ def loose_folder(root: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
-def test_images_without_classes_are_contracted_by_the_teachers(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_images_without_classes_are_contracted_by_the_teachers(finished: Finished, tmp_path: Path) -> None:
     data, teacher = loose_folder(tmp_path)
     flags = [*finished.flags, "--data", str(data), "--teacher", teacher, "--augment", "batched"]
     at = flags.index("--max-images")
@@ -393,21 +377,13 @@ def test_images_without_classes_are_contracted_by_the_teachers(
 
 
 @pytest.mark.slow
-def test_a_store_of_other_images_serves_where_skipping_is_allowed(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_store_of_other_images_serves_where_skipping_is_allowed(finished: Finished, tmp_path: Path) -> None:
     stores = [p for p in (finished.cache / "labels").iterdir() if (p / "manifest.json").exists()]
-    store = next(
-        p
-        for p in stores
-        if json.loads((p / "manifest.json").read_text())["spec"]["train_images"] == 160
-    )
+    store = next(p for p in stores if json.loads((p / "manifest.json").read_text())["spec"]["train_images"] == 160)
     flags = [*finished.flags, "--labels", str(store), "--missing-labels", "skip", "--quiet"]
     flags[flags.index("--max-images") + 1] = "220"
     out = tmp_path / "run"
-    assert (
-        main([*flags, "--label-epochs", "1", "--label-overflow", "cycle", "--out", str(out)]) == 0
-    )
+    assert main([*flags, "--label-epochs", "1", "--label-overflow", "cycle", "--out", str(out)]) == 0
     rows = table(out / "trials.csv")
     assert any(row["stage"] == "kept" for row in rows)
     assert main([*flags, "--label-epochs", "1", "--out", str(tmp_path / "strict")]) == 2

@@ -17,14 +17,7 @@ from benchmarks.throughput.networks import sample
 from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.core.requirement import Setting, parse_requirement
-from nas.measure.device_table import (
-    OK,
-    DeviceRow,
-    fingerprint_columns,
-    fingerprint_of,
-    read_rows,
-    write_rows,
-)
+from nas.measure.device_table import OK, DeviceRow, fingerprint_columns, fingerprint_of, read_rows, write_rows
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.measurement import Throughput
 from nas.measure.measurement_table import read_measurements
@@ -43,9 +36,7 @@ def calm() -> Iterator[None]:
         yield from one_calm_thread(patch)
 
 
-def test_every_setting_is_measured_and_a_second_search_times_nothing(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_every_setting_is_measured_and_a_second_search_times_nothing(finished: Finished, tmp_path: Path) -> None:
     """Kept archs meet all requirements by interval; a cache answers the second run's questions."""
     given = settings(finished, require=REQUIRED, train_per_step=1, steps=1)
     first, second = Counting(), Counting()
@@ -66,10 +57,7 @@ def test_every_setting_is_measured_and_a_second_search_times_nothing(
         if row["stage"] == "throughput" and row["state"] == "pruned":
             assert row["requirements"].count(": pass at ") < len(REQUIRED)
             # Settings are asked in turn: all but the last one's were met.
-            assert (
-                ": pass at " not in row["requirements"]
-                or "@cpu:eager:float32:b2: pass" in (row["requirements"])
-            )
+            assert ": pass at " not in row["requirements"] or "@cpu:eager:float32:b2: pass" in (row["requirements"])
     measured = read_measurements(tmp_path / "one" / "measurements.csv")
     assert {r.measurement.batch for r in measured} == {1, 2}
     assert len({r.measurement.fingerprint for r in measured}) == 2
@@ -77,9 +65,7 @@ def test_every_setting_is_measured_and_a_second_search_times_nothing(
     assert all(text in report for text in ("speedup>=0.8@cpu", "peak_mem_mb<=4000@cpu"))
 
 
-def test_a_requirement_that_nothing_meets_is_refused_before_training(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_requirement_that_nothing_meets_is_refused_before_training(finished: Finished, tmp_path: Path) -> None:
     for text in ("latency_ms<=0.001@cpu:b1", "speedup>=400@cpu:b2"):
         executor = Counting()
         given = settings(finished, require=(text,))
@@ -150,9 +136,7 @@ def device_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unverified(
-    finished: Finished, device_table: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def unverified(finished: Finished, device_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "there"
     given = settings(finished, device_table=[device_table], min_speedup=1.2, train_per_step=1)
     outcome = contract(**given, out=folder, executor=InlineExecutor())
@@ -203,9 +187,7 @@ def test_the_finalists_own_rows_finish_the_run(
     result = json.loads((unverified / "result.json").read_text())
     winner = result["final"]["winner"]
     assert winner["basis"] == "table"
-    assert winner["ratio"] == pytest.approx(
-        next(row.measured.ratio for row in rows if row.key == winner["key"])
-    )
+    assert winner["ratio"] == pytest.approx(next(row.measured.ratio for row in rows if row.key == winner["key"]))
     best = json.loads((unverified / "best.json").read_text())
     assert best["throughput"]["runtime"] == "onnxruntime"
 

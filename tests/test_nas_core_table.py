@@ -52,9 +52,7 @@ def test_a_table_reads_back_and_holds_no_formula(rows: list[tuple[str, str, int]
     assert not any(cell.startswith(RUN) for line in lines for cell in line[:2])
     assert [(unguard(a), unguard(b), int(n)) for a, b, n in lines] == rows
     again = io.StringIO(newline="")
-    Writer(again, ("one", "two", "n")).writerows(
-        dict(zip(("one", "two", "n"), row, strict=True)) for row in rows
-    )
+    Writer(again, ("one", "two", "n")).writerows(dict(zip(("one", "two", "n"), row, strict=True)) for row in rows)
     assert out.getvalue().endswith(again.getvalue())
 
 
@@ -97,11 +95,7 @@ def test_rows_read_back_equal_and_hold_no_formula(tmp_path_factory, rows: list[L
     assert read_table(path, Line) == rows
     with open(path, newline="", encoding="utf-8") as file:
         header, *lines = csv.reader(file)
-    assert (
-        header
-        == list(table_columns(Line))
-        == ["count", "text", "flag", "share", "lo", "note", "label"]
-    )
+    assert header == list(table_columns(Line)) == ["count", "text", "flag", "share", "lo", "note", "label"]
     assert not any(line[at].startswith(RUN) for line in lines for at in (1, 5, 6))
 
 
@@ -137,9 +131,7 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path: Path, text: str, want: str
         read_table(tmp_path / "absent.csv", Line)
 
 
-def test_names_of_images_and_classes_are_guarded_in_the_table_of_find_contradicted(
-    tmp_path: Path,
-) -> None:
+def test_names_of_images_and_classes_are_guarded_in_the_table_of_find_contradicted(tmp_path: Path) -> None:
     import torch
 
     root = tree(tmp_path / "d", each=6)

@@ -60,9 +60,7 @@ def test_digits_are_the_ones_of_scikit_learn(digits: Dataset) -> None:
     assert np.abs(small - original).mean() < 20, "bicubic enlargement keeps block means"
 
 
-def test_second_call_reuses_the_folder_and_another_size_or_seed_has_its_own(
-    cache: Path, digits: Dataset
-) -> None:
+def test_second_call_reuses_the_folder_and_another_size_or_seed_has_its_own(cache: Path, digits: Dataset) -> None:
     ticks: list[float] = []
     before = (digits.folder / "meta.json").stat().st_mtime_ns
     again = prepare(DataSpec("digits"), cache, ticks.append)
@@ -118,9 +116,7 @@ def test_choices_do_not_depend_on_order_and_follow_the_classes(data: st.DataObje
 
 @settings(derandomize=True, max_examples=40, deadline=None)
 @given(st.lists(st.integers(3, 25), min_size=2, max_size=6), st.integers(0, 3), st.randoms())
-def test_cuts_are_a_partition_with_every_class_on_every_side(
-    sizes: list[int], random_seed: int, rng: object
-) -> None:
+def test_cuts_are_a_partition_with_every_class_on_every_side(sizes: list[int], random_seed: int, rng: object) -> None:
     labels = np.repeat(np.arange(len(sizes)), sizes)
     keys = [content_key(f"{at}".encode()) for at in range(len(labels))]
     names = [f"c{at}" for at in range(len(sizes))]
@@ -146,16 +142,10 @@ def test_a_class_too_small_to_cut_is_named() -> None:
 def test_of_equal_contents_the_test_side_is_kept() -> None:
     keys = ["a", "b", "a", "c", "b", "c"]
     roles = ["train", "train", "test", "holdout", "any", "test"]
-    assert [(keys[r], roles[r]) for r in unique_rows(keys, roles)] == [
-        ("b", "train"),
-        ("a", "test"),
-        ("c", "test"),
-    ]
+    assert [(keys[r], roles[r]) for r in unique_rows(keys, roles)] == [("b", "train"), ("a", "test"), ("c", "test")]
 
 
-def test_every_flipped_bit_of_the_description_and_every_cut_is_refused(
-    digits: Dataset, tmp_path: Path
-) -> None:
+def test_every_flipped_bit_of_the_description_and_every_cut_is_refused(digits: Dataset, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "copy"
@@ -203,14 +193,7 @@ def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"name": " "},
-        {"img_size": 0},
-        {"img_size": 4096},
-        {"max_images": 0},
-        {"max_corrupt": 1.5},
-        {"random_seed": -1},
-    ],
+    [{"name": " "}, {"img_size": 0}, {"img_size": 4096}, {"max_images": 0}, {"max_corrupt": 1.5}, {"random_seed": -1}],
 )
 def test_impossible_requests_are_refused_in_one_line(change: dict[str, object]) -> None:
     with pytest.raises(InputError) as caught:

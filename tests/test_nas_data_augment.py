@@ -19,12 +19,7 @@ from timm.data.transforms_factory import create_transform
 
 from nas.data.augment import batched_engine
 from nas.data.augment.batched_engine import BatchedAugmenter, uniforms
-from nas.data.augment.spec import (
-    AugmentSpec,
-    augmentation_code,
-    augmentation_codes,
-    borrowed_generators,
-)
+from nas.data.augment.spec import AugmentSpec, augmentation_code, augmentation_codes, borrowed_generators
 from nas.data.augment.timm_engine import TimmAugmenter, eval_batch
 from nas.data.augment.views import make_augmenter
 from space.errors import InputError
@@ -49,9 +44,7 @@ POLICIES = {
     "original": replace(SMALL, policy="original-mstd0.5"),
     "three": replace(SMALL, policy="3a", color_jitter=0.3),
     "augmix": replace(SMALL, policy="augmix-m5-w4-d2"),
-    "any filter": replace(
-        SMALL, color_jitter=0.4, interpolation="random", erase_mode="const", erase_prob=0.5
-    ),
+    "any filter": replace(SMALL, color_jitter=0.4, interpolation="random", erase_mode="const", erase_prob=0.5),
 }
 
 
@@ -138,10 +131,7 @@ def test_evaluation_takes_the_centre_as_timm_does() -> None:
 
 def test_codes_depend_on_key_epoch_and_salt_and_rarely_meet() -> None:
     drawn = [
-        augmentation_code(f"{key:032x}", epoch, salt)
-        for key in range(200)
-        for epoch in range(10)
-        for salt in range(3)
+        augmentation_code(f"{key:032x}", epoch, salt) for key in range(200) for epoch in range(10) for salt in range(3)
     ]
     assert len(set(drawn)) == len(drawn)
     assert max(drawn) >= 1 << 63
@@ -169,9 +159,7 @@ def test_every_field_of_the_specification_is_in_its_digest() -> None:
         "mix_prob": 0.5,
         "mix_switch_prob": 0.1,
     }
-    assert set(others) | {"posterize_zero", "version"} == {
-        field.name for field in fields(AugmentSpec)
-    }
+    assert set(others) | {"posterize_zero", "version"} == {field.name for field in fields(AugmentSpec)}
     digests = {replace(spec, **{name: value}).digest() for name, value in others.items()}
     assert len(digests | {spec.digest()}) == 1 + len(others)
     assert {"posterize_zero", "version"} < set(spec.to_dict()), "they have one value so far"
@@ -236,9 +224,7 @@ def all_replayed() -> list[NDArray[np.float32]]:
     return [replayed(replace(spec, img_size=size), side, 4).numpy() for spec, (size, side) in pairs]
 
 
-@pytest.mark.parametrize(
-    "method", ["spawn", "fork", pytest.param("forkserver", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", ["spawn", "fork", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_processes_of_any_start_method_replay_to_the_bit(method: str) -> None:
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
@@ -319,12 +305,7 @@ def test_crops_are_distributed_as_torchvisions() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         image = torch.zeros(3, side, side)
-        theirs = np.array(
-            [
-                RandomResizedCrop.get_params(image, list(spec.scale), list(spec.ratio))
-                for _ in range(n)
-            ]
-        )
+        theirs = np.array([RandomResizedCrop.get_params(image, list(spec.scale), list(spec.ratio)) for _ in range(n)])
     for at in range(4):
         a, b = np.sort(ours[:, at]), np.sort(theirs[:, at])
         grid = np.arange(side + 1)

@@ -55,9 +55,7 @@ def by_key(dataset: Dataset) -> dict[str, bytes]:
 
 def names_by_key(dataset: Dataset) -> dict[str, str]:
     return {
-        key: getattr(dataset, side).names[row]
-        for side in SIDES
-        for row, key in enumerate(getattr(dataset, side).keys)
+        key: getattr(dataset, side).names[row] for side in SIDES for row, key in enumerate(getattr(dataset, side).keys)
     }
 
 
@@ -80,9 +78,7 @@ def test_files_that_come_go_or_move_change_no_other_image(tree: Path, tmp_path: 
     gone = {names[key] for key in set(before) - shared}
     assert gone == {"a/02.png", "b/01.png"}
     assert {renamed[key] for key in set(after) - shared} == {"b/new.png", "b/01.png"}
-    assert (
-        prepare(DataSpec(str(tree), img_size=20), tmp_path / "c").preparation != first.preparation
-    )
+    assert prepare(DataSpec(str(tree), img_size=20), tmp_path / "c").preparation != first.preparation
     digits = prepare(DataSpec("digits", img_size=16, max_images=40), tmp_path / "c")
     assert digits.preparation != first.preparation
 
@@ -235,9 +231,7 @@ def test_other_labels_share_the_pixels_and_are_found_again(tmp_path: Path) -> No
     open_dataset(dataset.folder, verify=True)
 
 
-def test_other_labels_follow_the_files_that_are_there_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_labels_follow_the_files_that_are_there_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = spec(loose(tmp_path / "one", 20), pixel_cache=False)
     first = prepare(asked, tmp_path / "c")
     labels = {side: np.zeros(len(getattr(first, side)), dtype=np.int64) for side in SIDES}
@@ -349,9 +343,7 @@ def test_room_is_made_and_what_never_fits_is_refused_before_it_is_decoded(
     assert "old" not in names
     assert "new" in names
     monkeypatch.setenv(CAP_VARIABLE, str(need - 1))
-    with pytest.raises(
-        InputError, match=r"--no-pixel-cache, or raise VISION_CONTRACTION_CACHE_CAP"
-    ):
+    with pytest.raises(InputError, match=r"--no-pixel-cache, or raise VISION_CONTRACTION_CACHE_CAP"):
         prepare(spec(tree, random_seed=1), cache)
     prepare(spec(tree, random_seed=1, pixel_cache=False), cache)
     monkeypatch.delenv(CAP_VARIABLE)
@@ -373,9 +365,7 @@ def names_of(cache: Path) -> set[str]:
     return {str(row["name"]) for row in cache_report(cache)}
 
 
-def test_room_is_made_as_a_list_of_ages_would_have_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_is_made_as_a_list_of_ages_would_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Least recently used first, no more than needed, nothing in use; nothing if it is no use."""
     rng = np.random.default_rng(1)
     monkeypatch.setattr(cache_module, "_SPARE", 0)
@@ -383,10 +373,7 @@ def test_room_is_made_as_a_list_of_ages_would_have_it(
     for turn in range(60):
         cache = tmp_path / str(turn)
         ages, sizes, busy = rng.permutation(5), rng.integers(100, 1000, 5), rng.random(5) < 0.3
-        folders = [
-            fake(cache, f"d{at}", int(sizes[at]), time.time() - 1000 * int(ages[at]))
-            for at in range(5)
-        ]
+        folders = [fake(cache, f"d{at}", int(sizes[at]), time.time() - 1000 * int(ages[at])) for at in range(5)]
         for at in np.flatnonzero(busy):
             used = folders[at].with_name(f"d{at}.use").stat().st_mtime
             assert hold(folders[at])

@@ -17,16 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
 
 from nas.data import Dataset, DataSpec, prepare
-from nas.data.decode import (
-    MOST_PIXELS,
-    as_rgb,
-    fitted,
-    header_size,
-    read_image,
-    shown_name,
-    store_size_of,
-    why_broken,
-)
+from nas.data.decode import MOST_PIXELS, as_rgb, fitted, header_size, read_image, shown_name, store_size_of, why_broken
 from space.errors import InputError
 from tests.test_nas_data_folders import tree
 
@@ -63,17 +54,10 @@ def png(depth: int, colour: int, rows: bytes, wide: int, high: int) -> bytes:
     """Write a PNG by hand: Pillow writes no 16-bit colour, and no image that is a bomb."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", wide, high, depth, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", head)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def deep_rgb() -> bytes:
@@ -102,20 +86,11 @@ KINDS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image]]] = {
     "deep.pgm": (lambda: saved(Image.fromarray(DEEP), "PPM"), lambda: GREYS),
     "deep-colour.png": (deep_rgb, lambda: COLOURS),
     "cmyk.tiff": (lambda: saved(CMYK, "TIFF"), lambda: CMYK.convert("RGB")),
-    "cmyk.jpg": (
-        lambda: saved(CMYK, "JPEG"),
-        lambda: Image.open(io.BytesIO(saved(CMYK, "JPEG"))).convert("RGB"),
-    ),
+    "cmyk.jpg": (lambda: saved(CMYK, "JPEG"), lambda: Image.open(io.BytesIO(saved(CMYK, "JPEG"))).convert("RGB")),
     "still.gif": (lambda: gif(1), lambda: Image.open(io.BytesIO(gif(1))).convert("RGB")),
     "animated.gif": (lambda: gif(4), lambda: Image.open(io.BytesIO(gif(1))).convert("RGB")),
     "animated.webp": (
-        lambda: saved(
-            COLOURS,
-            "WEBP",
-            save_all=True,
-            lossless=True,
-            append_images=[Image.fromarray(255 - RGB)],
-        ),
+        lambda: saved(COLOURS, "WEBP", save_all=True, lossless=True, append_images=[Image.fromarray(255 - RGB)]),
         lambda: COLOURS,
     ),
     "dot.png": (
@@ -125,10 +100,7 @@ KINDS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image]]] = {
     "liar.jpg": (lambda: saved(COLOURS, "PNG"), lambda: COLOURS),
     "liar.gif": (lambda: saved(COLOURS, "BMP"), lambda: COLOURS),
     "turned.png": (lambda: saved(COLOURS, "PNG", exif=TURNED), lambda: COLOURS),
-    "palette.png": (
-        lambda: saved(PALETTE, "PNG", transparency=bytes(range(100))),
-        lambda: PALETTE.convert("RGB"),
-    ),
+    "palette.png": (lambda: saved(PALETTE, "PNG", transparency=bytes(range(100))), lambda: PALETTE.convert("RGB")),
     "clear.png": (lambda: saved(Image.fromarray(np.dstack([RGB, GREY])), "PNG"), lambda: COLOURS),
     "bit.png": (
         lambda: saved(Image.fromarray(GREY > 99), "PNG"),
@@ -226,9 +198,7 @@ def test_a_bomb_is_refused_by_its_header_alone(tmp_path: Path) -> None:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def test_pipes_links_in_circles_and_devices_are_broken_and_waited_for_by_nobody(
-    tmp_path: Path,
-) -> None:
+def test_pipes_links_in_circles_and_devices_are_broken_and_waited_for_by_nobody(tmp_path: Path) -> None:
     root = tree(tmp_path / "d", each=6)
     os.mkfifo(root / "a" / "pipe.png")
     (root / "a" / "circle.png").symlink_to("circle.png")

@@ -22,9 +22,7 @@ from nas.data.split import content_key
 from space.errors import InputError
 
 
-def tree(
-    root: Path, classes: Sequence[str] = ("b", "a", "c"), each: int = 6, seed: int = 0
-) -> Path:
+def tree(root: Path, classes: Sequence[str] = ("b", "a", "c"), each: int = 6, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     for name in classes:
         (root / name).mkdir(parents=True)
@@ -86,11 +84,7 @@ def test_stored_pixels_evaluate_as_timm_evaluates_the_file(tmp_path: Path) -> No
             ours = fitted(image, img_size, size)
             spec = AugmentSpec(img_size, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
             timms = create_transform(
-                img_size,
-                crop_pct=img_size / (size + 0.25),
-                interpolation="bicubic",
-                mean=spec.mean,
-                std=spec.std,
+                img_size, crop_pct=img_size / (size + 0.25), interpolation="bicubic", mean=spec.mean, std=spec.std
             )
             assert torch.equal(eval_batch(ours[None], spec)[0], timms(image)), (wide, high)
 
@@ -172,9 +166,7 @@ def test_image_size_follows_the_median_image(tmp_path: Path) -> None:
         (None, "existing folder"),
     ],
 )
-def test_unusable_folders_are_refused_in_one_line(
-    files: str | None, words: str, tmp_path: Path
-) -> None:
+def test_unusable_folders_are_refused_in_one_line(files: str | None, words: str, tmp_path: Path) -> None:
     root = tmp_path / "d"
     if files is not None:
         root.mkdir()
@@ -196,9 +188,7 @@ def test_too_few_proxy_images_are_refused(tmp_path: Path) -> None:
         ready(tree(tmp_path / "d"), tmp_path, max_images=5)
 
 
-@pytest.mark.parametrize(
-    "name", ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "./digits", __file__]
-)
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x", "a\0b", "x" * 5000, "./digits", __file__])
 def test_names_of_no_folder_are_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--data"):
         prepare(DataSpec(name), tmp_path)

@@ -17,13 +17,7 @@ from timm.data.mixup import Mixup
 
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.mixing import draws, mix, partners, shares
-from nas.data.augment.spec import (
-    PRESETS,
-    AugmentSpec,
-    borrowed_generators,
-    default_spec,
-    preset_spec,
-)
+from nas.data.augment.spec import PRESETS, AugmentSpec, borrowed_generators, default_spec, preset_spec
 from space.errors import InputError
 
 PLAIN = AugmentSpec(16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -109,9 +103,7 @@ def test_draws_follow_the_distributions_of_timm() -> None:
     mine = np.sort([share for share, box in ours if box is None and share < 1.0])
     reference = np.sort([share for share, cut in theirs if not cut and share < 1.0])
     grid = np.linspace(0, 1, 50)
-    gap = np.searchsorted(mine, grid) / len(mine) - np.searchsorted(reference, grid) / len(
-        reference
-    )
+    gap = np.searchsorted(mine, grid) / len(mine) - np.searchsorted(reference, grid) / len(reference)
     assert np.abs(gap).max() < 0.05  # Kolmogorov and Smirnov's distance: 1.36 sqrt(2/2200) = 0.041
     areas = [(b - t) * (r - x) / 64**2 for _, box in ours if box for t, b, x, r in [box]]
     assert 0.3 < float(np.mean(areas)) < 0.5
@@ -142,11 +134,7 @@ def test_presets_are_the_official_pipelines(tmp_path_factory: pytest.TempPathFac
     for name in ("22k", "1k", "finetune"):
         spec = preset_spec(name, photos)
         assert (spec.scale, spec.ratio, spec.hflip) == ((0.08, 1.0), (3 / 4, 4 / 3), 0.5)
-        assert (spec.policy, spec.erase_prob, spec.erase_mode) == (
-            "rand-m9-mstd0.5-inc1",
-            0.25,
-            "pixel",
-        )
+        assert (spec.policy, spec.erase_prob, spec.erase_mode) == ("rand-m9-mstd0.5-inc1", 0.25, "pixel")
         mixing = (0.8, 1.0, 1.0, 0.5) if name == "1k" else (0.0, 0.0, 1.0, 0.5)
         assert mixing == (spec.mixup_alpha, spec.cutmix_alpha, spec.mix_prob, spec.mix_switch_prob)
         assert preset_spec(name, digits).hflip == 0.0

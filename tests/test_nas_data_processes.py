@@ -138,11 +138,7 @@ print(private() - before, flush=True)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_open_data_set_takes_memory_that_does_not_grow_with_it(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(tmp_path), _OPENED],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", _MEMORY, str(tmp_path), _OPENED], cwd=ROOT, capture_output=True, text=True, check=True
     )
     small, large = (int(line) for line in done.stdout.split())
     # 59,000 images more: one byte of each would be 58 KiB; 16 of a key and 30 of a name 2,650 KiB.

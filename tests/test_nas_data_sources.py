@@ -124,12 +124,8 @@ def test_what_cannot_be_opened_is_refused_with_the_remedy(tmp_path: Path, serve:
         prepare(DataSpec("torch/"), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("label", "words"), [(-1, "label -1"), ([1, 0], r"label \[1, 0\]"), (7, "label 7")]
-)
-def test_labels_that_are_no_class_are_refused(
-    label: object, words: str, tmp_path: Path, serve: Serve
-) -> None:
+@pytest.mark.parametrize(("label", "words"), [(-1, "label -1"), ([1, 0], r"label \[1, 0\]"), (7, "label 7")])
+def test_labels_that_are_no_class_are_refused(label: object, words: str, tmp_path: Path, serve: Serve) -> None:
     class Odd(FakeData):
         def __init__(self) -> None:
             super().__init__(20, (3, 40, 40), 3)

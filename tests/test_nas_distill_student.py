@@ -68,9 +68,7 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelSt
     return built(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=3, topk=4)
 
 
-def run(
-    dataset: Dataset, store: LabelStore, arch: Any = ARCH, family: Any = FAMILY, **changes: Any
-) -> ProxyScore:
+def run(dataset: Dataset, store: LabelStore, arch: Any = ARCH, family: Any = FAMILY, **changes: Any) -> ProxyScore:
     """Train an arch; `changes` are of the training, or options of `train_and_score`."""
     own = {f.name for f in fields(StudentTraining)}
     given = {"settings": SETTINGS, "random_seed": 0}
@@ -93,9 +91,7 @@ def parent(dataset: Dataset, store: LabelStore, tmp_path_factory: pytest.TempPat
     return path
 
 
-def test_scores_are_those_of_the_weights_left(
-    dataset: Dataset, store: LabelStore, tmp_path: Path
-) -> None:
+def test_scores_are_those_of_the_weights_left(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     out = tmp_path / "weights.safetensors"
     ticks: list[float] = []
     score = run(dataset, store, out_weights=out, tick=ticks.append)
@@ -142,9 +138,7 @@ def test_the_same_job_gives_the_same_bytes_and_leaves_the_generator_alone(
     assert answer(run(dataset, store, random_seed=1))["soft_loss"] != one.soft_loss
 
 
-def test_a_race_in_rungs_ends_like_one_run(
-    dataset: Dataset, store: LabelStore, tmp_path: Path
-) -> None:
+def test_a_race_in_rungs_ends_like_one_run(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     whole = run(dataset, store, out_weights=tmp_path / "w.safetensors")
     position = tmp_path / "position.safetensors"
     rung = run(dataset, store, checkpoint=position, stop_after=1)
@@ -158,9 +152,7 @@ def test_scoring_learns(dataset: Dataset, store: LabelStore) -> None:
     assert longer.soft_loss < run(dataset, store).soft_loss
 
 
-def test_an_untouched_child_is_its_parent(
-    dataset: Dataset, store: LabelStore, parent: Path
-) -> None:
+def test_an_untouched_child_is_its_parent(dataset: Dataset, store: LabelStore, parent: Path) -> None:
     source = ParentNetwork(arch=ARCH, weights=parent)
     same, copied = start_model(FAMILY, ARCH, CTX, random_seed=5, parent=source)
     state = load_weights(parent)
@@ -173,11 +165,7 @@ def test_a_child_starts_from_its_parent(dataset: Dataset, store: LabelStore, par
     frozen = replace(SETTINGS, lr=0.0, weight_decay=0.0, min_lr=0.0)
     inherited = run(dataset, store, CHILD, settings=frozen, parent=source)
     fresh = run(dataset, store, CHILD, settings=frozen)
-    assert (
-        0
-        < inherited.copied
-        <= sum(t.numel() for t in FAMILY.build(CHILD, CTX).state_dict().values())
-    )
+    assert 0 < inherited.copied <= sum(t.numel() for t in FAMILY.build(CHILD, CTX).state_dict().values())
     assert fresh.copied == 0
     assert inherited.soft_loss != fresh.soft_loss
 
@@ -199,14 +187,10 @@ def test_a_diverging_candidate_is_an_outcome(dataset: Dataset, store: LabelStore
         run(dataset, store, settings=wild)
 
 
-def test_the_test_split_is_scored_image_by_image(
-    dataset: Dataset, store: LabelStore, parent: Path
-) -> None:
+def test_the_test_split_is_scored_image_by_image(dataset: Dataset, store: LabelStore, parent: Path) -> None:
     augment = default_spec(dataset)
     ticks: list[float] = []
-    got = evaluate_test(
-        FAMILY, ARCH, CTX, parent, dataset, augment, device="cpu", tick=ticks.append
-    )
+    got = evaluate_test(FAMILY, ARCH, CTX, parent, dataset, augment, device="cpu", tick=ticks.append)
     assert sum(ticks) == len(dataset.test) == len(got.correct)
     net = FAMILY.build(ARCH, CTX)
     net.load_state_dict(load_weights(parent))
@@ -248,16 +232,7 @@ def test_a_hard_label_term_and_a_temperature_change_training_but_not_the_score(
 
 KINDS = choices_of("distill")
 VIT = get_family("vit")
-TOKEN = VIT.arch(
-    {
-        "embed_dim": 32,
-        "depth": 2,
-        "head_dim": 16,
-        "mlp_ratio": 2.0,
-        "patch_size": 8,
-        "dist_token": 1,
-    }
-)
+TOKEN = VIT.arch({"embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8, "dist_token": 1})
 PLAIN = replace(TOKEN, dist_token=False)
 
 
@@ -285,15 +260,11 @@ def test_every_kind_of_distillation_trains_and_is_scored_alike(
     assert default == {**answer(scores["sparse"]), "weights_digest": None}
 
 
-def test_a_race_by_token_in_rungs_ends_like_one_run(
-    dataset: Dataset, store: LabelStore, tmp_path: Path
-) -> None:
+def test_a_race_by_token_in_rungs_ends_like_one_run(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     whole = learn(dataset, store, TOKEN, "token", out_weights=tmp_path / "w.safetensors")
     position = tmp_path / "position.safetensors"
     learn(dataset, store, TOKEN, "token", checkpoint=position, stop_after=1)
-    last = learn(
-        dataset, store, TOKEN, "token", checkpoint=position, out_weights=tmp_path / "r.safetensors"
-    )
+    last = learn(dataset, store, TOKEN, "token", checkpoint=position, out_weights=tmp_path / "r.safetensors")
     assert answer(last) == answer(whole)
 
 
@@ -326,9 +297,7 @@ def test_of_mixed_images_the_classes_of_both_are_learnt(
     assert all(target.ndim == 1 for target in seen), "nothing is counted that nobody asks for"
 
 
-def test_a_job_trains_by_the_asked_distillation(
-    dataset: Dataset, store: LabelStore, tmp_path: Path
-) -> None:
+def test_a_job_trains_by_the_asked_distillation(dataset: Dataset, store: LabelStore, tmp_path: Path) -> None:
     job = TrainJob(
         family="vit",
         arch=VIT.to_dict(TOKEN),

@@ -68,9 +68,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_auto_is_made_once_and_found_again(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_is_made_once_and_found_again(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: list[float] = []
     info = made(dataset, tmp_path, tick=ticks.append)
     assert sum(ticks) == 2 * len(dataset.train)
@@ -87,9 +85,7 @@ def test_auto_is_made_once_and_found_again(
     assert right == pytest.approx(info.holdout_top1)
 
 
-def test_the_same_arguments_give_the_same_bytes_and_others_another_teacher(
-    dataset: Dataset, tmp_path: Path
-) -> None:
+def test_the_same_arguments_give_the_same_bytes_and_others_another_teacher(dataset: Dataset, tmp_path: Path) -> None:
     one, two = made(dataset, tmp_path / "a"), made(dataset, tmp_path / "b")
     assert files(Path(one.folder)) == files(Path(two.folder))
     assert one.digest != made(dataset, tmp_path / "a", random_seed=1).digest
@@ -97,9 +93,7 @@ def test_the_same_arguments_give_the_same_bytes_and_others_another_teacher(
     folders = {one.folder} | {made(dataset, tmp_path / "a", **c).folder for c in changes}
     assert len(folders) == 3
     left = [p.name for p in (tmp_path / "a" / "teachers").iterdir() if not p.name.endswith(".lock")]
-    assert sorted(left) == sorted(
-        p.name for p in (tmp_path / "a" / "teachers").iterdir() if p.is_dir()
-    )
+    assert sorted(left) == sorted(p.name for p in (tmp_path / "a" / "teachers").iterdir() if p.is_dir())
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(
@@ -232,11 +226,7 @@ def test_equal_preprocessing_is_passed_through(size: int | None) -> None:
     inputs = torch.randn(2, 3, 32, 32)
     same = TeacherNet(net, (MEAN, STD), (MEAN, STD), size)
     with torch.no_grad():
-        resized = (
-            functional.interpolate(inputs, (size, size), mode="bicubic", antialias=True)
-            if size == 24
-            else inputs
-        )
+        resized = functional.interpolate(inputs, (size, size), mode="bicubic", antialias=True) if size == 24 else inputs
         assert torch.equal(same(inputs), net(resized))
 
 

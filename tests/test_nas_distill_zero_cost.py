@@ -127,9 +127,7 @@ def test_snip_does_not_see_a_scale_that_the_next_norm_takes_away() -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
-def test_synflow_of_a_chain_is_layers_times_the_product_of_absolute_weights(
-    activation: nn.Module,
-) -> None:
+def test_synflow_of_a_chain_is_layers_times_the_product_of_absolute_weights(activation: nn.Module) -> None:
     net = chain(activation, 5, 7, 6, 4)
     flow = torch.ones(5, dtype=torch.float64)
     for layer in net:

@@ -98,20 +98,14 @@ def logits_of(run: Path, x: torch.Tensor) -> torch.Tensor:
 def alone(script: str, *arguments: str, cwd: Path) -> str:
     """Run a script in a process that must not import this toolkit."""
     guard = "import sys\nsys.modules['nas'] = sys.modules['space'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", guard + script, *arguments], cwd=cwd, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", guard + script, *arguments], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_timm_alone_loads_the_folder_and_says_the_same(run: Path, tmp_path: Path) -> None:
     assert main([str(run), "--to", "timm", "--out", str(tmp_path / "model")]) == 0
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "README.md",
-    }
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     torch.save(images(), tmp_path / "x.pt")
     said = alone(
         "import json, timm, torch\n"
@@ -338,11 +332,7 @@ def test_an_earlier_export_is_replaced_whole_and_its_neighbours_left_alone(tmp_p
 
 @pytest.mark.parametrize(("to", "name"), [("timm", "model"), ("torch", "net.pt2")])
 def test_what_says_something_else_is_not_written_over_what_was_there(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    to: str,
-    name: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str, name: str
 ) -> None:
     run, out = write_run(tmp_path / "run", "tinyvit", TINY), tmp_path / name
     arguments = [str(run), "--to", to, "--out", str(out)]
@@ -359,9 +349,7 @@ def test_what_says_something_else_is_not_written_over_what_was_there(
     assert contents() == before
 
 
-def test_a_place_that_cannot_be_written_to_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", "tinyvit", TINY)
     for place in ("/proc/model", str(tmp_path / "run" / "best.json" / "model")):
         assert main([str(run), "--to", "timm", "--out", place]) == 2

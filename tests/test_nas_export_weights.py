@@ -12,14 +12,7 @@ from torch import nn
 
 from nas.export import weights
 from nas.export.load import load_checkpoint
-from nas.export.weights import (
-    first_mismatch,
-    load_into,
-    load_weights,
-    read_metadata,
-    save_weights,
-    weights_digest,
-)
+from nas.export.weights import first_mismatch, load_into, load_weights, read_metadata, save_weights, weights_digest
 from space.errors import InputError
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
@@ -68,9 +61,7 @@ def test_round_trip_is_exact_and_bytes_depend_on_content_alone(tmp_path, seed):
 def test_the_header_is_sorted_whatever_the_hash_order(tmp_path):
     """safetensors itself leaves metadata in hash order, which differs between processes."""
     path = tmp_path / "w.safetensors"
-    save_weights(
-        path, {"b": torch.ones(2), "a": torch.zeros(3)}, {str(9 - i): "x" for i in range(9)}
-    )
+    save_weights(path, {"b": torch.ones(2), "a": torch.zeros(3)}, {str(9 - i): "x" for i in range(9)})
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert list(header) == ["__metadata__", "a", "b"]

@@ -134,9 +134,7 @@ def test_a_grandchild_outside_the_group_does_not_delay_the_end() -> None:
 
 
 @pytest.mark.parametrize("how", ["process", "thread"])
-def test_a_system_without_free_processes_or_threads_is_one_line(
-    how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_system_without_free_processes_or_threads_is_one_line(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object, **__: object) -> None:
         if how == "process":
             raise OSError(errno.EMFILE, "Too many open files")

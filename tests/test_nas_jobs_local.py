@@ -101,9 +101,7 @@ def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: b
         assert ends(result.values["child"])
 
 
-def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(
-    executor: LocalExecutor, tmp_path: Path
-) -> None:
+def test_a_deadline_kills_the_job_and_leaves_the_executor_usable(executor: LocalExecutor, tmp_path: Path) -> None:
     executor.run(Job(_worker.echo, {}, "warm"))
     pid_file = tmp_path / "pid"
     job = Job(_worker.sleep, {"seconds": 600, "pid_file": str(pid_file)}, "long")
@@ -160,9 +158,7 @@ def meeting(folder: Path, name: str, *others: str, **more: Any) -> Job:
     return Job(_worker.meet, spec, name, **more)
 
 
-def test_jobs_run_side_by_side_and_results_stream_as_they_end(
-    two: LocalExecutor, tmp_path: Path
-) -> None:
+def test_jobs_run_side_by_side_and_results_stream_as_they_end(two: LocalExecutor, tmp_path: Path) -> None:
     jobs = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a"), Job(_worker.echo, {}, "c")]
     results = {result.key: result for result in two.stream(jobs)}
     assert all(result.ok for result in results.values())
@@ -178,10 +174,7 @@ def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
     ticks: list[float] = []
     spec = {"counter": str(tmp_path / "counter"), "deaths": deaths}
     jobs = [Job(_worker.flaky, spec, "flaky", units=3.0), Job(_worker.echo, {"say": 1}, "other")]
-    results = {
-        result.key: result
-        for result in two.stream(jobs, tick=lambda key, units: ticks.append(units))
-    }
+    results = {result.key: result for result in two.stream(jobs, tick=lambda key, units: ticks.append(units))}
     assert results["other"].ok, "a death takes nothing else along"
     rows = [row for row in attempts(tmp_path) if row["job"] == "flaky"]
     lost = [row for row in rows if row["outcome"] == "lost"]
@@ -199,9 +192,7 @@ def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
 
 
 def test_a_job_that_hangs_is_ended_and_tried_again(tmp_path: Path) -> None:
-    executor = LocalExecutor(
-        threads=1, retries=1, limit_s=3.0, command=WORKER, record=tmp_path / "attempts.csv"
-    )
+    executor = LocalExecutor(threads=1, retries=1, limit_s=3.0, command=WORKER, record=tmp_path / "attempts.csv")
     with executor:
         pid_file = tmp_path / "pid"
         spec = {"seconds": 600, "pid_file": str(pid_file)}
@@ -217,8 +208,7 @@ def test_a_job_that_hangs_is_ended_and_tried_again(tmp_path: Path) -> None:
 def test_nothing_runs_beside_a_timed_job(two: LocalExecutor) -> None:
     alone = {"t1", "t2"}
     jobs = [
-        Job(_worker.during, {"seconds": 0.3}, key, timed=key in alone)
-        for key in ("a", "b", "t1", "c", "t2", "d", "e")
+        Job(_worker.during, {"seconds": 0.3}, key, timed=key in alone) for key in ("a", "b", "t1", "c", "t2", "d", "e")
     ]
     spans = {r.key: (r.values["began"], r.values["ended"]) for r in two.stream(jobs)}
     for one, other in itertools.combinations(spans, 2):
@@ -251,9 +241,7 @@ def test_a_consumer_that_stops_ends_what_runs(two: LocalExecutor, tmp_path: Path
     assert [row["job"] for row in ended] == ["long"]
 
 
-@pytest.mark.skipif(
-    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core"
-)
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_workers_have_cores_of_their_own_but_for_timing(two: LocalExecutor, tmp_path: Path) -> None:
     both = [meeting(tmp_path, "a", "b"), meeting(tmp_path, "b", "a")]  # both workers stand
     assert all(r.ok for r in two.stream(both))

@@ -17,15 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.faults.catalogue import FAULTS
-from benchmarks.faults.references import (
-    ARCH,
-    References,
-    differences,
-    orphans,
-    run_outcome,
-    start,
-    store_outcome,
-)
+from benchmarks.faults.references import ARCH, References, differences, orphans, run_outcome, start, store_outcome
 from nas.contract import contract
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Tick
@@ -141,9 +133,7 @@ def test_a_folder_arrives_as_it_was_sent_and_changes_come_back(data: st.DataObje
         assert read_files(folder, top_only=True) == top
 
 
-def test_a_file_arrives_under_its_own_name_and_a_broken_journey_leaves_nothing(
-    tmp_path: Path,
-) -> None:
+def test_a_file_arrives_under_its_own_name_and_a_broken_journey_leaves_nothing(tmp_path: Path) -> None:
     file, place = tmp_path / "w.bin", tmp_path / "place"
     file.write_bytes(b"x")
     place.mkdir()
@@ -198,9 +188,7 @@ def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> N
     words = json.dumps(kind.begin(out, tmp_path / "cache"))
     inside = 'ip link set lo up && exec "$@"'
     subprocess.run(
-        ["unshare", "-n", "sh", "-c", inside, "sh", sys.executable, "-c", code, words],
-        check=True,
-        timeout=600,
+        ["unshare", "-n", "sh", "-c", inside, "sh", sys.executable, "-c", code, words], check=True, timeout=600
     )
     with (out / "attempts.csv").open(newline="") as file:
         where = {row["job"]: row["where"] for row in csv.DictReader(file)}

@@ -219,9 +219,7 @@ def damaged(path: Path, **cells: str) -> Path:
         ({"device": "tpu"}, "line 2"),
     ],
 )
-def test_damaged_cells_are_refused_naming_the_line(
-    cells: dict[str, str], says: str, write: Write
-) -> None:
+def test_damaged_cells_are_refused_naming_the_line(cells: dict[str, str], says: str, write: Write) -> None:
     path = damaged(write([row(SEED, 12.5, 12.5)]), **cells)
     with pytest.raises(InputError) as caught:
         read_rows(path, "--device-table")

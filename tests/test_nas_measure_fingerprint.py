@@ -64,8 +64,7 @@ def test_momentary_things_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> N
         lines = text.splitlines(keepends=True)
         # A few MHz, as boots of one virtual machine differ by.
         return "".join(
-            f"cpu MHz\t\t: {float(x.split(':')[1]) + 0.003:.3f}\n" if x.startswith("cpu MHz") else x
-            for x in lines
+            f"cpu MHz\t\t: {float(x.split(':')[1]) + 0.003:.3f}\n" if x.startswith("cpu MHz") else x for x in lines
         )
 
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
@@ -101,13 +100,7 @@ class Counted:
 
 @pytest.mark.parametrize(
     ("ran", "waited", "throttled", "share"),
-    [
-        (1.0, 0.0, 0.0, 0.0),
-        (3.0, 1.0, 0.0, 0.25),
-        (9.0, 0.5, 0.5, 0.1),
-        (0.0, 2.0, 0.0, 1.0),
-        (1.0, 0.0, 3.0, 0.75),
-    ],
+    [(1.0, 0.0, 0.0, 0.0), (3.0, 1.0, 0.0, 0.25), (9.0, 0.5, 0.5, 0.1), (0.0, 2.0, 0.0, 1.0), (1.0, 0.0, 3.0, 0.75)],
 )
 def test_waited_is_the_share_of_wanted_time(
     ran: float, waited: float, throttled: float, share: float, monkeypatch: pytest.MonkeyPatch
@@ -182,9 +175,7 @@ def test_a_spinning_neighbour_on_our_core_is_seen() -> None:
         "finally:\n"
         "    other.kill()\n"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert 0.2 < float(told.stdout) <= 1.0
 
 

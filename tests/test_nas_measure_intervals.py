@@ -10,14 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.measure.interleave import planned_looks
-from nas.measure.intervals import (
-    MIN_BLOCKS,
-    effective_count,
-    median_interval,
-    quantile,
-    quantile_interval,
-    verdict,
-)
+from nas.measure.intervals import MIN_BLOCKS, effective_count, median_interval, quantile, quantile_interval, verdict
 
 LAW = settings(derandomize=True, deadline=None)
 VALUES = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=60)
@@ -182,9 +175,7 @@ def test_quantile_is_numpys(values: list[float], q: float) -> None:
 
 @given(st.floats(0.1, 10), st.floats(0, 5), st.floats(0.1, 20))
 @LAW
-def test_verdict_is_undecided_exactly_while_the_bound_is_inside(
-    lo: float, width: float, bound: float
-) -> None:
+def test_verdict_is_undecided_exactly_while_the_bound_is_inside(lo: float, width: float, bound: float) -> None:
     hi = lo + width
     found = verdict(lo, hi, bound)
     assert found == ("pass" if bound <= lo else "fail" if bound > hi else "undecided")

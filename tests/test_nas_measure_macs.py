@@ -69,11 +69,7 @@ def test_published_5m() -> None:
     family, ctx = get_family("tinyvit"), Context(224, 1000)
     arch = family.seed("5M")
     found = fvcore_by_operator(family.build(arch, ctx), ctx)
-    assert found == {
-        "conv": 368_382_784,
-        "linear": 790_290_944,
-        "scaled_dot_product_attention": 96_500_992,
-    }
+    assert found == {"conv": 368_382_784, "linear": 790_290_944, "scaled_dot_product_attention": 96_500_992}
     assert sum(found.values()) == family.count_macs(arch, ctx)
 
 

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 
 from nas.measure import interleave as rounds
 from nas.measure.interference import Disturbance
-from nas.measure.interleave import (
-    Bounds,
-    TimingResult,
-    measure_rounds,
-    planned_looks,
-    settle,
-    summary,
-)
+from nas.measure.interleave import Bounds, TimingResult, measure_rounds, planned_looks, settle, summary
 from nas.measure.measurement import Throughput
 
 LAW = settings(derandomize=True, deadline=None)
@@ -94,9 +87,7 @@ def test_blocks_alternate_and_drift_cancels() -> None:
 
 @given(st.floats(0.05, 20.0), st.floats(1e-4, 1.0), st.integers(1, 64), st.integers(1, 64))
 @settings(derandomize=True, deadline=None, max_examples=40)
-def test_ratio_and_pace_are_those_of_the_costs(
-    ratio: float, cost: float, batch: int, reference_batch: int
-) -> None:
+def test_ratio_and_pace_are_those_of_the_costs(ratio: float, cost: float, batch: int, reference_batch: int) -> None:
     """Images/s are batch over seconds, each network with its own batch."""
     machine = Machine()
     timers = [machine.timer("A", lambda: cost), machine.timer("B", lambda: cost * ratio)]
@@ -118,10 +109,7 @@ def noisy_pair(seed: int = 0) -> list[Fake]:
 
 
 def test_measures_longer_only_while_a_bound_is_undecided() -> None:
-    blocks = {
-        ratio: timed(noisy_pair(), Bounds(ratio=ratio), max_blocks=40).blocks
-        for ratio in (1.0, 4.0, 2.0)
-    }
+    blocks = {ratio: timed(noisy_pair(), Bounds(ratio=ratio), max_blocks=40).blocks for ratio in (1.0, 4.0, 2.0)}
     assert blocks == {1.0: 6, 4.0: 6, 2.0: 40}
     assert timed(noisy_pair(), max_blocks=40).blocks == 6, "nothing is asked"
     assert timed(noisy_pair(), Bounds(images_per_s=4.0)).blocks == 6

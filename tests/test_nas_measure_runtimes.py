@@ -18,14 +18,7 @@ from torch.nn import functional as F
 
 from nas.core.requirement import Setting
 from nas.export.fuse import fuse_batch_norms
-from nas.measure.runtimes import (
-    PreparedModel,
-    Runtime,
-    RuntimeRequest,
-    check_setting,
-    find_runtime,
-    runtimes,
-)
+from nas.measure.runtimes import PreparedModel, Runtime, RuntimeRequest, check_setting, find_runtime, runtimes
 from nas.measure.throughput import Prepared, difference, prepare, private_copy
 from space import Context, InputError, get_family
 
@@ -238,8 +231,7 @@ def test_norms_behind_layers_are_folded_and_nothing_changes(
     assert norms(model) == left
     assert difference(truth(model, x), wanted) < 1e-4
     assert activations == [] or any(
-        isinstance(m, nn.ReLU | nn.Hardswish) or "Act" in type(m).__name__ or "Swish" in str(m)
-        for m in model.modules()
+        isinstance(m, nn.ReLU | nn.Hardswish) or "Act" in type(m).__name__ or "Swish" in str(m) for m in model.modules()
     )
 
 
@@ -269,9 +261,7 @@ def skip() -> nn.Module:
 def mutated() -> nn.Module:
     """The convolution's output is changed in place before the norm sees it."""
     return Net(
-        lambda net, x: net.norm(F.relu_(net.conv(x))).mean((2, 3)),
-        conv=nn.Conv2d(3, 4, 3),
-        norm=nn.BatchNorm2d(4),
+        lambda net, x: net.norm(F.relu_(net.conv(x))).mean((2, 3)), conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4)
     )
 
 
@@ -307,9 +297,7 @@ def twice() -> nn.Module:
 def tokens() -> nn.Module:
     """The norm is over tokens, as many as the layer has channels: another axis."""
     return Net(
-        lambda net, x: net.norm(net.layer(x.flatten(1, 2))).mean(2),
-        layer=nn.Linear(32, 96),
-        norm=nn.BatchNorm1d(96),
+        lambda net, x: net.norm(net.layer(x.flatten(1, 2))).mean(2), layer=nn.Linear(32, 96), norm=nn.BatchNorm1d(96)
     )
 
 

@@ -15,13 +15,7 @@ from hypothesis import strategies as st
 from nas.core.requirement import parse_requirement
 from nas.core.table import format_table, parse_table
 from nas.measure.measurement import Measurement
-from nas.measure.measurement_table import (
-    HEADER,
-    MeasurementCache,
-    MeasurementRow,
-    MeasurementTable,
-    read_measurements,
-)
+from nas.measure.measurement_table import HEADER, MeasurementCache, MeasurementRow, MeasurementTable, read_measurements
 from space import InputError
 
 MEASUREMENT = Measurement(
@@ -57,9 +51,7 @@ def row(arch: str = "a", **changes: Any) -> MeasurementRow:
     return MeasurementRow("gate", arch, f"label of {arch}", "seed", of)
 
 
-TEXTS = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\x00"), max_size=20
-)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\n\x00"), max_size=20)
 POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
 
 
@@ -161,13 +153,7 @@ def test_bad_values_are_refused_naming_line_and_column(tmp_path: Path) -> None:
 
 def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.csv"
-    for data in (
-        b"name,speed\na,1\n",
-        b"\x89PNG\r\n\x1a\n",
-        b"hello",
-        b"\n\n",
-        "ä\n".encode("latin1"),
-    ):
+    for data in (b"name,speed\na,1\n", b"\x89PNG\r\n\x1a\n", b"hello", b"\n\n", "ä\n".encode("latin1")):
         path.write_bytes(data)
         for read in (MeasurementTable, read_measurements):
             with pytest.raises(InputError):
@@ -182,9 +168,7 @@ def test_a_foreign_file_is_refused_and_left_alone(tmp_path: Path) -> None:
         read_measurements(path)
 
 
-def test_the_row_is_on_disk_before_append_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_row_is_on_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.csv"
     synced: list[int] = []
     real = os.fsync

@@ -98,15 +98,7 @@ def test_caller_is_left_as_it_was() -> None:
         assert bool(caches) != training
         state = torch.get_rng_state()
         torch.set_num_threads(threads := 2)
-        found = measure(
-            model,
-            model,
-            ctx=SMALL,
-            setting=Setting(batch=2),
-            blocks=6,
-            min_block_s=0.001,
-            threads=1,
-        )
+        found = measure(model, model, ctx=SMALL, setting=Setting(batch=2), blocks=6, min_block_s=0.001, threads=1)
         assert found.threads == 1
         assert torch.get_num_threads() == threads
         torch.set_num_threads(1)
@@ -190,9 +182,7 @@ def test_networks_of_several_settings_alternate(fake_clock: list[float]) -> None
     """A reference in another batch: images/s count its own images."""
     model = Sleepy(0.001, fake_clock)
     nets = [prepare(model, ctx=CTX, setting=Setting(batch=b)) for b in (4, 1)]
-    found = measure_prepared(
-        nets[0], nets[1], blocks=6, max_blocks=6, min_block_s=0.001, min_passes=3
-    )
+    found = measure_prepared(nets[0], nets[1], blocks=6, max_blocks=6, min_block_s=0.001, min_passes=3)
     assert found.batch == 4
     assert found.passes >= 3
     assert found.ratio == pytest.approx(4.0, rel=0.01)

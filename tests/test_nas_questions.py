@@ -19,13 +19,7 @@ from safetensors.numpy import save_file
 
 from nas.contract import contract
 from nas.contract.__main__ import main
-from nas.contract.replay import (
-    dropped_requirements,
-    lineage,
-    load_earlier,
-    read_earlier,
-    replayed_config,
-)
+from nas.contract.replay import dropped_requirements, lineage, load_earlier, read_earlier, replayed_config
 from nas.contract.run import plan
 from nas.contract.run_folder import SCHEMA
 from nas.contract.state import Run
@@ -67,20 +61,14 @@ def original(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(finished: Finished, tmp_path: Path) -> None:
     """It keeps its place: no other candidate is trained instead."""
 
     class Failing(InlineExecutor):
         failed: str | None = None
 
         def run(self, job: Job, **more: Any) -> Result:
-            if (
-                job.function is train
-                and job.key.startswith("s1-")
-                and self.failed in (None, job.key)
-            ):
+            if job.function is train and job.key.startswith("s1-") and self.failed in (None, job.key):
                 self.failed = job.key
                 return Result(job.key, False, {}, "out of memory")
             return super().run(job, **more)
@@ -98,9 +86,7 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(
     assert not [key for function, key in counting.jobs if function is train]
 
 
-def test_status_tells_what_is_decided_while_a_step_trains(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_status_tells_what_is_decided_while_a_step_trains(finished: Finished, tmp_path: Path) -> None:
     folder, told = tmp_path / "run", []
 
     class Looking(InlineExecutor):
@@ -118,9 +104,7 @@ def test_status_tells_what_is_decided_while_a_step_trains(
 RIVALS = [s for s in strategy_names() if s not in ("contraction", "uniform")]
 
 
-@pytest.mark.parametrize(
-    "strategy", [s if s == "tpe" else pytest.param(s, marks=pytest.mark.slow) for s in RIVALS]
-)
+@pytest.mark.parametrize("strategy", [s if s == "tpe" else pytest.param(s, marks=pytest.mark.slow) for s in RIVALS])
 def test_a_rival_looks_inside_the_targets_band_from_the_start(
     strategy: str, finished: Finished, tmp_path: Path
 ) -> None:
@@ -141,9 +125,7 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
 @pytest.mark.parametrize("strategy", RIVALS)
 def test_a_rivals_run_repeats_itself(strategy: str, finished: Finished, tmp_path: Path) -> None:
     given = settings(finished, strategy=strategy, baselines=False)
-    once, again = (
-        contract(**given, out=tmp_path / name, executor=InlineExecutor()) for name in ("a", "b")
-    )
+    once, again = (contract(**given, out=tmp_path / name, executor=InlineExecutor()) for name in ("a", "b"))
     assert [r["key"] for r in trials(tmp_path / "a")] == [r["key"] for r in trials(tmp_path / "b")]
     assert again.result["winner"] == once.result["winner"]
 
@@ -186,11 +168,7 @@ def test_a_replay_answers_from_scores_without_training_a_candidate(
     target = int(scored[0]["params"])
     executor = Counting()
     outcome = contract(
-        target_params=target,
-        replay=str(original),
-        out=tmp_path / "run",
-        executor=executor,
-        cache_dir=finished.cache,
+        target_params=target, replay=str(original), out=tmp_path / "run", executor=executor, cache_dir=finished.cache
     )
     assert outcome.status == "reached"
     assert outcome.result["reused"]["scores"] >= 1
@@ -200,16 +178,10 @@ def test_a_replay_answers_from_scores_without_training_a_candidate(
     assert str(original) in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_a_replay_goes_on_from_the_nearest_larger_model(
-    original: Path, finished: Finished, tmp_path: Path
-) -> None:
+def test_a_replay_goes_on_from_the_nearest_larger_model(original: Path, finished: Finished, tmp_path: Path) -> None:
     executor = Counting()
     outcome = contract(
-        target_params="250K",
-        replay=str(original),
-        out=tmp_path / "run",
-        executor=executor,
-        cache_dir=finished.cache,
+        target_params="250K", replay=str(original), out=tmp_path / "run", executor=executor, cache_dir=finished.cache
     )
     assert outcome.status == "reached"
     rows = trials(tmp_path / "run")
@@ -249,8 +221,7 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
         losses.parent.with_name(name).mkdir(parents=True)
         save_file({"soft_loss": np.zeros(3)}, losses.parent.with_name(name) / losses.name)
     again = [
-        Trial(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored)
-        for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))
+        Trial(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored) for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))
     ]
     kept_run(tmp_path / "second", again, replay=str(tmp_path / "first"))
     kept_run(tmp_path / "third", again[::-1], replay=str(tmp_path / "second"))
@@ -280,9 +251,7 @@ def test_a_replay_can_be_replayed(original: Path, finished: Finished, tmp_path: 
     asked: dict[str, Any] = {"target_params": int(scored[0]["params"]), "cache_dir": finished.cache}
     results = []
     for name, before in (("first", original), ("second", tmp_path / "first")):
-        outcome = contract(
-            **asked, replay=str(before), out=tmp_path / name, executor=InlineExecutor()
-        )
+        outcome = contract(**asked, replay=str(before), out=tmp_path / name, executor=InlineExecutor())
         assert outcome.status == "reached"
         results.append(outcome.result)
     assert results[1]["reused"]["scores"] == results[0]["reused"]["scores"]
@@ -307,9 +276,7 @@ def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path
         config = RunConfig(seed="small", target_params=300_000, distill=distill)
         run = cast(Any, object.__new__(Run))
         run.config, run.family, run.context, run.trained = config, FAMILY, CTX, {}
-        run.dataset = SimpleNamespace(
-            folder="data", fingerprint="d", train=SimpleNamespace(labels=[0])
-        )
+        run.dataset = SimpleNamespace(folder="data", fingerprint="d", train=SimpleNamespace(labels=[0]))
         run.store = {"folder": "store", "id": "s", "use_epochs": 3}
         run.folder, run.fingerprint = SimpleNamespace(path=tmp_path), {"id": "here"}
         jobs: list[Job] = []
@@ -334,9 +301,7 @@ def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(finished: Finished, tmp_path: Path) -> None:
     """Seed, candidates, second seeds, trust and the final comparison learn alike."""
     small = {"embed_dim": 64, "depth": 4, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8}
     seed = tmp_path / "seed.json"
@@ -376,9 +341,7 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(
         assert says == (job not in alone and not job.argument.arch["dist_token"]), job.key
         lost |= {job.key} if says else set()
     assert any(key.startswith("s1-") for key in lost)
-    assert {r["name"] for r in table(folder / "proxy_check.csv")} >= {
-        "proxy (inherit), hard labels"
-    }
+    assert {r["name"] for r in table(folder / "proxy_check.csv")} >= {"proxy (inherit), hard labels"}
     assert "`--distill token`" in (folder / "report.md").read_text()
 
 
@@ -401,17 +364,11 @@ def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("asked", "lo", "by"),
-    [
-        (1_000_000, 4_500_000, "multiply-adds"),
-        (None, 4_500_000, "parameters"),
-        (1_000_000, 30_000_000, "parameters"),
-    ],
+    [(1_000_000, 4_500_000, "multiply-adds"), (None, 4_500_000, "parameters"), (1_000_000, 30_000_000, "parameters")],
 )
 def test_what_keeps_a_band_empty_is_named(asked: int | None, lo: int, by: str) -> None:
     seed = FAMILY.seed("21M")
-    here = SimpleNamespace(
-        key=lambda arch: FAMILY.key(arch, CTX), counted={}, family=FAMILY, context=CTX
-    )
+    here = SimpleNamespace(key=lambda arch: FAMILY.key(arch, CTX), counted={}, family=FAMILY, context=CTX)
     assert binding_constraint(cast(Any, here), [seed], Band(lo, lo + 500_000, asked)) == by
 
 
@@ -461,9 +418,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     assert not more
 
 
-def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(
-    finished: Finished, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.contract.plan.MEASURING_S", 0.1)
 
     class Full(InlineExecutor):
@@ -532,13 +487,7 @@ def test_a_trust_report_names_its_archs_first_and_survives_a_stop(
     assert result["proxy_check"]["n"] == 4
     assert len(read_json(original / "proxy_check.json", "archs")["archs"]) == 4
     names = {r["name"] for r in table(original / "proxy_check.csv")}
-    assert {
-        "proxy (inherit)",
-        "parameters",
-        "MACs",
-        "synflow",
-        "ceiling: the noise-free truth",
-    } <= (names)
+    assert {"proxy (inherit)", "parameters", "MACs", "synflow", "ceiling: the noise-free truth"} <= (names)
     assert result["proxy_check"]["message"] in (original / "report.md").read_text()
     assert (original / "best.safetensors").read_bytes() == before
     assert main([*flags, "--check-proxy", "4"]) == 0, "and is not made twice"

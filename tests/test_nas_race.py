@@ -106,9 +106,7 @@ class MadeUpRun(Run):
         found = []
         for task in tasks:
             more = {k: v for k, v in task.job.argument.items() if k != "key"}
-            result = failed_before(task.out) or self.train(
-                task.job.argument["key"], task.job.key, out=task.out, **more
-            )
+            result = failed_before(task.out) or self.train(task.job.argument["key"], task.job.key, out=task.out, **more)
             if not result.ok:
                 keep_failure(task.out, result)
             found.append(result)
@@ -140,9 +138,7 @@ PARENT = Incumbent(cast(Any, "parent"), "parent", Path("parent"), 1.0, 1.0, 1.0)
 def step_of(run: MadeUpRun, incumbents: Sequence[Incumbent] = ()) -> Step:
     """A first step whose candidates are all equally fast."""
     timed = {"images_per_s": 1.0, "ratio": 1.0}
-    found = [
-        Candidate(cast(Any, key), key, 1, 1, 1, (), None, PARENT.arch, **timed) for key in run.means
-    ]
+    found = [Candidate(cast(Any, key), key, 1, 1, 1, (), None, PARENT.arch, **timed) for key in run.means]
     return Step(1, PARENT, incumbents, [PARENT], {}, candidates={each.key: each for each in found})
 
 
@@ -172,9 +168,7 @@ def test_losers_stop_and_those_that_remain_get_their_epochs(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("racing", [False, True])
-def test_equals_all_reach_the_end_and_nothing_is_raced_needlessly(
-    tmp_path: Path, racing: bool
-) -> None:
+def test_equals_all_reach_the_end_and_nothing_is_raced_needlessly(tmp_path: Path, racing: bool) -> None:
     run = MadeUpRun(tmp_path, dict.fromkeys("abcd", 1.0), racing=racing, epochs=4)
     assert all((t.stage, t.epochs) == ("proxy", 4) for t in run_race(run))
     assert len(run.diary) == (4 * len(rungs_of(4)) if racing else 4)
@@ -284,10 +278,7 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
     assert second.ok, second.reason
     assert whole.values["weights_digest"] == second.values["weights_digest"]
     assert first.values["weights_digest"] != second.values["weights_digest"]
-    names = [
-        sorted(p.name for p in (tmp_path / n).glob("*.safetensors"))
-        for n in ("whole", "first", "second")
-    ]
+    names = [sorted(p.name for p in (tmp_path / n).glob("*.safetensors")) for n in ("whole", "first", "second")]
     assert names[0] == names[2] == ["holdout.safetensors", "weights.safetensors"]
     assert names[1] == [CHECKPOINT, "holdout.safetensors"]
     trained = sum(ticks) - whole.values["holdout_images"]

@@ -56,12 +56,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ):
         assert needed in text, needed
     table = final_table(run)
-    assert [line.split()[0] for line in table.splitlines()[:4]] == [
-        "model",
-        "seed",
-        "winner",
-        "published",
-    ]
+    assert [line.split()[0] for line in table.splitlines()[:4]] == ["model", "seed", "winner", "published"]
     assert all(len(line) <= 100 for line in table.splitlines()[:4])
     lines = status(run)
     assert lines.splitlines()[0].endswith(": reached")
@@ -69,9 +64,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["reached", "stuck"])
-def test_what_to_do_next_names_a_family_that_is_not_the_default(
-    tmp_path: Path, status: str
-) -> None:
+def test_what_to_do_next_names_a_family_that_is_not_the_default(tmp_path: Path, status: str) -> None:
     run = make_run(tmp_path / "run")
     for name in ("run.json", "result.json"):
         data = json.loads((run / name).read_text())
@@ -93,9 +86,7 @@ def test_what_to_do_next_names_a_family_that_is_not_the_default(
         (-0.01, 0.03, "no difference from the published 5M that this test could see"),
     ],
 )
-def test_the_comparison_claims_what_its_interval_allows(
-    tmp_path: Path, lo: float, hi: float, words: str
-) -> None:
+def test_the_comparison_claims_what_its_interval_allows(tmp_path: Path, lo: float, hi: float, words: str) -> None:
     run = make_run(tmp_path / "run", steps=1)
     result = json.loads((run / "result.json").read_text())
     result["final"]["paired"] = {"difference": (lo + hi) / 2, "lo": lo, "hi": hi}
@@ -155,9 +146,7 @@ def test_reporting_changes_no_file_of_the_run_and_repeats_to_the_byte(tmp_path: 
         ("study.db", None),
     ],
 )
-def test_damaged_runs_are_refused_in_one_line(
-    tmp_path: Path, name: str, data: bytes | None
-) -> None:
+def test_damaged_runs_are_refused_in_one_line(tmp_path: Path, name: str, data: bytes | None) -> None:
     run = make_run(tmp_path / "run", steps=1)
     assert status(run)
     if data is None:
@@ -263,15 +252,9 @@ def test_figures_of_odd_contents_draw() -> None:
         assert svg_bytes(figure).startswith(b"<?xml")
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30),
-    st.booleans(),
-    st.booleans(),
-)
+@given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), max_size=30), st.booleans(), st.booleans())
 @settings(derandomize=True, deadline=None)
-def test_front_is_the_set_that_nothing_beats(
-    points: list[tuple[float, float]], x_lower: bool, y_lower: bool
-) -> None:
+def test_front_is_the_set_that_nothing_beats(points: list[tuple[float, float]], x_lower: bool, y_lower: bool) -> None:
     """Against the naive definition."""
 
     def beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -290,10 +273,7 @@ def test_stop_counts_cover_every_candidate_once(tmp_path: Path) -> None:
     counts = stop_counts(run, most=3)
     assert sum(count for _, count in counts) == len(run.trials) - 1
     assert counts[-1][0] == "other reasons"
-    assert counts[1] == (
-        "throughput (pruned): not surely as fast as #x the seed (required): # [# #]",
-        12,
-    )
+    assert counts[1] == ("throughput (pruned): not surely as fast as #x the seed (required): # [# #]", 12)
 
 
 def test_numbers_as_people_read_them() -> None:
@@ -304,8 +284,4 @@ def test_numbers_as_people_read_them() -> None:
     assert percent(0.9317, 0.0134) == "93.2 +- 1.3 %"
     assert [duration(s) for s in (42, 190, 7500)] == ["42 s", "3 min 10 s", "2 h 5 min"]
     assert markdown(("a", "b"), [["x|y", "1"]]).splitlines()[2] == "| x\\|y | 1 |"
-    assert plain(("a", "b"), [["xyz", "1"], ["", "10"]]).splitlines() == [
-        "a     b",
-        "xyz   1",
-        "     10",
-    ]
+    assert plain(("a", "b"), [["xyz", "1"], ["", "10"]]).splitlines() == ["a     b", "xyz   1", "     10"]

@@ -31,9 +31,7 @@ def is_name(text: str) -> bool:
 DEVICES = st.one_of(st.sampled_from(["cpu", "cuda"]), st.integers(0, 99).map("cuda:{}".format))
 RUNTIMES = st.from_regex(r"[a-z][a-z0-9_.-]{0,20}", fullmatch=True).filter(is_name)
 SETTINGS = st.builds(Setting, DEVICES, RUNTIMES, st.sampled_from(DTYPES), st.integers(1, 10**6))
-BOUNDS = st.one_of(
-    st.floats(1e-9, 1e18), st.integers(1, 10**12).map(float), st.sampled_from([1.9, 0.1, 2.0 / 3])
-)
+BOUNDS = st.one_of(st.floats(1e-9, 1e18), st.integers(1, 10**12).map(float), st.sampled_from([1.9, 0.1, 2.0 / 3]))
 MEASURED = [metric for metric in METRICS if metric not in COUNTED]
 REQUIREMENTS = st.one_of(
     st.builds(Requirement, st.sampled_from(MEASURED), BOUNDS, SETTINGS),
@@ -43,9 +41,7 @@ REQUIREMENTS = st.one_of(
 
 @given(SETTINGS, st.sampled_from(DTYPES), st.integers(1, 64))
 @LAW
-def test_a_setting_reads_back_whatever_the_defaults(
-    setting: Setting, dtype: str, batch: int
-) -> None:
+def test_a_setting_reads_back_whatever_the_defaults(setting: Setting, dtype: str, batch: int) -> None:
     assert parse_setting("--x", setting.text, dtype=dtype, batch=batch) == setting
 
 
@@ -92,8 +88,7 @@ def test_defaults_are_the_command_lines_but_a_latency_is_that_of_batch_1() -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "bound"),
-    [("params<=5M", 5e6), ("params<=750k", 75e4), ("macs<=1.3G", 1.3e9), ("macs<=12", 12.0)],
+    ("text", "bound"), [("params<=5M", 5e6), ("params<=750k", 75e4), ("macs<=1.3G", 1.3e9), ("macs<=12", 12.0)]
 )
 def test_counts_take_suffixes(text: str, bound: float) -> None:
     found = parse_requirement(text, dtype="float32", batch=16)

@@ -34,9 +34,7 @@ def config(**changes: object) -> RunConfig:
 
 
 @settings(max_examples=200, derandomize=True)
-@given(
-    target=st.integers(10_000, 19_000_000), steps=st.integers(1, 12), tolerance=st.floats(0.0, 0.5)
-)
+@given(target=st.integers(10_000, 19_000_000), steps=st.integers(1, 12), tolerance=st.floats(0.0, 0.5))
 def test_bands_shrink_to_the_targets_own_band(target: int, steps: int, tolerance: float) -> None:
     c = config(target_params=target, steps=steps, params_tolerance=tolerance)
     bands = [band_at(20_000_000, c, k) for k in range(1, steps + 1)]
@@ -114,9 +112,7 @@ def test_a_throughput_below_the_seeds_is_asked_of_every_step_alike() -> None:
 
 def test_without_a_throughput_constraint_a_step_may_not_be_slower_than_its_parent() -> None:
     for c in (config(), config(require=("peak_mem_mb<=500@cpu",))):
-        assert bounds(c, 2, parent_ratio=1.3).least_ratio == pytest.approx(
-            1.3 * (1 - NO_SLOWER_SLACK)
-        )
+        assert bounds(c, 2, parent_ratio=1.3).least_ratio == pytest.approx(1.3 * (1 - NO_SLOWER_SLACK))
 
 
 def test_the_primary_setting_is_that_of_the_first_required_pace() -> None:
@@ -130,9 +126,7 @@ def test_the_primary_setting_is_that_of_the_first_required_pace() -> None:
 
 
 timed_lists = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 5), st.floats(0.5, 4.0), st.booleans()),
-    min_size=1,
-    max_size=15,
+    st.tuples(st.integers(0, 5), st.integers(0, 5), st.floats(0.5, 4.0), st.booleans()), min_size=1, max_size=15
 )
 
 
@@ -185,9 +179,7 @@ def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_pl
 
 @settings(max_examples=100, derandomize=True)
 @given(rows=timed_lists, random_seed=st.integers(0, 9))
-def test_each_choice_is_as_far_as_any_other_was(
-    rows: list[tuple[int, int, float, bool]], random_seed: int
-) -> None:
+def test_each_choice_is_as_far_as_any_other_was(rows: list[tuple[int, int, float, bool]], random_seed: int) -> None:
     timed, features = as_timed([(a, b, r, False) for a, b, r, _ in rows])
     spreaded = spread(timed, features, min(4, len(timed)), random_seed=random_seed)
     chosen = [c.key for c in spreaded]
@@ -202,9 +194,7 @@ def test_each_choice_is_as_far_as_any_other_was(
 
 
 scored_lists = st.lists(
-    st.tuples(st.floats(0.1, 3.0), st.floats(0.001, 0.2), st.floats(0.5, 4.0)),
-    min_size=1,
-    max_size=12,
+    st.tuples(st.floats(0.1, 3.0), st.floats(0.001, 0.2), st.floats(0.5, 4.0)), min_size=1, max_size=12
 )
 
 
@@ -213,10 +203,7 @@ scored_lists = st.lists(
 def test_ranking_puts_the_fastest_of_the_tied_first_and_the_rest_by_loss(
     rows: list[tuple[float, float, float]],
 ) -> None:
-    scored = [
-        SimpleNamespace(key=f"k{i}", soft_loss=loss, ratio=ratio)
-        for i, (loss, _, ratio) in enumerate(rows)
-    ]
+    scored = [SimpleNamespace(key=f"k{i}", soft_loss=loss, ratio=ratio) for i, (loss, _, ratio) in enumerate(rows)]
     errors = {f"k{i}": se for i, (_, se, _) in enumerate(rows)}
 
     def error(a: str, b: str) -> float:
@@ -226,9 +213,7 @@ def test_ranking_puts_the_fastest_of_the_tied_first_and_the_rest_by_loss(
     assert sorted(order) == sorted(s.key for s in scored)
     by_key = {s.key: s for s in scored}
     best = min(scored, key=lambda s: (s.soft_loss, -s.ratio, s.key))
-    tied = {
-        s.key for s in scored if s is best or s.soft_loss - best.soft_loss <= error(s.key, best.key)
-    }
+    tied = {s.key for s in scored if s is best or s.soft_loss - best.soft_loss <= error(s.key, best.key)}
     assert set(order[: len(tied)]) == tied
     assert by_key[order[0]].ratio == max(by_key[k].ratio for k in tied)
     losses = [by_key[k].soft_loss for k in order[len(tied) :]]

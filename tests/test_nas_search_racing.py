@@ -13,9 +13,7 @@ from nas.search.racing import racing_decision
 Floats = npt.NDArray[np.float64]
 
 
-def curves_of(
-    rng: np.random.Generator, true: Floats, rungs: int, images: int, drifts: float
-) -> Floats:
+def curves_of(rng: np.random.Generator, true: Floats, rungs: int, images: int, drifts: float) -> Floats:
     """Curves [archs, rungs, images] that fall, and whose order still moves until the last rung."""
     n = len(true)
     hard = rng.exponential(size=images)
@@ -31,9 +29,7 @@ def raced(curves: Floats, keep: int, alpha: float, drift_sd: float | None) -> li
     left, found = [str(i) for i in range(len(curves))], []
     for rung in range(curves.shape[1] - 1):
         losses = {key: curves[int(key), rung] for key in left}
-        decision = racing_decision(
-            losses, keep, alpha=alpha, looks=curves.shape[1] - 1, drift_sd=drift_sd
-        )
+        decision = racing_decision(losses, keep, alpha=alpha, looks=curves.shape[1] - 1, drift_sd=drift_sd)
         left = list(decision.stay)
         found.append(set(left))
     return found
@@ -76,9 +72,7 @@ def test_decisions_follow_the_rule_spelt_out_pair_by_pair() -> None:
         spread = float(rng.choice([0.0, 0.1, 1.0]))
         allowance = rng.choice(np.array([0.0, 0.1]))
         base = rng.normal(size=images)
-        losses = {
-            f"k{i}": base + spread * rng.normal() + 0.3 * rng.normal(size=images) for i in range(n)
-        }
+        losses = {f"k{i}": base + spread * rng.normal() + 0.3 * rng.normal(size=images) for i in range(n)}
         found = racing_decision(losses, keep, alpha=alpha, looks=looks, drift_sd=float(allowance))
         if n <= keep:
             assert set(found.stay) == set(losses)

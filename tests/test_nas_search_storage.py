@@ -21,13 +21,7 @@ from nas.contract.__main__ import main
 from nas.contract.replay import read_earlier
 from nas.contract.run import RunResult
 from nas.contract.state import Run
-from nas.search.storage import (
-    SharedStudy,
-    StudyUnavailable,
-    check_reachable,
-    new_shared,
-    resumed_shared,
-)
+from nas.search.storage import SharedStudy, StudyUnavailable, check_reachable, new_shared, resumed_shared
 from nas.search.study import StepRow, Study, Trial, open_study, read_study
 from space import get_family
 from space.errors import InputError, refuse, without_passwords
@@ -43,10 +37,7 @@ def rows(count: int, tag: str = "k") -> list[Trial]:
         {"stage": "throughput", "reason": "zu langsam: 3 % \x00 'quoted' \U0001f600"},
         {"state": "failed", "stage": "proxy", "violation": float("inf")},
     ]
-    return [
-        Trial(n, f"{tag}{n}", "", "", "", 1, "", 10**9 + n, 2, 3, **ends[n % 3])
-        for n in range(count)
-    ]  # type: ignore[arg-type]
+    return [Trial(n, f"{tag}{n}", "", "", "", 1, "", 10**9 + n, 2, 3, **ends[n % 3]) for n in range(count)]  # type: ignore[arg-type]
 
 
 def fill(ledger: Study, wanted: list[Trial]) -> None:
@@ -108,9 +99,7 @@ def test_two_runs_begin_and_write_in_an_empty_database_at_once(server: Server) -
     server.sql("CREATE DATABASE empty")
     url = server.url(None, "empty")
     tests = str(Path(__file__).parent)
-    both = [
-        subprocess.Popen([sys.executable, "-c", TWO, tests, tag, url, PASSWORD]) for tag in "xy"
-    ]
+    both = [subprocess.Popen([sys.executable, "-c", TWO, tests, tag, url, PASSWORD]) for tag in "xy"]
     assert [process.wait(120) for process in both] == [0, 0]
     for tag in "xy":
         ledger = Study(SharedStudy(url, f"study-{tag}", PASSWORD), create=False)
@@ -188,9 +177,7 @@ def reach_and_begin(shared: SharedStudy) -> None:
 
 
 @needs_server
-def test_what_the_server_refuses_is_one_line_at_once_without_the_password(
-    server: Server, tmp_path: Path
-) -> None:
+def test_what_the_server_refuses_is_one_line_at_once_without_the_password(server: Server, tmp_path: Path) -> None:
     server.sql("CREATE ROLE guest LOGIN PASSWORD 'guest/word'")
     server.sql("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
     guest = server.url(None).replace(f"{USER}@", "guest:guest%2Fword@")
@@ -398,10 +385,7 @@ def test_a_whole_run_in_a_shared_database(
 
 @needs_server
 def test_an_outage_before_the_first_row_keeps_the_run(
-    tmp_path: Path,
-    finished: Finished,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, finished: Finished, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was trained by then is worth keeping; any other refusal there leaves nothing."""
     folder = tmp_path / "run"

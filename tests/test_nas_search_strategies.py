@@ -83,9 +83,7 @@ def scored(step: int, candidate: Candidate, loss: float) -> tuple[Trial, Arch]:
     return trial(step, candidate, stage="proxy", state="complete", soft_loss=loss)
 
 
-def decided(
-    state: SearchState, proposed: Sequence[Candidate], rng: random.Random
-) -> tuple[tuple[Trial, Arch], ...]:
+def decided(state: SearchState, proposed: Sequence[Candidate], rng: random.Random) -> tuple[tuple[Trial, Arch], ...]:
     """Decide candidates at random: scored, passed but not trained, too slow, failed."""
     rows = []
     for candidate in proposed:
@@ -129,11 +127,7 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
                 assert s.baseline is None or (state.baselines and state.draw == 0)
             more = decided(state, proposed, rng)
             again = rng.random() < 0.5  # the same step asks again, or the next one does
-            state = replace(
-                state,
-                trials=(*state.trials, *more),
-                exclude=frozenset(keys) if again else frozenset(),
-            )
+            state = replace(state, trials=(*state.trials, *more), exclude=frozenset(keys) if again else frozenset())
     assert answered > (5 if name == "uniform" else 40)  # few scalings fit in a narrow band
 
 
@@ -141,9 +135,7 @@ def anchors_of(state: SearchState) -> list[tuple[str, Arch]]:
     return baselines_in(FAMILY, [state.seed], state.context, state.band)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "nsga2" else n for n in SEEDED]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "nsga2" else n for n in SEEDED])
 def test_what_was_decided_is_listed_again_only_when_nothing_else_is_left(name: str) -> None:
     strategy, rng = get_strategy(name), random.Random(1)
     ctx = Context(48, 10)
@@ -189,9 +181,7 @@ def test_contraction_is_the_shortlist_of_the_incumbents() -> None:
     assert strategy.stepwise
     assert [n for n in ALL if get_strategy(n).stepwise] == ["contraction"]
     for draw in (0, 1):
-        state = search_state(
-            FAMILY.seed("5M"), random_seed=rng.randint(0, 9), baselines=True, draw=draw
-        )
+        state = search_state(FAMILY.seed("5M"), random_seed=rng.randint(0, 9), baselines=True, draw=draw)
         others = tuple(s.arch for s in strategy.propose(replace(state, number=2)))
         params = FAMILY.count_params(state.seed, DIGITS)
         state = replace(state, incumbents=others, band=Band(int(0.3 * params), int(0.5 * params)))
@@ -243,9 +233,7 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
             if i < 6:
                 moved.append(min(int((code != p).sum()) for p in parents))
             else:
-                crossed += any(
-                    bool(((code == a) | (code == b)).all()) for a in parents for b in parents
-                )
+                crossed += any(bool(((code == a) | (code == b)).all()) for a in parents for b in parents)
     share = np.mean(moved) / len(dimensions)
     assert 0.05 < share < 0.2  # 0.1 a slot; some draws repeat the value, some are moved
     assert crossed > 60
@@ -262,9 +250,7 @@ def test_too_few_scored_candidates_make_no_parents() -> None:
 
 
 def test_samplers_get_scores_and_violations_and_nothing_else() -> None:
-    one, slow, untrained, broken, two, stopped = get_strategy("random").propose(
-        search_state(number=6)
-    )
+    one, slow, untrained, broken, two, stopped = get_strategy("random").propose(search_state(number=6))
     trials = [
         scored(1, one, 2.0),
         trial(1, slow, stage="throughput", violation=0.3),
@@ -287,9 +273,7 @@ def test_samplers_get_scores_and_violations_and_nothing_else() -> None:
     assert starts == [5, 5, 6, 10, 10]
 
 
-CLOSED = FAMILY.arch(
-    {**FAMILY.to_dict(SMALL), "embed_dims": [64, 64, 64, 96], "depths": [1, 1, 2, 2]}
-)
+CLOSED = FAMILY.arch({**FAMILY.to_dict(SMALL), "embed_dims": [64, 64, 64, 96], "depths": [1, 1, 2, 2]})
 
 
 def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, float]:
@@ -306,21 +290,14 @@ def evaluations(name: str, random_seed: int, *, most: int = 150) -> tuple[int, f
             done += 1
             if s.arch == hidden:
                 return done, 0.0
-            away = [
-                abs(g.index(s.arch) - g.index(hidden)) / (len(g.values) - 1) for g in dimensions
-            ]
+            away = [abs(g.index(s.arch) - g.index(hidden)) / (len(g.values) - 1) for g in dimensions]
             found.append(scored(state.step, s, sum(away)))
         state = replace(state, trials=(*state.trials, *found))
     return most, min(known.soft_loss or 0.0 for known, _ in state.trials)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "tpe",
-        pytest.param("evolution", marks=pytest.mark.slow),
-        pytest.param("nsga2", marks=pytest.mark.slow),
-    ],
+    "name", ["tpe", pytest.param("evolution", marks=pytest.mark.slow), pytest.param("nsga2", marks=pytest.mark.slow)]
 )
 def test_learning_strategies_find_an_optimum_sooner_than_random(name: str) -> None:
     """One hidden arch of some 5,000; four random seeds, 150 candidates each at most."""

@@ -113,17 +113,14 @@ BAD = {
     "text": lambda path: path.write_text("not a database"),
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:5000]),
-    "zeros": lambda path: path.write_bytes(
-        path.read_bytes()[:4096] + bytes(2000) + path.read_bytes()[6096:]
-    ),
+    "zeros": lambda path: path.write_bytes(path.read_bytes()[:4096] + bytes(2000) + path.read_bytes()[6096:]),
     "foreign": lambda path: sql(path.with_name(path.unlink() or path.name), "CREATE TABLE t (x)"),
     "another study": lambda path: sql(path, "UPDATE studies SET study_name = 'other'"),
     "another trial": lambda path: sql(
         path, "UPDATE trial_user_attributes SET value_json = '{\"x\": 1}' WHERE key = 'row'"
     ),
     "text for a number": lambda path: sql(
-        path,
-        """UPDATE trial_user_attributes SET value_json = replace(value_json, ' 10,', ' "10",')""",
+        path, """UPDATE trial_user_attributes SET value_json = replace(value_json, ' 10,', ' "10",')"""
     ),
     "no JSON": lambda path: sql(path, "UPDATE trial_user_attributes SET value_json = '{'"),
     "another step": lambda path: sql(path, "UPDATE study_user_attributes SET value_json = '[]'"),
@@ -159,9 +156,7 @@ def refused_or_read(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["bit", "noise", "zeros", "cut"])
-@pytest.mark.parametrize(
-    "tries", [pytest.param(15, id="few"), pytest.param(400, marks=pytest.mark.slow, id="many")]
-)
+@pytest.mark.parametrize("tries", [pytest.param(15, id="few"), pytest.param(400, marks=pytest.mark.slow, id="many")])
 def test_a_damaged_region_is_no_traceback(path: Path, whole: bytes, kind: str, tries: int) -> None:
     rng = random.Random(f"{kind}-{tries}")
     used = [at for at, byte in enumerate(whole) if byte]  # most of a small database is empty
@@ -237,9 +232,7 @@ def held(path: Path, seconds: float) -> subprocess.Popen[str]:
     return holder
 
 
-def test_a_lock_is_waited_for_and_one_that_stays_ends_in_one_line(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_is_waited_for_and_one_that_stays_ends_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with held(path, 1.0):
         assert rows_of(path) == TRIALS
     monkeypatch.setattr(storage, "TRY_S", 0.1)
@@ -272,9 +265,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert rows_of(folder / "study.db") == TRIALS[:1]
 
 
-def test_tables_of_a_run_saved_by_a_spreadsheet_are_no_hindrance(
-    finished: Finished, tmp_path: Path
-) -> None:
+def test_tables_of_a_run_saved_by_a_spreadsheet_are_no_hindrance(finished: Finished, tmp_path: Path) -> None:
     run = tmp_path / finished.folder.name
     shutil.copytree(finished.folder, run)
     for name in ("trials.csv", "steps.csv", "models.csv"):

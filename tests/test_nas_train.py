@@ -122,9 +122,7 @@ def test_what_is_not_a_number_is_wrong_and_ties_are_not(cache: Path) -> None:
         assert found.summary()["top1"] == top1
 
 
-def test_less_memory_and_mixed_precision_change_no_more_than_they_must(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_less_memory_and_mixed_precision_change_no_more_than_they_must(cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     plain, light, half = (tmp_path / n for n in ("plain", "light", "half"))
     assert train.main(flags(cache, arch, plain)) == 0
@@ -150,9 +148,7 @@ def test_a_compiled_net_learns_alike_and_leaves_plain_weights(cache: Path, tmp_p
 
 
 @pytest.mark.parametrize("how", ["own", "published", "timm"])
-def test_weights_of_another_size_and_other_classes_are_taken_over(
-    how: str, cache: Path, tmp_path: Path
-) -> None:
+def test_weights_of_another_size_and_other_classes_are_taken_over(how: str, cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     first, out = tmp_path / "first", tmp_path / "out"
     assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
@@ -194,9 +190,7 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
     assert (losses[0] == losses[1]) == (kind != "token")
 
 
-def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(cache: Path, tmp_path: Path) -> None:
     changes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
     store = build_store(tmp_path / "mixed", cache, epochs=1, changes=changes)
     found = []
@@ -249,9 +243,7 @@ def test_a_gpu_trains_in_half_precision_and_goes_on(cache: Path, tmp_path: Path)
     assert json.loads((out / "train.json").read_text())["machine"]["device"] == "cuda"
 
 
-def test_a_plan_prints_every_value_and_trains_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plan_prints_every_value_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--arch", "21M", "--data", "digits", "--recipe", "tinyvit-1k", "--plan"]
     assert train.main(arguments) == 0
     said = capsys.readouterr().out

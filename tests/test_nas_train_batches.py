@@ -28,9 +28,7 @@ def live(digits: Dataset, **options: int) -> LiveBatches:
 
 
 @given(n=st.integers(1, 400), repeats=st.integers(1, 5), seed=st.integers(0, 99))
-def test_repeated_augmentation_draws_as_often_from_a_part_of_the_images(
-    n: int, repeats: int, seed: int
-) -> None:
+def test_repeated_augmentation_draws_as_often_from_a_part_of_the_images(n: int, repeats: int, seed: int) -> None:
     order = np.random.default_rng(seed).permutation(n).astype(np.int64)
     rows, copies = repeated(order, repeats)
     assert len(rows) == len(copies) == n
@@ -46,9 +44,7 @@ def test_repeats_are_dealt_out_as_timms_sampler_does(world: int) -> None:
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).numpy().astype(np.int64)
     rows, _ = repeated(order, 3)
     for rank in range(world):
-        sampler = RepeatAugSampler(
-            range(n), num_replicas=world, rank=rank, num_repeats=3, selected_round=0
-        )
+        sampler = RepeatAugSampler(range(n), num_replicas=world, rank=rank, num_repeats=3, selected_round=0)
         theirs = list(sampler)
         batch = 24
         mine = divide(np.split(rows, n // batch), RankShard(rank, world, 1))
@@ -56,12 +52,7 @@ def test_repeats_are_dealt_out_as_timms_sampler_does(world: int) -> None:
         assert ours == theirs
 
 
-@given(
-    world=st.integers(1, 4),
-    turns=st.integers(1, 4),
-    whole=st.integers(2, 40),
-    steps=st.integers(1, 4),
-)
+@given(world=st.integers(1, 4), turns=st.integers(1, 4), whole=st.integers(2, 40), steps=st.integers(1, 4))
 def test_parts_make_up_the_whole_batch_once(world: int, turns: int, whole: int, steps: int) -> None:
     batches = [np.arange(s * whole, (s + 1) * whole) for s in range(steps)]
     seen: dict[int, list[int]] = {s: [] for s in range(steps)}
@@ -81,9 +72,7 @@ def test_two_processes_in_one_turn_see_the_parts_of_one_in_two(digits: Dataset) 
     def parts(rank: int, world: int, turns: int) -> list[tuple[int, torch.Tensor]]:
         source = live(digits, batch_size=32, repeats=3, random_seed=1)
         return [
-            (part.number, part.inputs)
-            for step in source.steps(2, 0, RankShard(rank, world, turns))
-            for part in step
+            (part.number, part.inputs) for step in source.steps(2, 0, RankShard(rank, world, turns)) for part in step
         ]
 
     alone = parts(0, 1, 2)

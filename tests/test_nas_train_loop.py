@@ -56,9 +56,7 @@ def test_steps_use_the_schedule_and_settings(monkeypatch):
             seen.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    monkeypatch.setattr(
-        loop, "make_optimizer", lambda model, **_: Recorder(model.parameters(), lr=0.0)
-    )
+    monkeypatch.setattr(loop, "make_optimizer", lambda model, **_: Recorder(model.parameters(), lr=0.0))
     run(make_model(small=True))
     want = [lr_at(s, total_steps=9, warmup_steps=3, lr=1e-2, min_lr=1e-5) for s in range(9)]
     assert seen == want
@@ -77,9 +75,7 @@ def test_training_learns_and_reports():
 
 def test_gradients_are_clipped_to_the_norm(monkeypatch):
     norms = []
-    monkeypatch.setattr(
-        nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or torch.ones(())
-    )
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or torch.ones(()))
     run(make_model(small=True))
     assert norms == [5.0] * 9
     norms.clear()

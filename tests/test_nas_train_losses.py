@@ -43,9 +43,7 @@ def problem(
     return logits, index, prob.float(), tail.float()
 
 
-@pytest.mark.parametrize(
-    ("classes", "topk"), [(2, 1), (3, 2), (10, 9), (10, 1), (100, 10), (1000, 10), (5000, 100)]
-)
+@pytest.mark.parametrize(("classes", "topk"), [(2, 1), (3, 2), (10, 9), (10, 1), (100, 10), (1000, 10), (5000, 100)])
 def test_sparse_equals_dense_with_gradients(classes: int, topk: int) -> None:
     for seed in range(5):
         logits, index, prob, tail = problem(7, classes, topk, seed)
@@ -74,17 +72,13 @@ def test_the_best_student_is_the_teacher() -> None:
 
 def test_a_zero_tail_costs_nothing_for_impossible_classes() -> None:
     logits = torch.tensor([[200.0, -200.0, -200.0]])
-    loss = sparse_soft_cross_entropy(
-        logits, torch.tensor([[0]]), torch.tensor([[1.0]]), torch.tensor([0.0])
-    )
+    loss = sparse_soft_cross_entropy(logits, torch.tensor([[0]]), torch.tensor([[1.0]]), torch.tensor([0.0]))
     assert float(loss) == 0.0
 
 
 @pytest.mark.parametrize("heat", [0.5, 1.0, 2.0, 4.0, 20.0])
 @pytest.mark.parametrize(("classes", "topk"), [(2, 1), (10, 9), (100, 10), (1000, 10)])
-def test_retempered_labels_are_those_of_softened_logits(
-    classes: int, topk: int, heat: float
-) -> None:
+def test_retempered_labels_are_those_of_softened_logits(classes: int, topk: int, heat: float) -> None:
     _, index, prob, tail = problem(6, classes, topk, 3)
     warm, rest = retemper(prob, tail, classes, heat)
     dense = dense_target(index, prob, tail, classes).double()  # the tail is spread evenly
@@ -139,9 +133,7 @@ def oracle(loss: DistillLoss, outputs: Any, target: Tensor, teacher: Tensor) -> 
     """Ten lines in float64, image by image; `teacher` are dense logits [B, C]."""
     found = []
     for i, said in enumerate(teacher.double()):
-        one, two = (
-            o[i].double() for o in (outputs if isinstance(outputs, tuple) else [outputs] * 2)
-        )
+        one, two = (o[i].double() for o in (outputs if isinstance(outputs, tuple) else [outputs] * 2))
         if loss.kind != "token":
             one = two = (one + two) / 2
         t, classes = loss.temperature, len(said)
@@ -241,9 +233,7 @@ class Says(nn.Module):
         ("hard", 0.9, 1.0, 0.0),
     ],
 )
-def test_values_and_gradients_are_those_of_timms_tasks(
-    kind: str, alpha: float, heat: float, smoothing: float
-) -> None:
+def test_values_and_gradients_are_those_of_timms_tasks(kind: str, alpha: float, heat: float, smoothing: float) -> None:
     for seed in range(3):
         outputs = heads(seed)[:1] if kind == "logit" else heads(seed)
         target, teacher = classes_of(seed), drawn(seed + 7, BATCH, CLASSES)
@@ -266,9 +256,7 @@ def test_values_and_gradients_are_those_of_timms_tasks(
         wanted = [p.grad for p in shared["student_model"].outputs]
         taught = TeacherTargets(logits=teacher)
         value, grads = learned(
-            lambda *o, loss=loss, target=target, taught=taught: loss(
-                o[0] if len(o) == 1 else o, target, taught
-            ).mean(),
+            lambda *o, loss=loss, target=target, taught=taught: loss(o[0] if len(o) == 1 else o, target, taught).mean(),
             outputs,
         )
         assert torch.allclose(value, told.detach(), rtol=1e-5, atol=1e-6)
@@ -282,19 +270,14 @@ def test_numel_is_batchmean_over_the_classes(kind: str, classes: int) -> None:
     mean = DistillLoss(kind, 1.0, 3.0, "batchmean", "soft")
     outputs, target = heads(0, classes), classes_of(0, classes)
     taught = TeacherTargets(logits=drawn(9, BATCH, classes))
-    by_mean, by_numel = (
-        each(outputs, target, taught) for each in (mean, replace(mean, reduction="numel"))
-    )
+    by_mean, by_numel = (each(outputs, target, taught) for each in (mean, replace(mean, reduction="numel")))
     assert torch.equal(by_numel, by_mean / classes)
     # The code of DeiT, of one batch.
     student = outputs[1] if kind == "token" else fuse(outputs, "logits")
     assert taught.logits is not None
     theirs = (
         nn.functional.kl_div(
-            (student / 3).log_softmax(1),
-            (taught.logits / 3).log_softmax(1),
-            reduction="sum",
-            log_target=True,
+            (student / 3).log_softmax(1), (taught.logits / 3).log_softmax(1), reduction="sum", log_target=True
         )
         * 9
         / student.numel()
@@ -336,9 +319,7 @@ def test_each_head_learns_from_its_own_teacher_alone() -> None:
     grads = []
     for truth, seed in ((target, 1), (target, 2), (target.flip(0), 1)):
         taught = TeacherTargets(logits=drawn(seed, BATCH, CLASSES))
-        _, found = learned(
-            lambda *o, y=truth, t=taught: DistillLoss("token")(o, y, t).mean(), outputs
-        )
+        _, found = learned(lambda *o, y=truth, t=taught: DistillLoss("token")(o, y, t).mean(), outputs)
         grads.append(found)
     same, other_teacher, other_truth = grads
     assert torch.equal(same[0], other_teacher[0])

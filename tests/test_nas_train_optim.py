@@ -50,9 +50,7 @@ def test_layer_decay_is_the_authors(depths: tuple[int, int, int, int], decay: fl
     assert set(scales) == {name for name, _ in model.named_parameters()}
     for name, scale in scales.items():
         assert scale == pytest.approx(official_scale(name, depths, decay)), name
-    optimizer = make_optimizer(
-        model, lr=1.0, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, scales=scales
-    )
+    optimizer = make_optimizer(model, lr=1.0, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8, scales=scales)
     names = {id(p): n for n, p in model.named_parameters()}
     grouped = [names[id(p)] for g in optimizer.param_groups for p in g["params"]]
     assert sorted(grouped) == sorted(scales)
@@ -66,9 +64,7 @@ def test_layer_decay_is_the_authors(depths: tuple[int, int, int, int], decay: fl
 
 def test_without_layer_decay_the_groups_are_timms() -> None:
     model, _ = tinyvit((1, 1, 1, 1))
-    ours = make_optimizer(
-        model, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-7, scales=None
-    )
+    ours = make_optimizer(model, lr=1e-3, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-7, scales=None)
     theirs = timm.optim.create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
     assert [(len(g["params"]), g["weight_decay"]) for g in ours.param_groups] == [
         (len(g["params"]), g["weight_decay"]) for g in theirs.param_groups
@@ -105,16 +101,12 @@ def test_a_mapped_head_takes_rows_and_the_mean_for_what_is_missing() -> None:
     assert mapped["other"] is state["other"]
 
 
-@given(
-    total=st.integers(1, 60), share=st.floats(0, 1), lr=st.floats(1e-6, 1.0), low=st.floats(0, 1)
-)
+@given(total=st.integers(1, 60), share=st.floats(0, 1), lr=st.floats(1e-6, 1.0), low=st.floats(0, 1))
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_the_schedule_is_its_formula(total: int, share: float, lr: float, low: float) -> None:
     warm = min(int(share * total), total - 1)
     floor = low * lr
-    rates = [
-        lr_at(s, total_steps=total, warmup_steps=warm, lr=lr, min_lr=floor) for s in range(total)
-    ]
+    rates = [lr_at(s, total_steps=total, warmup_steps=warm, lr=lr, min_lr=floor) for s in range(total)]
     for s in range(warm):
         assert math.isclose(rates[s], lr * (s + 1) / (warm + 1))
     for s in range(warm, total):

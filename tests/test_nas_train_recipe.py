@@ -20,21 +20,7 @@ from space.errors import InputError
 M5, M11, M21 = 5_392_764, 10_996_972, 21_198_568
 
 # What the authors publish; the rates are those of the whole batch. "drops": of 5M/11M/21M.
-COLUMNS = [
-    "epochs",
-    "batch",
-    "peak",
-    "least",
-    "first",
-    "warm",
-    "wd",
-    "layer",
-    "bn",
-    "drops",
-    "mixup",
-    "cutmix",
-    "clip",
-]
+COLUMNS = ["epochs", "batch", "peak", "least", "first", "warm", "wd", "layer", "bn", "drops", "mixup", "cutmix", "clip"]
 PUBLISHED = {
     name: dict(zip(COLUMNS, values.split(), strict=True))
     for name, values in {
@@ -87,10 +73,7 @@ def test_rates_scale_with_the_whole_batch_as_each_recipe_says(batch: int, name: 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(sorted(PRESETS)),
-    epochs=st.integers(2, 40),
-    steps=st.integers(1, 30),
-    share=st.floats(0, 0.9),
+    name=st.sampled_from(sorted(PRESETS)), epochs=st.integers(2, 40), steps=st.integers(1, 30), share=st.floats(0, 0.9)
 )
 def test_the_schedules_trace_is_timms_from_the_first_step_to_the_last(
     name: str, epochs: int, steps: int, share: float
@@ -158,9 +141,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_saved_recipe_reads_back_and_every_value_can_be_overridden(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_saved_recipe_reads_back_and_every_value_can_be_overridden(name: str, tmp_path: Path) -> None:
     recipe = find_recipe(name, M21)
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe.to_dict()))

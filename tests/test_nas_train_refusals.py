@@ -20,16 +20,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        {},
-        {"config": {}, "machine": {}},
-        {"config": {"recipe": {}}, "machine": {}},
-        {"config": 3, "machine": {}},
-    ],
+    [{}, {"config": {}, "machine": {}}, {"config": {"recipe": {}}, "machine": {}}, {"config": 3, "machine": {}}],
 )
-def test_a_damaged_account_is_one_line(
-    damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_account_is_one_line(damage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train.json").write_text(json.dumps(damage))
     assert train.main(["--resume", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
@@ -50,10 +43,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--arch", "9B"], "--arch: got 9B"),
     (["--init", "nowhere.safetensors"], "an existing file"),
     (["--labels", "nowhere"], "nowhere"),
-    (
-        ["--distill", "token", "--teacher", "auto", "--teacher-epochs", "1"],
-        "--distill: got token for a net without",
-    ),
+    (["--distill", "token", "--teacher", "auto", "--teacher-epochs", "1"], "--distill: got token for a net without"),
     (["--head-map", "map.txt"], "--init FILE"),
 ]
 
@@ -100,10 +90,7 @@ def test_a_folder_of_something_else_and_processes_that_do_not_divide_are_refused
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     assert train.main(flags(cache, arch, tmp_path / "o")) == 2
-    assert (
-        "a multiple of 3, for 3 processes x 1 accumulation steps; 30 or 33"
-        in capsys.readouterr().err
-    )
+    assert "a multiple of 3, for 3 processes x 1 accumulation steps; 30 or 33" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
     assert train.main(flags(cache, arch, tmp_path / "o")) == 2
     assert "start with torchrun" in capsys.readouterr().err

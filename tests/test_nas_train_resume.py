@@ -30,9 +30,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(
-    cache: Path, tmp_path: Path
-) -> None:
+def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     drop = sets(drop_path=0.2, repeats=3, mixup=0.8)
     one, two = tmp_path / "one", tmp_path / "two"
@@ -74,8 +72,7 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
             assert equal(weights(whole, name), weights(out, name)), (trial, fatal)
         passing = ("seconds", "images_per_s", "peak_mem_bytes")
         whole_log, log = (
-            [{k: v for k, v in row.items() if k not in passing} for row in rows(each)]
-            for each in (whole, out)
+            [{k: v for k, v in row.items() if k not in passing} for row in rows(each)] for each in (whole, out)
         )
         assert whole_log == log
 
@@ -83,9 +80,7 @@ def test_stopped_at_ten_random_steps_it_ends_in_the_same_weights(
 def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: float) -> None:
     """Kill -9 some time after the first checkpoint, then go on."""
     with subprocess.Popen(
-        [sys.executable, "-m", "nas.train", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "nas.train", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
         waited = time.monotonic()
         while not (out / "checkpoint.safetensors").exists():
@@ -100,12 +95,8 @@ def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: floa
     assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
 
 
-@pytest.mark.parametrize(
-    "trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
-)
-def test_killed_at_any_moment_it_ends_in_the_same_weights(
-    trial: int, cache: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
+def test_killed_at_any_moment_it_ends_in_the_same_weights(trial: int, cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     more = ["--batch-size", "8", "--save-steps", "2", "--set", "drop_path=0.1", "--epochs", "8"]
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -212,9 +203,7 @@ def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
     assert find_recipe(str(out / "train.json"), 1).epochs == 2
 
 
-def test_two_processes_do_not_write_one_folder(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_processes_do_not_write_one_folder(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from nas.train.folder import TrainFolder
 
     out = tmp_path / "out"

@@ -40,15 +40,7 @@ from nas.transfer.probes import (
     neighbour_classes,
     pooled,
 )
-from nas.transfer.rows import (
-    bootstrapped,
-    confusion,
-    mean_iou,
-    paired_bootstrap,
-    paired_shares,
-    pixel_accuracy,
-    share,
-)
+from nas.transfer.rows import bootstrapped, confusion, mean_iou, paired_bootstrap, paired_shares, pixel_accuracy, share
 from nas.transfer.segmentation import KINDS, Scenes, maps_of, masked_images, segment, settings_of
 
 FEW = ("TRAIN_IMAGES", 24), ("TEST_IMAGES", 12)
@@ -98,9 +90,7 @@ def naive_knn(train: FeatureSet, query: Any, k: int, classes: int) -> int:
 
 
 @pytest.mark.parametrize("random_seed", range(4))
-def test_neighbours_vote_as_in_a_naive_loop(
-    random_seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neighbours_vote_as_in_a_naive_loop(random_seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probes, "_BLOCK", 5)
     rng = np.random.default_rng(random_seed)
     classes, n, dim = int(rng.integers(2, 6)), int(rng.integers(5, 40)), int(rng.integers(2, 9))
@@ -117,9 +107,7 @@ def separable(random_seed: int, n: int) -> FeatureSet:
     rng = np.random.default_rng(random_seed)
     labels = np.arange(n) % 4
     corners = np.stack([labels % 2, labels // 2], 1) * 2.0 - 1
-    features = np.concatenate(
-        [corners + rng.uniform(-0.4, 0.4, (n, 2)), rng.normal(size=(n, 2))], 1
-    )
+    features = np.concatenate([corners + rng.uniform(-0.4, 0.4, (n, 2)), rng.normal(size=(n, 2))], 1)
     return FeatureSet((features * [1e-3, 50, 1, 1]).astype(np.float32), labels)
 
 
@@ -268,9 +256,7 @@ def test_features_are_what_the_classifier_sees(run: Path, tmp_path: Path, cache:
 
 
 @pytest.mark.parametrize("arch", [TINY, VIT])
-def test_maps_belong_to_the_weights_and_come_finest_first(
-    arch: dict[str, Any], tmp_path: Path
-) -> None:
+def test_maps_belong_to_the_weights_and_come_finest_first(arch: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "tinyvit" if arch is TINY else "vit", arch)
     backbone = open_backbone(run, None, tmp_path)
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -298,9 +284,7 @@ def test_a_pyramid_has_the_deepest_map_of_each_stride(strides: list[int]) -> Non
     assert all(at + 1 == len(strides) or strides[at + 1] != strides[at] for at in kept)
 
 
-def test_fresh_weights_follow_from_the_seed_and_leave_the_generator_alone(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_fresh_weights_follow_from_the_seed_and_leave_the_generator_alone(tiny: Path, tmp_path: Path) -> None:
     backbone = open_backbone(tiny, None, tmp_path)
     before = torch.get_rng_state()
     one, same, other = (backbone.classifier(seed).state_dict() for seed in (0, 0, 1))
@@ -390,9 +374,7 @@ def test_a_head_learns_what_is_in_the_maps_and_frozen_is_frozen(
     for most in (1 << 30, 0):  # maps from memory, and made anew
         monkeypatch.setattr(segmentation, "MOST_KEPT_BYTES", most)
         net, ticks = Shrunk(), [0.0]
-        counts = segment(
-            net, sides, spec, how, finetune=finetune, random_seed=0, device="cpu", tick=ticks.append
-        )
+        counts = segment(net, sides, spec, how, finetune=finetune, random_seed=0, device="cpu", tick=ticks.append)
         assert (net.scale.item() == 1) != finetune
         assert sum(ticks) == 10 * 96 + 20
         found.append(counts)
@@ -432,11 +414,7 @@ def test_the_command_writes_what_it_prints(
     for trained, random in zip(told["rows"][::2], told["rows"][1::2], strict=True):
         assert trained["difference"] == pytest.approx(trained["value"] - random["value"])
         assert trained["difference_lo"] <= trained["difference"] <= trained["difference_hi"]
-        shown = next(
-            i
-            for i, x in enumerate(lines)
-            if f" {trained['metric']} " in x and x.startswith(trained["check"])
-        )
+        shown = next(i for i, x in enumerate(lines) if f" {trained['metric']} " in x and x.startswith(trained["check"]))
         assert f"{100 * trained['value']:.1f} +- {100 * trained['se']:.1f} %" in lines[shown]
     again = transfer(TransferConfig(tiny, "digits", epochs=1), cache)
     assert again["rows"] == told["rows"]
@@ -471,9 +449,7 @@ def pictures(folder: Path, classes: int, each: int) -> Path:
     return folder
 
 
-def test_a_folder_with_classes_of_its_own_is_probed(
-    tiny: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_a_folder_with_classes_of_its_own_is_probed(tiny: Path, tmp_path: Path, cache: Path) -> None:
     data = pictures(tmp_path / "mine", 2, 12)
     found = transfer(TransferConfig(tiny, str(data), checks=("knn", "probe")), cache)
     assert [row["check"] for row in found["rows"]] == ["probe", "probe", "knn", "knn"]
@@ -538,12 +514,7 @@ def test_what_cannot_be_checked_is_refused_in_one_line(
     (tmp_path / "empty").mkdir()
     cfg = {"input_size": [3, 48, 48], "mean": [0.5] * 3, "std": [0.5] * 3, "num_classes": 3}
     grey = {**cfg, "input_size": [1, 48, 48], "mean": [0.5], "std": [0.5]}
-    for name, seen in (
-        ("bare", cfg),
-        ("odd", {**cfg, "std": [0, 1, 1]}),
-        ("grey", grey),
-        ("other", cfg),
-    ):
+    for name, seen in (("bare", cfg), ("odd", {**cfg, "std": [0, 1, 1]}), ("grey", grey), ("other", cfg)):
         (tmp_path / name).mkdir()
         config = {"architecture": "resnet18", "pretrained_cfg": seen}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -564,13 +535,7 @@ def test_weights_that_are_no_numbers_are_refused(
     assert export([str(run), "--to", "timm", "--out", str(tmp_path / "hub")]) == 0
     path = tmp_path / "hub" / "model.safetensors"
     state = load_saved_model(run).build().state_dict()
-    save_file(
-        {
-            key: value * float("nan") if value.is_floating_point() else value
-            for key, value in state.items()
-        },
-        path,
-    )
+    save_file({key: value * float("nan") if value.is_floating_point() else value for key, value in state.items()}, path)
     flags = ["--data", "digits", "--checks", "knn", "--cache-dir", str(cache)]
     capsys.readouterr()
     assert main([str(tmp_path / "hub"), *flags]) == 2

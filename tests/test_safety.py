@@ -205,9 +205,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(DataSpec("digits", img_size=16, max_images=60), cache).folder
 
 
-@pytest.mark.parametrize(
-    "name", ["../out.bin", "/etc/hostname", "sub/../../out.bin", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["../out.bin", "/etc/hostname", "sub/../../out.bin", "manifest.json"])
 def test_a_store_names_its_own_three_files_only(name: str, digits: Path, tmp_path: Path) -> None:
     """A merge copies them by name: another one would be written anywhere."""
     folder = built(tmp_path / "store", open_dataset(digits), epochs=1).folder
@@ -249,9 +247,7 @@ def test_a_teacher_lies_where_it_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../net.onnx", "/net.onnx", 7, None])
-def test_a_bundle_times_its_own_networks_only(
-    name: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bundle_times_its_own_networks_only(name: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = {"batch": 1, "img_size": 32, "reference": True, "file": name}
     write_json(tmp_path / LIST, {"networks": [network]})
     assert main(["--networks", str(tmp_path), "--out", str(tmp_path / "t.csv")]) == 2

@@ -40,9 +40,7 @@ def by_definition(arch: Arch, ctx: Context) -> dict[str, tuple[Arch, int, frozen
         widths = [v for v, _ in d]
         if widths != sorted(widths) and widths != a["embed_dims"]:
             continue
-        for n, w, r, m, e in itertools.product(
-            itertools.product(*depths), itertools.product(*windows), *ratios, heads
-        ):
+        for n, w, r, m, e in itertools.product(itertools.product(*depths), itertools.product(*windows), *ratios, heads):
             if any(v % e[0] for v in widths[1:]):
                 continue
             child = FAMILY.arch(
@@ -104,9 +102,7 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
         assert not rest or min(rest) >= max(steps)
 
 
-def draw(
-    parents: list[Arch], ctx: Context, band: Band, size: int = 24, **more: object
-) -> list[Candidate]:
+def draw(parents: list[Arch], ctx: Context, band: Band, size: int = 24, **more: object) -> list[Candidate]:
     return propose(FAMILY, parents, ctx, band, size, **{"random_seed": 0, **more})  # type: ignore[arg-type]
 
 
@@ -117,9 +113,7 @@ def around(name: str, ctx: Context, tolerance: float = 0.1) -> Band:
 
 @CONTEXTS
 @pytest.mark.parametrize(("large", "small"), [("21M", "11M"), ("11M", "5M"), ("21M", "5M")])
-def test_published_models_are_contractions_of_each_other(
-    large: str, small: str, ctx: Context
-) -> None:
+def test_published_models_are_contractions_of_each_other(large: str, small: str, ctx: Context) -> None:
     parent, child = FAMILY.seed(large), FAMILY.seed(small)
     assert contains(FAMILY, parent, child, ctx)
     assert not contains(FAMILY, child, parent, ctx)
@@ -270,10 +264,7 @@ def test_several_parents_take_turns_and_share() -> None:
                 steps = FAMILY.grid_steps(p, FAMILY.table([s.arch]))
                 away.append(sum(int(n[0]) for n in steps.values()))
         assert s.grid_steps == min(away)  # counted from the nearest
-    rules = [
-        {FAMILY.key(s.arch, ctx) for s in draw([p], ctx, band, 40, baselines=False)}
-        for p in (first, other)
-    ]
+    rules = [{FAMILY.key(s.arch, ctx) for s in draw([p], ctx, band, 40, baselines=False)} for p in (first, other)]
     ruled = [k for k, s in zip(keys, listed, strict=True) if s.baseline is None]
     assert min(sum(k in rule for k in ruled) for rule in rules) >= 12  # both have their share
     assert draw([far], ctx, band) == []
@@ -308,8 +299,6 @@ def test_a_bound_on_macs_keeps_exactly_the_lighter_ones(share: float) -> None:
     assert drawn
     assert all(d.macs <= share * macs for d in drawn)
     assert all(FAMILY.count_macs(d.arch, ctx) == d.macs for d in drawn)
-    assert count_contractions(FAMILY, seed, ctx, light) < count_contractions(
-        FAMILY, seed, ctx, band
-    )
+    assert count_contractions(FAMILY, seed, ctx, light) < count_contractions(FAMILY, seed, ctx, band)
     everything = replace(band, max_macs=macs * 10)
     assert draw([seed], ctx, everything) == draw([seed], ctx, band)

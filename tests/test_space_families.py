@@ -34,9 +34,7 @@ CASES = pytest.mark.parametrize("cases", [space_cases, vit_cases], ids=["tinyvit
 def drawn(cases: Any, rng: random.Random, **most: int) -> tuple[Any, Context]:
     """Draw an arch with a context that it can be built in."""
     arch = cases.random_arch(rng, **most)
-    return arch, (
-        cases.random_context(rng, arch) if cases is vit_cases else cases.random_context(rng)
-    )
+    return arch, (cases.random_context(rng, arch) if cases is vit_cases else cases.random_context(rng))
 
 
 def shapes(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -46,9 +44,7 @@ def shapes(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 def signature(net: Any) -> tuple[object, ...]:
     """Everything that makes a net: its class, tensors, and per attention heads and window."""
     attention = [
-        (m.num_heads, getattr(m, "key_dim", 0))
-        for m in net.modules()
-        if hasattr(m, "num_heads") and hasattr(m, "qkv")
+        (m.num_heads, getattr(m, "key_dim", 0)) for m in net.modules() if hasattr(m, "num_heads") and hasattr(m, "qkv")
     ]
     windows = [m.window_size for m in net.modules() if hasattr(m, "window_size")]
     return type(net), tuple(shapes(net).items()), tuple(attention), tuple(windows)
@@ -99,18 +95,14 @@ def test_published_parameters(name: str, img_size: int, num_classes: int, params
     assert family.count_params(family.seed(name), Context(img_size, num_classes)) == params
 
 
-@pytest.mark.parametrize(
-    ("name", "macs"), [("5M", 1_255_174_720), ("11M", 2_016_046_144), ("21M", 4_250_329_536)]
-)
+@pytest.mark.parametrize(("name", "macs"), [("5M", 1_255_174_720), ("11M", 2_016_046_144), ("21M", 4_250_329_536)])
 def test_published_macs_of_tinyvit(name: str, macs: int) -> None:
     arch = TINYVIT.seed(name)
     assert TINYVIT.count_macs(arch, IMAGENET) == macs
     assert torch_macs(space_cases.meta_build(arch, IMAGENET), IMAGENET) == macs  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "gmacs"), [("deit_tiny", 1.258), ("deit_small", 4.608), ("deit_base", 17.58)]
-)
+@pytest.mark.parametrize(("name", "gmacs"), [("deit_tiny", 1.258), ("deit_small", 4.608), ("deit_base", 17.58)])
 def test_published_macs_of_deit(name: str, gmacs: float) -> None:
     """As timm publishes them, which counts norms besides."""
     assert VIT.count_macs(VIT.seed(name), IMAGENET) / 1e9 == pytest.approx(gmacs, rel=4e-3)
@@ -127,9 +119,7 @@ def test_every_published_name_is_timms(cases: ModuleType) -> None:
 
 
 @CASES
-def test_parameters_and_macs_equal_timm_and_torch_on_random_archs_and_contexts(
-    cases: ModuleType,
-) -> None:
+def test_parameters_and_macs_equal_timm_and_torch_on_random_archs_and_contexts(cases: ModuleType) -> None:
     rng, family = random.Random(0), cases.FAMILY
     for turn in range(160):
         arch, ctx = drawn(cases, rng)
@@ -147,10 +137,7 @@ def test_counts_of_many_equal_counts_of_one(cases: ModuleType) -> None:
     # Longer than a chunk, so that the seams are covered.
     long = {field: np.resize(v, (9000, *v.shape[1:])) for field, v in table.items()}
     for ctx in (Context(2 * 3 * 5 * 7 * 16, 10), Context(1120, 7, 4)):  # every patch fills them
-        for many, one in (
-            (family.count_params_many, family.count_params),
-            (family.count_macs_many, family.count_macs),
-        ):
+        for many, one in ((family.count_params_many, family.count_params), (family.count_macs_many, family.count_macs)):
             counts = [one(a, ctx) for a in archs]
             assert many(table, ctx).tolist() == counts
             assert np.array_equal(many(long, ctx), np.resize(counts, 9000))
@@ -214,21 +201,14 @@ def test_map_sizes_are_timms() -> None:
 
 def neighbours(arch: Any, rng: random.Random) -> list[dict[str, object]]:
     """Small changes, some of which build the same net."""
-    changes: list[dict[str, object]] = [
-        {"mlp_ratio": arch.mlp_ratio * (1 + rng.choice([1e-9, 1e-3, 0.02]))}
-    ]
+    changes: list[dict[str, object]] = [{"mlp_ratio": arch.mlp_ratio * (1 + rng.choice([1e-9, 1e-3, 0.02]))}]
     if hasattr(arch, "dist_token"):
         tokens = [{"dist_token": not arch.dist_token}, {"dist_token": int(arch.dist_token)}]
         return [*changes, *tokens, {"head_dim": 1}]
     smaller = [e for e in range(1, arch.head_dim) if arch.head_dim % e == 0] or [1]
     windows = [max(1, w + rng.choice([-3, 0, 3, 7])) for w in arch.window_sizes]
     expand = arch.mbconv_expand_ratio * (1 + rng.choice([1e-9, 0.01, 0.1]))
-    return [
-        *changes,
-        {"window_sizes": windows},
-        {"mbconv_expand_ratio": expand},
-        {"head_dim": max(smaller)},
-    ]
+    return [*changes, {"window_sizes": windows}, {"mbconv_expand_ratio": expand}, {"head_dim": max(smaller)}]
 
 
 @CASES
@@ -286,16 +266,8 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
         {"embed_dims": [96, 192, 150, 576]},
         "embed_dims[2]=150 is not a multiple of head_dim=32; nearest: 128, 160",
     ),
-    (
-        "tinyvit",
-        {"embed_dims": [95, 192, 384, 576]},
-        "embed_dims[0]=95 is not a multiple of 2; nearest: 94, 96",
-    ),
-    (
-        "tinyvit",
-        {"embed_dims": [96, 192, 384]},
-        "embed_dims: got [96, 192, 384], want a list of 4 integers; it has 3",
-    ),
+    ("tinyvit", {"embed_dims": [95, 192, 384, 576]}, "embed_dims[0]=95 is not a multiple of 2; nearest: 94, 96"),
+    ("tinyvit", {"embed_dims": [96, 192, 384]}, "embed_dims: got [96, 192, 384], want a list of 4 integers; it has 3"),
     ("tinyvit", {"embed_dims": "96,192"}, "embed_dims: got '96,192', want a list of 4 integers"),
     ("tinyvit", {"embed_dims": [96, 192, 384, 576.0]}, f"embed_dims[3]: got 576.0, {INT} 16384"),
     ("tinyvit", {"depths": [2, 2, 0, 2]}, f"depths[2]: got 0, {INT} 512"),
@@ -311,8 +283,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     (
         "tinyvit",
         {"mbconv_expand_ratio": 0.01},
-        "mbconv_expand_ratio: got 0.01, want 1 to 262144 hidden channels; "
-        "at widths 96 to 96 it makes 0.96 to 0.96",
+        "mbconv_expand_ratio: got 0.01, want 1 to 262144 hidden channels; at widths 96 to 96 it makes 0.96 to 0.96",
     ),
     ("tinyvit", {"head_dim": 32.0}, f"head_dim: got 32.0, {INT} 16384"),
     (
@@ -327,11 +298,7 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("vit", {"patch_size": True}, f"patch_size: got True, {INT} 512"),
     ("vit", {"dist_token": 2}, "dist_token: got 2, want an integer from 0 to 1"),
     ("vit", {"dist_token": "no"}, "dist_token: got 'no', want an integer from 0 to 1"),
-    (
-        "vit",
-        {"mlp_ratio": 1e-3},
-        "mlp_ratio: got 0.001, want 1 to 262144 hidden channels; at width 192 it makes 0.192",
-    ),
+    ("vit", {"mlp_ratio": 1e-3}, "mlp_ratio: got 0.001, want 1 to 262144 hidden channels; at width 192 it makes 0.192"),
 ]
 
 

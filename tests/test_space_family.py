@@ -81,9 +81,7 @@ def test_seeds_from_files(tmp_path: Path) -> None:
         ("[" * 100_000, "want a JSON file with an arch"),
     ],
 )
-def test_bad_seed_files_are_refused_in_one_line(
-    tmp_path: Path, text: str | None, words: str
-) -> None:
+def test_bad_seed_files_are_refused_in_one_line(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "arch.json"
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
@@ -122,9 +120,7 @@ def test_laws_of_choices() -> None:
         assert set(options) <= {present, *grid, *choices.values}
         at = options.index(present)
         # One more step for every value farther away, on both sides.
-        assert [choices.steps(present, v) for v in options] == [
-            abs(i - at) for i in range(len(options))
-        ]
+        assert [choices.steps(present, v) for v in options] == [abs(i - at) for i in range(len(options))]
         assert options[:at] == [v for v in grid or choices.values if v < present]
         assert choices.up is None or len(options) - at - 1 <= choices.up
 

@@ -35,9 +35,7 @@ State = dict[str, torch.Tensor]
 
 
 def vit(**changes: object) -> Arch:
-    return vit_cases.small(
-        **{"embed_dim": 16, "depth": 1, "head_dim": 8, "mlp_ratio": 2.0, **changes}
-    )
+    return vit_cases.small(**{"embed_dim": 16, "depth": 1, "head_dim": 8, "mlp_ratio": 2.0, **changes})
 
 
 def tinyvit(**changes: object) -> Arch:
@@ -58,12 +56,7 @@ def scrambled(family: Family, arch: Arch, ctx: Context, seed: int, dtype: torch.
 
 
 def carried(
-    family: Family,
-    arch: Arch,
-    there: Context,
-    here: Context,
-    how: str,
-    dtype: torch.dtype = torch.float64,
+    family: Family, arch: Arch, there: Context, here: Context, how: str, dtype: torch.dtype = torch.float64
 ) -> tuple[State, State, State, Any]:
     """Give the state of a parent, the child's before and after `inherit`, and the child."""
     parent = scrambled(family, arch, there, 0, dtype).state_dict()
@@ -132,11 +125,7 @@ def test_weights_are_torchs_up_and_down(line: Any, antialias: bool, dtype: torch
     for child, parent in sizes:
         table = torch.randn(2, 3, parent, parent, generator=generator, dtype=torch.float64)
         want = F.interpolate(
-            table.to(dtype),
-            size=(child, child),
-            mode="bicubic",
-            antialias=antialias,
-            align_corners=False,
+            table.to(dtype), size=(child, child), mode="bicubic", antialias=antialias, align_corners=False
         ).double()
         weights = torch.from_numpy(line(child, parent))
         assert weights.dtype == torch.float64
@@ -162,9 +151,7 @@ VIT_SIZES = [(48, 128), (128, 48), (64, 80), (80, 64), (224, 384), (384, 512), (
 @pytest.mark.parametrize("dist", [False, True])
 @pytest.mark.parametrize("classes", [(5, 5), (5, 7)])
 @pytest.mark.parametrize(("there", "here"), VIT_SIZES)
-def test_vits_are_resized_as_deit_and_timm_do(
-    there: int, here: int, classes: tuple[int, int], dist: bool
-) -> None:
+def test_vits_are_resized_as_deit_and_timm_do(there: int, here: int, classes: tuple[int, int], dist: bool) -> None:
     arch, contexts = vit(dist_token=dist), (Context(there, classes[0]), Context(here, classes[1]))
     for how in ("own", "published"):
         parent, own, got, net = carried(VIT, arch, *contexts, how)
@@ -175,9 +162,7 @@ def test_vits_are_resized_as_deit_and_timm_do(
         vision_transformer.checkpoint_filter_fn(parent, net),
         {
             **parent,
-            "pos_embed": resample_abs_pos_embed(
-                parent["pos_embed"], [here // 16] * 2, num_prefix_tokens=1 + dist
-            ),
+            "pos_embed": resample_abs_pos_embed(parent["pos_embed"], [here // 16] * 2, num_prefix_tokens=1 + dist),
         },
     ]
     for resized in ways:  # timm resizes in single precision
@@ -193,9 +178,7 @@ TINYVIT_SIZES = [(48, 128), (128, 48), (64, 112), (96, 80), (224, 384), (384, 51
 
 @pytest.mark.parametrize("classes", [(5, 5), (5, 7)])
 @pytest.mark.parametrize(("there", "here"), TINYVIT_SIZES)
-def test_tinyvits_are_resized_as_published_and_as_timm_does(
-    there: int, here: int, classes: tuple[int, int]
-) -> None:
+def test_tinyvits_are_resized_as_published_and_as_timm_does(there: int, here: int, classes: tuple[int, int]) -> None:
     arch, contexts = tinyvit(), (Context(there, classes[0]), Context(here, classes[1]))
     parent, own, published, net = carried(TINYVIT, arch, *contexts, "published")
     tables = {k for k in parent if k.endswith(BIASES)}

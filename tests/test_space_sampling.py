@@ -67,9 +67,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     if request.param != "walked":
         monkeypatch.setattr(module, "SHORT", 0)
         monkeypatch.setattr(module, "CHUNK", 16)
-        monkeypatch.setattr(
-            module, "TRIES", {"drawn": 1 << 12, "drawn, then walked": 32}[request.param]
-        )
+        monkeypatch.setattr(module, "TRIES", {"drawn": 1 << 12, "drawn, then walked": 32}[request.param])
 
 
 @pytest.mark.usefixtures("way")

@@ -164,9 +164,7 @@ def test_growth_keeps_its_own_init() -> None:
 def test_prefixes_equal_slices_by_hand() -> None:
     narrow = small(embed_dims=[32, 32, 64, 96], mlp_ratio=2.0, mbconv_expand_ratio=2.0)
     parent = scrambled(small(), CTX).state_dict()
-    state = inherited(
-        FAMILY.slicing(small(), narrow, CTX, CTX), parent, FAMILY.build(narrow, CTX).state_dict()
-    )
+    state = inherited(FAMILY.slicing(small(), narrow, CTX, CTX), parent, FAMILY.build(narrow, CTX).state_dict())
     by_hand = {
         "patch_embed.conv2.conv.weight": np.s_[:32, :16],
         "patch_embed.conv1.bn.running_var": np.s_[:16],
@@ -248,9 +246,7 @@ def test_other_classes_and_channels_start_afresh() -> None:
     assert missing == {"head.fc.weight", "head.fc.bias", "patch_embed.conv1.conv.weight"}
 
 
-def random_order(
-    arch: Arch, ctx: Context, rng: np.random.Generator, family: Family = FAMILY
-) -> dict[str, np.ndarray]:
+def random_order(arch: Arch, ctx: Context, rng: np.random.Generator, family: Family = FAMILY) -> dict[str, np.ndarray]:
     """Draw an order of the units of every group, and of the blocks of every stage."""
     sizes = {k: 1 + m[0].unit.max() for k, m in family.groups(arch, ctx).items()}
     sizes |= {k: len(names) for k, names in family.blocks(arch).items()}
@@ -335,9 +331,7 @@ def test_the_groups_of_a_vit_leave_out_tokens_positions_and_classes_alone() -> N
         {"embed_dims": [32, 64, 64, 128], "head_dim": 64},
     ],
 )
-def test_wanted_units_are_taken_as_the_first_ones_of_a_net_with_them_in_front(
-    changes: dict[str, object],
-) -> None:
+def test_wanted_units_are_taken_as_the_first_ones_of_a_net_with_them_in_front(changes: dict[str, object]) -> None:
     a, b = small(), small(**changes)
     order = random_order(a, CTX, np.random.default_rng(1))
     order = {name: wanted for name, wanted in order.items() if not name.endswith("blocks")}
@@ -396,9 +390,7 @@ def blend_of(arch: Arch, child: Arch, here: int, there: int) -> tuple[Slice, int
     ("here", "there", "ours", "theirs"),
     [(224, 384, 14, 14), (384, 224, 14, 14), (96, 224, 20, 7), (512, 384, 7, 20), (300, 96, 14, 7)],
 )
-def test_biases_between_the_parents_offsets_are_blended(
-    here: int, there: int, ours: int, theirs: int
-) -> None:
+def test_biases_between_the_parents_offsets_are_blended(here: int, there: int, ours: int, theirs: int) -> None:
     a, b = (small(window_sizes=[7, w, 7], depths=[1] * 4) for w in (theirs, ours))
     s, window, parent_window = blend_of(a, b, here, there)
     assert set(s.blends) == {1}

@@ -15,10 +15,7 @@ from safetensors.torch import load_file
 from nas.distill import label_store
 from tests.conftest import SMALL_ARCH
 
-VIT = {
-    **{"embed_dim": 32, "depth": 2, "head_dim": 16},
-    **{"mlp_ratio": 2.0, "patch_size": 8, "dist_token": False},
-}
+VIT = {**{"embed_dim": 32, "depth": 2, "head_dim": 16}, **{"mlp_ratio": 2.0, "patch_size": 8, "dist_token": False}}
 TINY = {**SMALL_ARCH, "embed_dims": [32, 32, 64, 64], "depths": [1, 1, 1, 1]}
 TINY |= {"mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0}
 
@@ -49,9 +46,7 @@ def evaluation(model: Path, cache: Path, *more: str) -> list[str]:
     return [*start, "--cache-dir", str(cache), "--quiet", "--json", *more]
 
 
-def build_store(
-    out: Path, cache: Path, data: str = "digits", images: int = 200, **more: Any
-) -> Path:
+def build_store(out: Path, cache: Path, data: str = "digits", images: int = 200, **more: Any) -> Path:
     """Build a small label store with a teacher of one epoch, unless it is there."""
     if not out.exists():
         options = {"epochs": 2, "teacher_epochs": 1, "img_size": 32, "threads": 1, **more}
@@ -82,9 +77,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def dense_target(
-    index: torch.Tensor, prob: torch.Tensor, tail: torch.Tensor, num_classes: int
-) -> torch.Tensor:
+def dense_target(index: torch.Tensor, prob: torch.Tensor, tail: torch.Tensor, num_classes: int) -> torch.Tensor:
     """Spell a stored label out, float32 [B, C]: the oracle of the losses."""
     each = tail.float() / (num_classes - index.shape[1])
     target = each[:, None].expand(-1, num_classes).clone()

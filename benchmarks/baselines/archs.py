@@ -86,9 +86,7 @@ def target_of(pool: TrainingPool, text: str) -> Target:
     return Target(text, wanted, most, name, arch, least)
 
 
-def search_settings(
-    pool: TrainingPool, given: argparse.Namespace, target: Target
-) -> dict[str, Any]:
+def search_settings(pool: TrainingPool, given: argparse.Namespace, target: Target) -> dict[str, Any]:
     """Return the settings of a search, equal for every strategy."""
     config = pool.run.config
     # All of them, so that a search made with other sizes is not taken for this one.
@@ -117,12 +115,7 @@ def search_settings(
 
 
 def search(
-    pool: TrainingPool,
-    given: argparse.Namespace,
-    target: Target,
-    strategy: str,
-    deadline: float,
-    console: Console,
+    pool: TrainingPool, given: argparse.Namespace, target: Target, strategy: str, deadline: float, console: Console
 ) -> Side:
     """Search with a strategy, or take over what is finished.
 
@@ -181,11 +174,7 @@ def uniform_scaling(pool: TrainingPool, target: Target) -> Side:
     measured = run.timings.measure(found, "final", reference=run.seed_arch)
     run.executor.close()
     misses = None
-    if (
-        not isinstance(measured, Result)
-        and measured.ratio_hi is not None
-        and measured.ratio_hi < target.min_speedup
-    ):
+    if not isinstance(measured, Result) and measured.ratio_hi is not None and measured.ratio_hi < target.min_speedup:
         misses = f"is slower than asked: {measured.ratio:.3g}x the seed's throughput"
     return Side(UNIFORM, found, misses)
 

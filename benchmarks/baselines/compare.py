@@ -100,9 +100,7 @@ class HourBudget:
         self._seconds += seconds
 
 
-def compare(
-    given: argparse.Namespace, console: Console
-) -> tuple[list[BaselineRow], dict[str, dict[str, Any]]]:
+def compare(given: argparse.Namespace, console: Console) -> tuple[list[BaselineRow], dict[str, dict[str, Any]]]:
     """Search and train what is missing; return the table's rows and the summary."""
     budget = HourBudget(given.budget_hours)
     rows: list[BaselineRow] = []
@@ -140,11 +138,7 @@ def compare(
 
 
 def train_equally(
-    pool: TrainingPool,
-    sides: Sequence[Side],
-    init: str,
-    given: argparse.Namespace,
-    budget: HourBudget,
+    pool: TrainingPool, sides: Sequence[Side], init: str, given: argparse.Namespace, budget: HourBudget
 ) -> tuple[dict[str, Floats], dict[str, str]]:
     """Train every arch from one start on all random seeds, each arch once, if the budget allows.
 
@@ -174,9 +168,7 @@ def train_equally(
     return correctness_by_key(pool, done)
 
 
-def correctness_by_key(
-    pool: TrainingPool, done: Sequence[Trained]
-) -> tuple[dict[str, Floats], dict[str, str]]:
+def correctness_by_key(pool: TrainingPool, done: Sequence[Trained]) -> tuple[dict[str, Floats], dict[str, str]]:
     """Return test correctness by the arch's key [random seeds, images], and why others fail."""
     found: dict[str, dict[int, Floats]] = {}
     failed: dict[str, str] = {}
@@ -312,11 +304,7 @@ def _label(pool: TrainingPool, side: Side) -> str:
 
 
 def pruned_rows(
-    pool: TrainingPool,
-    base: BaselineRow,
-    own: Floats,
-    given: argparse.Namespace,
-    budget: HourBudget,
+    pool: TrainingPool, base: BaselineRow, own: Floats, given: argparse.Namespace, budget: HourBudget
 ) -> list[BaselineRow]:
     """Prune the seed to the contracted arch's parameters by every variant, train and compare."""
     run, config = pool.run, pool.run.config

@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 GRADIENT_BATCHES = 8
 SCORE_BATCHES = 4
 """Batches that Taylor importance, and a score of FastNAS, look at."""
-WORKER = (
-    sys.executable,
-    "-c",
-    f"import sys; from nas.jobs.worker import main; sys.exit(main([{__name__!r}]))",
-)
+WORKER = (sys.executable, "-c", f"import sys; from nas.jobs.worker import main; sys.exit(main([{__name__!r}]))")
 """The command of a worker process that runs these jobs too."""
 
 
@@ -138,13 +134,7 @@ def prune(job: PruneJob, tick: Tick) -> Values:
         pruned.eval()
         assert torch.allclose(again(example), pruned(example), atol=1e-4), "it is not rebuilt"
     timed = measure(
-        again,
-        seed,
-        ctx=ctx,
-        setting=job.setting,
-        threads=job.threads,
-        blocks=job.blocks,
-        max_blocks=job.max_blocks,
+        again, seed, ctx=ctx, setting=job.setting, threads=job.threads, blocks=job.blocks, max_blocks=job.max_blocks
     )
     family = get_family(job.family)
     values = {

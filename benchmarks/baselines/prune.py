@@ -27,11 +27,7 @@ def count(model: nn.Module) -> int:
 
 
 def prune_by_ratio(
-    model: nn.Module,
-    example: torch.Tensor,
-    variant: Variant,
-    ratio: float,
-    gradients: Sequence[torch.Tensor | None],
+    model: nn.Module, example: torch.Tensor, variant: Variant, ratio: float, gradients: Sequence[torch.Tensor | None]
 ) -> nn.Module:
     """Return a pruned copy of a model, the classifier left whole; `gradients` are for Taylor.
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 
-INSTALL = {
-    "torch_pruning": "pip install -e '.[rivals]'",
-    "modelopt": "pip install nvidia-modelopt requests",
-}
+INSTALL = {"torch_pruning": "pip install -e '.[rivals]'", "modelopt": "pip install nvidia-modelopt requests"}
 """What the tools are installed by, under the name that they are imported by."""
 
 

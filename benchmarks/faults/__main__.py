@@ -51,9 +51,7 @@ class FaultRow:
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="python -m benchmarks.faults",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--only", nargs="+", metavar="FAULT", help=f"of {', '.join(FAULTS)} (default: all)")
@@ -150,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = run_all(build_parser().parse_args(argv), console)
         for row in rows:
             console.line(
-                f"{row.fault:<44} {row.survived} of {row.tried} survived, "
-                f"{row.seconds_to_recover:.1f} s later"
+                f"{row.fault:<44} {row.survived} of {row.tried} survived, {row.seconds_to_recover:.1f} s later"
             )
         return 1 if any(row.lost for row in rows) else 0
 

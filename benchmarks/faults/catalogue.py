@@ -95,9 +95,7 @@ def read_only(references: References, folder: Path, rng: random.Random) -> Try:
         return _refused_then_on(references, kind, disk, lambda: remount(disk, "rw"))
 
 
-def _refused_then_on(
-    references: References, kind: Kind, disk: Path, mend: Callable[[], None]
-) -> Try:
+def _refused_then_on(references: References, kind: Kind, disk: Path, mend: Callable[[], None]) -> Try:
     process = start(kind.begin(disk / "out", disk / "cache"), disk.with_name("first.log"))
     wrong = process.end_or_refuse()
     mend()
@@ -194,11 +192,7 @@ def cluster(act: str) -> Callable[[References, Path, random.Random], Try]:
         inside = f'ip link set lo up && exec {sys.executable} -c "$0"'
         with (folder / "first.log").open("w") as log:
             done = subprocess.run(
-                ["unshare", "-n", "sh", "-c", inside, code],
-                stdout=log,
-                stderr=log,
-                timeout=600,
-                check=False,
+                ["unshare", "-n", "sh", "-c", inside, code], stdout=log, stderr=log, timeout=600, check=False
             )
         if done.returncode or not told.exists():
             return Try([f"the cluster ended with status {done.returncode}"])
@@ -239,7 +233,5 @@ FAULTS: dict[str, Fault] = {
     "Ray: a node removed in every step": Fault(2, small_run, cluster("node"), solo=True),
     "Ray: the driver killed": Fault(2, small_run, cluster("driver"), solo=True),
     "Ray: the head lost": Fault(2, small_run, cluster("head"), solo=True),
-    "kill -9 of the driver, TinyViT-21M": Fault(
-        10, published, disturbed(published, kill_driver, warm=True), solo=True
-    ),
+    "kill -9 of the driver, TinyViT-21M": Fault(10, published, disturbed(published, kill_driver, warm=True), solo=True),
 }

@@ -21,9 +21,7 @@ def make_cluster() -> Any:
     """Return a cluster: a head and two nodes, `others`, of one core each."""
     from ray.cluster_utils import Cluster
 
-    made: Any = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False}
-    )
+    made: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": CPUS, "include_dashboard": False})
     made.others = [made.add_node(num_cpus=CPUS) for _ in range(2)]
     return made
 

@@ -29,14 +29,7 @@ ARCH = {
     "mlp_ratio": 4.0,
     "head_dim": 32,
 }
-VIT = {
-    "embed_dim": 32,
-    "depth": 2,
-    "head_dim": 16,
-    "mlp_ratio": 2.0,
-    "patch_size": 8,
-    "dist_token": False,
-}
+VIT = {"embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8, "dist_token": False}
 TIMEOUT_S = 900.0
 TAG = "FAULTS_TAG"
 PASSING = ("seconds", "log", "trial")
@@ -167,9 +160,7 @@ def run_outcome(folder: Path) -> Any:
 def store_outcome(folder: Path) -> Any:
     """Return what must be equal for two label stores."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {
-        p.relative_to(folder).as_posix(): file_sha256(p) for p in files if p.name != "manifest.json"
-    }
+    return {p.relative_to(folder).as_posix(): file_sha256(p) for p in files if p.name != "manifest.json"}
 
 
 def training_outcome(folder: Path) -> Any:
@@ -196,9 +187,7 @@ class References:
         write_json(self.folder / "vit.json", {"family": "vit", "arch": VIT})
         self._found: dict[str, tuple[Any, float]] = {}
 
-    def contract(
-        self, *more: str, seed: str | None = None, size: str | None = None, warm: bool = False
-    ) -> Kind:
+    def contract(self, *more: str, seed: str | None = None, size: str | None = None, warm: bool = False) -> Kind:
         """Return a small contraction with recorded measurements, or one of a published seed."""
         name = "run" if seed is None else f"run-{seed}"
         small = (

@@ -12,17 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.faults.references import (
-    Kind,
-    References,
-    Started,
-    differences,
-    kill,
-    leftovers,
-    orphans,
-    start,
-    tagged,
-)
+from benchmarks.faults.references import Kind, References, Started, differences, kill, leftovers, orphans, start, tagged
 from nas.core.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 
 GRACE_S = 5.0

@@ -64,9 +64,7 @@ def report(given: argparse.Namespace, rows: Sequence[dict[str, Any]], **more: An
     if given.out:
         write_table(given.out, rows, **more)
     for row in rows:
-        cells = (
-            f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values() if v is not None
-        )
+        cells = (f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values() if v is not None)
         print("  ".join(cells))
     print(json.dumps({"rows": rows, **more}))
 

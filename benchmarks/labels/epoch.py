@@ -104,9 +104,7 @@ class Student:
     def step(self, batch: Batch, *, optimize: bool = True, hard: bool = False) -> None:
         """Take one training step as the proxy takes it."""
         inputs = batch.inputs.to(self.device, memory_format=torch.channels_last)
-        index, prob, tail, truth = (
-            t.to(self.device) for t in (batch.index, batch.prob, batch.tail, batch.truth)
-        )
+        index, prob, tail, truth = (t.to(self.device) for t in (batch.index, batch.prob, batch.tail, batch.truth))
         logits = self.model(inputs)
         if hard:
             loss = torch.nn.functional.cross_entropy(logits.float(), truth)
@@ -146,12 +144,7 @@ def alternate(ways: Mapping[str, Step], blocks: int, device: str) -> dict[str, l
 
 
 def step_of(
-    way: str,
-    student: str,
-    teacher: str,
-    dataset: Dataset,
-    stores: Mapping[str, LabelStore],
-    device: str,
+    way: str, student: str, teacher: str, dataset: Dataset, stores: Mapping[str, LabelStore], device: str
 ) -> Step:
     """Return the step of one way; see `WAYS`."""
     own = Student(student, dataset, device)
@@ -181,9 +174,7 @@ def label_stores(cache: Path, dataset: Dataset) -> dict[str, LabelStore]:
     return {engine: label_store(cache, dataset, engine) for engine in ("timm", "batched")}
 
 
-def peak_mem_mb(
-    way: str, student: str, teacher: str, img_size: int, cache: Path, threads: int, device: str
-) -> float:
+def peak_mem_mb(way: str, student: str, teacher: str, img_size: int, cache: Path, threads: int, device: str) -> float:
     """Take a few steps of one way and return this process's peak memory in MB."""
     torch.set_num_threads(threads)
     dataset = fractals(cache, img_size, IMAGES)

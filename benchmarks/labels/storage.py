@@ -75,9 +75,7 @@ def storage_row(
     return dict(zip(columns, values, strict=True))
 
 
-def measure_bytes(
-    exact: Label, num_classes: int, *, labels: str = "zipf", epochs: int = 1
-) -> list[Row]:
+def measure_bytes(exact: Label, num_classes: int, *, labels: str = "zipf", epochs: int = 1) -> list[Row]:
     """Measure what labels take in a store of `epochs`, and what decoding loses, by codec.
 
     `exact`: int [n, K], float32 [n, K] and [n] as a store keeps them. Rows: bytes_a_record (with
@@ -117,10 +115,7 @@ def measure_store(folder: Path) -> list[Row]:
     parts = [store.epoch(epoch)[np.arange(len(store.keys))] for epoch in range(store.epochs)]
     for topk in (k for k in STORE_TOPK if k <= store.spec.topk):
         kept = [part.best(topk) for part in parts]
-        index, prob, tail = (
-            np.concatenate([getattr(one, name) for one in kept])
-            for name in ("index", "prob", "tail")
-        )
+        index, prob, tail = (np.concatenate([getattr(one, name) for one in kept]) for name in ("index", "prob", "tail"))
         teacher = store.spec.teacher_id.split("@")[0]
         exact, classes = (index, prob, tail), store.spec.num_classes
         rows += measure_bytes(exact, classes, labels=teacher, epochs=store.epochs)
@@ -175,9 +170,7 @@ def official_reader(folder: Path, exact: Label, records: int, ranks: int = 8) ->
     return read
 
 
-def measure_reads(
-    exact: Label, num_classes: int, records: int, batch: int, repeats: int
-) -> list[Row]:
+def measure_reads(exact: Label, num_classes: int, records: int, batch: int, repeats: int) -> list[Row]:
     """Time random-order reads in alternating blocks: records/s, and ratios to the official."""
     rng, topk = np.random.default_rng(1), exact[0].shape[1]
     rates: dict[str, list[float]] = {}

@@ -19,15 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import (
-    EstimateRow,
-    Floats,
-    bootstrap,
-    check_at_least,
-    run_command,
-    share,
-    write_table,
-)
+from benchmarks.estimates import EstimateRow, Floats, bootstrap, check_at_least, run_command, share, write_table
 from benchmarks.strategies.replay import (
     FIXED,
     ClosedTable,
@@ -59,8 +51,7 @@ def rows_of(
     """Return the strategies' rows: evaluations needed, how often they suffice, differences."""
     budget, rows = float(settings.budget), list[EstimateRow]()
     needed = {
-        name: np.array([reached_after(one, lattice, goal) for one in all_of])
-        for name, all_of in searches.items()
+        name: np.array([reached_after(one, lattice, goal) for one in all_of]) for name, all_of in searches.items()
     }
 
     def add(name: str, found: Sequence[float], n: int, note: str) -> None:
@@ -78,9 +69,7 @@ def rows_of(
         add(name_of_share, share(hits, n), n, "exact interval")
         # How far behind the best a search is when a run of the effort would end.
         rounds = settings.steps if get_strategy(name).stepwise else ROUNDS[effort]
-        end = min(
-            settings.budget, rounds * (settings.train_per_step or settings.candidates_per_step)
-        )
+        end = min(settings.budget, rounds * (settings.train_per_step or settings.candidates_per_step))
         behind = np.array([best_so_far(one, lattice, end)[-1] for one in searches[name]]) - best
         there = behind[np.isfinite(behind)]
         mean = (math.nan,) * 3
@@ -150,22 +139,13 @@ def compare(given: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, Any
         raise refuse("--free", f"{len(lattice.final)} archs in the last band", "at least 2")
     summary = given.table.with_name(f"{given.table.stem.removesuffix('_table')}.json")
     sd = given.sd if given.sd is not None else read_json(summary, "the summary of a table")["sd"]
-    sizes = (
-        given.candidates_per_step,
-        given.train_per_step,
-        given.beam,
-        given.evaluations,
-        given.selection,
-    )
+    sizes = (given.candidates_per_step, given.train_per_step, given.beam, given.evaluations, given.selection)
     settings = ReplaySettings(len(lattice.bands), *sizes)
     found = replay_all(table, given.strategies, settings, given.replays, given.workers)
     best = min(losses[key] for key in lattice.final)
     in_reach = sum(losses[key] <= best + sd for key in lattice.final)
     rows = rows_of(found, lattice, best + sd, best, settings, given.effort, given.command)
-    curves = {
-        name: [best_so_far(one, lattice, settings.budget) for one in all_of]
-        for name, all_of in found.items()
-    }
+    curves = {name: [best_so_far(one, lattice, settings.budget) for one in all_of] for name, all_of in found.items()}
     told = {
         **vars(settings),
         "archs": len(lattice.archs),
@@ -221,15 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("candidates_per_step", "train_per_step", "beam"):
             if getattr(given, name) is None:
                 setattr(given, name, effort_defaults(given.effort)[name])
-        check_at_least(
-            given,
-            steps=1,
-            candidates_per_step=1,
-            train_per_step=0,
-            beam=1,
-            evaluations=1,
-            replays=2,
-        )
+        check_at_least(given, steps=1, candidates_per_step=1, train_per_step=0, beam=1, evaluations=1, replays=2)
         rows, told = compare(given)
         write_table(given.out, rows)
         write_json(given.out.with_suffix(".json"), told)

@@ -49,9 +49,7 @@ class Lattice:
 
 def slots_of(family: Family) -> list[str]:
     """Name every slot of every factor, as `space.freeze.freeze` takes them."""
-    return [
-        f.field if f.scalar else f"{f.field}[{i}]" for f in family.factors for i in range(f.slots)
-    ]
+    return [f.field if f.scalar else f"{f.field}[{i}]" for f in family.factors for i in range(f.slots)]
 
 
 def closed(family: Family, seed: Arch, free: Sequence[str]) -> Family:
@@ -83,9 +81,7 @@ def _joint(value: Any) -> tuple[float, ...]:
     return tuple(np.atleast_1d(value).tolist())
 
 
-def lattice_of(
-    family: Family, seed: Arch, context: Context, bands: Sequence[Band], free: Sequence[str]
-) -> Lattice:
+def lattice_of(family: Family, seed: Arch, context: Context, bands: Sequence[Band], free: Sequence[str]) -> Lattice:
     """List the archs that contraction from a seed may meet in these bands, by step."""
     own = closed(family, seed, free)
     archs: dict[str, Arch] = {}
@@ -122,12 +118,7 @@ class Scored:
 
 
 def replay(
-    lattice: Lattice,
-    losses: Mapping[str, float],
-    strategy: Strategy,
-    settings: ReplaySettings,
-    *,
-    random_seed: int,
+    lattice: Lattice, losses: Mapping[str, float], strategy: Strategy, settings: ReplaySettings, *, random_seed: int
 ) -> list[Scored]:
     """Replay a search on a table of losses by key; returns every evaluation, at most the budget.
 
@@ -175,9 +166,7 @@ def replay(
         keys = list(by_key)
         if not keys:
             break
-        chosen = keys[
-            : settings.train_per_step or len(keys)
-        ]  # a strategy's best guesses come first
+        chosen = keys[: settings.train_per_step or len(keys)]  # a strategy's best guesses come first
         if strategy.stepwise:
             seed = derived_seed(random_seed, "spread", step, draw)
             chosen = _chosen(lattice, keys, settings, seed)
@@ -220,26 +209,20 @@ def _trial(step: int, candidate: Candidate, loss: float | None) -> Trial:
     )
 
 
-def _chosen(
-    lattice: Lattice, keys: Sequence[str], settings: ReplaySettings, random_seed: int
-) -> list[str]:
+def _chosen(lattice: Lattice, keys: Sequence[str], settings: ReplaySettings, random_seed: int) -> list[str]:
     """Choose which of the listed archs are scored, all as fast as each other."""
     if not settings.train_per_step:
         return list(keys)
     seed = lattice.seed
     listed = [Candidate(lattice.archs[key], key, 0, 0, 0, (), None, seed) for key in keys]
     features = {key: _numbers(lattice, key) for key in keys}
-    chosen = pick(
-        listed, features, settings.train_per_step, settings.selection, random_seed=random_seed
-    )
+    chosen = pick(listed, features, settings.train_per_step, settings.selection, random_seed=random_seed)
     return [candidate.key for candidate in chosen]
 
 
 def _numbers(lattice: Lattice, key: str) -> tuple[float, ...]:
     values = lattice.family.to_dict(lattice.archs[key]).values()
-    return tuple(
-        float(v) for value in values for v in (value if isinstance(value, list) else [value])
-    )
+    return tuple(float(v) for value in values for v in (value if isinstance(value, list) else [value]))
 
 
 def reached_after(done: Sequence[Scored], lattice: Lattice, goal: float) -> float:
@@ -284,9 +267,7 @@ class ClosedTable:
         target = parse_count("--target-params", self.target_params)
         steps = self.steps or steps_of(self.effort, start, target)
         asked = {"seed": self.seed, "effort": self.effort, "img_size": self.img_size}
-        config = make_config(
-            with_absolute_paths({**asked, "target_params": target, "steps": steps})
-        )
+        config = make_config(with_absolute_paths({**asked, "target_params": target, "steps": steps}))
         bands = tuple(band_at(start, config, step) for step in range(1, steps + 1))
         return lattice_of(family, seed, context, bands, self.free.split(","))
 
@@ -312,9 +293,7 @@ def _opened(table: ClosedTable) -> tuple[Lattice, dict[str, float]]:
     return lattice, table.losses(lattice)
 
 
-def replay_one(
-    table: ClosedTable, name: str, settings: ReplaySettings, random_seed: int
-) -> list[Scored]:
+def replay_one(table: ClosedTable, name: str, settings: ReplaySettings, random_seed: int) -> list[Scored]:
     """Replay one search, in whatever process."""
     os.environ["OMP_NUM_THREADS"] = "1"
     lattice, losses = _opened(table)

@@ -25,25 +25,10 @@ from nas.core.requirement import Setting
 from nas.jobs.job import Job, Result, Values
 from nas.jobs.local import LocalExecutor
 from nas.measure import jobs
-from nas.measure.device_table import (
-    FAILED,
-    OK,
-    DeviceRow,
-    fingerprint_columns,
-    read_rows,
-    write_rows,
-)
+from nas.measure.device_table import FAILED, OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.interleave import Bounds
-from nas.measure.jobs import (
-    AccuracyJob,
-    BatchJob,
-    CountJob,
-    ExportJob,
-    FingerprintJob,
-    MemoryJob,
-    TimingJob,
-)
+from nas.measure.jobs import AccuracyJob, BatchJob, CountJob, ExportJob, FingerprintJob, MemoryJob, TimingJob
 from nas.measure.measurement import Measurement, Throughput
 from nas.measure.runtimes import check_setting, find_runtime
 from space import Context
@@ -67,9 +52,7 @@ class DeviceBenchmark:
         """End the worker."""
         self._worker.close()
 
-    def do(
-        self, function: Callable[[A, Tick], Values], key: str, argument: A, *, fresh: bool = False
-    ) -> Result:
+    def do(self, function: Callable[[A, Tick], Values], key: str, argument: A, *, fresh: bool = False) -> Result:
         """Run a job; bad input raises, other failures are results."""
         self.console.describe(key)
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)[:80]
@@ -102,9 +85,7 @@ class DeviceBenchmark:
                     yield self._row(net, ctx, setting, done)
                     self.console.advance(1.0)
 
-    def _row(
-        self, net: Net, ctx: Context, setting: Setting, done: dict[tuple[Any, ...], DeviceRow]
-    ) -> DeviceRow:
+    def _row(self, net: Net, ctx: Context, setting: Setting, done: dict[tuple[Any, ...], DeviceRow]) -> DeviceRow:
         empty = self._empty(net, ctx, setting)
         if not self.plan.auto and empty.conditions in done:
             return done[empty.conditions]
@@ -114,9 +95,7 @@ class DeviceBenchmark:
             return replace(empty, reason=str(error))
         if self.plan.auto:
             found = self.do(
-                jobs.fastest_batch,
-                f"{net.name} batch",
-                BatchJob(network=net.spec(ctx), context=ctx, setting=setting),
+                jobs.fastest_batch, f"{net.name} batch", BatchJob(network=net.spec(ctx), context=ctx, setting=setting)
             )
             if not found.ok:
                 return self._failed(empty, found)
@@ -211,9 +190,7 @@ class DeviceBenchmark:
         """Return the peak memory of a process that only loads and runs the net."""
         network, seed = net.spec(ctx), self.plan.config.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            export = ExportJob(
-                network=network, context=ctx, setting=setting, random_seed=seed, out=Path(folder)
-            )
+            export = ExportJob(network=network, context=ctx, setting=setting, random_seed=seed, out=Path(folder))
             staged = self.do(jobs.export_model, f"{net.name} stage", export)
             if not staged.ok:
                 return None
@@ -243,12 +220,7 @@ class DeviceBenchmark:
                     "name the data that they were trained on",
                 )
             self._datasets[ctx.img_size] = data.folder
-        asked = AccuracyJob(
-            network=net.spec(ctx),
-            context=ctx,
-            setting=setting,
-            dataset=self._datasets[ctx.img_size],
-        )
+        asked = AccuracyJob(network=net.spec(ctx), context=ctx, setting=setting, dataset=self._datasets[ctx.img_size])
         found = self.do(jobs.accuracy, f"{net.name} accuracy", asked)
         if not found.ok:
             return {"reason": f"no accuracy: {found.reason}"}
@@ -256,9 +228,7 @@ class DeviceBenchmark:
         return {**{name: found.values[name] for name in kept}, "done": found.values["done"]}
 
 
-def throughput(
-    nets: Sequence[Net], plan: ThroughputPlan, console: Console | None = None
-) -> list[DeviceRow]:
+def throughput(nets: Sequence[Net], plan: ThroughputPlan, console: Console | None = None) -> list[DeviceRow]:
     """Measure networks and return a row each; a table at `--out` is there after every row.
 
     With `--resume`, rows that it holds already are taken over; without, an existing one is refused.

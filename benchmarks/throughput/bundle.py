@@ -33,9 +33,7 @@ CARRIED = (
 """What of `nas` the script needs: nothing of it imports torch."""
 
 
-def write_bundle(
-    folder: Path, nets: Sequence[Net], plan: ThroughputPlan, console: Console
-) -> dict[str, Any]:
+def write_bundle(folder: Path, nets: Sequence[Net], plan: ThroughputPlan, console: Console) -> dict[str, Any]:
     """Export every network and pack the script; returns what was written.
 
     A bundle that was interrupted goes on with the files that are missing. Raises `InputError`.
@@ -71,9 +69,7 @@ def write_bundle(
     write_json(folder / LIST, {"networks": listed})
     _pack(folder / SCRIPT)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    console.line(
-        f"copy {folder} ({size / 1e6:.0f} MB) to the device; it needs Python 3.10, numpy and"
-    )
+    console.line(f"copy {folder} ({size / 1e6:.0f} MB) to the device; it needs Python 3.10, numpy and")
     console.line(f"onnxruntime; there: python {SCRIPT} --out device.csv")
     return {"bundle": str(folder), "networks": len(listed), "bytes": size}
 
@@ -121,12 +117,6 @@ def _pack(target: Path) -> None:
         for name in CARRIED:
             (source / "nas" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, source / "nas" / name)
-        shutil.copytree(
-            Path(space.__file__).parent,
-            source / "space",
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-        (source / "__main__.py").write_text(
-            "import sys\n\nfrom nas.measure.bundle import main\n\nsys.exit(main())\n"
-        )
+        shutil.copytree(Path(space.__file__).parent, source / "space", ignore=shutil.ignore_patterns("__pycache__"))
+        (source / "__main__.py").write_text("import sys\n\nfrom nas.measure.bundle import main\n\nsys.exit(main())\n")
         zipapp.create_archive(source, target, interpreter="/usr/bin/env python3")

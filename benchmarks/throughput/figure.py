@@ -43,9 +43,7 @@ def pace(row: DeviceRow) -> tuple[float, float, float]:
     return row.measured.interval("images_per_s" if row.measured.ratio is None else "speedup")
 
 
-def draw_rows(
-    rows: Sequence[DeviceRow], target: Path, *, title: str = "", found: Sequence[str] = ()
-) -> None:
+def draw_rows(rows: Sequence[DeviceRow], target: Path, *, title: str = "", found: Sequence[str] = ()) -> None:
     """Draw measured networks into `target` (.png or .svg); one colour per setting.
 
     `found` names the networks to draw as stars, such as those of a search. Hollow points are
@@ -64,10 +62,7 @@ def draw_rows(
         groups.setdefault(f"{row.setting.text}, {row.img_size} px", []).append(row)
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5.4), sharey=True, layout="constrained")
     relative = all(row.measured.ratio is not None for row in kept)
-    for axis, cost, label in (
-        (axes[0], "params", "parameters"),
-        (axes[1], "macs", "MACs an image"),
-    ):
+    for axis, cost, label in ((axes[0], "params", "parameters"), (axes[1], "macs", "MACs an image")):
         said = []
         for colour, (name, members) in zip(cycle(COLOURS), groups.items(), strict=False):
             wrong, decided, slow = surely_misordered(members, cost)
@@ -76,10 +71,7 @@ def draw_rows(
             _points(axis, members, cost, colour, name, slow, relative, set(found), named=first)
         wrong, decided = (sum(column) for column in zip(*said, strict=True))
         share = f"{wrong / decided:.0%}" if decided else "none"
-        axis.set_title(
-            f"fewer {label.split()[0]}, yet slower: {share} of {decided:,} pairs told apart",
-            fontsize=10,
-        )
+        axis.set_title(f"fewer {label.split()[0]}, yet slower: {share} of {decided:,} pairs told apart", fontsize=10)
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(label)
@@ -136,9 +128,7 @@ def _points(
         )
         label = None
         if named and len(rows) <= MOST_NAMES and len(row.arch) <= 24:
-            axis.annotate(
-                row.arch, (x, middle), xytext=(6, 4), textcoords="offset points", fontsize=8
-            )
+            axis.annotate(row.arch, (x, middle), xytext=(6, 4), textcoords="offset points", fontsize=8)
 
 
 def _plain(axis: Any) -> None:

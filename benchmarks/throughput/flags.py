@@ -30,13 +30,9 @@ class ThroughputConfig:
     )
     space: str | None = setting(None, "draw networks from a family's space", metavar="FAMILY")
     sample: int | None = setting(None, "how many to draw (with --space)", metavar="N", low=1)
-    band: int | None = setting(
-        None, "a third of them within 10 % of N parameters", metavar="N", parse=parse_count
-    )
+    band: int | None = setting(None, "a third of them within 10 % of N parameters", metavar="N", parse=parse_count)
     seed: str = setting("21M", "draw contractions of this arch", metavar="ARCH")
-    reference: str | None = setting(
-        None, "timed alongside; none: off", metavar="NET", default_text="21M"
-    )
+    reference: str | None = setting(None, "timed alongside; none: off", metavar="NET", default_text="21M")
     reference_runtime: str | None = setting(
         None,
         "fix the reference's runtime, so that rows of several runtimes share one scale",
@@ -46,22 +42,14 @@ class ThroughputConfig:
     batch: tuple[str, ...] = setting(
         ("16",), "or auto", group="settings, each a list", metavar="N", many=True, default_text="16"
     )
-    dtype: tuple[str, ...] = setting(
-        ("float32",), "of weights and images", many=True, default_text="float32"
-    )
-    img_size: tuple[str, ...] = setting(
-        ("224",), "pixels", metavar="PX", many=True, default_text="224"
-    )
+    dtype: tuple[str, ...] = setting(("float32",), "of weights and images", many=True, default_text="float32")
+    img_size: tuple[str, ...] = setting(("224",), "pixels", metavar="PX", many=True, default_text="224")
     runtime: tuple[str, ...] = setting(
         ("eager",), "that runs the network", metavar="NAME", many=True, default_text="eager"
     )
-    device: tuple[str, ...] = setting(
-        ("cpu",), "cpu, cuda or cuda:N", metavar="NAME", many=True, default_text="cpu"
-    )
+    device: tuple[str, ...] = setting(("cpu",), "cpu, cuda or cuda:N", metavar="NAME", many=True, default_text="cpu")
     num_classes: int = setting(1000, "of the head", metavar="N", low=1)
-    threads: int | None = setting(
-        None, "of a process", group="how long", metavar="N", default_text="the usable CPUs"
-    )
+    threads: int | None = setting(None, "of a process", group="how long", metavar="N", default_text="the usable CPUs")
     blocks: int = setting(12, "at least", metavar="N", low=6)
     max_blocks: int = setting(96, "at most", metavar="N")
     precision: float = setting(
@@ -71,23 +59,17 @@ class ThroughputConfig:
         low=0.0,
         want="a share in [0, 1)",
     )
-    latency_passes: int = setting(
-        100, "passes behind the latency percentiles; 0: none", metavar="N"
-    )
+    latency_passes: int = setting(100, "passes behind the latency percentiles; 0: none", metavar="N")
     memory: bool = setting(True, "do not measure peak memory")
     accuracy_data: str | None = setting(
-        None,
-        "test nets that have weights (best.json) on this data, in each runtime",
-        metavar="DATA",
+        None, "test nets that have weights (best.json) on this data, in each runtime", metavar="DATA"
     )
     random_seed: int = setting(0, "of what is drawn", metavar="N")
     out: str | None = setting(None, "the table as CSV", group="results", metavar="FILE")
     resume: bool = setting(False, "take over the rows of --out")
     figure: str | None = setting(None, "to draw", metavar="FILE", default_text="beside --out, .png")
     bundle: str | None = setting(
-        None,
-        "measure nothing: write ONNX files and one script for a device without torch",
-        metavar="DIR",
+        None, "measure nothing: write ONNX files and one script for a device without torch", metavar="DIR"
     )
     quiet: bool = setting(False, "print the last line only")
 
@@ -150,9 +132,7 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], ThroughputPlan]:
     nets = find_nets(config.arch or ([] if config.sample else published), family)
     if config.sample is not None:
         seed, random_seed = family.seed(config.seed), config.random_seed
-        nets += sample(
-            family, seed, contexts[0], config.sample, band=config.band, random_seed=random_seed
-        )
+        nets += sample(family, seed, contexts[0], config.sample, band=config.band, random_seed=random_seed)
     if not nets:
         raise refuse("--arch", "nothing", "a network", "such as --arch 5M 11M 21M")
     named = config.reference or published[-1]

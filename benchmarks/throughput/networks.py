@@ -111,11 +111,7 @@ def _find(name: str, family: Family) -> list[Net]:
         trained = weights if "timm" in data and weights.is_file() else None
         sizes = [data.get(each) for each in ("img_size", "num_classes")]
         made = Context(*sizes) if all(type(size) is int for size in sizes) else None
-        return [
-            Net(
-                name, own, own.arch(mapping), weights=trained, found="timm" in data, trained_in=made
-            )
-        ]
+        return [Net(name, own, own.arch(mapping), weights=trained, found="timm" in data, trained_in=made)]
     for published in family.published:
         if name.lower() in (published.name.lower(), *(a.lower() for a in published.aliases)):
             return [Net(name, family, published.arch)]
@@ -151,23 +147,17 @@ def _pareto_set(folder: Path, family: Family) -> list[Net]:
     def beaten(row: Any) -> bool:
         own = costs(row)
         return any(
-            all(a <= b for a, b in zip(costs(other), own, strict=True)) and costs(other) != own
-            for other in rows
+            all(a <= b for a, b in zip(costs(other), own, strict=True)) and costs(other) != own for other in rows
         )
 
     best = {r.key: r for r in rows if not beaten(r)}
     try:
-        return [
-            Net(r.label, family, family.arch(ledger.arch(r.step, r.key)), found=r.step > 0)
-            for r in best.values()
-        ]
+        return [Net(r.label, family, family.arch(ledger.arch(r.step, r.key)), found=r.step > 0) for r in best.values()]
     finally:
         ledger.close()
 
 
-def sample(
-    family: Family, seed: Arch, ctx: Context, count: int, *, band: int | None, random_seed: int
-) -> list[Net]:
+def sample(family: Family, seed: Arch, ctx: Context, count: int, *, band: int | None, random_seed: int) -> list[Net]:
     """Draw contractions of a seed all over its space: `count` of them, the seed among them.
 
     The published archs of its range come first.
@@ -177,11 +167,7 @@ def sample(
     """
     most = family.count_params(seed, ctx)
     least = family.count_params(family.floor(seed, ctx), ctx)
-    nets = [
-        Net(p.name, family, p.arch)
-        for p in family.published
-        if least <= family.count_params(p.arch, ctx) <= most
-    ]
+    nets = [Net(p.name, family, p.arch) for p in family.published if least <= family.count_params(p.arch, ctx) <= most]
     if family.key(seed, ctx) not in {net.key(ctx) for net in nets}:
         nets.insert(0, _inline(family, seed))
     nets = nets[:count]
@@ -189,9 +175,7 @@ def sample(
 
     def draw(lo: float, hi: float, number: int) -> None:
         within, taken = Band(math.ceil(lo), math.floor(hi)), {net.key(ctx) for net in nets}
-        found = sample_band(
-            family, seed, ctx, within, number, random_seed=random_seed, exclude=taken
-        )
+        found = sample_band(family, seed, ctx, within, number, random_seed=random_seed, exclude=taken)
         nets.extend(_inline(family, arch) for arch in found)
 
     if band is not None:

@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = session_given.get("out")
     try:
         named = [name for name in _EXECUTOR if name in arguments]
-        session_given["executor_config"] = ExecutorConfig(
-            **{name: arguments.pop(name) for name in named}
-        )
+        session_given["executor_config"] = ExecutorConfig(**{name: arguments.pop(name) for name in named})
         if "status" in session_given:
             from nas.report import status
 
@@ -66,10 +64,7 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     """Print a plan. Returns the exit status."""
     quiet = bool(session_given.get("quiet", False))
     made, text = plan(
-        **arguments,
-        cache_dir=session_given.get("cache_dir"),
-        check_proxy=session_given.get("check_proxy"),
-        quiet=quiet,
+        **arguments, cache_dir=session_given.get("cache_dir"), check_proxy=session_given.get("check_proxy"), quiet=quiet
     )
     if not quiet:
         print(text)
@@ -80,9 +75,7 @@ def _plan(arguments: Mapping[str, Any], session_given: Mapping[str, Any]) -> int
     return EXIT_REACHED
 
 
-def _run(
-    arguments: Mapping[str, Any], session_given: Mapping[str, Any], out: Any, resume: bool
-) -> int:
+def _run(arguments: Mapping[str, Any], session_given: Mapping[str, Any], out: Any, resume: bool) -> int:
     started = time.monotonic()
     quiet = bool(session_given.get("quiet", False))
     outcome = contract(

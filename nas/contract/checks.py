@@ -40,9 +40,7 @@ DEVICE_ROWS, FINALIST_ROWS = "device_table.csv", "finalists_measured.csv"
 """Files of a run with `--device-table`: a copy of it, and the finalists' measurements."""
 
 
-def make_config(
-    given: Mapping[str, Any], executor_config: ExecutorConfig | None = None
-) -> RunConfig:
+def make_config(given: Mapping[str, Any], executor_config: ExecutorConfig | None = None) -> RunConfig:
     """Return the configuration of a new run from what the user gave, checked.
 
     Several workers on this machine share the usable cores, unless the user sets the threads.
@@ -186,8 +184,7 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
     finally:
         console.stop()
     console.line(
-        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below executor "
-        "agreement with it"
+        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below executor agreement with it"
     )
     return open_dataset(folder)
 
@@ -202,9 +199,7 @@ def usual_steps(config: RunConfig, params: int) -> int:
     return steps_of(config.effort, params, config.target_params)
 
 
-def with_steps(
-    config: RunConfig, given: Mapping[str, Any], family: Family, seed: Arch, dataset: Dataset
-) -> RunConfig:
+def with_steps(config: RunConfig, given: Mapping[str, Any], family: Family, seed: Arch, dataset: Dataset) -> RunConfig:
     """Set the usual steps from seed to target, unless the user gave a number."""
     if "steps" in given:
         return config
@@ -267,17 +262,13 @@ def check_requirements(
             continue
         for one in required:
             latency = one.metric in LATENCIES
-            known = one.metric in ("speedup", "images_per_s") or (
-                one.metric == "latency_ms" and setting.batch == 1
-            )
+            known = one.metric in ("speedup", "images_per_s") or (one.metric == "latency_ms" and setting.batch == 1)
             if one.setting == setting and not known:
                 want = "speedup or images_per_s" + (", or latency_ms at batch 1" if latency else "")
                 raise refuse("--require", one.text, want, "the device table has no more")
 
 
-def read_fingerprints(
-    config: RunConfig, worker: Executor, table: DeviceTable | None
-) -> dict[str, Mapping[str, Any]]:
+def read_fingerprints(config: RunConfig, worker: Executor, table: DeviceTable | None) -> dict[str, Mapping[str, Any]]:
     """Return a fingerprint by device, that of `--device` first; a missing device is refused.
 
     The device of a device table is left out.
@@ -297,9 +288,7 @@ def read_fingerprints(
     return found
 
 
-def check_token(
-    config: RunConfig, worker: Executor, family: Family, seed: Arch, dataset: Dataset
-) -> None:
+def check_token(config: RunConfig, worker: Executor, family: Family, seed: Arch, dataset: Dataset) -> None:
     """Refuse `--distill token` for a seed without a distillation token; a worker builds it.
 
     Candidates may lose theirs: they learn on their one head (`nas.train.losses`).
@@ -351,9 +340,7 @@ def check_same_data(config: RunConfig, known: str, dataset: Dataset) -> None:
         )
 
 
-def check_same_device(
-    before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
-) -> None:
+def check_same_device(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse to resume a run on another device or software than that of its measurements."""
     for device, fingerprint in now.items():
         known = before.get(device, {})
@@ -387,10 +374,7 @@ def add_final_measurements(out: Path, table: DeviceTable | None, finalists: Path
 
 
 def run_json(
-    config: RunConfig,
-    dataset: Dataset,
-    fingerprints: Mapping[str, Mapping[str, Any]],
-    shared: SharedStudy | None,
+    config: RunConfig, dataset: Dataset, fingerprints: Mapping[str, Mapping[str, Any]], shared: SharedStudy | None
 ) -> dict[str, Any]:
     """Return what `run.json` records of a new run."""
     return {

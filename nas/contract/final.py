@@ -178,11 +178,7 @@ def write_finalists(run: Run, finalists: Sequence[Incumbent]) -> str:
             {
                 "arch": run.family.to_dict(each.arch),
                 "label": run.family.label(each.arch),
-                "predicted_images_per_s": [
-                    guess.images_per_s,
-                    guess.images_per_s_lo,
-                    guess.images_per_s_hi,
-                ],
+                "predicted_images_per_s": [guess.images_per_s, guess.images_per_s_lo, guess.images_per_s_hi],
                 "predicted_ratio": [guess.ratio, guess.ratio_lo, guess.ratio_hi],
             }
         )
@@ -222,15 +218,11 @@ def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
     if not fits:
         return run.config.seed, run.seed_arch
     below = [p for p in fits if contains(family, run.seed_arch, p.arch, context)]
-    published = min(
-        below or fits, key=lambda p: abs(math.log(family.count_params(p.arch, context) / params))
-    )
+    published = min(below or fits, key=lambda p: abs(math.log(family.count_params(p.arch, context) / params)))
     return published.name, published.arch
 
 
-def _side(
-    run: Run, name: str, arch: Arch, measured: Measurement, values: Mapping[str, Any]
-) -> dict[str, Any]:
+def _side(run: Run, name: str, arch: Arch, measured: Measurement, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return one side of the final comparison as plain JSON."""
     return {
         "name": name,
@@ -252,11 +244,7 @@ def _side(
 
 
 def compare(
-    run: Run,
-    seed: Incumbent,
-    winner: Incumbent,
-    measured: Measurement,
-    verdicts: Sequence[str] = (),
+    run: Run, seed: Incumbent, winner: Incumbent, measured: Measurement, verdicts: Sequence[str] = ()
 ) -> dict[str, Any] | str:
     """Train and test the winner beside the published seed nearest in size, treated alike.
 
@@ -327,12 +315,7 @@ def write_result(run: Run, progress: RunProgress, seconds: float) -> dict[str, A
 
 def _finalist(of: Incumbent) -> dict[str, Any]:
     """Return a finalist with its losses from the first and the second random seed."""
-    return {
-        "key": of.key,
-        "ratio": of.ratio,
-        "soft_loss": of.soft_loss,
-        "soft_loss_again": of.second_loss,
-    }
+    return {"key": of.key, "ratio": of.ratio, "soft_loss": of.soft_loss, "soft_loss_again": of.second_loss}
 
 
 def _reached(run: Run, final: Mapping[str, Any]) -> str:

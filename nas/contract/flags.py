@@ -16,26 +16,15 @@ class SessionOptions:
     """The options of one process; none changes a run's result."""
 
     out: str | None = setting(
-        None,
-        "run folder",
-        group="the run",
-        metavar="DIR",
-        default_text="results/runs/DATE-TIME-SEED-TARGET",
+        None, "run folder", group="the run", metavar="DIR", default_text="results/runs/DATE-TIME-SEED-TARGET"
     )
     resume: str | None = setting(
-        None,
-        "continue a run that was interrupted (DIR, or the --out folder)",
-        metavar="DIR",
-        const="",
+        None, "continue a run that was interrupted (DIR, or the --out folder)", metavar="DIR", const=""
     )
     final_measurements: str | None = setting(
-        None,
-        "with --resume: the finalists as measured on the device of --device-table",
-        metavar="FILE",
+        None, "with --resume: the finalists as measured on the device of --device-table", metavar="FILE"
     )
-    plan: bool = setting(
-        False, "print what the run would do and cost after about a minute of measuring, and exit"
-    )
+    plan: bool = setting(False, "print what the run would do and cost after about a minute of measuring, and exit")
     check_proxy: int | None = setting(
         None,
         "afterwards train N kept and rejected candidates about 10x longer on several random "

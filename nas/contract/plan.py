@@ -259,9 +259,7 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
     return found, None
 
 
-def _likely(
-    run: Run, candidates: Sequence[Candidate], need: float | None, pace: Pace
-) -> list[Candidate]:
+def _likely(run: Run, candidates: Sequence[Candidate], need: float | None, pace: Pace) -> list[Candidate]:
     """Return the candidates expected to pass, the likeliest ones, with predicted ratios."""
     predicted = [replace(c, ratio=predicted_ratio(run, pace, c.macs)) for c in candidates]
     if need is None:

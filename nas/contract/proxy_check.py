@@ -82,10 +82,7 @@ def compare_scores(
         spread = (cost.value, cost.lo, cost.hi, cost.within_one_sd)
         rows.append(ProxyCheckRow(name, tau.value, tau.lo, tau.hi, n, share, *spread))
     limit = noise_ceiling(truth)
-    for what, found in (
-        ("one truth against another", limit.pairwise),
-        ("the noise-free truth", limit.perfect),
-    ):
+    for what, found in (("one truth against another", limit.pairwise), ("the noise-free truth", limit.perfect)):
         rows.append(ProxyCheckRow(f"ceiling: {what}", found.value, found.lo, found.hi, n))
     return rows
 
@@ -108,9 +105,7 @@ def check_number(number: object) -> None:
         raise refuse("--check-proxy", number, f"an integer from {LEAST} to {MOST} (archs to train)")
 
 
-def check_band(
-    number: int | None, config: RunConfig, family: Family, seed: Arch, dataset: Dataset
-) -> None:
+def check_band(number: int | None, config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
     """Refuse a check of more archs than the last band holds; None means no check."""
     if number is None:
         return
@@ -195,12 +190,7 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     longer = copy.copy(run)
     longer.config = replace(config, label_overflow="cycle")
     trainings = [
-        _Training(
-            longer,
-            f"truth{at}",
-            LONGER * config.proxy_epochs,
-            derived_seed(config.random_seed, "truth", at),
-        )
+        _Training(longer, f"truth{at}", LONGER * config.proxy_epochs, derived_seed(config.random_seed, "truth", at))
         for at in range(SEEDS)
     ]
     trainings.append(_Training(run, "check", config.proxy_epochs))
@@ -213,9 +203,7 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
             run.console.line(f"proxy check: left out, cannot be trained: {failed[key]}")
         if len(archs) - len(failed) < LEAST:
             left = f"{len(archs) - len(failed)} of {number} archs that can be trained"
-            raise refuse(
-                "--check-proxy", left, f"at least {LEAST}", next(iter(failed.values()), "")
-            )
+            raise refuse("--check-proxy", left, f"at least {LEAST}", next(iter(failed.values()), ""))
     archs = [arch for arch in archs if run.key(arch) not in failed]
     *truth, short, hard = ([each.folder(arch) for arch in archs] for each in trainings)
     losses = [[losses_of(folder, config.metric) for folder in row] for row in truth]
@@ -228,10 +216,7 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     scores |= {name: (values, 0.0) for name, values in training_free_scores(run, archs).items()}
     rows = compare_scores(scores, means)
     write_rows(run.folder.path / "proxy_check.csv", rows)
-    by_arch = {
-        run.key(arch): np.array([losses[s][i] for s in range(SEEDS)])
-        for i, arch in enumerate(archs)
-    }
+    by_arch = {run.key(arch): np.array([losses[s][i] for s in range(SEEDS)]) for i, arch in enumerate(archs)}
     kept = tied_with_best(by_arch)
     own, limit = rows[0], rows[-1]
     # Proxies of a check start from the seed; a run of several steps has nearer parents.
@@ -341,8 +326,7 @@ def check_proxy_in_time(run: Run, seed: Incumbent, number: int) -> dict[str, Any
         return report
     except OutOfTime:
         console.line(
-            "proxy check: out of time (--max-hours); "
-            f"--resume {run.folder.path} --check-proxy {number} goes on"
+            f"proxy check: out of time (--max-hours); --resume {run.folder.path} --check-proxy {number} goes on"
         )
         return None
     finally:

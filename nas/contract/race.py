@@ -57,10 +57,7 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
     trials: dict[str, Trial] = {}
     racing, earlier = list(selected), None
     for rung in rungs:
-        tasks = [
-            _rung(run, step, each, parents[step.parent_of(each).key], rung, earlier)
-            for each in racing
-        ]
+        tasks = [_rung(run, step, each, parents[step.parent_of(each).key], rung, earlier) for each in racing]
         results = run.train_all(tasks, remember=True)
         for at, (each, task, result) in enumerate(zip(racing, tasks, results, strict=True)):
             if earlier is not None:
@@ -72,9 +69,7 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
             break
         folders = {each.key: _folder(run, step, each, rung) for each in racing}
         losses = {key: losses_of(folders[key], config.metric) for key in sorted(folders)}
-        decision = racing_decision(
-            losses, keep, alpha=ALPHA, looks=len(rungs) - 1, drift_sd=DRIFT_NATS
-        )
+        decision = racing_decision(losses, keep, alpha=ALPHA, looks=len(rungs) - 1, drift_sd=DRIFT_NATS)
         for key, reason in decision.stop.items():
             reason = f"stopped after {rung} of {epochs} epochs: {reason}"
             trials[key] = replace(trials[key], stage="race", state="pruned", reason=reason)
@@ -92,9 +87,7 @@ def _folder(run: Run, step: Step, candidate: Candidate, rung: int) -> Path:
     return run.folder.job_folder(f"s{step.number}-{candidate.key}{cut}")
 
 
-def _rung(
-    run: Run, step: Step, candidate: Candidate, parent: Incumbent, rung: int, earlier: int | None
-) -> Task:
+def _rung(run: Run, step: Step, candidate: Candidate, parent: Incumbent, rung: int, earlier: int | None) -> Task:
     """Describe a candidate's training up to a rung, from an earlier one."""
     folder, epochs = _folder(run, step, candidate, rung), run.config.proxy_epochs
     return run.training(
@@ -110,9 +103,7 @@ def _rung(
     )
 
 
-def _trial(
-    run: Run, step: Step, candidate: Candidate, task: Task, result: Result, epochs: int
-) -> Trial:
+def _trial(run: Run, step: Step, candidate: Candidate, task: Task, result: Result, epochs: int) -> Trial:
     """Return a trained candidate as a trial."""
     log = log_of(task.out.name)
     if not result.ok:
@@ -124,11 +115,7 @@ def _trial(
 
 
 def _train_on_saved_epochs(
-    run: Run,
-    step: Step,
-    through: Sequence[Candidate],
-    parents: Mapping[str, Incumbent],
-    trials: Mapping[str, Trial],
+    run: Run, step: Step, through: Sequence[Candidate], parents: Mapping[str, Incumbent], trials: Mapping[str, Trial]
 ) -> dict[str, Trial]:
     """Train the candidates that reached the end on the epochs that stopped ones saved."""
     epochs, stored = run.config.proxy_epochs, run.store["use_epochs"]
@@ -201,9 +188,7 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
             missing=config.missing_labels,
             out=path,
         )
-        result = failed_before(path) or run.do(
-            Job(rank_by_importance, job, f"order-{incumbent.key}")
-        )
+        result = failed_before(path) or run.do(Job(rank_by_importance, job, f"order-{incumbent.key}"))
         if not result.ok:
             keep_failure(path, result)
             run.console.line(f"note: no order of importance, the first units: {result.reason}")

@@ -92,9 +92,7 @@ def dropped_requirements(earlier: RunConfig, config: RunConfig) -> tuple[str, ..
     return tuple(r.text for r in requirements_of(earlier) if r.text not in now)
 
 
-def read_earlier(
-    folder: Path, family: Family, dataset: str, *, after: Collection[Path] = ()
-) -> Earlier:
+def read_earlier(folder: Path, family: Family, dataset: str, *, after: Collection[Path] = ()) -> Earlier:
     """Read an earlier run's trials and models; one on other data is refused.
 
     `after` are the folders of replays that led here, so that none is read twice.
@@ -103,10 +101,7 @@ def read_earlier(
     known = data.get("dataset", {}).get("fingerprint")
     if known != dataset:
         raise refuse(
-            "--replay",
-            f"a run on data with fingerprint {known}",
-            f"the data at hand, {dataset}",
-            "restore the data",
+            "--replay", f"a run on data with fingerprint {known}", f"the data at hand, {dataset}", "restore the data"
         )
     study = read_study(folder, data)
     try:
@@ -164,9 +159,7 @@ def scores_in_band(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
     return sorted(latest.values(), key=lambda found: (found[0].soft_loss or 0.0, found[0].key))
 
 
-def nearest_larger_model(
-    earlier: Earlier, band: Band, family: Family, context: Context
-) -> Incumbent | None:
+def nearest_larger_model(earlier: Earlier, band: Band, family: Family, context: Context) -> Incumbent | None:
     """Return the smallest model larger than a band, or None."""
     models = [model for run in lineage(earlier) for model in run.models]
     sized = [(family.count_params(model.arch, context), model) for model in models]
@@ -190,11 +183,7 @@ def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]
     """
     step = run.config.steps
     bounds = bounds_at(
-        step,
-        run.config,
-        seed_params=run.start_params,
-        seed_values=run.start_values,
-        parent_ratio=seed.ratio,
+        step, run.config, seed_params=run.start_params, seed_values=run.start_values, parent_ratio=seed.ratio
     )
     if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
         bounds = replace(bounds, least_ratio=None)
@@ -294,9 +283,7 @@ def steps_to_target(earlier: Earlier, config: RunConfig, family: Family, dataset
     """Return how many steps a replay takes from the earlier run's nearest model to its target."""
     context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     seed_params = family.count_params(family.arch(config.seed_arch), context)
-    start = nearest_larger_model(
-        earlier, band_at(seed_params, config, config.steps), family, context
-    )
+    start = nearest_larger_model(earlier, band_at(seed_params, config, config.steps), family, context)
     params = seed_params if start is None else family.count_params(start.arch, context)
     return usual_steps(config, params)
 
@@ -308,9 +295,7 @@ def describe_reuse(
     rows = [r for r in run.study.rows if r.step == run.config.steps and r.soft_loss is not None]
     scores = len(rows) if known else 0
     if known:
-        message = (
-            f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
-        )
+        message = f"{scores} archs that {earlier.folder} scored meet the new question: no step to take"
         if scores == 1:
             message += ", and no choice; a run of its own would look further"
         lengths = {row.epochs for row in rows}
@@ -327,9 +312,4 @@ def describe_reuse(
     dropped = dropped_requirements(earlier.config, run.config)
     if dropped:
         message += f"; its {' and '.join(dropped)} not asked for any more"
-    return {
-        "run": str(earlier.folder),
-        "scores": scores,
-        "start": None if known else start.key,
-        "message": message,
-    }
+    return {"run": str(earlier.folder), "scores": scores, "start": None if known else start.key, "message": message}

@@ -45,23 +45,9 @@ from nas.contract.replay import (
     steps_to_target,
 )
 from nas.contract.run_folder import RunFolder, default_folder
-from nas.contract.seed import (
-    best_so_far,
-    expected_cost,
-    prepare_seed,
-    print_config,
-    remove_intermediate_weights,
-)
+from nas.contract.seed import best_so_far, expected_cost, prepare_seed, print_config, remove_intermediate_weights
 from nas.contract.state import Incumbent, Run
-from nas.contract.step import (
-    begin_step,
-    end_step,
-    meets_requirements,
-    propose,
-    rank,
-    select,
-    stuck_message,
-)
+from nas.contract.step import begin_step, end_step, meets_requirements, propose, rank, select, stuck_message
 from nas.core.cli import default_cache
 from nas.core.config import parse_count
 from nas.core.executor_config import ExecutorConfig
@@ -159,9 +145,7 @@ def contract(
     if not resume:
         if final_measurements is not None:
             want = "an earlier run's --resume"
-            raise refuse(
-                "--final-measurements", final_measurements, want, "name the run: --resume DIR"
-            )
+            raise refuse("--final-measurements", final_measurements, want, "name the run: --resume DIR")
         if out is None:
             config = replayed_config(given) if "replay" in given else make_config(given)
             out = default_folder(config.seed, config.target_params)
@@ -249,12 +233,7 @@ def finished_result(given: Mapping[str, Any], out: Path, session: Session) -> Ru
 
 @contextlib.contextmanager
 def open_run(
-    given: Mapping[str, Any],
-    out: Path,
-    session: Session,
-    *,
-    resume: bool = False,
-    keep: bool = True,
+    given: Mapping[str, Any], out: Path, session: Session, *, resume: bool = False, keep: bool = True
 ) -> Iterator[Run]:
     """Open a run, new or resumed, for a `with` block; the only place where a run starts.
 
@@ -287,9 +266,7 @@ def open_run(
         elif "replay" not in given:
             config = with_steps(config, given, family, seed_arch, dataset)
         check_possible(config, family, seed_arch, dataset)
-        if session.check_proxy is not None and not (
-            resume and named_archs(out, session.check_proxy)
-        ):
+        if session.check_proxy is not None and not (resume and named_archs(out, session.check_proxy)):
             check_band(session.check_proxy, config, family, seed_arch, dataset)
         earlier = load_earlier(config, family, dataset)
         tables = [Path(path) for path in config.device_table]
@@ -341,9 +318,7 @@ def open_run(
     except InputError as error:
         if worker is not None:
             worker.close()
-        if not resume and (
-            run is None or not (run.study.rows or isinstance(error, StudyUnavailable))
-        ):
+        if not resume and (run is None or not (run.study.rows or isinstance(error, StudyUnavailable))):
             if run is not None:
                 run.study.remove()
             folder.discard()  # refused before any decision
@@ -421,9 +396,7 @@ def search(run: Run, progress: RunProgress) -> None:
         finish(run, seed, progress)
 
 
-def contract_steps(
-    run: Run, start: Incumbent, rows: list[StepRow]
-) -> tuple[list[list[Incumbent]], str | None]:
+def contract_steps(run: Run, start: Incumbent, rows: list[StepRow]) -> tuple[list[list[Incumbent]], str | None]:
     """Take every step; return all steps' incumbents, and why the run is stuck if it is.
 
     `rows` collects one row a finished step, for `steps.csv`.

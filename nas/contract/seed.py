@@ -145,9 +145,7 @@ def requirement_value(
         return float(count(arch, run.context))
     # Only memory needs its bound to be measured; the arch itself may miss every bound.
     weigh = (required,) if required.metric == "peak_mem_mb" else ()
-    measured = run.timings.measure(
-        arch, role, reference=reference, requirements=weigh, setting=required.setting
-    )
+    measured = run.timings.measure(arch, role, reference=reference, requirements=weigh, setting=required.setting)
     return measured if isinstance(measured, Result) else measured.interval(required.metric)[0]
 
 
@@ -177,9 +175,7 @@ def _reachable(run: Run) -> None:
         required = tuple(r for r in requirements_of(config) if r.setting == setting)
         if not required:
             continue
-        measured = run.timings.measure(
-            floor, "floor", reference=run.seed_arch, requirements=required, setting=setting
-        )
+        measured = run.timings.measure(floor, "floor", reference=run.seed_arch, requirements=required, setting=setting)
         if isinstance(measured, Result):
             continue  # unknown, so not refused
         for one in required:
@@ -287,9 +283,7 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
         "device": config.device,
         "threads": config.threads,
     }
-    begun = labels.begin(
-        run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by
-    )
+    begun = labels.begin(run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by)
     job = labels.build_job(begun, data, info, part=(1, 1), device=config.device)
     built = run.do(job, cost=job.units / 3 * teacher_cost(run))
     labels.job_values(built, "soft labels")

@@ -274,9 +274,7 @@ class Run:
         if jobs:
             others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
             self.console.describe(f"{jobs[0].key}{others}")
-        for result in self.executor.stream(
-            jobs, tick=tick, deadline=self.deadline, heartbeat=self.console.refresh
-        ):
+        for result in self.executor.stream(jobs, tick=tick, deadline=self.deadline, heartbeat=self.console.refresh):
             self.console.advance(costs[result.key] - moved[result.key])
             if not result.ok and result.values.get("input_error"):
                 raise InputError(result.reason)
@@ -323,18 +321,13 @@ class Run:
             label_overflow=config.label_overflow,
             epochs=epochs,
             batch_size=config.batch_size,
-            lr=peak_lr(
-                "scratch" if init == "scratch" else "inherit",
-                family.count_params(arch, self.context),
-            ),
+            lr=peak_lr("scratch" if init == "scratch" else "inherit", family.count_params(arch, self.context)),
             init=init,
             random_seed=config.random_seed if random_seed is None else random_seed,
             device=config.device,
             parent=None
             if parent is None
-            else ParentWeights(
-                arch=family.to_dict(parent.arch), weights=parent.weights, order=parent.order
-            ),
+            else ParentWeights(arch=family.to_dict(parent.arch), weights=parent.weights, order=parent.order),
             first_epoch=first_epoch,
             distill="sparse" if hard_weight else config.distill,
             hard_weight=hard_weight,
@@ -344,18 +337,14 @@ class Run:
             shared=self.folder.path not in out.parents,
             out=out,
             images=images,
-            continue_from=None
-            if before is None
-            else EarlierRung(epochs=done, checkpoint=before[1] / CHECKPOINT),
+            continue_from=None if before is None else EarlierRung(epochs=done, checkpoint=before[1] / CHECKPOINT),
             rung=rung,
         )
         total = (images or each) * ((epochs if rung is None else rung) - done)
         # Weights that the user named stay on the driver's machine, and so does the job.
         driver_only = init.startswith("file:")
         return Task(
-            Job(jobs.train, job, name, float(total), driver_only=driver_only),
-            out,
-            total * self.image_cost(arch),
+            Job(jobs.train, job, name, float(total), driver_only=driver_only), out, total * self.image_cost(arch)
         )
 
     def train(self, arch: Arch, name: str, **more: Any) -> Result:
@@ -373,9 +362,7 @@ class Run:
         if not result.ok or self.config.metric == "top1":
             return result
         classes = len(self.dataset.classes)
-        return replace(
-            result, values=with_metric(result.values, task.out, self.config.metric, classes)
-        )
+        return replace(result, values=with_metric(result.values, task.out, self.config.metric, classes))
 
     def training_digest(self, job: TrainJob) -> str:
         """Return a key of everything that decides a cached training, this machine included."""

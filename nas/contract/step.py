@@ -80,9 +80,7 @@ def begin_step(run: Run, number: int, start: Incumbent, incumbents: Sequence[Inc
     return step
 
 
-def propose(
-    run: Run, step: Step, draw: int, past: Sequence[tuple[Trial, Arch]] | None = None
-) -> list[Candidate]:
+def propose(run: Run, step: Step, draw: int, past: Sequence[tuple[Trial, Arch]] | None = None) -> list[Candidate]:
     """Return the strategy's next candidates, from `past` trials: by default, those of the run."""
     config, strategy = run.config, run.strategy
     state = SearchState(
@@ -118,8 +116,7 @@ def _decided(run: Run, step: Step) -> tuple[tuple[Trial, Arch], ...]:
     return tuple(
         (trial, run.family.arch(run.study.arch(trial.step, trial.key)))
         for trial in run.study.rows
-        if 0 < trial.step < step.number
-        or (trial.step == step.number and trial.key in step.candidates)
+        if 0 < trial.step < step.number or (trial.step == step.number and trial.key in step.candidates)
     )
 
 
@@ -225,12 +222,7 @@ def meets_requirements(run: Run, step: Step, candidate: Candidate) -> Candidate 
         if not required and not primary:
             continue
         measured = run.timings.measure(
-            arch,
-            "gate",
-            reference=run.seed_arch,
-            requirements=required,
-            setting=setting,
-            step=step.number,
+            arch, "gate", reference=run.seed_arch, requirements=required, setting=setting, step=step.number
         )
         candidate = replace(candidate, seconds=candidate.seconds + measured.seconds)
         if isinstance(measured, Result):
@@ -270,9 +262,7 @@ def _slower(measured: Measurement, least_ratio: float) -> list[tuple[str, float]
     return [(f"{text}{ratio:.3f} [{lo:.3f}, {hi:.3f}]", least_ratio / ratio - 1)]
 
 
-def _missed(
-    measured: Measurement, required: Sequence[Requirement], guessed: bool
-) -> list[tuple[str, float]]:
+def _missed(measured: Measurement, required: Sequence[Requirement], guessed: bool) -> list[tuple[str, float]]:
     """Return the text and share of each missed requirement.
 
     A measurement must meet a requirement with its whole interval; a prediction misses it only with
@@ -319,9 +309,7 @@ def selected(run: Run, number: int, passed: Sequence[Candidate]) -> list[Candida
         return list(passed[: config.train_per_step])
     seed = derived_seed(config.random_seed, "spread", number)
     features = {c.key: features_of(run.family.to_dict(c.arch)) for c in passed}
-    return selection.pick(
-        passed, features, config.train_per_step, config.selection, random_seed=seed
-    )
+    return selection.pick(passed, features, config.train_per_step, config.selection, random_seed=seed)
 
 
 def features_of(arch: dict[str, Any]) -> tuple[float, ...]:
@@ -370,9 +358,7 @@ def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
         if trial.key not in kept:
             run.folder.drop_weights(run.trial_folder(trial).name)
     return [
-        older[key]
-        if key in older
-        else run.incumbent(through[key], parent=step.parent_of(step.candidates[key]))
+        older[key] if key in older else run.incumbent(through[key], parent=step.parent_of(step.candidates[key]))
         for key in kept
     ]
 

@@ -18,12 +18,7 @@ from nas.measure.fingerprint import Fingerprint
 from nas.measure.interleave import Bounds
 from nas.measure.jobs import ExportJob, MemoryJob, NetworkSpec, TimingJob
 from nas.measure.measurement import Measurement
-from nas.measure.measurement_table import (
-    MeasurementCache,
-    MeasurementKey,
-    MeasurementRow,
-    MeasurementTable,
-)
+from nas.measure.measurement_table import MeasurementCache, MeasurementKey, MeasurementRow, MeasurementTable
 from nas.measure.runtimes import find_runtime
 from nas.search.constraints import primary_setting, settings_of
 from space import Context
@@ -129,9 +124,7 @@ class Timings:
                 f"{setting.device}: the device or its software changed during the run, from "
                 f"{asked.fingerprint} to {measured.fingerprint}; start a new run"
             )
-        row = MeasurementRow(
-            role, asked.arch_key, self.family.label(arch), asked.reference_key, measured
-        )
+        row = MeasurementRow(role, asked.arch_key, self.family.label(arch), asked.reference_key, measured)
         self.rows.append(row)
         self.kept.add(row)
         return measured
@@ -165,11 +158,7 @@ class Timings:
         network, seed = self._network(arch), self.config.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
             export = ExportJob(
-                network=network,
-                context=self.context,
-                setting=setting,
-                random_seed=seed,
-                out=Path(folder),
+                network=network, context=self.context, setting=setting, random_seed=seed, out=Path(folder)
             )
             staged = self.do(Job(jobs.export_model, export, f"stage-{name}", timed=True))
             if not staged.ok:
@@ -184,9 +173,7 @@ class Timings:
             )
             return self.do(Job(jobs.peak_memory, weigh, f"memory-{name}", timed=True, fresh=True))
 
-    def _measurement_key(
-        self, arch: Arch, role: str, reference: Arch | None, setting: Setting
-    ) -> MeasurementKey:
+    def _measurement_key(self, arch: Arch, role: str, reference: Arch | None, setting: Setting) -> MeasurementKey:
         return MeasurementKey(
             role=role,
             arch_key=self.family.key(arch, self.context),
@@ -240,9 +227,7 @@ def _bounds(requirements: Sequence[Requirement]) -> Bounds:
         return max((r.bound for r in requirements if r.metric == metric), default=None)
 
     latencies = [(LATENCIES[r.metric], r.bound) for r in requirements if r.metric in LATENCIES]
-    return Bounds(
-        ratio=most("speedup"), images_per_s=most("images_per_s"), latency_ms=tuple(latencies)
-    )
+    return Bounds(ratio=most("speedup"), images_per_s=most("images_per_s"), latency_ms=tuple(latencies))
 
 
 def interval_text(measured: Measurement, metric: str) -> str:

@@ -68,21 +68,12 @@ class RunConfig:
     """
 
     seed: str = setting(
-        MISSING,
-        "where contraction starts: 5M, 11M, 21M, or a JSON file",
-        group="what to reach",
-        metavar="ARCH",
+        MISSING, "where contraction starts: 5M, 11M, 21M, or a JSON file", group="what to reach", metavar="ARCH"
     )
-    target_params: int = setting(
-        MISSING, "parameters to reach: 5M, 350K, ...", metavar="N", low=1, parse=parse_count
-    )
+    target_params: int = setting(MISSING, "parameters to reach: 5M, 350K, ...", metavar="N", low=1, parse=parse_count)
     seed_arch: Mapping[str, Any] = field(default_factory=dict)
     params_tolerance: float = setting(
-        0.10,
-        "the target is a band of this share either way",
-        metavar="SHARE",
-        parse=parse_share,
-        low=0.0,
+        0.10, "the target is a band of this share either way", metavar="SHARE", parse=parse_share, low=0.0
     )
     min_throughput: float | None = setting(
         None,
@@ -126,12 +117,7 @@ class RunConfig:
         metavar="SOURCE",
     )
     img_size: int | None = setting(
-        None,
-        "resolution",
-        metavar="PX",
-        low=16,
-        efforts=(48, None, None),
-        default_text="smoke 48, else from data",
+        None, "resolution", metavar="PX", low=16, efforts=(48, None, None), default_text="smoke 48, else from data"
     )
     max_images: int | None = setting(
         None,
@@ -142,26 +128,13 @@ class RunConfig:
         default_text="smoke 800, else 10000",
     )
     max_corrupt: float = setting(
-        0.01,
-        "broken images tolerated",
-        metavar="SHARE",
-        parse=parse_share,
-        low=0.0,
-        default_text="1%",
+        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, default_text="1%"
     )
-    pixel_cache: bool = setting(
-        True, "decode a folder's images each time instead of keeping their pixels"
-    )
-    teacher: str = setting(
-        "auto", "auto, a timm name with pretrained weights, or MODEL:FILE", metavar="MODEL"
-    )
+    pixel_cache: bool = setting(True, "decode a folder's images each time instead of keeping their pixels")
+    teacher: str = setting("auto", "auto, a timm name with pretrained weights, or MODEL:FILE", metavar="MODEL")
     labels: str | None = setting(None, "use this soft-label store", metavar="STORE")
     label_epochs: int | None = setting(
-        None,
-        "epochs of labels to store",
-        metavar="N",
-        low=1,
-        default_text="those of the longest training",
+        None, "epochs of labels to store", metavar="N", low=1, default_text="those of the longest training"
     )
     label_overflow: str = setting(
         "error", "training past the stored epochs", metavar="POLICY", choices=("error", "cycle")
@@ -178,10 +151,7 @@ class RunConfig:
     )
     codec: str = setting("packed", "records", choices=("plain", "packed"))
     augment: str = setting(
-        "default",
-        "augmentation",
-        metavar="PRESET",
-        choices=("default", "22k", "1k", "finetune", "batched"),
+        "default", "augmentation", metavar="PRESET", choices=("default", "22k", "1k", "finetune", "batched")
     )
     distill: str = setting(
         "sparse",
@@ -193,16 +163,10 @@ class RunConfig:
         choices=("sparse", "soft", "hard", "token"),
     )
     seed_weights: str | None = setting(
-        None,
-        "start the seed from a checkpoint or a timm tag",
-        metavar="FILE|TAG",
-        default_text="from scratch",
+        None, "start the seed from a checkpoint or a timm tag", metavar="FILE|TAG", default_text="from scratch"
     )
     effort: str = setting(
-        "normal",
-        "sets what names the efforts as its defaults",
-        group="how hard to look",
-        choices=EFFORTS,
+        "normal", "sets what names the efforts as its defaults", group="how hard to look", choices=EFFORTS
     )
     steps: int = setting(
         4,
@@ -216,37 +180,22 @@ class RunConfig:
     candidates_per_step: int = setting(
         12, "candidates timed a step", metavar="N", low=1, high=100_000, efforts=(6, 12, 24)
     )
-    train_per_step: int = setting(
-        3, "candidates trained a step", metavar="N", low=1, high=100_000, efforts=(2, 3, 8)
-    )
-    beam: int = setting(
-        2, "incumbents kept a step", metavar="N", low=1, high=100_000, efforts=(1, 2, 3)
-    )
+    train_per_step: int = setting(3, "candidates trained a step", metavar="N", low=1, high=100_000, efforts=(2, 3, 8))
+    beam: int = setting(2, "incumbents kept a step", metavar="N", low=1, high=100_000, efforts=(1, 2, 3))
     max_draws: int = setting(
-        3,
-        "shortlists drawn before a step is stuck",
-        metavar="N",
-        low=1,
-        high=100_000,
-        efforts=(4, 3, 3),
+        3, "shortlists drawn before a step is stuck", metavar="N", low=1, high=100_000, efforts=(4, 3, 3)
     )
     teacher_epochs: int = setting(
         10, "epochs of the auto teacher", metavar="N", low=1, high=100_000, efforts=(10, 10, 30)
     )
-    seed_epochs: int = setting(
-        4, "epochs of the seed", metavar="N", low=1, high=100_000, efforts=(3, 4, 20)
-    )
-    proxy_epochs: int = setting(
-        2, "epochs of a candidate", metavar="N", low=1, high=100_000, efforts=(1, 2, 5)
-    )
+    seed_epochs: int = setting(4, "epochs of the seed", metavar="N", low=1, high=100_000, efforts=(3, 4, 20))
+    proxy_epochs: int = setting(2, "epochs of a candidate", metavar="N", low=1, high=100_000, efforts=(1, 2, 5))
     final_epochs: int = setting(
         8, "epochs of the final comparison", metavar="N", low=1, high=100_000, efforts=(3, 8, 30)
     )
     batch_size: int = setting(32, "training batch", metavar="N", low=2, high=65_536)
     proxy_init: str = setting(
-        "inherit",
-        "where a candidate starts, its parent's sliced weights or fresh ones",
-        choices=("inherit", "scratch"),
+        "inherit", "where a candidate starts, its parent's sliced weights or fresh ones", choices=("inherit", "scratch")
     )
     strategy: str = setting(
         "contraction",
@@ -256,8 +205,7 @@ class RunConfig:
     )
     selection: str = setting(
         "nearest",
-        "which of contraction's candidates are trained, the nearest to their parent first or "
-        "those that differ most",
+        "which of contraction's candidates are trained, the nearest to their parent first or those that differ most",
         metavar="HOW",
         choices=("nearest", "diverse"),
     )
@@ -267,13 +215,10 @@ class RunConfig:
         metavar="NAME",
         choices=("prefix", "l1", "l2", "taylor"),
     )
-    racing: bool = setting(
-        True, "train every candidate to the end, also those that cannot win any more"
-    )
+    racing: bool = setting(True, "train every candidate to the end, also those that cannot win any more")
     freeze: tuple[str, ...] = setting(
         (),
-        "keep a factor, a slot or a stage as it is, may be repeated: window_sizes, "
-        "'embed_dims[3]', stage1",
+        "keep a factor, a slot or a stage as it is, may be repeated: window_sizes, 'embed_dims[3]', stage1",
         metavar="PART",
         want="a list of factors, slots or parts",
     )
@@ -283,44 +228,27 @@ class RunConfig:
         metavar="NAME",
         choices=("top1", "balanced_accuracy", "macro_f1"),
     )
-    baselines: bool = setting(
-        True, "do not add uniform scaling and published archs to the shortlists"
-    )
+    baselines: bool = setting(True, "do not add uniform scaling and published archs to the shortlists")
     device: str = setting("cpu", "cpu, cuda or cuda:N", group="device and measuring")
-    threads: int = setting(
-        1, "torch threads", metavar="N", low=1, high=MOST_AT_ONCE, default_text="the usable CPUs"
-    )
-    bench_batch: int = setting(
-        16, "images a pass", metavar="N", low=1, high=100_000, efforts=(16, 16, 32)
-    )
+    threads: int = setting(1, "torch threads", metavar="N", low=1, high=MOST_AT_ONCE, default_text="the usable CPUs")
+    bench_batch: int = setting(16, "images a pass", metavar="N", low=1, high=100_000, efforts=(16, 16, 32))
     bench_runtime: str = setting(
         "eager",
-        "what executes the networks that are timed: eager, eager-fused, compile, onnxruntime, "
-        "openvino, ...",
+        "what executes the networks that are timed: eager, eager-fused, compile, onnxruntime, openvino, ...",
         metavar="NAME",
     )
     bench_device: str | None = setting(None, "where they are timed", default_text="the --device")
     measurement_cache: bool = setting(
         True, "time everything anew instead of taking what earlier runs measured on this device"
     )
-    bench_dtype: str = setting(
-        "float32", "their arithmetic", choices=("float32", "bfloat16", "float16")
-    )
-    bench_blocks: int = setting(
-        10, "timed blocks at least", metavar="N", low=6, high=10_000, efforts=(6, 10, 20)
-    )
-    bench_max_blocks: int = setting(
-        30, "timed blocks at most", metavar="N", low=6, high=100_000, efforts=(12, 30, 160)
-    )
+    bench_dtype: str = setting("float32", "their arithmetic", choices=("float32", "bfloat16", "float16"))
+    bench_blocks: int = setting(10, "timed blocks at least", metavar="N", low=6, high=10_000, efforts=(6, 10, 20))
+    bench_max_blocks: int = setting(30, "timed blocks at most", metavar="N", low=6, high=100_000, efforts=(12, 30, 160))
     measurements: str | None = setting(
-        None,
-        "reuse the measurements of equal fingerprint from another run's measurements.csv",
-        metavar="FILE",
+        None, "reuse the measurements of equal fingerprint from another run's measurements.csv", metavar="FILE"
     )
     replay: str | None = setting(
-        None,
-        "answer from what an earlier run measured and scored, training only what is missing",
-        metavar="DIR",
+        None, "answer from what an earlier run measured and scored, training only what is missing", metavar="DIR"
     )
     random_seed: int = setting(0, "of every draw", metavar="N", low=0, high=2**31 - 1)
 
@@ -330,8 +258,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, the inverse of `config_from_dict`."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
 

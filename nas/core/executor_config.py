@@ -28,10 +28,7 @@ class ExecutorConfig:
         default_text="1, or one a GPU with --device cuda",
     )
     executor: str = setting(
-        "local",
-        "processes of this machine, or a cluster (needs the extra [ray])",
-        metavar="NAME",
-        choices=EXECUTORS,
+        "local", "processes of this machine, or a cluster (needs the extra [ray])", metavar="NAME", choices=EXECUTORS
     )
     ray_address: str | None = setting(
         None,
@@ -40,37 +37,18 @@ class ExecutorConfig:
         default_text="a cluster of this machine alone",
     )
     benchmark_resource: str | None = setting(
-        None,
-        "with Ray, time on nodes that have this resource, such as orin",
-        metavar="RESOURCE",
-        default_text="here",
+        None, "with Ray, time on nodes that have this resource, such as orin", metavar="RESOURCE", default_text="here"
     )
-    copy_files: bool = setting(
-        False, "with Ray, send files also to nodes that see this machine's (a slow shared disk)"
-    )
-    retries: int = setting(
-        2, "how often a job is tried again whose worker or node died", metavar="N", low=0, high=1000
-    )
+    copy_files: bool = setting(False, "with Ray, send files also to nodes that see this machine's (a slow shared disk)")
+    retries: int = setting(2, "how often a job is tried again whose worker or node died", metavar="N", low=0, high=1000)
     job_memory_gb: float | None = setting(
-        None,
-        "memory that a job may take; more is its failure",
-        metavar="GB",
-        above=0.0,
-        default_text="no limit",
+        None, "memory that a job may take; more is its failure", metavar="GB", above=0.0, default_text="no limit"
     )
     gpu_share: float = setting(
-        1.0,
-        "of a GPU that a job takes",
-        metavar="SHARE",
-        above=0.0,
-        want="a share of a GPU in (0, 1]",
+        1.0, "of a GPU that a job takes", metavar="SHARE", above=0.0, want="a share of a GPU in (0, 1]"
     )
     job_minutes: float | None = setting(
-        None,
-        "a job that takes longer is ended and counts as lost",
-        metavar="M",
-        above=0.0,
-        default_text="no limit",
+        None, "a job that takes longer is ended and counts as lost", metavar="M", above=0.0, default_text="no limit"
     )
 
     def __post_init__(self) -> None:
@@ -78,10 +56,7 @@ class ExecutorConfig:
         check_settings(self)
         if self.gpu_share > 1:
             raise refuse("--gpu-share", self.gpu_share, "a share of a GPU in (0, 1]")
-        for name, given in (
-            ("--ray-address", self.ray_address),
-            ("--benchmark-resource", self.benchmark_resource),
-        ):
+        for name, given in (("--ray-address", self.ray_address), ("--benchmark-resource", self.benchmark_resource)):
             if given is not None and self.executor != "ray":
                 raise refuse(name, f"{given} with --executor local", "--executor ray")
         if self.copy_files and self.executor != "ray":

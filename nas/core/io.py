@@ -41,10 +41,7 @@ def disk_refusal(error: BaseException) -> InputError | None:
     named = getattr(error, "filename", None)
     where = str(named) if isinstance(named, (str, Path)) else "a file"
     return refuse(
-        where,
-        os.strerror(code),
-        "room and permission to write",
-        "see to it, then go on with --resume; nothing is lost",
+        where, os.strerror(code), "room and permission to write", "see to it, then go on with --resume; nothing is lost"
     )
 
 
@@ -155,11 +152,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def get_or_make(
-    key: Path,
-    make: Callable[[Path], None],
-    *,
-    found: Callable[[Path], bool] = Path.is_dir,
-    resumable: bool = False,
+    key: Path, make: Callable[[Path], None], *, found: Callable[[Path], bool] = Path.is_dir, resumable: bool = False
 ) -> bool:
     """Make a cache's folder `key` unless it is there already; return whether it was made now.
 

@@ -51,9 +51,7 @@ def losses_of(folder: Path, metric: str = "top1") -> npt.NDArray[np.float64]:
     return found.soft_loss * image_weights(metric, found.truth)
 
 
-def with_metric(
-    values: Mapping[str, Any], folder: Path, metric: str, classes: int
-) -> dict[str, Any]:
+def with_metric(values: Mapping[str, Any], folder: Path, metric: str, classes: int) -> dict[str, Any]:
     """Return a training's values with the metric's own: `metric`, and `test_metric` where tested.
 
     The soft loss is that of `losses_of`; its standard error is over images.

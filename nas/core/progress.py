@@ -49,9 +49,7 @@ class Console:
         self._bar = tqdm(
             total=max(total, 1.0),
             file=self._stream,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| "
-            + pace
-            + "{elapsed}, about {remaining} left",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| " + pace + "{elapsed}, about {remaining} left",
             unit="" if unit is None else f" {unit}",
             dynamic_ncols=True,
             leave=False,

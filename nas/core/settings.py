@@ -159,9 +159,7 @@ def check_settings(values: Any) -> None:
                 raise refuse(field.flag, value, about.want or f"a number >= {about.low}")
             if about.above is not None and value <= about.above:
                 raise refuse(field.flag, value, about.want or f"a number above {about.above:g}")
-        elif field.kind is tuple and (
-            isinstance(value, str) or not all(isinstance(each, str) for each in value)
-        ):
+        elif field.kind is tuple and (isinstance(value, str) or not all(isinstance(each, str) for each in value)):
             raise refuse(field.flag, value, about.want or "a list")
 
 

@@ -95,9 +95,7 @@ def resampled(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int, random_seed: i
     return _resampled(left * right, np.abs(left), np.abs(right), resamples, random_seed)
 
 
-def noise_ceiling(
-    truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int = 0
-) -> Ceiling:
+def noise_ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int = 0) -> Ceiling:
     """Return what tau the truth's own noise permits, from truth [s, n], s >= 2.
 
     `pairwise`: truth against truth, the mean tau over pairs of single random seeds; what a proxy
@@ -117,8 +115,7 @@ def noise_ceiling(
     pairs = list(itertools.combinations(range(s), 2))
     taus = [kendall(true[i], true[j]) for i, j in pairs]
     drawn = [
-        _resampled(signs[i] * signs[j], np.abs(signs[i]), np.abs(signs[j]), resamples, random_seed)
-        for i, j in pairs
+        _resampled(signs[i] * signs[j], np.abs(signs[i]), np.abs(signs[j]), resamples, random_seed) for i, j in pairs
     ]
     pairwise = _percentiles(float(np.mean(taus)), np.mean(drawn, axis=0), n)
     noise, between = _mean_squares(true)
@@ -293,9 +290,7 @@ def _truth(truth: npt.ArrayLike, at_least: int = 1) -> Floats:
     return found
 
 
-def _scores_and_truth(
-    scores: npt.ArrayLike, truth: npt.ArrayLike, at_least: int = 1
-) -> tuple[Floats, Floats]:
+def _scores_and_truth(scores: npt.ArrayLike, truth: npt.ArrayLike, at_least: int = 1) -> tuple[Floats, Floats]:
     true, given = _truth(truth, at_least), np.asarray(scores, dtype=np.float64)
     if given.shape != true.shape[1:] or np.isnan(given).any():
         raise refuse("scores", f"shape {given.shape}", f"{true.shape[1]} numbers, one per arch")

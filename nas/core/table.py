@@ -101,9 +101,7 @@ def _cached_fields(cls: type) -> tuple[_Field, ...]:
 def table_columns(cls: type) -> tuple[str, ...]:
     """Return the columns of a dataclass: its fields, and in place of a nested one that one's."""
     return tuple(
-        name
-        for field in _fields(cls)
-        for name in ((field.name,) if field.kind in _WANT else table_columns(field.kind))
+        name for field in _fields(cls) for name in ((field.name,) if field.kind in _WANT else table_columns(field.kind))
     )
 
 

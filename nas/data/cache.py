@@ -22,15 +22,7 @@ from numpy.typing import NDArray
 from nas.core.io import digest_of, get_or_make, read_json
 from nas.core.progress import Tick
 from nas.data.dataset import MEAN, STD, Dataset, KeyTable, NameTable
-from nas.data.layout import (
-    FORMAT,
-    SIDES,
-    file_of,
-    read_folder,
-    write_meta,
-    write_pixels,
-    write_table,
-)
+from nas.data.layout import FORMAT, SIDES, file_of, read_folder, write_meta, write_pixels, write_table
 from nas.data.sources import DataSource, ImagePool
 from nas.data.split import cut, unique_rows
 from space.errors import refuse
@@ -298,9 +290,7 @@ def folder_of(source: DataSource, random_seed: int, cache_dir: Path) -> Path:
     return cache_dir / "data" / f"{_slug(source.name)}-{digest_of(identity)}"
 
 
-def _build(
-    source: DataSource, folder: Path, random_seed: int, max_corrupt: float, tick: Tick
-) -> None:
+def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: float, tick: Tick) -> None:
     """Decode, cut and write into `folder`, which is empty."""
     pool_path = folder / "pool.raw" if source.root is None else None
     pool = ImagePool(pool_path, source.store_size)
@@ -368,9 +358,7 @@ def _check_broken(broken: int, total: int, most: float, examples: str) -> None:
         )
 
 
-def cached(
-    source: DataSource, random_seed: int, max_corrupt: float, cache_dir: Path, tick: Tick
-) -> Dataset:
+def cached(source: DataSource, random_seed: int, max_corrupt: float, cache_dir: Path, tick: Tick) -> Dataset:
     """Open a source's folder in the cache, decoding it first if it is not there.
 
     Safe against kills (built aside, then renamed) and against a second process (it waits).
@@ -396,11 +384,7 @@ def cached(
 
 
 def relabelled(
-    dataset: Dataset,
-    cache_dir: Path,
-    labels_by_side: Mapping[str, NDArray[np.int64]],
-    classes: Sequence[str],
-    by: str,
+    dataset: Dataset, cache_dir: Path, labels_by_side: Mapping[str, NDArray[np.int64]], classes: Sequence[str], by: str
 ) -> Dataset:
     """Return a data set the classes of a teacher `by`: side -> int64 [n] in 0 .. len(classes) - 1.
 

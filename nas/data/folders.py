@@ -24,9 +24,7 @@ from space.errors import refuse
 
 VERSION = 2
 """Of the decoding and the choice of images: another one is another data set."""
-EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
-)
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff"))
 TEST_NAMES = ("val", "valid", "validation", "test", "eval")
 _LOOKED_AT = 101
 _CHUNK = 64
@@ -268,9 +266,7 @@ def _chosen(files: Sequence[_File], count: int, salt: str, at_least: int) -> lis
     return [files[row] for row in rows]
 
 
-def _proxy(
-    files: list[_File], classes: int, asked: int | None, split: bool
-) -> tuple[list[_File], list[str]]:
+def _proxy(files: list[_File], classes: int, asked: int | None, split: bool) -> tuple[list[_File], list[str]]:
     limit = proxy_limit(classes, asked, split)
     used = _chosen(files, limit, "proxy", 2 if split else 3)
     if len(used) == len(files):

@@ -110,9 +110,7 @@ def class_systems() -> Floats:
     attempt = 0
     while len(kept) < CLASSES:
         drawn = [_system(_Draws(VERSION, 7, attempt + i)) for i in range(_BATCH)]
-        octets = np.stack(
-            [_Draws(VERSION, 8, attempt + i).octets(_STEPS * _CHAINS) for i in range(_BATCH)]
-        )
+        octets = np.stack([_Draws(VERSION, 8, attempt + i).octets(_STEPS * _CHAINS) for i in range(_BATCH)])
         views = np.zeros((_BATCH, 6), dtype=np.float32)
         views[:, 2] = 1
         counts = _histogram(np.stack(drawn), octets, views, 0.0, DEFAULT_IMG_SIZE)
@@ -142,9 +140,7 @@ def _points(systems: Floats, octets: NDArray[np.uint8]) -> tuple[Floats, Floats]
     return xs, ys
 
 
-def _histogram(
-    systems: Floats, octets: NDArray[np.uint8], views: Floats, turn: float, size: int
-) -> NDArray[np.int64]:
+def _histogram(systems: Floats, octets: NDArray[np.uint8], views: Floats, turn: float, size: int) -> NDArray[np.int64]:
     """Count the points of every attractor that fall on every pixel: int64 [B, size, size].
 
     `views` [B, 6] is (turn, mirror, scale, shift x, shift y, -) with the scale as a share of the
@@ -239,9 +235,7 @@ def _tied(jitter: Floats, system: Floats) -> Floats:
     return np.where(same[:, None], jitter[:1], jitter)
 
 
-def render(
-    wanted: Sequence[Wanted], img_size: int = DEFAULT_IMG_SIZE
-) -> Iterator[NDArray[np.uint8]]:
+def render(wanted: Sequence[Wanted], img_size: int = DEFAULT_IMG_SIZE) -> Iterator[NDArray[np.uint8]]:
     """Render images one by one, in order: uint8 [img_size, img_size, 3] each."""
     systems = class_systems()
     for start in range(0, len(wanted), _BATCH):
@@ -270,11 +264,7 @@ def fractals(spec: DataSpec) -> DataSource:
             pool.add(content_key(pixels.tobytes()), one.label, one.role, pixels, one.name)
             tick(1.0)
 
-    identity: dict[str, Any] = {
-        "fractals": VERSION,
-        "difficulty": _DIFFICULTY,
-        "max_images": spec.max_images,
-    }
+    identity: dict[str, Any] = {"fractals": VERSION, "difficulty": _DIFFICULTY, "max_images": spec.max_images}
     return DataSource(
         name="fractals",
         classes=tuple(f"ifs{label:03d}" for label in range(CLASSES)),

@@ -74,14 +74,9 @@ def write_table(path: Path, table: NDArray[Any]) -> None:
 def write_meta(folder: Path, meta: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     """Write `meta.json`; the fingerprint is of `meta` and the images' keys and classes."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in sorted(folder.glob("*.npy"))
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.glob("*.npy"))
     }
-    content = {
-        name: about["sha256"]
-        for name, about in files.items()
-        if name.endswith((".keys.npy", ".labels.npy"))
-    }
+    content = {name: about["sha256"] for name, about in files.items() if name.endswith((".keys.npy", ".labels.npy"))}
     fingerprint = digest_of({**meta, "content": content})
     write_json(folder / "meta.json", {**meta, **extra, "fingerprint": fingerprint, "files": files})
 
@@ -101,18 +96,14 @@ def read_folder(folder: Path, verify: bool = False) -> Dataset:
         splits: dict[str, Any] = {s: _open_side(folder, s, meta, verify) for s in SIDES}
         preparation = _preparation(meta)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise refuse(
-            f"data cache {folder}", error, "the files as they were written", "delete the folder"
-        ) from error
+        raise refuse(f"data cache {folder}", error, "the files as they were written", "delete the folder") from error
     read = {f.name: meta[f.name] for f in fields(Dataset) if f.name in meta}
     read = {name: tuple(v) if isinstance(v, list) else v for name, v in read.items()}
     return Dataset(folder=folder, preparation=preparation, **read, **splits)
 
 
 def _open_side(folder: Path, side: str, meta: Mapping[str, Any], verify: bool) -> Split:
-    keys, labels, text, ends = (
-        _checked(folder, file_of(side, table), meta, verify=True) for table in _TABLES
-    )
+    keys, labels, text, ends = (_checked(folder, file_of(side, table), meta, verify=True) for table in _TABLES)
     names, table = NameTable(text, ends), KeyTable(keys)
     stored, n = meta["store_size"], len(keys)
     if not len(labels) == len(ends) == n:
@@ -155,8 +146,7 @@ class DecodedFiles:
     def __init__(self, at: Path, side: str, root: Path, img_size: int, store_size: int) -> None:
         self._given = (at, side, root, img_size, store_size)
         keys, text, ends = (
-            np.load(at / file_of(side, table), mmap_mode="r", allow_pickle=False)
-            for table in ("keys", "names", "ends")
+            np.load(at / file_of(side, table), mmap_mode="r", allow_pickle=False) for table in ("keys", "names", "ends")
         )
         self._names, self._keys = NameTable(text, ends), KeyTable(keys)
         self.shape = (len(keys), store_size, store_size, 3)

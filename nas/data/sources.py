@@ -18,15 +18,7 @@ from PIL import Image
 
 from nas.core.progress import Tick
 from nas.data.dataset import DataSpec
-from nas.data.decode import (
-    as_rgb_key,
-    chosen_img_size,
-    fitted,
-    refuse_bomb,
-    shown_name,
-    store_size_of,
-    why_broken,
-)
+from nas.data.decode import as_rgb_key, chosen_img_size, fitted, refuse_bomb, shown_name, store_size_of, why_broken
 from nas.data.split import TEST_IMAGES, choose, content_key, proxy_limit
 from space.errors import refuse
 
@@ -211,9 +203,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
     if img_size is None:
         role = next(iter(sides))
         found = sides[role].read(wanted[role][:_LOOKED_AT])
-        img_size, line = chosen_img_size(
-            item[0].size for item in found if not isinstance(item, str)
-        )
+        img_size, line = chosen_img_size(item[0].size for item in found if not isinstance(item, str))
         notes.append(line)
     return _reader_source(spec.name, classes, sides, wanted, img_size, tuple(notes))
 
@@ -310,9 +300,7 @@ def _is_stream(items: Any) -> bool:
 
 def _classes(items: Any, side: _Side, name: str) -> tuple[str, ...]:
     """Name the classes, by number where the set has no names. Raises InputError."""
-    table = getattr(items, "class_to_idx", None) or getattr(
-        getattr(items, "reader", None), "class_to_idx", None
-    )
+    table = getattr(items, "class_to_idx", None) or getattr(getattr(items, "reader", None), "class_to_idx", None)
     listed = getattr(items, "classes", None)
     if listed:
         names = [str(entry) for entry in listed]
@@ -340,9 +328,7 @@ def _checked_label(label: Any, classes: int, name: str) -> int:
     return number
 
 
-def _wanted(
-    sides: dict[str, _Side], classes: int, asked: int | None, notes: list[str]
-) -> dict[str, list[int]]:
+def _wanted(sides: dict[str, _Side], classes: int, asked: int | None, notes: list[str]) -> dict[str, list[int]]:
     """Choose which numbers are read, stratified where the reader lists labels."""
     split = "test" in sides
     limits = {role: proxy_limit(classes, asked, split) for role in sides}

@@ -41,9 +41,7 @@ def _order(ids: Sequence[str], salt: str) -> NDArray[np.uint64]:
     return np.frombuffer(bytes(out), dtype="<u8").astype(np.uint64)
 
 
-def choose(
-    ids: Sequence[str], labels: NDArray[np.int64], count: int, salt: str, at_least: int = 1
-) -> Rows:
+def choose(ids: Sequence[str], labels: NDArray[np.int64], count: int, salt: str, at_least: int = 1) -> Rows:
     """Choose `count` items by hash, in proportion to the classes, `at_least` of every class first.
 
     Returns rows, rising: int64 [min(count, n)]. The choice depends on the set of (id, label), not
@@ -76,11 +74,7 @@ def unique_rows(keys: Sequence[str], roles: Sequence[str]) -> Rows:
 
 
 def cut(
-    keys: Sequence[str],
-    labels: NDArray[np.int64],
-    roles: Sequence[str],
-    classes: Sequence[str],
-    random_seed: int,
+    keys: Sequence[str], labels: NDArray[np.int64], roles: Sequence[str], classes: Sequence[str], random_seed: int
 ) -> Mapping[str, Rows]:
     """Cut unique images into {"train", "holdout", "test"}: rows in the order of their keys.
 
@@ -111,12 +105,7 @@ def cut(
         "test": np.concatenate([part("test"), test]),
     }
     if not classes and any(not len(members) for members in sides.values()):
-        raise refuse(
-            "--data",
-            f"{len(keys)} images without copies",
-            "images for train, holdout and test",
-            "at least 3",
-        )
+        raise refuse("--data", f"{len(keys)} images without copies", "images for train, holdout and test", "at least 3")
     for side, members in sides.items():
         missing = np.flatnonzero(np.bincount(labels[members], minlength=len(classes)) == 0)
         if len(missing):
@@ -130,8 +119,7 @@ def cut(
             )
     order = {key: at for at, key in enumerate(sorted(keys))}
     return {
-        side: np.array(sorted(members, key=lambda r: order[keys[r]]), dtype=np.int64)
-        for side, members in sides.items()
+        side: np.array(sorted(members, key=lambda r: order[keys[r]]), dtype=np.int64) for side, members in sides.items()
     }
 
 

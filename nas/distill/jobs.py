@@ -144,10 +144,7 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
         tick=tick,
     )
     notes = "".join(f"; {note}" for note in info.notes)
-    message = (
-        f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- "
-        f"{info.holdout_top1_se:.1%}{notes}"
-    )
+    message = f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%}{notes}"
     return {"info": info.to_dict(), "message": message}
 
 
@@ -173,13 +170,7 @@ def train(job: TrainJob, tick: Tick) -> Values:
 
 def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
-    from nas.distill.student import (
-        StudentTraining,
-        evaluate_test,
-        mean_se,
-        proxy_settings,
-        train_and_score,
-    )
+    from nas.distill.student import StudentTraining, evaluate_test, mean_se, proxy_settings, train_and_score
     from nas.labels.store import open_store
     from nas.measure.macs import fvcore_macs
     from nas.train.losses import DistillLoss
@@ -219,13 +210,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
         loss=loss,
     )
     score = train_and_score(
-        training,
-        dataset,
-        store,
-        out_weights=weights,
-        checkpoint=checkpoint,
-        stop_after=rung,
-        tick=tick,
+        training, dataset, store, out_weights=weights, checkpoint=checkpoint, stop_after=rung, tick=tick
     )
     if not math.isfinite(score.soft_loss):
         raise FloatingPointError(f"the holdout loss is {score.soft_loss}")
@@ -233,9 +218,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     values: Values = {k: v for k, v in score.to_dict().items() if k not in ("weights", "per_image")}
     values["notes"] = [*notes, *score.notes]
     if job.test:
-        tested = evaluate_test(
-            family, arch, context, weights, dataset, store.spec.augment, device=job.device
-        )
+        tested = evaluate_test(family, arch, context, weights, dataset, store.spec.augment, device=job.device)
         tested.save(part / "test.safetensors")
         top1, top1_se = mean_se(tested.correct)
         values.update(test_top1=top1, test_top1_se=top1_se, test_n=len(tested.correct))
@@ -397,22 +380,10 @@ def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
         raise refuse("images", job.images, "an integer >= 2 (images are compared)")
     family, dataset = get_family(job.family), open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    replay = LabelReader(
-        dataset.train,
-        store,
-        job.batch_size,
-        job.random_seed,
-        missing=job.missing,
-        device=job.device,
-    )
+    replay = LabelReader(dataset.train, store, job.batch_size, job.random_seed, missing=job.missing, device=job.device)
     batch = _first_images(replay, job.images)
     scores = zero_cost_scores(
-        family,
-        family.arch(job.arch),
-        job.context,
-        batch,
-        random_seed=job.random_seed,
-        device=job.device,
+        family, family.arch(job.arch), job.context, batch, random_seed=job.random_seed, device=job.device
     )
     tick(float(len(batch.rows)))
     return {**scores, "images": len(batch.rows)}

@@ -38,28 +38,15 @@ class BuildOptions:
         None, "images read", metavar="N", low=4, default_text="10,000, or 4 a class if more"
     )
     max_corrupt: float = setting(
-        0.01,
-        "broken images tolerated",
-        metavar="SHARE",
-        parse=parse_share,
-        low=0.0,
-        default_text="1%",
+        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, default_text="1%"
     )
     pixel_cache: bool = setting(True, "decode files each time instead of keeping their pixels")
     teacher: str = setting("auto", "auto, a timm name, or MODEL:FILE", metavar="MODEL")
-    teacher_epochs: int = setting(
-        15, "epochs of the auto teacher", metavar="N", low=1, high=100_000
-    )
+    teacher_epochs: int = setting(15, "epochs of the auto teacher", metavar="N", low=1, high=100_000)
     random_seed: int = setting(0, "of every draw", metavar="N", low=0, high=2**31 - 1)
-    processes: int = setting(
-        1, "parts that are built side by side", metavar="N", low=1, high=MOST_AT_ONCE
-    )
-    part: str = setting(
-        "1/1", "build every N-th shard: one of N machines (see merge)", metavar="I/N"
-    )
-    threads: int | None = setting(
-        None, "torch's, a process; part of the store", metavar="N", low=1, high=MOST_AT_ONCE
-    )
+    processes: int = setting(1, "parts that are built side by side", metavar="N", low=1, high=MOST_AT_ONCE)
+    part: str = setting("1/1", "build every N-th shard: one of N machines (see merge)", metavar="I/N")
+    threads: int | None = setting(None, "torch's, a process; part of the store", metavar="N", low=1, high=MOST_AT_ONCE)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -192,9 +179,7 @@ def _make(
     work = [api.build_job(begun, dataset, info, part=part, device=device) for part in parts]
     console.start(sum(job.units for job in work), unit="images")
     try:
-        for result in executor.stream(
-            work, tick=lambda _, units: console.advance(units), heartbeat=console.refresh
-        ):
+        for result in executor.stream(work, tick=lambda _, units: console.advance(units), heartbeat=console.refresh):
             api.job_values(result, "soft labels")
     finally:
         console.stop()

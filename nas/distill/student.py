@@ -25,12 +25,7 @@ from nas.inherit.slice import inherit
 from nas.labels.reader import Batch, LabelReader, holdout_batches
 from nas.labels.store import LabelStore
 from nas.train.loop import TrainSettings, train
-from nas.train.losses import (
-    DistillLoss,
-    TeacherTargets,
-    set_token_training,
-    sparse_soft_cross_entropy,
-)
+from nas.train.losses import DistillLoss, TeacherTargets, set_token_training, sparse_soft_cross_entropy
 from space import Context
 from space.family import Arch, Array, Family
 
@@ -214,11 +209,7 @@ def train_and_score(
             stop_after=stop_after,
         )
     scored = evaluate(
-        model,
-        holdout_batches(dataset, store, EVAL_BATCH, training.missing),
-        dataset.holdout.labels,
-        device,
-        tick,
+        model, holdout_batches(dataset, store, EVAL_BATCH, training.missing), dataset.holdout.labels, device, tick
     )
     digest = per_image = None
     if out_weights is not None:
@@ -278,11 +269,7 @@ def start_model(
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    labels: npt.NDArray[np.int64],
-    device: str,
-    tick: Tick = no_tick,
+    model: nn.Module, batches: Iterable[Batch], labels: npt.NDArray[np.int64], device: str, tick: Tick = no_tick
 ) -> Evaluation:
     """Score a model on labelled batches of a split whose true labels are `labels` [n].
 
@@ -346,9 +333,7 @@ def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:
     return float(wide.mean()), spread / math.sqrt(n)
 
 
-def _placed(
-    batch: Batch, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _placed(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     inputs = batch.inputs.to(device, memory_format=torch.channels_last, non_blocking=True)
     index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
     return inputs, index, prob, tail

@@ -27,13 +27,9 @@ from nas.labels.reader import batch_sizes, epoch_order
 from nas.train.loop import TrainSettings, train
 from space.errors import refuse
 
-AUTO_SETTINGS = TrainSettings(
-    epochs=15, lr=6e-3, min_lr=1e-5, weight_decay=0.05, warmup_epochs=1.0, batch_size=32
-)
+AUTO_SETTINGS = TrainSettings(epochs=15, lr=6e-3, min_lr=1e-5, weight_decay=0.05, warmup_epochs=1.0, batch_size=32)
 """How the `auto` teacher trains; `epochs` is an argument."""
-TUNE_SETTINGS = TrainSettings(
-    epochs=5, lr=3e-4, min_lr=1e-6, weight_decay=0.05, warmup_epochs=0.5, batch_size=32
-)
+TUNE_SETTINGS = TrainSettings(epochs=5, lr=3e-4, min_lr=1e-6, weight_decay=0.05, warmup_epochs=0.5, batch_size=32)
 """How a pretrained teacher with other classes is fine-tuned first; at most so many epochs."""
 LABEL_SMOOTHING = 0.1
 EVAL_BATCH = 128
@@ -184,9 +180,7 @@ def _make(
     progress.unlink(missing_ok=True)
 
 
-def _notes(
-    spec: TeacherSpec, source: NetSource, settings: TrainSettings | None, dataset: Dataset
-) -> Iterator[str]:
+def _notes(spec: TeacherSpec, source: NetSource, settings: TrainSettings | None, dataset: Dataset) -> Iterator[str]:
     if spec.kind == "auto":
         return
     if settings is None and not dataset.labelled:
@@ -224,15 +218,11 @@ class _Batches:
             yield inputs, torch.from_numpy(self._split.labels[rows])
 
 
-def _step_loss(
-    device: str,
-) -> Callable[[nn.Module, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+def _step_loss(device: str) -> Callable[[nn.Module, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     def loss(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         inputs, labels = batch
         logits = model(to_device(inputs, device)).float()
-        return functional.cross_entropy(
-            logits, labels.to(device), reduction="none", label_smoothing=LABEL_SMOOTHING
-        )
+        return functional.cross_entropy(logits, labels.to(device), reduction="none", label_smoothing=LABEL_SMOOTHING)
 
     return loss
 

@@ -33,17 +33,7 @@ Loss = Callable[[Tensor], Tensor]
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 """The layers whose weights count, as in the published code: no norms, no biases."""
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
-ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.Hardswish,
-)
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish)
 
 
 def grad_norm(model: nn.Module, inputs: Tensor, loss: Loss) -> float:

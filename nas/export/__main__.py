@@ -37,9 +37,7 @@ BATCH = 16
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser(
-        prog="python -m nas.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m nas.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a run's folder, a model's JSON, or its weights")
@@ -164,9 +162,7 @@ def _program(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor]
     return lambda x: module(x)
 
 
-def _difference(
-    model: nn.Module, again: Callable[[Tensor], Tensor], images: Tensor, most: float
-) -> float:
+def _difference(model: nn.Module, again: Callable[[Tensor], Tensor], images: Tensor, most: float) -> float:
     """Return the largest difference on batches of one, two and more; refuse more than `most`."""
     import torch
 
@@ -190,8 +186,7 @@ def _measure(saved: SavedModel, out: Path, batch: int) -> dict[str, Any]:
     model = saved.build()
     settings = (Setting("cpu", "onnxruntime", batch=batch), Setting("cpu", "eager", batch=batch))
     file, eager = (
-        prepare(model, ctx=saved.context, setting=s, staged=out if at == 0 else None)
-        for at, s in enumerate(settings)
+        prepare(model, ctx=saved.context, setting=s, staged=out if at == 0 else None) for at, s in enumerate(settings)
     )
     measured = measure_prepared(file, eager)
     names = (

@@ -34,11 +34,7 @@ def export_timm(saved: SavedModel, out: Path) -> Path:
     _, kwargs = saved.timm_call
     model = saved.build()
     save_for_hf(
-        model,
-        str(out),
-        model_config={"label_names": saved.classes},
-        model_args=kwargs,
-        safe_serialization=True,
+        model, str(out), model_config={"label_names": saved.classes}, model_args=kwargs, safe_serialization=True
     )
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["pretrained_cfg"] |= saved.preprocessing
@@ -99,11 +95,7 @@ def _bullets(title: str, lines: list[str]) -> list[str]:
 
 def _scores(score: Any) -> list[str]:
     found = []
-    for name, key in (
-        ("test top-1", "test_top1"),
-        ("holdout top-1", "holdout_top1"),
-        ("holdout top-1", "top1"),
-    ):
+    for name, key in (("test top-1", "test_top1"), ("holdout top-1", "holdout_top1"), ("holdout top-1", "top1")):
         value, error = score.get(key), score.get(f"{key}_se")
         if isinstance(value, int | float):
             spread = f" +- {error:.1%}" if isinstance(error, int | float) else ""

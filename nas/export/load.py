@@ -194,9 +194,7 @@ class NetSource:
     notes: tuple[str, ...] = ()
 
 
-def find_teacher_net(
-    spec: TeacherSpec, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
-) -> NetSource:
+def find_teacher_net(spec: TeacherSpec, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> NetSource:
     """Load what a specification names; `mean`, `std` and `num_classes` are the data's.
 
     A pretrained timm model sees images at the size it was trained at. A MODEL:FILE checkpoint sees
@@ -248,13 +246,7 @@ def _from_hub_folder(folder: str) -> NetSource:
 
 
 def _net_source(
-    model: str,
-    kwargs: Mapping[str, Any],
-    state: State,
-    classes: int,
-    config: Mapping[str, Any],
-    *,
-    always_resize: bool,
+    model: str, kwargs: Mapping[str, Any], state: State, classes: int, config: Mapping[str, Any], *, always_resize: bool
 ) -> NetSource:
     size = config.get("input_size")
     fixed = bool(config.get("fixed_input_size"))
@@ -280,9 +272,7 @@ def create_timm_model(model: str, kwargs: Mapping[str, Any], num_classes: int) -
 
     options: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
     try:
-        net: nn.Module = timm.create_model(
-            model.split(".")[0], pretrained=False, num_classes=num_classes, **options
-        )
+        net: nn.Module = timm.create_model(model.split(".")[0], pretrained=False, num_classes=num_classes, **options)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         got = f"{model} ({type(error).__name__}: {str(error)[:80]})"
         raise refuse("--teacher", got, "a model that timm can build", "check its name") from error
@@ -302,10 +292,7 @@ def build_teacher_net(source: NetSource, num_classes: int) -> nn.Module:
     state = source.state
     if source.num_classes != num_classes:
         shapes = create_timm_model(source.model, source.kwargs, source.num_classes).state_dict()
-        state = {
-            k: state[k] if k in state and shapes[k].shape == v.shape else v
-            for k, v in net.state_dict().items()
-        }
+        state = {k: state[k] if k in state and shapes[k].shape == v.shape else v for k, v in net.state_dict().items()}
     load_into(net, state, name="--teacher")
     return net
 
@@ -343,10 +330,7 @@ class SavedModel:
         """The input's size and the preprocessing of an image."""
         overlay = self.record["timm"]["kwargs"]["pretrained_cfg_overlay"]
         size = self.context.img_size
-        return {
-            "input_size": [self.context.in_chans, size, size],
-            **{name: overlay[name] for name in PREPROCESSING},
-        }
+        return {"input_size": [self.context.in_chans, size, size], **{name: overlay[name] for name in PREPROCESSING}}
 
     def build(self) -> nn.Module:
         """Build the network in plain timm, with its weights, in eval mode. Raises InputError."""

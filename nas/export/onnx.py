@@ -53,12 +53,7 @@ def quantize_onnx(source: Path, target: Path, calibration: Sequence[Images]) -> 
     `calibration` are batches of the file's own shape. Weights are int8 a channel, activations
     uint8 by the range seen, in QDQ form.
     """
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]

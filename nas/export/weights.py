@@ -39,9 +39,7 @@ def weights_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     return b"".join((struct.pack("<Q", len(text)), text, memoryview(raw)[8 + length :]))
 
 
-def save_weights(
-    path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
+def save_weights(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a state dict atomically and return its digest. Equal content gives equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, weights_bytes(state, metadata or {}))
@@ -93,9 +91,7 @@ def first_mismatch(expected: Mapping[str, torch.Tensor], state: Mapping[str, tor
     return ", ".join(parts)
 
 
-def load_into(
-    model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, name: str = "weights"
-) -> None:
+def load_into(model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, name: str = "weights") -> None:
     """Load weights strictly, in place. Raises InputError for those of another architecture.
 
     timm's TinyViT caches attention biases in eval mode and does not notice new weights: a pass
@@ -103,9 +99,7 @@ def load_into(
     """
     mismatch = first_mismatch(model.state_dict(), state)
     if mismatch:
-        raise refuse(
-            name, mismatch, "weights of exactly this architecture", "use the checkpoint made for it"
-        )
+        raise refuse(name, mismatch, "weights of exactly this architecture", "use the checkpoint made for it")
     model.load_state_dict(dict(state), strict=True)
     drop_stale_caches(model)
 

@@ -77,9 +77,7 @@ def compare(
         called = name if keys[0].endswith(".weight") else keys[0]  # a bare table goes by its own
         at = places.get(old, at) if found is not None or not block else at
         if block and block != inside and origin != block:
-            placed.append(
-                (at, Layer(block, () if origin else None, (), origin or "new", True, True))
-            )
+            placed.append((at, Layer(block, () if origin else None, (), origin or "new", True, True)))
         inside = block
         home = origin + name[len(block) :] if origin else name
         homes = {key: f"{home}.{key.rpartition('.')[2]}".lstrip(".") for key in keys}
@@ -266,9 +264,7 @@ def _work(arguments: argparse.Namespace) -> int:
     size, classes = arguments.img_size, arguments.num_classes
     if arguments.weights is None:  # with weights, theirs
         size, classes = _trained_at(arguments.child, size, classes)
-    there = here = Context(
-        IMG_SIZE if size is None else size, NUM_CLASSES if classes is None else classes
-    )
+    there = here = Context(IMG_SIZE if size is None else size, NUM_CLASSES if classes is None else classes)
     written: dict[str, Any] = {}
     if arguments.weights is not None:
         written = dict(_write(arguments, family, parent, child))

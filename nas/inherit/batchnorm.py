@@ -51,9 +51,7 @@ def recalibrate(
     return len(norms)
 
 
-def _estimate(
-    model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[torch.Tensor], device: str
-) -> None:
+def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[torch.Tensor], device: str) -> None:
     """Average the statistics of `norms` over batches."""
     was_training, momenta = model.training, [norm.momentum for norm in norms]
     model.train()  # drops what eval mode may have cached of older weights
@@ -77,9 +75,7 @@ def _estimate(
 
 
 def first_change(
-    state: Mapping[str, torch.Tensor],
-    parent_state: Mapping[str, torch.Tensor],
-    slicing: Mapping[str, Slice],
+    state: Mapping[str, torch.Tensor], parent_state: Mapping[str, torch.Tensor], slicing: Mapping[str, Slice]
 ) -> int:
     """Find the first tensor of a child's state dict that differs from the parent's; n if none.
 
@@ -89,11 +85,7 @@ def first_change(
     """
     keys = list(state)
     shapes = {key: tuple(tensor.shape) for key, tensor in parent_state.items()}
-    changed = (
-        i
-        for i, key in enumerate(keys)
-        if not is_whole(key, slicing.get(key), tuple(state[key].shape), shapes)
-    )
+    changed = (i for i, key in enumerate(keys) if not is_whole(key, slicing.get(key), tuple(state[key].shape), shapes))
     used = {one.source for one in slicing.values()}
     dropped = (_place(key, keys) for key in parent_state if key not in used)
     return min([*islice(changed, 1), *dropped], default=len(keys))

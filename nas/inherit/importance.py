@@ -80,9 +80,7 @@ def rank_blocks(
     return {name: np.argsort(-value, kind="stable").tolist() for name, value in harm.items()}
 
 
-def weight_norms(
-    model: nn.Module, groups: Mapping[str, tuple[Member, ...]], power: int
-) -> dict[str, Scores]:
+def weight_norms(model: nn.Module, groups: Mapping[str, tuple[Member, ...]], power: int) -> dict[str, Scores]:
     """Measure how large a unit's weights are, by group: float64 [units].
 
     `power` 1 sums magnitudes, 2 squares. Matrices and kernels count (`.weight` of two and more
@@ -150,11 +148,7 @@ def taylor_scores(
                 p.grad = None
             with torch.enable_grad():
                 step_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-            parts = {
-                key: (p.detach() * p.grad).double().cpu()
-                for key, p in parameters.items()
-                if p.grad is not None
-            }
+            parts = {key: (p.detach() * p.grad).double().cpu() for key, p in parameters.items() if p.grad is not None}
             for name, members in groups.items():
                 units = len(totals[name])
                 each = [_by_unit(parts[m.key], m, units) for m in members if m.key in parts]
@@ -223,9 +217,7 @@ def _units(members: tuple[Member, ...]) -> int:
     return 1 + max(int(m.unit.max(initial=-1)) for m in members)
 
 
-def _built(
-    family: Family, arch: Arch, ctx: Context, model: nn.Module | Mapping[str, torch.Tensor]
-) -> nn.Module:
+def _built(family: Family, arch: Arch, ctx: Context, model: nn.Module | Mapping[str, torch.Tensor]) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     with torch.random.fork_rng(devices=[]):

@@ -98,25 +98,10 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
         return sparse_soft_cross_entropy(net(inputs), here.index, here.prob, here.tail).mean()
 
     order = rank_units(
-        family,
-        arch,
-        context,
-        model,
-        criterion,
-        batches=replay.epoch(0),
-        step_loss=step_loss,
-        device=device,
+        family, arch, context, model, criterion, batches=replay.epoch(0), step_loss=step_loss, device=device
     )
     if criterion != "prefix":
-        order |= rank_blocks(
-            family,
-            arch,
-            context,
-            model,
-            batches=replay.epoch(0),
-            step_loss=step_loss,
-            device=device,
-        )
+        order |= rank_blocks(family, arch, context, model, batches=replay.epoch(0), step_loss=step_loss, device=device)
     out = job.out
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"criterion": criterion, "order": order})

@@ -28,9 +28,7 @@ class Inherited:
     kept: int
 
 
-def inherit(
-    model: nn.Module, parent_state: Mapping[str, torch.Tensor], slicing: Mapping[str, Slice]
-) -> Inherited:
+def inherit(model: nn.Module, parent_state: Mapping[str, torch.Tensor], slicing: Mapping[str, Slice]) -> Inherited:
     """Copy a parent's weights into `model`, in place, by `slicing`.
 
     Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own
@@ -59,10 +57,7 @@ def _copy(target: torch.Tensor, parent: torch.Tensor, source: Slice) -> int:
         if rows.max(initial=-1) >= parent.shape[dim]:
             raise _foreign(f"{source.source} of shape {tuple(parent.shape)}")
         index = torch.from_numpy(rows)
-        if dim in source.blends:
-            value = _blended(value, dim, source)
-        else:
-            value = value.index_select(dim, index.clamp(min=0))
+        value = _blended(value, dim, source) if dim in source.blends else value.index_select(dim, index.clamp(min=0))
         known = known & (index >= 0).view([-1 if d == dim else 1 for d in range(target.ndim)])
     known = known.expand(target.shape)
     target.copy_(torch.where(known, value.to(target.dtype), target.cpu()))
@@ -82,10 +77,7 @@ def _foreign(got: str) -> InputError:
 
 
 def is_whole(
-    home: str,
-    source: Slice | None,
-    shape: tuple[int, ...],
-    parent_shapes: Mapping[str, tuple[int, ...]],
+    home: str, source: Slice | None, shape: tuple[int, ...], parent_shapes: Mapping[str, tuple[int, ...]]
 ) -> bool:
     """Return whether a tensor is all of the parent's tensor `home`, each number in its place."""
     if source is None or source.source != home or source.blends:
@@ -101,12 +93,7 @@ def state_shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, torch.Te
 
 
 def checkpoint_context(
-    family: Family,
-    arch: Arch,
-    ctx: Context,
-    state: Mapping[str, torch.Tensor],
-    *,
-    name: str = "--seed-weights",
+    family: Family, arch: Arch, ctx: Context, state: Mapping[str, torch.Tensor], *, name: str = "--seed-weights"
 ) -> Context:
     """Find the context in which `state` is a state dict of `arch`, to inherit from it.
 
@@ -130,9 +117,7 @@ def checkpoint_context(
         if mismatch == tried:
             break  # the same difference at two sizes is not one of size
         tried = tried or mismatch
-    raise refuse(
-        name, tried, f"weights of {family.label(arch)}", "name a checkpoint of the seed's own arch"
-    )
+    raise refuse(name, tried, f"weights of {family.label(arch)}", "name a checkpoint of the seed's own arch")
 
 
 def _class_dims(family: Family, arch: Arch, ctx: Context) -> list[tuple[str, int]]:
@@ -146,9 +131,7 @@ def _class_dims(family: Family, arch: Arch, ctx: Context) -> list[tuple[str, int
     ]
 
 
-def load_seed_weights(
-    family: Family, arch: Arch, ctx: Context, source: str, out: Path
-) -> tuple[Context, str]:
+def load_seed_weights(family: Family, arch: Arch, ctx: Context, source: str, out: Path) -> tuple[Context, str]:
     """Load a checkpoint (file, folder or timm tag) of `arch` and keep it as `out` (safetensors).
 
     Returns its context and a note for the user. Raises InputError for weights of another arch.
@@ -163,14 +146,7 @@ def load_seed_weights(
 
 
 def load_initial_weights(
-    model: nn.Module,
-    family: Family,
-    arch: Arch,
-    ctx: Context,
-    source: str,
-    *,
-    resize: str,
-    head_map: Path | None,
+    model: nn.Module, family: Family, arch: Arch, ctx: Context, source: str, *, resize: str, head_map: Path | None
 ) -> str:
     """Load a checkpoint (file, folder or timm tag) into `model`, in place; returns a note.
 

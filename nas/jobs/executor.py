@@ -35,9 +35,7 @@ def workers_for(config: ExecutorConfig, device: str) -> tuple[int, list[int]]:
     return config.workers or max(1, len(gpus)) * each, gpus
 
 
-def make_executor(
-    config: ExecutorConfig, *, threads: int, device: str = "cpu", folder: Path | None = None
-) -> Executor:
+def make_executor(config: ExecutorConfig, *, threads: int, device: str = "cpu", folder: Path | None = None) -> Executor:
     """Make the executor of `config`; its logs and attempts go to `folder`. Raises InputError."""
     workers, gpus = workers_for(config, device)
     record = None if folder is None else folder / RECORD
@@ -49,9 +47,7 @@ def make_executor(
         "logs": None if folder is None else folder / LOGS,
     }
     if config.executor == "local":
-        return LocalExecutor(
-            workers=workers, gpus=gpus, retries=config.retries, record=record, **options
-        )
+        return LocalExecutor(workers=workers, gpus=gpus, retries=config.retries, record=record, **options)
     if device not in ("cpu", "cuda"):
         want = "cuda, as a cluster assigns its GPUs itself"
         raise refuse("--device", f"{device} with --executor ray", want)

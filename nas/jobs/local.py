@@ -190,13 +190,7 @@ class LocalExecutor(Executor):
     """
 
     def __init__(
-        self,
-        *,
-        workers: int = 1,
-        gpus: Sequence[int] = (),
-        retries: int = 0,
-        record: Path | None = None,
-        **more: Any,
+        self, *, workers: int = 1, gpus: Sequence[int] = (), retries: int = 0, record: Path | None = None, **more: Any
     ) -> None:
         backend = LocalBackend(WorkerOptions(**more), workers, gpus)
         super().__init__(backend, retries=retries, record=record)
@@ -217,8 +211,7 @@ class LocalBackend:
         self._messages: Queue[tuple[_Worker, Child, Message | None]] = Queue()
         cores = _cores(options.threads, workers)
         self._workers = [
-            _Worker(n, options, cores[n], gpus[n % len(gpus)] if gpus else None, self._messages)
-            for n in range(workers)
+            _Worker(n, options, cores[n], gpus[n % len(gpus)] if gpus else None, self._messages) for n in range(workers)
         ]
 
     def has_slot(self, job: Job) -> bool:
@@ -384,7 +377,5 @@ class _Worker:
             environment={**worker_environment(options.threads), **gpu},
             log=options.log,
         )
-        self.child.send(
-            {"threads": options.threads, "cores": self._cores, "memory_bytes": options.memory_bytes}
-        )
+        self.child.send({"threads": options.threads, "cores": self._cores, "memory_bytes": options.memory_bytes})
         return self.child

@@ -163,9 +163,7 @@ class Executor:
         heartbeat: Callable[[], None] | None = None,
     ) -> Result:
         """Run one job and wait for its result; see `stream`."""
-        results = self.stream(
-            [job], tick=lambda _, units: tick(units), deadline=deadline, heartbeat=heartbeat
-        )
+        results = self.stream([job], tick=lambda _, units: tick(units), deadline=deadline, heartbeat=heartbeat)
         (result,) = results
         return result
 
@@ -246,9 +244,7 @@ class Executor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(
-        self, key: str, attempt: int, where: str, seconds: float, outcome: str, reason: str
-    ) -> None:
+    def _write(self, key: str, attempt: int, where: str, seconds: float, outcome: str, reason: str) -> None:
         if self._record is None:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -65,9 +65,7 @@ class RayBackend(LocalBackend):
     Raises InputError where Ray is not installed, and where a cluster does not answer or is lost.
     """
 
-    def __init__(
-        self, config: ExecutorConfig, options: WorkerOptions, *, device: str, workers: int
-    ) -> None:
+    def __init__(self, config: ExecutorConfig, options: WorkerOptions, *, device: str, workers: int) -> None:
         if importlib.util.find_spec("ray") is None:
             got, want = "ray, which is not installed", "an installed executor"
             raise refuse("--executor", got, want, "pip install -e '.[ray]'")

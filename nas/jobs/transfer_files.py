@@ -40,9 +40,7 @@ def file_states(path: Path, *, top_only: bool = False) -> dict[str, tuple[int, i
     return {name: (stats[name].st_size, stats[name].st_mtime_ns) for name in sorted(stats)}
 
 
-def read_files(
-    path: Path, *, top_only: bool = False, before: State | None = None
-) -> dict[str, bytes]:
+def read_files(path: Path, *, top_only: bool = False, before: State | None = None) -> dict[str, bytes]:
     """Read a file or a folder's files, by relative name; only those that changed since `before`."""
     folder = path.parent if path.is_file() else path
     states, known = file_states(path, top_only=top_only), before or {}

@@ -27,15 +27,9 @@ __all__ = ["build", "info", "main", "merge", "verify"]
 class AugmentChanges:
     """The fields of the augmentation that flags override."""
 
-    mixup_alpha: float | None = setting(
-        None, "override the pipeline's mixup", metavar="ALPHA", spelling="--mixup"
-    )
-    cutmix_alpha: float | None = setting(
-        None, "override the pipeline's CutMix", metavar="ALPHA", spelling="--cutmix"
-    )
-    erase_prob: float | None = setting(
-        None, "override random erasing", metavar="PROB", spelling="--erase"
-    )
+    mixup_alpha: float | None = setting(None, "override the pipeline's mixup", metavar="ALPHA", spelling="--mixup")
+    cutmix_alpha: float | None = setting(None, "override the pipeline's CutMix", metavar="ALPHA", spelling="--cutmix")
+    erase_prob: float | None = setting(None, "override random erasing", metavar="PROB", spelling="--erase")
     policy: str | None = setting(None, "override RandAugment: a timm string, or none")
     color_jitter: float | None = setting(None, "override colour jitter", metavar="X")
 
@@ -44,13 +38,9 @@ class AugmentChanges:
 class BuildPlace:
     """Where a store is built; changes no label."""
 
-    out: str | None = setting(
-        None, "the store's folder", metavar="DIR", default_text="in the cache"
-    )
+    out: str | None = setting(None, "the store's folder", metavar="DIR", default_text="in the cache")
     cache_dir: str | None = setting(None, "data sets and teachers", metavar="DIR")
-    executor: str = setting(
-        "local", "ray builds the --processes parts on a cluster", choices=EXECUTORS
-    )
+    executor: str = setting("local", "ray builds the --processes parts on a cluster", choices=EXECUTORS)
     ray_address: str | None = setting(
         None, "HOST:PORT or auto", metavar="ADDRESS", default_text="a cluster of this machine alone"
     )
@@ -63,9 +53,7 @@ def build_parser() -> Parser:
     """Return the parser; flags of a build that are not given are absent."""
     parser = Parser(prog="python -m nas.labels", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    make = commands.add_parser(
-        "build", help="make a store, or continue one", argument_default=argparse.SUPPRESS
-    )
+    make = commands.add_parser("build", help="make a store, or continue one", argument_default=argparse.SUPPRESS)
     for group in GROUPS:
         add_settings(make, group)
     tell = commands.add_parser("info", help="describe a store")
@@ -84,9 +72,7 @@ def build_parser() -> Parser:
         command.add_argument("--cache-dir", metavar="DIR")
     for command in (make, tell, check, join, keep):
         command.add_argument("--quiet", action="store_true", default=False)
-        command.add_argument(
-            "--json", action="store_true", default=False, help="end with one line of JSON"
-        )
+        command.add_argument("--json", action="store_true", default=False, help="end with one line of JSON")
     return parser
 
 

@@ -14,14 +14,7 @@ from nas.data import Dataset
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from nas.labels import jobs
-from nas.labels.jobs import (
-    BeginLabelsJob,
-    BuildLabelsJob,
-    CheckLabelsJob,
-    MergeLabelsJob,
-    OpenLabelsJob,
-    RelabelJob,
-)
+from nas.labels.jobs import BeginLabelsJob, BuildLabelsJob, CheckLabelsJob, MergeLabelsJob, OpenLabelsJob, RelabelJob
 from nas.labels.request import LabelRequest
 from space.errors import InputError, refuse
 
@@ -31,9 +24,7 @@ Do = Callable[[Job], Result]
 def job_values(result: Result, what: str) -> Mapping[str, Any]:
     """Return a job's values; raises InputError, about `what`, where it failed."""
     if not result.ok:
-        raise InputError(
-            result.reason if result.values.get("input_error") else f"{what}: {result.reason}"
-        )
+        raise InputError(result.reason if result.values.get("input_error") else f"{what}: {result.reason}")
     return result.values
 
 
@@ -54,13 +45,9 @@ def read_manifest(store: Path) -> Mapping[str, Any]:
     return found
 
 
-def classes_from_teacher(
-    do: Do, dataset: Dataset, cache: Path, info: Mapping[str, Any], device: str
-) -> Path:
+def classes_from_teacher(do: Do, dataset: Dataset, cache: Path, info: Mapping[str, Any], device: str) -> Path:
     """Label images that have no ground truth by their teacher; the folder of the new data set."""
-    job = RelabelJob(
-        dataset=dataset.folder, cache=cache, teacher=Path(info["folder"]), device=device
-    )
+    job = RelabelJob(dataset=dataset.folder, cache=cache, teacher=Path(info["folder"]), device=device)
     units = float(len(dataset.train) + len(dataset.holdout) + len(dataset.test))
     made = job_values(do(Job(jobs.relabel, job, "relabel", units)), "labelling by the teacher")
     return Path(made["folder"])
@@ -120,14 +107,7 @@ def build_job(
 
 
 def open_for(
-    do: Do,
-    folder: str | Path,
-    dataset: Dataset,
-    *,
-    epochs: int,
-    stored: int | None,
-    missing: str,
-    label_overflow: str,
+    do: Do, folder: str | Path, dataset: Dataset, *, epochs: int, stored: int | None, missing: str, label_overflow: str
 ) -> Mapping[str, Any]:
     """Check a store for a training of `epochs` epochs on its first `stored` (None: all).
 

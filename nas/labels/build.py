@@ -77,9 +77,7 @@ def resolve_augment(request: LabelRequest, dataset: Dataset) -> AugmentSpec:
     unknown = set(request.changes) - {f.name for f in fields(AugmentSpec)}
     if unknown:
         raise refuse("augmentation", ", ".join(sorted(unknown)), "fields of an augmentation")
-    changes: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in request.changes.items()
-    }
+    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request.changes.items()}
     return replace(spec, **changes)
 
 
@@ -285,12 +283,7 @@ class _ShardBuilder:
     """Builds shards: views of the images, the teacher's logits, encoded records."""
 
     def __init__(
-        self,
-        store: LabelStore,
-        dataset: Dataset,
-        teacher_logits: TeacherLogits,
-        batch_size: int,
-        device: str,
+        self, store: LabelStore, dataset: Dataset, teacher_logits: TeacherLogits, batch_size: int, device: str
     ) -> None:
         self._store, self._logits = store, teacher_logits
         self._held = -(-batch_size // TEACHER_BATCH) * TEACHER_BATCH
@@ -377,11 +370,7 @@ def merge_stores(folder: Path, parts: Sequence[Path], tick: Tick = no_tick) -> L
 
 
 def find_contradicted(
-    dataset: Dataset,
-    logits: TeacherLogits,
-    augment: AugmentSpec,
-    ratio: float,
-    tick: Tick = no_tick,
+    dataset: Dataset, logits: TeacherLogits, augment: AugmentSpec, ratio: float, tick: Tick = no_tick
 ) -> tuple[str, int]:
     """List the training images whose given class gets less than `ratio` of the probability of the
     teacher's best, on evaluation inputs.
@@ -423,10 +412,7 @@ def teacher_classes(
     """Return the teacher's best class of every image, on evaluation inputs: side -> int64 [n]."""
     return {
         side: np.concatenate(
-            [
-                outputs.argmax(1).numpy()
-                for _, outputs in _evaluated(getattr(dataset, side), logits, augment, tick)
-            ]
+            [outputs.argmax(1).numpy() for _, outputs in _evaluated(getattr(dataset, side), logits, augment, tick)]
         ).astype(np.int64)
         for side in ("train", "holdout", "test")
     }

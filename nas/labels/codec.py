@@ -94,9 +94,7 @@ class Codec:
     def __init__(self, topk: int, num_classes: int) -> None:
         self.topk, self.num_classes = topk, num_classes
 
-    def encode(
-        self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
+    def encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Turn labels into records uint8 [n, record_bytes].
 
         `index` int [n, K] holds distinct classes, `prob` is float32 [n, K] and `tail` float32 [n]
@@ -106,9 +104,7 @@ class Codec:
         _check_labels(index, prob, tail, self.num_classes)
         return self._encode(index, prob, tail)
 
-    def decode(
-        self, records: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         """Turn any rows of a table of records into new contiguous arrays, ready for the loss.
 
         Returns index int64 [n, K], prob float32 [n, K] and tail float32 [n]. Raises InputError for
@@ -118,14 +114,10 @@ class Codec:
         assert records.shape[1] == self.record_bytes, records.shape
         return self._decode(records)
 
-    def _encode(
-        self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
+    def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
         raise NotImplementedError
 
-    def _decode(
-        self, records: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         raise NotImplementedError
 
 
@@ -141,16 +133,12 @@ class PlainCodec(Codec):
         self._reals = 4 * topk + 4
         self.record_bytes = self._reals + topk * self._index.itemsize
 
-    def _encode(
-        self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
+    def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
         reals = np.column_stack([prob, tail]).astype("<f4")
         fields = (reals, np.ascontiguousarray(index, dtype=self._index))
         return np.hstack([field.view(np.uint8) for field in fields])
 
-    def _decode(
-        self, records: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         # Rows may start anywhere in memory: `astype` copies before anything is computed.
         reals = records[:, : self._reals].view("<f4")
         index = records[:, self._reals :].view(self._index).astype(np.int64)
@@ -226,9 +214,7 @@ class PackedCodec(Codec):
         self._block = max(1, _AT_ONCE // topk)
         self._prepared: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def _encode(
-        self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
+    def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
         records = np.empty((len(tail), self.record_bytes), dtype=np.uint8)
         step = max(1, _AT_ONCE // (8 * self.record_bytes))
         for rows in (slice(at, at + step) for at in range(0, len(tail), step)):
@@ -247,17 +233,13 @@ class PackedCodec(Codec):
         less = ids - np.arange(self.topk)
         bits = np.zeros((n, 8 * self.record_bytes), dtype=np.uint8)
         np.put_along_axis(bits, (less >> at.low) + np.arange(self.topk), 1, axis=1)
-        bits[:, at.upper : at.start] = _bits_of(
-            _tail_codes(tail) | scale << TAIL_BITS, TAIL_BITS + at.scale
-        )
+        bits[:, at.upper : at.start] = _bits_of(_tail_codes(tail) | scale << TAIL_BITS, TAIL_BITS + at.scale)
         fields = codes | (less & ((1 << at.low) - 1)) << at.value
         stop = at.start + self.topk * at.width
         bits[:, at.start : stop] = _bits_of(fields, at.width).reshape(n, stop - at.start)
         return np.packbits(bits, axis=1, bitorder="little")
 
-    def _decode(
-        self, records: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
         n = len(records)
         index = np.empty((n, self.topk), dtype=np.int64)
         prob = np.empty((n, self.topk), dtype=np.float32)
@@ -268,17 +250,11 @@ class PackedCodec(Codec):
         return index, prob, tail
 
     def _decode_block(
-        self,
-        records: NDArray[np.uint8],
-        index: NDArray[np.int64],
-        prob: NDArray[np.float32],
-        tail: NDArray[np.float32],
+        self, records: NDArray[np.uint8], index: NDArray[np.int64], prob: NDArray[np.float32], tail: NDArray[np.float32]
     ) -> None:
         at, n, k = self._at, len(records), self.topk
         shifts, base = self._constants()
-        upper = np.unpackbits(
-            records[:, : -(-at.upper // 8)], axis=1, count=at.upper, bitorder="little"
-        )
+        upper = np.unpackbits(records[:, : -(-at.upper // 8)], axis=1, count=at.upper, bitorder="little")
         ones = np.flatnonzero(upper.view(np.bool_))
         if len(ones) != n * k:
             raise refuse("label records", "damaged bits", f"{k} classes a record")
@@ -336,9 +312,7 @@ def _bits_of(values: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
     return (values[..., None] >> np.arange(width) & 1).astype(np.uint8)
 
 
-def _check_labels(
-    index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32], num_classes: int
-) -> None:
+def _check_labels(index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32], num_classes: int) -> None:
     """Reject class ids outside 0 to C-1, which a narrow type would wrap, and values outside [0, 1]
     or not summing to 1 (within 1e-3). Raises InputError."""
     if index.size and not 0 <= index.min() <= index.max() < num_classes:

@@ -139,9 +139,7 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
         logits = load_teacher(info, request.device)
         augment = default_spec(dataset)
         dropped, count = find_contradicted(dataset, logits, augment, request.clean, tick)
-    store = begin_store(
-        job.place, dataset, info, request, made_by=job.made_by, named=job.named, dropped=dropped
-    )
+    store = begin_store(job.place, dataset, info, request, made_by=job.made_by, named=job.named, dropped=dropped)
     left = build_status(store, job.part)
     check_room(store, left)
     return {
@@ -194,9 +192,7 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
     store = open_store(job.store, use=dataset, epochs=asked)
     for epoch in range(min(epochs, store.epochs)):
         store.epoch(epoch)
-    reader = LabelReader(
-        dataset.train, store, 2, 0, missing=job.missing, label_overflow=job.label_overflow
-    )
+    reader = LabelReader(dataset.train, store, 2, 0, missing=job.missing, label_overflow=job.label_overflow)
     next(holdout_batches(dataset, store, 1, job.missing), None)
     manifest = store.spec
     message = (
@@ -238,15 +234,8 @@ def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
             "name the store's own with --teacher-model",
         )
     logits = load_teacher(info, job.device, store.spec.precision)
-    found = verify.compare_with_teacher(
-        store, dataset, logits, job.records, job.random_seed, job.device, tick
-    )
-    return {
-        "records": found.records,
-        "mean_kl": found.mean_kl,
-        "worst_kl": found.worst_kl,
-        "good": found.good,
-    }
+    found = verify.compare_with_teacher(store, dataset, logits, job.records, job.random_seed, job.device, tick)
+    return {"records": found.records, "mean_kl": found.mean_kl, "worst_kl": found.worst_kl, "good": found.good}
 
 
 def merge_labels(job: MergeLabelsJob, tick: Tick) -> Values:

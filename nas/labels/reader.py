@@ -234,9 +234,7 @@ class LabelReader:
         return max(1, min(steps, min(counts) // 2))
 
 
-def _usable(
-    split: Split, store: LabelStore, at: Rows, chosen: Rows, missing: str
-) -> tuple[Rows, tuple[str, ...]]:
+def _usable(split: Split, store: LabelStore, at: Rows, chosen: Rows, missing: str) -> tuple[Rows, tuple[str, ...]]:
     """Leave out the rows without a label, if that is allowed; returns rows and notes."""
     bare = chosen[at[chosen] < 0]
     if not len(bare):
@@ -247,9 +245,7 @@ def _usable(
         raise _no_label(store, split, unknown, len(chosen))
     notes = []
     if len(bare) > len(unknown):
-        notes.append(
-            f"{len(bare) - len(unknown)} of {len(chosen)} images skipped, as the store dropped them"
-        )
+        notes.append(f"{len(bare) - len(unknown)} of {len(chosen)} images skipped, as the store dropped them")
     if unknown:
         notes.append(
             f"{len(unknown)} of {len(chosen)} images skipped, as the store has no label for them, "
@@ -284,9 +280,7 @@ def _batch(inputs: Tensor, labels: SoftLabels, split: Split, rows: Rows) -> Batc
     )
 
 
-def holdout_batches(
-    dataset: Dataset, store: LabelStore, batch_size: int, missing: str = "error"
-) -> Iterator[Batch]:
+def holdout_batches(dataset: Dataset, store: LabelStore, batch_size: int, missing: str = "error") -> Iterator[Batch]:
     """Yield the holdout's evaluation inputs with their labels, in the split's order.
 
     Images without a label there are an error, or left out with `missing` "skip". Raises InputError.

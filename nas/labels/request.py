@@ -24,9 +24,7 @@ class LabelRequest:
     """
 
     epochs: int = setting(10, "views of each image", metavar="N", low=1)
-    topk: int | None = setting(
-        None, "classes kept", metavar="K", low=1, default_text="10; 100 of over 10,000"
-    )
+    topk: int | None = setting(None, "classes kept", metavar="K", low=1, default_text="10; 100 of over 10,000")
     codec: str = setting("packed", "records", choices=choices_of("codec"))
     augment: str = setting(
         "default",

@@ -242,9 +242,7 @@ def map_shard(path: Path, shard: Shard, store_id: str, record_bytes: int) -> NDA
     whole = np.memmap(path, dtype=np.uint8, mode="r")
     body = whole[:-CHECKSUM_BYTES]
     if bytes(whole[-CHECKSUM_BYTES:]) != _checksum(shard, store_id, memoryview(body.data)):
-        raise ValueError(
-            f"{shard.name} does not fit its checksum: damaged, or of another store or place"
-        )
+        raise ValueError(f"{shard.name} does not fit its checksum: damaged, or of another store or place")
     return np.asarray(body).reshape(shard.count, record_bytes)
 
 
@@ -303,10 +301,7 @@ class LabelStore:
             return map_shard(path, shard, self.id, self.codec.record_bytes)
         except FileNotFoundError:
             raise refuse(
-                f"label store {self.folder}",
-                f"no shard {shard.name}",
-                "all its shards",
-                "build it to the end",
+                f"label store {self.folder}", f"no shard {shard.name}", "all its shards", "build it to the end"
             ) from None
         except (OSError, ValueError) as error:
             raise damaged(self.folder, error) from error
@@ -381,9 +376,7 @@ def load_store(folder: Path) -> LabelStore:
     return LabelStore(folder, manifest)
 
 
-def open_store(
-    folder: Path, *, use: Dataset | None = None, epochs: int | None = None
-) -> LabelStore:
+def open_store(folder: Path, *, use: Dataset | None = None, epochs: int | None = None) -> LabelStore:
     """Open a complete store: manifest, key tables and the presence of its shards are checked here,
     a shard's bytes when it is read, everything by `nas.labels.verify`.
 

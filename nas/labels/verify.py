@@ -15,14 +15,7 @@ from nas.data import Dataset
 from nas.labels.build import TeacherLogits
 from nas.labels.codec import SoftLabels, top_labels
 from nas.labels.reader import LabelReader
-from nas.labels.store import (
-    MANIFEST,
-    TEACHER_BATCH,
-    LabelStore,
-    load_store,
-    map_shard,
-    table_problem,
-)
+from nas.labels.store import MANIFEST, TEACHER_BATCH, LabelStore, load_store, map_shard, table_problem
 from space.errors import InputError, refuse
 
 MEAN_KL, WORST_KL = 2e-3, 5e-2

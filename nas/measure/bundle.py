@@ -18,14 +18,7 @@ import numpy as np
 from nas.core.cli import read_threads, usable_cpus
 from nas.core.io import member, read_json
 from nas.core.requirement import Setting
-from nas.measure.device_table import (
-    FAILED,
-    OK,
-    DeviceRow,
-    fingerprint_columns,
-    read_rows,
-    write_rows,
-)
+from nas.measure.device_table import FAILED, OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import conditions
 from nas.measure.interleave import Bounds, TimingResult, measure_rounds, summary
@@ -50,9 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="(default: the usable CPUs)")
     parser.add_argument("--blocks", type=int, default=12, help="at least (default: 12)")
     parser.add_argument("--max-blocks", type=int, default=48, help="at most (default: 48)")
-    parser.add_argument(
-        "--precision", type=float, default=0.03, help="asked half width as a share (default: 0.03)"
-    )
+    parser.add_argument("--precision", type=float, default=0.03, help="asked half width as a share (default: 0.03)")
     parser.add_argument("--networks", type=Path, help="the bundle's folder (default: this file's)")
     return parser
 
@@ -128,25 +119,17 @@ class _Bench:
     """Sessions of this device, the reference's kept open."""
 
     def __init__(
-        self,
-        folder: Path,
-        networks: Sequence[Mapping[str, Any]],
-        given: argparse.Namespace,
-        threads: int,
+        self, folder: Path, networks: Sequence[Mapping[str, Any]], given: argparse.Namespace, threads: int
     ) -> None:
         import onnxruntime
 
         self._folder, self._given, self._threads = folder, given, threads
         self._version = f"onnxruntime {onnxruntime.__version__}"
         self._device = take_fingerprint(given.device, threads)
-        self._references = {
-            (n["batch"], n["img_size"]): n for n in networks if n.get("reference", False)
-        }
+        self._references = {(n["batch"], n["img_size"]): n for n in networks if n.get("reference", False)}
         self._open: tuple[str, PreparedModel] | None = None
 
-    def row(
-        self, network: Mapping[str, Any], known: Mapping[tuple[Any, ...], DeviceRow]
-    ) -> DeviceRow:
+    def row(self, network: Mapping[str, Any], known: Mapping[tuple[Any, ...], DeviceRow]) -> DeviceRow:
         """Time one network beside its reference; a failure is a row."""
         beside = self._references[network["batch"], network["img_size"]]
         setting = Setting(self._given.device, "onnxruntime", "float32", network["batch"])
@@ -170,9 +153,7 @@ class _Bench:
         except Exception as error:  # whatever a runtime raises is a row
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             return replace(empty, reason=reason)
-        found = Throughput(
-            **summary(timed), load=now.load, when=now.when, clock_mhz=now.clock_mhz, done="ONNX"
-        )
+        found = Throughput(**summary(timed), load=now.load, when=now.when, clock_mhz=now.clock_mhz, done="ONNX")
         if network["batch"] != 1:
             return replace(empty, state=OK, throughput=found.with_latency(None))
         passes = timed.blocks * timed.passes

@@ -152,9 +152,7 @@ class DeviceTable:
     fingerprints.
     """
 
-    def __init__(
-        self, paths: Sequence[Path], family: Family, ctx: Context, seed: Arch, flag: str = FLAG
-    ) -> None:
+    def __init__(self, paths: Sequence[Path], family: Family, ctx: Context, seed: Arch, flag: str = FLAG) -> None:
         from nas.measure.predict import fit_predictor
 
         shown = ", ".join(str(path) for path in paths)

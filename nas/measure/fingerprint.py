@@ -166,11 +166,7 @@ def _cpu_name() -> str:
     if platform.system() == "Darwin":
         try:
             done = subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"],
-                capture_output=True,
-                text=True,
-                timeout=5,
-                check=True,
+                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5, check=True
             )
             return done.stdout.strip()
         except (OSError, subprocess.SubprocessError):
@@ -231,9 +227,7 @@ def _usable_cpus() -> float:
         share = int(quota) / int(period)
     except (ValueError, ZeroDivisionError):  # "max": no quota
         return float(count)
-    return (
-        min(float(count), round(share, 2)) if share > 0 and math.isfinite(share) else float(count)
-    )
+    return min(float(count), round(share, 2)) if share > 0 and math.isfinite(share) else float(count)
 
 
 def _gpu(device: str) -> tuple[str, str | None, str | None, str | None]:

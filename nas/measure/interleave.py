@@ -144,12 +144,7 @@ def _unrest(of: TimingResult) -> tuple[bool, float]:
 
 
 def _rounds(
-    timers: Sequence[Timer],
-    passes: Sequence[int],
-    batches: Sequence[int],
-    bounds: Bounds,
-    blocks: int,
-    max_blocks: int,
+    timers: Sequence[Timer], passes: Sequence[int], batches: Sequence[int], bounds: Bounds, blocks: int, max_blocks: int
 ) -> tuple[list[Samples], list[int]]:
     looks = planned_looks(blocks, max_blocks if bounds.any else blocks)
     series = [Samples() for _ in timers]
@@ -161,9 +156,7 @@ def _rounds(
                 pieces = timers[which](passes[which])
                 took = max(math.fsum(pieces), 1e-9)
                 series[which].images_per_s.append(batches[which] * passes[which] / took)
-                series[which].durations_s.extend(
-                    piece * len(pieces) / passes[which] for piece in pieces
-                )
+                series[which].durations_s.extend(piece * len(pieces) / passes[which] for piece in pieces)
         done = until
         if timing_result(series, looks, passes[0]).decides(bounds) != "undecided":
             break
@@ -171,10 +164,7 @@ def _rounds(
 
 
 def timing_result(
-    series: Sequence[Samples],
-    looks: Sequence[int],
-    passes: int,
-    disturbance: Disturbance = UNDISTURBED,
+    series: Sequence[Samples], looks: Sequence[int], passes: int, disturbance: Disturbance = UNDISTURBED
 ) -> TimingResult:
     """Return the intervals of one or two networks' samples, at one of the planned looks.
 
@@ -188,12 +178,9 @@ def timing_result(
         ratio = quantile_interval([a / b for a, b in both], 0.5, share, drift=True)
         reference = quantile_interval(series[1].images_per_s, 0.5, share, drift=True)
     latency = {
-        name: _in_ms(quantile_interval(series[0].durations_s, q, share, drift=True))
-        for name, q in QUANTILES.items()
+        name: _in_ms(quantile_interval(series[0].durations_s, q, share, drift=True)) for name, q in QUANTILES.items()
     }
-    missed = len(looks) * (
-        1.0 - min(own.coverage, own.coverage if ratio is None else ratio.coverage)
-    )
+    missed = len(looks) * (1.0 - min(own.coverage, own.coverage if ratio is None else ratio.coverage))
     return TimingResult(
         own=own,
         ratio=ratio,

@@ -89,11 +89,7 @@ def _tails(n: int, q: float) -> tuple[float, ...]:
 
 def _log_term(n: int, k: int, q: float) -> float:
     return math.exp(
-        math.lgamma(n + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(n - k + 1)
-        + k * math.log(q)
-        + (n - k) * math.log(1.0 - q)
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(q) + (n - k) * math.log(1.0 - q)
     )
 
 
@@ -122,21 +118,13 @@ def quantile_interval(
     missed_low = below[i - 1] if i >= 1 else below[0]
     missed_high = 1.0 - below[j - 1] if j <= used else 1.0 - below[used - 1]
     i, j = max(i, 1), min(j, used)
-    low = (
-        max(1, math.floor(i * n / used)) if used == n else max(1, math.floor((i - 0.5) / used * n))
-    )
-    high = (
-        min(n, math.ceil(j * n / used))
-        if used == n
-        else min(n, math.ceil((j - 0.5) / used * n) + 1)
-    )
+    low = max(1, math.floor(i * n / used)) if used == n else max(1, math.floor((i - 0.5) / used * n))
+    high = min(n, math.ceil(j * n / used)) if used == n else min(n, math.ceil((j - 0.5) / used * n) + 1)
     reached = max(0.0, 1.0 - missed_low - missed_high)
     return Interval(quantile(values, q), ordered[low - 1], ordered[high - 1], reached, count)
 
 
-def median_interval(
-    values: Sequence[float], coverage: float = COVERAGE, *, drift: bool = False
-) -> Interval:
+def median_interval(values: Sequence[float], coverage: float = COVERAGE, *, drift: bool = False) -> Interval:
     """Enclose the median of the values' distribution; see `quantile_interval`."""
     return quantile_interval(values, 0.5, coverage, drift=drift)
 

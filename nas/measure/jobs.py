@@ -161,14 +161,8 @@ def _timm_model(name: str, ctx: Context) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:3]
         remedy = f"such as {', '.join(near)}" if near else "see timm.list_models()"
-        raise refuse(
-            "--arch", name, "a published arch, an arch's JSON file or a timm model", remedy
-        )
-    asked: dict[str, Any] = {
-        "pretrained": False,
-        "num_classes": ctx.num_classes,
-        "in_chans": ctx.in_chans,
-    }
+        raise refuse("--arch", name, "a published arch, an arch's JSON file or a timm model", remedy)
+    asked: dict[str, Any] = {"pretrained": False, "num_classes": ctx.num_classes, "in_chans": ctx.in_chans}
     try:
         made = timm.create_model(name, img_size=ctx.img_size, **asked)
     except TypeError:  # a network that takes any resolution has no such argument
@@ -276,9 +270,7 @@ def fastest_batch(job: BatchJob, tick: Tick) -> Values:
     while batch <= MOST_IMAGES and since_best < 2:
         setting = replace(job.setting, batch=batch)
         try:
-            found = timed(
-                model, ctx=job.context, setting=setting, blocks=6, max_blocks=6, retries=0
-            )
+            found = timed(model, ctx=job.context, setting=setting, blocks=6, max_blocks=6, retries=0)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or not tried:
                 raise

@@ -75,9 +75,7 @@ class Throughput:
         middle, lo, hi = (getattr(self, name + end) for end in ("", "_lo", "_hi"))
         sound = all(value is not None and math.isfinite(value) for value in (middle, lo, hi))
         if not (sound and 0 < lo <= middle <= hi):
-            raise refuse(
-                f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= median <= hi"
-            )
+            raise refuse(f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= median <= hi")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:

@@ -19,12 +19,7 @@ from space import Context
 
 
 def peak_memory_bytes(
-    build: Callable[[], nn.Module],
-    *,
-    ctx: Context,
-    setting: Setting,
-    threads: int,
-    staged: Path | None = None,
+    build: Callable[[], nn.Module], *, ctx: Context, setting: Setting, threads: int, staged: Path | None = None
 ) -> int:
     """Return the bytes that a network needs while it is loaded and run, libraries left out.
 
@@ -48,9 +43,7 @@ def peak_memory_bytes(
     before = resident_bytes()
     model = None if staged is not None else build().eval().requires_grad_(False)
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
-        order = RuntimeRequest(
-            model, torch.zeros(shape), setting, threads, Path(folder), staged=staged
-        )
+        order = RuntimeRequest(model, torch.zeros(shape), setting, threads, Path(folder), staged=staged)
         ready = runtime.prepare(order)
     del model, order
     # What preparing took for a moment (a compilation, a conversion) is not what running takes.

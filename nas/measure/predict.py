@@ -120,9 +120,7 @@ def terms_of(family: Family, archs: Sequence[Arch], ctx: Context) -> Floats:
     return np.stack([np.asarray(c, dtype=np.float64) for c in columns.values()], axis=1)
 
 
-def held_out(
-    make: Callable[[], Model], terms: Floats, seconds: Floats, *, random_seed: int = 0
-) -> Floats:
+def held_out(make: Callable[[], Model], terms: Floats, seconds: Floats, *, random_seed: int = 0) -> Floats:
     """Predict every network by a model that has not seen it: ten folds, drawn once."""
     order = np.random.default_rng(random_seed).permutation(len(seconds))
     found = np.empty(len(seconds))
@@ -135,9 +133,7 @@ def held_out(
     return found
 
 
-def fit_predictor(
-    family: Family, ctx: Context, archs: Sequence[Arch], images_per_s: Sequence[float]
-) -> Predictor:
+def fit_predictor(family: Family, ctx: Context, archs: Sequence[Arch], images_per_s: Sequence[float]) -> Predictor:
     """Fit every model, keep the one of the least median held-out error. Refuses too few rows."""
     if len(archs) < LEAST_ROWS:
         raise refuse(

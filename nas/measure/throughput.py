@@ -99,14 +99,10 @@ def staged_file(
     shape = (setting.batch, ctx.in_chans, ctx.img_size, ctx.img_size)
     images, given = _images(runtime, shape, noise)
     own = private_copy(model, "cpu")
-    return runtime.stage(
-        RuntimeRequest(own, images, setting, threads or torch.get_num_threads(), folder, given)
-    )
+    return runtime.stage(RuntimeRequest(own, images, setting, threads or torch.get_num_threads(), folder, given))
 
 
-def _images(
-    runtime: Runtime, shape: tuple[int, ...], noise: torch.Generator
-) -> tuple[Tensor, list[Images]]:
+def _images(runtime: Runtime, shape: tuple[int, ...], noise: torch.Generator) -> tuple[Tensor, list[Images]]:
     """Draw the images to time on, and what int8 runtimes are calibrated on."""
     images = torch.randn(shape, generator=noise)
     count = CALIBRATION_BATCHES if runtime.calibrates else 0

@@ -110,9 +110,7 @@ def svg_bytes(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def front(
-    points: Sequence[tuple[float, float]], *, x_lower: bool, y_lower: bool
-) -> list[tuple[float, float]]:
+def front(points: Sequence[tuple[float, float]], *, x_lower: bool, y_lower: bool) -> list[tuple[float, float]]:
     """Return the points (x, y) that no other is at least as good as in both, best x first.
 
     Of equal points one remains.
@@ -129,9 +127,7 @@ def _x(point: Point, by_params: bool) -> float | None:
     return point.params if by_params else point.speed
 
 
-def _draw_series(
-    axes: Axes, series: Series, by_params: bool, colour: str, one: bool, y_lower: bool
-) -> None:
+def _draw_series(axes: Axes, series: Series, by_params: bool, colour: str, one: bool, y_lower: bool) -> None:
     drawn = [p for p in series.points if _x(p, by_params) is not None]
     xy = {p.key: (float(_x(p, by_params) or 0.0), p.score) for p in drawn}
     edge = front(list(xy.values()), x_lower=by_params, y_lower=y_lower)
@@ -183,9 +179,7 @@ def _style(chart: Chart, left: Axes, right: Axes) -> None:
     if chart.lower_is_better:
         left.yaxis.set_inverted(True)  # shared with the right panel
     if not any(p.speed is not None for p in points):
-        right.text(
-            0.5, 0.5, "no throughput measured", transform=right.transAxes, ha="center", fontsize=9
-        )
+        right.text(0.5, 0.5, "no throughput measured", transform=right.transAxes, ha="center", fontsize=9)
 
 
 def _log_params(axes: Axes, params: Sequence[float]) -> None:
@@ -254,9 +248,7 @@ def _along_path(axes: Axes, series: Series, by_params: bool) -> list[tuple[float
     xy = {p.key: (_x(p, by_params) or 0.0, p.score) for p in series.points}
     known = {p.key for p in series.points if _x(p, by_params) is not None}
     ends = [axes.transData.transform(xy[key]) for key in series.path if key in known]
-    return [
-        tuple((a + (b - a) * share / 40).tolist()) for a, b in pairwise(ends) for share in range(41)
-    ]
+    return [tuple((a + (b - a) * share / 40).tolist()) for a, b in pairwise(ends) for share in range(41)]
 
 
 _OFFSETS = (
@@ -310,13 +302,7 @@ def _name_points(axes: Axes, chart: Chart, by_params: bool) -> None:
         for dx, dy in _OFFSETS:
             side = "left" if dx > 0 else "right" if dx < 0 else "center"
             text = axes.annotate(
-                point.label,
-                (x, point.score),
-                (dx, dy),
-                textcoords="offset points",
-                ha=side,
-                fontsize=8.5,
-                zorder=8,
+                point.label, (x, point.score), (dx, dy), textcoords="offset points", ha=side, fontsize=8.5, zorder=8
             )
             box = text.get_window_extent(renderer).padded(2)
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0

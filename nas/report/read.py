@@ -76,9 +76,7 @@ class RunFiles:
 def read_run(folder: Path) -> RunFiles:
     """Read a run's files. Refuses a folder without a run and files that are damaged."""
     if not folder.is_dir():
-        raise refuse(
-            "RUN", folder, "the folder of a run", "give the --out folder of an earlier run"
-        )
+        raise refuse("RUN", folder, "the folder of a run", "give the --out folder of an earlier run")
     if not (folder / "run.json").is_file():
         raise refuse("RUN", folder, "a folder with a run.json", "give the --out folder of a run")
     result = _mapping(folder / "result.json", optional=True)
@@ -116,9 +114,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         rows = []
         for row in reader:
             if None in row or None in row.values():
-                raise refuse(
-                    f"{path} line {reader.line_num}", "another number of cells", str(len(columns))
-                )
+                raise refuse(f"{path} line {reader.line_num}", "another number of cells", str(len(columns)))
             rows.append({name: unguard(cell) for name, cell in row.items()})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise refuse(str(path), error, "a readable CSV file") from None
@@ -127,9 +123,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, rows
 
 
-def _study(
-    folder: Path, run: Mapping[str, Any], *, ended: bool
-) -> tuple[list[Trial], list[StepRow]]:
+def _study(folder: Path, run: Mapping[str, Any], *, ended: bool) -> tuple[list[Trial], list[StepRow]]:
     """Read the trials and steps of a study; a run that has only begun may have none yet."""
     begun = ended or (folder / "study.db").exists() or "storage" in run
     if not begun:

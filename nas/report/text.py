@@ -101,10 +101,7 @@ def report(run: RunFiles, *, figure: bool = True) -> str:
     table = markdown(("where and why", "candidates"), [[k, str(n)] for k, n in stops])
     parts.append("## Where candidates stopped\n\n" + _or_none(table, stops))
     if run.best:
-        parts.append(
-            "## Loading the model\n\nInside this folder; it needs timm and safetensors only.\n\n"
-            + LOAD
-        )
+        parts.append("## Loading the model\n\nInside this folder; it needs timm and safetensors only.\n\n" + LOAD)
     if (run.folder / "models.csv").exists():
         parts.append(
             "The best of every step is a model of its own, too: `models.csv` lists them with size, "
@@ -122,10 +119,7 @@ def final_table(run: RunFiles) -> str:
 
 def status_lines(run: RunFiles) -> str:
     """Return the state of a run: asked, position, last candidate, best so far, what remains."""
-    lines = [
-        f"{run.folder}: {run.result.get('status', 'unfinished')}",
-        f"asked: {question_text(run)}",
-    ]
+    lines = [f"{run.folder}: {run.result.get('status', 'unfinished')}", f"asked: {question_text(run)}"]
     lines.append(f"where: {_position(run)}")
     if run.trials:
         last = run.trials[-1]
@@ -166,8 +160,7 @@ def next_commands(run: RunFiles) -> tuple[str, ...]:
             further += f" --teacher {quote(str(config['teacher']))}"
         return (
             f"python -m nas.export {folder} --to timm --out {out}",
-            f"python -m nas.train --arch {folder} {data} --init {folder}/best.safetensors "
-            f"--out {trained}",
+            f"python -m nas.train --arch {folder} {data} --init {folder}/best.safetensors --out {trained}",
             further,
         )
     show = f"python -m nas.contract --status {folder}"
@@ -311,8 +304,7 @@ def _comparison_words(final: Mapping[str, Any]) -> list[str]:
         verdict = f"the winner is worse than the published {name}"
     elif lo == hi:
         verdict = (
-            f"the winner and the published {name} were right on the very same images, which says "
-            "little about others"
+            f"the winner and the published {name} were right on the very same images, which says little about others"
         )
     else:
         visible = 50 * (hi - lo) * POWER_80
@@ -326,9 +318,7 @@ def _comparison_words(final: Mapping[str, Any]) -> list[str]:
 
 def metric_name(values: Mapping[str, Any]) -> str:
     """Return the name of the run's metric for people."""
-    return {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}.get(
-        str(values.get("metric")), "top-1"
-    )
+    return {"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1"}.get(str(values.get("metric")), "top-1")
 
 
 def _treatment(run: RunFiles) -> str:

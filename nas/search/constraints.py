@@ -109,12 +109,7 @@ def tighten(required: Requirement, share: float, seed_value: float) -> Requireme
 
 
 def bounds_at(
-    step: int,
-    config: RunConfig,
-    *,
-    seed_params: int,
-    seed_values: Mapping[Requirement, float],
-    parent_ratio: float,
+    step: int, config: RunConfig, *, seed_params: int, seed_values: Mapping[Requirement, float], parent_ratio: float
 ) -> StepBounds:
     """Return the bounds of a step. All constraints hold together and tighten geometrically.
 

@@ -23,12 +23,7 @@ class Decision:
 
 
 def racing_decision(
-    losses: Mapping[str, npt.ArrayLike],
-    keep: int,
-    *,
-    alpha: float,
-    looks: int,
-    drift_sd: float | None = None,
+    losses: Mapping[str, npt.ArrayLike], keep: int, *, alpha: float, looks: int, drift_sd: float | None = None
 ) -> Decision:
     """Decide which candidates stay, from per-image losses [n_images] (nats) of the same images.
 
@@ -72,9 +67,7 @@ def racing_decision(
     return Decision(tuple(k for k in order if k not in stop), stop)
 
 
-def _behind(
-    values: Floats, order: Sequence[str], level: float, drift_sd: float | None
-) -> list[tuple[str, int]]:
+def _behind(values: Floats, order: Sequence[str], level: float, drift_sd: float | None) -> list[tuple[str, int]]:
     """Count for each candidate, best first, those that are better for certain."""
     images = values.shape[1]
     if images < 2:  # one image has no noise to hold a difference against

@@ -32,9 +32,7 @@ def pick(
     return [*first, *rest, *baselines[len(first) :]][:count]
 
 
-def spread(
-    candidates: Sequence[Candidate], features: Features, count: int, *, random_seed: int
-) -> list[Candidate]:
+def spread(candidates: Sequence[Candidate], features: Features, count: int, *, random_seed: int) -> list[Candidate]:
     """Choose `count` candidates that lie far apart, by farthest-point sampling.
 
     Distance is Euclidean over the moved factors (each scaled to its range among the candidates)

@@ -172,9 +172,7 @@ def one_line(where: Path | SharedStudy) -> Iterator[None]:
                 "see to the server, the address and the password (PGPASSWORD, ~/.pgpass or in "
                 "--storage; the driver: pip install -e '.[postgres]'), then --resume a begun run"
             )
-        raise StudyUnavailable(
-            str(refuse(str(where), got, "a database that answers", remedy))
-        ) from None
+        raise StudyUnavailable(str(refuse(str(where), got, "a database that answers", remedy))) from None
 
 
 def check_sqlite(path: Path) -> None:

@@ -113,9 +113,7 @@ class StepRow:
     seconds: float
 
     @classmethod
-    def of(
-        cls, step: int, bounds: StepBounds, counted: int, rows: Sequence[Trial], best: Trial
-    ) -> StepRow:
+    def of(cls, step: int, bounds: StepBounds, counted: int, rows: Sequence[Trial], best: Trial) -> StepRow:
         """Count the rows of one step."""
         required = bounds.describe()
         if bounds.least_ratio is not None:
@@ -284,14 +282,10 @@ def _open(where: Path | SharedStudy, *, create: bool) -> tuple[RDBStorage, Optun
     name = STUDY if isinstance(where, Path) else where.study
     if not create:
         return storage, optuna.load_study(study_name=name, storage=storage)
-    return storage, optuna.create_study(
-        study_name=name, storage=storage, direction="minimize", load_if_exists=True
-    )
+    return storage, optuna.create_study(study_name=name, storage=storage, direction="minimize", load_if_exists=True)
 
 
-def _write_new(
-    path: Path, trials: Iterable[FrozenTrial] = (), attrs: Mapping[str, Any] | None = None
-) -> None:
+def _write_new(path: Path, trials: Iterable[FrozenTrial] = (), attrs: Mapping[str, Any] | None = None) -> None:
     """Make a study aside and put it in place: a kill leaves none, or a whole one."""
 
     aside = path.with_name(f".{path.name}.tmp")
@@ -305,9 +299,7 @@ def _write_new(
     aside.replace(path)
 
 
-def _to_optuna(
-    trial: Trial, arch: Mapping[str, Any], constraints: Mapping[str, float]
-) -> FrozenTrial:
+def _to_optuna(trial: Trial, arch: Mapping[str, Any], constraints: Mapping[str, float]) -> FrozenTrial:
     """Return a trial as Optuna stores it, with a number for each slot of a factor."""
     import optuna
     from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
@@ -319,9 +311,7 @@ def _to_optuna(
         else:
             flat[name] = value
     distributions: dict[str, BaseDistribution] = {
-        name: FloatDistribution(0.0, 1024.0)
-        if isinstance(value, float)
-        else IntDistribution(0, 1_000_000)
+        name: FloatDistribution(0.0, 1024.0) if isinstance(value, float) else IntDistribution(0, 1_000_000)
         for name, value in flat.items()
     }
     state = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[trial.state]

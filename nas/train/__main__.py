@@ -24,13 +24,7 @@ from nas.data.dataset import dataset_card
 from nas.data.prepare import prepared
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.train_config import TrainConfig, read_config
-from nas.train.train_flags import (
-    check_only_machine,
-    describe,
-    make_config,
-    make_machine,
-    read_flags,
-)
+from nas.train.train_flags import check_only_machine, describe, make_config, make_machine, read_flags
 from space import Context
 from space.errors import InputError
 
@@ -86,12 +80,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(
-    config: TrainConfig,
-    machine: Machine,
-    folder: TrainFolder,
-    before: Mapping[str, Any],
-    cache: Path,
-    console: Console,
+    config: TrainConfig, machine: Machine, folder: TrainFolder, before: Mapping[str, Any], cache: Path, console: Console
 ) -> dict[str, Any]:
     """Join the other processes, prepare data and teacher, train."""
     import torch

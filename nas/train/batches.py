@@ -161,9 +161,7 @@ class LiveBatches:
         rows, copies = self.draws(epoch)
         places = np.arange(start * self._batch, len(rows))
         mine = divide(np.split(places, len(places) // self._batch) if len(places) else [], shard)
-        recipes = [
-            ViewSpec(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine
-        ]
+        recipes = [ViewSpec(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine]
         made = zip(mine, stream(self._inputs, recipes, self._workers), strict=True)
 
         def micro_batches() -> Iterator[MicroBatch]:

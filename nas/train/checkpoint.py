@@ -96,9 +96,7 @@ def _refuse_other(path: Path, before: Mapping[str, Any], plan: Mapping[str, Any]
     """Refuse the checkpoint of a training with other settings."""
     if before != json.loads(json.dumps(plan)):
         changed = sorted(k for k in plan if plan[k] != before.get(k))
-        raise refuse(
-            _NAME, f"{path} of other settings ({', '.join(changed)})", "the same ones", "remove it"
-        )
+        raise refuse(_NAME, f"{path} of other settings ({', '.join(changed)})", "the same ones", "remove it")
 
 
 def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

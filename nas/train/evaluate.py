@@ -182,8 +182,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
             raise refuse("--out", given.out, "a CSV file to write", error.strerror or "") from None
     summary = {"split": given.split, **result.summary()}
     console.line(
-        "{split}: top-1 {top1:.2%} +- {top1_se:.2%}, top-5 {top5:.2%} +- {top5_se:.2%} on "
-        "{n} images".format(**summary)
+        "{split}: top-1 {top1:.2%} +- {top1_se:.2%}, top-5 {top5:.2%} +- {top5_se:.2%} on {n} images".format(**summary)
     )
     for line in table.splitlines() if given.out is None else ():
         console.line(line)

@@ -138,9 +138,7 @@ class _Loop:
         )
         self._ema: Any = None
         if recipe.ema_decay is not None:
-            self._ema = ModelEmaV3(
-                self._model, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup
-            )
+            self._ema = ModelEmaV3(self._model, decay=recipe.ema_decay, use_warmup=recipe.ema_warmup)
         self._stepper = Stepper(
             self._model,
             optimizer,
@@ -236,12 +234,7 @@ class _Loop:
         for which, prefix, model in candidates:
             args.ranks.broadcast_buffers(model)
             result: EvalResult = evaluate(
-                model,
-                args.holdout,
-                args.spec,
-                num_classes=args.num_classes,
-                device=args.ranks.device,
-                ranks=args.ranks,
+                model, args.holdout, args.spec, num_classes=args.num_classes, device=args.ranks.device, ranks=args.ranks
             )
             scores = result.summary()
             row |= {f"{prefix}holdout_{name}": scores[name] for name in SCORES}
@@ -264,9 +257,7 @@ class _Loop:
             raise Diverged(step, math.nan)
         return total, int(self._args.ranks.sum(torch.tensor(float(self._stepper.images))))
 
-    def _take(
-        self, network: nn.Module, micro_batches: list[MicroBatch], rate: float, step: int
-    ) -> None:
+    def _take(self, network: nn.Module, micro_batches: list[MicroBatch], rate: float, step: int) -> None:
         args, last = self._args, len(micro_batches) - 1
         global_batch = micro_batches[0].global_batch
 
@@ -324,9 +315,7 @@ class _Loop:
                 "scaler": self._stepper.scaler.state_dict(),
             }
             position = Position(epoch, args.plan, extra)
-            save_checkpoint(
-                args.checkpoint, self._model, self._stepper.optimizer, position, self._ema_state()
-            )
+            save_checkpoint(args.checkpoint, self._model, self._stepper.optimizer, position, self._ema_state())
         args.ranks.wait()
 
     def _resume(self) -> tuple[int, int, float]:

@@ -136,13 +136,7 @@ def train(
     """
     place(model, device)
     optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    stepper = Stepper(
-        model,
-        optimizer,
-        device=device,
-        dtype=amp_dtype(settings, device),
-        clip_norm=settings.clip_norm,
-    )
+    stepper = Stepper(model, optimizer, device=device, dtype=amp_dtype(settings, device), clip_norm=settings.clip_norm)
     plan = {**asdict(settings), "steps_per_epoch": steps_per_epoch}
     done: list[Epoch] = []
     if checkpoint is not None and checkpoint.exists():
@@ -159,13 +153,7 @@ def train(
         stepper.begin()
         started, step = time.perf_counter(), epoch * steps_per_epoch
         for batch in epoch_batches(epoch):
-            rate = lr_at(
-                step,
-                total_steps=total_steps,
-                warmup_steps=warmup_steps,
-                lr=settings.lr,
-                min_lr=min_lr,
-            )
+            rate = lr_at(step, total_steps=total_steps, warmup_steps=warmup_steps, lr=settings.lr, min_lr=min_lr)
             tick(float(stepper.take(model, (batch,), step_loss, rate, step=step)))
             step += 1
         assert step == (epoch + 1) * steps_per_epoch, "an epoch has as many batches as announced"

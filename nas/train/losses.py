@@ -49,9 +49,7 @@ def label_entropy(prob: Tensor, tail: Tensor, num_classes: int) -> Tensor:
     return -(torch.xlogy(prob, prob).sum(1) + spread)
 
 
-def retemper(
-    prob: Tensor, tail: Tensor, num_classes: int, temperature: float
-) -> tuple[Tensor, Tensor]:
+def retemper(prob: Tensor, tail: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Soften stored labels by T: prob [B, K] and tail [B] of p^(1/T), normalised, float32.
 
     Exact for the kept classes relative to each other and for a tail that is spread evenly, as the
@@ -93,9 +91,7 @@ class TeacherTargets:
     def to(self, device: torch.device | str) -> TeacherTargets:
         """Move to a device."""
         parts = (self.logits, self.index, self.prob, self.tail)
-        return TeacherTargets(
-            *(None if p is None else p.to(device, non_blocking=True) for p in parts)
-        )
+        return TeacherTargets(*(None if p is None else p.to(device, non_blocking=True) for p in parts))
 
     def best(self) -> Tensor:
         """Return the teacher's likeliest class, int64 [B]."""
@@ -181,9 +177,7 @@ class DistillLoss:
             return self
         return replace(self, kind=self.token_loss)
 
-    def __call__(
-        self, outputs: Tensor | Heads, target: Tensor, teacher: TeacherTargets | None
-    ) -> Tensor:
+    def __call__(self, outputs: Tensor | Heads, target: Tensor, teacher: TeacherTargets | None) -> Tensor:
         """Return the loss of each image in nats, float32 [B], also under autocast.
 
         `outputs` are logits [B, C] or both heads'; "token" needs both, the others take their mean.
@@ -220,9 +214,7 @@ class DistillLoss:
         """Compare with true labels: smoothed where they are classes, as given where shares."""
         if target.ndim == 2:
             return functional.cross_entropy(logits, target.float(), reduction="none")
-        return functional.cross_entropy(
-            logits, target, reduction="none", label_smoothing=self.label_smoothing
-        )
+        return functional.cross_entropy(logits, target, reduction="none", label_smoothing=self.label_smoothing)
 
     def _from_teacher(self, logits: Tensor, teacher: TeacherTargets) -> Tensor:
         """Compare with the teacher: by its class, or by its distribution."""

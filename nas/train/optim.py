@@ -52,9 +52,7 @@ def lr_at(step: int, *, total_steps: int, warmup_steps: int, lr: float, min_lr: 
     return min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * position))
 
 
-def cosine_at(
-    t: int, *, total: int, warmup: float, lr: float, min_lr: float, first: float
-) -> float:
+def cosine_at(t: int, *, total: int, warmup: float, lr: float, min_lr: float, first: float) -> float:
     """Return the rate at time `t` (steps or epochs): a line from `first` to `lr`, then a cosine.
 
     The cosine runs from 0 to `total`, the warm-up's time included, as in the recipes of TinyViT

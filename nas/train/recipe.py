@@ -225,14 +225,7 @@ PRESETS: Mapping[str, Recipe] = {
         _DEIT,
         replace(_DEIT, name="deit-token", distill="token"),
         replace(
-            _DEIT,
-            name="deit-384",
-            img_size=384,
-            epochs=30,
-            batch_size=512,
-            lr=5e-6,
-            min_lr=5e-6,
-            weight_decay=1e-8,
+            _DEIT, name="deit-384", img_size=384, epochs=30, batch_size=512, lr=5e-6, min_lr=5e-6, weight_decay=1e-8
         ),
     )
 }

@@ -41,9 +41,7 @@ def augment_spec(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
     """Return a recipe's augmentation of single images. Raises InputError."""
     name = {"official": "finetune"}.get(recipe.augment, recipe.augment)
     changes: dict[str, Any] = {
-        key: getattr(recipe, key)
-        for key in ("color_jitter", "erase_prob")
-        if getattr(recipe, key) is not None
+        key: getattr(recipe, key) for key in ("color_jitter", "erase_prob") if getattr(recipe, key) is not None
     }
     if recipe.least_crop is not None:
         changes["scale"] = (recipe.least_crop, 1.0)
@@ -200,15 +198,9 @@ class TrainSession:
 
     def settings(self) -> dict[str, Any]:
         """Return the part of `train.json` that the configuration decides."""
-        return {
-            "config": self.config.to_dict(),
-            "machine": asdict(self.machine),
-            "augment": self.spec.to_dict(),
-        }
+        return {"config": self.config.to_dict(), "machine": asdict(self.machine), "augment": self.spec.to_dict()}
 
-    def train(
-        self, teacher: Callable[[Tensor], Tensor] | None, tick: Tick, throughput: Any = None
-    ) -> dict[str, Any]:
+    def train(self, teacher: Callable[[Tensor], Tensor] | None, tick: Tick, throughput: Any = None) -> dict[str, Any]:
         """Train, keep the best weights by the holdout, test them once; return `result.json`."""
         args = FitArgs(
             model=self.model,
@@ -312,9 +304,7 @@ class TrainSession:
             "holdout_n": len(self.dataset.holdout),
         }
 
-    def save(
-        self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any], throughput: Any
-    ) -> None:
+    def save(self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any], throughput: Any) -> None:
         """Write a model in the training's folder."""
         write_model(
             self.folder.path / stem,
@@ -335,9 +325,7 @@ class _EpochReport:
         self._session, self._throughput = session, throughput
         self._board: TensorBoardLog | None = None
 
-    def __call__(
-        self, rows: list[Row], weights: Callable[[], Mapping[str, Tensor]], best: str | None
-    ) -> None:
+    def __call__(self, rows: list[Row], weights: Callable[[], Mapping[str, Tensor]], best: str | None) -> None:
         session, row = self._session, rows[-1]
         if not session.ranks.main:
             return

@@ -35,28 +35,15 @@ class TrainConfig:
     arch_from: str
     recipe: Recipe
     data: str = setting(
-        MISSING,
-        "as in nas.contract: digits, fractals, a folder, torch/..., hfds/..., wds/...",
-        group="data",
+        MISSING, "as in nas.contract: digits, fractals, a folder, torch/..., hfds/..., wds/...", group="data"
     )
-    img_size: int | None = setting(
-        None, "resolution", metavar="PX", low=16, default_text="the recipe's, or the data's"
-    )
-    max_images: int | None = setting(
-        None, "use so many images only", metavar="N", low=20, default_text="all"
-    )
+    img_size: int | None = setting(None, "resolution", metavar="PX", low=16, default_text="the recipe's, or the data's")
+    max_images: int | None = setting(None, "use so many images only", metavar="N", low=20, default_text="all")
     max_corrupt: float = setting(
-        0.01,
-        "broken images tolerated",
-        metavar="SHARE",
-        parse=parse_share,
-        low=0.0,
-        default_text="1%",
+        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, default_text="1%"
     )
     pixel_cache: bool = setting(True, "decode files each time instead of keeping their pixels")
-    data_seed: int = setting(
-        0, "of the images held out; a store's or a run's --random-seed", metavar="N", low=0
-    )
+    data_seed: int = setting(0, "of the images held out; a store's or a run's --random-seed", metavar="N", low=0)
     labels: str | None = setting(
         None,
         "learn from stored labels (python -m nas.labels build)",
@@ -64,9 +51,7 @@ class TrainConfig:
         metavar="STORE",
     )
     missing: str = setting("error", "images without a label", choices=("error", "skip"))
-    teacher: str | None = setting(
-        None, "ask a teacher while training: auto, a timm name, MODEL:FILE", metavar="NET"
-    )
+    teacher: str | None = setting(None, "ask a teacher while training: auto, a timm name, MODEL:FILE", metavar="NET")
     teacher_epochs: int = setting(15, "of the auto teacher", metavar="N", low=1)
     init: str = setting("scratch", "scratch, a file, or a timm tag", metavar="WEIGHTS")
     resize: str = setting(
@@ -75,9 +60,7 @@ class TrainConfig:
         metavar="HOW",
         default_text="published where the family has it",
     )
-    head_map: str | None = setting(
-        None, "for each class the old one it starts from, -1 for none", metavar="FILE"
-    )
+    head_map: str | None = setting(None, "for each class the old one it starts from, -1 for none", metavar="FILE")
     random_seed: int = setting(0, "of weights, order and views", metavar="N", low=0)
 
     def __post_init__(self) -> None:
@@ -157,40 +140,22 @@ class Machine:
     """
 
     device: str = setting(
-        "cpu",
-        "cpu or cuda; under torchrun each process has its own GPU",
-        group="machine (may change on --resume)",
+        "cpu", "cpu or cuda; under torchrun each process has its own GPU", group="machine (may change on --resume)"
     )
     threads: int = setting(
-        1,
-        "torch's, a process",
-        metavar="N",
-        low=1,
-        high=MOST_AT_ONCE,
-        default_text="the cores, shared",
+        1, "torch's, a process", metavar="N", low=1, high=MOST_AT_ONCE, default_text="the cores, shared"
     )
     workers: int = setting(
-        0,
-        "loader processes of each process",
-        metavar="N",
-        low=0,
-        high=MOST_AT_ONCE,
-        default_text="0; 8 with a GPU",
+        0, "loader processes of each process", metavar="N", low=0, high=MOST_AT_ONCE, default_text="0; 8 with a GPU"
     )
     accumulation_steps: int = setting(
-        1,
-        "micro-batches in which a process sees its share of a batch",
-        metavar="N",
-        low=1,
-        spelling="--accumulate",
+        1, "micro-batches in which a process sees its share of a batch", metavar="N", low=1, spelling="--accumulate"
     )
     amp: str = setting("none", "mixed precision", choices=AMPS, default_text="auto: on GPUs")
     compile: bool | None = setting(None, "torch.compile")
     grad_checkpointing: bool | None = setting(None, "less memory, more time")
     save_steps: int | None = setting(500, "steps between checkpoints", metavar="N", low=1)
-    keep_every: int | None = setting(
-        None, "keep a model every N epochs", metavar="N", low=1, default_text="none"
-    )
+    keep_every: int | None = setting(None, "keep a model every N epochs", metavar="N", low=1, default_text="none")
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""

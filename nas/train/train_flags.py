@@ -26,20 +26,13 @@ class TrainOptions:
     """What is trained and by which recipe: the settings that become a `TrainConfig`."""
 
     arch: str | None = setting(
-        None,
-        "a published name (5M), a JSON file with an arch, or a run",
-        group="what to train",
-        metavar="ARCH",
+        None, "a published name (5M), a JSON file with an arch, or a run", group="what to train", metavar="ARCH"
     )
-    family: str | None = setting(
-        None, "of a published name", metavar="NAME", default_text=RunConfig.family
-    )
+    family: str | None = setting(None, "of a published name", metavar="NAME", default_text=RunConfig.family)
     recipe: str = setting("small", f"{', '.join(PRESETS)}, or a JSON file", metavar="NAME")
     set: tuple[str, ...] = setting((), "override a recipe's value", metavar="KEY=VALUE")
     epochs: int | None = setting(None, "short for --set epochs=N", metavar="N", low=1)
-    batch_size: int | None = setting(
-        None, "the whole batch, of all processes and turns", metavar="N", low=1
-    )
+    batch_size: int | None = setting(None, "the whole batch, of all processes and turns", metavar="N", low=1)
     distill: str | None = setting(
         None,
         "how to learn from a teacher",
@@ -55,14 +48,10 @@ class TrainProcess:
     out: str | None = setting(None, "a new folder", group="the run", metavar="DIR")
     resume: str | None = setting(None, "continue a training", metavar="DIR")
     plan: bool = setting(False, "print every value, and stop")
-    evaluate: str | None = setting(
-        None, "evaluate a model of a run or training on --data", metavar="MODEL"
-    )
+    evaluate: str | None = setting(None, "evaluate a model of a run or training on --data", metavar="MODEL")
     split: str = setting("test", "for --evaluate", choices=("test", "holdout"))
     fusion: str = setting(
-        "logits",
-        "for --evaluate, of two heads: the mean of logits, or of probabilities",
-        choices=("logits", "softmax"),
+        "logits", "for --evaluate, of two heads: the mean of logits, or of probabilities", choices=("logits", "softmax")
     )
     cache_dir: str | None = setting(None, "data sets and teachers", metavar="DIR")
     quiet: bool = setting(False, "print nothing but errors")
@@ -201,10 +190,7 @@ def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machin
         "keep_every": given.keep_every,
     }
     cores = usable_cpus() // local_world()
-    usual = {
-        "threads": max(1, cores),
-        "workers": 0 if device == "cpu" else max(0, min(8, cores - 1)),
-    }
+    usual = {"threads": max(1, cores), "workers": 0 if device == "cpu" else max(0, min(8, cores - 1))}
     # The number of threads decides bits: a resumed training keeps it unless --threads is given.
     given_now = {k: v for k, v in asked.items() if v is not None}
     moved = kept.get("device", device) != device
@@ -219,9 +205,7 @@ def describe(config: TrainConfig, world: int) -> list[str]:
     peak, least, first = recipe.rates()
     words = dict.fromkeys(PIPELINE, "default")
     values = ", ".join(
-        f"{k}={words.get(k, 'none') if v is None else v}"
-        for k, v in recipe.to_dict().items()
-        if k != "name"
+        f"{k}={words.get(k, 'none') if v is None else v}" for k, v in recipe.to_dict().items() if k != "name"
     )
     return [
         f"arch: {family.name} {family.label(arch)} (of {config.arch_from})",

@@ -49,19 +49,13 @@ class TransferConfig:
 
     source: Path
     data: str | None = setting(None, "as in nas.contract, with classes; not needed for segment")
-    checks: tuple[str, ...] = setting(
-        CHECKS, "some of them", parse=_names, default_text=",".join(CHECKS)
-    )
+    checks: tuple[str, ...] = setting(CHECKS, "some of them", parse=_names, default_text=",".join(CHECKS))
     img_size: int | None = setting(
         None, "of all checks", metavar="PX", low=16, high=1024, default_text="the model's own"
     )
-    random_seed: int = setting(
-        0, "of the fresh weights, the cuts, the masks and the head", metavar="N"
-    )
+    random_seed: int = setting(0, "of the fresh weights, the cuts, the masks and the head", metavar="N")
     device: str = setting("cpu", "cpu, cuda or cuda:N")
-    epochs: int | None = setting(
-        None, "of the segmentation", metavar="N", low=1, default_text="12; 5 with --finetune"
-    )
+    epochs: int | None = setting(None, "of the segmentation", metavar="N", low=1, default_text="12; 5 with --finetune")
     finetune: bool = setting(False, "segment: train the backbone, too")
     out: str | None = setting(None, "write the rows, as shares", metavar="FILE.csv")
 
@@ -92,9 +86,7 @@ class TransferConfig:
         return any(check in self.checks for check in _ON_DATA)
 
 
-def transfer(
-    config: TransferConfig, cache_dir: Path | None = None, console: Console | None = None
-) -> dict[str, Any]:
+def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Check a model's backbone on other data beside the same arch with fresh weights.
 
     Returns plain JSON: "rows" (`nas.transfer.rows.TransferRow`, shares) and "seconds" by check.
@@ -116,8 +108,7 @@ def transfer(
             if dataset is not None:
                 started = time.perf_counter()
                 features = [
-                    _features(config, backbone, dataset, spec, seed, console)
-                    for seed in (None, config.random_seed)
+                    _features(config, backbone, dataset, spec, seed, console) for seed in (None, config.random_seed)
                 ]
                 seconds["features"] = round(time.perf_counter() - started, 1)
             for name in (name for name in CHECKS if name in config.checks):
@@ -147,9 +138,7 @@ def transfer(
     }
 
 
-def _read(
-    config: TransferConfig, backbone: Backbone, cache: Path, console: Console
-) -> Dataset | None:
+def _read(config: TransferConfig, backbone: Backbone, cache: Path, console: Console) -> Dataset | None:
     """Read the data set of the probes; it needs classes."""
     if not config.on_data or config.data is None:
         return None
@@ -175,12 +164,7 @@ def _units(config: TransferConfig, dataset: Dataset | None) -> float:
 
 
 def _features(
-    config: TransferConfig,
-    backbone: Backbone,
-    dataset: Dataset,
-    spec: AugmentSpec,
-    seed: int | None,
-    console: Console,
+    config: TransferConfig, backbone: Backbone, dataset: Dataset, spec: AugmentSpec, seed: int | None, console: Console
 ) -> tuple[FeatureSet, ...]:
     """Compute the features of train, holdout and test, of trained (None) or fresh weights."""
     import numpy as np
@@ -203,9 +187,7 @@ def _weights(seed: int | None) -> str:
     return "trained" if seed is None else "random"
 
 
-def _probed(
-    name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int, console: Console
-) -> list[TransferRow]:
+def _probed(name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int, console: Console) -> list[TransferRow]:
     """Probe the features of both networks."""
     from nas.transfer.probes import knn_probe, linear_probe
     from nas.transfer.rows import pair, paired_shares, share
@@ -223,9 +205,7 @@ def _probed(
     return pair(name, "top1", values, len(trained.right), difference, [p.chosen for p in found])
 
 
-def _segmented(
-    config: TransferConfig, backbone: Backbone, spec: AugmentSpec, console: Console
-) -> list[TransferRow]:
+def _segmented(config: TransferConfig, backbone: Backbone, spec: AugmentSpec, console: Console) -> list[TransferRow]:
     """Train and test a segmentation on both networks."""
     from nas.train.loop import Diverged
     from nas.transfer.rows import bootstrapped, mean_iou, pair, paired_bootstrap, pixel_accuracy
@@ -271,9 +251,7 @@ def _segmented(
 class _Process:
     """What one process does; changes no answer."""
 
-    cache_dir: str | None = setting(
-        None, "decoded data", metavar="DIR", default_text="as in nas.contract"
-    )
+    cache_dir: str | None = setting(None, "decoded data", metavar="DIR", default_text="as in nas.contract")
     quiet: bool = setting(False, "print nothing but errors and --json")
     json: bool = setting(False, "end with one line of JSON")
 
@@ -287,10 +265,7 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a run's folder, a model's JSON, weights, or an export",
+        "source", type=Path, metavar="SOURCE", help="a run's folder, a model's JSON, weights, or an export"
     )
     add_settings(parser, TransferConfig)
     add_settings(parser, _Process)

@@ -66,9 +66,7 @@ class Backbone:
         with torch.random.fork_rng(devices=[]):
             if random_seed is not None:
                 torch.default_generator.manual_seed(random_seed)
-            model = timm.create_model(
-                f"local-dir:{self.folder}", pretrained=random_seed is None, **kwargs
-            )
+            model = timm.create_model(f"local-dir:{self.folder}", pretrained=random_seed is None, **kwargs)
         assert isinstance(model, nn.Module)
         return model.eval()
 
@@ -96,9 +94,7 @@ def open_backbone(source: Path, img_size: int | None, scratch: Path) -> Backbone
     if not ((source / "config.json").is_file() and not (source / "best.json").is_file()):
         saved = load_saved_model(source)
         if img_size is not None:
-            saved.family.check(
-                saved.arch, Context(img_size, saved.context.num_classes, saved.context.in_chans)
-            )
+            saved.family.check(saved.arch, Context(img_size, saved.context.num_classes, saved.context.in_chans))
         folder = export_timm(saved, scratch / "model")
     found = _described(folder, source, img_size)
     _tried(found, source)

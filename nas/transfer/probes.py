@@ -60,9 +60,7 @@ def pooled(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return found.flatten(1).float()
 
 
-def features_of(
-    model: nn.Module, split: Split, spec: AugmentSpec, device: str, tick: Tick = no_tick
-) -> FeatureSet:
+def features_of(model: nn.Module, split: Split, spec: AugmentSpec, device: str, tick: Tick = no_tick) -> FeatureSet:
     """Compute the pooled features of a split's evaluation inputs. `tick` counts images.
 
     Moves the model, in eval mode, to `device` as training does.
@@ -87,9 +85,7 @@ def linear_probe(train: FeatureSet, holdout: FeatureSet, test: FeatureSet) -> Pr
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(train.features)
-    fit_on, chosen_on, tested_on = (
-        scaler.transform(side.features) for side in (train, holdout, test)
-    )
+    fit_on, chosen_on, tested_on = (scaler.transform(side.features) for side in (train, holdout, test))
     # Each fit begins where the last one, under a stronger penalty, has ended.
     model = LogisticRegression(max_iter=MOST_ITERATIONS, tol=1e-3, warm_start=True)
     best, right, chosen = (-1.0, 0.0), np.zeros(len(test.labels), dtype=bool), ""
@@ -125,9 +121,7 @@ def knn_probe(train: FeatureSet, holdout: FeatureSet, test: FeatureSet, classes:
     return Probed(predicted == test.labels, f"k={best}")
 
 
-def neighbour_classes(
-    train: FeatureSet, queries: Features, numbers: Sequence[int], classes: int
-) -> NDArray[np.int64]:
+def neighbour_classes(train: FeatureSet, queries: Features, numbers: Sequence[int], classes: int) -> NDArray[np.int64]:
     """Classify queries [q, D] by their k most alike train images, for each k: int64 [ks, q].
 
     Alikeness is the cosine s; a neighbour's vote weighs exp(s / 0.07). Equally alike ones stand in
@@ -143,9 +137,7 @@ def neighbour_classes(
         weights = np.exp(np.take_along_axis(alike, near, 1) / TEMPERATURE)
         cells = np.arange(len(near))[:, None] * classes + train.labels[near]
         for at, k in enumerate(numbers):
-            votes = np.bincount(
-                cells[:, :k].ravel(), weights[:, :k].ravel(), minlength=len(near) * classes
-            )
+            votes = np.bincount(cells[:, :k].ravel(), weights[:, :k].ravel(), minlength=len(near) * classes)
             predicted[at, start : start + _BLOCK] = votes.reshape(-1, classes).argmax(1)
     return predicted
 

@@ -44,12 +44,7 @@ class TransferRow:
 
 
 def pair(
-    check: str,
-    metric: str,
-    values: Sequence[tuple[float, float]],
-    n: int,
-    difference: Interval,
-    chosen: Sequence[str],
+    check: str, metric: str, values: Sequence[tuple[float, float]], n: int, difference: Interval, chosen: Sequence[str]
 ) -> list[TransferRow]:
     """Make the two rows of a metric: (value, se) and `chosen` of the trained, then the random."""
     (trained, trained_se), (random, random_se) = values
@@ -122,9 +117,7 @@ def pixel_accuracy(counts: Ints | Floats) -> Floats:
     return np.asarray(right / counts.sum((-2, -1)), dtype=np.float64)
 
 
-def bootstrapped(
-    metric: Callable[[Floats], Floats], counts: Ints, random_seed: int = 0
-) -> tuple[float, float]:
+def bootstrapped(metric: Callable[[Floats], Floats], counts: Ints, random_seed: int = 0) -> tuple[float, float]:
     """Return a metric of all images' counts [n, C, C] together, and its standard error.
 
     The error is the spread of a seeded bootstrap over images: the metric is no mean of theirs.
@@ -133,9 +126,7 @@ def bootstrapped(
     return float(metric(counts.sum(0).astype(np.float64))), float(drawn.std(ddof=1))
 
 
-def paired_bootstrap(
-    metric: Callable[[Floats], Floats], a: Ints, b: Ints, random_seed: int = 0
-) -> Interval:
+def paired_bootstrap(metric: Callable[[Floats], Floats], a: Ints, b: Ints, random_seed: int = 0) -> Interval:
     """Compare a metric on the same images: that of a less that of b, both on each resample."""
     drawn = metric(_resampled(a, random_seed)) - metric(_resampled(b, random_seed))
     lo, hi = np.percentile(drawn, [2.5, 97.5])

@@ -133,9 +133,7 @@ def masked_images(count: int, img_size: int, random_seed: int, role: str = "trai
     return Scenes(images, masks)
 
 
-def _scene(
-    size: int, number: int, rng: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _scene(size: int, number: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Draw one image and its mask."""
     textures, others = tuple(KINDS.values()), len(KINDS) - 1
     top = 1 + number % others
@@ -196,9 +194,7 @@ class Head(nn.Module):
         # Without weights of their own: maps of any scale, fresh or trained, come in alike.
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in channels)
         self.laterals = nn.ModuleList(nn.Conv2d(c, WIDTH, 1) for c in channels)
-        self.smooth = nn.Sequential(
-            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU()
-        )
+        self.smooth = nn.Sequential(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU())
         self.classify = nn.Conv2d(WIDTH, classes, 1)
 
     def forward(self, maps: Maps, size: int) -> torch.Tensor:
@@ -248,9 +244,7 @@ def scenes(img_size: int, random_seed: int) -> tuple[Scenes, Scenes]:
 def settings_of(epochs: int | None, finetune: bool) -> TrainSettings:
     """Return how the head, or all, is trained; the same for trained and fresh weights."""
     usual, lr = (FINETUNE_EPOCHS, FINETUNE_LR) if finetune else (FROZEN_EPOCHS, FROZEN_LR)
-    return TrainSettings(
-        epochs=usual if epochs is None else epochs, lr=lr, batch_size=BATCH, amp=False
-    )
+    return TrainSettings(epochs=usual if epochs is None else epochs, lr=lr, batch_size=BATCH, amp=False)
 
 
 def segment(
@@ -290,10 +284,7 @@ def segment(
 
         def loss(model: nn.Module, batch: tuple[Any, torch.Tensor]) -> torch.Tensor:
             inputs, masks = batch
-            if finetune:
-                logits = model(inputs.to(device))
-            else:
-                logits = model([m.to(device) for m in inputs], size)
+            logits = model(inputs.to(device)) if finetune else model([m.to(device) for m in inputs], size)
             losses = functional.cross_entropy(logits, masks.to(device), reduction="none")
             return losses.mean((1, 2))
 
@@ -316,9 +307,7 @@ def _inputs(side: Scenes, spec: AugmentSpec, rows: Any) -> torch.Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _kept(
-    pyramid: nn.Module, side: Scenes, spec: AugmentSpec, device: str
-) -> Callable[[NDArray[np.int64]], Any]:
+def _kept(pyramid: nn.Module, side: Scenes, spec: AugmentSpec, device: str) -> Callable[[NDArray[np.int64]], Any]:
     """Return the maps of rows, from memory where all of them fit."""
 
     def made(rows: Any) -> Maps:

@@ -81,17 +81,7 @@ def produce(out: Path, *, record: bool = False) -> dict[str, Any]:
     run(
         "nas.contract",
         *("--seed", str(out / "seed.json"), "--target-params", "400K", "--effort", "smoke"),
-        *(
-            "--data",
-            "digits",
-            "--steps",
-            "2",
-            "--candidates-per-step",
-            "6",
-            "--threads",
-            "1",
-            *DATA,
-        ),
+        *("--data", "digits", "--steps", "2", "--candidates-per-step", "6", "--threads", "1", *DATA),
         *("--train-per-step", "4", "--proxy-epochs", "3", "--teacher-epochs", "4"),
         *("--final-epochs", "2", "--min-speedup", "1.05"),
         *("--out", str(folder), *measured, *cache),
@@ -134,10 +124,7 @@ def outcome_of(out: Path) -> dict[str, Any]:
 
     folder = out / "run"
     trials = [
-        {
-            **{name: row[name] for name in TRIAL},
-            **{name: float(row[name]) if row[name] else None for name in SCORES},
-        }
+        {**{name: row[name] for name in TRIAL}, **{name: float(row[name]) if row[name] else None for name in SCORES}}
         for row in csv.DictReader((folder / "trials.csv").read_text().splitlines())
     ]
     best = json.loads((folder / "best.json").read_text())

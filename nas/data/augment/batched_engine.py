@@ -98,8 +98,7 @@ class BatchedAugmenter:
         low = max(0.0, 1.0 - strength)
         factors = low + u[:, _COLOR : _COLOR + 3] * (1.0 + strength - low)
         bright, contrast, saturation = (
-            torch.from_numpy(factors[:, at].astype(np.float32)).view(-1, 1, 1, 1).to(self.device)
-            for at in range(3)
+            torch.from_numpy(factors[:, at].astype(np.float32)).view(-1, 1, 1, 1).to(self.device) for at in range(3)
         )
         images = (images * bright).clamp_(0.0, 255.0)
         # Whole numbers: their sum does not depend on the order in which a batch is summed.
@@ -117,9 +116,7 @@ class BatchedAugmenter:
                 continue
             top, left, high, wide = box
             noise = _normal(codes[row : row + 1], 3 * high * wide).reshape(3, high, wide)
-            images[row, :, top : top + high, left : left + wide] = torch.from_numpy(noise).to(
-                self.device
-            )
+            images[row, :, top : top + high, left : left + wide] = torch.from_numpy(noise).to(self.device)
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -130,9 +127,7 @@ def _grey(images: Tensor) -> Tensor:
 def _crops(u: Floats, side: int, spec: AugmentSpec) -> Boxes:
     """Choose a box an image as torchvision's RandomResizedCrop does: the first of ten attempts that
     fits, or the middle. Returns top, left, height, width: int64 [n] each."""
-    area = (
-        side * side * (spec.scale[0] + u[:, _CROP : _CROP + 10] * (spec.scale[1] - spec.scale[0]))
-    )
+    area = side * side * (spec.scale[0] + u[:, _CROP : _CROP + 10] * (spec.scale[1] - spec.scale[0]))
     low, high = math.log(spec.ratio[0]), math.log(spec.ratio[1])
     aspect = np.exp(low + u[:, _CROP + 10 : _CROP + 20] * (high - low))
     widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))

@@ -38,11 +38,7 @@ def partners(codes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def mix(
-    views: Tensor,
-    partner_views: Tensor,
-    codes: Sequence[int],
-    partner_codes: Sequence[int],
-    spec: AugmentSpec,
+    views: Tensor, partner_views: Tensor, codes: Sequence[int], partner_codes: Sequence[int], spec: AugmentSpec
 ) -> Tensor:
     """Mix views [n, 3, s, s] with their partners' [n, 3, s, s], each row alone, on their device.
 
@@ -66,10 +62,7 @@ def draws(
     """Draw each pair's lambda, 1 where nothing is blended, or CutMix's box (top, bottom, left,
     right) in an image of `size` (height, width); the order of a pair plays no part."""
     with borrowed_generators():
-        return [
-            _drawn(min(pair), max(pair), size, spec)
-            for pair in zip(codes, partner_codes, strict=True)
-        ]
+        return [_drawn(min(pair), max(pair), size, spec) for pair in zip(codes, partner_codes, strict=True)]
 
 
 def shares(
@@ -90,9 +83,7 @@ def shares(
 
 
 @lru_cache(maxsize=4096)  # each pair is drawn twice, mostly in succession
-def _drawn(
-    low: int, high: int, size: tuple[int, int], spec: AugmentSpec
-) -> tuple[float, Box | None]:
+def _drawn(low: int, high: int, size: tuple[int, int], spec: AugmentSpec) -> tuple[float, Box | None]:
     """Draw from the generators that `draws` has borrowed."""
     timms: Any = _Mixup(
         mixup_alpha=spec.mixup_alpha,

@@ -94,9 +94,7 @@ class AugmentSpec:
         if set(value) != known:
             odd = ", ".join(sorted(set(value) ^ known))
             raise refuse("augmentation", f"unknown or missing {odd}", "this version's fields")
-        read: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in value.items()
-        }
+        read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
         try:
             return AugmentSpec(**read)
         except (AttributeError, IndexError, TypeError) as error:
@@ -139,15 +137,10 @@ def _check_batched(spec: AugmentSpec) -> None:
     offers = "crop, flip, color_jitter, pixel erasing, mixup and CutMix"
     if spec.policy is not None:
         raise refuse(
-            "augmentation policy",
-            f"{spec.policy} in the batched engine",
-            offers,
-            "engine timm, or policy none",
+            "augmentation policy", f"{spec.policy} in the batched engine", offers, "engine timm, or policy none"
         )
     if spec.interpolation != "bicubic":
-        raise refuse(
-            "augmentation interpolation", f"{spec.interpolation} in the batched engine", "bicubic"
-        )
+        raise refuse("augmentation interpolation", f"{spec.interpolation} in the batched engine", "bicubic")
     if spec.erase_prob > 0 and (spec.erase_mode, spec.erase_count) != ("pixel", 1):
         got = f"{spec.erase_count} boxes of {spec.erase_mode} in the batched engine"
         raise refuse("augmentation erasing", got, "one box of pixel noise")
@@ -210,9 +203,7 @@ def preset_spec(name: str, dataset: Dataset) -> AugmentSpec:
         return replace(base, engine="batched", policy=None, color_jitter=jitter)
     if name not in PRESETS:
         raise refuse("--augment", name, f"one of {', '.join(PRESETS)}")
-    official = replace(
-        base, scale=(0.08, 1.0), policy=_OFFICIAL_POLICY, color_jitter=None, erase_prob=0.25
-    )
+    official = replace(base, scale=(0.08, 1.0), policy=_OFFICIAL_POLICY, color_jitter=None, erase_prob=0.25)
     return replace(official, mixup_alpha=0.8, cutmix_alpha=1.0) if name == "1k" else official
 
 
@@ -227,8 +218,7 @@ def augmentation_codes(raw_keys: NDArray[np.uint8], epoch: int, salt: int) -> ND
     does of each."""
     text, end = np.ascontiguousarray(raw_keys).tobytes().hex().encode(), f"/{epoch}/{salt}".encode()
     digests = b"".join(
-        hashlib.blake2b(text[at : at + 32] + end, digest_size=8).digest()
-        for at in range(0, len(text), 32)
+        hashlib.blake2b(text[at : at + 32] + end, digest_size=8).digest() for at in range(0, len(text), 32)
     )
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
 

@@ -22,9 +22,7 @@ class TimmAugmenter:
         geometry, policy, final = timm_transforms(spec)
         self._on_image: Sequence[Callable[[Any], Any]] = (*geometry.transforms, *policy.transforms)
         # The last one erases; turning into a tensor and normalising is done batch by batch here.
-        self._erase: Callable[[Any], Any] | None = (
-            final.transforms[-1] if spec.erase_prob > 0 else None
-        )
+        self._erase: Callable[[Any], Any] | None = final.transforms[-1] if spec.erase_prob > 0 else None
 
     def batch(self, pixels: NDArray[np.uint8], codes: Sequence[int]) -> torch.Tensor:
         """Augment images one by one, uint8 [n, S, S, 3] -> float32 [n, 3, img_size, img_size]."""

@@ -13,14 +13,7 @@ from nas.core.requirement import Setting
 from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
 from space.errors import refuse
 
-__all__ = [
-    "PreparedModel",
-    "Runtime",
-    "RuntimeRequest",
-    "check_setting",
-    "find_runtime",
-    "runtimes",
-]
+__all__ = ["PreparedModel", "Runtime", "RuntimeRequest", "check_setting", "find_runtime", "runtimes"]
 
 ENTRY_POINTS = "vision_contraction.runtimes"
 

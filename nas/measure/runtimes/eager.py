@@ -86,9 +86,7 @@ class Compile(Eager):
         return compiled
 
 
-def torch_ready(
-    forward: Callable[[Any], Any], request: RuntimeRequest, layout: Any, done: list[str]
-) -> PreparedModel:
+def torch_ready(forward: Callable[[Any], Any], request: RuntimeRequest, layout: Any, done: list[str]) -> PreparedModel:
     """Bind a torch callable to its images and a timer that waits for the device."""
     import torch
 

@@ -98,11 +98,7 @@ class OpenVino(OnnxFile):
         compiled = core.compile_model(
             model,
             "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": hint,
-                "INFERENCE_NUM_THREADS": request.threads,
-                "PERFORMANCE_HINT": "LATENCY",
-            },
+            {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": request.threads, "PERFORMANCE_HINT": "LATENCY"},
         )
         used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         inference = compiled.create_infer_request()
@@ -113,9 +109,7 @@ class OpenVino(OnnxFile):
             found: Images = compiled(images)[0].astype("float32")
             return found
 
-        return PreparedModel(
-            cpu_timer(inference.infer), logits, f"{self.changes}; executes in {used}"
-        )
+        return PreparedModel(cpu_timer(inference.infer), logits, f"{self.changes}; executes in {used}")
 
 
 class OpenVinoInt8(OpenVino):

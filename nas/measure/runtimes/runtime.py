@@ -76,11 +76,7 @@ class Runtime(ABC):
     install: ClassVar[str] = "pip install torch"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
-    tolerance: ClassVar[Mapping[str, float] | None] = {
-        "float32": 1e-4,
-        "bfloat16": 5e-2,
-        "float16": 1e-2,
-    }
+    tolerance: ClassVar[Mapping[str, float] | None] = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
     calibrates: ClassVar[bool] = False
 
     def stage(self, request: RuntimeRequest) -> Path | None:

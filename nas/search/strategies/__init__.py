@@ -12,15 +12,7 @@ from space.errors import refuse
 
 __all__ = ["SearchState", "Strategy", "get_strategy", "strategy_names"]
 
-_STRATEGIES: tuple[Strategy, ...] = (
-    Contraction(),
-    Random(),
-    Uniform(),
-    Evolution(),
-    Tpe(),
-    Nsga2(),
-    Gp(),
-)
+_STRATEGIES: tuple[Strategy, ...] = (Contraction(), Random(), Uniform(), Evolution(), Tpe(), Nsga2(), Gp())
 
 
 def strategy_names() -> tuple[str, ...]:

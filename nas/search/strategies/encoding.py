@@ -45,9 +45,7 @@ def dimensions_of(family: Family, seed: Arch, ctx: Context) -> tuple[Dimension, 
     return tuple(dimensions)
 
 
-def decode(
-    family: Family, seed: Arch, dimensions: tuple[Dimension, ...], indices: Mapping[str, int]
-) -> dict[str, Any]:
+def decode(family: Family, seed: Arch, dimensions: tuple[Dimension, ...], indices: Mapping[str, int]) -> dict[str, Any]:
     """Return the seed's fields with dimensions set by name to positions among their choices.
 
     The values need not make a valid arch.

@@ -46,9 +46,7 @@ class Evolution(FromSeed):
                 exclude=tried,
             )
         dimensions = dimensions_of(state.family, state.seed, state.context)
-        codes = [
-            np.array([dimension.index(parent) for dimension in dimensions]) for parent in parents
-        ]
+        codes = [np.array([dimension.index(parent) for dimension in dimensions]) for parent in parents]
         children: dict[str, Arch] = {}
         while len(children) < number:
             breed = _mutated if len(children) < number // 2 else _crossed
@@ -96,9 +94,7 @@ def _parents(state: SearchState) -> list[Arch]:
     return [arch for _, arch in population[: max(2, len(population) // PARENTS)]]
 
 
-def _mutated(
-    codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator
-) -> np.ndarray:
+def _mutated(codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator) -> np.ndarray:
     """Draw some slots of a random parent afresh."""
     parent = codes[rng.integers(len(codes))]
     sizes = np.array([len(g.values) for g in dimensions])
@@ -111,9 +107,7 @@ def _mutated(
     return child
 
 
-def _crossed(
-    codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator
-) -> np.ndarray:
+def _crossed(codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator) -> np.ndarray:
     """Take every slot from one of two distinct parents."""
     a, b = rng.choice(len(codes), 2, replace=False)
     return np.asarray(np.where(rng.random(len(dimensions)) < 0.5, codes[a], codes[b]))

@@ -56,9 +56,7 @@ class Sampled(FromSeed):
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         dimensions = dimensions_of(state.family, state.seed, state.context)
-        space: dict[str, BaseDistribution] = {
-            g.name: IntDistribution(0, len(g.values) - 1) for g in dimensions
-        }
+        space: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.values) - 1) for g in dimensions}
 
         def places(arch: Arch) -> dict[str, int]:
             return {g.name: g.index(arch) for g in dimensions}
@@ -77,12 +75,7 @@ class Sampled(FromSeed):
                 study.tell(trial, value)
             else:
                 study.add_trial(
-                    create_trial(
-                        params=places(past),
-                        distributions=space,
-                        value=value,
-                        constraints=dict(constraints),
-                    )
+                    create_trial(params=places(past), distributions=space, value=value, constraints=dict(constraints))
                 )
         found: dict[str, Arch] = {}
         while len(found) < number:
@@ -100,9 +93,7 @@ class Sampled(FromSeed):
             if arch is None:
                 break
             found[state.family.key(arch, state.context)] = arch
-            study.add_trial(
-                create_trial(state=TrialState.RUNNING, params=places(arch), distributions=space)
-            )
+            study.add_trial(create_trial(state=TrialState.RUNNING, params=places(arch), distributions=space))
         return list(found.values())
 
     def describe(self, state: SearchState) -> str:
@@ -178,6 +169,4 @@ class Gp(Sampled):
         """Make the sampler."""
         import optuna
 
-        return optuna.samplers.GPSampler(
-            seed=random_seed, n_startup_trials=number, warn_independent_sampling=False
-        )
+        return optuna.samplers.GPSampler(seed=random_seed, n_startup_trials=number, warn_independent_sampling=False)

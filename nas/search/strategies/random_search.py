@@ -18,11 +18,5 @@ class Random(FromSeed):
     def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
         """Draw from the band."""
         return sample_band(
-            state.family,
-            state.seed,
-            state.context,
-            state.band,
-            number,
-            random_seed=state.derived_seed(),
-            exclude=tried,
+            state.family, state.seed, state.context, state.band, number, random_seed=state.derived_seed(), exclude=tried
         )

@@ -28,9 +28,10 @@ from benchmarks.throughput.networks import find_nets
 from nas.contract.final import read_result
 from nas.contract.proxy_check import named_archs
 from nas.contract.replay import earlier_config, read_models
-from nas.core.config import RunConfig, parse_count, parse_share
+from nas.core.config import RunConfig, parse_count
 from nas.core.io import digest_of, load_arrays
 from nas.core.requirement import Setting, parse_requirement, parse_setting
+from nas.core.settings import parse_share
 from nas.core.table import format_table
 from nas.data.augment.spec import AugmentSpec
 from nas.export import teacher_net
@@ -208,7 +209,7 @@ of_file("milestone", "models/01-7.json", best_seeds, milestone)
 
 def train_seeds() -> list[bytes]:
     recipe = find_recipe("small", 5_000_000)
-    config = TrainConfig("vit", VIT, arch_from="a.json", data="digits", recipe=recipe)
+    config = TrainConfig(family="vit", arch=VIT, arch_from="a.json", data="digits", recipe=recipe)
     return [json_of({"config": config.to_dict(), "machine": {"threads": 1}})]
 
 

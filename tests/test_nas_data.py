@@ -193,7 +193,7 @@ def test_an_unwritable_cache_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"name": " "}, {"img_size": 0}, {"img_size": 4096}, {"max_images": 0}, {"max_corrupt": 1.5}, {"random_seed": -1}],
+    [{"data": " "}, {"img_size": 0}, {"img_size": 4096}, {"max_images": 0}, {"max_corrupt": 1.5}, {"random_seed": -1}],
 )
 def test_impossible_requests_are_refused_in_one_line(change: dict[str, object]) -> None:
     with pytest.raises(InputError) as caught:

@@ -210,7 +210,7 @@ class DeviceBenchmark:
         from nas.data.prepare import prepared
 
         if ctx.img_size not in self._datasets:
-            spec = DataSpec(name=str(self.plan.config.accuracy_data), img_size=ctx.img_size)
+            spec = DataSpec(str(self.plan.config.accuracy_data), img_size=ctx.img_size)
             data = prepared(spec, default_cache(), self.console)
             if len(data.classes) != ctx.num_classes:
                 raise refuse(

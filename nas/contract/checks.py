@@ -137,15 +137,7 @@ def read_lent_measurements(config: RunConfig, *, needed: bool) -> list[Measureme
 
 def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
     """Read and cache the data, and print what it is."""
-    spec = DataSpec(
-        name=config.data,
-        img_size=config.img_size,
-        max_images=config.max_images,
-        max_corrupt=config.max_corrupt,
-        random_seed=config.random_seed,
-        pixel_cache=config.pixel_cache,
-    )
-    return prepared(spec, cache, console)
+    return prepared(DataSpec.of(config, config.random_seed), cache, console)
 
 
 def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Console) -> Dataset:

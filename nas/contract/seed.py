@@ -12,6 +12,7 @@ from nas.contract.step import SCORES, THROUGHPUT
 from nas.contract.timing import MEASURE_COST, interval_text
 from nas.core.config import RunConfig, flag
 from nas.core.requirement import Requirement, Setting
+from nas.data import DataSpec
 from nas.distill.label_store import teach
 from nas.jobs.job import Result
 from nas.labels import api as labels
@@ -276,7 +277,7 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
         threads=config.threads,
     )
     made_by = {
-        "data": run.data_spec(),
+        "data": DataSpec.of(config, config.random_seed).to_dict(),
         "teacher": config.teacher,
         "teacher_epochs": config.teacher_epochs,
         "random_seed": config.random_seed,

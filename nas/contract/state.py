@@ -216,17 +216,6 @@ class Run:
         step = step if self.strategy.stepwise else self.config.steps
         return band_at(self.start_params, self.config, step)
 
-    def data_spec(self) -> dict[str, Any]:
-        """Return the settings of the data, as plain JSON."""
-        config = self.config
-        return {
-            "name": config.data,
-            "img_size": config.img_size,
-            "max_images": config.max_images,
-            "max_corrupt": config.max_corrupt,
-            "random_seed": config.random_seed,
-        }
-
     # Jobs
 
     def do(self, job: Job, *, cost: float = 0.0) -> Result:

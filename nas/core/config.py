@@ -10,8 +10,9 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from nas.core.cli import MOST_AT_ONCE
+from nas.core.data_config import DataConfig
 from nas.core.requirement import parse_requirement
-from nas.core.settings import check_settings, setting, settings_of
+from nas.core.settings import changed_setting, check_settings, parse_share, setting, settings_of
 from space.errors import refuse
 
 EFFORTS = ("smoke", "normal", "high")
@@ -47,26 +48,21 @@ def parse_count(name: str, text: str | int) -> int:
     return round(value)
 
 
-def parse_share(name: str, text: str | float) -> float:
-    """Parse a share: `0.01` or `1%`."""
-    shown = str(text).strip()
-    try:
-        value = float(shown[:-1]) / 100 if shown.endswith("%") else float(shown)
-    except ValueError:
-        value = math.nan
-    if not 0.0 <= value < 1.0:
-        raise refuse(name, shown, "a share in [0, 1) such as 0.01 or 1%")
-    return value
-
-
-@dataclass(frozen=True)
-class RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(DataConfig):
     """Everything that decides the answer of a run.
 
     Two runs of equal configuration, measurements and threads end with the same arch, score and
     weights. Settings with `efforts` take their default from `effort` (`with_effort`).
     """
 
+    data: str = changed_setting(DataConfig, "data", default="digits")
+    img_size: int | None = changed_setting(
+        DataConfig, "img_size", efforts=(48, None, None), default_text="smoke 48, else from data"
+    )
+    max_images: int | None = changed_setting(
+        DataConfig, "max_images", low=20, efforts=(800, None, None), default_text="smoke 800, else 10000"
+    )
     seed: str = setting(
         MISSING, "where contraction starts: 5M, 11M, 21M, or a JSON file", group="what to reach", metavar="ARCH"
     )
@@ -110,28 +106,9 @@ class RunConfig:
         many=True,
     )
     family: str = setting("tinyvit", "kind of model")
-    data: str = setting(
-        "digits",
-        "digits, fractals, an image folder, or torch/..., hfds/..., wds/...",
-        group="data and teacher",
-        metavar="SOURCE",
+    teacher: str = setting(
+        "auto", "auto, a timm name with pretrained weights, or MODEL:FILE", group="teacher and labels", metavar="MODEL"
     )
-    img_size: int | None = setting(
-        None, "resolution", metavar="PX", low=16, efforts=(48, None, None), default_text="smoke 48, else from data"
-    )
-    max_images: int | None = setting(
-        None,
-        "train and score on a stratified subset of N images",
-        metavar="N",
-        low=20,
-        efforts=(800, None, None),
-        default_text="smoke 800, else 10000",
-    )
-    max_corrupt: float = setting(
-        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, default_text="1%"
-    )
-    pixel_cache: bool = setting(True, "decode a folder's images each time instead of keeping their pixels")
-    teacher: str = setting("auto", "auto, a timm name with pretrained weights, or MODEL:FILE", metavar="MODEL")
     labels: str | None = setting(None, "use this soft-label store", metavar="STORE")
     label_epochs: int | None = setting(
         None, "epochs of labels to store", metavar="N", low=1, default_text="those of the longest training"

@@ -52,6 +52,26 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata={"setting": spec})
 
 
+def changed_setting(cls: type, name: str, **changes: Any) -> Any:
+    """Return the setting of a base dataclass with some of its `SettingSpec`, or its default, changed."""
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    default = changes.pop("default", field.default)
+    spec = dataclasses.replace(field.metadata["setting"], **changes)
+    return dataclasses.field(default=default, metadata={"setting": spec})
+
+
+def parse_share(name: str, text: str | float) -> float:
+    """Parse a share: `0.01` or `1%`."""
+    shown = str(text).strip()
+    try:
+        value = float(shown[:-1]) / 100 if shown.endswith("%") else float(shown)
+    except ValueError:
+        value = math.nan
+    if not 0.0 <= value < 1.0:
+        raise refuse(name, shown, "a share in [0, 1) such as 0.01 or 1%")
+    return value
+
+
 @dataclass(frozen=True)
 class Field:
     """A setting with its name, kind (int, float, str, bool or tuple), default and flag."""
@@ -155,8 +175,10 @@ def check_settings(values: Any) -> None:
                 raise refuse(field.flag, value, about.want or want)
         elif field.kind is float:
             finite = isinstance(value, (int, float)) and math.isfinite(value)
-            if not finite or (about.low is not None and value < about.low):
-                raise refuse(field.flag, value, about.want or f"a number >= {about.low}")
+            want = f"a number >= {about.low}" if about.high is None else f"a number from {about.low} to {about.high}"
+            low = about.low is not None and value < about.low
+            if not finite or low or (about.high is not None and value > about.high):
+                raise refuse(field.flag, value, about.want or want)
             if about.above is not None and value <= about.above:
                 raise refuse(field.flag, value, about.want or f"a number above {about.above:g}")
         elif field.kind is tuple and (isinstance(value, str) or not all(isinstance(each, str) for each in value)):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.data_config import DataConfig
+from nas.core.settings import check_settings, setting
 from space.errors import refuse
 
 MEAN = (0.485, 0.456, 0.406)
@@ -21,34 +23,27 @@ EMBEDDED = ("digits", "fractals")
 
 
 @dataclass(frozen=True)
-class DataSpec:
-    """A request for a data set.
+class DataSpec(DataConfig):
+    """A request for a data set; `random_seed` decides which images are taken and held out. Raises InputError."""
 
-    `name` is "digits", "fractals", a folder, or "torch/...", "hfds/...", "wds/...";
-    `img_size` in pixels (None: chosen from the data); `max_images` counts train and holdout
-    together (None: 10,000 at most, all of an embedded set); `max_corrupt` is the share of
-    unreadable images that is tolerated; without `pixel_cache` a folder's images are decoded
-    whenever they are needed. Raises InputError.
-    """
-
-    name: str
-    img_size: int | None = None
-    max_images: int | None = None
-    max_corrupt: float = 0.01
-    random_seed: int = 0
-    pixel_cache: bool = True
+    random_seed: int = setting(0, "of the images taken and held out", low=0)
 
     def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise refuse("--data", self.name, "a data set", "e.g. digits, fractals or a folder")
-        if self.img_size is not None and not 16 <= self.img_size <= 1024:
-            raise refuse("--img-size", self.img_size, "an integer from 16 to 1024, in pixels")
-        if self.max_images is not None and self.max_images < 4:
-            raise refuse("--max-images", self.max_images, "an integer >= 4")
-        if not 0 <= self.max_corrupt <= 1:
-            raise refuse("--max-corrupt", self.max_corrupt, "a share from 0 to 1, e.g. 1%")
-        if self.random_seed < 0:
-            raise refuse("--random-seed", self.random_seed, "an integer >= 0")
+        if not self.data.strip():
+            raise refuse("--data", self.data, "a data set", "e.g. digits, fractals or a folder")
+        check_settings(self)
+
+    @classmethod
+    def of(cls, config: object, random_seed: int, **changes: Any) -> DataSpec:
+        """Take the settings of a command (a `DataConfig`, or parsed flags with its names), some of them changed."""
+        values = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
+        return cls(**{**values, "random_seed": random_seed, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides the data, as plain JSON: a folder by its absolute path."""
+        path = Path(self.data).expanduser()
+        place = self.data if self.data in EMBEDDED or not path.is_dir() else str(path.resolve())
+        return {k: v for k, v in {**asdict(self), "data": place}.items() if k != "pixel_cache"}
 
 
 class KeyTable(Sequence[str]):

@@ -41,11 +41,11 @@ class _File:
 
 def folder(spec: DataSpec) -> DataSource:
     """List an image folder and choose which images are used. Raises InputError."""
-    root = _existing(spec.name)
+    root = _existing(spec.data)
     tree, test = _layout(root)
     loose = _loose(tree)
     # Images that lie about beside class folders are no part of a labelled set.
-    classes = () if loose and not _class_folders(tree) else _classes(tree, spec.name)
+    classes = () if loose and not _class_folders(tree) else _classes(tree, spec.data)
     notes = []
     role = "any" if test is None else "train"
     if classes:
@@ -54,7 +54,7 @@ def folder(spec: DataSpec) -> DataSource:
         files = _unlabelled(root, loose, role)
         notes.append("no class folders: images without ground truth, labelled by the teacher")
         if len(files) < 3:
-            raise refuse("--data", f"{spec.name}, {len(files)} images", "at least 3", _LAYOUT)
+            raise refuse("--data", f"{spec.data}, {len(files)} images", "at least 3", _LAYOUT)
     used, note = _proxy(files, max(1, len(classes)), spec.max_images, test is not None)
     notes += note
     if test is not None:
@@ -75,7 +75,7 @@ def folder(spec: DataSpec) -> DataSource:
             sizes = [header_size(file.path) for file in looked]
         img_size, line = chosen_img_size(size for size in sizes if size is not None)
         notes.append(line)
-    return _source(root, spec.name, classes, used, img_size, tuple(notes), spec.pixel_cache)
+    return _source(root, spec.data, classes, used, img_size, tuple(notes), spec.pixel_cache)
 
 
 def _layout(root: Path) -> tuple[Path, Path | None]:

@@ -18,11 +18,11 @@ _KEPT_ANYWAY = "pixels are kept all the same: only a folder's images can be deco
 
 def find_source(spec: DataSpec, cache_dir: Path) -> DataSource:
     """Inspect a data set without decoding it. Raises InputError."""
-    if spec.name == "digits":
+    if spec.data == "digits":
         return digits(spec)
-    if spec.name == "fractals":
+    if spec.data == "fractals":
         return fractals(spec)
-    if spec.name.partition("/")[0] in PREFIXES and not Path(spec.name).exists():
+    if spec.data.partition("/")[0] in PREFIXES and not Path(spec.data).exists():
         return reader(spec, cache_dir)
     return folder(spec)
 

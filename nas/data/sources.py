@@ -179,17 +179,17 @@ class _Side:
 
 def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
     """Open a data set through timm, downloading it if its reader can. Raises InputError."""
-    prefix, _, rest = spec.name.partition("/")
+    prefix, _, rest = spec.data.partition("/")
     package, install = _NEEDS[prefix]
     if importlib.util.find_spec(package) is None:
-        raise refuse("--data", spec.name, f"the package {package}", install)
+        raise refuse("--data", spec.data, f"the package {package}", install)
     if not rest:
-        raise refuse("--data", spec.name, f"a name after {prefix}/", "e.g. torch/cifar100")
-    train = _opened(spec.name, TRAIN_SPLITS, cache_dir)
+        raise refuse("--data", spec.data, f"a name after {prefix}/", "e.g. torch/cifar100")
+    train = _opened(spec.data, TRAIN_SPLITS, cache_dir)
     if isinstance(train, Exception):
         want = "a data set that timm can open"
-        raise refuse("--data", f"{spec.name} ({_line(train)})", want, "check name and network")
-    test = _opened(spec.name, TEST_SPLITS, cache_dir)
+        raise refuse("--data", f"{spec.data} ({_line(train)})", want, "check name and network")
+    test = _opened(spec.data, TEST_SPLITS, cache_dir)
     notes: list[str] = []
     sides = {"train": _side(train)}
     if isinstance(test, Exception):
@@ -197,7 +197,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
         sides = {"any": sides["train"]}
     else:
         sides["test"] = _side(test)
-    classes = _classes(train, next(iter(sides.values())), spec.name)
+    classes = _classes(train, next(iter(sides.values())), spec.data)
     wanted = _wanted(sides, len(classes), spec.max_images, notes)
     img_size = spec.img_size
     if img_size is None:
@@ -205,7 +205,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
         found = sides[role].read(wanted[role][:_LOOKED_AT])
         img_size, line = chosen_img_size(item[0].size for item in found if not isinstance(item, str))
         notes.append(line)
-    return _reader_source(spec.name, classes, sides, wanted, img_size, tuple(notes))
+    return _reader_source(spec.data, classes, sides, wanted, img_size, tuple(notes))
 
 
 def _reader_source(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nas.core.cli import MOST_AT_ONCE, default_cache, usable_cpus
-from nas.core.config import parse_share
+from nas.core.data_config import DataConfig
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
 from nas.core.settings import check_settings, setting
@@ -29,19 +29,10 @@ RETRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(DataConfig):
     """The settings of a label build beside its `LabelRequest`. Raises InputError."""
 
-    data: str = setting(MISSING, "as in nas.contract; a folder needs no classes")
-    img_size: int | None = setting(None, "of the images", metavar="PX", low=16, high=1024)
-    max_images: int | None = setting(
-        None, "images read", metavar="N", low=4, default_text="10,000, or 4 a class if more"
-    )
-    max_corrupt: float = setting(
-        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, default_text="1%"
-    )
-    pixel_cache: bool = setting(True, "decode files each time instead of keeping their pixels")
-    teacher: str = setting("auto", "auto, a timm name, or MODEL:FILE", metavar="MODEL")
+    teacher: str = setting("auto", "auto, a timm name, or MODEL:FILE", group="teacher and build", metavar="MODEL")
     teacher_epochs: int = setting(15, "epochs of the auto teacher", metavar="N", low=1, high=100_000)
     random_seed: int = setting(0, "of every draw", metavar="N", low=0, high=2**31 - 1)
     processes: int = setting(1, "parts that are built side by side", metavar="N", low=1, high=MOST_AT_ONCE)
@@ -63,8 +54,7 @@ class BuildOptions:
     @property
     def data_spec(self) -> DataSpec:
         """The data set that is asked for."""
-        names = ("img_size", "max_images", "max_corrupt", "random_seed", "pixel_cache")
-        return DataSpec(self.data, **{name: getattr(self, name) for name in names})
+        return DataSpec.of(self, self.random_seed)
 
 
 def _split(data: str, settings: Mapping[str, Any]) -> tuple[BuildOptions, LabelRequest]:
@@ -127,7 +117,7 @@ def build(
                 request,
                 place,
                 named=out is not None,
-                made_by={"data": _data_dict(options), **taught_by},
+                made_by={"data": options.data_spec.to_dict(), **taught_by},
                 part=part,
             )
 
@@ -149,14 +139,6 @@ def build(
             with make_executor(executor_config, threads=threads, device=device) as cluster:
                 _make(begun, dataset, info, missing, device, cluster, console)
     return {**begun, "bytes_per_record": begun["total_bytes"] / (begun["images"] * begun["epochs"])}
-
-
-def _data_dict(options: BuildOptions) -> dict[str, Any]:
-    """Return what a store keeps of its data: a folder by its absolute path."""
-    path = Path(options.data).expanduser()
-    names = ("img_size", "max_images", "max_corrupt", "random_seed")
-    name = str(path.resolve()) if path.is_dir() else options.data
-    return {"name": name, **{each: getattr(options, each) for each in names}}
 
 
 def _doer(worker: Executor, console: Console) -> api.Do:
@@ -261,7 +243,7 @@ def _ask(
     asked = dict(api.made_by(folder))
     given = dict(asked.pop("data"))
     if data is not None:
-        given["name"] = data
+        given["data"] = data
     if teacher_model is not None:
         asked["teacher"] = teacher_model
     dataset = prepared(DataSpec(**given), cache, console)

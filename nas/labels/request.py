@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nas.core.config import choices_of, parse_share
-from nas.core.settings import check_settings, setting
+from nas.core.config import choices_of
+from nas.core.settings import check_settings, parse_share, setting
 from space.errors import refuse
 
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -140,14 +140,8 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     device = given.device or "cpu"
     take_fingerprint(device, 1)  # refuses a device that is not there
     console = Console(quiet=given.quiet)
-    spec = DataSpec(
-        given.data,
-        size,
-        ALL_IMAGES if given.max_images is None else given.max_images,
-        given.max_corrupt,
-        given.data_seed,
-        pixel_cache=given.pixel_cache,
-    )
+    most = ALL_IMAGES if given.max_images is None else given.max_images
+    spec = DataSpec.of(given, given.data_seed, img_size=size, max_images=most)
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
     dataset = prepared(spec, cache, console)
     if list(dataset.classes) != saved.classes:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nas.core.cli import MOST_AT_ONCE
-from nas.core.config import parse_share
-from nas.core.settings import check_settings, setting
+from nas.core.data_config import DataConfig
+from nas.core.settings import changed_setting, check_settings, setting
 from nas.data import DataSpec
 from nas.train.recipe import Recipe, read_recipe
 from space import get_family
@@ -20,9 +20,9 @@ ALL_IMAGES = 1_000_000_000
 AMPS = ("auto", "none", "bf16", "fp16")
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides a full training. Sizes as in `nas.data.DataSpec`.
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """Everything that decides a full training.
 
     `arch` is one of `family`, `arch_from` the user's name of it; `labels` a store and `teacher` a
     net that teaches online (one of them at most); `init` "scratch" or weights, their position
@@ -34,15 +34,8 @@ class TrainConfig:
     arch: Mapping[str, Any]
     arch_from: str
     recipe: Recipe
-    data: str = setting(
-        MISSING, "as in nas.contract: digits, fractals, a folder, torch/..., hfds/..., wds/...", group="data"
-    )
-    img_size: int | None = setting(None, "resolution", metavar="PX", low=16, default_text="the recipe's, or the data's")
-    max_images: int | None = setting(None, "use so many images only", metavar="N", low=20, default_text="all")
-    max_corrupt: float = setting(
-        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, default_text="1%"
-    )
-    pixel_cache: bool = setting(True, "decode files each time instead of keeping their pixels")
+    img_size: int | None = changed_setting(DataConfig, "img_size", default_text="the recipe's, or the data's")
+    max_images: int | None = changed_setting(DataConfig, "max_images", low=20, default_text="all")
     data_seed: int = setting(0, "of the images held out; a store's or a run's --random-seed", metavar="N", low=0)
     labels: str | None = setting(
         None,
@@ -107,13 +100,11 @@ class TrainConfig:
     @property
     def data_spec(self) -> DataSpec:
         """The data to prepare: all of it, unless `max_images` limits it."""
-        return DataSpec(
-            self.data,
-            self.recipe.img_size if self.img_size is None else self.img_size,
-            ALL_IMAGES if self.max_images is None else self.max_images,
-            self.max_corrupt,
+        return DataSpec.of(
+            self,
             self.data_seed,
-            pixel_cache=self.pixel_cache,
+            img_size=self.recipe.img_size if self.img_size is None else self.img_size,
+            max_images=ALL_IMAGES if self.max_images is None else self.max_images,
         )
 
 

@@ -124,25 +124,20 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
     family, arch, arch_from = resolve_arch(given.arch, given.family)
     usual = "published" if "published" in get_family(family).resizes else "own"
     params = get_family(family).count_params(get_family(family).arch(arch), REFERENCE_CONTEXT)
+    values = {f.name: getattr(given, f.name) for f in settings_of(TrainConfig)}
     return TrainConfig(
         family=family,
         arch=arch,
         arch_from=arch_from,
-        data=_path(given.data, data=True),
         recipe=_fitted(given, params),
-        img_size=given.img_size,
-        max_images=given.max_images,
-        max_corrupt=given.max_corrupt,
-        pixel_cache=given.pixel_cache,
-        labels=None if given.labels is None else _path(given.labels),
-        missing=given.missing,
-        teacher=given.teacher,
-        teacher_epochs=given.teacher_epochs,
-        init=given.init if given.init == "scratch" else _path(given.init),
-        resize=given.resize or usual,
-        head_map=None if given.head_map is None else _path(given.head_map),
-        random_seed=given.random_seed,
-        data_seed=given.data_seed,
+        **values
+        | {
+            "data": _path(given.data, data=True),
+            "labels": None if given.labels is None else _path(given.labels),
+            "init": given.init if given.init == "scratch" else _path(given.init),
+            "resize": given.resize or usual,
+            "head_map": None if given.head_map is None else _path(given.head_map),
+        },
     )
 
 

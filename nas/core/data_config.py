@@ -1,0 +1,30 @@
+"""The settings of the data, shared by every command that reads images."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass
+
+from nas.core.settings import parse_share, setting
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images are read, at which size and how many; commands inherit these settings.
+
+    `max_images` counts train and holdout together (None: 10,000 at most, all of an embedded set);
+    without `pixel_cache` a folder's images are decoded whenever they are needed.
+    """
+
+    data: str = setting(
+        MISSING, "digits, fractals, an image folder, or torch/..., hfds/..., wds/...", group="data", metavar="SOURCE"
+    )
+    img_size: int | None = setting(
+        None, "resolution", metavar="PX", low=16, high=1024, default_text="chosen from the data"
+    )
+    max_images: int | None = setting(
+        None, "read a stratified subset of N images", metavar="N", low=4, default_text="10,000, or 4 a class if more"
+    )
+    max_corrupt: float = setting(
+        0.01, "broken images tolerated", metavar="SHARE", parse=parse_share, low=0.0, high=1.0, default_text="1%"
+    )
+    pixel_cache: bool = setting(True, "decode a folder's images each time instead of keeping their pixels")

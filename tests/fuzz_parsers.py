@@ -35,7 +35,7 @@ from nas.core.settings import parse_share
 from nas.core.table import format_table
 from nas.data.augment.spec import AugmentSpec
 from nas.export import teacher_net
-from nas.export.load import load_checkpoint, load_saved_model
+from nas.export.load import find_network
 from nas.export.save import model_json
 from nas.export.weights import load_weights, read_metadata, weights_bytes
 from nas.inherit.importance import load_order
@@ -52,7 +52,6 @@ from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
 from nas.train.folder import TrainFolder
 from nas.train.recipe import find_recipe
 from nas.train.train_config import TrainConfig, read_config
-from nas.train.train_flags import resolve_arch
 from nas.transfer.backbone import _described
 from space import Context, get_family
 from space.errors import InputError
@@ -101,7 +100,7 @@ def of_text(name: str, seeds: list[bytes], read: Callable[[str], object]) -> Non
 # Archs, recipes, words
 
 NAMED = [json_of({"family": f, "arch": a}) for f, a in (("tinyvit", TINYVIT), ("vit", VIT))]
-of_file("arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)], lambda p: resolve_arch(str(p), None))
+of_file("arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)], lambda p: find_network(p, "--arch").arch())
 of_text(
     "inline-arch", [json_of(TINYVIT)], lambda text: find_nets([text if text.startswith("{") else "{" + text], FAMILY)
 )
@@ -194,7 +193,7 @@ def best_seeds() -> list[bytes]:
 
 def best(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
-    left = load_saved_model(path)
+    left = find_network(path, "MODEL").saved()
     return left, left.classes, left.preprocessing, left.timm_call
 
 
@@ -381,7 +380,7 @@ of_file(
     "tensors",
     "w.safetensors",
     tensor_seeds,
-    lambda p: (load_weights(p), read_metadata(p), load_checkpoint(str(p)), load_arrays(p)),
+    lambda p: (load_weights(p), read_metadata(p), find_network(p, "--init").weights(), load_arrays(p)),
 )
 
 
@@ -396,7 +395,7 @@ def pickle_seeds() -> list[bytes]:
     return out
 
 
-of_file("pickle", "w.pt", pickle_seeds, lambda path: load_checkpoint(str(path)))
+of_file("pickle", "w.pt", pickle_seeds, lambda path: find_network(path, "--init").weights())
 
 
 def tiny() -> tuple[Any, Any]:

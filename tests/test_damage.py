@@ -25,7 +25,7 @@ from nas.core.io import load_arrays, write_json
 from nas.core.per_image import per_image
 from nas.data import DataSpec, open_dataset, prepare
 from nas.distill.student import Evaluation
-from nas.export.load import load_checkpoint, load_saved_model
+from nas.export.load import find_network
 from nas.export.teacher_net import load_teacher
 from nas.export.teacher_net import read_teacher as _read
 from nas.export.weights import load_weights, read_metadata, save_weights
@@ -114,7 +114,7 @@ def of_run(folder: Path) -> list[Case]:
 
     def model(path: Path) -> Callable[[], Any]:
         def read() -> Any:
-            saved = load_saved_model(path)
+            saved = find_network(path, "MODEL").saved()
             net = load_weights(saved.weights)
             return {"record": dict(saved.record), "arch": saved.arch, "net": net}
 
@@ -231,7 +231,7 @@ def of_training(folder: Path) -> list[Case]:
         Case(folder / "result.json", kept.read_result),
         Case(tiny.path, tiny.read),
         Case(weights, lambda: [load_weights(weights), read_metadata(weights)]),
-        Case(weights, lambda: load_checkpoint(str(weights))),
+        Case(weights, lambda: find_network(weights, "--init").weights()),
         Case(holdout, lambda: load_arrays(holdout)),
         Case(folder / "proxy_check.json", lambda: named_archs(folder, 2)),
     ]

@@ -19,8 +19,8 @@ from nas.data.augment.timm_engine import eval_batch
 from nas.distill import teacher as module
 from nas.distill.teacher import make_teacher
 from nas.export import load
-from nas.export.load import parse_teacher
-from nas.export.teacher_net import TeacherInfo, TeacherNet, load_teacher
+from nas.export.load import find_network
+from nas.export.teacher_net import TeacherInfo, TeacherNet, create_timm_model, load_teacher
 from nas.export.weights import save_weights, weights_digest
 from space.errors import InputError
 
@@ -40,7 +40,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made(dataset: Dataset, cache: Path, text: str = "auto", **changes: Any) -> TeacherInfo:
     options = {"random_seed": 0, "epochs": 2, "device": "cpu", "threads": 1, **changes}
-    return make_teacher(parse_teacher(text), dataset, cache, **options)
+    return make_teacher(find_network(text, "--teacher"), dataset, cache, **options)
 
 
 def small_resnet(classes: int) -> nn.Module:
@@ -123,7 +123,7 @@ def test_the_global_generator_is_left_alone(dataset: Dataset, tmp_path: Path) ->
 def test_damaged_weights_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     info = made(dataset, tmp_path, epochs=1)
     path = Path(info.folder) / "weights.safetensors"
-    state = load.create_timm_model(info.model, info.kwargs, info.num_classes).state_dict()
+    state = create_timm_model(info.model, info.kwargs, info.num_classes).state_dict()
     save_weights(path, state)
     with pytest.raises(InputError, match="other weights"):
         load_teacher(info)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from nas.export.__main__ import main
 from nas.export.hub import USAGE
-from nas.export.load import load_saved_model
+from nas.export.load import find_network
 from nas.export.save import model_json
 from space import Context, get_family
 from tests.train_cases import TINY
@@ -92,7 +92,7 @@ def images(count: int = 3) -> torch.Tensor:
 
 def logits_of(run: Path, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return torch.as_tensor(load_saved_model(run).build()(x))
+        return torch.as_tensor(find_network(run, "MODEL").saved().build()(x))
 
 
 def alone(script: str, *arguments: str, cwd: Path) -> str:
@@ -210,7 +210,7 @@ def test_a_model_of_the_family_and_bare_weights_are_sources_too(tmp_path: Path) 
         shutil.copy(run / f"best.{suffix}", run / "models" / f"01-5000.{suffix}")
     x = images(1)
     for source in ("best.json", "best.safetensors", "models/01-5000.json"):
-        saved = load_saved_model(run / source)
+        saved = find_network(run / source, "MODEL").saved()
         assert saved.run["config"]["seed"] == "21M"
         assert torch.equal(logits_of(run / source, x), logits_of(run, x))
 

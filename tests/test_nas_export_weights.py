@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,23 @@ import torch
 from torch import nn
 
 from nas.export import weights
-from nas.export.load import load_checkpoint
-from nas.export.weights import first_mismatch, load_into, load_weights, read_metadata, save_weights, weights_digest
+from nas.export.load import find_network
+from nas.export.weights import (
+    State,
+    first_mismatch,
+    load_into,
+    load_weights,
+    read_metadata,
+    save_weights,
+    weights_digest,
+)
 from space.errors import InputError
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
+
+
+def load_checkpoint(name: str | Path) -> State:
+    return find_network(name, "--seed-weights").weights()
 
 
 def random_state(seed: int) -> dict[str, torch.Tensor]:
@@ -136,7 +149,7 @@ def test_damaged_and_missing_files_are_refused(tmp_path, cut):
     save_weights(path, model().state_dict())
     raw = path.read_bytes()
     path.write_bytes(raw[:cut])
-    for load in (load_weights, lambda p: load_checkpoint(str(p))):
+    for load in (load_weights, load_checkpoint):
         with pytest.raises(InputError) as caught:
             load(path)
         assert "\n" not in str(caught.value)
@@ -156,7 +169,7 @@ def test_checkpoints_of_many_kinds_load(tmp_path, wrapper, prefix, suffix):
         torch.save({"epoch": 3, "state_dict": worse, "state_dict_ema": named}, path)
     else:
         torch.save({"epoch": 3, wrapper: named} if wrapper else named, path)
-    assert weights_digest(load_checkpoint(str(path))) == weights_digest(state)
+    assert weights_digest(load_checkpoint(path)) == weights_digest(state)
 
 
 class Harmful:
@@ -168,7 +181,7 @@ def test_pickled_code_never_runs(tmp_path, capsys):
     path = tmp_path / "bad.pth"
     torch.save({"model": Harmful()}, path)
     with pytest.raises(InputError, match="tensors only"):
-        load_checkpoint(str(path))
+        load_checkpoint(path)
     assert "never" not in capsys.readouterr().out
 
 
@@ -177,7 +190,7 @@ def test_other_contents_are_refused(tmp_path, content):
     path = tmp_path / "bad.pth"
     torch.save(content, path)
     with pytest.raises(InputError, match="state dict"):
-        load_checkpoint(str(path))
+        load_checkpoint(path)
 
 
 def test_garbage_wrong_suffix_and_unknown_names_are_refused(tmp_path):
@@ -186,7 +199,7 @@ def test_garbage_wrong_suffix_and_unknown_names_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for where in ("g.pth", "w.onnx", "empty", "missing.pth", "sub/missing"):
         with pytest.raises(InputError) as caught:
-            load_checkpoint(str(tmp_path / where))
+            load_checkpoint(tmp_path / where)
         assert "--seed-weights" in str(caught.value)
     with pytest.raises(InputError, match="a model that timm knows"):
         load_checkpoint("tiny_vat_21m")

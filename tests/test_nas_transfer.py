@@ -26,7 +26,7 @@ from nas.data import DataSpec, prepare
 from nas.data.augment.spec import AugmentSpec
 from nas.data.augment.timm_engine import eval_batch
 from nas.export.__main__ import main as export
-from nas.export.load import load_saved_model
+from nas.export.load import find_network
 from nas.transfer import probes, segmentation
 from nas.transfer.__main__ import TransferConfig, main, transfer
 from nas.transfer.backbone import Backbone, levels, open_backbone
@@ -237,7 +237,7 @@ def test_no_threshold_on_colours_tells_the_classes_apart() -> None:
 def test_features_are_what_the_classifier_sees(run: Path, tmp_path: Path, cache: Path) -> None:
     dataset = prepare(DataSpec("digits", img_size=48), cache)
     backbone = open_backbone(run, None, tmp_path)
-    net: Any = load_saved_model(run).build()
+    net: Any = find_network(run, "MODEL").saved().build()
     spec = AugmentSpec(48, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     assert spec_of(backbone) == spec
     side = dataset.holdout
@@ -292,7 +292,7 @@ def test_fresh_weights_follow_from_the_seed_and_leave_the_generator_alone(tiny: 
     assert all(torch.equal(one[key], same[key]) for key in one)
     assert not torch.equal(one["head.fc.weight"], other["head.fc.weight"])
     torch.manual_seed(0)
-    name, kwargs = load_saved_model(tiny).timm_call
+    name, kwargs = find_network(tiny, "MODEL").saved().timm_call
     plain = timm.create_model(name, **kwargs).state_dict()
     assert all(torch.equal(one[key], plain[key]) for key in plain)
 
@@ -424,7 +424,7 @@ def test_the_command_writes_what_it_prints(
 
 def test_fresh_weights_gain_nothing_over_themselves(tmp_path: Path, cache: Path, few: None) -> None:
     run = write_run(tmp_path / "run", "tinyvit", TINY)
-    name, kwargs = load_saved_model(run).timm_call
+    name, kwargs = find_network(run, "MODEL").saved().timm_call
     torch.manual_seed(4)
     save_file(timm.create_model(name, **kwargs).state_dict(), run / "best.safetensors")
     told = json.loads((run / "best.json").read_text())
@@ -534,7 +534,7 @@ def test_weights_that_are_no_numbers_are_refused(
     run = write_run(tmp_path / "run", "tinyvit", TINY)
     assert export([str(run), "--to", "timm", "--out", str(tmp_path / "hub")]) == 0
     path = tmp_path / "hub" / "model.safetensors"
-    state = load_saved_model(run).build().state_dict()
+    state = find_network(run, "MODEL").saved().build().state_dict()
     save_file({key: value * float("nan") if value.is_floating_point() else value for key, value in state.items()}, path)
     flags = ["--data", "digits", "--checks", "knn", "--cache-dir", str(cache)]
     capsys.readouterr()

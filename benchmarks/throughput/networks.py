@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from nas.core.io import read_json
+from nas.export.load import CheckpointFile, ModelName, SavedNetwork, find_network
 from nas.measure.jobs import NetworkSpec
 from nas.report.read import read_run
 from space import Arch, Context, Family, get_family
 from space.contractions import Band
-from space.errors import refuse
+from space.errors import InputError, refuse
 from space.sampling import sample_band
 
 SLICES = 16
@@ -75,9 +76,9 @@ class Net:
 
 
 def find_nets(names: Sequence[str], family: Family) -> list[Net]:
-    """Read each name: a published arch, inline JSON, `best.json`, an arch's file, a run, or timm's.
+    """Find the networks of each name (see `nas.export.load`); a run's folder stands for its Pareto set.
 
-    A run's folder stands for its Pareto set. Raises `InputError`.
+    Raises InputError.
     """
     found: list[Net] = []
     for name in names:
@@ -91,43 +92,25 @@ def find_nets(names: Sequence[str], family: Family) -> list[Net]:
 
 
 def _find(name: str, family: Family) -> list[Net]:
-    path = Path(name)
-    if name.lstrip().startswith("{"):
-        try:
-            mapping = json.loads(name)
-        except (ValueError, RecursionError) as error:
-            raise refuse("--arch", name[:60], "an arch's factors as JSON", str(error)) from None
-        return [Net(name, family, family.arch(_factors(mapping, name)))]
-    if path.is_dir():
-        return _pareto_set(path, family)
-    if path.suffix.lower() == ".json" or path.is_file():
-        data = read_json(path, "an arch")
-        if isinstance(data, dict) and isinstance(data.get("finalists"), list):
-            own = get_family(data.get("family", family.name))
-            return [_inline(own, own.arch(_factors(each, name))) for each in data["finalists"]]
-        mapping = _factors(data, name)
-        own = get_family(data["family"]) if "family" in data else family
-        weights = path.with_suffix(".safetensors")
-        trained = weights if "timm" in data and weights.is_file() else None
-        sizes = [data.get(each) for each in ("img_size", "num_classes")]
-        made = Context(*sizes) if all(type(size) is int for size in sizes) else None
-        return [Net(name, own, own.arch(mapping), weights=trained, found="timm" in data, trained_in=made)]
-    for published in family.published:
-        if name.lower() in (published.name.lower(), *(a.lower() for a in published.aliases)):
-            return [Net(name, family, published.arch)]
-    if not name.isidentifier() or name[:1].isdigit():
-        names = ", ".join(p.name for p in family.published)
-        raise refuse("--arch", name, f"one of {names}, a JSON file, a run's folder or a timm model")
-    return [Net(name, None, None, timm=name)]
-
-
-def _factors(data: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(data, dict):
-        raise refuse("--arch", name[:60], "a JSON object with an arch")
-    mapping = data.get("arch", data)
-    if not isinstance(mapping, dict):
-        raise refuse("--arch", name[:60], "a JSON object with an arch")
-    return mapping
+    named = find_network(name, "--arch")
+    if named.path.is_dir():
+        return _pareto_set(named.path, family)
+    path = Path(named.origin)
+    data = read_json(path, "an arch") if isinstance(named, (SavedNetwork, CheckpointFile)) else {}
+    if isinstance(data, dict) and isinstance(data.get("finalists"), list):
+        own = get_family(data.get("family", family.name))
+        return [_inline(own, own.arch(each["arch"])) for each in data["finalists"]]
+    try:
+        own, arch = named.arch(family.name)
+    except InputError:
+        if not (isinstance(named, ModelName) and name.isidentifier()):
+            raise
+        return [Net(name, None, None, timm=name)]
+    weights = path.with_suffix(".safetensors")
+    trained = weights if "timm" in data and weights.is_file() else None
+    sizes = [data.get(each) for each in ("img_size", "num_classes")]
+    made = Context(*sizes) if all(type(size) is int for size in sizes) else None
+    return [Net(name, own, arch, weights=trained, found="timm" in data, trained_in=made)]
 
 
 def _pareto_set(folder: Path, family: Family) -> list[Net]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """A teacher by its name (`nas.export.load.parse_teacher`), to be made for a data set."""
+    """A teacher by its name (`nas.export.load`), to be made for a data set."""
 
     dataset: Path
     cache: Path
@@ -131,10 +131,10 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
     """Make a teacher, or find it in the cache: `{"info": ..., "message": line}`."""
     from nas.data import open_dataset
     from nas.distill.teacher import make_teacher
-    from nas.export.load import parse_teacher
+    from nas.export.load import find_network
 
     info = make_teacher(
-        parse_teacher(job.teacher),
+        find_network(job.teacher, "--teacher"),
         open_dataset(job.dataset),
         job.cache,
         random_seed=job.random_seed,

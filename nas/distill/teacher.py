@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,16 @@ from nas.data import Dataset, Split
 from nas.data.augment.spec import AugmentSpec, augmentation_code, default_spec
 from nas.data.augment.timm_engine import TimmAugmenter
 from nas.data.augment.views import outputs
-from nas.export.load import NetSource, TeacherSpec, build_teacher_net, find_teacher_net
-from nas.export.teacher_net import SCHEMA, TeacherInfo, TeacherNet, read_teacher, to_device
+from nas.export.load import AutoTeacher, NamedNetwork
+from nas.export.teacher_net import (
+    SCHEMA,
+    NetSource,
+    TeacherInfo,
+    TeacherNet,
+    build_teacher_net,
+    read_teacher,
+    to_device,
+)
 from nas.export.weights import place, save_weights, weights_digest
 from nas.labels.reader import batch_sizes, epoch_order
 from nas.train.loop import TrainSettings, train
@@ -37,7 +45,7 @@ _SALT = 0x7EAC
 
 
 def make_teacher(
-    spec: TeacherSpec,
+    named: NamedNetwork,
     dataset: Dataset,
     cache_dir: Path,
     *,
@@ -56,24 +64,26 @@ def make_teacher(
     `tick` counts training images; a killed training goes on at its last epoch. Raises InputError.
     """
     augment = default_spec(dataset)
-    if not dataset.labelled and spec.kind == "auto":
+    if not dataset.labelled and isinstance(named, AutoTeacher):
         raise refuse(
             "--teacher",
             f"auto for {dataset.name}, which has no labels",
             "a teacher that is trained already",
             "name a pretrained timm model, or MODEL:FILE",
         )
-    source = find_teacher_net(spec, dataset.num_classes, dataset.mean, dataset.std)
+    source = named.teacher()
+    if source.state is None:
+        source = replace(source, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std)
     # Without ground truth the classes are the teacher's own.
     classes = dataset.num_classes or source.num_classes
     settings = _settings(source, classes, epochs)
-    recipe = _recipe(spec, source, settings, dataset, augment, random_seed, device, threads)
+    recipe = _recipe(source, settings, dataset, augment, random_seed, device, threads)
     fingerprint = digest_of(recipe)
     folder = cache_dir / "teachers" / fingerprint
 
     def make(draft: Path) -> None:
-        identity = f"{spec.name}@{fingerprint[:8]}"
-        _make(draft, identity, spec, source, settings, dataset, augment, recipe, device, tick)
+        identity = f"{named.name}@{fingerprint[:8]}"
+        _make(draft, identity, named, source, settings, dataset, augment, recipe, device, tick)
 
     if not get_or_make(folder, make, resumable=True) and settings is not None:
         tick(float(settings.epochs * len(dataset.train)))
@@ -83,18 +93,13 @@ def make_teacher(
 def _settings(source: NetSource, num_classes: int, epochs: int) -> TrainSettings | None:
     """Say how to train, or None where the weights serve as they are."""
     if source.state is None:
-        return _with_epochs(AUTO_SETTINGS, epochs)
+        return replace(AUTO_SETTINGS, epochs=epochs)
     if source.num_classes != num_classes:
-        return _with_epochs(TUNE_SETTINGS, min(epochs, TUNE_SETTINGS.epochs))
+        return replace(TUNE_SETTINGS, epochs=min(epochs, TUNE_SETTINGS.epochs))
     return None
 
 
-def _with_epochs(settings: TrainSettings, epochs: int) -> TrainSettings:
-    return TrainSettings(**{**asdict(settings), "epochs": epochs})
-
-
 def _recipe(
-    spec: TeacherSpec,
     source: NetSource,
     settings: TrainSettings | None,
     dataset: Dataset,
@@ -124,7 +129,7 @@ def _recipe(
 def _make(
     folder: Path,
     identity: str,
-    spec: TeacherSpec,
+    named: NamedNetwork,
     source: NetSource,
     settings: TrainSettings | None,
     dataset: Dataset,
@@ -174,26 +179,26 @@ def _make(
         "holdout_top1": top1,
         "holdout_top1_se": math.sqrt(top1 * (1 - top1) / max(1, len(correct))),
         "holdout_images": len(correct),
-        "notes": list(_notes(spec, source, settings, dataset)),
+        "notes": list(_notes(named, source, settings, dataset)),
     }
     write_json(folder / "info.json", {"schema": SCHEMA, "recipe": dict(recipe), "info": info})
     progress.unlink(missing_ok=True)
 
 
-def _notes(spec: TeacherSpec, source: NetSource, settings: TrainSettings | None, dataset: Dataset) -> Iterator[str]:
-    if spec.kind == "auto":
+def _notes(named: NamedNetwork, source: NetSource, settings: TrainSettings | None, dataset: Dataset) -> Iterator[str]:
+    if isinstance(named, AutoTeacher):
         return
     if settings is None and not dataset.labelled:
-        yield f"teacher {spec.name}: its {source.num_classes} classes, for images without labels"
+        yield f"teacher {named.name}: its {source.num_classes} classes, for images without labels"
     elif settings is None:
-        yield f"teacher {spec.name}: its head of {source.num_classes} classes is kept"
+        yield f"teacher {named.name}: its head of {source.num_classes} classes is kept"
     else:
         yield (
-            f"teacher {spec.name}: its head of {source.num_classes} classes does not fit the "
+            f"teacher {named.name}: its head of {source.num_classes} classes does not fit the "
             f"data's {dataset.num_classes}; new head, fine-tuned for {settings.epochs} epochs"
         )
     if source.input_size is not None and source.input_size != dataset.img_size:
-        yield f"teacher {spec.name}: images are resized to {source.input_size} px for it"
+        yield f"teacher {named.name}: images are resized to {source.input_size} px for it"
 
 
 class _Batches:

@@ -24,7 +24,7 @@ from space.errors import refuse
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nas.export.load import SavedModel
+    from nas.export.saved_model import SavedModel
 
 WRITTEN = {"config.json", "model.safetensors", "README.md"}
 """The files of an exported folder; a folder with any other file is not overwritten."""
@@ -77,10 +77,10 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
 
     An earlier export stays until the new one has been compared. Raises InputError.
     """
-    from nas.export.load import load_saved_model
+    from nas.export.load import find_network
 
     out = _check_out(given)
-    saved = load_saved_model(Path(given.source))
+    saved = find_network(given.source, "SOURCE").saved()
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as beside:
             result = _export(given, saved, Path(beside) / out.name)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nas.export.load import SavedModel
+from nas.export.saved_model import SavedModel
 
 USAGE = """\
 ```python

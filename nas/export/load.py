@@ -1,25 +1,27 @@
-"""The one loader of networks: timm names, checkpoints, hub folders, and models that a run saved.
+"""The one loader of networks: what a user's name stands for, and the arch, weights or teacher of it.
 
-`load_checkpoint` returns the weights that a user names, `find_teacher_net` the net and weights of a
-teacher, `load_saved_model` a model of a run or a training. torch is imported inside functions.
+`find_network` recognises a name's form: the first of `FORMS` that fits. A form offers what it holds, of `arch`,
+`weights`, `teacher` and `saved`, and refuses the rest with the list of forms that have it.
 """
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nas.core.io import check_sha256, read_json, read_object
-from space import Context, get_family
+from nas.core.config import RunConfig
+from nas.core.io import read_json
+from nas.export.saved_model import SavedModel, read_saved_model
+from space import get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Family
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.export.teacher_net import NetSource
     from nas.export.weights import State
 
 AUTO_MODEL = "resnet10t"
@@ -27,74 +29,304 @@ AUTO_KWARGS: Mapping[str, Any] = {"channels": (32, 64, 128, 256), "stem_width": 
 """The `auto` teacher: timm's smallest residual net at half width, 1.27M parameters at 100 classes.
 Convolutions learn small image sets quickly, which is all that is asked of it."""
 
-_WANT_TEACHER = (
-    "auto, a timm model, MODEL:FILE such as resnet18:weights.safetensors, or a folder in timm's "
-    "hub layout (config.json and model.safetensors)"
-)
 _PICKLED = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _IN_FOLDER = ("model.safetensors", "best.safetensors", "weights.safetensors")
-
-SAVED = {
-    **{"family": str, "arch": dict, "img_size": int, "num_classes": int},
-    **{"timm": dict, "classes": list, "sha256": str},
-}
-"""The JSON of a saved model: required names and their types."""
-PREPROCESSING = ("crop_pct", "interpolation", "mean", "std")
-"""The preprocessing that is read from the JSON of a saved model."""
+_OF_RUN = ("best.json", "run.json", "train.json")
 
 
-# Weights of a checkpoint or a timm model
+class NamedNetwork:
+    """A network by the name that a user gave to `flag`. Its methods raise InputError about the flag."""
+
+    words: ClassVar[str]
+    """How the form is described to users."""
+
+    def __init__(self, name: str, flag: str) -> None:
+        self.name, self.flag, self.path = name, flag, Path(name).expanduser()
+
+    def fits(self) -> bool:
+        """Return whether the name has this form."""
+        raise NotImplementedError
+
+    @property
+    def origin(self) -> str:
+        """The file that the arch is read from, or the name."""
+        return self.name
+
+    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
+        """Return the arch, of `family` unless a file names its own."""
+        raise self._without("arch")
+
+    def weights(self) -> State:
+        """Load the weights alone."""
+        raise self._without("weights")
+
+    def teacher(self) -> NetSource:
+        """Load the net to make a teacher of."""
+        raise self._without("teacher")
+
+    def saved(self) -> SavedModel:
+        """Read and check the model of a run or a training."""
+        raise self._without("saved")
+
+    def _without(self, what: str) -> InputError:
+        forms = [form.words for form in FORMS if getattr(form, what) is not getattr(NamedNetwork, what)]
+        return refuse(self.flag, self.name, "; or ".join(forms))
+
+    def _seed(self, family: str, name: str) -> tuple[Family, Arch]:
+        found = get_family(family)
+        try:
+            return found, found.seed(name)
+        except InputError as error:
+            raise InputError(str(error).replace("--seed", self.flag, 1)) from None
 
 
-def load_checkpoint(where: str, *, name: str = "--seed-weights") -> State:
-    """Load the weights that a user names: a file, a folder with one, or a timm tag.
+class AutoTeacher(NamedNetwork):
+    """The small net that is trained where no teacher is named."""
 
-    Files are .safetensors, or .pt/.pth with tensors only. A pickle may wrap its state dict under
-    "state_dict" or "model" (EMA first); prefixes that wrappers leave ("module.") are taken off. A
-    timm tag is fetched through timm. Raises InputError under `name` for what is unknown, damaged
-    or unreachable.
-    """
-    path = Path(where).expanduser()
-    if path.is_dir():
-        found = next((path / n for n in _IN_FOLDER if (path / n).is_file()), None)
-        if found is None:
-            raise refuse(name, where, "a folder with model.safetensors", "name the file itself")
-        path = found
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            from nas.export.weights import load_weights
+    words = "auto"
 
-            return _state_dict(load_weights(path, name=name), name, where)
-        if path.suffix in _PICKLED:
-            return _state_dict(_load_pickle(path, name), name, where)
-        want = f"a checkpoint ending in .safetensors, {', '.join(_PICKLED)}"
-        raise refuse(name, where, want, "convert it with safetensors.torch.save_file")
-    if path.suffix in (".safetensors", *_PICKLED) or len(path.parts) > 1:
-        raise refuse(name, where, "an existing file or a timm tag", "check the path")
-    return dict(load_timm_model(where, name=name).state_dict())
+    def fits(self) -> bool:
+        return self.name == "auto"
+
+    def teacher(self) -> NetSource:
+        from nas.export.teacher_net import NetSource
+
+        return NetSource(AUTO_MODEL, AUTO_KWARGS)
 
 
-def load_timm_model(tag: str, *, name: str) -> nn.Module:
-    """Load a timm model with its pretrained weights; an unknown or unreachable one is refused."""
-    import timm
+class InlineArch(NamedNetwork):
+    """The factors of an arch as JSON, or an object with `arch` and `family`."""
 
-    if not timm.is_model(tag.split(".")[0]):
-        close = timm.list_models(f"*{tag.split('_')[0].split('.')[0]}*")[:4]
-        hint = f"for example {', '.join(close)}" if close else "see timm.list_models()"
-        raise refuse(name, tag, "a file, or a model that timm knows", hint)
-    try:
-        model: nn.Module = timm.create_model(tag, pretrained=True)
-    except Exception as error:  # hubs raise their own kinds; every one means "not to be had"
-        got = f"{tag} ({type(error).__name__}: {str(error)[:80]})"
-        want = "a timm model whose pretrained weights can be fetched"
-        remedy = "check the tag and the network, or name a downloaded file"
-        raise refuse(name, got, want, remedy) from error
-    return model
+    words = "an arch's factors as JSON"
+
+    def fits(self) -> bool:
+        return self.name.lstrip().startswith("{")
+
+    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
+        try:
+            value = json.loads(self.name)
+        except (ValueError, RecursionError) as error:
+            raise refuse(self.flag, self.name[:60], self.words, str(error)) from None
+        found = get_family(str(value.get("family", family)))
+        return found, found.arch(value.get("arch", value))
 
 
-def _load_pickle(path: Path, name: str) -> object:
+class SavedNetwork(NamedNetwork):
+    """A model that a run or a training saved, or the JSON of an arch alone."""
+
+    words = "the folder of a finished run or training, or a model's JSON in it"
+
+    def fits(self) -> bool:
+        return self.path.suffix.lower() == ".json" or any((self.path / name).is_file() for name in _OF_RUN)
+
+    @property
+    def origin(self) -> str:
+        return str(self._json().resolve())
+
+    def _json(self) -> Path:
+        if not self.path.is_dir() or (self.path / "best.json").is_file():
+            return self.path / "best.json" if self.path.is_dir() else self.path
+        remedy = "name a model of its models/ instead"
+        if (self.path / "run.json").is_file():
+            remedy = f"finish it (python -m nas.contract --resume {self.name}), or {remedy}"
+        raise refuse(self.flag, f"{self.name}, with no best.json in it", "the folder of a finished run", remedy)
+
+    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
+        path = self._json()
+        value = read_json(path, "an arch") if path.is_file() else None
+        own = value.get("family", family) if isinstance(value, dict) else family
+        return self._seed(str(own), str(path))
+
+    def weights(self) -> State:
+        return _load_file(self.saved().weights, self.flag)
+
+    def teacher(self) -> NetSource:
+        from nas.export.teacher_net import net_source
+
+        saved = self.saved()
+        return net_source(*saved.timm_call, self.weights(), saved.context.num_classes, saved.preprocessing)
+
+    def saved(self) -> SavedModel:
+        return read_saved_model(self._json())
+
+
+class HubFolder(NamedNetwork):
+    """A folder in timm's hub layout, which `timm.models.save_for_hf` and `nas.export` write."""
+
+    words = "a folder in timm's hub layout (config.json and model.safetensors)"
+
+    def fits(self) -> bool:
+        return (self.path / "config.json").is_file()
+
+    def weights(self) -> State:
+        return _load_folder(self)
+
+    def teacher(self) -> NetSource:
+        from nas.export.teacher_net import build_teacher_net, net_source
+
+        path, what = self.path / "config.json", "timm's config.json of a model"
+        config = read_json(path, what)
+        name = config.get("architecture") if isinstance(config, dict) else None
+        if not isinstance(name, str):
+            raise refuse(self.flag, self.path, "a config.json naming an architecture", "see timm's hub")
+        state = self.weights()
+        try:
+            preprocess = {**config, **(config.get("pretrained_cfg") or {})}
+            classes = int(preprocess.get("num_classes", 0)) or 1
+            given = config.get("model_args") or {}
+            source = net_source(name, given, state, classes, preprocess)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            got = f"{path} ({type(error).__name__}: {error})"
+            raise refuse(self.flag, got, what, "see timm's hub") from None
+        build_teacher_net(source, classes)
+        return source
+
+
+class WeightsFolder(NamedNetwork):
+    """Any other folder."""
+
+    words = f"a folder with {', '.join(_IN_FOLDER)}"
+
+    def fits(self) -> bool:
+        return self.path.is_dir()
+
+    def weights(self) -> State:
+        return _load_folder(self)
+
+
+class CheckpointFile(SavedNetwork):
+    """A file of weights; where a run or a training saved it, the model's JSON lies beside it."""
+
+    words = f"a checkpoint ending in .safetensors, {', '.join(_PICKLED)}"
+
+    def fits(self) -> bool:
+        return self.path.is_file()
+
+    def _json(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def weights(self) -> State:
+        if self.path.suffix not in (".safetensors", *_PICKLED):
+            raise refuse(self.flag, self.name, self.words, "convert it with safetensors.torch.save_file")
+        return _load_file(self.path, self.flag)
+
+    def teacher(self) -> NetSource:
+        if not self._json().is_file():
+            raise refuse(self.flag, self.name, ModelAndFile.words, "say which timm model it is")
+        return super().teacher()
+
+
+class ModelAndFile(NamedNetwork):
+    """A timm model with the weights of a checkpoint."""
+
+    words = "MODEL:FILE such as resnet18:weights.safetensors"
+
+    def fits(self) -> bool:
+        self.model, colon, file = self.name.partition(":")
+        self.path = Path(file).expanduser()
+        if not colon:
+            return False
+        import timm
+
+        return timm.is_model(self.model)
+
+    def weights(self) -> State:
+        if not self.path.is_file():
+            raise refuse(self.flag, self.name, "a checkpoint file after the colon", "check the path")
+        return _load_file(self.path, self.flag)
+
+    def teacher(self) -> NetSource:
+        import timm
+
+        from nas.export.teacher_net import count_classes, net_source
+
+        state = self.weights()
+        classes = count_classes(self.model, state)
+        found: Any = timm.get_pretrained_cfg(self.model, allow_unregistered=True)
+        config = dict(found.to_dict()) if found is not None else {}
+        return net_source(self.model, {}, state, classes, config, always_resize=False)
+
+
+class ModelName(NamedNetwork):
+    """A published name of a family, or a model that timm knows; any other text, too."""
+
+    words = "a published name such as 5M, or a timm model"
+
+    def fits(self) -> bool:
+        return True
+
+    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
+        return self._seed(family, self.name)
+
+    def weights(self) -> State:
+        return dict(self._load().state_dict())
+
+    def teacher(self) -> NetSource:
+        from nas.export.teacher_net import net_source
+
+        model = self._load()
+        config: Mapping[str, Any] = dict(getattr(model, "pretrained_cfg", {}) or {})
+        classes = int(getattr(model, "num_classes", 0)) or 1
+        return net_source(self.name, {}, dict(model.state_dict()), classes, config)
+
+    def _load(self) -> nn.Module:
+        """Load a timm model with its pretrained weights."""
+        import timm
+
+        tag = self.name
+        if self.path.suffix in (".safetensors", *_PICKLED) or len(self.path.parts) > 1:
+            raise refuse(self.flag, tag, "an existing file or a timm model", "check the path")
+        if not timm.is_model(tag.split(".")[0]):
+            close = timm.list_models(f"*{tag.split('_')[0].split('.')[0]}*")[:4]
+            hint = f"for example {', '.join(close)}" if close else "see timm.list_models()"
+            raise refuse(self.flag, tag, "a file, or a model that timm knows", hint)
+        try:
+            model: nn.Module = timm.create_model(tag, pretrained=True)
+        except Exception as error:  # hubs raise their own kinds; every one means "not to be had"
+            got = f"{tag} ({type(error).__name__}: {str(error)[:80]})"
+            want = "a timm model whose pretrained weights can be fetched"
+            remedy = "check the tag and the network, or name a downloaded file"
+            raise refuse(self.flag, got, want, remedy) from error
+        return model
+
+
+FORMS: tuple[type[NamedNetwork], ...] = (
+    AutoTeacher,
+    InlineArch,
+    SavedNetwork,
+    HubFolder,
+    WeightsFolder,
+    CheckpointFile,
+    ModelAndFile,
+    ModelName,
+)
+"""Every form that a name may have; the first that fits is taken."""
+
+
+def find_network(name: str | Path, flag: str) -> NamedNetwork:
+    """Recognise what a user names under `flag`; nothing is loaded yet."""
+    return next(named for named in (form(str(name), flag) for form in FORMS) if named.fits())
+
+
+def _load_folder(named: NamedNetwork) -> State:
+    file = next((named.path / n for n in _IN_FOLDER if (named.path / n).is_file()), None)
+    if file is None:
+        raise refuse(named.flag, named.name, "a folder with model.safetensors", "name the file itself")
+    return _load_file(file, named.flag)
+
+
+def _load_file(path: Path, flag: str) -> State:
+    """Load the state dict of safetensors, or of a pickle with tensors only."""
+    from nas.export.weights import load_weights
+
+    return _state_dict(
+        load_weights(path, name=flag) if path.suffix == ".safetensors" else _load_pickle(path, flag), flag, path
+    )
+
+
+def _load_pickle(path: Path, flag: str) -> object:
     from pickle import UnpicklingError  # the exception alone: torch.load raises it
 
     import torch
@@ -106,13 +338,13 @@ def _load_pickle(path: Path, name: str) -> object:
     except UnpicklingError as error:
         want = "tensors only (objects in pickles can run code)"
         remedy = "save model.state_dict() alone, best as .safetensors"
-        raise refuse(name, path, want, remedy) from error
+        raise refuse(flag, path, want, remedy) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise unreadable(name, path, error) from error
+        raise unreadable(flag, path, error) from error
 
 
-def _state_dict(content: object, name: str, where: str) -> State:
-    """Unwrap a loaded checkpoint to its state dict. Raises InputError."""
+def _state_dict(content: object, flag: str, path: Path) -> State:
+    """Unwrap a loaded checkpoint to its state dict, without the prefixes that wrappers leave."""
     import torch
 
     for wrapper in _WRAPPERS:
@@ -123,286 +355,10 @@ def _state_dict(content: object, name: str, where: str) -> State:
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
     )
     if not is_state or not content:
-        want = 'a state dict, or one under "state_dict" or "model"'
-        raise refuse(name, where, want, "save model.state_dict()")
+        raise refuse(flag, path, 'a state dict, or one under "state_dict" or "model"', "save model.state_dict()")
     assert isinstance(content, Mapping)
     state: State = dict(content)
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items()}
     return state
-
-
-# The net of a teacher
-
-
-@dataclass(frozen=True)
-class TeacherSpec:
-    """A teacher that a user names.
-
-    `kind` is "auto", "timm" (pretrained, `model` a timm name or tag) or "file" (`model` a timm
-    name, or "" to read it from the hub folder `path`).
-    """
-
-    kind: str
-    model: str
-    path: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The spelling that `parse_teacher` takes."""
-        if self.kind == "auto":
-            return "auto"
-        return ":".join(part for part in (self.model, self.path) if part)
-
-
-def parse_teacher(text: str) -> TeacherSpec:
-    """Parse `--teacher`, with timm for its names alone. Raises InputError."""
-    import timm
-
-    if text == "auto":
-        return TeacherSpec("auto", AUTO_MODEL)
-    if (Path(text).expanduser() / "config.json").is_file():
-        return TeacherSpec("file", "", text)
-    model, colon, path = text.partition(":")
-    if colon and timm.is_model(model):
-        if not Path(path).expanduser().is_file():
-            raise refuse("--teacher", text, "a checkpoint file after the colon", "check the path")
-        return TeacherSpec("file", model, path)
-    if timm.is_model(text.split(".")[0]):
-        return TeacherSpec("timm", text)
-    remedy = "see timm.list_models(pretrained=True)"
-    if Path(text).expanduser().exists():
-        remedy = "say which timm model it is: MODEL:FILE"
-    raise refuse("--teacher", text, _WANT_TEACHER, remedy)
-
-
-@dataclass(frozen=True, eq=False)
-class NetSource:
-    """A net to make a teacher of: its timm call, weights (None: fresh) and input.
-
-    `num_classes` counts the classes of `state`; `input_size` None means the student's size.
-    """
-
-    model: str
-    kwargs: Mapping[str, Any]
-    state: State | None
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    input_size: int | None
-    notes: tuple[str, ...] = ()
-
-
-def find_teacher_net(spec: TeacherSpec, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> NetSource:
-    """Load what a specification names; `mean`, `std` and `num_classes` are the data's.
-
-    A pretrained timm model sees images at the size it was trained at. A MODEL:FILE checkpoint sees
-    the data's size unless the model takes only one, and normalises as timm's model does. Raises
-    InputError.
-    """
-    import timm
-
-    if spec.kind == "auto":
-        return NetSource(spec.model, AUTO_KWARGS, None, num_classes, mean, std, None)
-    if spec.kind == "timm":
-        model = load_timm_model(spec.model, name="--teacher")
-        config: Mapping[str, Any] = dict(getattr(model, "pretrained_cfg", {}) or {})
-        state = dict(model.state_dict())
-        classes = int(getattr(model, "num_classes", num_classes))
-        return _net_source(spec.model, {}, state, classes, config, always_resize=True)
-    assert spec.path is not None
-    if not spec.model:
-        return _from_hub_folder(spec.path)
-    state = load_checkpoint(spec.path, name="--teacher")
-    classes = _count_classes(spec, state)
-    found: Any = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
-    config = dict(found.to_dict()) if found is not None else {}
-    return _net_source(spec.model, {}, state, classes, config, always_resize=False)
-
-
-def _from_hub_folder(folder: str) -> NetSource:
-    """Load timm's hub layout, which `timm.models.save_for_hf` writes."""
-    path = Path(folder).expanduser() / "config.json"
-    what = "timm's config.json of a model"
-    config = read_json(path, what)
-    name = config.get("architecture") if isinstance(config, dict) else None
-    if not isinstance(name, str):
-        want = "a config.json naming an architecture"
-        raise refuse("--teacher", path.parent, want, "see timm's hub")
-    state = load_checkpoint(folder, name="--teacher")
-    try:
-        preprocess = {**config, **(config.get("pretrained_cfg") or {})}
-        classes = int(preprocess.get("num_classes", 0)) or 1
-        # The data may have other classes: `build_teacher_net` sets their number.
-        given = config.get("model_args") or {}
-        kwargs = {k: v for k, v in given.items() if k != "num_classes"}
-        source = _net_source(name, kwargs, state, classes, preprocess, always_resize=True)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        got = f"{path} ({type(error).__name__}: {error})"
-        raise refuse("--teacher", got, what, "see timm's hub") from None
-    build_teacher_net(source, classes)
-    return source
-
-
-def _net_source(
-    model: str, kwargs: Mapping[str, Any], state: State, classes: int, config: Mapping[str, Any], *, always_resize: bool
-) -> NetSource:
-    size = config.get("input_size")
-    fixed = bool(config.get("fixed_input_size"))
-    side = int(size[-1]) if size and (always_resize or fixed) else None
-    mean = tuple(float(v) for v in config.get("mean", (0.485, 0.456, 0.406)))
-    std = tuple(float(v) for v in config.get("std", (0.229, 0.224, 0.225)))
-    return NetSource(model, kwargs, state, classes, mean, std, side)
-
-
-def _count_classes(spec: TeacherSpec, state: State) -> int:
-    """Return the class count with which a model takes a checkpoint. Raises InputError."""
-    model = create_timm_model(spec.model, {}, 2)
-    wider = create_timm_model(spec.model, {}, 3).state_dict()
-    for key, tensor in model.state_dict().items():
-        if tensor.shape != wider[key].shape and key in state and state[key].ndim == tensor.ndim:
-            return max(1, int(state[key].shape[0]))
-    raise refuse("--teacher", spec.name, f"weights of timm's {spec.model}", "name its own model")
-
-
-def create_timm_model(model: str, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
-    """Build a timm model with fresh weights; raises InputError for what timm refuses."""
-    import timm
-
-    options: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
-    try:
-        net: nn.Module = timm.create_model(model.split(".")[0], pretrained=False, num_classes=num_classes, **options)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        got = f"{model} ({type(error).__name__}: {str(error)[:80]})"
-        raise refuse("--teacher", got, "a model that timm can build", "check its name") from error
-    return net
-
-
-def build_teacher_net(source: NetSource, num_classes: int) -> nn.Module:
-    """Build a net for `num_classes` with the source's weights; another head starts fresh.
-
-    Raises InputError.
-    """
-    from nas.export.weights import load_into
-
-    net = create_timm_model(source.model, source.kwargs, num_classes)
-    if source.state is None:
-        return net
-    state = source.state
-    if source.num_classes != num_classes:
-        shapes = create_timm_model(source.model, source.kwargs, source.num_classes).state_dict()
-        state = {k: state[k] if k in state and shapes[k].shape == v.shape else v for k, v in net.state_dict().items()}
-    load_into(net, state, name="--teacher")
-    return net
-
-
-# A model that a run or a training saved
-
-
-@dataclass(frozen=True)
-class SavedModel:
-    """A model of a run or a training: its JSON (`record`), its weights, and the run's settings.
-
-    `run` is the `run.json` (or `train.json`) of its folder, empty if there is none.
-    """
-
-    path: Path
-    weights: Path
-    record: Mapping[str, Any]
-    family: Family
-    arch: Arch
-    context: Context
-    run: Mapping[str, Any]
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes."""
-        return [str(name) for name in self.record["classes"]]
-
-    @property
-    def timm_call(self) -> tuple[str, dict[str, Any]]:
-        """The name and arguments of the timm call: from the arch, whatever the file says."""
-        return self.family.timm_call(self.arch, self.context)
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """The input's size and the preprocessing of an image."""
-        overlay = self.record["timm"]["kwargs"]["pretrained_cfg_overlay"]
-        size = self.context.img_size
-        return {"input_size": [self.context.in_chans, size, size], **{name: overlay[name] for name in PREPROCESSING}}
-
-    def build(self) -> nn.Module:
-        """Build the network in plain timm, with its weights, in eval mode. Raises InputError."""
-        import timm
-        import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        name, kwargs = self.timm_call
-        overlay = {**self.preprocessing, "num_classes": self.context.num_classes}
-        model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
-        assert isinstance(model, torch.nn.Module)
-        try:
-            model.load_state_dict(load_file(self.weights), strict=True)
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-            what = " ".join(str(error).split())[:160]
-            raise refuse(str(self.weights), what, f"the weights of {self.path.name}") from None
-        return model.train().eval()  # drops what eval mode may have cached
-
-
-def load_saved_model(source: Path) -> SavedModel:
-    """Find and check the model of a run's folder, of a JSON in it, or of the weights beside one.
-
-    Raises InputError for what is missing, of another format, or damaged.
-    """
-    path = source
-    if source.is_dir():
-        path = source / "best.json"
-        if not path.is_file():
-            remedy = "name a model of its models/ instead"
-            if (source / "run.json").is_file():
-                remedy = f"finish it (python -m nas.contract --resume {source}), or {remedy}"
-            raise refuse(str(source), "no best.json in it", "the folder of a finished run", remedy)
-    elif source.suffix == ".safetensors":
-        path = source.with_suffix(".json")
-    record = read_object(path, "a model's JSON, such as a run's best.json", SAVED)
-    try:
-        family = get_family(str(record["family"]))
-        arch = family.arch(record["arch"])
-        try:
-            overlay = record["timm"]["kwargs"]["pretrained_cfg_overlay"]
-            channels = overlay["input_size"][0]
-        except (KeyError, TypeError, IndexError):
-            raise refuse("timm", "no input size", "what a run writes there") from None
-        context = Context(record["img_size"], record["num_classes"], channels)
-        family.check(arch, context)
-        _check_classes_and_preprocessing(record["classes"], overlay, context)
-        weights = path.with_suffix(".safetensors")
-        check_sha256(weights, record["sha256"])
-        return SavedModel(path, weights, record, family, arch, context, _run_settings(path))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
-def _check_classes_and_preprocessing(classes: Any, overlay: Any, context: Context) -> None:
-    if not isinstance(classes, list) or len(classes) != context.num_classes:
-        raise refuse("classes", classes, f"a list of {context.num_classes} names")
-    for name, count in {"mean": context.in_chans, "std": context.in_chans, "crop_pct": 0}.items():
-        value = overlay.get(name)
-        values = value if count and isinstance(value, list) else [value]
-        real = all(type(v) in (int, float) and math.isfinite(v) for v in values)
-        if not real or (count and len(values) != count):
-            raise refuse(name, value, f"{count} numbers" if count else "a number")
-    if overlay.get("interpolation") not in ("bicubic", "bilinear", "nearest"):
-        raise refuse("interpolation", overlay.get("interpolation"), "bicubic, bilinear or nearest")
-
-
-def _run_settings(path: Path) -> Mapping[str, Any]:
-    """Read the settings of the run or training that a model belongs to; empty without."""
-    for folder in (path.parent, path.parent.parent):
-        for name in ("run.json", "train.json"):
-            if (folder / name).is_file():
-                data = read_json(folder / name, f"the {name} of a run")
-                return data if isinstance(data, dict) else {}
-    return {}

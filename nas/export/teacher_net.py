@@ -1,4 +1,4 @@
-"""A trained teacher: its values, its net behind the student's inputs, and its logits."""
+"""The net that a teacher is made of; a trained teacher: its values, its net behind the student's inputs, its logits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,88 @@ from torch import nn
 from torch.nn import functional
 
 from nas.core.io import read_json
-from nas.export.load import create_timm_model
-from nas.export.weights import load_into, load_weights, place, weights_digest
+from nas.export.weights import State, load_into, load_weights, place, weights_digest
 from space.errors import refuse
 
 SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class NetSource:
+    """A net to make a teacher of: its timm call, weights and input.
+
+    `state` None means fresh weights, which take the data's classes, mean and std; `num_classes`
+    counts the classes of `state`; `input_size` None means the student's size.
+    """
+
+    model: str
+    kwargs: Mapping[str, Any]
+    state: State | None = None
+    num_classes: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    input_size: int | None = None
+
+
+def net_source(
+    model: str,
+    kwargs: Mapping[str, Any],
+    state: State,
+    classes: int,
+    config: Mapping[str, Any],
+    *,
+    always_resize: bool = True,
+) -> NetSource:
+    """Describe a timm model with weights, by its preprocessing `config`.
+
+    It sees images at the size of `config` if it `always_resize`s or takes only one size, else at the data's.
+    """
+    size = config.get("input_size")
+    fixed = bool(config.get("fixed_input_size"))
+    side = int(size[-1]) if size and (always_resize or fixed) else None
+    mean = tuple(float(v) for v in config.get("mean", (0.485, 0.456, 0.406)))
+    std = tuple(float(v) for v in config.get("std", (0.229, 0.224, 0.225)))
+    # The data may have other classes: `build_teacher_net` sets their number.
+    given = {k: v for k, v in kwargs.items() if k != "num_classes"}
+    return NetSource(model, given, state, classes, mean, std, side)
+
+
+def count_classes(model: str, state: State) -> int:
+    """Return the class count with which a timm model takes a checkpoint. Raises InputError."""
+    narrow, wide = (create_timm_model(model, {}, count).state_dict() for count in (2, 3))
+    for key, tensor in narrow.items():
+        if tensor.shape != wide[key].shape and key in state and state[key].ndim == tensor.ndim:
+            return max(1, int(state[key].shape[0]))
+    raise refuse("--teacher", model, f"weights of timm's {model}", "name its own model")
+
+
+def create_timm_model(model: str, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """Build a timm model with fresh weights; raises InputError for what timm refuses."""
+    import timm
+
+    options: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+    try:
+        net: nn.Module = timm.create_model(model.split(".")[0], pretrained=False, num_classes=num_classes, **options)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        got = f"{model} ({type(error).__name__}: {str(error)[:80]})"
+        raise refuse("--teacher", got, "a model that timm can build", "check its name") from error
+    return net
+
+
+def build_teacher_net(source: NetSource, num_classes: int) -> nn.Module:
+    """Build a net for `num_classes` with the source's weights; another head starts fresh.
+
+    Raises InputError.
+    """
+    net = create_timm_model(source.model, source.kwargs, num_classes)
+    if source.state is None:
+        return net
+    state = source.state
+    if source.num_classes != num_classes:
+        shapes = create_timm_model(source.model, source.kwargs, source.num_classes).state_dict()
+        state = {k: state[k] if k in state and shapes[k].shape == v.shape else v for k, v in net.state_dict().items()}
+    load_into(net, state, name="--teacher")
+    return net
 
 
 @dataclass(frozen=True)

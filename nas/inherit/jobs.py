@@ -118,7 +118,7 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     import numpy as np
     import torch
 
-    from nas.export.load import load_checkpoint
+    from nas.export.load import find_network
     from nas.export.weights import save_weights
     from nas.inherit.importance import rank_units
     from nas.inherit.slice import checkpoint_context, inherit
@@ -128,7 +128,7 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     own = {"img_size": job.img_size, "num_classes": job.num_classes}
     changes = {name: value for name, value in own.items() if value is not None}
     guess = replace(job.guess, **changes)
-    state = load_checkpoint(job.weights, name="--weights")
+    state = find_network(job.weights, "--weights").weights()
     there = checkpoint_context(family, parent, guess, state, name="--weights")
     here = replace(there, **changes)
     ranked = rank_units(family, parent, there, state, job.criterion)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nas.export.load import load_checkpoint
+from nas.export.load import find_network
 from nas.export.weights import State, drop_stale_caches, first_mismatch, save_weights
 from space import Context
 from space.errors import InputError, refuse
@@ -132,11 +132,11 @@ def _class_dims(family: Family, arch: Arch, ctx: Context) -> list[tuple[str, int
 
 
 def load_seed_weights(family: Family, arch: Arch, ctx: Context, source: str, out: Path) -> tuple[Context, str]:
-    """Load a checkpoint (file, folder or timm tag) of `arch` and keep it as `out` (safetensors).
+    """Load weights of `arch` by their name (`nas.export.load`) and keep it as `out` (safetensors).
 
     Returns its context and a note for the user. Raises InputError for weights of another arch.
     """
-    state = load_checkpoint(source, name="--seed-weights")
+    state = find_network(source, "--seed-weights").weights()
     made_in = checkpoint_context(family, arch, ctx, state, name="--seed-weights")
     save_weights(out, state)
     changes = _new_head(made_in, ctx)
@@ -148,13 +148,13 @@ def load_seed_weights(family: Family, arch: Arch, ctx: Context, source: str, out
 def load_initial_weights(
     model: nn.Module, family: Family, arch: Arch, ctx: Context, source: str, *, resize: str, head_map: Path | None
 ) -> str:
-    """Load a checkpoint (file, folder or timm tag) into `model`, in place; returns a note.
+    """Load weights by their name (`nas.export.load`) into `model`, in place; returns a note.
 
     Position tables of another image size are resized by the method `resize` (`Family.resizes`);
     with other classes the head stays fresh, or is mapped by the file `head_map`. Raises InputError
     for weights of another arch.
     """
-    state = load_checkpoint(source, name="--init")
+    state = find_network(source, "--init").weights()
     made_in = checkpoint_context(family, arch, ctx, state, name="--init")
     if head_map is None:
         changes = _new_head(made_in, ctx)

@@ -23,7 +23,7 @@ from nas.data import DataSpec, Split
 from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.data.augment.views import outputs
 from nas.data.prepare import prepared
-from nas.export.load import load_saved_model
+from nas.export.load import find_network
 from nas.export.weights import place
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.distributed import Ranks, world_of
@@ -133,7 +133,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         raise refuse("--evaluate", "several processes", "one", "start it without torchrun")
     if given.data is None:
         raise refuse("--data", "nothing", "the data set to evaluate on")
-    saved = load_saved_model(Path(given.evaluate))
+    saved = find_network(given.evaluate, "--evaluate").saved()
     size = saved.context.img_size
     if given.img_size not in (None, size):
         raise refuse("--img-size", given.img_size, f"the model's own {size}", "leave it out")

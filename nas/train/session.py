@@ -15,7 +15,7 @@ from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, preset_spec
-from nas.export.load import parse_teacher
+from nas.export.load import find_network
 from nas.export.save import write_model
 from nas.export.teacher_net import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata
@@ -174,7 +174,7 @@ class TrainSession:
         if config.teacher is None:
             return None
         info = self._make_teacher(
-            parse_teacher(config.teacher),
+            find_network(config.teacher, "--teacher"),
             self.dataset,
             self._cache,
             # Not the training's own seed, so that several of them have one teacher.

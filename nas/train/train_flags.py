@@ -11,14 +11,14 @@ from typing import Any
 
 from nas.core.cli import Parser, usable_cpus
 from nas.core.config import RunConfig
-from nas.core.io import read_json
 from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
 from nas.data.dataset import EMBEDDED
+from nas.export.load import find_network
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.recipe import CHOICES, PIPELINE, PRESETS, Recipe, changed, find_recipe
 from nas.train.train_config import Machine, TrainConfig, resolve_amp
-from space import REFERENCE_CONTEXT, get_family
-from space.errors import InputError, refuse
+from space import REFERENCE_CONTEXT
+from space.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -94,41 +94,22 @@ def read_flags(argv: Sequence[str] | None, description: str | None = None) -> ar
     return argparse.Namespace(**{**usual, **found, "given": frozenset(found)})
 
 
-def resolve_arch(name: str, family: str | None) -> tuple[str, dict[str, Any], str]:
-    """Find an arch by published name, in a JSON file or in a run: (family, arch, where it is from).
-
-    Raises InputError.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "best.json"
-        name = str(path)
-    if path.suffix == ".json" and path.is_file():
-        saved = read_json(path, "an arch")
-        if family is None and isinstance(saved, dict) and "family" in saved:
-            family = str(saved["family"])
-        name = str(path.resolve())
-    found = get_family(family or RunConfig.family)
-    try:
-        arch = found.seed(name)
-    except InputError as error:
-        raise InputError(str(error).replace("--seed", "--arch")) from None
-    return found.name, found.to_dict(arch), name
-
-
 def make_config(given: argparse.Namespace) -> TrainConfig:
     """Resolve what the flags say. Raises InputError."""
     for flag in ("arch", "data", "out"):
         if getattr(given, flag) is None and not (flag == "out" and given.plan):
             raise refuse(f"--{flag}", "nothing", f"what --help says of --{flag}")
-    family, arch, arch_from = resolve_arch(given.arch, given.family)
-    usual = "published" if "published" in get_family(family).resizes else "own"
-    params = get_family(family).count_params(get_family(family).arch(arch), REFERENCE_CONTEXT)
+    named = find_network(given.arch, "--arch")
+    family, arch = named.arch(given.family or RunConfig.family)
+    if given.family not in (None, family.name):
+        raise refuse("--family", given.family, f"{family.name}, the family of --arch {given.arch}")
+    usual = "published" if "published" in family.resizes else "own"
+    params = family.count_params(arch, REFERENCE_CONTEXT)
     values = {f.name: getattr(given, f.name) for f in settings_of(TrainConfig)}
     return TrainConfig(
-        family=family,
-        arch=arch,
-        arch_from=arch_from,
+        family=family.name,
+        arch=family.to_dict(arch),
+        arch_from=named.origin,
         recipe=_fitted(given, params),
         **values
         | {

@@ -16,7 +16,7 @@ from torch import nn
 
 from nas.core.io import read_json
 from nas.export.hub import export_timm
-from nas.export.load import load_saved_model
+from nas.export.load import HubFolder, find_network
 from space import Context
 from space.errors import refuse
 
@@ -90,9 +90,9 @@ def open_backbone(source: Path, img_size: int | None, scratch: Path) -> Backbone
     `img_size` None is its own. Raises InputError for what is missing or damaged, for an image size
     that it does not take, and for input that is no RGB.
     """
-    folder = source
-    if not ((source / "config.json").is_file() and not (source / "best.json").is_file()):
-        saved = load_saved_model(source)
+    folder, named = source, find_network(source, "MODEL")
+    if not isinstance(named, HubFolder):
+        saved = named.saved()
         if img_size is not None:
             saved.family.check(saved.arch, Context(img_size, saved.context.num_classes, saved.context.in_chans))
         folder = export_timm(saved, scratch / "model")

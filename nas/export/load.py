@@ -321,9 +321,8 @@ def _load_file(path: Path, flag: str) -> State:
     """Load the state dict of safetensors, or of a pickle with tensors only."""
     from nas.export.weights import load_weights
 
-    return _state_dict(
-        load_weights(path, name=flag) if path.suffix == ".safetensors" else _load_pickle(path, flag), flag, path
-    )
+    content = load_weights(path, name=flag) if path.suffix == ".safetensors" else _load_pickle(path, flag)
+    return _state_dict(content, flag, path)
 
 
 def _load_pickle(path: Path, flag: str) -> object:

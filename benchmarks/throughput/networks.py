@@ -96,7 +96,7 @@ def _find(name: str, family: Family) -> list[Net]:
     if named.path.is_dir():
         return _pareto_set(named.path, family)
     path = Path(named.origin)
-    data = read_json(path, "an arch") if isinstance(named, (SavedNetwork, CheckpointFile)) else {}
+    data: Any = read_json(path, "an arch") if isinstance(named, (SavedNetwork, CheckpointFile)) else {}
     if isinstance(data, dict) and isinstance(data.get("finalists"), list):
         own = get_family(data.get("family", family.name))
         return [_inline(own, own.arch(each["arch"])) for each in data["finalists"]]

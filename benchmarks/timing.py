@@ -41,7 +41,7 @@ from nas.core.requirement import Setting
 from nas.core.stats import kendall, resampled
 from nas.measure.device_table import OK, one_fingerprint, read_rows
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.interleave import Bounds, Samples, measure_rounds, planned_looks, settle, timing_result
+from nas.measure.interleave import Bounds, Samples, TimingPlan, measure_rounds, planned_looks, settle, timing_result
 from nas.measure.intervals import median_interval
 from nas.measure.predict import MODELS, held_out, terms_of
 from space import Context, get_family
@@ -84,14 +84,8 @@ def method_ratios(method: str, at: Timers, batch: int) -> dict[str, float]:
         return {name: paces[name] / paces["21M"] for name in names}
     found = {}
     for name in names:
-        measured = measure_rounds(
-            [at[name], at["21M"]],
-            batch=batch,
-            bounds=Bounds(),
-            blocks=BLOCKS,
-            max_blocks=BLOCKS,
-            min_block_s=MIN_BLOCK_S,
-        )
+        plan = TimingPlan(blocks=BLOCKS, max_blocks=BLOCKS, min_block_s=MIN_BLOCK_S)
+        measured = measure_rounds([at[name], at["21M"]], [batch, batch], plan)
         assert measured.ratio is not None
         found[name] = measured.ratio.median
     return found
@@ -229,14 +223,8 @@ def live(sides: Sequence[Any], bound: float, trials: int, given: argparse.Namesp
     found = []
     for _ in range(trials):
         started = time.perf_counter()
-        measured = measure_prepared(
-            sides[0],
-            sides[1],
-            bounds=Bounds(ratio=bound),
-            blocks=given.blocks,
-            max_blocks=given.max_blocks,
-            min_block_s=given.min_block_s,
-        )
+        plan = TimingPlan(given.blocks, given.max_blocks, given.min_block_s, bounds=Bounds(ratio=bound))
+        measured = measure_prepared(sides[0], sides[1], plan)
         assert measured.ratio_lo is not None
         assert measured.ratio_hi is not None
         low, high = measured.ratio_lo >= bound, measured.ratio_hi < bound
@@ -343,7 +331,7 @@ def measure_predictor(given: argparse.Namespace) -> dict[str, Any]:
     metric = "speedup" if relative else "images_per_s"
     paces = np.array([row.measured.interval(metric)[0] for row in rows])
     terms = terms_of(family, archs, ctx)
-    scores = {name: 1.0 / held_out(make, terms, 1.0 / paces) for name, make in MODELS.items()}
+    scores = {name: 1.0 / held_out(fit, terms, 1.0 / paces) for name, fit in MODELS.items()}
     params = np.array([family.count_params(arch, ctx) for arch in archs], dtype=float)
     scores["parameters"] = -params
     scores["MACs"] = -np.array([family.count_macs(arch, ctx) for arch in archs], dtype=float)

@@ -41,7 +41,7 @@ from nas.export.weights import load_weights, read_metadata, weights_bytes
 from nas.inherit.importance import load_order
 from nas.inherit.slice import read_head_map
 from nas.labels import store
-from nas.measure.bundle import _networks
+from nas.measure.bundle import read_networks
 from nas.measure.device_table import DeviceRow, DeviceTable, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Measurement, Throughput
@@ -291,7 +291,7 @@ NETWORK |= {"img_size": 32, "num_classes": 3, "params": 7, "macs": None, "batch"
 PAIR = [{**NETWORK, "reference": True}, {**NETWORK, "reference": False, "arch": "b"}]
 
 
-of_file("bundle", "networks.json", lambda: [json_of({"networks": PAIR})], lambda path: _networks(path.parent))
+of_file("bundle", "networks.json", lambda: [json_of({"networks": PAIR})], lambda path: read_networks(path.parent))
 
 # Labels, teachers, tensors
 

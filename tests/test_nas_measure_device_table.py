@@ -1,7 +1,8 @@
-"""Another device's table: read back exactly, refused when damaged, honest where it predicts."""
+"""Another device's table: read back exactly, refused when damaged, and marked where it predicts."""
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -32,15 +33,14 @@ from nas.measure.device_table import (
 )
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Throughput
-from nas.measure.predict import Additive, Predictor, fit_predictor, held_out, terms_of
+from nas.measure.predict import Predictor, fit_additive, fit_predictor, held_out, terms_of
 from space import Arch, Context, Family, InputError, get_family
 from space.family import Table
 
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=64, num_classes=10)
 SEED = FAMILY.seed("21M")
-NETS = sample(FAMILY, SEED, CTX, 260, band=None, random_seed=5)
-ARCHS: list[Arch] = [net.arch for net in NETS if net.arch is not None]
+ARCHS: list[Arch] = [n.arch for n in sample(FAMILY, SEED, CTX, 260, band=None, random_seed=5) if n.arch is not None]
 DEVICE = Fingerprint(
     device="cpu",
     device_name="Board, 4 cores",
@@ -60,29 +60,29 @@ DEVICE = Fingerprint(
 )
 
 
-def paces(noise: float, seed: int = 0) -> list[float]:
+BOARD = Setting("cpu", "onnxruntime", "float32", 8)
+
+
+def speeds(noise: float, seed: int = 0) -> list[float]:
     """Images/s of a device whose seconds are a sum of positive weights times the cost terms."""
     rng = np.random.default_rng(seed)
     terms = terms_of(FAMILY, ARCHS, CTX)
     shares = rng.dirichlet(np.ones(terms.shape[1]))
     seconds = (terms / np.maximum(terms.mean(axis=0), 1e-12) * shares).sum(axis=1) * 0.02
-    noisy = seconds * np.exp(noise * rng.standard_normal(len(seconds)))
-    found: list[float] = (1.0 / noisy).tolist()
+    found: list[float] = (1.0 / (seconds * np.exp(noise * rng.standard_normal(len(seconds))))).tolist()
     return found
 
 
-BOARD = Setting("cpu", "onnxruntime", "float32", 8)
-
-
-def row(arch: Arch, pace: float, seed_pace: float, setting: Setting = BOARD) -> DeviceRow:
+def row(arch: Arch, speed: float, seed_speed: float, setting: Setting = BOARD) -> DeviceRow:
     on = DEVICE.under(setting, "onnxruntime 1.20.1", CTX.img_size)
+    ratio = speed / seed_speed
     measured = Throughput(
-        images_per_s=pace,
-        images_per_s_lo=0.98 * pace,
-        images_per_s_hi=1.02 * pace,
-        ratio=pace / seed_pace,
-        ratio_lo=0.99 * pace / seed_pace,
-        ratio_hi=1.01 * pace / seed_pace,
+        images_per_s=speed,
+        images_per_s_lo=0.98 * speed,
+        images_per_s_hi=1.02 * speed,
+        ratio=ratio,
+        ratio_lo=0.99 * ratio,
+        ratio_hi=1.01 * ratio,
         coverage=0.97,
         blocks=12,
         passes=3,
@@ -111,16 +111,21 @@ def timed(of: DeviceRow, **changes: Any) -> DeviceRow:
 
 
 def rows_of(noise: float = 0.03, count: int = 60, setting: Setting = BOARD) -> list[DeviceRow]:
-    speed = paces(noise)
+    """Rows of a device's networks, the seed's first."""
+    speed = speeds(noise)
     at = [FAMILY.key(a, CTX) for a in ARCHS].index(FAMILY.key(SEED, CTX))
     chosen = [at, *(i for i in range(len(ARCHS)) if i != at)][:count]
     return [row(ARCHS[i], speed[i], speed[at], setting) for i in chosen]
 
 
+def arch_of(of: DeviceRow) -> Arch:
+    return FAMILY.arch(json.loads(of.spec))
+
+
 @pytest.fixture(autouse=True)
 def additive_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trees take seconds to grow and are not what most of these tests are about."""
-    monkeypatch.setattr(predict, "MODELS", {"additive": Additive})
+    monkeypatch.setattr(predict, "MODELS", {"additive": fit_additive})
 
 
 Write = Callable[[Sequence[DeviceRow]], Path]
@@ -180,20 +185,17 @@ def test_a_row_rebuilds_its_fingerprint_and_setting() -> None:
 
 def damaged(path: Path, **cells: str) -> Path:
     """Write other text into some cells of the first row."""
-    import csv
-
     with path.open(newline="") as file:
         lines = list(csv.reader(file))
     for name, text in cells.items():
         lines[1][lines[0].index(name)] = text
-    made = path.with_name("damaged.csv")
-    with made.open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(lines)
-    return made
+    return path
 
 
 @pytest.mark.parametrize(
-    ("cells", "says"),
+    ("cells", "word"),
     [
         ({"images_per_s": "fast"}, "images_per_s: got fast"),
         ({"images_per_s": ""}, "images_per_s"),
@@ -219,44 +221,32 @@ def damaged(path: Path, **cells: str) -> Path:
         ({"device": "tpu"}, "line 2"),
     ],
 )
-def test_damaged_cells_are_refused_naming_the_line(cells: dict[str, str], says: str, write: Write) -> None:
+def test_damaged_cells_are_refused_naming_the_line(cells: dict[str, str], word: str, write: Write) -> None:
     path = damaged(write([row(SEED, 12.5, 12.5)]), **cells)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="line 2") as caught:
         read_rows(path, "--device-table")
-    line = str(caught.value)
-    assert "\n" not in line
-    assert "line 2" in line
-    assert says in line
+    assert "\n" not in str(caught.value)
+    assert word in str(caught.value)
+
+
+HEADER = ",".join(COLUMNS).encode()
 
 
 @pytest.mark.parametrize(
-    "text",
+    "data",
     [
-        "",
-        "\n",
-        "arch,images_per_s\n",
-        "a" * 300_000,
-        "\x00\x01",
-        ",".join(COLUMNS[:-1]) + "\n",
-        ",".join(COLUMNS) + "\n1,2,3\n",
-        ",".join(COLUMNS) + "\n" + '"' + "x" * 300_000 + "\n",
+        *(b"", b"\n", b"arch,images_per_s\n", b"a" * 300_000, b"\x00\x01", b"\xff\xfe\xe9", None),
+        *(HEADER.rpartition(b",")[0] + b"\n", HEADER + b"\n1,2,3\n", HEADER + b'\n"' + b"x" * 300_000 + b"\n"),
     ],
 )
-def test_another_file_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_another_file_or_none_is_refused_in_one_line(data: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "other.csv"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(InputError, match="--device-table") as caught:
         read_rows(path, "--device-table")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 1000
-
-
-def test_no_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "latin.csv").write_bytes(b"\xff\xfe\xe9")
-    for path in (tmp_path, tmp_path / "none.csv", tmp_path / "latin.csv"):
-        with pytest.raises(InputError, match="--device-table") as caught:
-            read_rows(path, "--device-table")
-        assert "\n" not in str(caught.value)
 
 
 def test_failed_rows_need_no_numbers(write: Write) -> None:
@@ -269,45 +259,39 @@ def test_failed_rows_need_no_numbers(write: Write) -> None:
 # The table of a device.
 
 
-def test_measured_networks_are_told_as_measured(write: Write) -> None:
-    """Own numbers, the ratio to the seed from their own blocks, and no guess."""
+def test_measured_networks_are_as_measured(write: Write) -> None:
+    """Own numbers, the ratio to the seed from their own blocks, and no prediction."""
     rows = rows_of()
     found = table(write(rows))
     assert found.setting == rows[0].setting
     for one in rows:
-        arch = FAMILY.arch(json.loads(one.spec))
-        assert found.exact(arch)
-        told = found.measurement(arch)
-        assert told.interval("images_per_s") == one.measured.interval("images_per_s")
-        if one is not rows[0]:
-            assert told.interval("speedup") == one.measured.interval("speedup")
-        assert told.coverage == one.measured.coverage
-        assert told.fingerprint == found.fingerprint
-        assert "predicted" not in told.done
-    assert found.measurement(SEED).interval("speedup") == (1.0, 1.0, 1.0)
+        assert found.exact(arch_of(one))
+        measured = found.measurement(arch_of(one))
+        assert measured.interval("images_per_s") == one.measured.interval("images_per_s")
+        wanted = (1.0, 1.0, 1.0) if one is rows[0] else one.measured.interval("speedup")
+        assert measured.interval("speedup") == wanted
+        assert (measured.coverage, measured.fingerprint) == (one.measured.coverage, found.fingerprint)
+        assert "predicted" not in measured.done
     assert any("Board, 4 cores" in line for line in found.describe())
 
 
 def test_the_last_row_of_a_network_counts(write: Write) -> None:
     rows = rows_of()
-    again = row(ARCHS[40], 77.0, rows[0].measured.images_per_s)
-    found = table(write(rows), write([again]))
+    found = table(write(rows), write([row(ARCHS[40], 77.0, rows[0].measured.images_per_s)]))
     assert found.measurement(ARCHS[40]).images_per_s == 77.0
 
 
 def test_predictions_enclose_nets_that_were_not_measured(write: Write) -> None:
-    """About 95 % of held-out networks lie inside; all say that they are guesses."""
+    """About 95 % of held-out networks lie inside; all are marked as predictions."""
     rows = rows_of(noise=0.03, count=260)
     found = table(write(rows[:110]))
     inside = ratios = 0
     for one in rows[110:]:
-        arch = FAMILY.arch(json.loads(one.spec))
-        assert not found.exact(arch)
-        told = found.measurement(arch)
-        assert told.done == "predicted (additive)"
-        assert told.coverage == 0.95
-        inside += told.images_per_s_lo <= one.measured.images_per_s <= told.images_per_s_hi
-        _, lo, hi = told.interval("speedup")
+        assert not found.exact(arch_of(one))
+        guess = found.measurement(arch_of(one))
+        assert (guess.done, guess.coverage) == ("predicted (additive)", 0.95)
+        inside += guess.images_per_s_lo <= one.measured.images_per_s <= guess.images_per_s_hi
+        _, lo, hi = guess.interval("speedup")
         ratios += lo <= (one.measured.ratio or 0) <= hi
     assert 0.89 <= inside / 150 <= 1.0
     assert 0.89 <= ratios / 150 <= 1.0
@@ -322,86 +306,76 @@ def test_intervals_are_as_wide_as_the_noise(write: Write) -> None:
 
 def test_finalists_count_for_final_questions_only(write: Write) -> None:
     rows = rows_of()
-    found = table(write(rows))
-    unseen = ARCHS[-1]
-    measured = row(unseen, 123.0, rows[0].measured.images_per_s)
-    better = row(ARCHS[20], 55.0, rows[0].measured.images_per_s)
+    found, unseen, base = table(write(rows)), ARCHS[-1], rows[0].measured.images_per_s
     before = found.measurement(unseen), found.measurement(ARCHS[20])
-    found.add_finalists([measured, better], "--final")
+    found.add_finalists([row(unseen, 123.0, base), row(ARCHS[20], 55.0, base)], "--final")
     assert (found.measurement(unseen), found.measurement(ARCHS[20])) == before
-    assert not found.exact(unseen)
-    assert found.exact(unseen, final=True)
-    assert found.measurement(unseen, final=True).images_per_s == 123.0
-    assert found.measurement(ARCHS[20], final=True).images_per_s == 55.0
-    other = row(unseen, 1.0, 1.0, Setting("cpu", "onnxruntime", "float32", 4))
+    assert (found.exact(unseen), found.exact(unseen, final=True)) == (False, True)
+    assert [found.measurement(a, final=True).images_per_s for a in (unseen, ARCHS[20])] == [123.0, 55.0]
     with pytest.raises(InputError, match="fingerprint"):
-        found.add_finalists([other], "--final")
+        found.add_finalists([row(unseen, 1.0, 1.0, replace(BOARD, batch=4))], "--final")
 
 
-def test_refused_tables(write: Write) -> None:
-    """Another family, resolution, class count, setting; no seed; too few; a wrong key."""
-    rows, batch = rows_of(), Setting("cpu", "onnxruntime", "float32", 4)
-    size = fingerprint_columns(replace(fingerprint_of(rows[0]), img_size=96))
-    cases: list[tuple[list[DeviceRow], str]] = [
-        ([replace(r, family="other") for r in rows], "other"),
-        ([replace(r, img_size=96, **size) for r in rows], "96 px"),
-        ([replace(r, num_classes=1000) for r in rows], "1000 classes"),
-        ([*rows, row(ARCHS[-1], 9.0, 9.0, batch)], "2 fingerprints"),
-        (rows[1:], "without the seed"),
-        (rows[:10], "10 measured networks"),
-        ([replace(r, key="d1") for r in rows], "key d1"),
-        ([replace(r, spec="", family="timm") for r in rows], "without a measured"),
-        ([replace(r, state=FAILED) for r in rows], "without a measured"),
-        ([], "without a measured"),
-    ]
-    for bad, says in cases:
-        with pytest.raises(InputError, match=says) as caught:
-            table(write(bad))
-        assert "\n" not in str(caught.value)
+Rows = list[DeviceRow]
 
 
-def test_an_arch_that_does_not_build_is_refused(write: Write) -> None:
-    rows = rows_of()
-    broken = replace(rows[3], spec='{"embed_dims":[1,2]}')
-    with pytest.raises(InputError) as caught:
-        table(write([*rows, broken]))
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda rows: [replace(r, family="other") for r in rows], "other"),
+        (
+            lambda rows: [
+                replace(r, img_size=96, **fingerprint_columns(replace(fingerprint_of(r), img_size=96))) for r in rows
+            ],
+            "96 px",
+        ),
+        (lambda rows: [replace(r, num_classes=1000) for r in rows], "1000 classes"),
+        (lambda rows: [*rows, row(ARCHS[-1], 9.0, 9.0, replace(BOARD, batch=4))], "2 fingerprints"),
+        (lambda rows: rows[1:], "without the seed"),
+        (lambda rows: rows[:10], "10 measured networks"),
+        (lambda rows: [replace(r, key="d1") for r in rows], "key d1"),
+        (lambda rows: [replace(r, spec="", family="timm") for r in rows], "without a measured"),
+        (lambda rows: [replace(r, state=FAILED) for r in rows], "without a measured"),
+        (lambda rows: [], "without a measured"),
+        (lambda rows: [*rows, replace(rows[3], spec='{"embed_dims":[1,2]}')], "arch: got no"),
+    ],
+)
+def test_refused_tables(change: Callable[[Rows], Rows], word: str, write: Write) -> None:
+    """Another family, resolution, class count, setting; no seed; too few; a wrong key; an arch that does not build."""
+    with pytest.raises(InputError, match=word) as caught:
+        table(write(change(rows_of())))
     assert "\n" not in str(caught.value)
 
 
-def test_rows_beside_several_references_are_compared_by_their_pace(write: Write) -> None:
-    """A ratio to something else than the seed's own reference says nothing about the seed."""
+def test_rows_beside_several_references_are_compared_by_images_per_s(write: Write) -> None:
+    """A ratio to something else than the seed's own reference is none to the seed."""
     rows = rows_of()
-    pace = rows[0].measured.images_per_s
     alone = replace(timed(rows[0], ratio=None, ratio_lo=None, ratio_hi=None), reference="")
     beside = timed(rows[5], ratio=40.0, ratio_lo=39.0, ratio_hi=41.0)
     beside = replace(beside, reference="5M@cpu:x:float32:b8")
     for several in ([alone, *rows[1:]], [*rows[:5], beside, *rows[6:]]):
         found = table(write(several))
-        told = found.measurement(FAMILY.arch(json.loads(rows[5].spec)))
-        assert told.ratio == pytest.approx(rows[5].measured.images_per_s / pace)
-        assert told.ratio_lo is not None
-        assert told.ratio_lo < told.ratio
+        ratio, lo, _ = found.measurement(arch_of(rows[5])).interval("speedup")
+        assert ratio == pytest.approx(rows[5].measured.images_per_s / rows[0].measured.images_per_s)
+        assert lo < ratio
         assert found.predictor.error < 0.3, "the predictor learns one scale"
 
 
 def test_latency_at_batch_1_comes_along(write: Write) -> None:
-    one = Setting("cpu", "onnxruntime", "float32", 1)
-    rows = rows_of(setting=one)
+    rows = rows_of(setting=replace(BOARD, batch=1))
     known = timed(rows[4], latency_ms_p50=5.0, latency_ms_p50_lo=4.0, latency_ms_p50_hi=6.0)
     found = table(write([*rows[:4], known, *rows[5:]]))
-    told = found.measurement(FAMILY.arch(json.loads(known.spec)))
-    assert told.interval("latency_ms") == (5.0, 4.0, 6.0)
+    assert found.measurement(arch_of(known)).interval("latency_ms") == (5.0, 4.0, 6.0)
     guess = found.measurement(ARCHS[-1])
-    assert guess.interval("latency_ms") == pytest.approx(
-        (1e3 / guess.images_per_s, 1e3 / guess.images_per_s_hi, 1e3 / guess.images_per_s_lo)
-    )
+    wanted = [1e3 / v for v in (guess.images_per_s, guess.images_per_s_hi, guess.images_per_s_lo)]
+    assert guess.interval("latency_ms") == pytest.approx(wanted)
 
 
 # Prediction and what it is made of.
 
 
-def predictor(noise: float, **kwargs: Any) -> Predictor:
-    return fit_predictor(FAMILY, CTX, ARCHS[:120], paces(noise, **kwargs)[:120])
+def predictor(noise: float, count: int = 120, seed: int = 0) -> Predictor:
+    return fit_predictor(FAMILY, CTX, ARCHS[:count], speeds(noise, seed)[:count])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -409,47 +383,37 @@ def test_an_additive_device_is_recovered(seed: int) -> None:
     """Seconds that are a sum of parts rank held-out networks right: tau above 0.98."""
     from scipy.stats import kendalltau
 
-    truth = paces(0.0, seed=seed)
-    found = predictor(0.0, seed=seed).predict(ARCHS[120:])
-    tau = kendalltau(truth[120:], [p.images_per_s for p in found]).statistic
-    assert tau > 0.98
+    fitted = predictor(0.0, seed=seed)
+    found = fitted.predict(ARCHS[120:])
+    assert kendalltau(speeds(0.0, seed)[120:], [p.images_per_s for p in found]).statistic > 0.98
     assert all(p.lo <= p.images_per_s <= p.hi for p in found)
-    assert predictor(0.0, seed=seed).median_error < 0.02
+    assert fitted.median_error < 0.02
 
 
 def test_held_out_errors_are_those_of_nets_not_seen() -> None:
-    """A model that remembers is not let off: every network is predicted without itself."""
+    """Every network is predicted without itself, so a model that remembers gains nothing."""
 
-    class Memory:
-        def fit(self, terms: Any, seconds: Any) -> None:
-            self.seen = {tuple(t): s for t, s in zip(terms.tolist(), seconds, strict=True)}
+    def memory(terms: Any, seconds: Any) -> predict.Model:
+        seen = {tuple(t) for t in terms.tolist()}
+        return lambda of: np.array([1.0 if tuple(t) in seen else -1.0 for t in of.tolist()])
 
-        def predict(self, terms: Any) -> Any:
-            return np.array([self.seen.get(tuple(t), -1.0) for t in terms.tolist()])
-
-    terms = terms_of(FAMILY, ARCHS[:30], CTX)
-    assert (held_out(Memory, terms, np.ones(30)) == -1.0).all()
+    assert (held_out(memory, terms_of(FAMILY, ARCHS[:30], CTX), np.ones(30)) == -1.0).all()
 
 
 def test_the_model_of_least_held_out_error_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Constant:
-        def fit(self, terms: Any, seconds: Any) -> None:
-            self.middle = float(np.median(seconds))
+    def constant(terms: Any, seconds: Any) -> predict.Model:
+        return lambda of: np.full(len(of), np.median(seconds))
 
-        def predict(self, terms: Any) -> Any:
-            return np.full(len(terms), self.middle)
-
-    monkeypatch.setattr(predict, "MODELS", {"constant": Constant, "additive": Additive})
+    monkeypatch.setattr(predict, "MODELS", {"constant": constant, "additive": fit_additive})
     found = predictor(0.02)
     assert found.name == "additive"
     assert found.scores["additive"] < found.scores["constant"]
 
 
 def test_trees_are_tried_too_and_draw_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "MODELS", {"boosted": predict.Boosted})
+    monkeypatch.setattr(predict, "MODELS", {"boosted": predict.fit_boosted})
     monkeypatch.setattr(predict, "FOLDS", 2)
-    speeds = paces(0.02)[:40]
-    first, second = (fit_predictor(FAMILY, CTX, ARCHS[:40], speeds) for _ in range(2))
+    first, second = (predictor(0.02, 40) for _ in range(2))
     assert first.errors == second.errors
     assert first.median_error < 0.5
 
@@ -475,16 +439,11 @@ def test_cost_terms_have_the_shape_of_counts() -> None:
     for i, arch in enumerate(ARCHS[:7]):
         alone = FAMILY.cost_terms_many(FAMILY.table([arch]), CTX)
         assert {n: v[0] for n, v in alone.items()} == {n: v[i] for n, v in terms.items()}
-    vectors = ("embed_dims", "depths", "window_sizes")
     grid: Table = {}
     for axis, (name, column) in enumerate(FAMILY.table(ARCHS[:3]).items()):
-        shape = [1] * 6
-        shape[axis] = 3
-        grid[name] = column.reshape(*shape, *column.shape[1:])
-        assert (name in vectors) == (column.ndim == 2)
+        grid[name] = column.reshape(*(3 if axis == k else 1 for k in range(6)), *column.shape[1:])
     open_terms = FAMILY.cost_terms_many(grid, CTX)
-    wanted = FAMILY.count_macs_many(grid, CTX).shape
-    assert {v.shape for v in open_terms.values()} == {wanted} == {(3,) * 6}
+    assert {v.shape for v in open_terms.values()} == {FAMILY.count_macs_many(grid, CTX).shape} == {(3,) * 6}
 
 
 def test_a_family_without_parts_gives_counts() -> None:

@@ -1,4 +1,4 @@
-"""A fingerprint is identity, conditions are not; what disturbs is told."""
+"""A fingerprint is identity, conditions are not; what disturbs is recorded."""
 
 from __future__ import annotations
 
@@ -23,32 +23,23 @@ UNDER = ("runtime", "runtime_version", "dtype", "batch", "img_size")
 SETTING = Setting("cpu", "onnxruntime", "float32", 16)
 
 
-def test_fingerprint_is_identity_without_conditions() -> None:
-    here = take_fingerprint("cpu", threads=2)
-    assert take_fingerprint("cpu", threads=2) == here
-    assert take_fingerprint("cpu", threads=2).id == here.id
-    assert take_fingerprint("cpu", threads=3).id != here.id
-    assert here.torch == torch.__version__
-    assert Fingerprint.from_dict(here.to_dict()) == here
-    assert here.device_name in here.describe()
-    assert "\n" not in here.describe()
-    with pytest.raises(InputError):
-        Fingerprint.from_dict({**here.to_dict(), "id": "0" * 12})
-    with pytest.raises(InputError):
-        Fingerprint.from_dict({"id": "x"})
-
-
 def test_every_field_is_identity() -> None:
     """Another value in any one field, the setting's own included, is another fingerprint."""
-    here = take_fingerprint("cpu", threads=2).under(SETTING, "onnxruntime 1.20", 224)
-    assert dataclasses.replace(here, **dict.fromkeys(UNDER)) == take_fingerprint("cpu", threads=2)
-    assert Fingerprint.from_dict(here.to_dict()) == here
+    device = take_fingerprint("cpu", threads=2)
+    here = device.under(SETTING, "onnxruntime 1.20", 224)
+    assert take_fingerprint("cpu", threads=2) == device == dataclasses.replace(here, **dict.fromkeys(UNDER))
+    assert device.torch == torch.__version__
+    assert device.device_name in device.describe()
     ids = {here.id}
     for field in dataclasses.fields(here):
         value = getattr(here, field.name)
         other = value + 1 if isinstance(value, int | float) else f"other {value}"
         ids.add(dataclasses.replace(here, **{field.name: other}).id)
     assert len(ids) == 1 + len(dataclasses.fields(here))
+    assert Fingerprint.from_dict(here.to_dict()) == here
+    for bad in ({**here.to_dict(), "id": "0" * 12}, {"id": "x"}):
+        with pytest.raises(InputError):
+            Fingerprint.from_dict(bad)
 
 
 def test_momentary_things_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +64,7 @@ def test_momentary_things_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert conditions().load == 99.0
 
 
-def test_conditions_tell_the_moment() -> None:
+def test_conditions_are_of_the_moment() -> None:
     now = conditions()
     assert isinstance(now, Conditions)
     assert now.when.endswith("+00:00")
@@ -90,12 +81,12 @@ def test_an_absent_device_is_refused() -> None:
         assert "\n" not in str(caught.value)
 
 
-class Counted:
-    """Counters of the kernel as they are set, one after the other."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *read: watch._Counters | None) -> None:
-        self.left = list(read)
-        monkeypatch.setattr(watch, "_counters", lambda: self.left.pop(0))
+def scripted(monkeypatch: pytest.MonkeyPatch, *read: watch._Counters | None, moments: Any = None) -> Watch:
+    """A watch whose reads give these counters of the kernel and these conditions, one after the other."""
+    left, moments = list(read), list(moments or [Conditions(0.0, "now")] * 2)
+    monkeypatch.setattr(watch, "_counters", lambda: left.pop(0))
+    monkeypatch.setattr(watch, "conditions", lambda device: moments.pop(0))
+    return Watch("cuda")
 
 
 @pytest.mark.parametrize(
@@ -106,12 +97,8 @@ def test_waited_is_the_share_of_wanted_time(
     ran: float, waited: float, throttled: float, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting for a core and a quota's stops count over the time that our threads wanted."""
-    monkeypatch.setattr(watch, "conditions", lambda device: Conditions(0.0, "now"))
-    start = watch._Counters(5.0, 7.0, 1.0, 0.0)
     end = watch._Counters(5.0 + ran, 7.0 + waited, 1.0 + throttled, 0.0)
-    counted = Counted(monkeypatch, start, end)
-    found = Watch().read()
-    assert counted.left == []
+    found = scripted(monkeypatch, watch._Counters(5.0, 7.0, 1.0, 0.0), end).read()
     assert found.waited == pytest.approx(share, abs=1e-4)
     assert bool(found.text) == (share > watch.CONTENDED)
 
@@ -121,25 +108,18 @@ def test_time_that_the_host_steals_is_waited_for(monkeypatch: pytest.MonkeyPatch
     clock = [100.0]
     monkeypatch.setattr(watch.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(watch.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(watch, "conditions", lambda device: Conditions(0.0, "now"))
-    Counted(monkeypatch, watch._Counters(0.0, 0.0, 0.0, 3.0), watch._Counters(4.0, 0.0, 0.0, 7.0))
-    watching = Watch()
+    started = scripted(monkeypatch, watch._Counters(0.0, 0.0, 0.0, 3.0), watch._Counters(4.0, 0.0, 0.0, 7.0))
     clock[0] += 4.0
-    assert watching.read().waited == pytest.approx(0.5)
+    assert started.read().waited == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("read", [(None, None), (watch._Counters(1, 1, 0, 0),) * 2])
-def test_a_kernel_that_does_not_tell_gives_none(
-    read: tuple[watch._Counters | None, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watch, "conditions", lambda device: Conditions(0.0, "now"))
-    Counted(monkeypatch, *read)
-    found = Watch().read()
-    assert found == watch.Disturbance(None, "")
+@pytest.mark.parametrize("read", [None, watch._Counters(1, 1, 0, 0)])
+def test_a_kernel_without_counters_gives_none(read: watch._Counters | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scripted(monkeypatch, read, read).read() == watch.Disturbance(None, "")
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "says"),
+    ("before", "after", "words"),
     [
         (Conditions(0, "", 2000.0), Conditions(0, "", 2100.0), ""),
         (Conditions(0, "", 2000.0), Conditions(0, "", 1500.0), "clock"),
@@ -148,21 +128,18 @@ def test_a_kernel_that_does_not_tell_gives_none(
         (Conditions(0, "", 2000.0, 1), Conditions(0, "", 1000.0, 0), "; 1 other process"),
     ],
 )
-def test_clocks_and_other_processes_are_told(
-    before: Conditions, after: Conditions, says: str, monkeypatch: pytest.MonkeyPatch
+def test_clocks_and_other_processes_are_described(
+    before: Conditions, after: Conditions, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moments = [before, after]
-    monkeypatch.setattr(watch, "conditions", lambda device: moments.pop(0))
-    Counted(monkeypatch, None, None)
-    found = Watch("cuda").read()
-    assert says in found.text
-    assert bool(says) == bool(found.text)
+    found = scripted(monkeypatch, None, None, moments=[before, after]).read()
+    assert words in found.text
+    assert bool(words) == bool(found.text)
 
 
 def test_a_spinning_neighbour_on_our_core_is_seen() -> None:
     """Two processes on one core: each waits about half of the time."""
     if watch._counters() is None or not hasattr(os, "sched_setaffinity"):
-        pytest.skip("the kernel does not tell")
+        pytest.skip("the kernel has no counters")
     code = (
         "import os, subprocess, sys, time\n"
         "core = max(os.sched_getaffinity(0)); os.sched_setaffinity(0, {core})\n"
@@ -175,8 +152,8 @@ def test_a_spinning_neighbour_on_our_core_is_seen() -> None:
         "finally:\n"
         "    other.kill()\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert 0.2 < float(told.stdout) <= 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert 0.2 < float(done.stdout) <= 1.0
 
 
 SMI = """#!/bin/sh
@@ -200,16 +177,16 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     script.chmod(0o755)
     log = tmp_path / "log"
     log.touch()
-    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SMI_LOG", str(log))
-    monkeypatch.setenv("SMI_CLOCK", "1755")
-    monkeypatch.setenv("SMI_PIDS", "")
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+    for name, value in {"PATH": path, "SMI_LOG": str(log), "SMI_CLOCK": "1755", "SMI_PIDS": ""}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    watch.gpu_driver.cache_clear()
-    watch.gpu_nominal_mhz.cache_clear()
+    cached = (watch.gpu_driver, watch.gpu_nominal_mhz)
+    for each in cached:
+        each.cache_clear()
     yield log
-    watch.gpu_driver.cache_clear()
-    watch.gpu_nominal_mhz.cache_clear()
+    for each in cached:
+        each.cache_clear()
 
 
 def test_the_drivers_tool_is_read(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,10 +243,7 @@ def test_values_import_without_torch() -> None:
     """What the driver imports must not load torch."""
     code = (
         "import sys; import nas.measure.measurement_table, nas.measure.fingerprint, "
-        "nas.measure.measurement, "
-        "nas.measure.interleave, nas.measure.interference, nas.measure.device_table, "
-        "nas.measure.device_table, "
-        "nas.measure.measurement_table, nas.measure.bundle, nas.measure.runtimes, "
+        "nas.measure.interference, nas.measure.device_table, nas.measure.bundle, nas.measure.jobs, "
         "nas.core.requirement, "
         "nas.report, nas.report.charts, nas.report.figure, benchmarks.pareto; "
         "from nas.measure.fingerprint import take_fingerprint; take_fingerprint('cpu', threads=1); "

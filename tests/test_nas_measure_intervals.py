@@ -1,4 +1,4 @@
-"""Intervals keep their word: over distributions, quantiles, several looks, and drift."""
+"""Intervals cover as stated: over distributions, quantiles, several looks, and drift."""
 
 from __future__ import annotations
 
@@ -12,31 +12,27 @@ from hypothesis import strategies as st
 from nas.measure.interleave import planned_looks
 from nas.measure.intervals import MIN_BLOCKS, effective_count, median_interval, quantile, quantile_interval, verdict
 
-LAW = settings(derandomize=True, deadline=None)
+LAW = settings(derandomize=True, deadline=None, max_examples=60)
 VALUES = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=60)
 QUANTILES = st.sampled_from([0.5, 0.9, 0.99])
 
 
-def test_interval_coverage_by_simulation() -> None:
+@pytest.mark.parametrize("n", [MIN_BLOCKS, 7, 12, 25, 48])
+def test_interval_coverage_by_simulation(n: int) -> None:
     """The stated coverage is the true one, whatever the distribution; 6 blocks reach 95 %."""
-    rng = random.Random(0)
-    for n in (MIN_BLOCKS, 7, 12, 25, 48):
-        stated = median_interval(range(n)).coverage
-        assert stated >= 0.95
-        hits = 0
-        for _ in range(2000):
-            found = median_interval([rng.lognormvariate(0, 1.5) for _ in range(n)])
-            hits += found.lo <= 1.0 <= found.hi
-        assert hits / 2000 == pytest.approx(stated, abs=0.02)
+    rng = random.Random(n)
+    stated = median_interval(range(n)).coverage
+    assert stated >= 0.95
+    found = [median_interval([rng.lognormvariate(0, 1.5) for _ in range(n)]) for _ in range(2000)]
+    assert np.mean([f.lo <= 1.0 <= f.hi for f in found]) == pytest.approx(stated, abs=0.02)
 
 
 def test_fewer_blocks_state_the_coverage_that_extremes_have() -> None:
-    for n in range(1, MIN_BLOCKS):
+    for n in range(1, MIN_BLOCKS + 1):
         assert median_interval(range(n)).coverage == pytest.approx(1 - 2 * 0.5**n)
-    assert median_interval(range(MIN_BLOCKS)).coverage == pytest.approx(0.96875)
 
 
-@pytest.mark.parametrize("n", [12, 30, 60, 120, 400])
+@pytest.mark.parametrize("n", [12, 30, 60, 400])
 @pytest.mark.parametrize("q", [0.5, 0.9])
 def test_ranks_are_those_of_the_binomial(n: int, q: float) -> None:
     """Order statistics i and j enclose with P(i <= Bin(n, q) < j); scipy gives the same ranks."""
@@ -119,34 +115,22 @@ def test_independent_values_are_worth_nearly_their_number() -> None:
     assert effective_count([float(i) for i in range(48)]) < 6, "a trend is one long drift"
 
 
-@given(VALUES, QUANTILES, st.booleans())
+@given(VALUES, QUANTILES, st.booleans(), st.randoms(use_true_random=False))
 @LAW
-def test_never_wider_than_the_sample(values: list[float], q: float, drift: bool) -> None:
-    found = quantile_interval(values, q, drift=drift)
-    assert min(values) <= found.lo <= found.hi <= max(values)
+def test_an_interval_is_of_the_sample_and_drift_only_widens_it(
+    values: list[float], q: float, drift: bool, rng: random.Random
+) -> None:
+    found, calm = quantile_interval(values, q, drift=drift), quantile_interval(values, q)
+    assert min(values) <= found.lo <= calm.lo <= calm.hi <= found.hi <= max(values)
     assert min(values) <= found.median <= max(values)
-    assert found.lo in values
-    assert found.hi in values
+    assert {found.lo, found.hi} <= set(values)
     assert 0.0 <= found.coverage <= 1.0
     assert 0.0 < found.count <= len(values)
-
-
-@given(VALUES, st.randoms(use_true_random=False))
-@LAW
-def test_interval_orders_and_ignores_order(values: list[float], rng: random.Random) -> None:
-    found = median_interval(values)
-    assert min(values) <= found.lo <= found.median <= found.hi <= max(values)
     shuffled = list(values)
     rng.shuffle(shuffled)
-    assert median_interval(shuffled) == found
-
-
-@given(VALUES, QUANTILES)
-@LAW
-def test_drift_only_widens(values: list[float], q: float) -> None:
-    calm, drifting = quantile_interval(values, q), quantile_interval(values, q, drift=True)
-    assert drifting.lo <= calm.lo
-    assert drifting.hi >= calm.hi
+    assert quantile_interval(shuffled, q) == calm
+    middle = median_interval(values)
+    assert middle.lo <= middle.median <= middle.hi
 
 
 @given(VALUES, st.floats(0.5, 0.95), st.floats(0.95, 0.9999))

@@ -1,4 +1,4 @@
-"""Timing leaves everything as it was, says what it measured, and refuses what it cannot."""
+"""Timing leaves everything as it was, records what it measured, and refuses what it cannot."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from torch import nn
 from nas.core.requirement import Setting
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import Disturbance
+from nas.measure.interleave import TimingPlan
 from nas.measure.throughput import difference, measure, measure_prepared, prepare, private_copy
 from space import Context, InputError, get_family
 
 CTX = Context(img_size=16, num_classes=4)
 SMALL = Context(img_size=32, num_classes=4)
-QUICK: dict[str, Any] = {"ctx": CTX, "blocks": 6, "max_blocks": 12, "min_block_s": 0.0005}
-
-
-def conv(width: int = 4) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Dropout())
+QUICK = TimingPlan(6, 12, 0.0005)
 
 
 def tiny_vit() -> nn.Module:
@@ -50,84 +47,79 @@ class Sleepy(nn.Module):
         return x
 
 
-class Calm:
-    """A watch that sees nothing."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-
-    def read(self) -> Disturbance:
-        return Disturbance(0.0, "")
-
-
 @pytest.fixture
-def fake_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Time passes only in `Sleepy`; both places that read a clock read this one."""
+def sleepy(monkeypatch: pytest.MonkeyPatch) -> Sleepy:
+    """A network whose pass takes a millisecond; time passes in it only."""
     clock = [0.0]
 
     class Time:
-        @staticmethod
-        def perf_counter() -> float:
-            return clock[0]
+        perf_counter = staticmethod(lambda: clock[0])
+
+    class Calm:
+        def __init__(self, device: str) -> None: ...
+
+        def read(self) -> Disturbance:
+            return Disturbance(0.0, "")
 
     monkeypatch.setattr("nas.measure.runtimes.eager.time", Time)
     monkeypatch.setattr("nas.measure.interleave.time", Time)
     monkeypatch.setattr("nas.measure.interleave.Watch", Calm)
-    return clock
+    return Sleepy(0.001, clock)
 
 
-def test_several_passes_fill_a_block(fake_clock: list[float]) -> None:
-    model = Sleepy(0.001, fake_clock)
-    found = measure(model, ctx=CTX, setting=Setting(batch=8), blocks=6, min_block_s=0.06)
+def test_several_passes_fill_a_block(sleepy: Sleepy) -> None:
+    found = measure(sleepy, ctx=CTX, setting=Setting(batch=8), plan=TimingPlan(6))
     assert found.passes == pytest.approx(60, abs=1)
     assert found.images_per_s == pytest.approx(8 / 0.001, rel=0.05)
     assert found.latency_ms_p50 == pytest.approx(1.0, rel=0.05)
-    assert found.ratio is None
-    assert found.reference_images_per_s is None
+    assert (found.ratio, found.reference_images_per_s) == (None, None)
 
 
-def test_caller_is_left_as_it_was() -> None:
+def test_networks_of_several_settings_alternate(sleepy: Sleepy) -> None:
+    """A reference in another batch: images/s count its own images."""
+    nets = [prepare(sleepy, ctx=CTX, setting=Setting(batch=b)) for b in (4, 1)]
+    found = measure_prepared(nets[0], nets[1], TimingPlan(6, 6, 0.001, min_passes=3))
+    assert found.batch == 4
+    assert found.passes >= 3
+    assert found.ratio == pytest.approx(4.0, rel=0.01)
+    assert found.reference_images_per_s == pytest.approx(1000.0, rel=0.01)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_caller_is_left_as_it_was(training: bool) -> None:
     """Mode, weights, gradients, hooks, caches, threads and random state survive a timing."""
-    for training in (True, False):
-        model = tiny_vit()
-        model.train(training)
-        before = copy.deepcopy(model.state_dict())
-        if not training:
-            model(torch.zeros(2, 3, 32, 32))  # fills the caches, with gradients: the deepcopy trap
-        caches = cache_ids(model)
-        assert bool(caches) != training
-        state = torch.get_rng_state()
-        torch.set_num_threads(threads := 2)
-        found = measure(model, model, ctx=SMALL, setting=Setting(batch=2), blocks=6, min_block_s=0.001, threads=1)
-        assert found.threads == 1
-        assert torch.get_num_threads() == threads
-        torch.set_num_threads(1)
-        assert torch.equal(torch.get_rng_state(), state)
-        assert all(m.training == training for m in model.modules())
-        assert all(p.requires_grad and p.grad is None for p in model.parameters())
-        after = model.state_dict()
-        assert all(torch.equal(before[key], after[key]) for key in before)
-        assert caches == cache_ids(model)
+    model = tiny_vit()
+    model.train(training)
+    before = copy.deepcopy(model.state_dict())
+    if not training:
+        model(torch.zeros(2, 3, 32, 32))  # fills the caches, with gradients: the deepcopy trap
+    caches = cache_ids(model)
+    assert bool(caches) != training
+    state = torch.get_rng_state()
+    torch.set_num_threads(2)
+    found = measure(model, model, ctx=SMALL, setting=Setting(batch=2), plan=QUICK, threads=1)
+    assert (found.threads, torch.get_num_threads()) == (1, 2)
+    torch.set_num_threads(1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training == training for m in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert caches == cache_ids(model)
 
 
 def test_private_copy_drops_stale_bias_caches() -> None:
     """Weights loaded after an eval pass count in the copy, though the model's cache is older."""
     model = tiny_vit().eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        model(x)
     with torch.no_grad():
+        model(x)
         for name, weight in model.named_parameters():
             if name.endswith("attention_biases"):
                 weight.add_(torch.arange(weight.numel()).reshape(weight.shape) / 3)
-    fresh = private_copy(model, "cpu")
-    with torch.no_grad():
-        found = fresh(x)
-        stale = model(x)
-        for module in model.modules():
-            if hasattr(module, "attention_bias_cache"):
-                module.attention_bias_cache = {}
-        wanted = model(x)
+        fresh = private_copy(model, "cpu")
+        found, stale = fresh(x), model(x)
+        wanted = model.train().eval()(x)
     assert torch.equal(found, wanted)
     assert not torch.equal(found, stale)
     assert not any(p.requires_grad for p in fresh.parameters())
@@ -135,7 +127,7 @@ def test_private_copy_drops_stale_bias_caches() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_that_of_the_passes(dtype: str) -> None:
-    """Every pass is in the asked dtype, but for one in float32 that the logits are held against."""
+    """Every pass is in the asked dtype, but for one in float32 that the logits are compared with."""
     seen: list[torch.dtype] = []
 
     class Spy(nn.Module):
@@ -145,48 +137,30 @@ def test_dtype_is_that_of_the_passes(dtype: str) -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             seen.append(x.dtype)
-            y = self.layer(x)
-            assert isinstance(y, torch.Tensor)
+            y: torch.Tensor = self.layer(x)
             assert y.dtype == x.dtype
             assert not torch.is_grad_enabled()
             assert not self.training
             return y
 
-    found = measure(Spy(), setting=Setting(dtype=dtype, batch=2), **QUICK)
+    found = measure(Spy(), ctx=CTX, setting=Setting(dtype=dtype, batch=2), plan=QUICK)
     oracle = [] if dtype == "float32" else [torch.float32]
     assert set(seen[len(oracle) :]) == {getattr(torch, dtype)}
     assert seen[: len(oracle)] == oracle
-    assert (found.dtype, found.device, found.runtime) == (dtype, "cpu", "eager")
-    assert found.agrees == 1
-    assert found.parity is not None
+    assert (found.dtype, found.device, found.runtime, found.agrees) == (dtype, "cpu", "eager", 1)
     assert (found.parity == 0.0) == (dtype == "float32")
 
 
 def test_measurement_names_its_setting_and_its_device() -> None:
-    """The fingerprint's id is that of the device under the setting; given ones are not asked."""
+    """The fingerprint's id is that of the device under the setting."""
     setting = Setting(batch=2)
-    here = take_fingerprint("cpu", threads=1)
-    found = measure(conv(), setting=setting, **QUICK)
-    same = measure(conv(), setting=setting, fingerprint=here, **QUICK)
-    on = here.under(setting, f"torch {torch.__version__}", 16)
-    assert found.fingerprint == same.fingerprint == on.id
-    assert (found.batch, found.img_size, found.num_classes, found.threads) == (2, 16, 4, 1)
-    assert found.when.endswith("+00:00")
+    found = measure(tiny_vit(), ctx=SMALL, setting=setting, plan=QUICK)
+    on = take_fingerprint("cpu", threads=1).under(setting, f"torch {torch.__version__}", 32)
+    assert found.fingerprint == on.id
+    assert (found.batch, found.img_size, found.num_classes, found.threads) == (2, 32, 4, 1)
     assert 0.0 <= found.coverage <= 1.0, "stated as it was reached: drift costs some"
-    for name in ("p50", "p90", "p99"):
-        assert getattr(found, f"latency_ms_{name}") > 0
-    assert found.latency_ms_p50 <= found.latency_ms_p90 <= found.latency_ms_p99  # type: ignore[operator]
-
-
-def test_networks_of_several_settings_alternate(fake_clock: list[float]) -> None:
-    """A reference in another batch: images/s count its own images."""
-    model = Sleepy(0.001, fake_clock)
-    nets = [prepare(model, ctx=CTX, setting=Setting(batch=b)) for b in (4, 1)]
-    found = measure_prepared(nets[0], nets[1], blocks=6, max_blocks=6, min_block_s=0.001, min_passes=3)
-    assert found.batch == 4
-    assert found.passes >= 3
-    assert found.ratio == pytest.approx(4.0, rel=0.01)
-    assert found.reference_images_per_s == pytest.approx(1000.0, rel=0.01)
+    assert found.latency_ms_p50 is not None
+    assert 0 < found.latency_ms_p50 <= found.latency_ms_p90 <= found.latency_ms_p99  # type: ignore[operator]
 
 
 def test_errors_of_a_network_come_through_and_state_is_restored() -> None:
@@ -196,31 +170,21 @@ def test_errors_of_a_network_come_through_and_state_is_restored() -> None:
 
     threads = torch.get_num_threads()
     with pytest.raises(torch.OutOfMemoryError):
-        measure(Bomb(), setting=Setting(batch=2), threads=threads + 1, **QUICK)
+        measure(Bomb(), ctx=CTX, setting=Setting(batch=2), threads=threads + 1, plan=QUICK)
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"blocks": 5},
-        {"max_blocks": 5},
-        {"min_block_s": 0.0},
-        {"min_block_s": float("nan")},
-        {"setting": Setting(runtime="tensorflow")},
-    ],
-)
-def test_bad_settings_are_refused_in_one_line(bad: dict[str, object]) -> None:
-    with pytest.raises(InputError) as caught:
-        measure(conv(), **{"setting": Setting(batch=2), **QUICK, **bad})
+@pytest.mark.parametrize("bad", [{"blocks": 5}, {"max_blocks": 5}, {"min_block_s": 0.0}, {"min_block_s": float("nan")}])
+def test_bad_plans_are_refused_in_one_line(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(bad))) as caught:
+        TimingPlan(**bad)
     assert "\n" not in str(caught.value)
 
 
 def test_difference_is_a_share_of_the_largest_and_never_nan() -> None:
     wanted = torch.tensor([[4.0, -8.0]]).numpy()
-    assert difference(wanted, wanted) == 0.0
-    assert difference(wanted + 2, wanted) == pytest.approx(0.25)
-    assert difference(wanted * float("nan"), wanted) == float("inf")
+    found = [difference(of, wanted) for of in (wanted, wanted + 2, wanted * float("nan"))]
+    assert found == [0.0, pytest.approx(0.25), float("inf")]
 
 
 @pytest.mark.gpu
@@ -229,7 +193,7 @@ def test_difference_is_a_share_of_the_largest_and_never_nan() -> None:
 def test_on_a_gpu(dtype: str) -> None:
     model = tiny_vit()
     setting = Setting("cuda", "eager", dtype, 8)
-    found = measure(model, model, ctx=SMALL, setting=setting, blocks=6, max_blocks=6)
+    found = measure(model, model, ctx=SMALL, setting=setting, plan=TimingPlan(6, 6))
     assert found.ratio == pytest.approx(1.0, rel=0.5)
     assert found.agrees == 1
     assert next(model.parameters()).device.type == "cpu"

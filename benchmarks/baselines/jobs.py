@@ -98,6 +98,7 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     from nas.export.weights import load_weights, save_weights
     from nas.inherit.batchnorm import first_inputs
     from nas.labels.reader import holdout_batches
+    from nas.measure.interleave import TimingPlan
     from nas.measure.throughput import measure
 
     torch.set_num_threads(1)  # the same bits whatever the machine
@@ -133,9 +134,8 @@ def prune(job: PruneJob, tick: Tick) -> Values:
         pruned.train()
         pruned.eval()
         assert torch.allclose(again(example), pruned(example), atol=1e-4), "it is not rebuilt"
-    timed = measure(
-        again, seed, ctx=ctx, setting=job.setting, threads=job.threads, blocks=job.blocks, max_blocks=job.max_blocks
-    )
+    plan = TimingPlan(job.blocks, job.max_blocks)
+    timed = measure(again, seed, ctx=ctx, setting=job.setting, threads=job.threads, plan=plan)
     family = get_family(job.family)
     values = {
         "params": tools.count(again),

@@ -27,8 +27,8 @@ from nas.jobs.local import LocalExecutor
 from nas.measure import jobs
 from nas.measure.device_table import FAILED, OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import Fingerprint
-from nas.measure.interleave import Bounds
-from nas.measure.jobs import AccuracyJob, BatchJob, CountJob, ExportJob, FingerprintJob, MemoryJob, TimingJob
+from nas.measure.interleave import Bounds, TimingPlan
+from nas.measure.jobs import AccuracyJob, CountJob, ExportJob, FingerprintJob, MemoryJob, NetworkJob, TimingJob
 from nas.measure.measurement import Measurement, Throughput
 from nas.measure.runtimes import check_setting, find_runtime
 from space import Context
@@ -95,7 +95,7 @@ class DeviceBenchmark:
             return replace(empty, reason=str(error))
         if self.plan.auto:
             found = self.do(
-                jobs.fastest_batch, f"{net.name} batch", BatchJob(network=net.spec(ctx), context=ctx, setting=setting)
+                jobs.fastest_batch, f"{net.name} batch", NetworkJob(network=net.spec(ctx), context=ctx, setting=setting)
             )
             if not found.ok:
                 return self._failed(empty, found)
@@ -143,9 +143,11 @@ class DeviceBenchmark:
             context=ctx,
             setting=setting,
             reference_setting=self._beside(setting),
-            blocks=plan.config.blocks,
-            max_blocks=plan.config.max_blocks,
-            bounds=Bounds(precision=plan.config.precision or None),
+            plan=TimingPlan(
+                blocks=plan.config.blocks,
+                max_blocks=plan.config.max_blocks,
+                bounds=Bounds(precision=plan.config.precision or None),
+            ),
             random_seed=plan.config.random_seed,
         )
 
@@ -175,10 +177,7 @@ class DeviceBenchmark:
             self._timing(net, ctx, replace(setting, batch=1)),
             reference=None,
             reference_setting=None,
-            blocks=LATENCY_BLOCKS,
-            max_blocks=LATENCY_BLOCKS,
-            bounds=Bounds(),
-            min_passes=-(-least // LATENCY_BLOCKS),
+            plan=TimingPlan(blocks=LATENCY_BLOCKS, max_blocks=LATENCY_BLOCKS, min_passes=-(-least // LATENCY_BLOCKS)),
         )
         found = self.do(jobs.measure, f"{net.name} latency", timing)
         if not found.ok:

@@ -160,7 +160,7 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
         guessed = guessed or run.timings.predicts(setting, finalist.arch, final=True)
         verdicts += tuple(verdict_text(measured, one) for one in required)
         for one in required:
-            if measured.judge(one) == "fail":
+            if measured.verdict_of(one) == "fail":
                 missed = f"misses {one.text}: {interval_text(measured, one.metric)}"
                 return missed, primary, guessed, verdicts
     return "", primary, guessed, verdicts

@@ -180,7 +180,7 @@ def _reachable(run: Run) -> None:
         if isinstance(measured, Result):
             continue  # unknown, so not refused
         for one in required:
-            if measured.judge(one) == "fail":
+            if measured.verdict_of(one) == "fail":
                 reach = f"about {interval_text(measured, one.metric)} at the very end"
                 named = short_form(config, one)
                 raise refuse(

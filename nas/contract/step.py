@@ -270,7 +270,7 @@ def _missed(measured: Measurement, required: Sequence[Requirement], guessed: boo
     """
     found = []
     for one in required:
-        verdict = measured.judge(one)
+        verdict = measured.verdict_of(one)
         if verdict == "pass" or (guessed and verdict == "undecided"):
             continue
         word = "misses" if verdict == "fail" else "does not surely meet"

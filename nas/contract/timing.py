@@ -15,7 +15,7 @@ from nas.jobs.job import Job, Result
 from nas.measure import jobs
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import Fingerprint
-from nas.measure.interleave import Bounds
+from nas.measure.interleave import Bounds, TimingPlan
 from nas.measure.jobs import ExportJob, MemoryJob, NetworkSpec, TimingJob
 from nas.measure.measurement import Measurement
 from nas.measure.measurement_table import MeasurementCache, MeasurementKey, MeasurementRow, MeasurementTable
@@ -104,9 +104,7 @@ class Timings:
             reference=None if reference is None else self._network(reference),
             context=self.context,
             setting=setting,
-            blocks=self.config.bench_blocks,
-            max_blocks=self.config.bench_max_blocks,
-            bounds=_bounds(requirements),
+            plan=TimingPlan(self.config.bench_blocks, self.config.bench_max_blocks, bounds=_bounds(requirements)),
             random_seed=self.config.random_seed,
         )
         name = f"{role}-{asked.arch_key}"
@@ -242,5 +240,5 @@ def interval_text(measured: Measurement, metric: str) -> str:
 
 def verdict_text(measured: Measurement, required: Requirement) -> str:
     """Write a requirement with its verdict and what was measured."""
-    verdict = measured.judge(required)
+    verdict = measured.verdict_of(required)
     return f"{required.text}: {verdict} at {interval_text(measured, required.metric)}"

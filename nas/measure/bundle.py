@@ -8,20 +8,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nas.core.cli import read_threads, usable_cpus
+from nas.core.cli import guarded, read_threads, usable_cpus
 from nas.core.io import member, read_json
 from nas.core.requirement import Setting
 from nas.measure.device_table import FAILED, OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.interference import conditions
-from nas.measure.interleave import Bounds, TimingResult, measure_rounds, summary
+from nas.measure.interleave import Bounds, TimingPlan, TimingResult, measure_rounds
 from nas.measure.measurement import Throughput
 from nas.measure.runtimes import PreparedModel
 from nas.measure.runtimes.ort_session import open_session
@@ -51,18 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit status, 2 for bad input in one line."""
     given = build_parser().parse_args(argv)
-    try:
-        return _main(given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return guarded(lambda: _main(given))
 
 
 def _main(given: argparse.Namespace) -> int:
     folder = given.networks or Path(sys.argv[0]).resolve().parent
-    networks = _networks(folder)
+    networks = read_networks(folder)
     if given.blocks < 6 or given.max_blocks < given.blocks:
         raise refuse("--blocks", f"{given.blocks} to {given.max_blocks}", "6 or more, in order")
     if given.threads is not None:
@@ -76,27 +69,25 @@ def _main(given: argparse.Namespace) -> int:
         if not given.resume:
             raise refuse("--out", f"{given.out}, which exists", "a new file", "or add --resume")
         known = {row.conditions: row for row in read_rows(given.out, "--out")}
-    threads = given.threads or usable_cpus()
-    bench = _Bench(folder, networks, given, threads)
+    bench = _Bench(folder, networks, given)
     rows: list[DeviceRow] = []
     for number, network in enumerate(networks, start=1):
         row = bench.row(network, known)
         rows.append(row)
         write_rows(given.out, rows)
-        pace = row.reason
+        speed = row.reason
         if row.state == OK:
             at = row.measured
-            pace = (
-                f"{at.images_per_s:.1f} [{at.images_per_s_lo:.1f}, {at.images_per_s_hi:.1f}] "
-                f"images/s, {at.ratio:.3f}x the reference"
-            )
-        print(f"{number}/{len(networks)}  {row.key}  {pace}", flush=True)
+            speed = f"{at.images_per_s:.1f} [{at.images_per_s_lo:.1f}, {at.images_per_s_hi:.1f}] images/s"
+            speed += f", {at.ratio:.3f}x the reference"
+        print(f"{number}/{len(networks)}  {row.key}  {speed}", flush=True)
     failed = sum(row.state == FAILED for row in rows)
     print(json.dumps({"rows": len(rows), "failed": failed, "out": str(given.out)}))
     return 0
 
 
-def _networks(folder: Path) -> list[dict[str, Any]]:
+def read_networks(folder: Path) -> list[dict[str, Any]]:
+    """Read the list of a bundle's networks. Raises InputError."""
     path = folder / LIST
     try:
         listed: list[dict[str, Any]] = read_json(path, "the list of a bundle")["networks"]
@@ -118,14 +109,12 @@ def _networks(folder: Path) -> list[dict[str, Any]]:
 class _Bench:
     """Sessions of this device, the reference's kept open."""
 
-    def __init__(
-        self, folder: Path, networks: Sequence[Mapping[str, Any]], given: argparse.Namespace, threads: int
-    ) -> None:
+    def __init__(self, folder: Path, networks: Sequence[Mapping[str, Any]], given: argparse.Namespace) -> None:
         import onnxruntime
 
-        self._folder, self._given, self._threads = folder, given, threads
+        self._folder, self._given, self._threads = folder, given, given.threads or usable_cpus()
         self._version = f"onnxruntime {onnxruntime.__version__}"
-        self._device = take_fingerprint(given.device, threads)
+        self._device = take_fingerprint(given.device, self._threads)
         self._references = {(n["batch"], n["img_size"]): n for n in networks if n.get("reference", False)}
         self._open: tuple[str, PreparedModel] | None = None
 
@@ -145,7 +134,6 @@ class _Bench:
         )
         if empty.conditions in known:
             return known[empty.conditions]
-        now = conditions(self._given.device)
         try:
             timed = self._time(network, beside)
         except InputError:
@@ -153,27 +141,18 @@ class _Bench:
         except Exception as error:  # whatever a runtime raises is a row
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             return replace(empty, reason=reason)
-        found = Throughput(**summary(timed), load=now.load, when=now.when, clock_mhz=now.clock_mhz, done="ONNX")
+        found = Throughput(**timed.values(), done="ONNX")
         if network["batch"] != 1:
             return replace(empty, state=OK, throughput=found.with_latency(None))
-        passes = timed.blocks * timed.passes
-        return replace(empty, state=OK, throughput=found, latency_passes=passes)
+        return replace(empty, state=OK, throughput=found, latency_passes=timed.blocks * timed.passes)
 
     def _time(self, network: Mapping[str, Any], beside: Mapping[str, Any]) -> TimingResult:
         own = self._session(network)
         if self._open is None or self._open[0] != beside["file"]:
             self._open = beside["file"], self._session(beside)
         given = self._given
-        return measure_rounds(
-            [own.timer, self._open[1].timer],
-            batch=network["batch"],
-            bounds=Bounds(precision=given.precision or None),
-            blocks=given.blocks,
-            max_blocks=given.max_blocks,
-            min_block_s=0.06,
-            warm_up_s=0.5 if given.device.startswith("cuda") else 0.0,
-            device=given.device,
-        )
+        plan = TimingPlan(given.blocks, given.max_blocks, bounds=Bounds(precision=given.precision or None))
+        return measure_rounds([own.timer, self._open[1].timer], [network["batch"]] * 2, plan, given.device)
 
     def _session(self, network: Mapping[str, Any]) -> PreparedModel:
         size = network["img_size"]
@@ -182,5 +161,4 @@ class _Bench:
         path = member(self._folder, network["file"], f"{LIST}: file", links=True)
         if not path.is_file():
             raise refuse(str(path), "no such file", "an ONNX file of the bundle", "copy it whole")
-        opened: Callable[..., PreparedModel] = open_session
-        return opened(path, images, device=self._given.device, threads=self._threads, done="ONNX")
+        return open_session(path, images, device=self._given.device, threads=self._threads, done="ONNX")

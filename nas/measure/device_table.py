@@ -14,25 +14,23 @@ from typing import TYPE_CHECKING, Any
 from nas.core.requirement import Setting
 from nas.core.table import read_table, table_columns, write_table
 from nas.measure.fingerprint import Fingerprint
-from nas.measure.measurement import Measurement, Throughput
+from nas.measure.measurement import Measurement, Throughput, measured_under
 from space.errors import refuse
 
 if TYPE_CHECKING:
     from space import Arch, Context, Family
 
 OK, FAILED = "ok", "failed"
-FLAG = "--device-table"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceRow:
     """One network under one setting on one device; `reason` explains a missing throughput.
 
-    `arch` is as the user gave it; `spec` its factors as JSON, empty for a plain timm model, `key`
-    its name as built at `img_size` and `num_classes`. The throughput's ratio is over `reference`
-    (`ARCH@SETTING`), its latencies are at batch 1, from `latency_passes` passes. `top1` and
-    `agreement` (with eager float32) are shares of `test_n` test images. `on_*` and `fingerprint`
-    identify device and software. An unknown value is None.
+    `arch` is as the user gave it; `spec` its factors as JSON, empty for a plain timm model, `key` its name as built at
+    `img_size` and `num_classes`. The throughput's ratio is over `reference` (`ARCH@SETTING`), its latencies are at
+    batch 1, from `latency_passes` passes. `top1` and `agreement` (with eager float32) are shares of `test_n` test
+    images. `on_*` and `fingerprint` identify device and software. An unknown value is None.
     """
 
     arch: str
@@ -100,24 +98,19 @@ class DeviceRow:
 COLUMNS = table_columns(DeviceRow)
 
 
+_ON = [name for name in COLUMNS if name.startswith("on_")]
+
+
 def fingerprint_columns(of: Fingerprint) -> dict[str, Any]:
     """Return the fields of a row that identify the device and software."""
-    names = [n for n in COLUMNS if n.startswith("on_")]
-    return {"fingerprint": of.id, **{n: getattr(of, n.removeprefix("on_")) for n in names}}
+    return {"fingerprint": of.id, **{name: getattr(of, name.removeprefix("on_")) for name in _ON}}
 
 
 def fingerprint_of(row: DeviceRow) -> Fingerprint:
     """Rebuild the fingerprint that a row was measured under, and check its id."""
-    values = {n.removeprefix("on_"): getattr(row, n) for n in COLUMNS if n.startswith("on_")}
-    values.update(
-        device=row.setting.device.partition(":")[0],
-        threads=row.threads,
-        runtime=row.setting.runtime,
-        dtype=row.setting.dtype,
-        batch=row.setting.batch,
-        img_size=row.img_size,
-        id=row.fingerprint,
-    )
+    values = {name.removeprefix("on_"): getattr(row, name) for name in _ON} | vars(row.setting)
+    device = row.setting.device.partition(":")[0]
+    values |= {"device": device, "threads": row.threads, "img_size": row.img_size, "id": row.fingerprint}
     return Fingerprint.from_dict(values)
 
 
@@ -147,57 +140,43 @@ def one_fingerprint(rows: Sequence[DeviceRow], where: str) -> str:
 class DeviceTable:
     """Measurements of one device under one setting, and a predictor fitted to them.
 
-    Of several rows of a network the last one counts. Ratios are to the seed, which must be among
-    the rows. Refuses tables of another family, resolution, number of classes, or several
-    fingerprints.
+    Of several rows of a network the last one counts. Ratios are to the seed, which must be among the rows. Refuses
+    tables of another family, resolution, number of classes, or several fingerprints.
     """
 
-    def __init__(self, paths: Sequence[Path], family: Family, ctx: Context, seed: Arch, flag: str = FLAG) -> None:
+    def __init__(self, paths: Sequence[Path], family: Family, ctx: Context, seed: Arch) -> None:
         from nas.measure.predict import fit_predictor
 
-        shown = ", ".join(str(path) for path in paths)
-        rows = [r for path in paths for r in read_rows(path, flag) if r.state == OK and r.spec]
-        if not rows:
+        shown, flag = ", ".join(str(path) for path in paths), "--device-table"
+        self.rows = [r for path in paths for r in read_rows(path, flag) if r.state == OK and r.spec]
+        if not self.rows:
             raise refuse(flag, f"{shown} without a measured {family.name}", "measured networks")
-        self.fingerprint = one_fingerprint(rows, shown)
-        self.flag, self.family, self.ctx = flag, family, ctx
-        self.setting: Setting = rows[0].setting
-        self.device_name = rows[0].on_device_name
-        self._rows: dict[str, DeviceRow] = {}
+        self.fingerprint = one_fingerprint(self.rows, shown)
+        self.family, self.ctx, self.setting = family, ctx, self.rows[0].setting
+        self._rows = {self._key(row, shown): row for row in self.rows}
         self._finalists: dict[str, DeviceRow] = {}
-        for row in rows:
-            self._add(row, shown, self._rows)
-        self.rows = tuple(rows)
         seed_key = family.key(seed, ctx)
         if seed_key not in self._rows:
-            raise refuse(
-                flag,
-                f"{shown} without the seed {family.label(seed)}",
-                "the seed among its rows",
-                "measure it too: add it to --arch",
-            )
+            got, want = f"{shown} without the seed {family.label(seed)}", "the seed among its rows"
+            raise refuse(flag, got, want, "measure it too: add it to --arch")
         self._seed = self._rows[seed_key]
-        self.predictor = fit_predictor(
-            family,
-            ctx,
-            [family.arch(json.loads(row.spec)) for row in self._rows.values()],
-            [self._images_per_s(row) for row in self._rows.values()],
-        )
+        archs = [family.arch(json.loads(row.spec)) for row in self._rows.values()]
+        self.predictor = fit_predictor(family, ctx, archs, [self._images_per_s(r) for r in self._rows.values()])
 
-    def _add(self, row: DeviceRow, shown: str, into: dict[str, DeviceRow]) -> None:
+    def _key(self, row: DeviceRow, shown: str) -> str:
+        """Return the key of a row's network; a row of another space or context is refused."""
+        flag, ctx = "--device-table", self.ctx
         if row.family != self.family.name:
-            raise refuse(self.flag, f"{shown} of {row.family}", f"networks of {self.family.name}")
-        if (row.img_size, row.num_classes) != (self.ctx.img_size, self.ctx.num_classes):
-            raise refuse(
-                self.flag,
-                f"{shown} at {row.img_size} px and {row.num_classes} classes",
-                f"{self.ctx.img_size} px and {self.ctx.num_classes} classes, as this run has",
-                f"measure with --img-size {self.ctx.img_size} --num-classes {self.ctx.num_classes}",
-            )
-        key = self.family.key(self.family.arch(json.loads(row.spec)), self.ctx)
+            raise refuse(flag, f"{shown} of {row.family}", f"networks of {self.family.name}")
+        if (row.img_size, row.num_classes) != (ctx.img_size, ctx.num_classes):
+            got = f"{shown} at {row.img_size} px and {row.num_classes} classes"
+            want = f"{ctx.img_size} px and {ctx.num_classes} classes, as this run has"
+            remedy = f"measure with --img-size {ctx.img_size} --num-classes {ctx.num_classes}"
+            raise refuse(flag, got, want, remedy)
+        key = self.family.key(self.family.arch(json.loads(row.spec)), ctx)
         if key != row.key:
-            raise refuse(self.flag, f"{shown}: key {row.key}", f"{key}, which its factors give")
-        into[key] = row
+            raise refuse(flag, f"{shown}: key {row.key}", f"{key}, which its factors give")
+        return key
 
     def add_finalists(self, rows: Sequence[DeviceRow], where: str) -> None:
         """Add the finalists' own rows, measured on the same device later on.
@@ -206,28 +185,17 @@ class DeviceTable:
         """
         for row in rows:
             if row.state == OK and row.fingerprint != self.fingerprint:
-                raise refuse(
-                    where,
-                    f"a row of fingerprint {row.fingerprint}",
-                    self.fingerprint,
-                    "measure on the device, runtime and batch of --device-table",
-                )
+                remedy = "measure on the device, runtime and batch of --device-table"
+                raise refuse(where, f"a row of fingerprint {row.fingerprint}", self.fingerprint, remedy)
             if row.state == OK and row.spec:
-                self._add(row, where, self._finalists)
+                self._finalists[self._key(row, where)] = row
 
     def _images_per_s(self, row: DeviceRow) -> float:
         # Ratios to one reference cancel what the device went through meanwhile.
         own, seed = row.measured, self._seed.measured
-        if not self._same_reference(row):
+        if own.ratio is None or seed.ratio is None or row.reference != self._seed.reference:
             return own.images_per_s
-        assert own.ratio is not None
-        assert seed.ratio is not None
         return own.ratio / seed.ratio * seed.images_per_s
-
-    def _same_reference(self, row: DeviceRow) -> bool:
-        """Whether the ratios of a row and of the seed are over one reference."""
-        ratios = row.measured.ratio, self._seed.measured.ratio
-        return None not in ratios and row.reference == self._seed.reference
 
     def _row(self, arch: Arch, final: bool) -> DeviceRow | None:
         key = self.family.key(arch, self.ctx)
@@ -240,10 +208,10 @@ class DeviceTable:
     def measurement(self, arch: Arch, *, final: bool = False) -> Measurement:
         """Return a network's throughput on that device: as measured, or predicted.
 
-        A prediction has 0.95 as `coverage` and is marked in `done`; its interval is the
-        predictor's error on networks that it had not seen.
+        A prediction has 0.95 as `coverage` and is marked in `done`; its interval is the predictor's error on networks
+        that it had not seen.
         """
-        row, seed = self._row(arch, final), self._seed.measured
+        row = self._row(arch, final)
         if row is None:
             found = self._predicted(arch)
         else:
@@ -258,19 +226,8 @@ class DeviceTable:
                 latency_ms_p50_lo=1e3 / found.images_per_s_hi,
                 latency_ms_p50_hi=1e3 / found.images_per_s_lo,
             )
-        found = replace(found, reference_images_per_s=seed.images_per_s, seconds=0.0)
-        return Measurement(
-            **vars(found),
-            img_size=self.ctx.img_size,
-            num_classes=self.ctx.num_classes,
-            in_chans=self.ctx.in_chans,
-            batch=self.setting.batch,
-            dtype=self.setting.dtype,
-            runtime=self.setting.runtime,
-            device=self.setting.device,
-            threads=self._seed.threads,
-            fingerprint=self.fingerprint,
-        )
+        found = replace(found, reference_images_per_s=self._seed.measured.images_per_s, seconds=0.0)
+        return measured_under(found, self.setting, self.ctx, self._seed.threads, self.fingerprint)
 
     def _predicted(self, arch: Arch) -> Throughput:
         guess, seed = self.predictor.predict([arch])[0], self._seed.measured
@@ -293,14 +250,13 @@ class DeviceTable:
 
     def _ratio(self, row: DeviceRow) -> tuple[float, float, float]:
         """Return a measured network's ratio to the seed; its interval combines those of both."""
-        if row is self._seed:
-            return 1.0, 1.0, 1.0
         seed = self._seed
-        if row.measured.ratio is not None and (
-            row.reference == f"{seed.arch}@{self.setting.text}"
-        ):  # timed in alternating blocks with the seed itself
-            return row.measured.interval("speedup")
-        metric = "speedup" if self._same_reference(row) else "images_per_s"
+        if row is seed:
+            return 1.0, 1.0, 1.0
+        both = row.measured.ratio is not None and seed.measured.ratio is not None
+        if row.measured.ratio is not None and row.reference == f"{seed.arch}@{self.setting.text}":
+            return row.measured.interval("speedup")  # timed in alternating blocks with the seed itself
+        metric = "speedup" if both and row.reference == seed.reference else "images_per_s"
         own, other = row.measured.interval(metric), seed.measured.interval(metric)
         return own[0] / other[0], own[1] / other[2], own[2] / other[1]
 
@@ -309,7 +265,7 @@ class DeviceTable:
         p = self.predictor
         tried = ", ".join(f"{name} {score:.1%}" for name, score in p.scores.items())
         return [
-            f"device: {self.device_name}, {self.setting.text}, {len(self._rows)} networks measured "
+            f"device: {self.rows[0].on_device_name}, {self.setting.text}, {len(self._rows)} networks measured "
             f"there (fingerprint {self.fingerprint})",
             f"predictor: {p.name}; held-out error {p.median_error:.1%} in the median, "
             f"{p.error:.1%} for 95 % (models tried: {tried})",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
@@ -25,14 +26,11 @@ from space.errors import refuse
 class Fingerprint:
     """The identity of a device with its software: numbers compare only where the `id` is equal.
 
-    Momentary conditions (load, clock, time of day) are not identity; see
-    `nas.measure.interference`.
-    `usable_cpus` is what this process may use (affinity and container quota), a float because a
-    quota may be a fraction. `driver`, `cuda` and `cudnn` are None on a CPU. `nominal_mhz` is the
-    clock that the device is sold with, None where that is unknown. `threads` are the runtime's.
-
-    `runtime` to `img_size` are None for a device by itself; `under` fills them in for a number that
-    was measured there.
+    Momentary conditions (load, clock, time of day) are not identity; see `nas.measure.interference`. `usable_cpus` is
+    what this process may use (affinity and container quota), a float because a quota may be a fraction. `driver`,
+    `cuda` and `cudnn` are None on a CPU. `nominal_mhz` is the clock that the device is sold with, None where that is
+    unknown. `threads` are the runtime's. `runtime` to `img_size` are None for a device by itself; `under` fills them in
+    for a number that was measured there.
     """
 
     device: str
@@ -58,14 +56,8 @@ class Fingerprint:
 
     def under(self, setting: Setting, runtime_version: str, img_size: int) -> Fingerprint:
         """Return the fingerprint of a number measured here under a setting."""
-        return replace(
-            self,
-            runtime=setting.runtime,
-            runtime_version=runtime_version,
-            dtype=setting.dtype,
-            batch=setting.batch,
-            img_size=img_size,
-        )
+        here = replace(self, runtime=setting.runtime, dtype=setting.dtype, batch=setting.batch)
+        return replace(here, runtime_version=runtime_version, img_size=img_size)
 
     @property
     def id(self) -> str:
@@ -102,8 +94,8 @@ class Fingerprint:
 def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerprint:
     """Describe `device` ("cpu", "cuda", "cuda:1") with its software.
 
-    `threads` defaults to torch's present number; torch is imported only for that or for a
-    GPU. Refuses a device that is not there.
+    `threads` defaults to torch's present number; torch is imported only for that or for a GPU. Refuses a device that is
+    not there.
     """
     kind = device.partition(":")[0]
     if kind not in ("cpu", "cuda"):
@@ -136,11 +128,12 @@ def take_fingerprint(device: str = "cpu", threads: int | None = None) -> Fingerp
 
 
 def version_of(package: str) -> str:
-    # The distribution's version drops torch's local part (+cu132, +cpu), which decides speed.
+    """Return an installed package's version, "none" without it (a board that runs exported nets only).
+
+    The distribution's version drops torch's local part (+cu132, +cpu), which decides speed.
+    """
     try:
         if package == "torch":
-            import sys
-
             loaded = sys.modules.get("torch")
             if loaded is not None:
                 return str(loaded.__version__)
@@ -150,27 +143,22 @@ def version_of(package: str) -> str:
                     return line.split("=", 1)[1].strip().strip("'\"")
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "none"  # a board that runs exported nets only
+        return "none"
 
 
 def _cpu_name() -> str:
     # Cloud machines all say "AMD EPYC": family, model and stepping differ by generation.
-    fields_of_cpu = next(iter(_processors()), {})
-    if "model name" in fields_of_cpu:
-        name = fields_of_cpu["model name"]
-        parts = [fields_of_cpu.get(k, "?") for k in ("cpu family", "model", "stepping")]
-        return f"{name} family {'/'.join(parts)}"
-    if "CPU part" in fields_of_cpu:
-        parts = [fields_of_cpu.get(k, "?") for k in ("CPU implementer", "CPU part")]
+    cpu = next(iter(_processors()), {})
+    if "model name" in cpu:
+        parts = [cpu.get(k, "?") for k in ("cpu family", "model", "stepping")]
+        return f"{cpu['model name']} family {'/'.join(parts)}"
+    if "CPU part" in cpu:
+        parts = [cpu.get(k, "?") for k in ("CPU implementer", "CPU part")]
         return f"{platform.machine()} part {'/'.join(parts)}"
     if platform.system() == "Darwin":
-        try:
-            done = subprocess.run(
-                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5, check=True
-            )
-            return done.stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            pass
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return platform.processor() or platform.machine() or "unknown CPU"
 
 
@@ -187,8 +175,8 @@ def _processors() -> list[dict[str, str]]:
 def _nominal_mhz() -> float | None:
     """Return the clock that a CPU is sold with, where the system has it.
 
-    The frequency driver's own, else the name's ("@ 2.45GHz"), else, in a virtual machine without a
-    frequency driver, the constant that the kernel shows; that one to 50 MHz, as boots differ.
+    The frequency driver's own, else the name's ("@ 2.45GHz"), else, in a virtual machine without a frequency driver,
+    the constant that the kernel shows; that one to 50 MHz, as boots differ.
     """
     folder = Path("/sys/devices/system/cpu/cpu0/cpufreq")
     for name in ("base_frequency", "cpuinfo_max_freq"):
@@ -219,15 +207,14 @@ def _usable_cpus() -> float:
     except (OSError, ValueError):
         folder = Path("/sys/fs/cgroup/cpu")
         try:
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         except OSError:
             return float(count)
     try:
         share = int(quota) / int(period)
     except (ValueError, ZeroDivisionError):  # "max": no quota
         return float(count)
-    return min(float(count), round(share, 2)) if share > 0 and math.isfinite(share) else float(count)
+    return min(float(count), round(share, 2)) if share > 0 else float(count)
 
 
 def _gpu(device: str) -> tuple[str, str | None, str | None, str | None]:

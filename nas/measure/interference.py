@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -15,8 +16,8 @@ from pathlib import Path
 class Conditions:
     """What holds for a moment only, and is never identity.
 
-    The one-minute load average, the CPU's or GPU's present clock in MHz, other processes on the GPU
-    (None where that is unknown), and the time (UTC, ISO 8601).
+    The one-minute load average, the CPU's or GPU's present clock in MHz, other processes on the GPU (None where that is
+    unknown), and the time (UTC, ISO 8601).
     """
 
     load: float | None
@@ -51,8 +52,8 @@ def _cpu_clock_mhz() -> float | None:
 class Disturbance:
     """What kept a measurement from being undisturbed.
 
-    `waited` is the share of their time in which the process's threads could not run, None where the
-    kernel has no such number; `text` describes what disturbed, empty for nothing.
+    `waited` is the share of their time in which the process's threads could not run, None where the kernel has no such
+    number; `text` describes what disturbed, empty for nothing.
     """
 
     waited: float | None
@@ -69,8 +70,8 @@ CLOCK_DRIFT = 0.10
 class Watch:
     """Watches for disturbances from its creation on.
 
-    Threads wait when another process has the core (the kernel's run-queue delay of each), when a
-    container's quota stops them, or when the host of a virtual machine takes the time.
+    Threads wait when another process has the core (the kernel's run-queue delay of each), when a container's quota
+    stops them, or when the host of a virtual machine takes the time.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -121,53 +122,38 @@ def _counters() -> _Counters | None:
     ran = waited = 0.0
     try:
         for thread in os.scandir("/proc/self/task"):
-            try:
+            with contextlib.suppress(OSError):  # the thread ended meanwhile
                 fields = Path(thread.path, "schedstat").read_text().split()
-            except OSError:  # the thread ended meanwhile
-                continue
-            ran += int(fields[0]) / 1e9
-            waited += int(fields[1]) / 1e9
+                ran += int(fields[0]) / 1e9
+                waited += int(fields[1]) / 1e9
     except (OSError, ValueError, IndexError):
         return None
     return _Counters(ran, waited, _throttled_s(), _stolen_s())
 
 
 def _throttled_s() -> float:
-    try:
+    with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/sys/fs/cgroup/cpu.stat").read_text().splitlines():
             if line.startswith("throttled_usec"):
                 return int(line.split()[1]) / 1e6
-    except (OSError, ValueError, IndexError):
-        pass
     return 0.0
 
 
 def _stolen_s() -> float:
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        return int(fields[8]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return 0.0
-
-
-def _gpu_index(device: str) -> str:
-    # torch counts among the visible devices, nvidia-smi among all of them.
-    number = int(device.partition(":")[2] or 0)
-    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return shown[number] if number < len(shown) and shown[number] else str(number)
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _ask_nvidia_smi(what: str, device: str, of: str = "gpu") -> list[str] | None:
     """Return the lines of nvidia-smi's answer; None where there is none."""
-    index = _gpu_index(device)
+    # torch counts among the visible devices, nvidia-smi among all of them.
+    number = int(device.partition(":")[2] or 0)
+    shown = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    index = shown[number] if number < len(shown) and shown[number] else str(number)
+    command = ["nvidia-smi", f"--query-{of}={what}", "--format=csv,noheader,nounits", "-i", index]
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-{of}={what}", "--format=csv,noheader,nounits", "-i", index],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return [line.strip() for line in done.stdout.splitlines() if line.strip()]

@@ -8,27 +8,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nas.measure.interference import Disturbance, Watch
-from nas.measure.intervals import COVERAGE, Interval, Verdict, quantile_interval, verdict
+from nas.measure.interference import Conditions, Disturbance, Watch, conditions
+from nas.measure.intervals import COVERAGE, MIN_BLOCKS, Interval, Verdict, quantile_interval, verdict
+from space.errors import refuse
 
 Timer = Callable[[int], list[float]]
-"""Runs that many passes to the end and returns the seconds of each piece that was clocked alone:
-every pass where clocks are free (a CPU), the whole block where waiting would cost (a GPU)."""
+"""Runs that many passes to the end and returns the seconds of each piece that was clocked alone: every pass where
+clocks are free (a CPU), the whole block where waiting would cost (a GPU)."""
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 """The reported latencies, by name."""
 
+LEAST_PASSES = {"p50": 1, "p90": 60, "p99": 500}
+"""Passes without which a quantile's interval has no upper end, with some to spare for looks."""
+
 WARM_UP_S = 60.0
 
-UNDISTURBED = Disturbance(None, "")
+NOTHING_SEEN, UNKNOWN = Disturbance(None, ""), Conditions(None, "")
 
 
 @dataclass(frozen=True)
 class Bounds:
     """What a measurement is to decide; None: no bound.
 
-    `ratio` and `images_per_s` are least values, `latency_ms` the most milliseconds a pass, by the
-    name of the quantile. `precision` is the most half width of the interval, as a share.
+    `ratio` and `images_per_s` are least values, `latency_ms` the most milliseconds a pass, by the name of the quantile.
+    `precision` is the most half width of the interval, as a share.
     """
 
     ratio: float | None = None
@@ -36,10 +40,35 @@ class Bounds:
     latency_ms: tuple[tuple[str, float], ...] = ()
     precision: float | None = None
 
+
+@dataclass(frozen=True)
+class TimingPlan:
+    """How long to measure: `blocks` a network, and up to `max_blocks` while one of the `bounds` is undecided.
+
+    A block has at least `min_passes` and takes `min_block_s` or more. What was disturbed is repeated `retries` times at
+    most.
+    """
+
+    blocks: int = 12
+    max_blocks: int = 48
+    min_block_s: float = 0.06
+    min_passes: int = 1
+    retries: int = 1
+    bounds: Bounds = Bounds()
+
+    def __post_init__(self) -> None:
+        if self.blocks < MIN_BLOCKS:
+            raise refuse("blocks", self.blocks, f">= {MIN_BLOCKS}", "fewer give no 95 % interval")
+        if self.max_blocks < self.blocks:
+            raise refuse("max_blocks", self.max_blocks, f">= blocks = {self.blocks}")
+        if not 0.0 < self.min_block_s < math.inf:
+            raise refuse("min_block_s", self.min_block_s, "seconds > 0")
+
     @property
-    def any(self) -> bool:
-        """Whether anything is to be decided, so that more blocks may be worth their time."""
-        return self != Bounds()
+    def least_passes(self) -> int:
+        """`min_passes`, or more where a bounded percentile needs them."""
+        needed = [-(-LEAST_PASSES[name] // self.blocks) for name, _ in self.bounds.latency_ms]
+        return max([self.min_passes, *needed])
 
 
 @dataclass
@@ -61,12 +90,13 @@ class TimingResult:
     coverage: float
     blocks: int
     passes: int
-    disturbance: Disturbance
-    attempts: int
-    seconds: float
+    disturbance: Disturbance = NOTHING_SEEN
+    attempts: int = 1
+    seconds: float = 0.0
+    began: Conditions = UNKNOWN
 
     def decides(self, bounds: Bounds) -> Verdict:
-        """Judge every bound by its interval: one "fail" fails, one "undecided" stays open."""
+        """Compare every bound with its interval: one "fail" fails, one "undecided" stays open."""
         found: list[Verdict] = []
         if bounds.ratio is not None:
             assert self.ratio is not None, "a ratio bound needs a reference"
@@ -80,6 +110,19 @@ class TimingResult:
             return "fail"
         narrow = bounds.precision is None or self.half_width <= bounds.precision
         return "undecided" if "undecided" in found or not narrow else "pass"
+
+    def values(self) -> dict[str, Any]:
+        """Return the fields of a `Throughput` that come from the clock."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("coverage", "blocks", "passes", "seconds")}
+        values |= {name: getattr(self.began, name) for name in ("load", "clock_mhz", "when")}
+        values |= {"waited": self.disturbance.waited, "disturbed": self.disturbance.text, "attempts": self.attempts}
+        intervals = {"images_per_s": self.own, "ratio": self.ratio}
+        intervals |= {f"latency_ms_{name}": at for name, at in self.latency_ms.items()}
+        for name, at in intervals.items():
+            if at is not None:
+                ends = (None, None) if name.startswith("latency") and not enough(at) else (at.lo, at.hi)
+                values |= {name: at.median, f"{name}_lo": ends[0], f"{name}_hi": ends[1]}
+        return values | {"reference_images_per_s": None if self.reference is None else self.reference.median}
 
     @property
     def half_width(self) -> float:
@@ -97,56 +140,35 @@ def planned_looks(blocks: int, max_blocks: int) -> list[int]:
 
 
 def measure_rounds(
-    timers: Sequence[Timer],
-    *,
-    batch: int,
-    bounds: Bounds,
-    blocks: int,
-    max_blocks: int,
-    min_block_s: float,
-    min_passes: int = 1,
-    warm_up_s: float = 0.0,
-    retries: int = 1,
-    device: str = "cpu",
-    reference_batch: int | None = None,
+    timers: Sequence[Timer], batches: Sequence[int], plan: TimingPlan, device: str = "cpu"
 ) -> TimingResult:
-    """Time one network, or one beside its reference (`timers[1]`), in alternating blocks.
+    """Time one network, or one beside its reference (the second timer), in alternating blocks.
 
-    Blocks run in the order A B B A A B ..., so that a drift of the machine meets both alike; the
-    ratio is the median over neighbouring pairs. While a bound lies inside its interval, the number
-    of blocks is doubled, up to `max_blocks`; intervals are widened so that all looks together keep
-    their coverage (union bound), and where neighbouring blocks resemble each other.
-
-    A measurement that was disturbed is repeated, `retries` times at most, and the calmest one is
-    returned with what disturbed it.
+    Blocks run in the order A B B A A B ..., so that a drift of the machine meets both alike; the ratio is the median
+    over neighbouring pairs. While a bound lies inside its interval, the number of blocks is doubled; intervals are
+    widened so that all looks together keep their coverage (union bound), and where neighbouring blocks resemble each
+    other. Of disturbed attempts the calmest is returned, with what disturbed it.
     """
-    started = time.perf_counter()
-    passes = [max(min_passes, settle(t, min_block_s, warm_up_s)) for t in timers]
-    best: TimingResult | None = None
-    attempt = 0
-    while attempt <= retries:
-        attempt += 1
-        seen = Watch(device)
-        batches = [batch, reference_batch or batch][: len(timers)]
-        series, looks = _rounds(timers, passes, batches, bounds, blocks, max_blocks)
-        made = timing_result(series, looks, passes[0], seen.read())
-        if best is None or _unrest(made) < _unrest(best):
-            best = made
-        if not made.disturbance.text:
+    started, began = time.perf_counter(), conditions(device)
+    # A GPU hides its first passes behind its queue and raises its clocks late.
+    warm_up_s = 0.5 if device.startswith("cuda") else 0.0
+    passes = [max(plan.least_passes, settle(t, plan.min_block_s, warm_up_s)) for t in timers]
+    found: list[TimingResult] = []
+    while len(found) <= plan.retries:
+        watch = Watch(device)
+        series, looks = _rounds(timers, passes, batches, plan)
+        found.append(replace(timing_result(series, looks, passes[0]), disturbance=watch.read()))
+        if not found[-1].disturbance.text:
             break
-    assert best is not None
-    return replace(best, attempts=attempt, seconds=time.perf_counter() - started)
-
-
-def _unrest(of: TimingResult) -> tuple[bool, float]:
     # Undisturbed beats disturbed, whatever it was: a clock drifts without anyone waiting.
-    return bool(of.disturbance.text), of.disturbance.waited or 0.0
+    best = min(found, key=lambda of: (bool(of.disturbance.text), of.disturbance.waited or 0.0))
+    return replace(best, attempts=len(found), seconds=time.perf_counter() - started, began=began)
 
 
 def _rounds(
-    timers: Sequence[Timer], passes: Sequence[int], batches: Sequence[int], bounds: Bounds, blocks: int, max_blocks: int
+    timers: Sequence[Timer], passes: Sequence[int], batches: Sequence[int], plan: TimingPlan
 ) -> tuple[list[Samples], list[int]]:
-    looks = planned_looks(blocks, max_blocks if bounds.any else blocks)
+    looks = planned_looks(plan.blocks, plan.blocks if plan.bounds == Bounds() else plan.max_blocks)
     series = [Samples() for _ in timers]
     done = 0
     for until in looks:
@@ -158,40 +180,36 @@ def _rounds(
                 series[which].images_per_s.append(batches[which] * passes[which] / took)
                 series[which].durations_s.extend(piece * len(pieces) / passes[which] for piece in pieces)
         done = until
-        if timing_result(series, looks, passes[0]).decides(bounds) != "undecided":
+        if timing_result(series, looks, passes[0]).decides(plan.bounds) != "undecided":
             break
     return series, looks
 
 
-def timing_result(
-    series: Sequence[Samples], looks: Sequence[int], passes: int, disturbance: Disturbance = UNDISTURBED
-) -> TimingResult:
+def timing_result(series: Sequence[Samples], looks: Sequence[int], passes: int) -> TimingResult:
     """Return the intervals of one or two networks' samples, at one of the planned looks.
 
     Each look may miss with a share of the allowed probability.
     """
     share = 1.0 - (1.0 - COVERAGE) / len(looks)
-    own = quantile_interval(series[0].images_per_s, 0.5, share, drift=True)
+
+    def interval(values: Sequence[float], q: float = 0.5) -> Interval:
+        return quantile_interval(values, q, share, drift=True)
+
+    own = interval(series[0].images_per_s)
     ratio = reference = None
     if len(series) == 2:
         both = zip(series[0].images_per_s, series[1].images_per_s, strict=True)
-        ratio = quantile_interval([a / b for a, b in both], 0.5, share, drift=True)
-        reference = quantile_interval(series[1].images_per_s, 0.5, share, drift=True)
-    latency = {
-        name: _in_ms(quantile_interval(series[0].durations_s, q, share, drift=True)) for name, q in QUANTILES.items()
-    }
+        ratio, reference = interval([a / b for a, b in both]), interval(series[1].images_per_s)
+    milliseconds = [1e3 * seconds for seconds in series[0].durations_s]
     missed = len(looks) * (1.0 - min(own.coverage, own.coverage if ratio is None else ratio.coverage))
     return TimingResult(
         own=own,
         ratio=ratio,
         reference=reference,
-        latency_ms=latency,
+        latency_ms={name: interval(milliseconds, q) for name, q in QUANTILES.items()},
         coverage=max(0.0, 1.0 - missed),
         blocks=len(series[0].images_per_s),
         passes=passes,
-        disturbance=disturbance,
-        attempts=1,
-        seconds=0.0,
     )
 
 
@@ -200,54 +218,18 @@ def enough(of: Interval) -> bool:
     return of.coverage >= COVERAGE - 0.02
 
 
-LEAST_PASSES = {"p50": 1, "p90": 60, "p99": 500}
-"""Passes without which a quantile's interval has no upper end, with some to spare for looks."""
-
-
-def _in_ms(of: Interval) -> Interval:
-    return Interval(of.median * 1e3, of.lo * 1e3, of.hi * 1e3, of.coverage, of.count)
-
-
 def settle(timer: Timer, min_block_s: float, warm_up_s: float = 0.0) -> int:
     """Warm up until passes stop becoming faster; return how many passes fill a block.
 
-    The first passes allocate, pick kernels and raise clocks. Warm is what runs for at least
-    `warm_up_s` and whose last three passes, at their best, no longer beat the best before them by
-    2 %; a minute at most, as a machine that never settles is measured all the same.
+    The first passes allocate, pick kernels and raise clocks. Warm is what runs for at least `warm_up_s` and whose last
+    three passes, at their best, no longer beat the best before them by 2 %; a minute at most, as a machine that never
+    settles is measured all the same.
     """
     took: list[float] = []
     while True:
         took.append(math.fsum(timer(1)))
         spent = math.fsum(took)
-        if spent < warm_up_s or len(took) < 4:
-            if spent > WARM_UP_S and len(took) >= 2:
-                break
-            continue
-        if min(took[-3:]) > 0.98 * min(took[:-3]) or spent > WARM_UP_S:
+        warm = spent >= warm_up_s and len(took) >= 4 and min(took[-3:]) > 0.98 * min(took[:-3])
+        if warm or (spent > WARM_UP_S and len(took) >= 2):
             break
     return max(1, math.ceil(min_block_s / max(min(took), 1e-9)))
-
-
-def summary(of: TimingResult) -> dict[str, Any]:
-    """Return the fields of a `Throughput` that come from the clock."""
-    values: dict[str, Any] = {
-        "images_per_s": of.own.median,
-        "images_per_s_lo": of.own.lo,
-        "images_per_s_hi": of.own.hi,
-        "ratio": None if of.ratio is None else of.ratio.median,
-        "ratio_lo": None if of.ratio is None else of.ratio.lo,
-        "ratio_hi": None if of.ratio is None else of.ratio.hi,
-        "reference_images_per_s": None if of.reference is None else of.reference.median,
-        "coverage": of.coverage,
-        "blocks": of.blocks,
-        "passes": of.passes,
-        "seconds": of.seconds,
-        "waited": of.disturbance.waited,
-        "disturbed": of.disturbance.text,
-        "attempts": of.attempts,
-    }
-    for name, at in of.latency_ms.items():
-        values[f"latency_ms_{name}"] = at.median
-        values[f"latency_ms_{name}_lo"] = at.lo if enough(at) else None
-        values[f"latency_ms_{name}_hi"] = at.hi if enough(at) else None
-    return values

@@ -21,8 +21,8 @@ COVERAGE = 0.95
 class Interval:
     """A quantile of a sample (the median, mostly) with a distribution-free interval.
 
-    `coverage` is the probability with which the interval encloses it, given `count` independent
-    values; `count` is the length of the series, or less where neighbours resemble each other.
+    `coverage` is the probability with which the interval encloses it, given `count` independent values: the length of
+    the series, or less where neighbours resemble each other.
     """
 
     median: float
@@ -35,11 +35,10 @@ class Interval:
 def effective_count(values: Sequence[float], q: float = 0.5) -> float:
     """Return how many independent values a series in time order is worth for its quantile.
 
-    A machine that drifts gives neighbouring values alike, and n of them say less than n independent
-    ones. The variance of the share of values below the quantile grows by 1 + 2 sum (1 - k/n) r_k,
-    r_k the autocorrelation of "below or not" at distance k, summed while neighbouring pairs of
-    terms stay positive (Geyer, "Practical Markov Chain Monte Carlo", 1992) and no further than n/3.
-    Never more than n: what alternates is not taken for knowledge.
+    On a machine that drifts neighbouring values are alike, and n of them tell less than n independent ones. The
+    variance of the share of values below the quantile grows by 1 + 2 sum (1 - k/n) r_k, r_k the autocorrelation of
+    "below or not" at distance k, summed while neighbouring pairs of terms stay positive (Geyer, "Practical Markov Chain
+    Monte Carlo", 1992) and no further than n/3. Never more than n: what alternates is not taken for knowledge.
     """
     n = len(values)
     if n < 4:
@@ -79,18 +78,13 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _tails(n: int, q: float) -> tuple[float, ...]:
-    # P(Binomial(n, q) <= k) for k = 0 .. n.
+    """Return P(Binomial(n, q) <= k) for k = 0 .. n; by logarithms, as thousands of values would overflow."""
     total, sums = 0.0, []
     for k in range(n + 1):
-        total += math.comb(n, k) * q**k * (1.0 - q) ** (n - k) if n <= 900 else _log_term(n, k, q)
+        ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        total += math.exp(ways + k * math.log(q) + (n - k) * math.log(1.0 - q))
         sums.append(min(1.0, total))
     return tuple(sums)
-
-
-def _log_term(n: int, k: int, q: float) -> float:
-    return math.exp(
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) + k * math.log(q) + (n - k) * math.log(1.0 - q)
-    )
 
 
 def quantile_interval(
@@ -98,13 +92,13 @@ def quantile_interval(
 ) -> Interval:
     """Enclose a quantile of the values' distribution by two of the order statistics.
 
-    The i-th and j-th smallest of n independent values enclose the q-quantile with probability
-    P(i <= Binomial(n, q) < j), whatever the distribution; the narrowest with at most half the
-    missing probability on either side is taken, or the extremes where none reaches `coverage` (the
-    result's own `coverage` then says less). Source: David and Nagaraja, Order Statistics, 7.1.
+    The i-th and j-th smallest of n independent values enclose the q-quantile with probability P(i <= Binomial(n, q) <
+    j), whatever the distribution; the narrowest with at most half the missing probability on either side is taken, or
+    the extremes where none reaches `coverage` (the result's own `coverage` is then less). Source: David and Nagaraja,
+    Order Statistics, 7.1.
 
-    With `drift`, the values are a series in time and n is its `effective_count`: the same ranks, as
-    shares of the sample, are taken outwards.
+    With `drift`, the values are a series in time and n is its `effective_count`: the same ranks, as shares of the
+    sample, are taken outwards.
     """
     assert values, "no values"
     ordered, n = sorted(values), len(values)
@@ -130,7 +124,7 @@ def median_interval(values: Sequence[float], coverage: float = COVERAGE, *, drif
 
 
 def verdict(lo: float, hi: float, at_least: float) -> Verdict:
-    """Judge an interval against a bound: pass when all of it meets the bound, fail when none."""
+    """Compare an interval with a bound: pass when all of it meets the bound, fail when none."""
     if lo >= at_least:
         return "pass"
     return "fail" if hi < at_least else "undecided"

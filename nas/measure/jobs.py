@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from nas.core.dataclass_json import to_json
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
 from nas.jobs.job import LEAVES, READS, Values, out_of_memory
-from nas.measure.interleave import LEAST_PASSES, Bounds
+from nas.measure.interleave import TimingPlan
 from space import Context, get_family
 from space.errors import refuse
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 MOST_IMAGES = 4096
 """Largest batch that `--batch auto` tries."""
 
-_kept: dict[str, Prepared] = {}
-"""The reference of the last timing, ready in its runtime: exporting or compiling it anew for every
-candidate would take longer than the timing itself."""
+_reference: dict[str, Prepared] = {}
+"""The reference of the last timing, ready in its runtime: exporting or compiling it anew for every candidate would take
+longer than the timing itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,73 +54,52 @@ class FingerprintJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimingJob:
-    """A network to time, interleaved with a reference; the bounds that it is to decide.
-
-    `reference_setting` None: as `setting`. `min_block_s` is the least seconds of a block.
-    """
+class CountJob:
+    """A network to count."""
 
     network: NetworkSpec
-    reference: NetworkSpec | None
     context: Context
-    setting: Setting
-    blocks: int
-    max_blocks: int
-    random_seed: int
-    bounds: Bounds = field(default_factory=Bounds)
-    reference_setting: Setting | None = None
-    min_block_s: float = 0.06
-    min_passes: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportJob:
+class NetworkJob(CountJob):
+    """A network to run under a setting."""
+
+    setting: Setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimingJob(NetworkJob):
+    """A network to time, interleaved with a reference; `reference_setting` None: as `setting`."""
+
+    reference: NetworkSpec | None
+    plan: TimingPlan
+    random_seed: int
+    reference_setting: Setting | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob(NetworkJob):
     """A network to export in its runtime's format to the folder `out`."""
 
-    network: NetworkSpec
-    context: Context
-    setting: Setting
     random_seed: int
     out: Path = field(metadata=LEAVES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryJob:
+class MemoryJob(NetworkJob):
     """A network to measure the memory of, from a `file` in `folder` where its runtime has one."""
 
-    network: NetworkSpec
-    context: Context
-    setting: Setting
     random_seed: int
     folder: Path = field(metadata=READS)
     file: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchJob:
-    """A network to find the fastest batch of; the setting's own batch is ignored."""
-
-    network: NetworkSpec
-    context: Context
-    setting: Setting
-
-
-@dataclass(frozen=True, kw_only=True)
-class AccuracyJob:
+class AccuracyJob(NetworkJob):
     """A trained network to compare with eager float32 on the test images of a data set."""
 
-    network: NetworkSpec
-    context: Context
-    setting: Setting
     dataset: Path = field(metadata=READS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CountJob:
-    """A network to count."""
-
-    network: NetworkSpec
-    context: Context
 
 
 def fingerprint(job: FingerprintJob, tick: Tick) -> Values:
@@ -171,6 +150,15 @@ def _timm_model(name: str, ctx: Context) -> nn.Module:
     return made
 
 
+def _build_seeded(network: NetworkSpec, ctx: Context, random_seed: int) -> nn.Module:
+    """Build a network with weights drawn from a random seed; torch's random state stays as it was."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_seed)
+        return build(network, ctx)
+
+
 def measure(job: TimingJob, tick: Tick) -> Values:
     """Time a network against its reference; both start from `random_seed` unless they have weights.
 
@@ -178,41 +166,21 @@ def measure(job: TimingJob, tick: Tick) -> Values:
     """
     from nas.measure.throughput import measure_prepared, prepare
 
-    with _seeded(job.random_seed):
-        network = prepare(build(job.network, job.context), ctx=job.context, setting=job.setting)
+    ctx, seed = job.context, job.random_seed
+    network = prepare(_build_seeded(job.network, ctx, seed), ctx=ctx, setting=job.setting)
     reference = None
     if job.reference is not None:
-        beside = job.reference_setting or job.setting
-        reference = _reference(job.reference, job.context, beside, job.random_seed)
-    measured = measure_prepared(
-        network,
-        reference,
-        bounds=job.bounds,
-        blocks=job.blocks,
-        max_blocks=job.max_blocks,
-        min_block_s=job.min_block_s,
-        min_passes=max(job.min_passes, _least_passes(job.bounds, job.blocks)),
-    )
+        setting = job.reference_setting or job.setting
+        key = json.dumps(to_json([job.reference, ctx, setting, seed]), sort_keys=True)
+        if key not in _reference:
+            for old in _reference.values():
+                old.ready.close()
+            _reference.clear()
+            _reference[key] = prepare(_build_seeded(job.reference, ctx, seed), ctx=ctx, setting=setting)
+        reference = _reference[key]
+    measured = measure_prepared(network, reference, job.plan)
     network.ready.close()
     return measured.to_dict()
-
-
-def _least_passes(bounds: Bounds, blocks: int) -> int:
-    """Return the passes a block that a bounded percentile needs."""
-    return max([1, *(-(-LEAST_PASSES[name] // blocks) for name, _ in bounds.latency_ms)])
-
-
-def _reference(network: NetworkSpec, ctx: Context, setting: Setting, seed: int) -> Prepared:
-    from nas.measure.throughput import prepare
-
-    key = json.dumps(to_json([network, ctx, setting, seed]), sort_keys=True)
-    if key not in _kept:
-        for old in _kept.values():
-            old.ready.close()
-        _kept.clear()
-        with _seeded(seed):
-            _kept[key] = prepare(build(network, ctx), ctx=ctx, setting=setting)
-    return _kept[key]
 
 
 def export_model(job: ExportJob, tick: Tick) -> Values:
@@ -222,55 +190,40 @@ def export_model(job: ExportJob, tick: Tick) -> Values:
     """
     from nas.measure.throughput import staged_file
 
-    with _seeded(job.random_seed):
-        model = build(job.network, job.context)
+    model = _build_seeded(job.network, job.context, job.random_seed)
     made = staged_file(model, ctx=job.context, setting=job.setting, folder=job.out)
     return {"file": None if made is None else made.relative_to(job.out).as_posix()}
 
 
 def peak_memory(job: MemoryJob, tick: Tick) -> Values:
     """Measure a network's peak memory: `{"peak_mem_bytes"}`; the process should be a fresh one."""
-    import torch
-
     from nas.measure.memory import peak_memory_bytes
 
-    with _seeded(job.random_seed):
-        peak = peak_memory_bytes(
-            lambda: build(job.network, job.context),
-            ctx=job.context,
-            setting=job.setting,
-            threads=torch.get_num_threads(),
-            staged=None if job.file is None else job.folder / job.file,
-        )
+    staged = None if job.file is None else job.folder / job.file
+    peak = peak_memory_bytes(
+        lambda: _build_seeded(job.network, job.context, job.random_seed),
+        ctx=job.context,
+        setting=job.setting,
+        staged=staged,
+    )
     return {"peak_mem_bytes": peak}
 
 
-@contextlib.contextmanager
-def _seeded(random_seed: int) -> Iterator[None]:
-    """Draw weights from a random seed, and leave torch's random state as it was."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_seed)
-        yield
-
-
-def fastest_batch(job: BatchJob, tick: Tick) -> Values:
+def fastest_batch(job: NetworkJob, tick: Tick) -> Values:
     """Find the batch of most images/s that fits: `{"batch", "tried": [[batch, images_per_s]]}`.
 
-    Batches double from 1; two in a row that bring no 2 % end the search, and so does the first
-    that does not fit in memory.
+    The setting's own batch is ignored. Batches double from 1; two in a row that bring no 2 % end the search, and so
+    does the first that does not fit in memory.
     """
     from nas.measure.throughput import measure as timed
 
-    model = build(job.network, job.context)
+    model, plan = build(job.network, job.context), TimingPlan(blocks=6, max_blocks=6, retries=0)
     tried: list[tuple[int, float]] = []
     batch, since_best, best = 1, 0, (1, 0.0)
     why = ""
     while batch <= MOST_IMAGES and since_best < 2:
-        setting = replace(job.setting, batch=batch)
         try:
-            found = timed(model, ctx=job.context, setting=setting, blocks=6, max_blocks=6, retries=0)
+            found = timed(model, ctx=job.context, setting=replace(job.setting, batch=batch), plan=plan)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error) or not tried:
                 raise
@@ -286,8 +239,8 @@ def fastest_batch(job: BatchJob, tick: Tick) -> Values:
 def accuracy(job: AccuracyJob, tick: Tick) -> Values:
     """Compare a trained network in a runtime with eager float32 on a data set's test images.
 
-    `{"top1", "eager_top1", "agreement", "test_n"}`: shares of the test images (whole batches of
-    the setting only). int8 runtimes are calibrated on training images.
+    `{"top1", "eager_top1", "agreement", "test_n"}`: shares of the test images (whole batches of the setting only). int8
+    runtimes are calibrated on training images.
     """
     import numpy as np
     import torch
@@ -334,8 +287,7 @@ def count(job: CountJob, tick: Tick) -> Values:
     from nas.measure.macs import UnsupportedOperator, fvcore_macs
 
     model = build(job.network, job.context)
-    try:
-        macs: int | None = fvcore_macs(model, job.context)
-    except (UnsupportedOperator, RuntimeError):
-        macs = None
+    macs: int | None = None
+    with contextlib.suppress(UnsupportedOperator, RuntimeError):
+        macs = fvcore_macs(model, job.context)
     return {"params": sum(p.numel() for p in model.parameters()), "macs": macs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -58,31 +59,19 @@ def fvcore_by_operator(model: nn.Module, ctx: Context) -> dict[str, int]:
             counter.tracer_warnings("none")
             counter.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
             for name in NOT_COUNTED:
-                counter.set_op_handle(name, _nothing)
+                counter.set_op_handle(name, lambda inputs, outputs: 0)
             found = {name: int(count) for name, count in counter.by_operator().items() if count}
             unknown = sorted(counter.unsupported_ops())
     finally:
         noise.setLevel(level)
-    unknown += sorted(name for name in found if f"aten::{name}" not in _reported_names())
+    reported = COUNTED | {"aten::conv"}  # fvcore reports convolutions under a shorter name
+    unknown += sorted(name for name in found if f"aten::{name}" not in reported)
     if unknown:
         raise UnsupportedOperator("no multiply-add count for " + ", ".join(unknown))
     return dict(sorted(found.items()))
 
 
-def _reported_names() -> frozenset[str]:
-    # fvcore reports some handles under a shorter name than the operator's.
-    return COUNTED | {"aten::conv"}
-
-
-def _nothing(inputs: list[Any], outputs: list[Any]) -> int:
-    return 0
-
-
 def _attention_macs(inputs: list[Any], outputs: list[Any]) -> int:
     # softmax(Q K^T + bias) V: one product of [L, E] x [E, S], one of [L, S] x [S, Ev], per head.
     query, key, value = (node.type().sizes() for node in inputs[:3])
-    heads = 1
-    for extent in query[:-2]:
-        heads *= extent
-    length, width = query[-2:]
-    return int(heads * length * key[-2] * (width + value[-1]))
+    return int(math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))

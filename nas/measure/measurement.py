@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from nas.core.requirement import LATENCIES, Requirement
+from nas.core.requirement import LATENCIES, Requirement, Setting
 from nas.measure.intervals import Verdict, verdict
+from space import Context
 from space.errors import refuse
 
 
@@ -16,18 +17,16 @@ from space.errors import refuse
 class Throughput:
     """Throughput and latency of one network, with intervals and the conditions of the moment.
 
-    `ratio` is images/s over the reference's, from blocks that alternate with the reference's; None
-    without a reference. `_lo` and `_hi` enclose the medians with probability `coverage`, drift
-    accounted for. `blocks` are per network, of `passes` forward passes each. `latency_ms_*` are
-    milliseconds of one pass of `batch` images, waited for (on a GPU at larger batches: the mean of
-    a block's); percentiles have no interval where there were too few passes. `peak_mem_bytes` is
-    None where it was not measured. `parity` is the largest difference of the logits from eager
-    float32, as a share of the largest logit; `agrees` whether that is inside the runtime's stated
-    tolerance; `done` describes what the runtime did to the network.
+    `ratio` is images/s over the reference's, from blocks that alternate with the reference's; None without a reference.
+    `_lo` and `_hi` enclose the medians with probability `coverage`, drift accounted for. `blocks` are per network, of
+    `passes` forward passes each. `latency_ms_*` are milliseconds of one pass of `batch` images, waited for (on a GPU at
+    larger batches: the mean of a block's); percentiles have no interval where there were too few passes. `parity` is
+    the largest difference of the logits from eager float32, as a share of the largest logit; `agrees` whether that is
+    inside the runtime's tolerance; `done` describes what the runtime did to the network.
 
-    `waited` is the share of time in which the process's threads could not run, `disturbed` the
-    disturbances in words, `attempts` how often it was measured because of them. `load`, `when`
-    (UTC) and `clock_mhz` are of the moment when measuring began: conditions, not identity.
+    `waited` is the share of time in which the process's threads could not run, `disturbed` the disturbances in words,
+    `attempts` how often it was measured because of them. `load`, `when` (UTC) and `clock_mhz` are of the moment when
+    measuring began: conditions, not identity.
     """
 
     images_per_s: float
@@ -64,7 +63,7 @@ class Throughput:
     def __post_init__(self) -> None:
         """Refuse numbers that no measurement gives (a table may come from anywhere)."""
         self._check_interval("images_per_s")
-        if any(value is not None for value in (self.ratio, self.ratio_lo, self.ratio_hi)):
+        if any(value is not None for value in self._ends("ratio")):
             self._check_interval("ratio")
         for name in LATENCIES.values():
             if getattr(self, f"latency_ms_{name}_lo") is not None:
@@ -72,9 +71,8 @@ class Throughput:
         self._check_positive("blocks", "passes")
 
     def _check_interval(self, name: str) -> None:
-        middle, lo, hi = (getattr(self, name + end) for end in ("", "_lo", "_hi"))
-        sound = all(value is not None and math.isfinite(value) for value in (middle, lo, hi))
-        if not (sound and 0 < lo <= middle <= hi):
+        middle, lo, hi = self._ends(name)
+        if middle is None or lo is None or hi is None or not 0 < lo <= middle <= hi < math.inf:
             raise refuse(f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= median <= hi")
 
     def _check_positive(self, *names: str) -> None:
@@ -82,15 +80,19 @@ class Throughput:
             if getattr(self, name) < 1:
                 raise refuse(f"measurement.{name}", getattr(self, name), "an integer >= 1")
 
+    def _ends(self, name: str) -> tuple[float | None, ...]:
+        return tuple(getattr(self, name + end) for end in ("", "_lo", "_hi"))
+
     def interval(self, metric: str) -> tuple[float, float, float]:
         """Return a measured metric of `nas.core.requirement.METRICS` as (median, lo, hi)."""
         if metric == "peak_mem_mb":
             assert self.peak_mem_bytes is not None, "memory was not measured"
             value = self.peak_mem_bytes / 1e6
             return value, value, value
-        name = {"speedup": "ratio", "images_per_s": "images_per_s"}.get(metric)
-        name = f"latency_ms_{LATENCIES[metric]}" if name is None else name
-        middle, lo, hi = (getattr(self, name + end) for end in ("", "_lo", "_hi"))
+        name = {"speedup": "ratio"}.get(metric, metric)
+        if metric in LATENCIES:
+            name = f"latency_ms_{LATENCIES[metric]}"
+        middle, lo, hi = self._ends(name)
         assert middle is not None, f"{metric} was not measured"
         if lo is None or hi is None:  # too few passes for a percentile so far out
             return middle, 0.0, math.inf
@@ -127,16 +129,16 @@ class Measurement(Throughput):
         """The values without setting and device."""
         return Throughput(**{f.name: getattr(self, f.name) for f in fields(Throughput)})
 
-    def judge(self, required: Requirement) -> Verdict:
-        """Judge one requirement by the interval's ends."""
+    def verdict_of(self, required: Requirement) -> Verdict:
+        """Compare one requirement with the interval's ends."""
         _, lo, hi = self.interval(required.metric)
         if required.sense == ">=":
             return verdict(lo, hi, required.bound)
         return verdict(-hi, -lo, -required.bound)
 
     def meets(self, requirements: Sequence[Requirement]) -> Verdict:
-        """Judge all: one "fail" fails, one "undecided" stays so; nothing required is a pass."""
-        found = [self.judge(required) for required in requirements]
+        """Compare all: one "fail" fails, one "undecided" stays so; nothing required is a pass."""
+        found = [self.verdict_of(required) for required in requirements]
         if "fail" in found:
             return "fail"
         return "undecided" if "undecided" in found else "pass"
@@ -153,3 +155,8 @@ class Measurement(Throughput):
         if missing:
             raise refuse("measurement", ", ".join(missing) + " missing", "all its fields")
         return cls(**{name: values[name] for name in names})
+
+
+def measured_under(of: Throughput, setting: Setting, ctx: Context, threads: int, fingerprint: str) -> Measurement:
+    """Return a throughput as a measurement under a setting, in a context, on a device by its fingerprint's id."""
+    return Measurement(**vars(of), **vars(setting), **vars(ctx), threads=threads, fingerprint=fingerprint)

@@ -5,6 +5,7 @@ A row is on disk before it is used. Importable without torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,8 +21,8 @@ from space.errors import InputError, refuse
 class MeasurementKey:
     """What is equal for two measurements of the same thing.
 
-    `role` is its purpose ("seed", "gate", "final", "published"); `arch_key` and `reference_key`
-    are keys of archs in their context, `reference_key` empty where there was no reference.
+    `role` is its purpose ("seed", "gate", "final", "published"); `arch_key` and `reference_key` are keys of archs in
+    their context, `reference_key` empty where there was no reference.
     """
 
     role: str
@@ -60,8 +61,8 @@ HEADER = ",".join(table_columns(MeasurementRow))
 class MeasurementTable:
     """The append-only table of one run, whose driver is the only writer.
 
-    Opening reads what is there: a last line that a crash tore is dropped (it was never used), a
-    bad row is refused by its line number. `append` returns when the row is safely on disk.
+    Opening reads what is there: a last line that a crash tore is dropped (it was never used), a bad row is refused by
+    its line number. `append` returns when the row is safely on disk.
     """
 
     def __init__(self, path: Path) -> None:
@@ -97,8 +98,12 @@ class MeasurementTable:
                 out.write(data)
                 out.flush()
                 os.fsync(out.fileno())
-            if not existed:
-                _sync_folder(self.path.parent)
+            if not existed and os.name == "posix":  # a new file's name is durable only when its folder is synced
+                handle = os.open(self.path.parent, os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
         except OSError as error:
             raise refuse(str(self.path), error, "a writable file") from None
         self._whole_bytes += len(data)
@@ -133,22 +138,11 @@ def _read_bytes(path: Path) -> bytes:
         raise refuse(str(path), error, "a readable measurements.csv") from None
 
 
-def _sync_folder(folder: Path) -> None:
-    # A new file's name is durable only when its folder is synced (not possible on Windows).
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class MeasurementCache:
     """`<cache>/measurements/<fingerprint>.csv`, one table for each device and setting.
 
-    Several runs may read and write at once. A damaged table is set aside, not trusted: it costs
-    measuring again. What was disturbed while it was measured is not kept.
+    Several runs may read and write at once. A damaged table is set aside, not trusted: it costs measuring again. What
+    was disturbed while it was measured is not kept.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -161,11 +155,8 @@ class MeasurementCache:
             self._tables[key.fingerprint] = {r.key: r for r in self._read(key.fingerprint)}
         return self._tables[key.fingerprint].get(key)
 
-    def _path(self, fingerprint: str) -> Path:
-        return self.folder / f"{fingerprint}.csv"
-
     def _read(self, fingerprint: str) -> tuple[MeasurementRow, ...]:
-        path = self._path(fingerprint)
+        path = self.folder / f"{fingerprint}.csv"
         if not path.exists():
             return ()
         with FileLock(f"{path}.lock"):
@@ -180,11 +171,9 @@ class MeasurementCache:
         if row.measurement.disturbed:
             return
         fingerprint = row.measurement.fingerprint
-        path = self._path(fingerprint)
-        try:
+        path = self.folder / f"{fingerprint}.csv"
+        with contextlib.suppress(OSError, InputError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 MeasurementTable(path).append(row)
-        except (OSError, InputError):
-            return
-        self._tables.setdefault(fingerprint, {})[row.key] = row
+            self._tables.setdefault(fingerprint, {})[row.key] = row

@@ -18,16 +18,13 @@ from nas.measure.runtimes import RuntimeRequest, check_setting
 from space import Context
 
 
-def peak_memory_bytes(
-    build: Callable[[], nn.Module], *, ctx: Context, setting: Setting, threads: int, staged: Path | None = None
-) -> int:
+def peak_memory_bytes(build: Callable[[], nn.Module], *, ctx: Context, setting: Setting, staged: Path | None) -> int:
     """Return the bytes that a network needs while it is loaded and run, libraries left out.
 
-    On a CPU that is how far the process's resident memory rises above where it stood before the
-    network was there: call it in a fresh process, as what was freed earlier hides growth. On a GPU
-    it is what torch allocated at most; for other runtimes, what the device has less free
-    afterwards. Weights, images, activations and the runtime's arenas count. `staged` is the
-    runtime's own file (see `Runtime.stage`), loaded instead of building and exporting here.
+    On a CPU that is how far the process's resident memory rises above where it stood before the network was there: call
+    it in a fresh process, as what was freed earlier hides growth. On a GPU it is what torch allocated at most; for
+    other runtimes, what the device has less free afterwards. `staged` is the runtime's own file (see `Runtime.stage`),
+    loaded instead of building and exporting here.
     """
     runtime = check_setting(setting)
     # What is imported and what torch sets up once is not the network's.
@@ -39,44 +36,33 @@ def peak_memory_bytes(
     if cuda:
         torch.cuda.synchronize(setting.device)
         torch.cuda.reset_peak_memory_stats(setting.device)
-        base, free = torch.cuda.memory_allocated(setting.device), _free(setting.device)
-    before = resident_bytes()
+        base, free = torch.cuda.memory_allocated(setting.device), torch.cuda.mem_get_info(setting.device)[0]
+    before = _status("VmRSS") or _highest_resident_bytes()
     model = None if staged is not None else build().eval().requires_grad_(False)
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
-        order = RuntimeRequest(model, torch.zeros(shape), setting, threads, Path(folder), staged=staged)
-        ready = runtime.prepare(order)
-    del model, order
-    # What preparing took for a moment (a compilation, a conversion) is not what running takes.
-    _forget_highest()
-    ready.timer(5)
-    if not cuda:
-        return max(0, highest_resident_bytes() - before)
-    torch.cuda.synchronize(setting.device)
-    by_torch = torch.cuda.max_memory_allocated(setting.device) - base
-    return max(by_torch, free - _free(setting.device))
-
-
-def resident_bytes() -> int:
-    """Return the process's resident memory, or its highest where only that is known."""
-    return _status("VmRSS") or highest_resident_bytes()
-
-
-def highest_resident_bytes() -> int:
-    """Return the process's highest resident memory."""
-    known = _status("VmHWM")
-    if known is not None:
-        return known
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else highest * 1024
-
-
-def _forget_highest() -> None:
-    # Linux forgets the highest value on request; elsewhere the preparation counts too.
+        threads = torch.get_num_threads()
+        request = RuntimeRequest(model, torch.zeros(shape), setting, threads, Path(folder), staged=staged)
+        ready = runtime.prepare(request)
+    del model, request
+    # What preparing took for a moment (a compilation, a conversion) is not what running takes. Linux forgets the
+    # highest value on request; elsewhere the preparation counts too.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    ready.timer(5)
+    if not cuda:
+        return max(0, _highest_resident_bytes() - before)
+    torch.cuda.synchronize(setting.device)
+    by_torch = torch.cuda.max_memory_allocated(setting.device) - base
+    return int(max(by_torch, free - torch.cuda.mem_get_info(setting.device)[0]))
+
+
+def _highest_resident_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _status(name: str) -> int | None:
+    """Return a number of bytes from Linux's status of this process; None where there is none."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(name + ":"):
@@ -84,8 +70,3 @@ def _status(name: str) -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
-
-
-def _free(device: str) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,56 +19,33 @@ LEAST_ROWS = 20
 FOLDS = 10
 
 
-class Model(Protocol):
-    """Predicts seconds an image from cost terms `[n, terms]`."""
-
-    def fit(self, terms: Floats, seconds: Floats) -> None:
-        """Learn from measured networks."""
-
-    def predict(self, terms: Floats) -> Floats:
-        """Return seconds an image, `[n]`."""
+Model = Callable[[Floats], Floats]
+"""From cost terms `[n, terms]` to seconds an image `[n]`."""
 
 
-class Additive:
-    """Seconds are a sum of the terms with weights that are not negative (scipy's NNLS).
+def fit_additive(terms: Floats, seconds: Floats) -> Model:
+    """Fit seconds as a sum of the terms with weights that are not negative (scipy's NNLS).
 
-    Rows are divided by their measured value, so that relative errors count alike for small and
-    large networks.
+    Rows are divided by their measured value, so that relative errors count alike for small and large networks.
     """
+    from scipy.optimize import nnls
 
-    def fit(self, terms: Floats, seconds: Floats) -> None:
-        """Find the weights."""
-        from scipy.optimize import nnls
-
-        self._scale = np.maximum(terms.max(axis=0), 1e-12)
-        weighted = terms / self._scale / seconds[:, None]
-        self.weights, _ = nnls(weighted, np.ones(len(seconds)))
-
-    def predict(self, terms: Floats) -> Floats:
-        """Add up."""
-        found: Floats = terms / self._scale @ self.weights
-        return np.maximum(found, 1e-12)
+    scale = np.maximum(terms.max(axis=0), 1e-12)
+    weights, _ = nnls(terms / scale / seconds[:, None], np.ones(len(seconds)))
+    return lambda of: np.maximum(of / scale @ weights, 1e-12)
 
 
-class Boosted:
-    """Gradient-boosted trees on the logarithms of the terms (scikit-learn)."""
+def fit_boosted(terms: Floats, seconds: Floats) -> Model:
+    """Fit gradient-boosted trees on the logarithms of the terms (scikit-learn)."""
+    from sklearn.ensemble import GradientBoostingRegressor
 
-    def fit(self, terms: Floats, seconds: Floats) -> None:
-        """Grow the trees."""
-        from sklearn.ensemble import GradientBoostingRegressor
-
-        self._trees = GradientBoostingRegressor(
-            n_estimators=300, max_depth=3, learning_rate=0.05, subsample=0.7, random_state=0
-        )
-        self._trees.fit(np.log1p(terms), np.log(seconds))
-
-    def predict(self, terms: Floats) -> Floats:
-        """Ask the trees."""
-        found: Floats = np.exp(self._trees.predict(np.log1p(terms)))
-        return found
+    trees = GradientBoostingRegressor(n_estimators=300, max_depth=3, learning_rate=0.05, subsample=0.7, random_state=0)
+    trees.fit(np.log1p(terms), np.log(seconds))
+    return lambda of: np.asarray(np.exp(trees.predict(np.log1p(of))))
 
 
-MODELS: dict[str, Callable[[], Model]] = {"additive": Additive, "boosted": Boosted}
+Fit = Callable[[Floats, Floats], Model]
+MODELS: dict[str, Fit] = {"additive": fit_additive, "boosted": fit_boosted}
 
 
 @dataclass(frozen=True)
@@ -85,8 +61,8 @@ class Prediction:
 class Predictor:
     """The model that cross-validates best, and its error on networks that it had not seen.
 
-    `errors` are |log(predicted / measured)| of every held-out network, ascending; `scores` the
-    median error of each model tried.
+    `errors` are |log(predicted / measured)| of every held-out network, ascending; `scores` the median error of each
+    model tried.
     """
 
     family: Family
@@ -98,7 +74,7 @@ class Predictor:
 
     def predict(self, archs: Sequence[Arch]) -> list[Prediction]:
         """Predict networks; the interval is that of the held-out errors, as a factor."""
-        seconds = self.model.predict(terms_of(self.family, archs, self.ctx))
+        seconds = self.model(terms_of(self.family, archs, self.ctx))
         factor = float(np.exp(self.error))
         return [Prediction(1 / s, 1 / s / factor, 1 / s * factor) for s in seconds.tolist()]
 
@@ -120,16 +96,14 @@ def terms_of(family: Family, archs: Sequence[Arch], ctx: Context) -> Floats:
     return np.stack([np.asarray(c, dtype=np.float64) for c in columns.values()], axis=1)
 
 
-def held_out(make: Callable[[], Model], terms: Floats, seconds: Floats, *, random_seed: int = 0) -> Floats:
+def held_out(fit: Fit, terms: Floats, seconds: Floats) -> Floats:
     """Predict every network by a model that has not seen it: ten folds, drawn once."""
-    order = np.random.default_rng(random_seed).permutation(len(seconds))
+    order = np.random.default_rng(0).permutation(len(seconds))
     found = np.empty(len(seconds))
     for fold in range(FOLDS):
         out = order[fold::FOLDS]
         rest = np.setdiff1d(order, out)
-        model = make()
-        model.fit(terms[rest], seconds[rest])
-        found[out] = model.predict(terms[out])
+        found[out] = fit(terms[rest], seconds[rest])(terms[out])
     return found
 
 
@@ -145,11 +119,9 @@ def fit_predictor(family: Family, ctx: Context, archs: Sequence[Arch], images_pe
     terms = terms_of(family, archs, ctx)
     seconds = 1.0 / np.asarray(images_per_s, dtype=np.float64)
     errors, scores = {}, {}
-    for name, make in MODELS.items():
-        found = held_out(make, terms, seconds)
+    for name, fit in MODELS.items():
+        found = held_out(fit, terms, seconds)
         errors[name] = np.sort(np.abs(np.log(found / seconds)))
         scores[name] = float(np.median(errors[name]))
     best = min(scores, key=lambda name: scores[name])
-    model = MODELS[best]()
-    model.fit(terms, seconds)
-    return Predictor(family, ctx, best, model, tuple(errors[best].tolist()), scores)
+    return Predictor(family, ctx, best, MODELS[best](terms, seconds), tuple(errors[best].tolist()), scores)

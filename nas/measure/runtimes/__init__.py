@@ -1,13 +1,12 @@
 """What executes a network: the registry of runtimes. No torch at import.
 
-A runtime of another package joins through the entry-point group `vision_contraction.runtimes`: the
-entry names a `Runtime` class.
+A runtime of another package joins through the entry-point group `vision_contraction.runtimes`: the entry names a
+`Runtime` class.
 """
 
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Any
 
 from nas.core.requirement import Setting
 from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
@@ -22,8 +21,7 @@ def runtimes() -> dict[str, Runtime]:
     """Return every runtime by its name, installed or not."""
     from nas.measure.runtimes import eager, from_onnx
 
-    own: list[Any] = [*eager.RUNTIMES, *from_onnx.RUNTIMES]
-    found = {kind.name: kind() for kind in own}
+    found: dict[str, Runtime] = {each.name: each for each in (*eager.RUNTIMES, *from_onnx.RUNTIMES)}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         found.setdefault(entry.name, entry.load()())
     return found

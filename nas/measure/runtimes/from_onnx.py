@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,7 +34,9 @@ def _exported(request: RuntimeRequest) -> Path:
 class OnnxFile(Runtime):
     """A runtime that executes an exported ONNX file; `changes` describes the file."""
 
-    changes: ClassVar[str] = "ONNX"
+    needs: ClassVar[tuple[str, ...]] = ("onnx", "onnxscript")
+    dtypes: ClassVar[tuple[str, ...]] = ("float32",)
+    changes = "ONNX"
 
     def stage(self, request: RuntimeRequest) -> Path:
         """Export."""
@@ -42,10 +47,9 @@ class OnnxRuntime(OnnxFile):
     """ONNX Runtime's own execution provider for the device, all graph optimisations on."""
 
     name = "onnxruntime"
-    needs = ("onnxruntime", "onnx", "onnxscript")
+    needs = ("onnxruntime", *OnnxFile.needs)
     executes = ("onnxruntime",)
     install = 'pip install -e ".[onnx]"'
-    dtypes = ("float32",)
 
     def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Export and open a session."""
@@ -81,11 +85,11 @@ class OpenVino(OnnxFile):
     """OpenVINO's CPU plug-in, set for latency at the pinned number of threads."""
 
     name = "openvino"
-    needs: ClassVar[tuple[str, ...]] = ("openvino", "onnx", "onnxscript")
+    needs: ClassVar[tuple[str, ...]] = ("openvino", *OnnxFile.needs)
     executes: ClassVar[tuple[str, ...]] = ("openvino",)
     install = 'pip install -e ".[openvino]"'
     devices = ("cpu",)
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16", "float16")
+    dtypes = Runtime.dtypes
 
     def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Export, convert, compile."""
@@ -102,34 +106,29 @@ class OpenVino(OnnxFile):
         )
         used = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         inference = compiled.create_infer_request()
-        bound = openvino.Tensor(request.images.numpy())
-        inference.set_input_tensor(0, bound)
+        inference.set_input_tensor(0, openvino.Tensor(request.images.numpy()))
 
         def logits(images: Images) -> Images:
             found: Images = compiled(images)[0].astype("float32")
             return found
 
-        return PreparedModel(cpu_timer(inference.infer), logits, f"{self.changes}; executes in {used}")
+        done = f"{self.changes}; executes in {used}"
+        return PreparedModel(cpu_timer(inference.infer), logits, done)
 
 
 class OpenVinoInt8(OpenVino):
     """OpenVINO in int8, by NNCF's post-training quantisation for transformers."""
 
     name = "openvino-int8"
-    needs = ("openvino", "nncf", "onnx", "onnxscript")
+    needs = ("nncf", *OpenVino.needs)
     executes = ("openvino", "nncf")
     dtypes = ("float32",)
     tolerance = None
     calibrates = True
-
     changes = "ONNX; int8 by NNCF (post-training, transformer)"
 
     def stage(self, request: RuntimeRequest) -> Path:
         """Export, quantise, and save in OpenVINO's own format."""
-        import contextlib
-        import io
-        import logging
-
         _disable_telemetry()
         import nncf
         import openvino
@@ -152,10 +151,11 @@ class TensorRt(OnnxFile):
     """An engine that TensorRT built for this GPU from the exported network."""
 
     name = "tensorrt"
-    needs: ClassVar[tuple[str, ...]] = ("tensorrt", "onnx", "onnxscript")
+    needs = ("tensorrt", *OnnxFile.needs)
     executes = ("tensorrt",)
     install = 'pip install tensorrt -e ".[onnx]"'
-    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    devices = ("cuda",)
+    dtypes = Runtime.dtypes
 
     def prepare(self, request: RuntimeRequest) -> PreparedModel:
         """Export, build an engine, bind it to device memory that torch owns."""
@@ -201,4 +201,4 @@ class TensorRt(OnnxFile):
         return PreparedModel(cuda_timer(once, request.setting), logits, done)
 
 
-RUNTIMES = (OnnxRuntime, OnnxRuntimeInt8, OpenVino, OpenVinoInt8, TensorRt)
+RUNTIMES = (OnnxRuntime(), OnnxRuntimeInt8(), OpenVino(), OpenVinoInt8(), TensorRt())

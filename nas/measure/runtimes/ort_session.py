@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
+from nas.measure.runtimes.eager import cpu_timer
 from nas.measure.runtimes.runtime import PreparedModel
 from space.errors import refuse
 
@@ -15,8 +15,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 def open_session(path: Path, images: Any, *, device: str, threads: int, done: str) -> PreparedModel:
     """Open a file whose input is `images` and output `logits`, and bind it to images `[n,c,h,w]`.
 
-    Inputs and outputs stay on the device while passes are timed. Refuses a device that this build
-    of ONNX Runtime does not serve.
+    Inputs and outputs stay on the device while passes are timed. Refuses a device that this build of ONNX Runtime does
+    not serve.
     """
     import onnxruntime
 
@@ -37,16 +37,11 @@ def open_session(path: Path, images: Any, *, device: str, threads: int, done: st
     binding.bind_ortvalue_input("images", value)
     binding.bind_output("logits", kind, int(index or 0))
 
-    def timer(passes: int) -> list[float]:
-        durations = []
-        for _ in range(passes):
-            start = time.perf_counter()
-            session.run_with_iobinding(binding)
-            binding.synchronize_outputs()
-            durations.append(time.perf_counter() - start)
-        return durations
+    def once() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
 
     def logits(of: Any) -> Any:
         return session.run(["logits"], {"images": of})[0]
 
-    return PreparedModel(timer, logits, f"{done}; {provider}")
+    return PreparedModel(cpu_timer(once), logits, f"{done}; {provider}")

@@ -6,7 +6,6 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,9 +25,9 @@ if TYPE_CHECKING:
 class RuntimeRequest:
     """What a runtime is to prepare: a network and the images `[batch, c, h, w]` to time it on.
 
-    `model` is the runtime's own copy: in eval mode, float32, on the CPU, without gradients. `work`
-    is a folder for its files. `calibration` are further batches of the same shape, for int8.
-    `staged` is what `Runtime.stage` left, perhaps in another process; the model is None then.
+    `model` is the runtime's own copy: in eval mode, float32, on the CPU, without gradients. `work` is a folder for its
+    files. `calibration` are further batches of the same shape, for int8. `staged` is the file that `Runtime.stage`
+    wrote, perhaps in another process; the model is None then.
     """
 
     model: nn.Module | None
@@ -42,7 +41,7 @@ class RuntimeRequest:
     @property
     def net(self) -> nn.Module:
         """The model, where there must be one."""
-        assert self.model is not None, "an request without a model is for what was staged"
+        assert self.model is not None, "a request without a model is for what was staged"
         return self.model
 
 
@@ -50,8 +49,8 @@ class RuntimeRequest:
 class PreparedModel:
     """A network that is ready to be timed.
 
-    `timer` runs passes over the request's images; `logits` gives `[batch, classes]` in float32 for
-    other images of the same shape; `done` says what was done to the network, as it is recorded.
+    `timer` runs passes over the request's images; `logits` gives `[batch, classes]` in float32 for other images of the
+    same shape; `done` describes what was done to the network, as it is recorded.
     """
 
     timer: Timer
@@ -63,14 +62,13 @@ class PreparedModel:
 class Runtime(ABC):
     """One way to execute a network.
 
-    `needs` are the packages that must be importable, `install` the line that installs them;
-    `executes` those whose versions decide the speed.
-    `tolerance` gives, by dtype, the largest difference of the logits from eager float32 that still
-    counts as the same network, as a share of the largest logit; None where a runtime changes the
-    network on purpose (int8), so that only its accuracy is comparable.
+    `needs` are the packages that must be importable, `install` the line that installs them; `executes` those whose
+    versions decide the speed. `tolerance` gives, by dtype, the largest difference of the logits from eager float32 that
+    still counts as the same network, as a share of the largest logit; None where a runtime changes the network on
+    purpose (int8), so that only its accuracy is comparable.
     """
 
-    name: ClassVar[str]
+    name: str
     needs: ClassVar[tuple[str, ...]] = ("torch",)
     executes: ClassVar[tuple[str, ...]] = ("torch",)
     install: ClassVar[str] = "pip install torch"
@@ -89,17 +87,8 @@ class Runtime(ABC):
 
     def version(self) -> str:
         """Return the versions of what executes, for the fingerprint."""
-        return " ".join(f"{name} {_version(name)}" for name in self.executes)
+        return " ".join(f"{name} {version_of(name)}" for name in self.executes)
 
     def missing(self) -> list[str]:
         """Return the needed packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
-
-
-def _version(package: str) -> str:
-    if package == "torch":
-        return version_of("torch")
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"

@@ -19,19 +19,12 @@ from nas.distill.jobs import ZeroCostJob, zero_cost
 from nas.distill.zero_cost import ZERO_COST, grad_norm, naswot, snip, synflow, zero_cost_scores
 from nas.labels.reader import Batch, LabelReader
 from nas.labels.store import LabelStore
-from nas.train.losses import DistillLoss
 from space import Context, get_family
 from space.errors import InputError
+from tests.train_cases import TINY
 
 FAMILY = get_family("tinyvit")
-ARCH = {
-    "embed_dims": [32, 32, 64, 64],
-    "depths": [1, 1, 2, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0,
-    "mlp_ratio": 2.0,
-    "head_dim": 32,
-}
+ARCH = {**TINY, "depths": [1, 1, 2, 1]}
 CTX = Context(32, 10)
 IMAGES = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -256,7 +249,7 @@ def test_the_job_scores_the_first_replayed_images(dataset: Dataset, store: Label
     names = ("inputs", "index", "prob", "tail", "truth", "rows")
     parts = (torch.cat([getattr(b, name) for b in batches])[:24] for name in names)
     arch = FAMILY.arch(ARCH)
-    by_hand = zero_cost_scores(FAMILY, arch, CTX, Batch(*parts), random_seed=3, loss=DistillLoss())
+    by_hand = zero_cost_scores(FAMILY, arch, CTX, Batch(*parts), random_seed=3)
     assert {k: values[k] for k in ZERO_COST} == by_hand
     whole = zero_cost(replace(job, images=10_000, batch_size=20), ticks.append)
     assert whole["images"] == len(dataset.train)

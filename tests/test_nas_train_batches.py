@@ -118,14 +118,14 @@ def test_a_batch_that_processes_cannot_share_is_refused_with_the_nearest(
     images: int, share: RankShard, even: bool, ok: bool
 ) -> None:
     if ok:
-        check_batch_size("batch_size", images, share, even=even)
+        check_batch_size(images, share, even=even)
         return
     with pytest.raises(InputError) as error:
-        check_batch_size("batch_size", images, share, even=even)
+        check_batch_size(images, share, even=even)
     near = [int(word) for word in str(error.value).split(";")[-1].split() if word.isdigit()]
     assert near
     for each in near:
-        check_batch_size("batch_size", each, share, even=even)
+        check_batch_size(each, share, even=even)
 
 
 def test_more_than_all_images_make_no_batch(digits: Dataset, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
-from nas.train.fit import rate_at
+from nas.train.optim import rate_at
 from nas.train.recipe import PIPELINE, PRESETS, Recipe, changed, find_recipe, read_recipe
 from space.errors import InputError
 

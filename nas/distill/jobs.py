@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -21,8 +20,10 @@ from space import Context, get_family
 from space.errors import refuse
 
 if TYPE_CHECKING:
-    from nas.distill.student import Evaluation, ParentNetwork
+    from nas.data import Dataset
+    from nas.distill.student import ParentNetwork
     from nas.labels.reader import Batch, LabelReader
+    from nas.labels.store import LabelStore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class EarlierRung:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentJob:
-    """A student arch (as JSON) in its context, and the data and labels that it is judged by.
+    """A student arch (as JSON) in its context, and the data and labels that score it.
 
     Images without a label are an error, or left out with `missing` "skip".
     """
@@ -77,12 +78,12 @@ class StudentJob:
 class TrainJob(StudentJob):
     """A student to train on stored labels, and all that decides the outcome.
 
-    `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. `rung` stops after so many of
-    the `epochs`; `continue_from` goes on from an earlier rung. `images` trains on a fixed subset
-    of that size. `label_overflow` and `label_epochs` are those of `nas.labels.reader.LabelReader`.
-    `hard_weight` is the share of the loss that goes by true labels; `distill` other than `sparse`
-    is a `nas.train.losses.DistillLoss`. With `checkpoint` a killed training goes on at its last
-    epoch. The folder `out` may be `shared` by several runs.
+    `init` is `scratch`, `inherit` (from `parent`) or `file:SOURCE`. Epoch e trains on the store's epoch `first_epoch`
+    + e, so that all candidates see the same batches. `rung` stops after so many of the `epochs`; `continue_from`
+    continues an earlier rung. `images` trains on a fixed subset of that size. `label_overflow` and `label_epochs` are
+    those of `nas.labels.reader.LabelReader`. `hard_weight` is the share of the loss that goes by true labels;
+    `distill` other than `sparse` is a `nas.train.losses.DistillLoss`. With `checkpoint` a killed training continues
+    at its last epoch. The folder `out` may be `shared` by several runs.
     """
 
     store_id: str
@@ -108,8 +109,8 @@ class TrainJob(StudentJob):
 class ScoreJob(StudentJob):
     """A student to score with a parent's weights, without training.
 
-    With `recalibrate`, batch norms are first estimated anew on the images that a training of this
-    random seed sees first.
+    With `recalibrate`, batch norms are first estimated anew on the images that a training of this random seed sees
+    first.
     """
 
     label_epochs: int | None
@@ -151,10 +152,9 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
 def train(job: TrainJob, tick: Tick) -> Values:
     """Train an arch on stored labels and score it; leaves the folder `out` whole.
 
-    It then holds weights.safetensors, holdout.safetensors (per image), with `test`
-    test.safetensors too, and result.json with the values that are returned. With `rung`, it holds
-    checkpoint.safetensors in place of the weights, from which the next rung goes on, on the CPU to
-    the same bits as without a stop.
+    It then holds weights.safetensors, holdout.safetensors (per image), with `test` test.safetensors too, and
+    result.json with the values that are returned. With `rung`, it holds checkpoint.safetensors in place of the
+    weights, from which the next rung continues, on the CPU to the same bits as without a stop.
     """
     part = job.out.with_name(f"{job.out.name}.part")
     part.mkdir(parents=True, exist_ok=True)
@@ -170,9 +170,14 @@ def train(job: TrainJob, tick: Tick) -> Values:
 
 def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
-    from nas.distill.student import StudentTraining, evaluate_test, mean_se, proxy_settings, train_and_score
+    from nas.data.augment.views import EVAL_BATCH
+    from nas.distill.student import Evaluation, evaluate, mean_se, proxy_settings, start_model, train_on_labels
+    from nas.export.weights import save_weights
+    from nas.inherit.batchnorm import first_inputs
+    from nas.labels.reader import holdout_batches
     from nas.labels.store import open_store
     from nas.measure.macs import fvcore_macs
+    from nas.train.evaluate import evaluate as evaluate_split
     from nas.train.losses import DistillLoss
 
     started = time.monotonic()
@@ -188,37 +193,51 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
             _take_over(before.checkpoint, checkpoint)
     if before is not None:
         tick = _without(tick, float(before.epochs * (job.images or len(dataset.train))))
-    loss = DistillLoss(hard_weight=job.hard_weight)
-    if job.distill != "sparse":
-        assert not job.hard_weight, "one loss"
-        loss = DistillLoss(job.distill)
-    weights = part / "weights.safetensors"
-    training = StudentTraining(
-        family=family,
-        arch=arch,
-        context=context,
-        settings=proxy_settings(job.epochs, job.lr, batch_size=job.batch_size),
+    assert job.distill == "sparse" or not job.hard_weight, "one loss"
+    reader = _reader(job, dataset, store)
+    resumed = checkpoint is not None and checkpoint.exists()  # it has its own statistics
+    model, copied = start_model(
+        family,
+        arch,
+        context,
         random_seed=job.random_seed,
-        device=job.device,
         parent=parent,
+        inputs=None if resumed else first_inputs(reader, job.first_epoch),
+        device=job.device,
+    )
+    history, lost = train_on_labels(
+        model,
+        reader,
+        DistillLoss(job.distill, hard_weight=job.hard_weight),
+        proxy_settings(job.epochs, job.lr, batch_size=job.batch_size),
+        random_seed=job.random_seed,
         first_epoch=job.first_epoch,
-        images=job.images,
-        workers=_loader_workers(job.device),
-        missing=job.missing,
-        label_overflow=job.label_overflow,
-        label_epochs=job.label_epochs,
-        loss=loss,
+        device=job.device,
+        checkpoint=checkpoint,
+        stop_after=rung,
+        tick=tick,
     )
-    score = train_and_score(
-        training, dataset, store, out_weights=weights, checkpoint=checkpoint, stop_after=rung, tick=tick
-    )
-    if not math.isfinite(score.soft_loss):
-        raise FloatingPointError(f"the holdout loss is {score.soft_loss}")
-    os.replace(part / "weights.holdout.safetensors", part / "holdout.safetensors")
-    values: Values = {k: v for k, v in score.to_dict().items() if k not in ("weights", "per_image")}
-    values["notes"] = [*notes, *score.notes]
+    held = holdout_batches(dataset, store, EVAL_BATCH, job.missing)
+    scored = evaluate(model, held, dataset.holdout.labels, job.device, tick)
+    scored.save(part / "holdout.safetensors")
+    weights = part / "weights.safetensors"
+    values: Values = {
+        **scored.scores(),
+        "holdout_images": len(scored.truth),
+        "train_loss": history.final_loss,
+        "epochs": len(history.epochs),
+        "images": sum(e.images for e in history.epochs),
+        "images_per_s": history.images_per_s,
+        "seconds": time.monotonic() - started,
+        "copied": copied,
+        "weights_digest": save_weights(weights, model.state_dict()),
+        "notes": [*notes, *reader.notes, *lost],
+    }
     if job.test:
-        tested = evaluate_test(family, arch, context, weights, dataset, store.spec.augment, device=job.device)
+        found = evaluate_split(
+            model, dataset.test, store.spec.augment, num_classes=context.num_classes, device=job.device
+        )
+        tested = Evaluation(found.loss, found.predicted, found.truth)
         tested.save(part / "test.safetensors")
         top1, top1_se = mean_se(tested.correct)
         values.update(test_top1=top1, test_top1_se=top1_se, test_n=len(tested.correct))
@@ -231,6 +250,27 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     return values
 
 
+def _reader(job: TrainJob | ScoreJob, dataset: Dataset, store: LabelStore) -> LabelReader:
+    """Return the batches that a training sees."""
+    from nas.data.dataset import subset_by_key
+    from nas.labels.reader import LabelReader
+
+    # On a CPU training itself needs every core.
+    workers = 0 if job.device == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
+    return LabelReader(
+        dataset.train,
+        store,
+        job.batch_size,
+        job.random_seed,
+        workers,
+        subset_by_key(dataset.train, job.images),
+        missing=job.missing,
+        label_overflow=job.label_overflow,
+        epochs=job.label_epochs,
+        device=job.device,
+    )
+
+
 def _parent_of(job: TrainJob, part: Path) -> tuple[ParentNetwork | None, list[str]]:
     """Return the network whose weights a training starts from, and notes for the user."""
     from nas.distill.student import ParentNetwork
@@ -238,9 +278,8 @@ def _parent_of(job: TrainJob, part: Path) -> tuple[ParentNetwork | None, list[st
 
     init, _, source = job.init.partition(":")
     if init == "file":
-        arch = get_family(job.family).arch(job.arch)
-        weights = part / "adopted.safetensors"
-        family = get_family(job.family)
+        family, weights = get_family(job.family), part / "adopted.safetensors"
+        arch = family.arch(job.arch)
         made_in, note = load_seed_weights(family, arch, job.context, source, weights)
         return ParentNetwork(arch=arch, weights=weights, context=made_in), [note]
     if init == "scratch":
@@ -254,8 +293,7 @@ def _network_of(family: str, parent: ParentWeights) -> ParentNetwork:
     from nas.inherit.importance import load_order
 
     order = None if parent.order is None else load_order(parent.order)
-    arch = get_family(family).arch(parent.arch)
-    return ParentNetwork(arch=arch, weights=parent.weights, order=order)
+    return ParentNetwork(arch=get_family(family).arch(parent.arch), weights=parent.weights, order=order)
 
 
 def _take_over(before: Path, checkpoint: Path) -> None:
@@ -264,8 +302,7 @@ def _take_over(before: Path, checkpoint: Path) -> None:
     try:
         shutil.copyfile(before, aside)
     except FileNotFoundError:
-        want = "the checkpoint of the rung before"
-        raise refuse(str(before), "no such file", want, "start a new run") from None
+        raise refuse(str(before), "no such file", "the checkpoint of the rung before", "start a new run") from None
     aside.replace(checkpoint)
 
 
@@ -275,17 +312,12 @@ def _without(tick: Tick, units: float) -> Tick:
 
     def after(now: float) -> None:
         nonlocal left
-        said = min(left, now)
-        left -= said
-        if now > said:
-            tick(now - said)
+        skipped = min(left, now)
+        left -= skipped
+        if now > skipped:
+            tick(now - skipped)
 
     return after
-
-
-def _loader_workers(device: str) -> int:
-    """Return how many processes augment: on a CPU training itself needs every core."""
-    return 0 if device == "cpu" else max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
 def finish_folder(out: Path, part: Path, values: Values, started: float) -> None:
@@ -305,11 +337,10 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     """
     from nas.data import open_dataset
     from nas.data.augment.views import EVAL_BATCH
-    from nas.data.dataset import subset_by_key
     from nas.distill.student import evaluate, start_model
     from nas.export.weights import place
     from nas.inherit.batchnorm import first_inputs
-    from nas.labels.reader import LabelReader, holdout_batches
+    from nas.labels.reader import holdout_batches
     from nas.labels.store import open_store
 
     started = time.monotonic()
@@ -318,58 +349,28 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     part.mkdir(parents=True)
     family, dataset = get_family(job.family), open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    inputs = None
-    if job.recalibrate:
-        replay = LabelReader(
-            dataset.train,
-            store,
-            job.batch_size,
-            job.random_seed,
-            subset=subset_by_key(dataset.train, job.images),
-            missing=job.missing,
-            label_overflow=job.label_overflow,
-            epochs=job.label_epochs,
-            device=job.device,
-        )
-        inputs = first_inputs(replay, 0)
     model, _ = start_model(
         family,
         family.arch(job.arch),
         job.context,
         random_seed=job.random_seed,
         parent=_network_of(job.family, job.parent),
-        inputs=inputs,
+        inputs=first_inputs(_reader(job, dataset, store), 0) if job.recalibrate else None,
         device=job.device,
     )
-    scored = evaluate(
-        place(model, job.device),
-        holdout_batches(dataset, store, EVAL_BATCH, job.missing),
-        dataset.holdout.labels,
-        job.device,
-        tick,
-    )
-    values = _scores(scored)
+    held = holdout_batches(dataset, store, EVAL_BATCH, job.missing)
+    scored = evaluate(place(model, job.device), held, dataset.holdout.labels, job.device, tick)
+    values = scored.scores()
     scored.save(part / "holdout.safetensors")
     finish_folder(job.out, part, values, started)
     return values
 
 
-def _scores(scored: Evaluation) -> Values:
-    """Return mean soft loss and top-1 with their standard errors; diverged: FloatingPointError."""
-    from nas.distill.student import mean_se
-
-    soft_loss, soft_loss_se = mean_se(scored.soft_loss)
-    if not math.isfinite(soft_loss):
-        raise FloatingPointError(f"the holdout loss is {soft_loss}")
-    top1, top1_se = mean_se(scored.correct)
-    return {"soft_loss": soft_loss, "soft_loss_se": soft_loss_se, "top1": top1, "top1_se": top1_se}
-
-
 def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
-    """Score an arch by each of `nas.distill.zero_cost.ZERO_COST`, and tell on how many `images`.
+    """Score an arch by each of `nas.distill.zero_cost.ZERO_COST`, and return on how many `images`.
 
-    The batch joins the first batches of a training until they hold as many images as asked (all of
-    the first epoch where that has fewer).
+    The batch joins the first batches of a training until they hold as many images as asked (all of the first epoch
+    where that has fewer).
     """
     from nas.data import open_dataset
     from nas.distill.zero_cost import zero_cost_scores
@@ -380,8 +381,8 @@ def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
         raise refuse("images", job.images, "an integer >= 2 (images are compared)")
     family, dataset = get_family(job.family), open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    replay = LabelReader(dataset.train, store, job.batch_size, job.random_seed, missing=job.missing, device=job.device)
-    batch = _first_images(replay, job.images)
+    reader = LabelReader(dataset.train, store, job.batch_size, job.random_seed, missing=job.missing, device=job.device)
+    batch = _first_images(reader, job.images)
     scores = zero_cost_scores(
         family, family.arch(job.arch), job.context, batch, random_seed=job.random_seed, device=job.device
     )
@@ -389,14 +390,14 @@ def zero_cost(job: ZeroCostJob, tick: Tick) -> Values:
     return {**scores, "images": len(batch.rows)}
 
 
-def _first_images(replay: LabelReader, images: int) -> Batch:
+def _first_images(reader: LabelReader, images: int) -> Batch:
     """Join the first batches until they hold `images` images."""
     import torch
 
     from nas.labels.reader import Batch
 
     found: list[Batch] = []
-    for batch in replay.epoch(0):
+    for batch in reader.epoch(0):
         found.append(batch)
         if sum(len(b.rows) for b in found) >= images:
             break

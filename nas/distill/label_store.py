@@ -80,10 +80,9 @@ def build(
 ) -> Mapping[str, Any]:
     """Make a teacher's soft labels of a data set once: `epochs` views of every training image.
 
-    `settings` are the fields of `LabelRequest` and `BuildOptions`; `out` is the store's folder
-    (default: in the cache); `executor_config` may name a cluster, where the `processes` parts are
-    made. Returns the store's `folder`, `id`, `records`, `bytes_per_record` and more. A killed build
-    continues where it stopped. Raises InputError.
+    `settings` are the fields of `LabelRequest` and `BuildOptions`; `out` is the store's folder (default: in the
+    cache); `executor_config` may name a cluster, where the `processes` parts are made. Returns the store's `folder`,
+    `id`, `records`, `bytes_per_record` and more. A killed build continues where it stopped. Raises InputError.
     """
     options, request = _split(data, settings)
     console = console if console is not None else Console(quiet=True)
@@ -124,10 +123,8 @@ def build(
         at, parts = options.shards
         begun = begin((at, parts))
         if request.clean is not None:
-            console.line(
-                f"clean: {begun['dropped']} of {len(dataset.train)} images dropped, listed in "
-                f"{begun['folder']}/dropped.csv"
-            )
+            dropped = f"{begun['dropped']} of {len(dataset.train)} images dropped"
+            console.line(f"clean: {dropped}, listed in {begun['folder']}/dropped.csv")
         _announce(begun, console)
         worker.release()  # what a teacher's training left in a GPU's memory is for all
         mine = [(at + parts * one, parts * options.processes) for one in range(options.processes)]
@@ -201,7 +198,8 @@ def verify(
         wrong: list[str] = list(found.values["problems"])
     if wrong or teacher is None:
         return wrong
-    return _ask(folder, teacher, data, teacher_model, random_seed, cache_dir, console)
+    cache = default_cache() if cache_dir is None else Path(cache_dir)
+    return _ask(folder, teacher, data, teacher_model, random_seed, cache, console)
 
 
 def teach(
@@ -215,7 +213,7 @@ def teach(
     device: str,
     threads: int,
 ) -> Mapping[str, Any]:
-    """Have the teacher of a data set made: its `info` and a line `says`. Raises InputError."""
+    """Make the teacher of a data set in a worker: its `info` and a line, `message`. Raises InputError."""
     job = TeacherJob(
         dataset=dataset.folder,
         cache=cache,
@@ -235,11 +233,10 @@ def _ask(
     data: str | None,
     teacher_model: str | None,
     random_seed: int,
-    cache_dir: str | Path | None,
+    cache: Path,
     console: Console,
 ) -> list[str]:
     """Run a store's teacher again on random records; returns what is wrong, in lines."""
-    cache = Path(cache_dir) if cache_dir is not None else default_cache()
     asked = dict(api.made_by(folder))
     given = dict(asked.pop("data"))
     if data is not None:
@@ -261,23 +258,19 @@ def _ask(
         found = do(Job(jobs.ask_teacher, job, "ask-teacher", float(records)))
     if not found.ok:
         raise InputError(found.reason)
-    values = found.values
-    line = (
-        f"teacher: {values['records']} records asked again, KL {values['mean_kl']:.2g} nats on "
-        f"average, {values['worst_kl']:.2g} at worst"
-    )
+    line = "teacher: {records} records asked again, KL {mean_kl:.2g} nats on average, {worst_kl:.2g} at worst"
+    line = line.format(**found.values)
     console.line(line)
-    return [] if values["good"] else [f"the teacher says something else: {line}"]
+    return [] if found.values["good"] else [f"the teacher says something else: {line}"]
 
 
 def _announce(begun: Mapping[str, Any], console: Console) -> None:
-    """Say what is to be made and what room it takes, before it starts."""
+    """Print what is to be made and what room it takes, before it starts."""
     console.line(
-        f"labels: {begun['images']:,} images x {begun['epochs']} epochs, top {begun['topk']} of "
-        f"{begun['num_classes']:,} classes, {begun['codec']}, {begun['record_bytes']} bytes a "
-        f"record: {begun['total_bytes'] / 1e6:,.1f} MB in {begun['folder']}"
+        "labels: {images:,} images x {epochs} epochs, top {topk} of {num_classes:,} classes, {codec}, {record_bytes} "
+        "bytes a record: {megabytes:,.1f} MB in {folder}".format(**begun, megabytes=begun["total_bytes"] / 1e6)
     )
     console.line(
-        f"labels: {begun['shards']} shards with {begun['records']:,} records "
-        f"({begun['bytes'] / 1e6:,.1f} MB) are still to be built"
+        f"labels: {begun['shards']} shards with {begun['records']:,} records ({begun['bytes'] / 1e6:,.1f} MB) are "
+        "still to be built"
     )

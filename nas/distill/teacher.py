@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -57,11 +56,11 @@ def make_teacher(
 ) -> TeacherInfo:
     """Make the teacher of a data set, or find it in the cache, under `<cache>/teachers/`.
 
-    `auto` trains for `epochs` epochs on the train split with its augmentation, hard labels smoothed
-    by 0.1. A pretrained net keeps its head where the number of classes agrees; otherwise it gets a
-    new one and min(epochs, 5) epochs of fine-tuning. The cache's fingerprint covers data, net,
-    starting weights, epochs, augmentation, random seed, threads, device kind and library versions.
-    `tick` counts training images; a killed training goes on at its last epoch. Raises InputError.
+    `auto` trains for `epochs` epochs on the train split with its augmentation, hard labels smoothed by 0.1. A
+    pretrained net keeps its head where the number of classes agrees; otherwise it gets a new one and min(epochs, 5)
+    epochs of fine-tuning. The cache's fingerprint covers data, net, starting weights, epochs, augmentation, random
+    seed, threads, device kind and library versions. `tick` counts training images; a killed training continues at its
+    last epoch. Raises InputError.
     """
     augment = default_spec(dataset)
     if not dataset.labelled and isinstance(named, AutoTeacher):
@@ -76,40 +75,12 @@ def make_teacher(
         source = replace(source, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std)
     # Without ground truth the classes are the teacher's own.
     classes = dataset.num_classes or source.num_classes
-    settings = _settings(source, classes, epochs)
-    recipe = _recipe(source, settings, dataset, augment, random_seed, device, threads)
-    fingerprint = digest_of(recipe)
-    folder = cache_dir / "teachers" / fingerprint
-
-    def make(draft: Path) -> None:
-        identity = f"{named.name}@{fingerprint[:8]}"
-        _make(draft, identity, named, source, settings, dataset, augment, recipe, device, tick)
-
-    if not get_or_make(folder, make, resumable=True) and settings is not None:
-        tick(float(settings.epochs * len(dataset.train)))
-    return read_teacher(folder)
-
-
-def _settings(source: NetSource, num_classes: int, epochs: int) -> TrainSettings | None:
-    """Say how to train, or None where the weights serve as they are."""
+    settings: TrainSettings | None = None  # the weights serve as they are
     if source.state is None:
-        return replace(AUTO_SETTINGS, epochs=epochs)
-    if source.num_classes != num_classes:
-        return replace(TUNE_SETTINGS, epochs=min(epochs, TUNE_SETTINGS.epochs))
-    return None
-
-
-def _recipe(
-    source: NetSource,
-    settings: TrainSettings | None,
-    dataset: Dataset,
-    augment: AugmentSpec,
-    random_seed: int,
-    device: str,
-    threads: int,
-) -> dict[str, Any]:
-    """Collect all that decides a teacher, as plain JSON."""
-    return {
+        settings = replace(AUTO_SETTINGS, epochs=epochs)
+    elif source.num_classes != classes:
+        settings = replace(TUNE_SETTINGS, epochs=min(epochs, TUNE_SETTINGS.epochs))
+    recipe = {
         "schema": SCHEMA,
         "model": source.model,
         "kwargs": {k: list(v) if isinstance(v, tuple) else v for k, v in source.kwargs.items()},
@@ -124,65 +95,59 @@ def _recipe(
         "threads": threads,
         "libraries": {n: version(n) for n in ("numpy", "pillow", "timm", "torch", "torchvision")},
     }
+    fingerprint = digest_of(recipe)
 
+    def make(folder: Path) -> None:
+        """Train where needed, test on the holdout, and fill the folder."""
+        progress = folder / "training.safetensors"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random_seed)
+            inner = build_teacher_net(source, classes)
+            net = TeacherNet(inner, (dataset.mean, dataset.std), (source.mean, source.std), source.input_size)
+            if settings is not None:
+                batches = _Batches(dataset.train, augment, settings.batch_size, random_seed)
+                train(
+                    net,
+                    batches.epoch,
+                    _step_loss(device),
+                    settings,
+                    device=device,
+                    tick=tick,
+                    steps_per_epoch=batches.steps_per_epoch,
+                    checkpoint=progress,
+                )
+        correct = np.zeros(0, dtype=bool)
+        if dataset.labelled:
+            place(net, device).eval()
+            batched = outputs(net, dataset.holdout, augment, device=device, batch_size=EVAL_BATCH)
+            predicted = np.concatenate([logits.argmax(1).cpu().numpy() for _, logits in batched])
+            correct = predicted == dataset.holdout.labels
+        digest = save_weights(folder / "weights.safetensors", inner.state_dict())
+        top1 = float(correct.mean()) if len(correct) else 0.0
+        info = {
+            "id": f"{named.name}@{fingerprint[:8]}",
+            "digest": digest,
+            "model": source.model,
+            "kwargs": recipe["kwargs"],
+            "num_classes": classes,
+            "mean": list(source.mean),
+            "std": list(source.std),
+            "input_size": source.input_size,
+            "student_mean": list(dataset.mean),
+            "student_std": list(dataset.std),
+            "epochs": settings.epochs if settings is not None else 0,
+            "holdout_top1": top1,
+            "holdout_top1_se": math.sqrt(top1 * (1 - top1) / max(1, len(correct))),
+            "holdout_images": len(correct),
+            "notes": list(_notes(named, source, settings, dataset)),
+        }
+        write_json(folder / "info.json", {"schema": SCHEMA, "recipe": recipe, "info": info})
+        progress.unlink(missing_ok=True)
 
-def _make(
-    folder: Path,
-    identity: str,
-    named: NamedNetwork,
-    source: NetSource,
-    settings: TrainSettings | None,
-    dataset: Dataset,
-    augment: AugmentSpec,
-    recipe: Mapping[str, Any],
-    device: str,
-    tick: Tick,
-) -> None:
-    """Train where needed, test on the holdout, and fill the folder."""
-    seed = int(recipe["random_seed"])
-    classes = dataset.num_classes or source.num_classes
-    progress = folder / "training.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inner = build_teacher_net(source, classes)
-        student = (dataset.mean, dataset.std)
-        net = TeacherNet(inner, student, (source.mean, source.std), source.input_size)
-        if settings is not None:
-            batches = _Batches(dataset.train, augment, settings.batch_size, seed)
-            train(
-                net,
-                batches.epoch,
-                _step_loss(device),
-                settings,
-                device=device,
-                tick=tick,
-                steps_per_epoch=batches.steps_per_epoch,
-                checkpoint=progress,
-            )
-    correct = np.zeros(0, dtype=bool)
-    if dataset.labelled:
-        correct = _correct(place(net, device), dataset.holdout, augment, device)
-    digest = save_weights(folder / "weights.safetensors", inner.state_dict())
-    top1 = float(correct.mean()) if len(correct) else 0.0
-    info = {
-        "id": identity,
-        "digest": digest,
-        "model": source.model,
-        "kwargs": recipe["kwargs"],
-        "num_classes": classes,
-        "mean": list(source.mean),
-        "std": list(source.std),
-        "input_size": source.input_size,
-        "student_mean": list(dataset.mean),
-        "student_std": list(dataset.std),
-        "epochs": settings.epochs if settings is not None else 0,
-        "holdout_top1": top1,
-        "holdout_top1_se": math.sqrt(top1 * (1 - top1) / max(1, len(correct))),
-        "holdout_images": len(correct),
-        "notes": list(_notes(named, source, settings, dataset)),
-    }
-    write_json(folder / "info.json", {"schema": SCHEMA, "recipe": dict(recipe), "info": info})
-    progress.unlink(missing_ok=True)
+    folder = cache_dir / "teachers" / fingerprint
+    if not get_or_make(folder, make, resumable=True) and settings is not None:
+        tick(float(settings.epochs * len(dataset.train)))
+    return read_teacher(folder)
 
 
 def _notes(named: NamedNetwork, source: NetSource, settings: TrainSettings | None, dataset: Dataset) -> Iterator[str]:
@@ -230,11 +195,3 @@ def _step_loss(device: str) -> Callable[[nn.Module, tuple[torch.Tensor, torch.Te
         return functional.cross_entropy(logits, labels.to(device), reduction="none", label_smoothing=LABEL_SMOOTHING)
 
     return loss
-
-
-def _correct(net: nn.Module, split: Split, augment: AugmentSpec, device: str) -> Any:
-    """Tell for each image whether the net is right: bool [n]."""
-    net.eval()
-    said = outputs(net, split, augment, device=device, batch_size=EVAL_BATCH)
-    found = [logits.argmax(1).cpu().numpy() for _, logits in said]
-    return np.concatenate(found) == split.labels

@@ -1,7 +1,6 @@
-"""Zero-cost proxies: scores of an untrained net from one batch, as their authors define them.
+"""Zero-cost proxies: scores of an untrained net from one batch, as their authors define them; higher is better.
 
-What differs for vision transformers is said where it does. The nets are never changed: all work is
-done on a copy. Higher is better, by their authors' claims.
+Differences for vision transformers are named where they are. All work is done on a copy of the net.
 """
 
 from __future__ import annotations
@@ -39,36 +38,35 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.Si
 def grad_norm(model: nn.Module, inputs: Tensor, loss: Loss) -> float:
     """Return the sum over layers of the Euclidean norm of their weights' gradient.
 
-    inputs [B, C, S, S]. Train mode (batch statistics), without dropout. Source: Abdelfattah et al.,
-    "Zero-Cost Proxies for Lightweight NAS", ICLR 2021.
+    inputs [B, C, S, S]. Train mode (batch statistics), without dropout. Source: Abdelfattah et al., "Zero-Cost Proxies
+    for Lightweight NAS", ICLR 2021.
     """
     layers = _with_gradients(model, inputs, loss)
-    return float(sum(_of(grad).norm() for _, grad in layers))
+    return float(sum(grad.double().norm() for _, grad in layers))
 
 
 def snip(model: nn.Module, inputs: Tensor, loss: Loss) -> float:
     """Return the sum over weights of |weight * gradient|: what removing each would change.
 
-    As `grad_norm`. Source: Lee et al., "SNIP", ICLR 2019, summed over a net as by Abdelfattah
-    et al. (ICLR 2021). Unchanged when a layer before a batch norm is scaled.
+    As `grad_norm`. Source: Lee et al., "SNIP", ICLR 2019, summed over a net as by Abdelfattah et al. (ICLR 2021).
+    Unchanged when a layer before a batch norm is scaled.
     """
     layers = _with_gradients(model, inputs, loss)
-    return float(sum((_of(weight) * _of(grad)).abs().sum() for weight, grad in layers))
+    return float(sum((weight.double() * grad.double()).abs().sum() for weight, grad in layers))
 
 
 def synflow(model: nn.Module, inputs: Tensor) -> float:
     """Return the sum over weights of weight * dR/dweight, R the summed output on absolute weights.
 
-    Only the shape [*, C, S, S] of `inputs` counts: the input is one image of ones. Float64, in
-    which nets of the 21M kind stay far from overflow. Source: Tanaka et al., "Pruning neural
-    networks without any data", NeurIPS 2020, summed over a net as by Abdelfattah et al.
+    Only the shape [*, C, S, S] of `inputs` counts: the input is one image of ones. Float64, in which nets of the 21M
+    kind stay far from overflow. Source: Tanaka et al., "Pruning neural networks without any data", NeurIPS 2020,
+    summed over a net as by Abdelfattah et al.
 
-    The method needs a net that is linear on positive signals. For nets of rectifiers the published
-    code makes it so by absolute parameters and by leaving batch norms out. In the same spirit, here
-    layer norms are left out too, smooth rectifiers (GELU, SiLU, ...) are the identity, as ReLU is
-    there, and attention gives each token the mean of the values, which is what softmax does where
-    all tokens look alike; queries and keys thereby carry no flow. Without biases, each layer that
-    all paths cross then contributes R exactly.
+    The method needs a net that is linear on positive signals. The published code makes rectifier nets so by absolute
+    parameters and by leaving batch norms out. Here layer norms are left out too, smooth rectifiers (GELU, SiLU, ...)
+    are the identity, as ReLU is there, and attention gives each token the mean of the values, which is what softmax
+    does where all tokens look alike; queries and keys thereby carry no flow. Without biases, each layer that all paths
+    cross then contributes R exactly.
     """
     net = _copied(model).double()
     for parameter in net.parameters():
@@ -86,13 +84,11 @@ def synflow(model: nn.Module, inputs: Tensor) -> float:
 def naswot(model: nn.Module, inputs: Tensor) -> float:
     """Return the log-determinant of how alike the images' activation codes are.
 
-    inputs [B, C, S, S], B >= 2. An image's code has a bit for each unit of each activation module:
-    whether its input is positive. For ReLU these are its linear regions; for GELU and its like
-    there are no such regions, and the sign tells on which side of the bend a unit is. The kernel
-    [B, B] counts equal bits. Batch statistics, as published. Where images share all bits the
-    determinant is 0: eigenvalues below B * 2.2e-16 of the largest count as that, so that the score
-    is very low but finite. Source: Mellor et al., "Neural Architecture Search without Training",
-    ICML 2021. Raises InputError for a net without activation modules.
+    inputs [B, C, S, S], B >= 2. An image's code has a bit for each unit of each activation module: whether its input
+    is positive (for GELU and its like: the side of the bend). The kernel [B, B] counts equal bits. Batch statistics,
+    as published. Where images share all bits the determinant is 0: eigenvalues below B * 2.2e-16 of the largest count
+    as that, so that the score is very low but finite. Source: Mellor et al., "Neural Architecture Search without
+    Training", ICML 2021. Raises InputError for a net without activation modules.
     """
     net, images = _copied(model), len(inputs)
     kernel = torch.zeros((images, images), dtype=torch.float64)
@@ -119,31 +115,23 @@ def naswot(model: nn.Module, inputs: Tensor) -> float:
 
 
 def zero_cost_scores(
-    family: Family,
-    arch: Arch,
-    ctx: Context,
-    batch: Batch,
-    *,
-    random_seed: int,
-    device: str = "cpu",
-    loss: DistillLoss | None = None,
+    family: Family, arch: Arch, ctx: Context, batch: Batch, *, random_seed: int, device: str = "cpu"
 ) -> dict[str, float]:
     """Score an arch with the weights that `random_seed` gives it, by all of `ZERO_COST`.
 
     The loss is that of the proxy on the batch's stored labels. Raises InputError.
     """
-    measure = DistillLoss() if loss is None else loss
     model, _ = start_model(family, arch, ctx, random_seed=random_seed)
     model.to(device)
     here = batch.to(device)
+    targets = TeacherTargets(index=here.index, prob=here.prob, tail=here.tail)
 
-    def of(logits: Tensor) -> Tensor:
-        targets = TeacherTargets(index=here.index, prob=here.prob, tail=here.tail)
-        return measure(logits, here.truth, targets)
+    def loss(logits: Tensor) -> Tensor:
+        return DistillLoss()(logits, here.truth, targets)
 
     return {
-        "grad_norm": grad_norm(model, here.inputs, of),
-        "snip": snip(model, here.inputs, of),
+        "grad_norm": grad_norm(model, here.inputs, loss),
+        "snip": snip(model, here.inputs, loss),
         "synflow": synflow(model, here.inputs),
         "naswot": naswot(model, here.inputs),
     }
@@ -180,10 +168,6 @@ def _gradients(net: nn.Module) -> list[tuple[Tensor, Tensor]]:
     return [(m.weight.detach(), m.weight.grad) for m in layers if m.weight.grad is not None]
 
 
-def _of(tensor: Tensor) -> Tensor:
-    return tensor.double()
-
-
 def _pass_through(module: nn.Module) -> None:
     def same(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
@@ -192,7 +176,7 @@ def _pass_through(module: nn.Module) -> None:
 
 
 class _EvenAttention(TorchFunctionMode):
-    """Lets softmax give all the same weight, in fused attention too."""
+    """Makes softmax give all the same weight, in fused attention too."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

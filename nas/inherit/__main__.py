@@ -20,11 +20,9 @@ from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Array, Family, Slice
 
-__all__ = ["Layer", "compare", "main", "table"]
-
 Shape = tuple[int, ...]
 IMG_SIZE, NUM_CLASSES = 224, 1000
-"""Where nothing else is said."""
+"""Unless flags, weights or a best.json give them."""
 WITHOUT_DATA = ("prefix", "l1", "l2")
 """Criteria that need no images."""
 
@@ -33,10 +31,9 @@ WITHOUT_DATA = ("prefix", "l1", "l2")
 class Layer:
     """One layer, or a whole block that is not at its old place.
 
-    `was`, `now`: shape of its first tensor in the parent and in the child, None where it is not
-    there, () for a block. `origin`: the parent's module if it is another, "resampled", or "new";
-    "" for the one of the same name (in a moved block: of the block it is taken from). `changed`:
-    not all of what the parent has, or not in the same place.
+    `was`, `now`: shape of its first tensor in the parent and in the child, None where it is not there, () for a block.
+    `origin`: the parent's module if it is another, "resampled", or "new"; "" for the one of the same name (in a moved
+    block: of the block it is taken from). `changed`: not all of what the parent has, or not in the same place.
     """
 
     name: str
@@ -55,10 +52,10 @@ def compare(
     ctx_child: Context,
     order: Mapping[str, Array] | None = None,
 ) -> tuple[Layer, ...]:
-    """Tell of every layer of a child what it was in its parent, in the order of the parent's.
+    """Compare every layer of a child with its parent's, in the order of the parent's, without making weights.
 
-    No weights are needed or made. `order` as in `Family.slicing`. A block that is dropped is one
-    entry; one that is new or moved is an entry before its layers.
+    `order` as in `Family.slicing`. A block that is dropped is one entry; one that is new or moved is an entry before
+    its layers.
     """
     from nas.inherit.slice import is_whole
 
@@ -83,7 +80,7 @@ def compare(
         homes = {key: f"{home}.{key.rpartition('.')[2]}".lstrip(".") for key in keys}
         whole = all(is_whole(homes[key], slicing.get(key), now[key], was) for key in keys)
         if found is None and block and not origin:
-            layer = Layer(called, None, now[keys[0]], "new", False)  # its block has said so
+            layer = Layer(called, None, now[keys[0]], "new", False)  # its block is an entry
         elif found is None:
             layer = Layer(called, was.get(keys[0]), now[keys[0]], "new", True)
         else:
@@ -103,19 +100,18 @@ def _dropped(
 ) -> list[tuple[int, Layer]]:
     """Find what only the parent has: whole blocks, and layers outside of them."""
     used = {_module(one.source) for one in slicing.values()}
-    found, said = [], set()
+    found: dict[str, tuple[int, Layer]] = {}
     for name, keys in _modules(was).items():
         block = _within(name, blocks)
-        if block and block not in said:
-            said.add(block)
-            found.append((places[name], Layer(block, (), None, "", True, True)))
-        elif not block and name not in used and name not in present:
-            found.append((places[name], Layer(name, was[keys[0]], None, "", True)))
-    return found
+        if block:
+            found.setdefault(block, (places[name], Layer(block, (), None, "", True, True)))
+        elif name not in used and name not in present:
+            found[name] = places[name], Layer(name, was[keys[0]], None, "", True)
+    return list(found.values())
 
 
 def _taken(slicing: Mapping[str, Slice], old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
-    """Give the parent's block that each of the child's is taken from, where there is one."""
+    """Return the parent's block that each of the child's is taken from, where there is one."""
     found = {}
     for key, one in slicing.items():
         block = _within(_module(key), new)
@@ -148,12 +144,12 @@ def _blocks(family: Family, arch: Arch) -> list[str]:
 
 
 def _within(module: str, blocks: Sequence[str] | set[str]) -> str:
-    """Name the block that a module is part of; "" for none."""
+    """Return the block that a module is part of; "" for none."""
     return next((b for b in blocks if module == b or module.startswith(f"{b}.")), "")
 
 
 def _cells(layer: Layer) -> tuple[str, str, str, str]:
-    """Put a layer into words: layer, was, is, from."""
+    """Format a layer: layer, was, is, from."""
 
     def shape(value: Shape | None, none: str) -> str:
         if value is None:
@@ -167,7 +163,7 @@ def _cells(layer: Layer) -> tuple[str, str, str, str]:
 
 
 def table(layers: Sequence[Layer], params: tuple[int, int]) -> list[str]:
-    """Lay layers out as lines: "layer | was | is | from", the parameters (was, is) last."""
+    """Format layers as lines "layer | was | is | from", the parameters (was, is) last."""
     share = f"{params[1] / params[0]:.1%}"
     rows = [("layer", "was", "is", "from"), *(_cells(layer) for layer in layers)]
     rows.append(("parameters", f"{params[0]:,}", f"{params[1]:,}", share))
@@ -208,13 +204,13 @@ def _trained_at(name: str, size: int | None, classes: int | None) -> tuple[int |
     """Fill in the resolution and the classes that a `best.json` was made for."""
     if Path(name).suffix.lower() != ".json":
         return size, classes
-    told = read_json(Path(name), "an arch")
-    for key, low in (("img_size", 16), ("num_classes", 1)):
-        value = told.get(key) if isinstance(told, dict) else None
-        if type(value) is int and value >= low:
-            size = value if key == "img_size" and size is None else size
-            classes = value if key == "num_classes" and classes is None else classes
-    return size, classes
+    saved = read_json(Path(name), "an arch")
+
+    def given(key: str, low: int) -> int | None:
+        value = saved.get(key) if isinstance(saved, dict) else None
+        return value if type(value) is int and value >= low else None
+
+    return (given("img_size", 16) if size is None else size, given("num_classes", 1) if classes is None else classes)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -226,15 +222,12 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and Path(arguments.out).suffix != ".safetensors":
         raise refuse("--out", arguments.out, "a file ending in .safetensors")
     if arguments.importance not in WITHOUT_DATA:
-        remedy = ""
-        if arguments.importance == "taylor":
-            remedy = "taylor needs images and labels, which only a run has"
-        want = f"one of {', '.join(WITHOUT_DATA)}"
-        raise refuse("--importance", arguments.importance, want, remedy)
+        remedy = "taylor needs images and labels, which only a run has" if arguments.importance == "taylor" else ""
+        raise refuse("--importance", arguments.importance, f"one of {', '.join(WITHOUT_DATA)}", remedy)
 
 
 def _write(arguments: argparse.Namespace, family: Family, parent: Arch, child: Arch) -> Any:
-    """Write the child's weights; returns what the job tells."""
+    """Write the child's weights; returns what the job returns."""
     job = InheritJob(
         family=family.name,
         parent=family.to_dict(parent),

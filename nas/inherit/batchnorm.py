@@ -29,12 +29,11 @@ def recalibrate(
 ) -> int:
     """Estimate batch-norm statistics anew behind the first change; returns of how many norms.
 
-    `model` holds what `slicing` took from `parent_state` (any order of keys; only its shapes are
-    read). `batches`: inputs float32 [B, C, S, S]; none is drawn where nothing changed, and then the
-    model is left alone. `new_input` (images of another size, say) counts as a change before the
-    first layer. Averages are cumulative over the batches, without gradients, everything else in
-    eval mode; the mode is left as it was. Moves the model to `device` as training does.
-    Declaration must follow the forward pass, as in `first_change`.
+    `model` holds what `slicing` took from `parent_state` (only its shapes are read). `batches`: inputs float32 [B, C,
+    S, S]; none is drawn where nothing changed, and then the model is left alone. `new_input` (images of another size,
+    say) counts as a change before the first layer. Averages are cumulative over the batches, without gradients,
+    everything else in eval mode; the mode is left as it was. Moves the model to `device` as training does. Modules
+    must be declared in the order of the forward pass, as in `first_change`.
     """
     keys = list(model.state_dict())
     start = 0 if new_input else first_change(model.state_dict(), parent_state, slicing)
@@ -47,15 +46,9 @@ def recalibrate(
     ]
     if not norms:
         return 0
-    _estimate(place(model, device), norms, batches, device)
-    return len(norms)
-
-
-def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[torch.Tensor], device: str) -> None:
-    """Average the statistics of `norms` over batches."""
+    place(model, device)
     was_training, momenta = model.training, [norm.momentum for norm in norms]
-    model.train()  # drops what eval mode may have cached of older weights
-    model.eval()
+    model.train().eval()  # drops what eval mode may have cached of older weights
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
@@ -72,6 +65,7 @@ def _estimate(model: nn.Module, norms: Sequence[_BatchNorm], batches: Iterable[t
         model.train(was_training)
         drop_stale_caches(model)
     assert seen, "statistics of no batches"
+    return len(norms)
 
 
 def first_change(
@@ -79,9 +73,9 @@ def first_change(
 ) -> int:
     """Find the first tensor of a child's state dict that differs from the parent's; n if none.
 
-    That is the first without a whole copy of the parent's tensor of the same name, or the place
-    at which one of the parent's has no part in the child. All batch norms that a change can reach
-    lie behind it, as long as modules are declared in the order of the forward pass.
+    That is the first without a whole copy of the parent's tensor of the same name, or the place at which one of the
+    parent's has no part in the child. All batch norms that a change can reach lie behind it, as long as modules are
+    declared in the order of the forward pass.
     """
     keys = list(state)
     shapes = {key: tuple(tensor.shape) for key, tensor in parent_state.items()}

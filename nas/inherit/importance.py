@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nas.core.io import read_json
-from nas.export.weights import drop_stale_caches, load_into
+from nas.export.weights import drop_stale_caches
 from nas.labels.reader import Batch
 from space import Context
 from space.errors import refuse
@@ -33,61 +34,52 @@ def rank_units(
     family: Family,
     arch: Arch,
     ctx: Context,
-    model: nn.Module | Mapping[str, torch.Tensor],
+    model: nn.Module,
     criterion: str,
     *,
     batches: Iterable[Batch] = (),
     step_loss: StepLoss | None = None,
     device: str = "cpu",
 ) -> Order:
-    """Order the units of all groups of a net (or of its state dict), most wanted first.
+    """Order the units of all groups of a net, most wanted first.
 
-    "prefix": as they stand. "l1", "l2": by the size of a unit's weights (`weight_norms`).
-    "taylor": by what the loss would change without it, to first order (`taylor_scores`), which
-    alone takes `batches` and `step_loss`. Ties go to the lower number. The model's weights and mode
-    are left as they were, on `device`.
+    "prefix": as they stand. "l1", "l2": by the size of a unit's weights (`weight_norms`). "taylor": by what the loss
+    would change without it, to first order (`taylor_scores`), which alone takes `batches` and `step_loss`. Ties go to
+    the lower number. The model is left as it was.
     """
     if criterion not in CRITERIA:
         raise refuse("--importance", criterion, f"one of {', '.join(CRITERIA)}")
     groups = family.groups(arch, ctx)
     if criterion == "prefix":
         return {name: list(range(_units(members))) for name, members in groups.items()}
-    net = _built(family, arch, ctx, model)
     if criterion == "taylor":
         assert step_loss is not None, "taylor takes a loss"
-        scores = taylor_scores(net, groups, batches, step_loss, device)
+        scores = taylor_scores(model, groups, batches, step_loss, device)
     else:
-        scores = weight_norms(net, groups, int(criterion[1]))
-    return {name: np.argsort(-value, kind="stable").tolist() for name, value in scores.items()}
+        scores = weight_norms(model, groups, int(criterion[1]))
+    return _order(scores)
 
 
 def rank_blocks(
-    family: Family,
-    arch: Arch,
-    ctx: Context,
-    model: nn.Module | Mapping[str, torch.Tensor],
-    *,
-    batches: Iterable[Batch],
-    step_loss: StepLoss,
-    device: str = "cpu",
+    family: Family, arch: Arch, model: nn.Module, *, batches: Iterable[Batch], step_loss: StepLoss, device: str = "cpu"
 ) -> Order:
     """Order the blocks of all groups by harm (`block_harm`), the one missed most first.
 
     Harm is that of one block alone: of several, the least harmful are the last ones here.
     """
-    net = _built(family, arch, ctx, model)
-    harm = block_harm(net, family.blocks(arch), batches, step_loss, device)
-    return {name: np.argsort(-value, kind="stable").tolist() for name, value in harm.items()}
+    return _order(block_harm(model, family.blocks(arch), batches, step_loss, device))
+
+
+def _order(scores: Mapping[str, Scores]) -> Order:
+    return {name: np.argsort(-value, kind="stable").tolist() for name, value in scores.items()}
 
 
 def weight_norms(model: nn.Module, groups: Mapping[str, tuple[Member, ...]], power: int) -> dict[str, Scores]:
     """Measure how large a unit's weights are, by group: float64 [units].
 
-    `power` 1 sums magnitudes, 2 squares. Matrices and kernels count (`.weight` of two and more
-    dimensions; not tables of biases, which scale nothing), each as applied: a batch norm behind a
-    convolution is folded in, since before one the scale of a weight means nothing. Every tensor
-    is divided by its mean over units, so that all have an equal say: a 3x3 kernel a channel against
-    a wide matrix, small numbers against large. Method: Li et al. 2017 (arXiv 1608.08710).
+    `power` 1 sums magnitudes, 2 squares. Matrices and kernels count (`.weight` of two and more dimensions), each as
+    applied: a batch norm behind a convolution is folded in, since before one the scale of a weight means nothing.
+    Every tensor is divided by its mean over units, so that all count alike. Method: Li et al. 2017 (arXiv 1608.08710).
     """
     weights = _folded(model)
     scores: dict[str, Scores] = {}
@@ -103,7 +95,7 @@ def weight_norms(model: nn.Module, groups: Mapping[str, tuple[Member, ...]], pow
 
 
 def _folded(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Give matrices and kernels in float64, with the batch norm declared next folded in."""
+    """Return matrices and kernels in float64, with the batch norm declared next folded in."""
     found: dict[str, torch.Tensor] = {}
     last = ""
     for name, module in model.named_modules():
@@ -135,31 +127,18 @@ def taylor_scores(
     batches; in eval mode. Method: Molchanov et al. 2019 (arXiv 1906.10771), group contribution.
     """
     totals = {name: np.zeros(_units(members)) for name, members in groups.items()}
-    parameters = dict(model.named_parameters())
-    frozen = {key: p.requires_grad for key, p in parameters.items()}
-    before = {key: p.grad for key, p in parameters.items()}
-    was_training, count = model.training, 0
-    model.to(device).requires_grad_(True)
-    try:
-        for batch in batches:
-            model.train()  # a bias table that eval mode has cached belongs to the last graph
-            model.eval()
-            for p in parameters.values():
-                p.grad = None
-            with torch.enable_grad():
-                step_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-            parts = {key: (p.detach() * p.grad).double().cpu() for key, p in parameters.items() if p.grad is not None}
-            for name, members in groups.items():
-                units = len(totals[name])
-                each = [_by_unit(parts[m.key], m, units) for m in members if m.key in parts]
-                totals[name] += np.sum(each, axis=0) ** 2
-            count += 1
-    finally:
-        for key, p in parameters.items():
-            p.requires_grad_(frozen[key])
-            p.grad = before[key]
-        model.train(was_training)
-        drop_stale_caches(model)
+    net, count = _copied(model, device).requires_grad_(True), 0
+    for batch in batches:
+        net.train().eval()  # a bias table that eval mode has cached belongs to the last graph
+        net.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            step_loss(net, batch).backward()  # type: ignore[no-untyped-call]
+        parts = {key: (p.detach() * p.grad).double().cpu() for key, p in net.named_parameters() if p.grad is not None}
+        for name, members in groups.items():
+            units = len(totals[name])
+            each = [_by_unit(parts[m.key], m, units) for m in members if m.key in parts]
+            totals[name] += np.sum(each, axis=0) ** 2
+        count += 1
     assert count, "importance of no batches"
     return {name: total / count for name, total in totals.items()}
 
@@ -171,29 +150,27 @@ def block_harm(
     step_loss: StepLoss,
     device: str = "cpu",
 ) -> dict[str, Scores]:
-    """Measure the mean loss with one block bypassed less that of the whole net: float64 [blocks].
-
-    In eval mode; the model is left as it was, on `device`.
-    """
+    """Measure the mean loss with one block bypassed less that of the whole net, in eval mode: float64 [blocks]."""
     harm = {name: np.zeros(len(names)) for name, names in blocks.items()}
-    was_training, count = model.training, 0
-    model.to(device).train()  # drops what eval mode may have cached of older weights
-    model.eval()
+    net, count = _copied(model, device).eval(), 0
     with torch.no_grad():
         for batch in batches:
-            whole = float(step_loss(model, batch))
+            whole = float(step_loss(net, batch))
             for name, names in blocks.items():
                 for j, block in enumerate(names):
-                    harm[name][j] += _bypassed(model, block, batch, step_loss) - whole
+                    harm[name][j] += _bypassed(net, block, batch, step_loss) - whole
             count += 1
-    model.train(was_training)
-    drop_stale_caches(model)
     assert count, "importance of no batches"
     return {name: value / count for name, value in harm.items()}
 
 
+def _copied(model: nn.Module, device: str) -> nn.Module:
+    drop_stale_caches(model)  # a graph cannot be copied
+    return copy.deepcopy(model).to(device)
+
+
 def _bypassed(model: nn.Module, block: str, batch: Batch, step_loss: StepLoss) -> float:
-    """Give the loss without a block, which gives what it is given."""
+    """Return the loss with a block replaced by the identity."""
     path, _, name = block.rpartition(".")
     holder = model.get_submodule(path)
     kept = holder.get_submodule(name)
@@ -215,15 +192,6 @@ def _by_unit(values: torch.Tensor, member: Member, units: int) -> Scores:
 
 def _units(members: tuple[Member, ...]) -> int:
     return 1 + max(int(m.unit.max(initial=-1)) for m in members)
-
-
-def _built(family: Family, arch: Arch, ctx: Context, model: nn.Module | Mapping[str, torch.Tensor]) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    with torch.random.fork_rng(devices=[]):
-        net = family.build(arch, ctx)
-    load_into(net, model)
-    return net
 
 
 def load_order(path: Path) -> dict[str, npt.NDArray[np.int64]]:

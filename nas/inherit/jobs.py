@@ -40,8 +40,8 @@ class ImportanceJob:
 class InheritJob:
     """A child whose first weights are sliced from a checkpoint or timm tag of its parent.
 
-    `guess` is the context of weights that do not show theirs; `img_size` and `num_classes` are the
-    child's own (None: its parent's).
+    `guess` is the context of weights that do not show theirs; `img_size` and `num_classes` are the child's own (None:
+    its parent's).
     """
 
     family: str
@@ -59,8 +59,8 @@ class InheritJob:
 def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     """Rank a parent's units and blocks, and write `out`: `{"criterion": ..., "order": {...}}`.
 
-    About `images` training images of the stored epoch 0 are replayed, the same for all criteria;
-    "prefix" needs none and ranks no blocks, which are then spread evenly.
+    About `images` training images of the stored epoch 0 are replayed, the same for all criteria; "prefix" needs none
+    and ranks no blocks, which are then spread evenly.
     """
     import torch
     from torch import nn
@@ -77,7 +77,7 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     arch, criterion, device = family.arch(job.arch), job.criterion, job.device
     dataset = open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    replay = LabelReader(
+    reader = LabelReader(
         dataset.train,
         store,
         job.batch_size,
@@ -97,29 +97,27 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
         tick(float(len(inputs)))
         return sparse_soft_cross_entropy(net(inputs), here.index, here.prob, here.tail).mean()
 
-    order = rank_units(
-        family, arch, context, model, criterion, batches=replay.epoch(0), step_loss=step_loss, device=device
-    )
+    batches = reader.epoch(0)
+    order = rank_units(family, arch, context, model, criterion, batches=batches, step_loss=step_loss, device=device)
     if criterion != "prefix":
-        order |= rank_blocks(family, arch, context, model, batches=replay.epoch(0), step_loss=step_loss, device=device)
-    out = job.out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"criterion": criterion, "order": order})
-    return {"file": str(out), "criterion": criterion}
+        batches = reader.epoch(0)
+        order |= rank_blocks(family, arch, model, batches=batches, step_loss=step_loss, device=device)
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(job.out, {"criterion": criterion, "order": order})
+    return {"file": str(job.out), "criterion": criterion}
 
 
 def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     """Write a child's first weights to `out`, from a checkpoint or timm tag of its parent.
 
-    The parent's context is read off its weights; `img_size` and `num_classes` are the child's own
-    where they are given. Returns both contexts and how many numbers were inherited. Batch-norm
+    The parent's context is read off its weights. Returns both contexts and how many numbers were inherited. Batch-norm
     statistics are the parent's: there are no images here.
     """
     import numpy as np
     import torch
 
     from nas.export.load import find_network
-    from nas.export.weights import save_weights
+    from nas.export.weights import load_into, save_weights
     from nas.inherit.importance import rank_units
     from nas.inherit.slice import checkpoint_context, inherit
 
@@ -131,11 +129,13 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     state = find_network(job.weights, "--weights").weights()
     there = checkpoint_context(family, parent, guess, state, name="--weights")
     here = replace(there, **changes)
-    ranked = rank_units(family, parent, there, state, job.criterion)
-    order = {name: np.array(units, dtype=np.int64) for name, units in ranked.items()}
     with torch.random.fork_rng(devices=[]):
+        whole = family.build(parent, there)
         torch.manual_seed(job.random_seed)
         model = family.build(child, here)
+    load_into(whole, state)
+    ranked = rank_units(family, parent, there, whole, job.criterion)
+    order = {name: np.array(units, dtype=np.int64) for name, units in ranked.items()}
     found = inherit(model, state, family.slicing(parent, child, there, here, order))
     try:
         digest = save_weights(job.out, model.state_dict())

@@ -31,9 +31,9 @@ class Inherited:
 def inherit(model: nn.Module, parent_state: Mapping[str, torch.Tensor], slicing: Mapping[str, Slice]) -> Inherited:
     """Copy a parent's weights into `model`, in place, by `slicing`.
 
-    Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own
-    value there, as does a key without a slice. A dimension with a blend is summed up in float64.
-    Raises InputError for weights of another parent.
+    Each `Slice` holds one index array per dimension of the child's tensor; -1 keeps the child's own value there, as
+    does a key without a slice. A dimension with a blend is summed up in float64. Raises InputError for weights of
+    another parent.
     """
     copied = 0
     state = model.state_dict()
@@ -97,9 +97,9 @@ def checkpoint_context(
 ) -> Context:
     """Find the context in which `state` is a state dict of `arch`, to inherit from it.
 
-    Its classes are read off the tensor whose shape depends on them; image sizes are tried from
-    `ctx`'s own over those of published models. With equal classes the slicing keeps the head, with
-    others the child's own stays. Raises InputError about the flag `name` with the first mismatch.
+    Its classes are read off the tensor whose shape depends on them; image sizes are tried from `ctx`'s own over those
+    of published models. With equal classes the slicing keeps the head, with others the child's own stays. Raises
+    InputError about the flag `name` with the first mismatch.
     """
     classes = ctx.num_classes
     for key, dim in _class_dims(family, arch, ctx):
@@ -137,7 +137,7 @@ def load_seed_weights(family: Family, arch: Arch, ctx: Context, source: str, out
     Returns its context and a note for the user. Raises InputError for weights of another arch.
     """
     state = find_network(source, "--seed-weights").weights()
-    made_in = checkpoint_context(family, arch, ctx, state, name="--seed-weights")
+    made_in = checkpoint_context(family, arch, ctx, state)
     save_weights(out, state)
     changes = _new_head(made_in, ctx)
     if made_in.img_size != ctx.img_size:
@@ -150,9 +150,8 @@ def load_initial_weights(
 ) -> str:
     """Load weights by their name (`nas.export.load`) into `model`, in place; returns a note.
 
-    Position tables of another image size are resized by the method `resize` (`Family.resizes`);
-    with other classes the head stays fresh, or is mapped by the file `head_map`. Raises InputError
-    for weights of another arch.
+    Position tables of another image size are resized by the method `resize` (`Family.resizes`); with other classes the
+    head stays fresh, or is mapped by the file `head_map`. Raises InputError for weights of another arch.
     """
     state = find_network(source, "--init").weights()
     made_in = checkpoint_context(family, arch, ctx, state, name="--init")
@@ -162,7 +161,7 @@ def load_initial_weights(
         keys = [key for key, _ in _class_dims(family, arch, made_in)]
         state = map_head(state, keys, read_head_map(head_map, ctx.num_classes))
         changes = [f"{made_in.num_classes} classes mapped to {ctx.num_classes}"]
-    made_in = replace(made_in, num_classes=ctx.num_classes) if head_map else made_in
+        made_in = replace(made_in, num_classes=ctx.num_classes)
     if made_in.img_size != ctx.img_size:
         changes.append(f"positions of {made_in.img_size} px resized to {ctx.img_size} px, {resize}")
     inherit(model, state, family.resized(arch, made_in, ctx, resize))
@@ -203,9 +202,8 @@ def map_head(state: State, keys: Sequence[str], rows: Sequence[int]) -> State:
     mapped = dict(state)
     for key in keys:
         old = state[key]
-        if int(index.max()) >= len(old):
-            got = f"class {int(index.max())} of {len(old)}"
-            raise refuse("--head-map", got, "classes that the checkpoint has")
+        if max(rows) >= len(old):
+            raise refuse("--head-map", f"class {max(rows)} of {len(old)}", "classes that the checkpoint has")
         mean = old[index[index >= 0]].mean(0, keepdim=True)
         mapped[key] = torch.cat([old, mean])[index]  # -1 is the last row
     return mapped

@@ -1,8 +1,8 @@
 """Train a model in full: `python -m nas.train --arch RUN/best.json --data DATA --out DIR`.
 
-By a recipe with published values, each of which --set overrides; alone or under torchrun; from
-true labels, a label store or an online teacher. A killed training goes on with --resume DIR. The
-folder's best.json is what nas.export takes. Exit status 3: the training diverged.
+By a recipe with published values, each of which --set overrides; alone or under torchrun; from true labels, a label
+store or an online teacher. A killed training continues with --resume DIR. The folder's best.json is what nas.export
+takes. Exit status 3: the training diverged.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         folder.check_new()
     machine = make_machine(given, before.get("machine", {}))
     shard = RankShard(rank, world, machine.accumulation_steps)
-    check_batch_size("batch_size", config.recipe.batch_size, shard, even=config.recipe.mixes)
+    check_batch_size(config.recipe.batch_size, shard, even=config.recipe.mixes)
     for line in describe(config, world):
         console.line(line)
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
@@ -86,6 +86,7 @@ def _train(
     import torch
 
     from nas.distill.teacher import make_teacher
+    from nas.export.load import find_network
     from nas.inherit.slice import load_initial_weights
     from nas.train.distributed import init_distributed
     from nas.train.session import TrainSession
@@ -95,20 +96,33 @@ def _train(
         stack.callback(console.stop)
         with ranks.raise_on_all_ranks():
             dataset = prepared(config.data_spec, cache, console)
-            session = TrainSession(
-                config,
-                machine,
-                dataset,
-                folder,
-                ranks,
-                cache,
-                console.line,
-                start_from=load_initial_weights,
-                make_teacher=make_teacher,
-            )
-            console.start(float(config.teacher_epochs * len(dataset.train)), "images")
-            teacher = session.load_teacher(console.advance)
-            console.stop()
+            session = TrainSession(config, machine, dataset, folder, ranks, console.line)
+            if config.init != "scratch" and not folder.checkpoint.exists():  # which has the weights
+                head_map = None if config.head_map is None else Path(config.head_map)
+                note = load_initial_weights(
+                    session.model,
+                    session.family,
+                    session.arch,
+                    session.ctx,
+                    config.init,
+                    resize=config.resize,
+                    head_map=head_map,
+                )
+                console.line(f"start: {note}")
+            if config.teacher is not None:
+                console.start(float(config.teacher_epochs * len(dataset.train)), "images")
+                info = make_teacher(
+                    find_network(config.teacher, "--teacher"),
+                    dataset,
+                    cache,
+                    random_seed=config.data_seed,  # not the training's own: several trainings share a teacher
+                    epochs=config.teacher_epochs,
+                    device=ranks.device,
+                    threads=machine.threads,
+                    tick=console.advance,
+                )
+                console.stop()
+                session.use_teacher(info)
             if ranks.main:
                 stack.enter_context(folder.lock())
                 device = take_fingerprint(ranks.device, machine.threads)
@@ -119,15 +133,14 @@ def _train(
                     "fingerprint": dataclasses.asdict(device),
                 }
                 folder.write_settings({**conditions, **before, **session.settings()})
-        remedy = "one cache, or one store, for all"
-        ranks.check_same("teacher and labels", session.targets_id(), remedy)
+        ranks.check_same("teacher and labels", session.targets_id(), "one cache, or one store, for all")
         steps, images = session.source.steps_per_epoch, session.source.images_per_epoch
         used = {k: v for k, v in dataclasses.asdict(machine).items() if v is not None}
         console.line("machine: " + ", ".join(f"{k}={v}" for k, v in used.items()))
         console.line(f"augmentation: {json.dumps(session.spec.to_dict())}")
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
         console.start(float(images * config.recipe.epochs), "images")
-        return session.train(teacher, console.advance, _throughput(config, session.ctx))
+        return session.train(console.advance, _throughput(config, session.ctx))
 
 
 def _throughput(config: TrainConfig, ctx: Context) -> Any:
@@ -145,19 +158,17 @@ def _print_result(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
     if result["status"] == "diverged":
         kept = [str(result[k]) for k in ("checkpoint", "best") if result[k]]
         print(
-            f"diverged: the loss became {result['loss']} by step {result['step']} "
-            f"(epoch {result['epoch']}); good and kept: {', '.join(kept) or 'nothing yet'}; "
-            "start anew with a lower --set lr=..., or a stricter --set clip_norm=...",
+            f"diverged: the loss became {result['loss']} by step {result['step']} (epoch {result['epoch']}); good and "
+            f"kept: {', '.join(kept) or 'nothing yet'}; start anew with a lower --set lr=..., or a stricter --set "
+            "clip_norm=...",
             file=sys.stderr,
         )
-    if result["status"] == "diverged" or quiet:
-        return
-    print(
-        f"best epoch {result['epoch']} ({result['weights']} weights): test top-1 "
-        f"{result['test_top1']:.2%} +- {result['test_top1_se']:.2%}, top-5 "
-        f"{result['test_top5']:.2%} on {result['test_n']} images; {result['params']:,} parameters"
-    )
-    print(f"export it with: python -m nas.export {folder} --to timm --out DIR")
+    elif not quiet:
+        print(
+            "best epoch {epoch} ({weights} weights): test top-1 {test_top1:.2%} +- {test_top1_se:.2%}, top-5 "
+            "{test_top5:.2%} on {test_n} images; {params:,} parameters".format(**result)
+        )
+        print(f"export it with: python -m nas.export {folder} --to timm --out DIR")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,9 +52,9 @@ class RankShard:
 class MicroBatch:
     """One part of a global batch.
 
-    `inputs` float32 [n, 3, S, S]; `truth` classes int64 [n] (-1: none) or, of images that a store
-    mixed, shares float32 [n, C]; stored labels as `targets`, if any; `number` of all micro-batches
-    of the step, and the images of the global batch.
+    `inputs` float32 [n, 3, S, S]; `truth` classes int64 [n] (-1: none) or, of images that a store mixed, shares
+    float32 [n, C]; stored labels as `targets`, if any; `number` of all micro-batches of the step, and the images of
+    the global batch.
     """
 
     inputs: Tensor
@@ -65,28 +64,13 @@ class MicroBatch:
     global_batch: int
 
 
-class Source(Protocol):
-    """Training batches, which depend on the epoch alone."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many optimizer steps an epoch has."""
-
-    @property
-    def images_per_epoch(self) -> int:
-        """How many images an epoch shows, about."""
-
-    def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
-        """Yield a process's micro-batches of each step of an epoch, from step `start` on."""
-
-
 def divide(batches: Sequence[Rows], shard: RankShard) -> list[tuple[int, int, Rows]]:
     """Return (number, global batch, rows) of each micro-batch of this process, in order."""
     count = shard.micro_batches
     return [(i, len(rows), rows[i::count]) for rows in batches for i in shard.numbers()]
 
 
-def check_batch_size(name: str, images: int, shard: RankShard, *, even: bool) -> None:
+def check_batch_size(images: int, shard: RankShard, *, even: bool) -> None:
     """Refuse a batch that cannot be divided equally; `even`: into pairs, as mixing takes them."""
     count = shard.micro_batches
     unit = count * (2 if even else 1)
@@ -94,14 +78,14 @@ def check_batch_size(name: str, images: int, shard: RankShard, *, even: bool) ->
         near = max(images // unit, 1) * unit
         near += unit * (near < 2 * count)
         want = f"a multiple of {unit}, for {shard}" + (" of pairs to mix" if even else "")
-        raise refuse(name, images, want, f"{near} or {near + unit}")
+        raise refuse("batch_size", images, want, f"{near} or {near + unit}")
 
 
 def repeated(order: Rows, repeats: int) -> tuple[Rows, NDArray[np.int64]]:
     """Return a shuffled epoch of as many draws in which each image comes `repeats` times.
 
-    Returns rows and the number of each copy, int64 [n]. Copies follow each other, so that processes
-    get different ones. Source: DeiT's repeated augmentation (arXiv 2012.12877).
+    Returns rows and the number of each copy, int64 [n]. Copies follow each other, so that processes get different
+    ones. Source: DeiT's repeated augmentation (arXiv 2012.12877).
     """
     n = len(order)
     distinct = order[: -(-n // repeats)]
@@ -126,12 +110,8 @@ class LiveBatches:
     ) -> None:
         assert not spec.mixes, "a full training mixes micro-batches itself"
         if batch_size > len(split):
-            raise refuse(
-                "batch_size",
-                batch_size,
-                f"at most the {len(split)} training images",
-                "--set batch_size=N; the rate scales with it",
-            )
+            want = f"at most the {len(split)} training images"
+            raise refuse("batch_size", batch_size, want, "--set batch_size=N; the rate scales with it")
         self._split, self._batch = split, batch_size
         self._repeats, self._seed = repeats, random_seed
         batched = spec.engine == "batched"
@@ -159,8 +139,8 @@ class LiveBatches:
     def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
         """Yield a process's micro-batches of each step, from step `start` on."""
         rows, copies = self.draws(epoch)
-        places = np.arange(start * self._batch, len(rows))
-        mine = divide(np.split(places, len(places) // self._batch) if len(places) else [], shard)
+        starts = range(start * self._batch, len(rows), self._batch)
+        mine = divide([np.arange(at, at + self._batch) for at in starts], shard)
         recipes = [ViewSpec(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine]
         made = zip(mine, stream(self._inputs, recipes, self._workers), strict=True)
 

@@ -45,8 +45,7 @@ def save_checkpoint(
     tensors["rng.cpu"] = torch.get_rng_state()
     if _on_cuda(model):
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    record = {"epoch": position.epoch, "plan": position.plan, "extra": position.extra}
-    text = json.dumps(record, sort_keys=True)
+    text = json.dumps(vars(position), sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, weights_bytes(tensors, {_KEY: text}))
 
@@ -68,7 +67,10 @@ def load_checkpoint_into(
     tensors = load_weights(path, name=_NAME)
     try:
         record = json.loads(text)
-        _refuse_other(path, record["plan"], plan)
+        before = record["plan"]
+        if before != json.loads(json.dumps(plan)):
+            changed = ", ".join(sorted(k for k in plan if plan[k] != before.get(k)))
+            raise refuse(_NAME, f"{path} of other settings ({changed})", "the same ones", "remove it")
         weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
         mismatch = first_mismatch(model.state_dict(), weights)
         if mismatch:
@@ -84,7 +86,7 @@ def load_checkpoint_into(
         torch.set_rng_state(tensors["rng.cpu"])
         if "rng.cuda" in tensors and _on_cuda(model):
             torch.cuda.set_rng_state(tensors["rng.cuda"])
-        return Position(record["epoch"], record["plan"], record["extra"])
+        return Position(record["epoch"], before, record["extra"])
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -92,19 +94,11 @@ def load_checkpoint_into(
         raise refuse(_NAME, got, "a whole one", "remove it") from None
 
 
-def _refuse_other(path: Path, before: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Refuse the checkpoint of a training with other settings."""
-    if before != json.loads(json.dumps(plan)):
-        changed = sorted(k for k in plan if plan[k] != before.get(k))
-        raise refuse(_NAME, f"{path} of other settings ({', '.join(changed)})", "the same ones", "remove it")
-
-
 def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Return a value with the parameter's device and memory layout, as fused AdamW needs it."""
     if value.shape != parameter.shape:
         return value.to(parameter.device)
-    out = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
-    return out.copy_(value)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def _on_cuda(model: torch.nn.Module) -> bool:

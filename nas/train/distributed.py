@@ -78,9 +78,7 @@ class Ranks:
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Return a model whose gradients are averaged over all processes."""
-        if self.world == 1:
-            return model
-        return nn.parallel.DistributedDataParallel(model)
+        return model if self.world == 1 else nn.parallel.DistributedDataParallel(model)
 
 
 def world_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int]:
@@ -96,12 +94,8 @@ def world_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int, int
         raise refuse("RANK", rank, f"less than WORLD_SIZE={world}", "start with torchrun")
     missing = [n for n in ("MASTER_ADDR", "MASTER_PORT") if n not in environment]
     if world > 1 and missing:
-        raise refuse(
-            ", ".join(missing),
-            "nothing",
-            "where the first of the processes listens",
-            "start with torchrun, or unset WORLD_SIZE",
-        )
+        remedy = "start with torchrun, or unset WORLD_SIZE"
+        raise refuse(", ".join(missing), "nothing", "where the first of the processes listens", remedy)
     return rank, max(world, 1), local
 
 
@@ -123,9 +117,9 @@ def init_distributed(device: str) -> Iterator[Ranks]:
         return
     cuda = device.startswith("cuda")
     if cuda:
-        here = local_world()
-        if here > torch.cuda.device_count():
-            got = f"{torch.cuda.device_count()} GPUs for {here} processes here"
+        here, gpus = local_world(), torch.cuda.device_count()
+        if here > gpus:
+            got = f"{gpus} GPUs for {here} processes here"
             raise refuse("--device", got, "a GPU for each process", "start fewer with torchrun")
         device = f"cuda:{local}"
         torch.cuda.set_device(device)

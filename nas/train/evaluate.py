@@ -90,9 +90,9 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate on a labelled split, each process on its share of the images; all get the whole.
 
-    A module is put through train() into eval mode, which drops what it may have cached of older
-    weights, and stays there. Float32. A class that ties with the true one does not count as above
-    it; outputs that are not numbers are wrong.
+    A module is put through train() into eval mode, which drops what it may have cached of older weights, and stays
+    there. Float32. A class that ties with the true one does not count as above it; outputs that are not numbers are
+    wrong.
     """
     if isinstance(network, nn.Module):
         network.train().eval()
@@ -115,13 +115,8 @@ def evaluate(
         )
         table[torch.from_numpy(rows).to(device)] = found
         tick(float(len(rows)))
-    whole = ranks.sum(table).cpu().numpy()
-    return EvalResult(
-        whole[:, 0].astype(np.float32),
-        whole[:, 1].astype(np.int64),
-        whole[:, 2].astype(np.int64),
-        np.asarray(split.labels, dtype=np.int64),
-    )
+    loss, rank, predicted = ranks.sum(table).cpu().numpy().T
+    return EvalResult(loss.astype(np.float32), rank.astype(np.int64), predicted.astype(np.int64), labels.numpy())
 
 
 def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
@@ -141,16 +136,13 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     take_fingerprint(device, 1)  # refuses a device that is not there
     console = Console(quiet=given.quiet)
     most = ALL_IMAGES if given.max_images is None else given.max_images
-    spec = DataSpec.of(given, given.data_seed, img_size=size, max_images=most)
+    data = DataSpec.of(given, given.data_seed, img_size=size, max_images=most)
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
-    dataset = prepared(spec, cache, console)
+    dataset = prepared(data, cache, console)
     if list(dataset.classes) != saved.classes:
         want, got = (", ".join(map(str, c[:3])) for c in (saved.classes, dataset.classes))
-        raise refuse(
-            "--data",
-            f"{dataset.num_classes} classes ({got}, ...)",
-            f"the {len(saved.classes)} of {saved.path} ({want}, ...)",
-        )
+        want = f"the {len(saved.classes)} of {saved.path} ({want}, ...)"
+        raise refuse("--data", f"{dataset.num_classes} classes ({got}, ...)", want)
     split = getattr(dataset, given.split)
     network: Callable[[Tensor], Tensor]
     network = model = place(saved.build(), device)
@@ -158,14 +150,9 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         network = lambda inputs: fuse(both_heads(model, inputs), given.fusion)  # noqa: E731
     console.start(float(len(split)), "images")
     try:
-        result = evaluate(
-            network,
-            split,
-            preset_spec("default", dataset),
-            num_classes=dataset.num_classes,
-            device=device,
-            tick=console.advance,
-        )
+        spec = preset_spec("default", dataset)
+        classes = dataset.num_classes
+        result = evaluate(network, split, spec, num_classes=classes, device=device, tick=console.advance)
     finally:
         console.stop()
     table = result.by_class(dataset.classes)

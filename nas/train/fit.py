@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 
 from nas.core.progress import Tick, no_tick
-from nas.data import Split
+from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, borrowed_generators, seed_all
 from nas.export.weights import place
-from nas.train.batches import MicroBatch, RankShard, Source
+from nas.train.batches import LiveBatches, MicroBatch, RankShard, ReplayBatches
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
 from nas.train.distributed import Ranks
-from nas.train.evaluate import SCORES, EvalResult, evaluate
+from nas.train.evaluate import SCORES, evaluate
 from nas.train.loop import Diverged, Stepper
 from nas.train.losses import DistillLoss, TeacherTargets
-from nas.train.optim import cosine_at, layer_lr_scales, make_optimizer
-from nas.train.recipe import Recipe
+from nas.train.optim import layer_lr_scales, make_optimizer, rate_at
+from nas.train.train_config import Machine, TrainConfig
 from space.errors import refuse
 
 Row = dict[str, Any]
@@ -40,50 +39,29 @@ AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class FitArgs:
     """The arguments of a full training.
 
-    `plan` holds the settings that decide its bits, as plain JSON; `blocks` names the net's blocks
-    for layer decay; `teacher` returns the logits of inputs, if one teaches online; a checkpoint is
-    written after every epoch and every `save_steps` steps.
+    `plan` holds the settings that decide its bits, as plain JSON; `teacher` returns the logits of inputs, if one
+    teaches online; a checkpoint is written after every epoch and every `machine.save_steps` steps.
     """
 
     model: nn.Module
-    source: Source
-    recipe: Recipe
-    holdout: Split
+    source: LiveBatches | ReplayBatches
+    config: TrainConfig
+    machine: Machine
+    dataset: Dataset
     spec: AugmentSpec
-    num_classes: int
     ranks: Ranks
-    accumulation_steps: int
-    random_seed: int
     plan: Mapping[str, Any]
     checkpoint: Path
-    blocks: tuple[str, ...] = ()
-    teacher: Callable[[Tensor], Tensor] | None = None
-    amp: str = "none"
-    compile: bool = False
-    save_steps: int | None = None
+    teacher: Callable[[Tensor], Tensor] | None
 
 
 Report = Callable[[list[Row], Callable[[], Mapping[str, Tensor]], str | None], None]
-"""Takes the rows so far, a function that returns the better weights of this epoch, and which they
-are ("raw" or "ema") if they are the best of all epochs so far."""
-
-
-def rate_at(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a 0-based step."""
-    peak, least, first = recipe.rates()
-    if recipe.schedule == "epoch":
-        t, total, warmup = step // steps_per_epoch, recipe.epochs, recipe.warmup_epochs
-    else:
-        t, total = step, recipe.epochs * steps_per_epoch
-        warmup = int(recipe.warmup_epochs * steps_per_epoch)
-    return cosine_at(t, total=total, warmup=warmup, lr=peak, min_lr=least, first=first)
+"""Takes the rows so far, a function that returns the better weights of this epoch, and which they are ("raw" or "ema")
+if they are the best of all epochs so far."""
 
 
 def best_of(rows: Sequence[Row]) -> Row:
-    """Return the epoch whose better weights, averaged or not, are best on the holdout.
-
-    Top-1 decides, then loss; of equal ones the first, which was kept.
-    """
+    """Return the epoch whose better weights have the best top-1 on the holdout, then loss; the first of equal ones."""
 
     def merit(row: Row) -> tuple[float, float]:
         prefix = "" if row["best_of"] == "raw" else "ema_"
@@ -108,9 +86,9 @@ def freeze_batch_norms(model: nn.Module) -> None:
 def fit(args: FitArgs, report: Report, tick: Tick = no_tick) -> list[Row]:
     """Train `args.model` in place, from its checkpoint on if there is one; a row for each epoch.
 
-    Every process calls `report` after every epoch; `tick` counts images of all processes. Draws
-    inside the net depend on (random seed, step, micro-batch) alone, so that a resumed run ends in
-    the same weights wherever it stopped, on the CPU to the bit. Raises `Diverged`, InputError.
+    Every process calls `report` after every epoch; `tick` counts images of all processes. Draws inside the net depend
+    on (random seed, step, micro-batch) alone, so that a resumed run ends in the same weights wherever it stopped, on
+    the CPU to the bit. Raises `Diverged`, InputError.
     """
     with torch.random.fork_rng(devices=[]):
         return _Loop(args, tick).run(report)
@@ -119,22 +97,17 @@ def fit(args: FitArgs, report: Report, tick: Tick = no_tick) -> list[Row]:
 class _Loop:
     def __init__(self, args: FitArgs, tick: Tick) -> None:
         self._args, self._tick = args, tick
-        recipe, ranks = args.recipe, args.ranks
+        self._recipe = recipe = args.config.recipe
+        ranks = args.ranks
         self._model = place(args.model, ranks.device)
-        self._shard = RankShard(ranks.rank, ranks.world, args.accumulation_steps)
-        scales = None
-        if recipe.layer_decay is not None:
-            if not args.blocks:
-                want = "none for this family"
-                raise refuse("layer_decay", recipe.layer_decay, want, "it names no blocks")
-            scales = layer_lr_scales(self._model, args.blocks, recipe.layer_decay)
+        self._shard = RankShard(ranks.rank, ranks.world, args.machine.accumulation_steps)
         optimizer = make_optimizer(
             self._model,
             lr=recipe.rates()[0],
             weight_decay=recipe.weight_decay,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.eps,
-            scales=scales,
+            scales=self._layer_scales(),
         )
         self._ema: Any = None
         if recipe.ema_decay is not None:
@@ -143,7 +116,7 @@ class _Loop:
             self._model,
             optimizer,
             device=ranks.device,
-            dtype=AMP[args.amp],
+            dtype=AMP[args.machine.amp],
             clip_norm=recipe.clip_norm,
             all_reduce=ranks.sum,
         )
@@ -165,28 +138,38 @@ class _Loop:
                 switch_prob=recipe.mix_switch_prob,
                 mode=recipe.mix_mode,
                 label_smoothing=recipe.label_smoothing,
-                num_classes=args.num_classes,
+                num_classes=args.dataset.num_classes,
             )
         self._rows: list[Row] = []
-        self._seed = 0
+        self._step = 0
+
+    def _layer_scales(self) -> dict[str, float] | None:
+        """Return each parameter's share of the rate, if the recipe has a layer decay."""
+        decay = self._recipe.layer_decay
+        if decay is None:
+            return None
+        family, arch = self._args.config.family_and_arch
+        blocks = [name for names in family.blocks(arch).values() for name in names]
+        if not blocks:
+            raise refuse("layer_decay", decay, "none for this family", "it names no blocks")
+        return layer_lr_scales(self._model, blocks, decay)
 
     def run(self, report: Report) -> list[Row]:
         """Train to the end of the recipe."""
         args = self._args
         with args.ranks.raise_on_all_ranks():
             epoch, start, seconds = self._resume()
-        position, remedy = f"epoch {epoch}, step {start}", "a folder that all machines share"
-        args.ranks.check_same("checkpoint", position, remedy)
-        if args.compile:
+        position = f"epoch {epoch}, step {start}"
+        args.ranks.check_same("checkpoint", position, "a folder that all machines share")
+        if args.machine.compile:
             self._model.compile()
         network = args.ranks.wrap(self._model)
-        while epoch < args.recipe.epochs:
+        while epoch < self._recipe.epochs:
             row = self._train_epoch(network, epoch, start, seconds)
-            which, weights = self._evaluate(row)
+            weights = self._evaluate(row)
             self._rows.append(row)
             epoch, start, seconds = epoch + 1, 0, 0.0
-            best = best_of(self._rows) is row
-            report(self._rows, weights, which if best else None)
+            report(self._rows, weights, row["best_of"] if best_of(self._rows) is row else None)
             self._save(epoch, 0, 0.0, 0, 0.0)
         return self._rows
 
@@ -194,18 +177,18 @@ class _Loop:
         """Train one epoch from step `start` on; `before`: seconds already spent on it."""
         args, steps = self._args, self._args.source.steps_per_epoch
         self._model.train()
-        if args.recipe.bn == "eval":
+        if self._recipe.bn == "eval":
             freeze_batch_norms(self._model)
         if start == 0:
             self._stepper.begin()
-        started, rate = time.perf_counter() - before, 0.0
-        done = start
+        started, rate, done = time.perf_counter() - before, 0.0, start
         for micro_batches in args.source.steps(epoch, start, self._shard):
             step = epoch * steps + done
-            rate = rate_at(args.recipe, step, steps)
+            rate = rate_at(self._recipe, step, steps)
             self._take(network, micro_batches, rate, step)
             done += 1
-            if args.save_steps is not None and done % args.save_steps == 0 and done < steps:
+            every = args.machine.save_steps
+            if every is not None and done % every == 0 and done < steps:
                 total, images = self._checked_sums(step)
                 self._save(epoch, done, total, images, time.perf_counter() - started)
         assert done == steps, f"{done} of {steps} steps"
@@ -221,35 +204,35 @@ class _Loop:
             "peak_mem_bytes": peak_memory(args.ranks.device),
         }
 
-    def _evaluate(self, row: Row) -> tuple[str, Callable[[], Mapping[str, Tensor]]]:
-        """Add the holdout's scores to an epoch's row; return which weights are better, and those.
+    def _evaluate(self, row: Row) -> Callable[[], Mapping[str, Tensor]]:
+        """Add the holdout's scores to an epoch's row, and which weights are better (`best_of`); return those.
 
         Raises `Diverged` for a loss that is not finite.
         """
-        args = self._args
-        candidates: list[tuple[str, str, nn.Module]] = [("raw", "", self._model)]
+        args, models = self._args, {"raw": self._model}
         if self._ema is not None:
-            candidates.append(("ema", "ema_", self._ema.module))
-        found = []
-        for which, prefix, model in candidates:
+            models["ema"] = self._ema.module
+        merits = {}
+        for which, model in models.items():
             args.ranks.broadcast_buffers(model)
-            result: EvalResult = evaluate(
-                model, args.holdout, args.spec, num_classes=args.num_classes, device=args.ranks.device, ranks=args.ranks
+            classes, device = args.dataset.num_classes, args.ranks.device
+            result = evaluate(
+                model, args.dataset.holdout, args.spec, num_classes=classes, device=device, ranks=args.ranks
             )
             scores = result.summary()
+            prefix = "" if which == "raw" else "ema_"
             row |= {f"{prefix}holdout_{name}": scores[name] for name in SCORES}
             if not math.isfinite(scores["loss"]):
-                last_step = row["epoch"] * args.source.steps_per_epoch - 1
-                raise Diverged(last_step, scores["loss"])
-            found.append((scores["top1"], -scores["loss"], which, model))
-        *_, row["best_of"], best = max(found, key=lambda one: one[:2])
-        return row["best_of"], lambda: best.state_dict()
+                raise Diverged(row["epoch"] * args.source.steps_per_epoch - 1, scores["loss"])
+            merits[which] = scores["top1"], -scores["loss"]
+        row["best_of"] = max(merits, key=lambda which: merits[which])
+        return models[row["best_of"]].state_dict
 
     def _checked_sums(self, step: int) -> tuple[float, int]:
         """Return the sum of losses and the images of this epoch, over all processes.
 
-        Raises `Diverged` unless losses and weights are finite, since what follows is kept: on a GPU
-        the loss may not have been looked at yet, and gradients may not be finite where it is.
+        Raises `Diverged` unless losses and weights are finite, since what follows is kept: on a GPU the loss may not
+        have been looked at yet, and gradients may not be finite where it is.
         """
         total = self._stepper.check_loss(step)
         sums = torch.stack([p.detach().float().sum() for p in self._model.parameters()])
@@ -258,37 +241,21 @@ class _Loop:
         return total, int(self._args.ranks.sum(torch.tensor(float(self._stepper.images))))
 
     def _take(self, network: nn.Module, micro_batches: list[MicroBatch], rate: float, step: int) -> None:
-        args, last = self._args, len(micro_batches) - 1
-        global_batch = micro_batches[0].global_batch
-
-        @contextlib.contextmanager
-        def around(at: int) -> Iterator[None]:
-            self._seed = micro_batch_seed(args.random_seed, step, micro_batches[at].number)
-            torch.manual_seed(self._seed)
-            with contextlib.ExitStack() as stack:
-                if at < last and isinstance(network, nn.parallel.DistributedDataParallel):
-                    stack.enter_context(network.no_sync())
-                yield
-
-        # Processes average their gradients; together they see `global_batch` images.
-        self._stepper.take(
-            network,
-            micro_batches,
-            self._step_loss,
-            rate,
-            step=step,
-            weight=args.ranks.world / global_batch,
-            around=around,
-        )
+        images, self._step = micro_batches[0].global_batch, step
+        # Processes average their gradients; together they see `images` images.
+        weight = self._args.ranks.world / images
+        self._stepper.take(network, micro_batches, self._step_loss, rate, step=step, weight=weight)
         if self._ema is not None:
             self._ema.update(self._model, step=step + 1)
-        self._tick(float(global_batch))
+        self._tick(float(images))
 
     def _step_loss(self, network: nn.Module, batch: MicroBatch) -> Tensor:
+        seed = micro_batch_seed(self._args.config.random_seed, self._step, batch.number)
+        torch.manual_seed(seed)
         inputs, truth = batch.inputs, batch.truth
         if self._mixup is not None:
             with borrowed_generators():
-                seed_all(self._seed)
+                seed_all(seed)
                 inputs, truth = self._mixup(inputs, truth)
         device = self._args.ranks.device
         inputs = inputs.to(device, memory_format=torch.channels_last, non_blocking=True)

@@ -69,8 +69,7 @@ class TrainFolder:
             return None
         data = read_json(self.path / RESULT, "how a training ended")
         if not isinstance(data, dict) or data.get("status") not in ("finished", "diverged"):
-            want, remedy = "what nas.train wrote", "remove it, and --resume"
-            raise refuse(str(self.path / RESULT), "another format", want, remedy)
+            raise refuse(str(self.path / RESULT), "another format", "what nas.train wrote", "remove it, and --resume")
         return data
 
     @contextmanager
@@ -81,11 +80,9 @@ class TrainFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            want = "one that no other process does"
-            raise refuse("training", self.path, want, "wait for it, or end it") from None
+            raise refuse("training", self.path, "one that no other process does", "wait for it, or end it") from None
         except OSError as error:
-            got = f"{self.path} ({error.strerror})"
-            raise refuse("--out", got, "a place to write to") from None
+            raise refuse("--out", f"{self.path} ({error.strerror})", "a place to write") from None
         try:
             remove_leftovers(self.path)
             yield

@@ -22,22 +22,16 @@ class HeadsJob:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaceJob:
+class PaceJob(HeadsJob):
     """An arch in its context, to train for so many seconds at a batch size."""
 
-    family: str
-    arch: Mapping[str, Any]
-    context: Context
     batch_size: int
     seconds: float
     device: str
 
 
 def heads(job: HeadsJob, tick: Tick) -> Values:
-    """Tell whether an arch has a distillation token: `{"token": bool}`.
-
-    Built without memory for its weights.
-    """
+    """Return whether an arch has a distillation token, without memory for its weights: `{"token": bool}`."""
     import torch
 
     from nas.train.losses import has_token
@@ -49,36 +43,30 @@ def heads(job: HeadsJob, tick: Tick) -> Values:
 
 
 def pace(job: PaceJob, tick: Tick) -> Values:
-    """Train an arch on random images: `{"images_per_s", "steps"}`, by the best of its steps.
-
-    Nothing is kept.
-    """
+    """Train an arch on random images: `{"images_per_s", "steps"}`, by the best of its steps. Nothing is kept."""
     import torch
 
     from nas.export.weights import place
-    from nas.train.loop import TrainSettings, amp_dtype
+    from nas.train.loop import Stepper, half_precision
     from nas.train.optim import make_optimizer
 
     family, context, device, size = get_family(job.family), job.context, job.device, job.batch_size
-    settings = TrainSettings(epochs=1, lr=1e-4, batch_size=size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = place(family.build(family.arch(job.arch), context), device).train()
         images = torch.randn(size, context.in_chans, context.img_size, context.img_size)
-        labels = torch.randint(context.num_classes, (size,))
+        labels = torch.randint(context.num_classes, (size,)).to(device)
     inputs = images.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    dtype = amp_dtype(settings, device)
-    best, until = float("inf"), time.perf_counter() + job.seconds
-    steps = 0
+    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.05)
+    stepper = Stepper(model, optimizer, device=device, dtype=half_precision(device), clip_norm=None)
+
+    def loss(net: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(net(batch), labels, reduction="none")
+
+    best, steps, until = float("inf"), 0, time.perf_counter() + job.seconds
     while steps < 3 or time.perf_counter() < until:
         started = time.perf_counter()
-        with torch.autocast(device.split(":")[0], dtype=dtype, enabled=dtype is not None):
-            loss = torch.nn.functional.cross_entropy(model(inputs), labels.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        float(loss.detach())  # waits for a GPU
-        best = min(best, time.perf_counter() - started)
-        steps += 1
+        stepper.take(model, (inputs,), loss, 1e-4, step=steps)
+        stepper.check_loss(steps)  # waits for a GPU
+        best, steps = min(best, time.perf_counter() - started), steps + 1
     return {"images_per_s": size / best, "steps": steps}

@@ -25,17 +25,16 @@ from space.errors import refuse
 
 B = TypeVar("B")
 
-_CHECK_EVERY = 32
-"""Steps between two checks of the loss on a GPU, where each one waits for the device."""
+CHECK_EVERY = {"cpu": 1, "cuda": 32}
+"""Steps between two checks of the loss: on a GPU each one waits for the device."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """The settings of a teacher's or proxy's training: AdamW, cosine after a linear warm-up.
 
-    `epochs` is the length of the schedule; `lr` its peak; `warmup_epochs` may be a fraction;
-    `clip_norm` None means off; `amp` asks for mixed precision where the device has it (CUDA).
-    Raises InputError.
+    `epochs` is the length of the schedule; `lr` its peak; `warmup_epochs` may be a fraction; `clip_norm` None means
+    off; `amp` asks for mixed precision where the device has it (CUDA). Raises InputError.
     """
 
     epochs: int
@@ -95,22 +94,12 @@ class Diverged(RuntimeError):
         self.loss = loss
 
 
-def amp_dtype(settings: TrainSettings, device: str) -> torch.dtype | None:
-    """Return the mixed-precision type for a device, or None for full precision (on the CPU)."""
-    if not settings.amp or not device.startswith("cuda"):
+def half_precision(device: str) -> torch.dtype | None:
+    """Return the half precision of a GPU, bfloat16 from compute capability 8 on; None on a CPU."""
+    if not device.startswith("cuda"):
         return None
-    return half_precision(device)
-
-
-def half_precision(device: str) -> torch.dtype:
-    """Return the half precision of a GPU: bfloat16 from compute capability 8 on."""
     major, _ = torch.cuda.get_device_capability(device)
     return torch.bfloat16 if major >= 8 else torch.float16
-
-
-def check_every(device: str) -> int:
-    """Return the steps between two checks of the loss."""
-    return _CHECK_EVERY if device.startswith("cuda") else 1
 
 
 def train(
@@ -127,16 +116,16 @@ def train(
 ) -> History:
     """Train `model` in place on `device`; it stays in training mode.
 
-    `epoch_batches(e)` returns the `steps_per_epoch` batches of epoch e and must depend on e alone.
-    `step_loss(model, batch)` moves its batch to the device and returns the loss of each image
-    [B], float32. `tick` receives images done. With `checkpoint`, the position is written there at
-    the end of each epoch and a later call continues from it, on the CPU to the same bits as an
-    undisturbed run. `stop_after` ends after that many epochs of the schedule (a rung of a race).
-    Raises `Diverged` once the loss is not finite: at that step on the CPU, within 32 on a GPU.
+    `epoch_batches(e)` returns the `steps_per_epoch` batches of epoch e and must depend on e alone. `step_loss(model,
+    batch)` moves its batch to the device and returns the loss of each image [B], float32. `tick` receives images done.
+    With `checkpoint`, the position is written there at the end of each epoch and a later call continues from it, on
+    the CPU to the same bits as an undisturbed run. `stop_after` ends after that many epochs of the schedule (a rung of
+    a race). Raises `Diverged` once the loss is not finite: at that step on the CPU, within 32 on a GPU.
     """
     place(model, device)
     optimizer = make_optimizer(model, lr=settings.lr, weight_decay=settings.weight_decay)
-    stepper = Stepper(model, optimizer, device=device, dtype=amp_dtype(settings, device), clip_norm=settings.clip_norm)
+    dtype = half_precision(device) if settings.amp else None
+    stepper = Stepper(model, optimizer, device=device, dtype=dtype, clip_norm=settings.clip_norm)
     plan = {**asdict(settings), "steps_per_epoch": steps_per_epoch}
     done: list[Epoch] = []
     if checkpoint is not None and checkpoint.exists():
@@ -166,21 +155,10 @@ def train(
     return History(tuple(done))
 
 
-def _nothing_around(at: int) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext()
-
-
-def _autocast(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    if dtype is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device.split(":")[0], dtype=dtype)
-
-
 class Stepper:
     """Takes optimizer steps and sums the loss since `begin`.
 
-    `dtype` is that of mixed precision, or None for full precision. The loss is checked at every
-    step on the CPU, at every 32nd on a GPU. `all_reduce` sums a number over all processes.
+    `dtype` is that of mixed precision, or None for full precision. `all_reduce` sums a number over all processes.
     """
 
     def __init__(
@@ -195,11 +173,10 @@ class Stepper:
     ) -> None:
         self.optimizer = optimizer
         self._all_reduce = all_reduce
-        kind = device.split(":")[0]
-        self.scaler: Any = torch.amp.GradScaler(kind, enabled=dtype is torch.float16)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._device, self._dtype, self._clip = device, dtype, clip_norm
-        self._check_every = check_every(device)
+        self._kind = device.split(":")[0]
+        self.scaler: Any = torch.amp.GradScaler(self._kind, enabled=dtype is torch.float16)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self.begin()
 
     def begin(self, loss_sum: float = 0.0, images: int = 0) -> None:
@@ -216,22 +193,24 @@ class Stepper:
         *,
         step: int,
         weight: float | None = None,
-        around: Callable[[int], contextlib.AbstractContextManager[Any]] = _nothing_around,
     ) -> int:
         """Take one step on the mean loss of one batch, or of several micro-batches.
 
-        `rate` is the learning rate, of which each group takes its `lr_scale`. `weight` multiplies
-        the sum of losses (one over the images of the global batch); None means the mean of the one
-        batch. `around(i)` is entered for the i-th micro-batch. Returns the images of this process.
-        Raises `Diverged` where the loss is checked and is not finite.
+        `rate` is the learning rate, of which each group takes its `lr_scale`. `weight` multiplies the sum of losses
+        (one over the images of the global batch); None means the mean of the one batch. Returns the images of this
+        process. Raises `Diverged` where the loss is checked and is not finite.
         """
         assert weight is not None or len(batches) == 1
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
-        seen = 0
+        seen, last = 0, len(batches) - 1
         for at, batch in enumerate(batches):
-            with around(at):
-                with _autocast(self._device, self._dtype):
+            # Processes average their gradients once, with the last micro-batch.
+            held_back: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+            if at < last and isinstance(network, nn.parallel.DistributedDataParallel):
+                held_back = network.no_sync()
+            with held_back:
+                with torch.autocast(self._kind, dtype=self._dtype, enabled=self._dtype is not None):
                     losses = step_loss(network, batch)
                 assert losses.ndim == 1, "step_loss returns one loss per image"
                 if at == 0:
@@ -244,7 +223,7 @@ class Stepper:
         if self._clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip)
-        if step % self._check_every == 0:
+        if step % CHECK_EVERY[self._kind] == 0:
             self.check_loss(step)
         self.scaler.step(self.optimizer)
         self.scaler.update()

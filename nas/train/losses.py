@@ -26,10 +26,9 @@ Heads = tuple[Tensor, Tensor]
 def sparse_soft_cross_entropy(logits: Tensor, index: Tensor, prob: Tensor, tail: Tensor) -> Tensor:
     """Return the cross-entropy of logits with a top-K label, its tail spread over other classes.
 
-    logits [B, C], index int64 [B, K], prob [B, K], tail [B] -> loss in nats, float32 [B] (also
-    under autocast). Equals the dense soft cross-entropy, gradients too; K < C.
-    Method: TinyViT (Wu et al., ECCV 2022), with the sum over the tail taken as a whole:
-    -(sum_k p_k log q_k + tail / (C - K) * (sum_c log q_c - sum_k log q_k)).
+    logits [B, C], index int64 [B, K], prob [B, K], tail [B] -> loss in nats, float32 [B] (also under autocast). Equals
+    the dense soft cross-entropy, gradients too; K < C. Method: TinyViT (Wu et al., ECCV 2022), with the sum over the
+    tail taken as a whole: -(sum_k p_k log q_k + tail / (C - K) * (sum_c log q_c - sum_k log q_k)).
     """
     classes, kept = logits.shape[1], index.shape[1]
     assert kept < classes, (kept, classes)
@@ -52,8 +51,7 @@ def label_entropy(prob: Tensor, tail: Tensor, num_classes: int) -> Tensor:
 def retemper(prob: Tensor, tail: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Soften stored labels by T: prob [B, K] and tail [B] of p^(1/T), normalised, float32.
 
-    Exact for the kept classes relative to each other and for a tail that is spread evenly, as the
-    loss spreads it. Raises InputError.
+    Exact for the kept classes relative to each other and for a tail that is spread evenly. Raises InputError.
     """
     if not temperature > 0:
         raise refuse("temperature", temperature, "a number > 0")
@@ -63,8 +61,7 @@ def retemper(prob: Tensor, tail: Tensor, num_classes: int, temperature: float) -
     others = num_classes - prob.shape[1]
     logs = torch.cat([prob, (tail / others)[:, None]], dim=1).log() / temperature
     # The largest is finite, so an impossible class stays impossible without a NaN.
-    logs = logs - logs.max(dim=1, keepdim=True).values
-    mass = logs.exp()
+    mass = (logs - logs.max(dim=1, keepdim=True).values).exp()
     mass = torch.cat([mass[:, :-1], mass[:, -1:] * others], dim=1)
     mass = mass / mass.sum(1, keepdim=True)
     return mass[:, :-1], mass[:, -1]
@@ -74,8 +71,7 @@ def retemper(prob: Tensor, tail: Tensor, num_classes: int, temperature: float) -
 class TeacherTargets:
     """What a teacher gives for B images: dense `logits` [B, C], or stored labels.
 
-    Stored labels are `index` int64 [B, K], `prob` [B, K] and `tail` [B], spread evenly over the
-    other classes.
+    Stored labels are `index` int64 [B, K], `prob` [B, K] and `tail` [B], spread evenly over the other classes.
     """
 
     logits: Tensor | None = None
@@ -131,12 +127,11 @@ class TeacherTargets:
 class DistillLoss:
     """A loss of each image, from its true label and its teacher's. Raises InputError.
 
-    `kind` "none": the true labels alone; "sparse": the teacher's labels (TinyViT), with true labels
-    for the share `hard_weight`; "soft", "hard" and "token" weigh the teacher's part by `alpha` and
-    the true labels by the rest: the KL at a `temperature`, the teacher's class, or either
-    (`token_loss`) on a head of its own (DeiT, arXiv 2012.12877). `reduction` "numel" divides the KL
-    by the number of classes as well, as DeiT's code does and its paper does not. `label_smoothing`
-    is of true labels given as classes, never of the teacher's class.
+    `kind` "none": the true labels alone; "sparse": the teacher's labels (TinyViT), with true labels for the share
+    `hard_weight`; "soft", "hard" and "token" weigh the teacher's part by `alpha` and the true labels by the rest: the
+    KL at a `temperature`, the teacher's class, or either (`token_loss`) on a head of its own (DeiT, arXiv 2012.12877).
+    `reduction` "numel" divides the KL by the number of classes as well, as DeiT's code does and its paper does not.
+    `label_smoothing` is of true labels given as classes, never of the teacher's class.
     """
 
     kind: str = "sparse"
@@ -169,10 +164,7 @@ class DistillLoss:
         return self.kind != "sparse" or self.hard_weight > 0
 
     def on(self, model: nn.Module) -> DistillLoss:
-        """Return the loss that a net can learn by: this one, if need be on its one head.
-
-        "token" is "hard" or "soft", as its head would learn, for a net without a token.
-        """
+        """Return the loss that a net can learn by: for one without a token, "token" becomes "hard" or "soft"."""
         if self.kind != "token" or has_token(model):
             return self
         return replace(self, kind=self.token_loss)
@@ -180,9 +172,9 @@ class DistillLoss:
     def __call__(self, outputs: Tensor | Heads, target: Tensor, teacher: TeacherTargets | None) -> Tensor:
         """Return the loss of each image in nats, float32 [B], also under autocast.
 
-        `outputs` are logits [B, C] or both heads'; "token" needs both, the others take their mean.
-        `target`: int64 [B], -1 where it is unknown, or shares float [B, C] (mixed labels). An image
-        of unknown class counts by the teacher's part alone.
+        `outputs` are logits [B, C] or both heads'; "token" needs both, the others take their mean. `target`: int64
+        [B], -1 where it is unknown, or shares float [B, C] (mixed labels). An image of unknown class counts by the
+        teacher's part alone.
         """
         heads = (outputs,) if isinstance(outputs, Tensor) else outputs
         with torch.autocast(heads[0].device.type, enabled=False):
@@ -238,19 +230,15 @@ def set_token_training(model: nn.Module, on: bool) -> None:
     if switch is not None:
         switch(on)
     elif on:
-        raise refuse(
-            "--distill",
-            "token for a net without a distillation token",
-            "one that has it",
-            "hard distils the same without one",
-        )
+        got = "token for a net without a distillation token"
+        raise refuse("--distill", got, "one that has it", "hard distils the same without one")
 
 
 def fuse(outputs: Heads, how: str) -> Tensor:
     """Return one prediction from two heads: logits [B, C].
 
-    `how` "logits" is the mean of the heads (the code of DeiT, and timm in evaluation), "softmax"
-    the logarithm, float32, of the mean of both softmaxes (the paper's late fusion).
+    `how` "logits" is the mean of the heads (the code of DeiT, and timm in evaluation), "softmax" the logarithm,
+    float32, of the mean of both softmaxes (the paper's late fusion).
     """
     if how not in FUSIONS:
         raise refuse("--fusion", how, f"one of {', '.join(FUSIONS)}")
@@ -264,8 +252,7 @@ def fuse(outputs: Heads, how: str) -> Tensor:
 def both_heads(model: nn.Module, inputs: Tensor) -> Heads:
     """Return the class head's and the distillation head's logits [B, C] as in evaluation.
 
-    Gradients follow the caller's mode. Leaves the model as it was; raises InputError for one
-    without a distillation token.
+    Gradients follow the caller's mode. Leaves the model as it was. Raises InputError for one without a token.
     """
     modes = {module: module.training for module in model.modules()}
     set_before = bool(getattr(model, "distilled_training", False))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,16 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "mix_mode": ("batch", "pair", "elem"),
 }
 
-_RATES = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps")
-_SHARES = ("mix_prob", "mix_switch_prob", "distill_alpha", "label_smoothing", "beta1", "beta2")
-_REGULARISATION = ("drop_path", "drop_rate", "layer_decay", "ema_decay")
+_BELOW_ONE = ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2")
+_RATES = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps", "mixup", "cutmix", "clip_norm")
+_SHARES = ("mix_prob", "mix_switch_prob", "distill_alpha", "layer_decay", "ema_decay")
 _AUGMENTATION = ("erase_prob", "color_jitter", "least_crop")
 _RANGES = (
-    (("epochs", "repeats"), 1, math.inf),
+    (("epochs", "repeats", "lr_batch"), 1, math.inf),
     (("batch_size",), 2, math.inf),
-    ((*_RATES, "mixup", "cutmix"), 0, math.inf),
-    ((*_SHARES, *_REGULARISATION, *_AUGMENTATION), 0, 1),
+    (("img_size",), 16, 1024),
+    ((*_RATES, "temperature"), 0, math.inf),
+    ((*_SHARES, *_BELOW_ONE, *_AUGMENTATION), 0, 1),
 )
 """Names of values, and the least and largest that each may have."""
 
@@ -44,14 +45,12 @@ _RANGES = (
 class Recipe:
     """The hyperparameters of a full training: AdamW, a linear warm-up, then a cosine.
 
-    `lr` is the peak rate for a whole batch of `lr_batch` images (None: of any); with `lr_scales`
-    "all" the two ends of the schedule scale with it. `schedule` says whether rates change with
-    every step or every epoch. `layer_decay` gives earlier blocks smaller rates (None: off).
-    `bn` "eval" leaves batch norms' statistics as they are. `augment` "default" is the data's own,
-    "official" that of TinyViT and DeiT, "batched" works on whole batches; `least_crop` (a share of
-    the area) to `erase_prob` override it where they are not None. `repeats` shows an image so many
-    times an epoch, each view another. `ema_decay` None means no average of weights. `img_size`
-    None: the data's. Raises InputError.
+    `lr` is the peak rate for a whole batch of `lr_batch` images (None: of any); with `lr_scales` "all" the two ends of
+    the schedule scale with it. `schedule`: rates change with every "step" or "epoch". `layer_decay` gives earlier
+    blocks smaller rates. `bn` "eval" leaves batch norms' statistics as they are. `augment` "default" is the data's
+    own, "official" that of TinyViT and DeiT, "batched" works on whole batches; `least_crop` (a share of the area) to
+    `erase_prob` override it. `repeats` shows an image so many times an epoch, each view another. `ema_decay` averages
+    weights. None is off, or the data's own. Raises InputError.
     """
 
     name: str
@@ -102,20 +101,13 @@ class Recipe:
             for name in names:
                 value = getattr(self, name)
                 if value is not None and not (math.isfinite(value) and low <= value <= high):
-                    finite = math.isfinite(high)
-                    want = f"{low:g} to {high:g}" if finite else f"a finite number >= {low:g}"
-                    raise refuse(name, value, want)
-        for name in ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2"):
+                    raise refuse(name, value, f"{low} to {high}" if high < math.inf else f"a finite number >= {low}")
+        for name in _BELOW_ONE:
             if getattr(self, name) == 1:
                 raise refuse(name, 1, "a share below 1")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise refuse("clip_norm", self.clip_norm, "a number > 0, or none for off")
-        if self.lr_batch is not None and self.lr_batch < 1:
-            raise refuse("lr_batch", self.lr_batch, "images >= 1, or none for no scaling")
-        if self.img_size is not None and not 16 <= self.img_size <= 1024:
-            raise refuse("img_size", self.img_size, "16 to 1024 pixels, or none for the data's")
-        if not self.temperature > 0:
-            raise refuse("temperature", self.temperature, "a number > 0")
+        for name in ("clip_norm", "temperature"):
+            if getattr(self, name) == 0:
+                raise refuse(name, 0, "a number > 0" + (", or none for off" if name == "clip_norm" else ""))
         if self.warmup_epochs > self.epochs:
             raise refuse("warmup_epochs", self.warmup_epochs, f"at most the {self.epochs} epochs")
 
@@ -135,92 +127,19 @@ class Recipe:
         return asdict(self)
 
 
-_SMALL = Recipe(
-    "small",
-    epochs=30,
-    batch_size=32,
-    lr=1e-3,
-    min_lr=1e-5,
-    warmup_lr=1e-5,
-    warmup_epochs=1,
-    weight_decay=0.05,
-    lr_batch=None,
-    augment="default",
-)
-_TINYVIT = Recipe(
-    "tinyvit-1k",
-    epochs=300,
-    batch_size=1024,
-    lr=5e-4,
-    min_lr=5e-6,
-    warmup_lr=5e-7,
-    warmup_epochs=20,
-    weight_decay=0.05,
-    mixup=0.8,
-    cutmix=1.0,
-)
-_LARGER = replace(
-    _TINYVIT,
-    epochs=30,
-    warmup_epochs=5,
-    lr=2e-5,
-    min_lr=2e-7,
-    warmup_lr=2e-8,
-    weight_decay=1e-8,
-    bn="eval",
-    mixup=0.0,
-    cutmix=0.0,
-    drop_path=0.1,
-)
-_DEIT = Recipe(
-    "deit",
-    epochs=300,
-    batch_size=1024,
-    lr=5e-4,
-    min_lr=1e-5,
-    warmup_lr=1e-6,
-    warmup_epochs=5,
-    weight_decay=0.05,
-    lr_scales="peak",
-    schedule="epoch",
-    clip_norm=None,
-    drop_path=0.1,
-    mixup=0.8,
-    cutmix=1.0,
-    repeats=3,
-    ema_decay=0.99996,
-)
+# Name, epochs, whole batch, peak, least and first rate, warm-up epochs, weight decay.
+_TINYVIT = Recipe("tinyvit-1k", 300, 1024, 5e-4, 5e-6, 5e-7, 20, 0.05, mixup=0.8, cutmix=1.0)
+_LARGER = Recipe("tinyvit-384", 30, 1024, 2e-5, 2e-7, 2e-8, 5, 1e-8, bn="eval", drop_path=0.1, img_size=384)
+_DEIT = Recipe("deit", 300, 1024, 5e-4, 1e-5, 1e-6, 5, 0.05, lr_scales="peak", schedule="epoch", clip_norm=None)
+_DEIT = replace(_DEIT, drop_path=0.1, mixup=0.8, cutmix=1.0, repeats=3, ema_decay=0.99996)
 PRESETS: Mapping[str, Recipe] = {
-    r.name: r
-    for r in (
-        _SMALL,
-        replace(
-            _TINYVIT,
-            name="tinyvit-22k-distill",
-            epochs=90,
-            batch_size=4096,
-            lr=2.5e-4,
-            warmup_epochs=5,
-            weight_decay=0.01,
-            mixup=0.0,
-            cutmix=0.0,
-            distill="sparse",
-        ),
-        replace(
-            _TINYVIT,
-            name="tinyvit-22k-1k",
-            epochs=30,
-            lr=2.5e-4,
-            min_lr=1e-5,
-            warmup_epochs=5,
-            weight_decay=1e-8,
-            layer_decay=0.8,
-            bn="eval",
-            mixup=0.0,
-            cutmix=0.0,
-        ),
+    recipe.name: recipe
+    for recipe in (
+        Recipe("small", 30, 32, 1e-3, 1e-5, 1e-5, 1, 0.05, lr_batch=None, augment="default"),
+        Recipe("tinyvit-22k-distill", 90, 4096, 2.5e-4, 5e-6, 5e-7, 5, 0.01, distill="sparse"),
+        Recipe("tinyvit-22k-1k", 30, 1024, 2.5e-4, 1e-5, 5e-7, 5, 1e-8, layer_decay=0.8, bn="eval"),
         _TINYVIT,
-        replace(_LARGER, name="tinyvit-384", img_size=384),
+        _LARGER,
         replace(_LARGER, name="tinyvit-512", img_size=512),
         _DEIT,
         replace(_DEIT, name="deit-token", distill="token"),
@@ -229,8 +148,8 @@ PRESETS: Mapping[str, Recipe] = {
         ),
     )
 }
-"""`small` is this toolkit's own, for small data sets. The others have the values of the authors'
-configurations: TinyViT's yaml files over its config.py, DeiT's main.py and README."""
+"""`small` is this toolkit's own, for small data sets. The others have the values of the authors' configurations:
+TinyViT's yaml files over its config.py, DeiT's main.py and README."""
 
 _DROP_PATH: Mapping[str, tuple[float, float, float]] = {
     "tinyvit-22k-distill": (0.0, 0.0, 0.1),
@@ -247,8 +166,8 @@ _SIZES = (5_392_764, 10_996_972, 21_198_568)
 def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe:
     """Return a preset or a JSON file's recipe for a net of `params` parameters, with overrides.
 
-    `overrides` are "key=value". Where they change the epochs and not the warm-up, it is a fifth of
-    them at most. Raises InputError, naming the nearest key for a misspelt one.
+    `overrides` are "key=value". Where they change the epochs and not the warm-up, it is a fifth of them at most.
+    Raises InputError, naming the nearest key for a misspelt one.
     """
     if name in PRESETS:
         recipe = PRESETS[name]
@@ -262,9 +181,7 @@ def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe
             read = inner.get("recipe", inner) if isinstance(inner, dict) else inner
         recipe = read_recipe(read)
     else:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {close[0]}?" if close else ""
-        raise refuse("--recipe", name, f"one of {', '.join(PRESETS)}, or a JSON file", hint)
+        raise refuse("--recipe", name, f"one of {', '.join(PRESETS)}, or a JSON file", _hint(name, PRESETS))
     changes: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -293,16 +210,18 @@ def read_recipe(value: Any) -> Recipe:
 
 def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
     """Return a recipe with other values, given as text or as values. Raises InputError."""
-    read: dict[str, Any] = {key: _typed(key, value) for key, value in changes.items()}
-    return replace(recipe, **read)
+    return replace(recipe, **{key: _typed(key, value) for key, value in changes.items()})
+
+
+def _hint(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), 1)
+    return f"did you mean {close[0]}?" if close else ""
 
 
 def _known(key: str) -> str:
     names = [f.name for f in fields(Recipe)]
     if key not in names:
-        close = difflib.get_close_matches(key, names, 1)
-        hint = f"did you mean {close[0]}?" if close else ""
-        raise refuse("recipe", f"the value {key!r}", f"one of {', '.join(names)}", hint)
+        raise refuse("recipe", f"the value {key!r}", f"one of {', '.join(names)}", _hint(key, names))
     return key
 
 

@@ -15,13 +15,12 @@ from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, preset_spec
-from nas.export.load import find_network
 from nas.export.save import write_model
 from nas.export.teacher_net import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata
 from nas.labels.reader import LabelReader
 from nas.labels.store import open_store
-from nas.train.batches import LiveBatches, RankShard, ReplayBatches, Source
+from nas.train.batches import LiveBatches, RankShard, ReplayBatches
 from nas.train.distributed import Ranks
 from nas.train.evaluate import SCORES, evaluate
 from nas.train.fit import FitArgs, Row, best_of, fit
@@ -32,9 +31,6 @@ from nas.train.recipe import Recipe
 from nas.train.train_config import Machine, TrainConfig
 from space import Context
 from space.errors import refuse
-from space.family import Arch, Family
-
-Log = Callable[[str], None]
 
 
 def augment_spec(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
@@ -50,33 +46,8 @@ def augment_spec(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
     return replace(preset_spec(name, dataset), **changes)
 
 
-def build_model(
-    family: Family, arch: Arch, ctx: Context, *, drop_path: float, drop_rate: float, seed: int
-) -> nn.Module:
-    """Build a net with regularisation and fresh weights that depend on `seed` alone.
-
-    Raises InputError if the family's net takes no such regularisation.
-    """
-    options = {"drop_path_rate": drop_path, "drop_rate": drop_rate}
-    used: dict[str, Any] = {name: value for name, value in options.items() if value}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return family.build(arch, ctx, **used)
-        except TypeError as error:
-            if not used:
-                raise
-            got = ", ".join(f"{name}={value:g}" for name, value in used.items())
-            want, remedy = f"0 for family {family.name}", f"its net takes none ({error})"
-            raise refuse("drop_path, drop_rate", got, want, remedy) from None
-
-
 class TrainSession:
-    """One process's part in a full training.
-
-    `start_from` loads the first weights (`nas.inherit.slice`), `make_teacher` trains or finds a
-    teacher (`nas.distill.teacher`), `log` takes lines for the user. Raises InputError.
-    """
+    """One process's part in a full training; `log` takes lines for the user. Raises InputError."""
 
     def __init__(
         self,
@@ -85,16 +56,10 @@ class TrainSession:
         dataset: Dataset,
         folder: TrainFolder,
         ranks: Ranks,
-        cache: Path,
-        log: Log,
-        *,
-        start_from: Callable[..., str],
-        make_teacher: Callable[..., TeacherInfo],
+        log: Callable[[str], None],
     ) -> None:
         self.config, self.machine, self.dataset = config, machine, dataset
-        self.folder, self.ranks, self._cache, self.log = folder, ranks, cache, log
-        self._start_from, self._make_teacher = start_from, make_teacher
-        self.recipe = config.recipe
+        self.folder, self.ranks, self.log, self.recipe = folder, ranks, log, config.recipe
         self.family, self.arch = config.family_and_arch
         if not dataset.labelled:
             got = f"{dataset.name}, whose images have no classes"
@@ -103,32 +68,28 @@ class TrainSession:
         self.family.check(self.arch, self.ctx)
         self.spec = augment_spec(self.recipe, dataset)
         self.model = self._build_model()
+        self.teacher: Callable[[Tensor], Tensor] | None = None
         self._teacher_digest: str | None = None
         self._store_id: str | None = None
         self.source = self._open_source()
+        self._throughput: Mapping[str, Any] | None = None
+        self._board: TensorBoardLog | None = None
 
     def _build_model(self) -> nn.Module:
-        recipe, config = self.recipe, self.config
-        model = build_model(
-            self.family,
-            self.arch,
-            self.ctx,
-            drop_path=recipe.drop_path,
-            drop_rate=recipe.drop_rate,
-            seed=config.random_seed,
-        )
-        # A resumed training has its weights in its checkpoint.
-        if config.init != "scratch" and not self.folder.checkpoint.exists():
-            note = self._start_from(
-                model,
-                self.family,
-                self.arch,
-                self.ctx,
-                config.init,
-                resize=config.resize,
-                head_map=None if config.head_map is None else Path(config.head_map),
-            )
-            self.log(f"start: {note}")
+        """Build the net with fresh weights that depend on the random seed alone, and its regularisation."""
+        recipe = self.recipe
+        options = {"drop_path_rate": recipe.drop_path, "drop_rate": recipe.drop_rate}
+        used: dict[str, Any] = {name: value for name, value in options.items() if value}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.random_seed)
+            try:
+                model = self.family.build(self.arch, self.ctx, **used)
+            except TypeError as error:
+                if not used:
+                    raise
+                got = ", ".join(f"{name}={value:g}" for name, value in used.items())
+                want, remedy = f"0 for family {self.family.name}", f"its net takes none ({error})"
+                raise refuse("drop_path, drop_rate", got, want, remedy) from None
         if recipe.distill == "token":
             set_token_training(model, True)
         if self.machine.grad_checkpointing:
@@ -138,59 +99,38 @@ class TrainSession:
             switch(True)
         return model
 
-    def _open_source(self) -> Source:
+    def _open_source(self) -> LiveBatches | ReplayBatches:
         """Open the data set's images, or those of a label store with its augmentation."""
-        recipe, machine = self.recipe, self.machine
+        recipe, machine, train = self.recipe, self.machine, self.dataset.train
+        random_seed, device = self.config.random_seed, self.ranks.device
         if self.config.labels is None:
             return LiveBatches(
-                self.dataset.train,
+                train,
                 self.spec,
                 batch_size=recipe.batch_size,
                 repeats=recipe.repeats,
-                random_seed=self.config.random_seed,
+                random_seed=random_seed,
                 workers=machine.workers,
-                device=self.ranks.device,
+                device=device,
             )
         store = open_store(Path(self.config.labels), use=self.dataset)
         self.spec, self._store_id = store.spec.augment, store.id
-        replay = LabelReader(
-            self.dataset.train,
-            store,
-            recipe.batch_size,
-            self.config.random_seed,
-            machine.workers,
-            missing=self.config.missing,
-            device=self.ranks.device,
+        reader = LabelReader(
+            train, store, recipe.batch_size, random_seed, machine.workers, missing=self.config.missing, device=device
         )
-        for note in replay.notes:
+        for note in reader.notes:
             self.log(f"labels: {note}")
         self.log(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
-        shard = RankShard(self.ranks.rank, self.ranks.world, machine.accumulation_steps)
-        return ReplayBatches(replay, shard)
+        return ReplayBatches(reader, RankShard(self.ranks.rank, self.ranks.world, machine.accumulation_steps))
 
-    def load_teacher(self, tick: Tick) -> Callable[[Tensor], Tensor] | None:
-        """Train the online teacher, or find it in the cache; None if there is none."""
-        config = self.config
-        if config.teacher is None:
-            return None
-        info = self._make_teacher(
-            find_network(config.teacher, "--teacher"),
-            self.dataset,
-            self._cache,
-            # Not the training's own seed, so that several of them have one teacher.
-            random_seed=config.data_seed,
-            epochs=config.teacher_epochs,
-            device=self.ranks.device,
-            threads=self.machine.threads,
-            tick=tick,
-        )
+    def use_teacher(self, info: TeacherInfo) -> None:
+        """Load the teacher that is asked while training."""
         for note in info.notes:
             self.log(note)
-        score = f"{info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%} on the holdout"
-        self.log(f"teacher: {info.id}, {score}")
+        self.log(f"teacher: {info.id}, {info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%} on the holdout")
         self._teacher_digest = info.digest
         precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.machine.amp, "float32")
-        return load_teacher(info, self.ranks.device, precision, stay=True)
+        self.teacher = load_teacher(info, self.ranks.device, precision, stay=True)
 
     def targets_id(self) -> str:
         """Return the ids of labels and teacher."""
@@ -200,18 +140,20 @@ class TrainSession:
         """Return the part of `train.json` that the configuration decides."""
         return {"config": self.config.to_dict(), "machine": asdict(self.machine), "augment": self.spec.to_dict()}
 
-    def train(self, teacher: Callable[[Tensor], Tensor] | None, tick: Tick, throughput: Any = None) -> dict[str, Any]:
-        """Train, keep the best weights by the holdout, test them once; return `result.json`."""
+    def train(self, tick: Tick, throughput: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Train, keep the best weights by the holdout, test them once; return `result.json`.
+
+        `throughput` is what a run measured of this net; the saved models carry it.
+        """
+        self._throughput = throughput
         args = FitArgs(
             model=self.model,
             source=self.source,
-            recipe=self.recipe,
-            holdout=self.dataset.holdout,
+            config=self.config,
+            machine=self.machine,
+            dataset=self.dataset,
             spec=self.spec,
-            num_classes=self.ctx.num_classes,
             ranks=self.ranks,
-            accumulation_steps=self.machine.accumulation_steps,
-            random_seed=self.config.random_seed,
             plan={
                 "recipe": self.recipe.to_dict(),
                 "key": self.family.key(self.arch, self.ctx),
@@ -222,43 +164,33 @@ class TrainSession:
                 "teacher": self._teacher_digest,
             },
             checkpoint=self.folder.checkpoint,
-            blocks=tuple(b for group in self.family.blocks(self.arch).values() for b in group),
-            teacher=teacher,
-            amp=self.machine.amp,
-            compile=bool(self.machine.compile),
-            save_steps=self.machine.save_steps,
+            teacher=self.teacher,
         )
-        report = _EpochReport(self, throughput)
         started = time.monotonic()
         try:
-            rows = fit(args, report, tick)
-            result = self._finish(rows, throughput)
+            result = self._finish(fit(args, self._report, tick))
             result["seconds_here"] = time.monotonic() - started
         except Diverged as error:
-            result = self._diverged(error)
+            best = (self.folder.path / "best.json").exists()
+            result = {
+                "status": "diverged",
+                "step": error.step,
+                "loss": str(error.loss),
+                "epoch": error.step // self.source.steps_per_epoch + 1,
+                "checkpoint": self.folder.checkpoint.name if self.folder.checkpoint.exists() else None,
+                "best": "best.safetensors" if best else None,
+            }
         finally:
-            report.close()
+            if self._board is not None:
+                self._board.close()
         if self.ranks.main:
             write_json(self.folder.path / RESULT, result)
         return result
 
-    def _diverged(self, error: Diverged) -> dict[str, Any]:
-        """Return the result of a training that diverged; its good files stay."""
-        checkpoint = "checkpoint.safetensors" if self.folder.checkpoint.exists() else None
-        best = "best.safetensors" if (self.folder.path / "best.json").exists() else None
-        return {
-            "status": "diverged",
-            "step": error.step,
-            "loss": str(error.loss),
-            "epoch": error.step // self.source.steps_per_epoch + 1,
-            "checkpoint": checkpoint,
-            "best": best,
-        }
-
-    def _finish(self, rows: list[Row], throughput: Any) -> dict[str, Any]:
+    def _finish(self, rows: list[Row]) -> dict[str, Any]:
         """Save the last weights, test the best ones; return the result."""
         if self.ranks.main:
-            self.save("last", self.model.state_dict(), self.score(rows[-1], "raw"), throughput)
+            self._save("last", self.model.state_dict(), self._score(rows[-1], "raw"))
         self.ranks.wait()
         best_path = self.folder.path / "best.safetensors"
         with self.ranks.raise_on_all_ranks():
@@ -275,9 +207,9 @@ class TrainSession:
             device=self.ranks.device,
             ranks=self.ranks,
         )
-        score = self.score(best, best["best_of"]) | tested.summary("test_")
+        score = self._score(best, best["best_of"]) | tested.summary("test_")
         if self.ranks.main:
-            self.save("best", state, score, throughput)
+            self._save("best", state, score)
             by_class = tested.by_class(self.dataset.classes)
             (self.folder.path / "test_classes.csv").write_text(by_class, encoding="utf-8")
         return {
@@ -292,7 +224,7 @@ class TrainSession:
             **{k: v for k, v in score.items() if k != "kind"},
         }
 
-    def score(self, row: Row, which: str) -> dict[str, Any]:
+    def _score(self, row: Row, which: str) -> dict[str, Any]:
         """Return the score of an epoch's weights, "raw" or "ema"."""
         prefix = "" if which == "raw" else "ema_"
         return {
@@ -304,7 +236,7 @@ class TrainSession:
             "holdout_n": len(self.dataset.holdout),
         }
 
-    def save(self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any], throughput: Any) -> None:
+    def _save(self, stem: str, state: Mapping[str, Tensor], score: Mapping[str, Any]) -> None:
         """Write a model in the training's folder."""
         write_model(
             self.folder.path / stem,
@@ -314,39 +246,27 @@ class TrainSession:
             ctx=self.ctx,
             dataset=self.dataset,
             score=score,
-            throughput=throughput,
+            throughput=self._throughput,
         )
 
-
-class _EpochReport:
-    """Writes log, curve and models after every epoch, and a line for the user."""
-
-    def __init__(self, session: TrainSession, throughput: Any) -> None:
-        self._session, self._throughput = session, throughput
-        self._board: TensorBoardLog | None = None
-
-    def __call__(self, rows: list[Row], weights: Callable[[], Mapping[str, Tensor]], best: str | None) -> None:
-        session, row = self._session, rows[-1]
-        if not session.ranks.main:
+    def _report(self, rows: list[Row], weights: Callable[[], Mapping[str, Tensor]], best: str | None) -> None:
+        """Write log, curve and models of an epoch, and a line for the user."""
+        row = rows[-1]
+        if not self.ranks.main:
             return
         stems = ["best"] if best is not None else []
-        every = session.machine.keep_every
+        every = self.machine.keep_every
         if every is not None and row["epoch"] % every == 0:
             stems.append(f"epochs/epoch-{row['epoch']:04d}")
         for stem in stems:
-            score = session.score(row, row["best_of"])
-            session.save(stem, weights(), score, self._throughput)
+            self._save(stem, weights(), self._score(row, row["best_of"]))
         if self._board is None:
-            self._board = TensorBoardLog(session.folder.path, row["epoch"])
+            self._board = TensorBoardLog(self.folder.path, row["epoch"])
             if self._board.writer is None:
-                session.log('log: no TensorBoard here; pip install -e ".[train]"')
+                self.log('log: no TensorBoard here; pip install -e ".[train]"')
         self._board.add(row)
-        session.folder.write_log(rows)
-        session.log(format_epoch(row, session.recipe.epochs, best is not None))
-
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self.folder.write_log(rows)
+        self.log(format_epoch(row, self.recipe.epochs, best is not None))
 
 
 def format_epoch(row: Row, epochs: int, best: bool) -> str:
@@ -358,15 +278,10 @@ def format_epoch(row: Row, epochs: int, best: bool) -> str:
     ]
     if "ema_holdout_top1" in row:
         parts.append(f"averaged {row['ema_holdout_top1']:.1%}")
-    remaining_s = row["seconds"] * (epochs - row["epoch"])
     parts += [f"lr {row['lr']:.2e}", f"{row['images_per_s']:.0f} images/s"]
+    remaining_s = row["seconds"] * (epochs - row["epoch"])
     if remaining_s:
-        parts.append(f"about {_duration(remaining_s)} left")
+        units = (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0), ("s", 1.0))
+        unit, size = next((each for each in units if remaining_s >= 2 * each[1]), units[-1])
+        parts.append(f"about {remaining_s / size:.{0 if unit == 's' else 1}f} {unit} left")
     return ", ".join(parts) + (" *" if best else "")
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86_400.0), ("hours", 3_600.0), ("minutes", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -24,10 +24,10 @@ AMPS = ("auto", "none", "bf16", "fp16")
 class TrainConfig(DataConfig):
     """Everything that decides a full training.
 
-    `arch` is one of `family`, `arch_from` the user's name of it; `labels` a store and `teacher` a
-    net that teaches online (one of them at most); `init` "scratch" or weights, their position
-    tables resized by `resize`; `head_map` a file of old classes. `random_seed` decides weights,
-    order and views, `data_seed` the images held out. Raises InputError.
+    `arch` is one of `family`, `arch_from` the user's name of it; `labels` a store and `teacher` a net that teaches
+    online (one of them at most); `init` "scratch" or weights, their position tables resized by `resize`; `head_map` a
+    file of old classes. `random_seed` decides weights, order and views, `data_seed` the images held out. Raises
+    InputError.
     """
 
     family: str
@@ -67,22 +67,17 @@ class TrainConfig(DataConfig):
         kind = self.recipe.distill
         taught = self.labels is not None or self.teacher is not None
         if kind != "none" and not taught:
-            want = "--labels STORE or --teacher NET"
-            remedy = "python -m nas.labels build makes a store"
-            raise refuse("--distill", f"{kind} without a teacher", want, remedy)
+            got, want = f"{kind} without a teacher", "--labels STORE or --teacher NET"
+            raise refuse("--distill", got, want, "python -m nas.labels build makes a store")
         if kind == "none" and taught:
-            what = "--labels" if self.labels is not None else "--teacher"
+            flag = "--labels" if self.labels is not None else "--teacher"
             got = f"beside the recipe's distill=none (of {self.recipe.name})"
-            remedy = "--distill sparse, soft, hard or token"
-            raise refuse(what, got, "a kind of distillation", remedy)
+            raise refuse(flag, got, "a kind of distillation", "--distill sparse, soft, hard or token")
         if self.head_map is not None and self.init == "scratch":
-            got = f"{self.head_map} with --init scratch"
-            raise refuse("--head-map", got, "weights to map", "--init FILE")
+            raise refuse("--head-map", f"{self.head_map} with --init scratch", "weights to map", "--init FILE")
         if self.labels is not None and self.recipe.mixes:
-            mixup, cutmix = self.recipe.mixup, self.recipe.cutmix
-            got = f"beside the recipe's mixup={mixup:g} and cutmix={cutmix:g}"
-            remedy = "--set mixup=0 --set cutmix=0"
-            raise refuse("--labels", got, "no mixing but the store's own", remedy)
+            got = f"beside the recipe's mixup={self.recipe.mixup:g} and cutmix={self.recipe.cutmix:g}"
+            raise refuse("--labels", got, "no mixing but the store's own", "--set mixup=0 --set cutmix=0")
         if self.labels is not None and self.recipe.repeats > 1:
             got = f"beside the recipe's repeats={self.recipe.repeats}"
             raise refuse("--labels", got, "an image once an epoch, as stored", "--set repeats=1")
@@ -125,9 +120,9 @@ def read_config(value: Mapping[str, Any]) -> TrainConfig:
 class Machine:
     """What a training runs on, which may change on a resume.
 
-    `device` as the user names it (a process under torchrun has its own GPU); `accumulation_steps`:
-    micro-batches of each process before a step; `workers`: loader processes of each; `keep_every`:
-    epochs between saved models. Raises InputError.
+    `device` as the user names it (a process under torchrun has its own GPU); `accumulation_steps`: micro-batches of
+    each process before a step; `workers`: loader processes of each; `keep_every`: epochs between saved models. Raises
+    InputError.
     """
 
     device: str = setting(

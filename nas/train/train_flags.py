@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -83,19 +82,19 @@ def read_flags(argv: Sequence[str] | None, description: str | None = None) -> ar
     found = vars(build_parser(description).parse_args(argv))
     for group in GROUPS:
         found = parsed(group, found)
-    usual: dict[str, Any] = {}
-    for group in GROUPS:
-        for field in settings_of(group):
-            known = None if group is Machine or field.default is MISSING else field.default
-            usual[field.name] = known
-    usual["resize"] = None
+    usual = {
+        field.name: None if group is Machine or field.default is MISSING else field.default
+        for group in GROUPS
+        for field in settings_of(group)
+    }
+    usual["resize"] = None  # depends on the family
     for group in (TrainOptions, TrainProcess):
         check_settings(group(**{f.name: found.get(f.name, f.default) for f in settings_of(group)}))
     return argparse.Namespace(**{**usual, **found, "given": frozenset(found)})
 
 
 def make_config(given: argparse.Namespace) -> TrainConfig:
-    """Resolve what the flags say. Raises InputError."""
+    """Resolve the flags. Raises InputError."""
     for flag in ("arch", "data", "out"):
         if getattr(given, flag) is None and not (flag == "out" and given.plan):
             raise refuse(f"--{flag}", "nothing", f"what --help says of --{flag}")
@@ -103,86 +102,64 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
     family, arch = named.arch(given.family or RunConfig.family)
     if given.family not in (None, family.name):
         raise refuse("--family", given.family, f"{family.name}, the family of --arch {given.arch}")
-    usual = "published" if "published" in family.resizes else "own"
-    params = family.count_params(arch, REFERENCE_CONTEXT)
-    values = {f.name: getattr(given, f.name) for f in settings_of(TrainConfig)}
-    return TrainConfig(
-        family=family.name,
-        arch=family.to_dict(arch),
-        arch_from=named.origin,
-        recipe=_fitted(given, params),
-        **values
-        | {
-            "data": _path(given.data, data=True),
-            "labels": None if given.labels is None else _path(given.labels),
-            "init": given.init if given.init == "scratch" else _path(given.init),
-            "resize": given.resize or usual,
-            "head_map": None if given.head_map is None else _path(given.head_map),
-        },
-    )
+    values = {field.name: getattr(given, field.name) for field in settings_of(TrainConfig)}
+    values["data"] = given.data if given.data in EMBEDDED else _path(given.data)
+    for file in ("labels", "init", "head_map"):
+        if values[file] not in (None, "scratch"):
+            values[file] = _path(values[file])
+    if values["resize"] is None:
+        values["resize"] = "published" if "published" in family.resizes else "own"
+    recipe = _fitted(given, family.count_params(arch, REFERENCE_CONTEXT))
+    return TrainConfig(family=family.name, arch=family.to_dict(arch), arch_from=named.origin, recipe=recipe, **values)
 
 
 def _fitted(given: argparse.Namespace, params: int) -> Recipe:
     """Find the recipe, with the short flags in it and what stored labels decide."""
-    short = [
-        f"{name}={getattr(given, name)}"
-        for name in ("epochs", "batch_size", "distill")
-        if getattr(given, name) is not None
-    ]
-    recipe = find_recipe(given.recipe, params, [*given.set, *short])
-    named = {text.partition("=")[0].strip().replace("-", "_") for text in [*given.set, *short]}
+    short = {name: getattr(given, name) for name in ("epochs", "batch_size", "distill")}
+    overrides = [*given.set, *(f"{name}={value}" for name, value in short.items() if value is not None)]
+    recipe = find_recipe(given.recipe, params, overrides)
+    named = {text.partition("=")[0].strip().replace("-", "_") for text in overrides}
     changes: dict[str, Any] = {}
-    taught = given.labels is not None or given.teacher is not None
-    if "distill" not in named and recipe.distill == "none" and taught:
-        changes["distill"] = "sparse" if given.labels is not None else "soft"
     if given.labels is not None:  # what is stored is augmented and mixed already
-        stored = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
-        changes |= {k: v for k, v in stored.items() if k not in named}
-    return changed(recipe, changes)
+        changes = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
+    if recipe.distill == "none" and (given.labels is not None or given.teacher is not None):
+        changes["distill"] = "sparse" if given.labels is not None else "soft"
+    return changed(recipe, {name: value for name, value in changes.items() if name not in named})
 
 
-def _path(text: str, *, data: bool = False) -> str:
+def _path(text: str) -> str:
     """Make a path absolute, so that a resume may start elsewhere; names stay names."""
     path = Path(text).expanduser()
-    return str(path.resolve()) if path.exists() and not (data and text in EMBEDDED) else text
+    return str(path.resolve()) if path.exists() else text
 
 
 def make_machine(given: argparse.Namespace, before: Mapping[str, Any]) -> Machine:
     """Resolve what the training runs on: what is given now, else what it began with."""
     from nas.train.distributed import local_world
 
-    known = {f.name for f in dataclasses.fields(Machine)}
-    kept = {k: v for k, v in before.items() if k in known}
+    names = [field.name for field in settings_of(Machine)]
+    kept = {name: before[name] for name in names if name in before}
     device = given.device or str(kept.get("device", "cpu"))
     take_fingerprint(device, 1)  # refuses a device that is not there
-    asked = {
-        "device": device,
-        "threads": given.threads,
-        "workers": given.workers,
-        "accumulation_steps": given.accumulation_steps,
-        "compile": given.compile,
-        "grad_checkpointing": given.grad_checkpointing,
-        "save_steps": given.save_steps,
-        "keep_every": given.keep_every,
-    }
     cores = usable_cpus() // local_world()
     usual = {"threads": max(1, cores), "workers": 0 if device == "cpu" else max(0, min(8, cores - 1))}
     # The number of threads decides bits: a resumed training keeps it unless --threads is given.
-    given_now = {k: v for k, v in asked.items() if v is not None}
+    given_now = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     moved = kept.get("device", device) != device
     amp = given.amp or ("auto" if moved else str(kept.get("amp", "auto")))
-    return Machine(**{**usual, **kept, **given_now, "amp": resolve_amp(amp, device)})
+    return Machine(**{**usual, **kept, **given_now, "device": device, "amp": resolve_amp(amp, device)})
 
 
 def describe(config: TrainConfig, world: int) -> list[str]:
-    """Say every value that decides the training, in lines."""
+    """Return every value that decides the training, in lines."""
     recipe = config.recipe
     family, arch = config.family_and_arch
     peak, least, first = recipe.rates()
-    words = dict.fromkeys(PIPELINE, "default")
-    values = ", ".join(
-        f"{k}={words.get(k, 'none') if v is None else v}" for k, v in recipe.to_dict().items() if k != "name"
-    )
+    shown = {
+        name: ("default" if name in PIPELINE else "none") if value is None else value
+        for name, value in recipe.to_dict().items()
+    }
+    values = ", ".join(f"{name}={value}" for name, value in shown.items() if name != "name")
     return [
         f"arch: {family.name} {family.label(arch)} (of {config.arch_from})",
         f"recipe {recipe.name}: {values}",

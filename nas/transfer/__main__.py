@@ -1,22 +1,22 @@
 """Check a model's backbone on other tasks: `python -m nas.transfer SOURCE --data DATA`.
 
-SOURCE is what nas.export takes (a run's folder, a model's JSON, or its weights), or a folder that
-it wrote. Its backbone is frozen and checked: `probe`, a linear classifier on the pooled features of
-other images, with their own classes; `knn`, the nearest neighbours among them; `segment`, a small
-head on its feature maps, on formula-driven images with masks (no data set is read for it). Beside
-it, the same arch with fresh random weights is treated alike: the difference is what training
-bought. Errors and intervals are over test images, of one training each.
+SOURCE is what nas.export takes (a run's folder, a model's JSON, or its weights), or a folder that it wrote. Its
+backbone is frozen and checked: `probe`, a linear classifier on the pooled features of other images, with their own
+classes; `knn`, the nearest neighbours among them; `segment`, a small head on its feature maps, on formula-driven images
+with masks (no data set is read for it). Beside it, the same arch with fresh random weights is treated alike: the
+difference is what training bought. Errors and intervals are over test images, of one training each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from nas.transfer.rows import TransferRow
 
 CHECKS = ("probe", "knn", "segment")
-_ON_DATA = ("probe", "knn")
 
 
 def _names(flag: str, given: Any) -> tuple[str, ...]:
@@ -65,8 +64,7 @@ class TransferConfig:
         check_settings(self)
         for name in self.checks or ("nothing",):
             if name not in CHECKS:
-                want = f"some of {', '.join(CHECKS)}, with commas between"
-                raise refuse("--checks", name, want)
+                raise refuse("--checks", name, f"some of {', '.join(CHECKS)}, with commas between")
         if self.on_data and self.data is None:
             raise refuse("--data", "nothing", "a data set for probe and knn", "or --checks segment")
         for flag, given in (("--epochs", self.epochs is not None), ("--finetune", self.finetune)):
@@ -82,8 +80,8 @@ class TransferConfig:
 
     @property
     def on_data(self) -> bool:
-        """Return whether a data set is read."""
-        return any(check in self.checks for check in _ON_DATA)
+        """Whether a data set is read."""
+        return set(self.checks) != {"segment"}
 
 
 def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -98,35 +96,39 @@ def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Con
     console = Console(quiet=True) if console is None else console
     rows: list[TransferRow] = []
     seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds[name] = round(time.perf_counter() - started, 1)
+
     with tempfile.TemporaryDirectory(prefix="transfer-") as scratch:
         backbone = open_backbone(config.source, config.img_size, Path(scratch))
         mean, std = ((v[0], v[1], v[2]) for v in (backbone.mean, backbone.std))
         spec = AugmentSpec(backbone.img_size, mean, std)
-        dataset = _read(config, backbone, cache_dir or default_cache(), console)
+        dataset = _read(config, backbone, cache_dir or default_cache(), console) if config.on_data else None
         console.start(_units(config, dataset))
         try:
             if dataset is not None:
-                started = time.perf_counter()
-                features = [
-                    _features(config, backbone, dataset, spec, seed, console) for seed in (None, config.random_seed)
-                ]
-                seconds["features"] = round(time.perf_counter() - started, 1)
-            for name in (name for name in CHECKS if name in config.checks):
-                started = time.perf_counter()
-                if name == "segment":
+                with timed("features"):
+                    features = [
+                        _features(config, backbone, dataset, spec, seed, console) for seed in (None, config.random_seed)
+                    ]
+                for name in ("probe", "knn"):
+                    if name in config.checks:
+                        with timed(name):
+                            rows += _probed(name, features, dataset.num_classes, console)
+            if "segment" in config.checks:
+                with timed("segment"):
                     rows += _segmented(config, backbone, spec, console)
-                else:
-                    assert dataset is not None
-                    rows += _probed(name, features, dataset.num_classes, console)
-                seconds[name] = round(time.perf_counter() - started, 1)
         finally:
             console.stop()
     if config.out is not None:
         try:
             write_table(Path(config.out).expanduser(), rows)
         except OSError as error:
-            want, why = "a place to write to", error.strerror or ""
-            raise refuse("--out", config.out, want, why) from error
+            raise refuse("--out", config.out, "a place to write to", error.strerror or "") from error
     return {
         "source": str(config.source),
         "data": config.data,
@@ -138,10 +140,9 @@ def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Con
     }
 
 
-def _read(config: TransferConfig, backbone: Backbone, cache: Path, console: Console) -> Dataset | None:
+def _read(config: TransferConfig, backbone: Backbone, cache: Path, console: Console) -> Dataset:
     """Read the data set of the probes; it needs classes."""
-    if not config.on_data or config.data is None:
-        return None
+    assert config.data is not None
     spec = DataSpec(config.data, img_size=backbone.img_size, random_seed=config.random_seed)
     dataset = prepared(spec, cache, console)
     if dataset.num_classes < 2:
@@ -192,13 +193,12 @@ def _probed(name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int,
     from nas.transfer.probes import knn_probe, linear_probe
     from nas.transfer.rows import pair, paired_shares, share
 
-    console.describe({"probe": "linear probe", "knn": "nearest neighbours"}[name])
-    found = []
-    for train, holdout, test in features:
-        if name == "probe":
-            found.append(linear_probe(train, holdout, test))
-        else:
-            found.append(knn_probe(train, holdout, test, classes))
+    if name == "probe":
+        console.describe("linear probe")
+        found = [linear_probe(train, holdout, test) for train, holdout, test in features]
+    else:
+        console.describe("nearest neighbours")
+        found = [knn_probe(train, holdout, test, classes) for train, holdout, test in features]
     trained, random = found
     values = [share(one.right) for one in found]
     difference = paired_shares(trained.right, random.right)
@@ -212,26 +212,24 @@ def _segmented(config: TransferConfig, backbone: Backbone, spec: AugmentSpec, co
     from nas.transfer.segmentation import KINDS, scenes, segment, settings_of
 
     console.describe("segment: drawing images")
-    settings = settings_of(config.epochs, config.finetune)
-    fit, test = scenes(backbone.img_size, config.random_seed)
+    settings, random_seed = settings_of(config.epochs, config.finetune), config.random_seed
+    sides = scenes(backbone.img_size, random_seed)
+    fit, test = (len(side.images) for side in sides)
     length = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
     how = f"{'fine-tuned' if config.finetune else 'frozen'}, {length}"
-    console.line(
-        f"segment: {len(fit.images)} formula-driven images to train, {len(test.images)} test, "
-        f"{len(KINDS)} classes; backbone {how}"
-    )
+    console.line(f"segment: {fit} formula-driven images to train, {test} test, {len(KINDS)} classes; backbone {how}")
     counts = []
-    for seed in (None, config.random_seed):
+    for seed in (None, random_seed):
         console.describe(f"segment, {_weights(seed)} weights")
         try:
             counts.append(
                 segment(
                     backbone.pyramid(seed),
-                    (fit, test),
+                    sides,
                     spec,
                     settings,
                     finetune=config.finetune,
-                    random_seed=config.random_seed,
+                    random_seed=random_seed,
                     device=config.device,
                     tick=console.advance,
                 )
@@ -241,9 +239,9 @@ def _segmented(config: TransferConfig, backbone: Backbone, spec: AugmentSpec, co
             raise refuse(str(config.source), got, "a loss that stays finite") from None
     rows = []
     for name, metric in (("mean_iou", mean_iou), ("pixel_accuracy", pixel_accuracy)):
-        values = [bootstrapped(metric, each, config.random_seed) for each in counts]
-        difference = paired_bootstrap(metric, counts[0], counts[1], config.random_seed)
-        rows += pair("segment", name, values, len(test.images), difference, [how, how])
+        values = [bootstrapped(metric, each, random_seed) for each in counts]
+        difference = paired_bootstrap(metric, counts[0], counts[1], random_seed)
+        rows += pair("segment", name, values, test, difference, [how, how])
     return rows
 
 

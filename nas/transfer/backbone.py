@@ -6,7 +6,6 @@ A run's model is exported to a folder first: it and its export are the same netw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ _HUB = "a folder in timm's hub layout: config.json, model.safetensors"
 class Backbone:
     """A network in timm's hub layout, and how it sees images: `img_size` pixels a side, normalised.
 
-    `trained_size` is what it was trained at. With fresh weights it is the same arch: timm draws
-    them as for training from scratch, from the random seed alone.
+    `trained_size` is what it was trained at. Fresh weights are timm's, from the random seed alone.
     """
 
     folder: Path
@@ -47,16 +45,12 @@ class Backbone:
 
     def pyramid(self, random_seed: int | None) -> nn.Module:
         """Build what gives feature maps [B, C, H, W], finest first, likewise; see `levels`."""
-        indices = levels([int(f["reduction"]) for f in self._feature_info()])
-        return self._create(random_seed, features_only=True, out_indices=indices)
-
-    def _feature_info(self) -> list[Mapping[str, Any]]:
         with torch.device("meta"):
             info: Any = getattr(self._create(0), "feature_info", None)
         if not info:
-            want = "a network with feature maps (timm's features_only)"
-            raise refuse("--checks", "segment", want, "leave it out")
-        return list(info)
+            raise refuse("--checks", "segment", "a network with feature maps (timm's features_only)", "leave it out")
+        indices = levels([int(f["reduction"]) for f in info])
+        return self._create(random_seed, features_only=True, out_indices=indices)
 
     def _create(self, random_seed: int | None, **kwargs: Any) -> nn.Module:
         import timm
@@ -72,10 +66,9 @@ class Backbone:
 
 
 def levels(strides: list[int]) -> tuple[int, ...]:
-    """Choose which maps make the pyramid, by their strides in order of depth: indices.
+    """Choose the maps of the pyramid by their strides in order of depth: indices.
 
-    The deepest map of each stride from 4 pixels on; of a network of one stride, as plain ViTs, its
-    last 4 maps.
+    The deepest map of each stride from 4 pixels on; of a network of one stride, as plain ViTs, its last 4 maps.
     """
     if len(set(strides)) == 1:
         return tuple(range(max(0, len(strides) - MOST_LEVELS), len(strides)))
@@ -87,8 +80,8 @@ def levels(strides: list[int]) -> tuple[int, ...]:
 def open_backbone(source: Path, img_size: int | None, scratch: Path) -> Backbone:
     """Find, check and try a network; a run's model is exported into the folder `scratch`.
 
-    `img_size` None is its own. Raises InputError for what is missing or damaged, for an image size
-    that it does not take, and for input that is no RGB.
+    `img_size` None is its own. Raises InputError for what is missing or damaged, for an image size that it does not
+    take, and for input that is no RGB.
     """
     folder, named = source, find_network(source, "MODEL")
     if not isinstance(named, HubFolder):

@@ -30,8 +30,8 @@ STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """Inverse strengths of the L2 penalty (scikit-learn's C), the strongest penalty first."""
 MOST_ITERATIONS = 300
 SMALL_FIT = 1e9
-"""Images x features x classes up to which a fit has one thread: products so small gain little from
-more, and where other processes use the cores the threads' waiting makes it 15 times slower."""
+"""Images x features x classes up to which a fit has one thread: products so small gain little from more, and where
+other processes use the cores the threads' waiting makes it 15 times slower."""
 NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 TEMPERATURE = 0.07
 _BLOCK = 512
@@ -61,15 +61,11 @@ def pooled(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def features_of(model: nn.Module, split: Split, spec: AugmentSpec, device: str, tick: Tick = no_tick) -> FeatureSet:
-    """Compute the pooled features of a split's evaluation inputs. `tick` counts images.
-
-    Moves the model, in eval mode, to `device` as training does.
-    """
+    """Compute the pooled features of a split's evaluation inputs with a model in eval mode; `tick` counts images."""
     place(model, device)
     rows = []
-    for at, found in outputs(
-        lambda images: pooled(model, images), split, spec, device=device, batch_size=FEATURE_BATCH
-    ):
+    batches = outputs(lambda images: pooled(model, images), split, spec, device=device, batch_size=FEATURE_BATCH)
+    for at, found in batches:
         rows.append(found.cpu().numpy())
         tick(float(len(at)))
     return FeatureSet(np.concatenate(rows), np.asarray(split.labels))
@@ -124,10 +120,9 @@ def knn_probe(train: FeatureSet, holdout: FeatureSet, test: FeatureSet, classes:
 def neighbour_classes(train: FeatureSet, queries: Features, numbers: Sequence[int], classes: int) -> NDArray[np.int64]:
     """Classify queries [q, D] by their k most alike train images, for each k: int64 [ks, q].
 
-    Alikeness is the cosine s; a neighbour's vote weighs exp(s / 0.07). Equally alike ones stand in
-    the order of the train side, equal votes fall to the first class (scikit-learn's classifier
-    leaves both orders open). Source: Wu et al., "Unsupervised feature learning via non-parametric
-    instance discrimination" (CVPR 2018).
+    Alikeness is the cosine s; a neighbour's vote weighs exp(s / 0.07). Equally alike ones stand in the order of the
+    train side, equal votes fall to the first class (scikit-learn's classifier leaves both orders open). Source: Wu et
+    al., "Unsupervised feature learning via non-parametric instance discrimination" (CVPR 2018).
     """
     bank, most = _unit(train.features), max(numbers)
     predicted = np.empty((len(numbers), len(queries)), dtype=np.int64)

@@ -26,9 +26,9 @@ RESAMPLES = 1000
 class TransferRow:
     """One metric of one network on a check's test images.
 
-    `model` is "trained" or "random"; `value` and its standard error `se` are shares, over `n` test
-    images; `difference` (with a 95 % interval) is that to the random weights, None on their own
-    row; `chosen` is what the holdout chose, or how the network was trained.
+    `model` is "trained" or "random"; `value` and its standard error `se` are shares, over `n` test images;
+    `difference` (with a 95 % interval) is that to the random weights, None on their own row; `chosen` is what the
+    holdout chose, or how the network was trained.
     """
 
     check: str
@@ -76,9 +76,9 @@ def share(right: NDArray[np.bool_]) -> tuple[float, float]:
 def paired_shares(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Interval:
     """Compare two shares of the same images [n]: that of a less that of b.
 
-    Half an image is added to each of the four outcomes: where few images or none differ, the plain
-    interval shrinks to a point. Source: Agresti and Min, "Simple improved confidence intervals for
-    comparing matched proportions" (Statistics in Medicine, 2005).
+    Half an image is added to each of the four outcomes: where few images or none differ, the plain interval shrinks to
+    a point. Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions"
+    (Statistics in Medicine, 2005).
     """
     n = len(a)
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
@@ -97,11 +97,10 @@ def confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: i
 
 
 def mean_iou(counts: Ints | Floats) -> Floats:
-    """Mean over classes of intersection over union: counts [..., C, C] (truth, predicted) -> [...].
+    """Return the mean over classes of intersection over union: counts [..., C, C] (truth, predicted) -> [...].
 
-    A class that is neither there nor predicted is left out of the mean; one that is predicted
-    without being there counts as 0. Without any pixel: NaN. (scikit-learn's `jaccard_score` needs
-    the pixels of every resample; counts suffice here.)
+    A class that is neither there nor predicted is left out of the mean; one that is predicted without being there
+    counts as 0. Without any pixel: NaN.
     """
     both = np.diagonal(counts, axis1=-2, axis2=-1).astype(np.float64)
     union = counts.sum(-1) + counts.sum(-2) - both
@@ -112,7 +111,7 @@ def mean_iou(counts: Ints | Floats) -> Floats:
 
 
 def pixel_accuracy(counts: Ints | Floats) -> Floats:
-    """Share of pixels that are right: counts [..., C, C] -> [...]."""
+    """Return the share of pixels that are right: counts [..., C, C] -> [...]."""
     right = np.diagonal(counts, axis1=-2, axis2=-1).sum(-1)
     return np.asarray(right / counts.sum((-2, -1)), dtype=np.float64)
 
@@ -135,10 +134,7 @@ def paired_bootstrap(metric: Callable[[Floats], Floats], a: Ints, b: Ints, rando
 
 
 def _resampled(counts: Ints, random_seed: int) -> Floats:
-    """Sum counts over as many images drawn with replacement: [RESAMPLES, C, C].
-
-    The same images for the same number of them and random seed.
-    """
+    """Sum counts over as many images drawn with replacement, the same for an equal number: [RESAMPLES, C, C]."""
     n = len(counts)
     times = np.random.default_rng(random_seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
     summed = times.astype(np.float64) @ counts.reshape(n, -1).astype(np.float64)

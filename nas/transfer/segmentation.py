@@ -1,14 +1,13 @@
 """A small segmentation on a backbone's feature maps, trained on formula-driven images with masks.
 
-Images are patches of texture on another texture, and the class of a pixel is the kind of texture
-there. Values are ranked inside every patch and painted between two colours of one distribution, so
-that all classes have the same histogram: only the pattern separates them, no threshold does. In
-the spirit of Kataoka et al., "Pre-training without natural images" (ACCV 2020).
+Images are patches of texture on another texture, and the class of a pixel is the kind of texture there. Values are
+ranked inside every patch and painted between two colours of one distribution, so that all classes have the same
+histogram: only the pattern separates them. In the spirit of Kataoka et al., "Pre-training without natural images"
+(ACCV 2020).
 
-The head is a light feature pyramid: every map, normalised, through a 1x1 convolution, summed from
-the coarsest to the finest, one 3x3 convolution, a 1x1 to the classes, bilinear upsampling. Source:
-Lin et al., "Feature pyramid networks for object detection" (CVPR 2017), section 3; classes are read
-off the finest map alone.
+The head is a light feature pyramid: every map, normalised, through a 1x1 convolution, summed from the coarsest to the
+finest, one 3x3 convolution, a 1x1 to the classes, bilinear upsampling. Source: Lin et al., "Feature pyramid networks
+for object detection" (CVPR 2017), section 3; classes are read off the finest map alone.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from torch import nn
 from torch.nn import functional
 
@@ -63,15 +63,19 @@ def _clouds(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
 
 def _value_noise(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
     """Blend random numbers on a lattice of unit spacing, smoothly."""
-    left, top = np.floor(u.min()), np.floor(v.min())
-    a, b = u - left, v - top
-    i, j = a.astype(np.int64), b.astype(np.int64)
+    i, j, a, b = _cell(u, v, 0)
     table = rng.random((int(i.max()) + 2, int(j.max()) + 2))
-    a, b = a - i, b - j
     a, b = a * a * (3 - 2 * a), b * b * (3 - 2 * b)
     near = table[i, j] * (1 - b) + table[i, j + 1] * b
     far = table[i + 1, j] * (1 - b) + table[i + 1, j + 1] * b
     return np.asarray(near * (1 - a) + far * a)
+
+
+def _cell(u: Floats, v: Floats, margin: int) -> tuple[Ints, Ints, Floats, Floats]:
+    """Return the lattice cells of coordinates, numbered from `margin` on, and the places in them."""
+    a, b = (w - np.floor(w.min()) + margin for w in (u, v))
+    i, j = a.astype(np.int64), b.astype(np.int64)
+    return i, j, a - i, b - j
 
 
 def _stripes(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
@@ -84,15 +88,13 @@ def _checks(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
 
 def _cells(u: Floats, v: Floats, rng: np.random.Generator) -> Floats:
     """Distance to the nearest point of a jittered lattice (Worley, "A cellular texture basis")."""
-    left, top = np.floor(u.min()) - 1, np.floor(v.min()) - 1
-    a, b = u - left, v - top
-    i, j = a.astype(np.int64), b.astype(np.int64)
+    i, j, a, b = _cell(u, v, 1)
     points = rng.random((int(i.max()) + 2, int(j.max()) + 2, 2))
     nearest = np.full(u.shape, np.inf)
     for di in (-1, 0, 1):
         for dj in (-1, 0, 1):
             point = points[i + di, j + dj]
-            square = (i + di + point[..., 0] - a) ** 2 + (j + dj + point[..., 1] - b) ** 2
+            square = (di + point[..., 0] - a) ** 2 + (dj + point[..., 1] - b) ** 2
             nearest = np.minimum(nearest, square)
     return np.asarray(np.sqrt(nearest))
 
@@ -121,9 +123,9 @@ class Scenes:
 def masked_images(count: int, img_size: int, random_seed: int, role: str = "train") -> Scenes:
     """Draw images and their masks of classes 0 .. len(KINDS) - 1.
 
-    An image follows from the size, the random seed, the role ("train", "test") and its number
-    alone. One to three patches of different kinds may cover each other, but never the last, whose
-    kinds take turns: every class occurs in any len(KINDS) - 1 images in a row.
+    An image follows from the size, the random seed, the role ("train", "test") and its number alone. One to three
+    patches of different kinds may cover each other, but never the last, whose kinds take turns: every class occurs in
+    any len(KINDS) - 1 images in a row.
     """
     images = np.empty((count, img_size, img_size, 3), dtype=np.uint8)
     masks = np.empty((count, img_size, img_size), dtype=np.uint8)
@@ -171,9 +173,7 @@ def _blob(x: Floats, y: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
 
 def _ranked(values: Floats) -> Floats:
     """Spread values evenly over [0, 1], in their order."""
-    ranks = np.empty(len(values))
-    ranks[np.argsort(values, kind="stable")] = (np.arange(len(values)) + 0.5) / len(values)
-    return ranks
+    return np.asarray((rankdata(values, "ordinal") - 0.5) / len(values))
 
 
 def _colours(rng: np.random.Generator) -> tuple[Floats, Floats]:
@@ -189,7 +189,6 @@ class Head(nn.Module):
     """From feature maps, finest first, to logits [B, classes, S, S]."""
 
     def __init__(self, channels: Sequence[int], classes: int) -> None:
-        """Lay out the layers for maps of these channels, weights from torch's generator."""
         super().__init__()
         # Without weights of their own: maps of any scale, fresh or trained, come in alike.
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in channels)
@@ -260,8 +259,8 @@ def segment(
 ) -> Ints:
     """Train on one side, test once on the other: pixels counted int64 [n, C, C], see `confusion`.
 
-    The backbone stays as it is, in eval mode, unless `finetune`. `tick` counts images: once a
-    training image and epoch, once a test image. Raises `Diverged`.
+    The backbone stays as it is, in eval mode, unless `finetune`. `tick` counts images: once a training image and
+    epoch, once a test image. Raises `Diverged`.
     """
     fit, test = sides
     place(pyramid, device)

@@ -465,8 +465,8 @@ def loose(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere", "--checks", "segment"], "nowhere: got no such file"),
-        (["empty", "--checks", "segment"], "no best.json in it"),
+        (["nowhere", "--checks", "segment"], "got nowhere"),
+        (["empty", "--checks", "segment"], "the folder of a finished run"),
         (["RUN"], "--data: got nothing"),
         (["RUN", "--checks", "knn,probes"], "--checks: got probes"),
         (["RUN", "--checks", ""], "--checks: got"),

@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,20 +136,18 @@ def test_a_subset_of_images_is_labelled_where_asked(
 
 BAD: list[tuple[list[str], str]] = [
     (["build", "--data", "nowhere"], "--data: got nowhere"),
-    (["build", "--data", "digits", "--teacher", "nobody"], "--teacher"),
-    (["build", "--data", "digits", "--epochs", "0"], "--epochs: got 0"),
-    (["build", "--data", "digits", "--topk", "10"], "top-K: got 10, want 1 to 9"),
-    (["build", "--data", "digits", "--codec", "zip"], "--codec"),
-    (["build", "--data", "digits", "--part", "3/2"], "--part: got 3/2"),
-    (["build", "--data", "digits", "--part", "x"], "--part: got x"),
-    (["build", "--data", "digits", "--clean", "5"], "--clean: got 5"),
-    (["build", "--data", "digits", "--processes", "0"], "--processes: got 0"),
-    (["build", "--data", "digits", "--processes", "99999"], "--processes: got 99999"),
-    (["build", "--data", "digits", "--threads", "0"], "--threads: got 0"),
-    (["build", "--data", "digits", "--threads", "99999"], "--threads: got 99999"),
-    (["build", "--data", "digits", "--mixup", "-1"], "mixup_alpha"),
-    (["build", "--data", "digits", "--policy", "no-such"], "policy"),
-    (["build", "--data", "digits", "--precision", "float16"], "--precision"),
+    (["build", "--teacher", "nobody"], "--teacher"),
+    (["build", "--epochs", "0"], "--epochs: got 0"),
+    (["build", "--topk", "10"], "top-K: got 10, want 1 to 9"),
+    (["build", "--codec", "zip"], "--codec"),
+    (["build", "--part", "3/2"], "--part: got 3/2"),
+    (["build", "--part", "x"], "--part: got x"),
+    (["build", "--clean", "5"], "--clean: got 5"),
+    (["build", "--processes", "99999"], "--processes: got 99999"),
+    (["build", "--threads", "99999"], "--threads: got 99999"),
+    (["build", "--mixup", "-1"], "mixup_alpha"),
+    (["build", "--policy", "no-such"], "policy"),
+    (["build", "--precision", "float16"], "--precision"),
     (["info", "nowhere"], "label store: got nowhere"),
     (["verify", "nowhere"], "label store: got nowhere"),
     (["merge", "all", "nowhere"], "label store: got nowhere"),
@@ -174,8 +171,8 @@ def test_bad_input_is_one_line(
     if "--teacher" not in arguments:  # whose training may take hours
         monkeypatch.setattr("nas.distill.label_store.teach", lambda *_, **__: pytest.fail("taught"))
     if arguments[:1] == ["build"]:
-        given = {f: v for f, v in zip(*[iter(flags())] * 2, strict=True) if f not in arguments}
-        arguments = [*arguments, *(part for pair in given.items() for part in pair), "--out", "s"]
+        given = [*zip(*[iter(flags(data="digits"))] * 2, strict=True)]
+        arguments = [*arguments, *(part for pair in given if pair[0] not in arguments for part in pair), "--out", "s"]
     try:
         status = main(arguments)
     except SystemExit as end:
@@ -199,59 +196,32 @@ def test_another_store_in_the_folder_is_left_alone(
 
 
 def start(out: Path, cache: Path, epochs: int, *extra: str) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable,
-        "-m",
-        "nas.labels",
-        "build",
-        "--data",
-        "digits",
-        "--out",
-        str(out),
-        "--cache-dir",
-        str(cache),
-        "--quiet",
-        *flags(epochs=epochs),
-        *extra,
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    places = ["--data", "digits", "--out", str(out), "--cache-dir", str(cache)]
+    command = [sys.executable, "-m", "nas.labels", "build", *places, "--quiet", *flags(epochs=epochs), *extra]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, env=env, start_new_session=True)
 
 
-T = TypeVar("T")
-
-
-def calmly(look: Callable[[], T]) -> T:
-    """Look at a folder that others write to, again where something vanished meanwhile."""
+def calmly(out: Path) -> dict[str, bytes]:
+    """Read a store that others write to, again where something vanished meanwhile."""
     while True:
         with contextlib.suppress(FileNotFoundError):
-            return look()
+            return contents(out)
 
 
 def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> None:
     whole, out = tmp_path / "whole", tmp_path / "s"
-    process = start(whole, cache, epochs)
-    assert process.wait(timeout=300) == 0
+    build("digits", out=whole, cache_dir=cache, **{**SIZES, "epochs": epochs})
     want = contents(whole)
     draw = random.Random(0)
     landed = 0
     for _ in range(kills):
         process = start(out, cache, epochs, "--processes", str(draw.choice([1, 1, 2])))
-        seen = calmly(lambda: len(list(out.rglob("*.bin"))))
         # Some die while libraries load, most between and inside shards.
         deadline = time.monotonic() + 60
         if draw.random() < 0.8:
-            ahead = draw.randint(0, 3)
-            while time.monotonic() < deadline:
-                there = calmly(lambda: len(list(out.rglob("*.bin"))))
-                if there >= seen + ahead or process.poll() is not None:
-                    break
+            stop = len(calmly(out)) + draw.randint(0, 3)
+            while time.monotonic() < deadline and len(calmly(out)) < stop and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(draw.random() * 0.05)
         else:
@@ -260,11 +230,11 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> Non
             os.killpg(process.pid, signal.SIGKILL)
             landed += 1
         process.wait(timeout=60)
-        for name, data in calmly(lambda: contents(out)).items():
+        for name, data in calmly(out).items():
             # Nothing half-written is ever taken for whole.
             if name in want and name.endswith(".bin"):
                 assert data == want[name], name
-        if len(calmly(lambda: contents(out))) >= len(want):
+        if len(calmly(out)) >= len(want):
             for path in sorted(out.glob("*/*.bin"))[:: draw.randint(2, 5)]:
                 path.unlink()  # it was done too soon for more kills: make it less done
     assert landed >= kills // 2
@@ -275,7 +245,7 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> Non
 
 
 def test_a_killed_build_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
-    kill_and_resume(cache, tmp_path, 2, 8)
+    kill_and_resume(cache, tmp_path, 2, 4)
 
 
 @pytest.mark.slow

@@ -62,21 +62,10 @@ def codes(n: int, epoch: int = 0) -> list[int]:
 @pytest.mark.parametrize("name", SPECS)
 def test_inputs_are_those_of_timms_pipeline_under_the_same_seeds(name: str) -> None:
     spec = SPECS[name]
-    jitter: object = spec.color_jitter
-    timms = create_transform(
-        spec.img_size,
-        is_training=True,
-        scale=spec.scale,
-        ratio=spec.ratio,
-        hflip=spec.hflip,
-        color_jitter=jitter,  # type: ignore[arg-type]
-        auto_augment=spec.policy,
-        interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
-        re_prob=spec.erase_prob,
-        re_mode="pixel",
-    )
+    kept = ("scale", "ratio", "hflip", "color_jitter", "interpolation", "mean", "std")
+    options: dict[str, Any] = {field: getattr(spec, field) for field in kept}
+    options |= {"auto_augment": spec.policy, "re_prob": spec.erase_prob, "re_mode": "pixel"}
+    timms = create_transform(spec.img_size, is_training=True, **options)
     pixels, ours = images(40), TimmAugmenter(spec)
     for row, code in enumerate(codes(40)):
         random.seed(code)
@@ -129,35 +118,13 @@ def test_evaluation_takes_the_centre_as_timm_does() -> None:
         assert torch.equal(eval_batch(pixels, spec), want)
 
 
-def test_codes_depend_on_key_epoch_and_salt_and_rarely_meet() -> None:
-    drawn = [
-        augmentation_code(f"{key:032x}", epoch, salt) for key in range(200) for epoch in range(10) for salt in range(3)
-    ]
-    assert len(set(drawn)) == len(drawn)
-    assert max(drawn) >= 1 << 63
-    assert augmentation_code("0" * 32, 0, 0) == augmentation_code("0" * 32, 0, 0)
-
-
 def test_every_field_of_the_specification_is_in_its_digest() -> None:
     spec = replace(PLAIN, erase_prob=0.2)
     others: dict[str, Any] = {
-        "img_size": 64,
-        "mean": STD,
-        "std": MEAN,
-        "interpolation": "bilinear",
-        "scale": (0.2, 0.9),
-        "ratio": (0.5, 2.0),
-        "hflip": 0.1,
-        "policy": "rand-m9",
-        "color_jitter": 0.3,
-        "erase_prob": 0.1,
-        "engine": "batched",
-        "erase_mode": "rand",
-        "erase_count": 2,
-        "mixup_alpha": 0.1,
-        "cutmix_alpha": 0.1,
-        "mix_prob": 0.5,
-        "mix_switch_prob": 0.1,
+        **{"img_size": 64, "mean": STD, "std": MEAN, "interpolation": "bilinear", "engine": "batched"},
+        **{"scale": (0.2, 0.9), "ratio": (0.5, 2.0), "hflip": 0.1, "policy": "rand-m9", "color_jitter": 0.3},
+        **{"erase_prob": 0.1, "erase_mode": "rand", "erase_count": 2},
+        **{"mixup_alpha": 0.1, "cutmix_alpha": 0.1, "mix_prob": 0.5, "mix_switch_prob": 0.1},
     }
     assert set(others) | {"posterize_zero", "version"} == {field.name for field in fields(AugmentSpec)}
     digests = {replace(spec, **{name: value}).digest() for name, value in others.items()}
@@ -196,9 +163,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "said"), BAD)
 def test_what_cannot_be_replayed_is_refused_by_name(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=said):
         replace(PLAIN, **change)
-    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="mixup"):
         AugmentSpec.from_dict({**PLAIN.to_dict(), "mixup": 0.8})
 
@@ -247,12 +213,15 @@ def test_threads_of_one_process_take_turns() -> None:
     assert torch.equal(torch.cat([row.result() for row in rows]), want)
 
 
-def test_codes_of_many_keys_are_those_of_each() -> None:
+def test_codes_of_many_keys_are_those_of_each_and_rarely_meet() -> None:
     raw = np.random.default_rng(0).integers(0, 256, (300, 16), dtype=np.uint8)
     keys = [bytes(row).hex() for row in raw]
+    met: list[int] = []
     for epoch, salt in itertools.product((0, 7, 299), (0, 12345)):
-        want = [augmentation_code(key, epoch, salt) for key in keys]
+        met += (want := [augmentation_code(key, epoch, salt) for key in keys])
         assert augmentation_codes(raw, epoch, salt).tolist() == want
+    assert len(set(met)) == 6 * 300
+    assert max(met) >= 1 << 63
     assert augmentation_codes(raw[:0], 0, 0).shape == (0,)
 
 
@@ -379,21 +348,3 @@ def test_hashed_numbers_are_uniform_and_do_not_depend_on_each_other() -> None:
         assert np.abs(gap).max() < 0.03
     correlations = np.corrcoef(u.T) - np.eye(64)
     assert np.abs(correlations).max() < 0.08
-
-
-@pytest.mark.parametrize(("side", "size"), [(55, 48), (17, 16), (64, 30), (5, 40), (9, 1), (70, 9)])
-def test_weights_of_every_stretch_are_pillows(side: int, size: int) -> None:
-    pairs = np.array([(a, b) for a in range(side) for b in range(1, side - a + 1)])
-    start, length = pairs[:, 0], pairs[:, 1]
-    first, taps = batched_engine._weights(start, length, side, size)
-    assert np.allclose(taps.sum(-1), 1, atol=1e-6)
-    alone = batched_engine._computed(start[-7:-6], length[-7:-6], side, size)
-    assert np.array_equal(first[-7], alone[0][0])
-    assert np.array_equal(taps[-7], alone[1][0])
-    for row in np.random.default_rng(side).permutation(len(pairs))[:40]:
-        a, b = pairs[row]
-        light = np.eye(side, dtype=np.float32)[:, a : a + b]  # what becomes of each pixel alone
-        image = Image.fromarray(light, mode="F").resize((size, side), Image.Resampling.BICUBIC)
-        dense = np.zeros((size, side), dtype=np.float32)
-        np.put_along_axis(dense, first[row][:, None] + np.arange(taps.shape[-1]), taps[row], 1)
-        assert np.allclose(dense.T, np.asarray(image), atol=1e-5)

@@ -248,9 +248,8 @@ def test_a_shown_name_is_one_printable_line(name: str) -> None:
 def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     root = tree(tmp_path / "d")
     os.mkdir(os.path.join(os.fsencode(root), b"\xffclass"))
-    with pytest.raises(InputError, match="want names in UTF-8; rename it") as caught:
+    with pytest.raises(InputError, match="want names in UTF-8; rename it"):
         ready(root, tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @settings(max_examples=60, deadline=None)

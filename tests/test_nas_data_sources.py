@@ -117,9 +117,8 @@ def test_what_cannot_be_opened_is_refused_with_the_remedy(tmp_path: Path, serve:
     with pytest.raises(InputError, match="Unknown torchvision dataset nosuch"):
         prepare(DataSpec("torch/nosuch"), tmp_path)
     serve(create)
-    with pytest.raises(InputError, match="no route to host") as caught:
+    with pytest.raises(InputError, match="no route to host"):
         prepare(DataSpec("torch/cifar100"), tmp_path)
-    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="a name after torch/"):
         prepare(DataSpec("torch/"), tmp_path)
 

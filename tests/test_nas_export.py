@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from nas.core.io import file_sha256
 from nas.export.__main__ import main
 from nas.export.hub import USAGE
-from nas.export.load import find_network
+from nas.export.load import (
+    AutoTeacher,
+    CheckpointFile,
+    HubFolder,
+    InlineArch,
+    ModelAndFile,
+    ModelName,
+    NamedNetwork,
+    SavedNetwork,
+    WeightsFolder,
+    find_network,
+)
 from nas.export.save import model_json
+from nas.export.teacher_net import build_teacher_net
+from nas.export.weights import load_weights, weights_digest
 from space import Context, get_family
+from space.errors import InputError
 from tests.train_cases import TINY
 from tests.train_cases import VIT as SMALL_VIT
 
@@ -47,26 +62,22 @@ def write_run(folder: Path, family_name: str, arch_dict: dict[str, Any]) -> Path
                 tensor.uniform_(0.5, 1.5)
     folder.mkdir()
     save_file(model.state_dict(), folder / "best.safetensors")
-    preprocessing = {"crop_pct": 1.0, "interpolation": "bicubic"}
-    preprocessing |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
-    throughput = {"images_per_s": 1234.5, "images_per_s_lo": 1200.0, "images_per_s_hi": 1300.0}
-    throughput |= {"ratio": 2.5, "runtime": "eager", "dtype": "float32", "batch": 16}
-    throughput |= {"threads": 2, "device": "cpu", "fingerprint": "abc"}
-    score = {"kind": "final", "soft_loss": 0.5, "holdout_top1": 0.8}
-    score |= {"test_top1": 0.9, "test_top1_se": 0.01, "test_n": 359}
-    told = model_json(
-        family,
-        arch,
-        CTX,
-        classes=CLASSES,
-        sha256=hashlib.sha256((folder / "best.safetensors").read_bytes()).hexdigest(),
-        score=score,
-        throughput=throughput,
-        preprocessing=preprocessing,
-    )
-    (folder / "best.json").write_text(json.dumps(told))
-    config = {"seed": "21M", "target_params": 5_000_000, "data": "/data/pets"}
-    config |= {"strategy": "contraction", "random_seed": 7}
+    values = {
+        "sha256": file_sha256(folder / "best.safetensors"),
+        "score": {"soft_loss": 0.5, "holdout_top1": 0.8, "test_top1": 0.9, "test_top1_se": 0.01, "test_n": 359},
+        "throughput": {
+            **{"images_per_s": 1234.5, "images_per_s_lo": 1200.0, "images_per_s_hi": 1300.0, "ratio": 2.5},
+            **{"runtime": "eager", "dtype": "float32", "batch": 16},
+            **{"threads": 2, "device": "cpu", "fingerprint": "abc"},
+        },
+        "preprocessing": {
+            **{"crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+        },
+    }
+    record = model_json(family, arch, CTX, classes=CLASSES, **values)  # type: ignore[arg-type]
+    (folder / "best.json").write_text(json.dumps(record))
+    data = {"seed": "21M", "target_params": 5_000_000, "data": "/data/pets"}
+    config = {**data, "strategy": "contraction", "random_seed": 7}
     (folder / "run.json").write_text(json.dumps({"schema": 1, "config": config}))
     return folder
 
@@ -121,14 +132,8 @@ def test_timm_alone_loads_the_folder_and_says_the_same(run: Path, tmp_path: Path
     assert (config["mean"], config["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.25, 0.3])
     assert (config["crop_pct"], config["interpolation"]) == (1.0, "bicubic")
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
-    for words in (
-        "test top-1: 90.0% +- 1.0% on 359 images",
-        "1234.5 images/s [1200.0, 1300.0]",
-        "2.50 times the seed's",
-        "`pets`",
-        "seed 21M",
-        "random seed 7",
-    ):
+    scores = ["test top-1: 90.0% +- 1.0% on 359 images", "1234.5 images/s [1200.0, 1300.0]", "2.50 times the seed's"]
+    for words in (*scores, "`pets`", "seed 21M", "random seed 7"):
         assert words in card
     assert "/data" not in card
 
@@ -157,10 +162,8 @@ def test_the_folder_is_a_backbone_with_four_maps(tmp_path: Path) -> None:
     assert net.feature_info.channels() == TINY["embed_dims"]
     with torch.no_grad():
         maps = net.eval()(torch.randn(2, 3, 48, 48))
-    assert [tuple(m.shape) for m in maps] == [
-        (2, c, 48 // r, 48 // r) if 48 % r == 0 else (2, c, -(-48 // r), -(-48 // r))
-        for c, r in zip(TINY["embed_dims"], (4, 8, 16, 32), strict=True)
-    ]
+    sides = (-(-48 // r) for r in (4, 8, 16, 32))
+    assert [tuple(m.shape) for m in maps] == [(2, c, s, s) for c, s in zip(TINY["embed_dims"], sides, strict=True)]
     card = (tmp_path / "model" / "README.md").read_text("utf-8")
     assert "strides: [4, 8, 16, 32]; channels: [32, 32, 64, 64]" in card
 
@@ -215,15 +218,50 @@ def test_a_model_of_the_family_and_bare_weights_are_sources_too(tmp_path: Path) 
         assert torch.equal(logits_of(run / source, x), logits_of(run, x))
 
 
+def test_every_form_of_a_name_gives_what_it_holds(tmp_path: Path) -> None:
+    """A run serves as arch, weights, teacher and model; what a form lacks is refused with those that have it."""
+    run = write_run(tmp_path / "run", "tinyvit", TINY)
+    assert main([str(run), "--to", "timm", "--out", str(tmp_path / "hub")]) == 0
+    want, arch = load_weights(run / "best.safetensors"), get_family("tinyvit").arch(TINY)
+    shutil.copy(run / "best.safetensors", tmp_path / "weights.safetensors")
+    forms: dict[str, tuple[type[NamedNetwork], str]] = {
+        "auto": (AutoTeacher, "teacher"),
+        json.dumps(TINY): (InlineArch, "arch"),
+        str(run): (SavedNetwork, "arch weights teacher saved"),
+        str(run / "best.json"): (SavedNetwork, "arch weights teacher saved"),
+        str(run / "best.safetensors"): (CheckpointFile, "arch weights teacher saved"),
+        str(tmp_path / "hub"): (HubFolder, "weights teacher"),
+        str(tmp_path): (WeightsFolder, "weights"),
+        str(tmp_path / "weights.safetensors"): (CheckpointFile, "weights"),
+        f"test_vit:{tmp_path / 'weights.safetensors'}": (ModelAndFile, "weights"),
+        "5M": (ModelName, "arch"),
+    }
+    for name, (form, holds) in forms.items():
+        found = find_network(name, "--init")
+        assert type(found) is form
+        for what in ("arch", "weights", "teacher", "saved"):
+            if what not in holds.split():
+                with pytest.raises(InputError):
+                    getattr(found, what)()
+        if "weights" in holds:
+            assert weights_digest(found.weights()) == weights_digest(want)
+        if "teacher" in holds and form is not AutoTeacher:
+            source = found.teacher()
+            assert (source.num_classes, source.input_size, source.mean) == (3, 48, (0.5, 0.4, 0.3))
+            logits = build_teacher_net(source, 3).eval()(images())
+            assert torch.allclose(logits, logits_of(run, images()), atol=1e-5)
+        if "arch" in holds and name != "5M":
+            assert found.arch() == (get_family("tinyvit"), arch)
+    with pytest.raises(InputError, match=r"auto, want .*a finished run.*hub layout.*; or a checkpoint"):
+        find_network("auto", "--init").weights()
+
+
 def edited(key: str, value: Any) -> Callable[[Path], None]:
     def change(run: Path) -> None:
-        told = json.loads((run / "best.json").read_text())
-        at, *rest = key.split(".")
-        inner = told
-        for name in rest:
-            inner, at = inner[at], name
-        inner[at] = value
-        (run / "best.json").write_text(json.dumps(told))
+        record = json.loads((run / "best.json").read_text())
+        *above, last = key.split(".")
+        reduce(lambda inner, name: inner[name], above, record)[last] = value
+        (run / "best.json").write_text(json.dumps(record))
 
     return change
 

@@ -150,9 +150,8 @@ def test_damaged_and_missing_files_are_refused(tmp_path, cut):
     raw = path.read_bytes()
     path.write_bytes(raw[:cut])
     for load in (load_weights, load_checkpoint):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(InputError):
             load(path)
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "ema"])
@@ -221,9 +220,8 @@ def test_timm_tags_load_or_are_refused_with_a_remedy(monkeypatch):
     state = load_checkpoint("tiny_vit_21m_224.dist_in22k_ft_in1k")
     assert calls == [("tiny_vit_21m_224.dist_in22k_ft_in1k", True)]
     assert weights_digest(state) == weights_digest(net.state_dict())
-    with pytest.raises(InputError, match="name a downloaded file") as caught:
+    with pytest.raises(InputError, match="name a downloaded file"):
         load_checkpoint("tiny_vit_21m_224.offline")
-    assert "\n" not in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -102,21 +102,14 @@ def _used(folder: Path) -> float:
     return 0.0
 
 
-def _files(folder: Path) -> dict[tuple[int, int], int]:
-    """List a folder's files as (device, inode) -> bytes: data sets may share files by links."""
-    found: dict[tuple[int, int], int] = {}
-    with contextlib.suppress(OSError):  # removed by another process meanwhile
-        for path in folder.iterdir():
-            about = path.stat()
-            found[about.st_dev, about.st_ino] = about.st_size
-    return found
-
-
 def _size(folders: Iterable[Path]) -> int:
-    """Count the bytes of folders together, shared files once."""
+    """Count the bytes of folders together; files that they share by links count once."""
     found: dict[tuple[int, int], int] = {}
     for folder in folders:
-        found.update(_files(folder))
+        with contextlib.suppress(OSError):  # removed by another process meanwhile
+            for path in folder.iterdir():
+                about = path.stat()
+                found[about.st_dev, about.st_ino] = about.st_size
     return sum(found.values())
 
 
@@ -224,13 +217,16 @@ def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> No
     data = cache / "data"
     _clear_leftovers(data)
     cap = cap_of(data)
-    if stays > cap:
-        raise _too_large(what, stays, cap, "what the cache may hold")
     folders = _by_age(cache)
     total, fixed = _size(folders), _size(folder for folder in folders if _in_use(folder))
     if stays and fixed + stays > cap:
-        beside = f"what the cache may hold beside the {fixed / 1e9:.2f} GB of data sets in use"
-        raise _too_large(what, stays, max(0, cap - fixed), beside)
+        raise refuse(
+            "--data",
+            f"{what}, whose pixels take {stays / 1e9:.2f} GB",
+            f"at most {max(0, cap - fixed) / 1e9:.2f} GB, what the cache may hold beside the "
+            f"{fixed / 1e9:.2f} GB of data sets in use",
+            f"{_REMEDY}, or raise {CAP_VARIABLE}",
+        )
     if _free(data) + total - fixed < while_building:
         raise _no_disk(what, while_building, _free(data) + total - fixed)
     _remove_down_to(folders, lambda t: t + stays <= cap and _free(data) >= while_building)
@@ -240,15 +236,6 @@ def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> No
 
 def _free(data: Path) -> int:
     return max(0, shutil.disk_usage(data).free - _SPARE)
-
-
-def _too_large(what: str, stays: int, most: int, limit: str) -> Exception:
-    return refuse(
-        "--data",
-        f"{what}, whose pixels take {stays / 1e9:.2f} GB",
-        f"at most {most / 1e9:.2f} GB, {limit}",
-        f"{_REMEDY}, or raise {CAP_VARIABLE}",
-    )
 
 
 def _no_disk(what: str, need: int, free: int) -> Exception:
@@ -271,11 +258,6 @@ def open_dataset(folder: Path, verify: bool = False) -> Dataset:
     return read_folder(Path(folder), verify)
 
 
-def _slug(name: str) -> str:
-    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in name)
-    return kept.strip("-")[-24:].strip("-") or "data"
-
-
 def folder_of(source: DataSource, random_seed: int, cache_dir: Path) -> Path:
     """Return the folder of a source's data set in the cache, be it there or not."""
     identity = {
@@ -287,7 +269,8 @@ def folder_of(source: DataSource, random_seed: int, cache_dir: Path) -> Path:
         "source": dict(source.identity),
         "pixels": source.root is None,
     }
-    return cache_dir / "data" / f"{_slug(source.name)}-{digest_of(identity)}"
+    kept = "".join(c if c.isascii() and c.isalnum() else "-" for c in source.name)
+    return cache_dir / "data" / f"{kept.strip('-')[-24:].strip('-') or 'data'}-{digest_of(identity)}"
 
 
 def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: float, tick: Tick) -> None:
@@ -295,13 +278,11 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
     pool_path = folder / "pool.raw" if source.root is None else None
     pool = ImagePool(pool_path, source.store_size)
     source.fill(pool, tick)
-    total = len(pool.keys) + len(pool.broken)
-    _check_broken(len(pool.broken), total, max_corrupt, pool.examples(3))
+    _check_broken(len(pool.broken), len(pool.keys) + len(pool.broken), max_corrupt, pool.examples(3))
     pixels = pool.pixels()
     kept = unique_rows(pool.keys, pool.roles)
-    keys = [pool.keys[r] for r in kept]
+    keys, roles = ([column[r] for r in kept] for column in (pool.keys, pool.roles))
     labels = np.array(pool.labels, dtype=np.int64)[kept]
-    roles = [pool.roles[r] for r in kept]
     sides = cut(keys, labels, roles, source.classes, random_seed)
     notes = list(source.notes)
     if len(kept) < len(pool.keys):
@@ -406,12 +387,11 @@ def relabelled(
 
     def make(draft: Path) -> None:
         meta = read_json(dataset.folder / "meta.json", "a data set of this cache")
-        shared = [p for p in dataset.folder.glob("*.npy") if not p.name.endswith(".labels.npy")]
-        for path in shared:
-            _linked(path, draft / path.name)
+        for path in dataset.folder.glob("*.npy"):
+            if not path.name.endswith(".labels.npy"):
+                _linked(path, draft / path.name)
         for side in SIDES:
-            table = np.asarray(labels_by_side[side], dtype=np.int64)
-            write_table(draft / file_of(side, "labels"), table)
+            write_table(draft / file_of(side, "labels"), np.asarray(labels_by_side[side], dtype=np.int64))
         extra = {key: meta.pop(key) for key in ("root", "broken", "notes")}
         for key in ("fingerprint", "files"):
             del meta[key]

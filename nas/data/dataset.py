@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,14 +64,8 @@ class KeyTable(Sequence[str]):
     def __len__(self) -> int:
         return len(self.raw)
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> KeyTable: ...
-    def __getitem__(self, at: Any) -> str | KeyTable:
-        if isinstance(at, slice):
-            return KeyTable(self.raw[at])
-        return bytes(self.raw[at]).hex()
+    def __getitem__(self, at: Any) -> Any:
+        return KeyTable(self.raw[at]) if isinstance(at, slice) else bytes(self.raw[at]).hex()
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self.raw), 4096):
@@ -102,11 +96,7 @@ class NameTable(Sequence[str]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, at: int) -> str: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[str]: ...
-    def __getitem__(self, at: Any) -> str | list[str]:
+    def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
             return [self[row] for row in range(*at.indices(len(self)))]
         row = int(at) + (len(self) if at < 0 else 0)
@@ -190,8 +180,7 @@ def subset_by_key(split: Split, images: int | None) -> list[int] | None:
     """Take the first images by key, which is a hash of content: a fixed random subset."""
     if images is None or images >= len(split):
         return None
-    order = sorted(range(len(split)), key=lambda row: split.keys[row])
-    return order[:images]
+    return sorted(range(len(split)), key=lambda row: split.keys[row])[:images]
 
 
 def dataset_card(dataset: Dataset) -> dict[str, Any]:

@@ -63,19 +63,18 @@ def folder(spec: DataSpec) -> DataSource:
         if len(kept) < len(tested):
             notes.append(f"{len(kept):,} of {len(tested):,} test images used")
         used += kept
-    ignored = _ignored(root, tree, test, classes)
-    if ignored:
+    beside = {root, tree, test or tree} - (set() if classes else {tree, test})
+    if ignored := sum(len(_loose(place)) for place in beside):
         noun, verb = ("image", "is") if ignored == 1 else ("images", "are")
         where = "class folders" if classes else "folders named"
         notes.append(f"{ignored:,} loose {noun} outside the {where} {verb} ignored")
     img_size = spec.img_size
     if img_size is None:
-        looked = [used[r] for r in choose([f.name for f in used], _labels(used), _LOOKED_AT, "")]
         with _quiet():
-            sizes = [header_size(file.path) for file in looked]
+            sizes = [header_size(file.path) for file in _chosen(used, _LOOKED_AT, "", 1)]
         img_size, line = chosen_img_size(size for size in sizes if size is not None)
         notes.append(line)
-    return _source(root, spec.data, classes, used, img_size, tuple(notes), spec.pixel_cache)
+    return _source(spec, root, classes, used, img_size, notes)
 
 
 def _layout(root: Path) -> tuple[Path, Path | None]:
@@ -96,21 +95,8 @@ def _unlabelled(root: Path, files: Sequence[Path], role: str) -> list[_File]:
     return [_File(path, path.relative_to(root).as_posix(), 0, role) for path in files]
 
 
-def _ignored(root: Path, tree: Path, test: Path | None, classes: Sequence[str]) -> int:
-    """Count the images that lie beside what is used."""
-    beside = {root, tree} | ({test} if test is not None else set())
-    used = set() if classes else {tree, test}
-    return sum(len(_loose(folder)) for folder in beside - used)
-
-
 def _source(
-    root: Path,
-    name: str,
-    classes: tuple[str, ...],
-    used: Sequence[_File],
-    img_size: int,
-    notes: tuple[str, ...],
-    pixel_cache: bool,
+    spec: DataSpec, root: Path, classes: tuple[str, ...], used: Sequence[_File], img_size: int, notes: Sequence[str]
 ) -> DataSource:
     store_size = store_size_of(img_size)
 
@@ -123,7 +109,7 @@ def _source(
             tick(1.0)
 
     return DataSource(
-        name=name,
+        name=spec.data,
         classes=classes,
         img_size=img_size,
         store_size=store_size,
@@ -132,8 +118,8 @@ def _source(
         decoding=f"file {VERSION}",
         count=len(used),
         fill=fill,
-        notes=notes,
-        root=None if pixel_cache else root,
+        notes=tuple(notes),
+        root=None if spec.pixel_cache else root,
     )
 
 
@@ -237,12 +223,8 @@ def _test_side(root: Path, test: Path, classes: tuple[str, ...]) -> list[_File]:
     if not classes:
         found = _loose(test)
         if _class_folders(test):
-            raise refuse(
-                "--data",
-                f"{root}: class folders in {test.name}/ but none in train/",
-                "both with classes or both without",
-                _LAYOUT,
-            )
+            got = f"{root}: class folders in {test.name}/ but none in train/"
+            raise refuse("--data", got, "both with classes or both without", _LAYOUT)
         if not found:
             raise refuse("--data", f"no image in {test}", "images, as in train/", _LAYOUT)
         return _unlabelled(root, found, "test")
@@ -257,12 +239,9 @@ def _test_side(root: Path, test: Path, classes: tuple[str, ...]) -> list[_File]:
     return list(_files(root, test, classes, "test"))
 
 
-def _labels(files: Sequence[_File]) -> NDArray[np.int64]:
-    return np.array([file.label for file in files], dtype=np.int64)
-
-
 def _chosen(files: Sequence[_File], count: int, salt: str, at_least: int) -> list[_File]:
-    rows = choose([file.name for file in files], _labels(files), count, salt, at_least)
+    labels = np.array([file.label for file in files], dtype=np.int64)
+    rows = choose([file.name for file in files], labels, count, salt, at_least)
     return [files[row] for row in rows]
 
 

@@ -12,8 +12,8 @@ No sine, no logarithm, no sum of floats by a library.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,17 +38,12 @@ Floats = NDArray[np.float32]
 
 
 _DIFFICULTY = {"jitter": 0.23, "turn": 0.23, "smallest": 0.67, "clutter": 0.28, "noise": 0.06}
-"""How far an image may stray from its class.
-
-`jitter` is the largest relative change of a coefficient, `turn` the tangent of half the largest
-rotation, `smallest` the least size as a share of the frame, `clutter` the size of the other
-attractor in the way, `noise` the pixel noise's amplitude (1 = full range).
-"""
+"""How far an image may stray from its class: the largest relative change of a coefficient, the tangent of half the
+largest rotation, the least size as a share of the frame, the size of the other attractor, the pixel noise (1: full)."""
 _JITTER, _TURN, _SMALLEST, _CLUTTER, _NOISE = _DIFFICULTY.values()
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """One image to render: its role, class and number."""
 
     role: str
@@ -184,10 +179,8 @@ def _opacity(counts: NDArray[np.int64]) -> Floats:
 def _ground(corners: Floats, size: int) -> Floats:
     """Blend four corner colours [B, 2, 2, 3] over the frame: float32 [B, size, size, 3]."""
     ramp = (np.arange(size, dtype=np.float32) + np.float32(0.5)) / np.float32(size)
-    across = ramp[None, None, :, None]
-    top = corners[:, 0, None, None, 0] * (1 - across) + corners[:, 0, None, None, 1] * across
-    end = corners[:, 1, None, None, 0] * (1 - across) + corners[:, 1, None, None, 1] * across
-    down = ramp[None, :, None, None]
+    across, down = ramp[None, None, :, None], ramp[None, :, None, None]
+    top, end = (corners[:, at, None, None, 0] * (1 - across) + corners[:, at, None, None, 1] * across for at in (0, 1))
     blend: Floats = top * (1 - down) + end * down
     return blend
 
@@ -244,12 +237,8 @@ def render(wanted: Sequence[Wanted], img_size: int = DEFAULT_IMG_SIZE) -> Iterat
 
 def all_wanted() -> list[Wanted]:
     """List the whole set: 4,000 images to train on, 2,000 to hold out, 2,000 to test on."""
-    return [
-        Wanted(role, label, number)
-        for role, each in IMAGES_PER_CLASS.items()
-        for label in range(CLASSES)
-        for number in range(each)
-    ]
+    sides = IMAGES_PER_CLASS.items()
+    return [Wanted(role, *at) for role, each in sides for at in product(range(CLASSES), range(each))]
 
 
 def fractals(spec: DataSpec) -> DataSource:

@@ -49,8 +49,7 @@ class ImagePool:
         self.labels: list[int] = []
         self.roles: list[str] = []
         self.names: list[str] = []
-        self.broken: list[str] = []
-        self.reasons: list[str] = []
+        self.broken: dict[str, str] = {}  # names with reasons
 
     def add(self, key: str, label: int, role: str, pixels: NDArray[np.uint8], name: str) -> None:
         """Append one image, uint8 [S, S, 3], under its name for users."""
@@ -65,13 +64,11 @@ class ImagePool:
 
     def lose(self, name: str, why: str) -> None:
         """Count an image that could not be read, with the reason in a few words."""
-        self.broken.append(name)
-        self.reasons.append(why)
+        self.broken[name] = why
 
     def examples(self, most: int) -> str:
         """Name the first broken images, with reasons."""
-        pairs = list(zip(self.broken, self.reasons, strict=True))[:most]
-        return ", ".join(f"{shown_name(name)} ({why})" for name, why in pairs)
+        return ", ".join(f"{shown_name(name)} ({why})" for name, why in [*self.broken.items()][:most])
 
     def pixels(self) -> NDArray[np.uint8] | None:
         """Map all that was added: uint8 [n, S, S, 3]. Ends the adding."""
@@ -118,7 +115,9 @@ def digits(spec: DataSpec) -> DataSource:
         grey = np.round(table.images * (255.0 / 16.0)).astype(np.uint8)
         labels = np.asarray(table.target, dtype=np.int64)
         keys = [content_key(image.tobytes()) for image in grey]
-        for row in _digit_rows(keys, labels, spec.max_images):
+        # So many that train and holdout hold at most `max_images`; the test side comes on top.
+        count = len(keys) if spec.max_images is None else round(spec.max_images / 0.8)
+        for row in choose(keys, labels, count, "proxy", at_least=3).tolist():
             image = Image.fromarray(grey[row]).resize((size, size), Image.Resampling.BICUBIC)
             pixels = np.repeat(np.asarray(image)[:, :, None], 3, axis=2)
             pool.add(keys[row], int(labels[row]), "any", pixels, f"digit {row}")
@@ -135,14 +134,6 @@ def digits(spec: DataSpec) -> DataSource:
         count=1797,
         fill=fill,
     )
-
-
-def _digit_rows(keys: Sequence[str], labels: np.ndarray, max_images: int | None) -> Sequence[int]:
-    """Choose rows so that train and holdout hold at most `max_images` (test comes on top)."""
-    if max_images is None:
-        return range(len(keys))
-    rows = choose(keys, labels, round(max_images / 0.8), "proxy", at_least=3)
-    return [int(row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -205,18 +196,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
         found = sides[role].read(wanted[role][:_LOOKED_AT])
         img_size, line = chosen_img_size(item[0].size for item in found if not isinstance(item, str))
         notes.append(line)
-    return _reader_source(spec.data, classes, sides, wanted, img_size, tuple(notes))
-
-
-def _reader_source(
-    name: str,
-    classes: tuple[str, ...],
-    sides: dict[str, _Side],
-    wanted: dict[str, list[int]],
-    img_size: int,
-    notes: tuple[str, ...],
-) -> DataSource:
-    store_size = store_size_of(img_size)
+    name, store_size = spec.data, store_size_of(img_size)
 
     def fill(pool: ImagePool, tick: Tick) -> None:
         for role, side in sides.items():
@@ -226,9 +206,8 @@ def _reader_source(
                 if isinstance(item, str):
                     pool.lose(shown, item)
                 else:
-                    label = _checked_label(item[1], len(classes), name)
-                    pixels = fitted(item[0], img_size, store_size)
-                    pool.add(as_rgb_key(item[0]), label, role, pixels, shown)
+                    image, label = item[0], _checked_label(item[1], len(classes), name)
+                    pool.add(as_rgb_key(image), label, role, fitted(image, img_size, store_size), shown)
                 tick(1.0)
 
     return DataSource(
@@ -245,7 +224,7 @@ def _reader_source(
         decoding=f"reader {READER_VERSION}",
         count=sum(len(rows) for rows in wanted.values()),
         fill=fill,
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -279,23 +258,17 @@ def _line(error: Exception) -> str:
 
 
 def _side(items: Any) -> _Side:
-    if not hasattr(items, "__getitem__") or _is_stream(items):
-        return _Side(items, len(items), None, True)
-    labels = getattr(items, "targets", None)
-    reader_of = getattr(items, "reader", None)
-    iter_targets = getattr(reader_of, "iter_targets", None)
-    if labels is None and iter_targets is not None:
-        labels = list(iter_targets())
-    known = None if labels is None else np.asarray(labels)
-    if known is not None and (known.ndim != 1 or known.dtype.kind not in "iu"):
-        known = None
-    return _Side(items, len(items), None if known is None else known.astype(np.int64), False)
-
-
-def _is_stream(items: Any) -> bool:
     from torch.utils.data import IterableDataset
 
-    return isinstance(items, IterableDataset)
+    if not hasattr(items, "__getitem__") or isinstance(items, IterableDataset):
+        return _Side(items, len(items), None, True)
+    labels = getattr(items, "targets", None)
+    iter_targets = getattr(getattr(items, "reader", None), "iter_targets", None)
+    if labels is None and iter_targets is not None:
+        labels = list(iter_targets())
+    known = np.asarray(labels)
+    listed = known.ndim == 1 and known.dtype.kind in "iu"
+    return _Side(items, len(items), known.astype(np.int64) if listed else None, False)
 
 
 def _classes(items: Any, side: _Side, name: str) -> tuple[str, ...]:

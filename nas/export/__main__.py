@@ -115,24 +115,20 @@ def _export(given: argparse.Namespace, saved: SavedModel, out: Path) -> dict[str
         return {**result, "difference": _difference(model, _read_timm(out), images, 0.0)}
     network = model
     if given.fused:
+        from nas.export.fuse import fuse_batch_norms
+
         network = saved.build()
-        result["folded"] = _fuse(network, images)
+        result["folded"] = fuse_batch_norms(network, images[:2])
         result["folding_difference"] = _difference(model, network, images, FUSED_TOLERANCE)
     again = _onnx(network, images, out) if given.to == "onnx" else _program(network, images, out)
     return {**result, "difference": _difference(model, again, images, TOLERANCE)}
 
 
-def _fuse(network: nn.Module, images: Tensor) -> int:
-    from nas.export.fuse import fuse_batch_norms
-
-    return fuse_batch_norms(network, images[:2])
-
-
 def _read_timm(out: Path) -> Callable[[Tensor], Tensor]:
     import timm
 
-    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    return lambda images: model(images)
+    network: nn.Module = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    return network
 
 
 def _onnx(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:
@@ -158,8 +154,7 @@ def _program(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor]
     from nas.export.torch_export import export_program
 
     export_program(network, images, out)
-    module = torch.export.load(out).module()
-    return lambda x: module(x)
+    return torch.export.load(out).module()
 
 
 def _difference(model: nn.Module, again: Callable[[Tensor], Tensor], images: Tensor, most: float) -> float:
@@ -183,24 +178,12 @@ def _measure(saved: SavedModel, out: Path, batch: int) -> dict[str, Any]:
     from nas.core.requirement import Setting
     from nas.measure.throughput import measure_prepared, prepare
 
-    model = saved.build()
-    settings = (Setting("cpu", "onnxruntime", batch=batch), Setting("cpu", "eager", batch=batch))
-    file, eager = (
-        prepare(model, ctx=saved.context, setting=s, staged=out if at == 0 else None) for at, s in enumerate(settings)
-    )
+    model, ctx = saved.build(), saved.context
+    file = prepare(model, ctx=ctx, setting=Setting("cpu", "onnxruntime", batch=batch), staged=out)
+    eager = prepare(model, ctx=ctx, setting=Setting("cpu", "eager", batch=batch))
     measured = measure_prepared(file, eager)
-    names = (
-        "images_per_s",
-        "images_per_s_lo",
-        "images_per_s_hi",
-        "ratio",
-        "ratio_lo",
-        "ratio_hi",
-        "batch",
-        "threads",
-        "fingerprint",
-    )
-    return {"throughput": {name: getattr(measured, name) for name in names}}
+    intervals = [f"{name}{end}" for name in ("images_per_s", "ratio") for end in ("", "_lo", "_hi")]
+    return {"throughput": {n: getattr(measured, n) for n in (*intervals, "batch", "threads", "fingerprint")}}
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -43,17 +43,12 @@ def export_timm(saved: SavedModel, out: Path) -> Path:
     return out
 
 
-def strides_of(model: Any) -> tuple[list[int], list[int]]:
-    """Return the strides and channels of a timm network's feature maps, each pair once."""
-    found = dict.fromkeys((f["reduction"], f["num_chs"]) for f in model.feature_info)
-    return [stride for stride, _ in found], [channels for _, channels in found]
-
-
 def card(saved: SavedModel, model: Any, out: Path) -> str:
     """Return the model card: arch, data, scores, throughput with its device, lineage, usage."""
     values = (saved.run.get("config"), saved.record.get("throughput"), saved.record.get("score"))
     config, throughput, score = (value if isinstance(value, dict) else {} for value in values)
-    strides, channels = strides_of(model)
+    maps = dict.fromkeys((f["reduction"], f["num_chs"]) for f in model.feature_info)
+    strides, channels = ([pair[at] for pair in maps] for at in (0, 1))
     lines = [
         "---",
         "library_name: timm",
@@ -135,11 +130,9 @@ def _lineage(saved: SavedModel, config: Any) -> list[str]:
             f"recipe {recipe.get('name')}, {recipe.get('epochs')} epochs, whole batches of "
             f"{recipe.get('batch_size')}, random seed {config.get('random_seed')}",
         ]
-    seed = Path(str(config.get("seed", ""))).stem
     target = config.get("target_params")
+    reached = f" of family {saved.family.name} to {target:,} parameters" if isinstance(target, int) else ""
     return [
-        f"contracted from the seed {seed} of family {saved.family.name} to {target:,} parameters"
-        if isinstance(target, int)
-        else f"contracted from the seed {seed}",
+        f"contracted from the seed {Path(str(config.get('seed', ''))).stem}{reached}",
         f"strategy {config.get('strategy')}, random seed {config.get('random_seed')}",
     ]

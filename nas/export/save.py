@@ -31,11 +31,8 @@ def model_json(
     `preprocessing` has crop_pct, interpolation, mean and std; `sha256` is of the weights' file.
     """
     model, kwargs = family.timm_call(arch, ctx)
-    overlay = {
-        "input_size": [ctx.in_chans, ctx.img_size, ctx.img_size],
-        **preprocessing,
-        "num_classes": ctx.num_classes,
-    }
+    size = [ctx.in_chans, ctx.img_size, ctx.img_size]
+    overlay = {"input_size": size, **preprocessing, "num_classes": ctx.num_classes}
     return {
         "family": family.name,
         "arch": family.to_dict(arch),
@@ -55,12 +52,8 @@ def model_json(
 
 def preprocessing_of(dataset: Any) -> dict[str, Any]:
     """Return the preprocessing of a data set's images (`nas.data.Dataset`)."""
-    return {
-        "crop_pct": dataset.crop_pct,
-        "interpolation": dataset.interpolation,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-    }
+    resize = {"crop_pct": dataset.crop_pct, "interpolation": dataset.interpolation}
+    return {**resize, "mean": list(dataset.mean), "std": list(dataset.std)}
 
 
 def write_model(

@@ -310,7 +310,7 @@ class _ShardBuilder:
             if logits.shape[1] != spec.num_classes:
                 raise refuse("teacher", f"{logits.shape[1]} classes", f"{spec.num_classes} classes")
             labels = top_labels(logits, spec.topk)
-            records[part] = self._store.codec.encode(labels.index, labels.prob, labels.tail)
+            records[part] = self._store.codec.encode(*labels)
             tick(float(len(at)))
         return with_checksum(shard, self._store.id, records)
 
@@ -381,24 +381,16 @@ def find_contradicted(
     split = dataset.train
     if not dataset.labelled:
         raise refuse("--clean", "images without labels", "labels that a teacher can contradict")
-    found = []
+    found: list[tuple[Any, ...]] = []
     for rows, outputs in _evaluated(split, logits, augment, tick):
         probs = outputs.double().softmax(1).numpy()
         given = np.asarray(split.labels[rows])
         mine, best = probs[np.arange(len(rows)), given], probs.max(1)
         for at in np.flatnonzero(mine < ratio * best):
-            row = int(rows[at])
-            found.append(
-                (
-                    float(mine[at] / best[at]),
-                    split.keys[row],
-                    split.names[row] if len(split.names) else "",
-                    dataset.classes[given[at]],
-                    dataset.classes[int(probs[at].argmax())],
-                    f"{mine[at]:.6g}",
-                    f"{best[at]:.6g}",
-                )
-            )
+            row, classes = int(rows[at]), (given[at], int(probs[at].argmax()))
+            image = (split.keys[row], split.names[row] if len(split.names) else "")
+            shares = (f"{mine[at]:.6g}", f"{best[at]:.6g}")
+            found.append((float(mine[at] / best[at]), *image, *(dataset.classes[c] for c in classes), *shares))
     table = io.StringIO()
     writer = Writer(table)
     writer.writerow(DROPPED_COLUMNS)

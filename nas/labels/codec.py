@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,20 +44,13 @@ _TAIL = np.concatenate([[0.0], 1 / (1 + np.exp(-_ODDS))]).astype(np.float32)
 _HEAD = np.concatenate([[1.0], 1 / (1 + np.exp(_ODDS))]).astype(np.float32)
 
 
-@dataclass(frozen=True, eq=False)
-class SoftLabels:
+class SoftLabels(NamedTuple):
     """Labels of n images: index int64 [n, K], prob float32 [n, K] and tail float32 [n] >= 0, the
     mass of the other classes."""
 
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # type: ignore[assignment]  # no label is looked up by tuple.index
     prob: NDArray[np.float32]
     tail: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.tail)
-
-    def __getitem__(self, rows: Any) -> SoftLabels:
-        return SoftLabels(self.index[rows], self.prob[rows], self.tail[rows])
 
     def best(self, topk: int) -> SoftLabels:
         """Keep the `topk` best classes; the others' share goes to the tail."""
@@ -104,11 +97,10 @@ class Codec:
         _check_labels(index, prob, tail, self.num_classes)
         return self._encode(index, prob, tail)
 
-    def decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def decode(self, records: NDArray[np.uint8]) -> SoftLabels:
         """Turn any rows of a table of records into new contiguous arrays, ready for the loss.
 
-        Returns index int64 [n, K], prob float32 [n, K] and tail float32 [n]. Raises InputError for
-        bytes that are no record.
+        Raises InputError for bytes that are no record.
         """
         assert records.ndim == 2, records.shape
         assert records.shape[1] == self.record_bytes, records.shape
@@ -117,7 +109,7 @@ class Codec:
     def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
         raise NotImplementedError
 
-    def _decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decode(self, records: NDArray[np.uint8]) -> SoftLabels:
         raise NotImplementedError
 
 
@@ -138,11 +130,11 @@ class PlainCodec(Codec):
         fields = (reals, np.ascontiguousarray(index, dtype=self._index))
         return np.hstack([field.view(np.uint8) for field in fields])
 
-    def _decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decode(self, records: NDArray[np.uint8]) -> SoftLabels:
         # Rows may start anywhere in memory: `astype` copies before anything is computed.
         reals = records[:, : self._reals].view("<f4")
         index = records[:, self._reals :].view(self._index).astype(np.int64)
-        return index, reals[:, :-1].astype(np.float32), reals[:, -1].astype(np.float32)
+        return SoftLabels(index, reals[:, :-1].astype(np.float32), reals[:, -1].astype(np.float32))
 
 
 @cache
@@ -239,18 +231,17 @@ class PackedCodec(Codec):
         bits[:, at.start : stop] = _bits_of(fields, at.width).reshape(n, stop - at.start)
         return np.packbits(bits, axis=1, bitorder="little")
 
-    def _decode(self, records: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+    def _decode(self, records: NDArray[np.uint8]) -> SoftLabels:
         n = len(records)
-        index = np.empty((n, self.topk), dtype=np.int64)
-        prob = np.empty((n, self.topk), dtype=np.float32)
-        tail = np.empty(n, dtype=np.float32)
+        shape = (n, self.topk)
+        labels = SoftLabels(np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(n, np.float32))
         for at in range(0, n, self._block):
             rows = slice(at, at + self._block)
-            self._decode_block(records[rows], index[rows], prob[rows], tail[rows])
-        return index, prob, tail
+            self._decode_block(records[rows], *(part[rows] for part in labels))
+        return labels
 
     def _decode_block(
-        self, records: NDArray[np.uint8], index: NDArray[np.int64], prob: NDArray[np.float32], tail: NDArray[np.float32]
+        self, records: NDArray[np.uint8], index: NDArray[Any], prob: NDArray[Any], tail: NDArray[Any]
     ) -> None:
         at, n, k = self._at, len(records), self.topk
         shifts, base = self._constants()

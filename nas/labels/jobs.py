@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -132,31 +132,19 @@ def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:
     from nas.labels.build import begin_store, build_status, check_room, find_contradicted
 
     dataset = open_dataset(job.dataset)
-    info = read_teacher(job.teacher)
-    request = job.request
+    info, request = read_teacher(job.teacher), job.request
     dropped, count = None, 0
     if request.clean is not None:
         logits = load_teacher(info, request.device)
-        augment = default_spec(dataset)
-        dropped, count = find_contradicted(dataset, logits, augment, request.clean, tick)
+        dropped, count = find_contradicted(dataset, logits, default_spec(dataset), request.clean, tick)
     store = begin_store(job.place, dataset, info, request, made_by=job.made_by, named=job.named, dropped=dropped)
     left = build_status(store, job.part)
     check_room(store, left)
-    return {
-        "folder": str(store.folder),
-        "id": store.id,
-        "images": store.spec.train_images,
-        "epochs": store.epochs,
-        "topk": store.spec.topk,
-        "num_classes": store.spec.num_classes,
-        "codec": store.spec.codec,
-        "record_bytes": store.codec.record_bytes,
-        "dropped": count,
-        "shards": left.shards,
-        "records": left.records,
-        "bytes": left.bytes,
-        "total_bytes": left.total_bytes,
-    }
+    spec = store.spec
+    made = {"folder": str(store.folder), "id": store.id, "images": spec.train_images, "epochs": store.epochs}
+    record = {"codec": spec.codec, "record_bytes": store.codec.record_bytes}
+    kept = {"topk": spec.topk, "num_classes": spec.num_classes, "dropped": count}
+    return {**made, **kept, **record, **asdict(left)}
 
 
 def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
@@ -166,17 +154,10 @@ def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
     from nas.labels.build import build_shards
     from nas.labels.store import load_store
 
-    store = load_store(job.folder)
-    info = read_teacher(job.teacher)
-    build_shards(
-        store,
-        open_dataset(job.dataset),
-        load_teacher(info, job.device, store.spec.precision),
-        part=job.part,
-        batch_size=job.batch_size,
-        device=job.device,
-        tick=tick,
-    )
+    store, dataset = load_store(job.folder), open_dataset(job.dataset)
+    logits = load_teacher(read_teacher(job.teacher), job.device, store.spec.precision)
+    options: dict[str, Any] = {"part": job.part, "batch_size": job.batch_size, "device": job.device}
+    build_shards(store, dataset, logits, **options, tick=tick)
     return {}
 
 
@@ -187,26 +168,20 @@ def open_labels(job: OpenLabelsJob, tick: Tick) -> Values:
     from nas.labels.store import open_store
 
     dataset = open_dataset(job.dataset)
-    epochs = job.epochs
-    asked = epochs if job.label_overflow == "error" else None
-    store = open_store(job.store, use=dataset, epochs=asked)
-    for epoch in range(min(epochs, store.epochs)):
+    store = open_store(job.store, use=dataset, epochs=job.epochs if job.label_overflow == "error" else None)
+    for epoch in range(min(job.epochs, store.epochs)):
         store.epoch(epoch)
     reader = LabelReader(dataset.train, store, 2, 0, missing=job.missing, label_overflow=job.label_overflow)
     next(holdout_batches(dataset, store, 1, job.missing), None)
-    manifest = store.spec
+    spec = store.spec
     message = (
-        f"{reader.images} images x {store.epochs} epochs, top {manifest.topk} of "
-        f"{manifest.num_classes} classes, teacher {manifest.teacher_id}, in {store.folder}"
+        f"{reader.images} images x {store.epochs} epochs, top {spec.topk} of {spec.num_classes} classes, "
+        f"teacher {spec.teacher_id}, in {store.folder}"
     )
-    values = {
-        "folder": str(store.folder),
-        "id": store.id,
-        # A shared store may grow while a run goes on: the run keeps to what it began with.
-        "use_epochs": min(job.stored or store.epochs, store.epochs),
-        "message": message,
-    }
-    return {**values, "notes": list(reader.notes)}
+    # A shared store may grow while a run goes on: the run keeps to what it began with.
+    use_epochs = min(job.stored or store.epochs, store.epochs)
+    place = {"folder": str(store.folder), "id": store.id}
+    return {**place, "use_epochs": use_epochs, "message": message, "notes": list(reader.notes)}
 
 
 def verify_labels(job: VerifyLabelsJob, tick: Tick) -> Values:
@@ -235,7 +210,7 @@ def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
         )
     logits = load_teacher(info, job.device, store.spec.precision)
     found = verify.compare_with_teacher(store, dataset, logits, job.records, job.random_seed, job.device, tick)
-    return {"records": found.records, "mean_kl": found.mean_kl, "worst_kl": found.worst_kl, "good": found.good}
+    return {**asdict(found), "good": found.good}
 
 
 def merge_labels(job: MergeLabelsJob, tick: Tick) -> Values:

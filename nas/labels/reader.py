@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move to a device."""
-        parts = (self.inputs, self.index, self.prob, self.tail, self.truth, self.rows)
-        return Batch(*(part.to(device, non_blocking=True) for part in parts))
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
 def batch_sizes(n: int, batch_size: int) -> list[int]:
@@ -270,14 +269,7 @@ def _image_name(split: Split, row: int) -> str:
 
 
 def _batch(inputs: Tensor, labels: SoftLabels, split: Split, rows: Rows) -> Batch:
-    return Batch(
-        inputs=inputs,
-        index=torch.from_numpy(labels.index),
-        prob=torch.from_numpy(labels.prob),
-        tail=torch.from_numpy(labels.tail),
-        truth=torch.from_numpy(np.asarray(split.labels[rows])),
-        rows=torch.from_numpy(rows),
-    )
+    return Batch(inputs, *(torch.from_numpy(part) for part in (*labels, np.asarray(split.labels[rows]), rows)))
 
 
 def holdout_batches(dataset: Dataset, store: LabelStore, batch_size: int, missing: str = "error") -> Iterator[Batch]:

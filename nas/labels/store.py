@@ -129,23 +129,15 @@ def check_use(store: LabelStore, dataset: Dataset) -> None:
     The images may differ: which of them have labels is asked key by key. Raises InputError.
     """
     spec = store.spec
-    have = {
-        "preparation": spec.preparation,
-        "resolution": spec.augment.img_size,
-        "num_classes": spec.num_classes,
-        "mean": list(spec.augment.mean),
-        "std": list(spec.augment.std),
-        "libraries": dict(store.libraries),
+    pairs = {
+        "preparation": (spec.preparation, dataset.preparation),
+        "resolution": (spec.augment.img_size, dataset.img_size),
+        "num_classes": (spec.num_classes, dataset.num_classes or spec.num_classes),
+        "mean": (list(spec.augment.mean), list(dataset.mean)),
+        "std": (list(spec.augment.std), list(dataset.std)),
+        "libraries": (dict(store.libraries), library_versions()),
     }
-    want = {
-        "preparation": dataset.preparation,
-        "resolution": dataset.img_size,
-        "num_classes": dataset.num_classes or spec.num_classes,
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "libraries": library_versions(),
-    }
-    check_same(store.folder, have, want)
+    check_same(store.folder, *({name: pair[side] for name, pair in pairs.items()} for side in (0, 1)))
 
 
 def key_array(keys: Any) -> Keys:
@@ -331,7 +323,7 @@ class EpochLabels:
 
     def __getitem__(self, rows: Rows) -> SoftLabels:
         """Decode the labels of rows in any order."""
-        return SoftLabels(*self._codec.decode(self.records(np.asarray(rows, dtype=np.int64))))
+        return self._codec.decode(self.records(np.asarray(rows, dtype=np.int64)))
 
 
 def damaged(folder: Path, why: object) -> Exception:

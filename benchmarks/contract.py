@@ -1,9 +1,9 @@
 """Repeat the main job over random seeds and data, and compare with the published 5M.
 
-`python -m benchmarks.contract` (or `make results`) runs `nas.contract --seed 21M --target-params 5M
---min-speedup 1.5` on digits and fractals over three random seeds, resumes what was cut short, and
-writes `results/contract.csv` (a row for each run and a pooled one for each data set) and a figure
-for each data set. The pooled difference is paired over images and seeds: both are resampled.
+`python -m benchmarks.contract` (or `make results`) runs `nas.contract --seed 21M --target-params 5M --min-speedup 1.5`
+on digits and fractals over three random seeds, resumes what was cut short, and writes `results/contract.csv` (a row for
+each run and a pooled one for each data set) and a figure for each data set. The pooled difference is paired over images
+and seeds: both are resampled.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import Floats, crossed, run_command, write_table
+from benchmarks.estimates import Floats, Row, crossed, run_command, write_table
 from benchmarks.pareto import pareto
 from nas.contract import contract
 from nas.contract.run import RunResult
 from nas.core.cli import Parser
+from nas.core.io import load_arrays
 from nas.core.progress import Console
 from nas.report.read import read_run
-
-Row = dict[str, Any]
 
 COLUMNS = (
     *("data", "random_seed", "effort", "status", "winner", "params", "params_published"),
@@ -36,41 +35,31 @@ COLUMNS = (
 
 def correctness_difference(folder: Path, final: Mapping[str, Any]) -> Floats:
     """Return per-image differences in correctness, winner less published [n]; 0 for a tie."""
-    from nas.core.io import load_arrays
-
     winner, published = (
-        load_arrays(folder / "work" / f"final-{final[side]['key']}" / "test.safetensors")["correct"]
+        load_arrays(folder / "work" / f"final-{final[side]['key']}" / "test.safetensors")["correct"].astype(np.float64)
         for side in ("winner", "published")
     )
-    return winner.astype(np.float64) - published.astype(np.float64)
+    return winner - published
 
 
 def run_or_resume(data: str, random_seed: int, given: argparse.Namespace) -> RunResult:
     """Run the main job, or resume it in its folder."""
     folder = Path(given.runs) / f"{data}-{given.effort}-{random_seed}"
-    common: dict[str, Any] = {"cache_dir": given.cache_dir, "console": Console()}
+    common: dict[str, Any] = {"out": folder, "cache_dir": given.cache_dir, "console": Console()}
     if (folder / "run.json").exists():
-        return contract(out=folder, resume=True, **common)
+        return contract(resume=True, **common)
+    settings: dict[str, Any] = {"data": data, "effort": given.effort, "random_seed": random_seed}
     if given.max_images is not None:
-        common["max_images"] = given.max_images
-    return contract(
-        "21M",
-        "5M",
-        out=folder,
-        data=data,
-        effort=given.effort,
-        random_seed=random_seed,
-        min_speedup=given.min_speedup,
-        **common,
-    )
+        settings["max_images"] = given.max_images
+    return contract("21M", "5M", min_speedup=given.min_speedup, **settings, **common)
 
 
-def run_row(data: str, random_seed: int, given: argparse.Namespace, of: RunResult) -> dict[str, Any]:
+def run_row(data: str, random_seed: int, given: argparse.Namespace, of: RunResult) -> Row:
     """Return the row of one run; of one without a result, its status alone."""
     found = read_run(of.folder)
     assert found.seed is not None
     images = found.run["config"]["max_images"]
-    row: dict[str, Any] = {
+    row: Row = {
         **dict.fromkeys(COLUMNS),
         "data": data,
         "random_seed": random_seed,
@@ -91,18 +80,18 @@ def run_row(data: str, random_seed: int, given: argparse.Namespace, of: RunResul
         stem, dash, end = name.partition("_")
         row[name], row[f"{stem}_published{dash}{end}"] = winner[name], published[name]
     paired = final.get("paired") or {"difference": 0.0, "lo": 0.0, "hi": 0.0}
-    row.update({name: paired[name] for name in ("difference", "lo", "hi")})
+    row |= {name: paired[name] for name in ("difference", "lo", "hi")}
     return row | {"winner": winner["key"], "test_images": winner["test_n"]}
 
 
-def pooled_row(data: str, given: argparse.Namespace, outcomes: Sequence[RunResult]) -> Row | None:
-    """Return the row of all runs of a data set together; None for fewer than two results."""
+def pooled_rows(data: str, given: argparse.Namespace, outcomes: Sequence[RunResult]) -> list[Row]:
+    """Return the row of all runs of a data set together; none for fewer than two results."""
     finals = [(o.folder, o.result["final"]) for o in outcomes if o.result.get("final")]
     if len(finals) < 2:
-        return None
+        return []
     differences = np.stack([correctness_difference(folder, final) for folder, final in finals])
     mean, lo, hi = crossed(differences)
-    return {
+    row: Row = {
         **dict.fromkeys(COLUMNS),
         "data": data,
         "random_seed": f"pooled over {len(finals)}",
@@ -110,10 +99,13 @@ def pooled_row(data: str, given: argparse.Namespace, outcomes: Sequence[RunResul
         "status": f"{len(finals)} of {len(outcomes)} reached",
         "top1": float(np.mean([f["winner"]["top1"] for _, f in finals])),
         "top1_published": float(np.mean([f["published"]["top1"] for _, f in finals])),
-        **{"difference": mean, "lo": lo, "hi": hi},
+        "difference": mean,
+        "lo": lo,
+        "hi": hi,
         "test_images": differences.shape[1],
         "command": "python -m benchmarks.contract",
     }
+    return [row]
 
 
 def build_parser() -> Parser:
@@ -137,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(given: argparse.Namespace) -> dict[str, Any]:
         import pandas as pd
 
-        table, rows = given.out / "contract.csv", list[dict[str, Any]]()
+        table, rows = given.out / "contract.csv", list[Row]()
         given.out.mkdir(parents=True, exist_ok=True)
         if table.exists():  # what is not asked for now keeps its rows
             held = pd.read_csv(table, dtype=str, keep_default_na=False)
@@ -151,10 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(outcome.message, flush=True)
                 outcomes.append(outcome)
                 rows.append(run_row(data, random_seed, given, outcome))
-            pooled = pooled_row(data, given, outcomes)
-            rows += [] if pooled is None else [pooled]
-            folders = [outcome.folder for outcome in outcomes]
-            pareto(folders, None, given.out / f"pareto-{data}-{given.effort}.png")
+            rows += pooled_rows(data, given, outcomes)
+            pareto([each.folder for each in outcomes], None, given.out / f"pareto-{data}-{given.effort}.png")
         write_table(table, rows)
         return {"table": str(table), "lines": len(rows)}
 

@@ -1,4 +1,4 @@
-"""Estimates with 95 % intervals, and the tables and figures that benchmarks write them to."""
+"""Estimates with 95 % intervals, and the tables, figures and command lines that benchmarks share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from nas.core.table import Writer
 from space.errors import refuse
 
 Floats = npt.NDArray[np.float64]
+Row = dict[str, Any]
 Interval = tuple[float, float, float]
 """An estimate and the bounds of its interval."""
 
@@ -49,17 +51,15 @@ class EstimateRow:
 
     def __str__(self) -> str:
         note = f"  ({self.note})" if self.note else ""
-        bounds = f"[{self.lo:.4g}, {self.hi:.4g}]"
-        return f"{self.name:<52} {self.estimate:.4g} {bounds}  {self.n} {self.of}{note}"
+        return f"{self.name:<52} {self.estimate:.4g} [{self.lo:.4g}, {self.hi:.4g}]  {self.n} {self.of}{note}"
 
 
 @dataclass(frozen=True)
 class PairedDifference:
     """Mean difference of two archs over images, with its two-sided 95 % interval.
 
-    `lower` is the one-sided 95 % bound. `image_se` and `seed_se` are the parts of the standard
-    error that images and random seeds bring; `detectable` is the smallest true difference that
-    excludes 0 with 80 % power.
+    `lower` is the one-sided 95 % bound. `image_se` and `seed_se` are the parts of the standard error that images and
+    random seeds bring; `detectable` is the smallest true difference that excludes 0 with 80 % power.
     """
 
     value: float
@@ -73,31 +73,27 @@ class PairedDifference:
     images: int
 
 
-def bootstrap(
-    values: npt.ArrayLike, statistic: Callable[[Floats], float], *, random_seed: int, resamples: int = RESAMPLES
-) -> Interval:
+def bootstrap(values: npt.ArrayLike, statistic: Callable[[Floats], float]) -> Interval:
     """Return a statistic of values [k, ...] with the percentile interval of k drawn again.
 
-    What belongs to one of the k (its random seeds, say) is drawn together with it. Percentiles are
-    values that occurred, so infinite ones do no harm.
+    Percentiles are values that occurred, so infinite ones do no harm.
     """
     table = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(random_seed)
-    drawn = [statistic(table[rng.integers(0, len(table), len(table))]) for _ in range(resamples)]
+    rng = np.random.default_rng(0)
+    drawn = [statistic(table[rng.integers(0, len(table), len(table))]) for _ in range(RESAMPLES)]
     return statistic(table), *_percentiles(np.array(drawn))
 
 
-def crossed(table: npt.ArrayLike, *, random_seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+def crossed(table: npt.ArrayLike) -> Interval:
     """Return the mean of [archs or seeds, images], with an interval over both axes.
 
     Rows and columns are drawn again independently. Errs on the wide side; coarse for few rows.
     Source: Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1, 2007.
     """
     values = np.asarray(table, dtype=np.float64)
-    rng = np.random.default_rng(random_seed)
-    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in values.shape)
-    means = np.einsum("ri,ri->r", rows @ values, columns)
-    return float(values.mean()), *_percentiles(means)
+    rng = np.random.default_rng(0)
+    rows, columns = (rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES) / n for n in values.shape)
+    return float(values.mean()), *_percentiles(np.einsum("ri,ri->r", rows @ values, columns))
 
 
 def _percentiles(drawn: Floats) -> tuple[float, float]:
@@ -115,22 +111,20 @@ def share(hits: int, n: int) -> Interval:
 
 
 def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedDifference:
-    """Compare two archs by [random seeds, images] of correctness or loss, paired in both.
+    """Compare two archs by [random seeds, images] of correctness or loss, paired in both. Raises InputError.
 
-    Images and random seeds are crossed random effects. The image part V_I is the variance of the
-    per-image differences averaged over seeds, by the images; the seed part V_S that of the seeds'
-    mean differences, by the seeds, less what single images explain of it (both parts contain
-    that). With three seeds V_S has two degrees of freedom, so each part gets its own t quantile:
-    half width = sqrt(t_I^2 V_I + t_S^2 V_S) (Howe, JASA 69, 1974). Coverage by simulation with
-    3 seeds: 94.4-96.6 % for every mix of the parts, where Satterthwaite's degrees of freedom fall
-    to 90.5 %. With one random seed only the images speak. Raises InputError.
+    Images and random seeds are crossed random effects. The image part V_I is the variance of the per-image differences
+    averaged over seeds, by the images; the seed part V_S that of the seeds' mean differences, by the seeds, less what
+    single images explain of it. With three seeds V_S has two degrees of freedom, so each part has its own t quantile:
+    half width = sqrt(t_I^2 V_I + t_S^2 V_S) (Howe, JASA 69, 1974). Simulated coverage with 3 seeds: 94.4-96.6 % for
+    every mix of the parts (Satterthwaite: down to 90.5 %). With one random seed there are the images alone.
     """
     from scipy import special
 
     left, right = (np.atleast_2d(np.asarray(v, dtype=np.float64)) for v in (a, b))
     if left.shape != right.shape or left.ndim != 2 or left.shape[1] < 2:
-        got = f"shapes {left.shape} and {right.shape}"
-        raise refuse("paired", got, "[random seeds, images] of one shape, 2 images or more")
+        want = "[random seeds, images] of one shape, 2 images or more"
+        raise refuse("paired", f"shapes {left.shape} and {right.shape}", want)
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
         raise refuse("paired", "values that are not finite", "finite numbers")
     difference = left - right
@@ -156,16 +150,14 @@ def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedDifference:
     return PairedDifference(value, *bounds, *errors, detectable, seeds, images)
 
 
-def verdict(found: PairedDifference, *, margin: float = MARGIN) -> str:
+def verdict(found: PairedDifference) -> str:
     """Describe a difference (higher is better): better or worse only if the interval excludes 0."""
+    close = found.lower > -MARGIN
     if found.lo > 0:
         return "better"
     if found.hi < 0:
-        return "worse (by less than the margin)" if found.lower > -margin else "worse"
-    points = f"{100 * margin:g} points"
-    if found.lower > -margin:
-        return f"not worse by {points}"
-    return f"undecided: may be worse by {points}"
+        return "worse (by less than the margin)" if close else "worse"
+    return f"{'not worse' if close else 'undecided: may be worse'} by {100 * MARGIN:g} points"
 
 
 def write_table(path: Path, rows: Sequence[Any], **more: Any) -> None:
@@ -191,43 +183,53 @@ def _cell(value: Any) -> Any:
     return value
 
 
+@contextmanager
+def new_figure(path: Path, width: float, height: float, columns: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Give a figure of so many inches and its axes, side by side; it is written to `path` at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), sharey=True, layout="constrained")
+    yield figure, axes
+    out = io.BytesIO()
+    figure.savefig(out, format=path.suffix[1:].lower(), dpi=150)
+    pyplot.close(figure)
+    write_atomic(path, out.getvalue())
+
+
 def draw_intervals(
     path: Path, rows: Sequence[tuple[str, Interval]], label: str, *, lines: Mapping[str, float] | None = None
 ) -> None:
     """Draw named estimates with their intervals below each other; `lines`: named values of x."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     shown = [(name, found) for name, found in rows if np.isfinite(found).all()][::-1]
-    fig, ax = plt.subplots(figsize=(7.5, 0.32 * len(shown) + 1.4), layout="constrained")
-    for y, (_, (x, lo, hi)) in enumerate(shown):
-        xerr = [[max(0.0, x - lo)], [max(0.0, hi - x)]]
-        ax.errorbar([x], [y], xerr=xerr, fmt="o", ms=4, lw=1, color="tab:blue")
-    ax.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
-    ax.axvline(0, color="black", lw=0.5)
-    for (name, x), colour in zip((lines or {}).items(), ("red", "gray", "olive"), strict=False):
-        ax.axvline(x, color=f"tab:{colour}", lw=1, ls="--", label=name)
-    ax.set_xlabel(f"{label}, 95 %", fontsize=8)
-    if lines:
-        ax.legend(fontsize=7, loc="lower right")
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    with new_figure(path, 7.5, 0.32 * len(shown) + 1.4) as (_, ax):
+        for y, (_, (x, lo, hi)) in enumerate(shown):
+            xerr = [[max(0.0, x - lo)], [max(0.0, hi - x)]]
+            ax.errorbar([x], [y], xerr=xerr, fmt="o", ms=4, lw=1, color="tab:blue")
+        ax.set_yticks(range(len(shown)), [name for name, _ in shown], fontsize=8)
+        ax.axvline(0, color="black", lw=0.5)
+        for (name, x), colour in zip((lines or {}).items(), ("red", "gray", "olive"), strict=False):
+            ax.axvline(x, color=f"tab:{colour}", lw=1, ls="--", label=name)
+        ax.set_xlabel(f"{label}, 95 %", fontsize=8)
+        if lines:
+            ax.legend(fontsize=7, loc="lower right")
 
 
 def run_command(parser: Parser, work: Callable[[argparse.Namespace], Any], argv: Sequence[str] | None) -> int:
     """Parse, do the work, and print what it returns as the last line, in JSON.
 
-    `given.command` repeats the call. Returns the exit status, 2 on bad input.
+    `given.command` repeats the call. Returns the exit status: 2 on bad input, else `given.status`, which is 0 unless
+    the work sets it.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     given = parser.parse_args(words)
-    given.command = f"{parser.prog} {shlex.join(words)}".rstrip()
+    given.command, given.status = f"{parser.prog} {shlex.join(words)}".rstrip(), 0
 
     def do() -> int:
         print(json.dumps(work(given)))
-        return 0
+        return int(given.status)
 
     return guarded(do)
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.estimates import run_command
 from nas.core.cli import Parser
+from nas.core.table import read_table
 from space.errors import refuse
 
 if TYPE_CHECKING:
@@ -20,12 +22,27 @@ if TYPE_CHECKING:
 SUFFIXES = (".png", ".svg")
 
 
-def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
-    """Draw one or several runs together, or a CSV, into `out` (.png or .svg).
+@dataclass(frozen=True)
+class ParetoRow:
+    """A row of `--csv`: an arch with `soft_loss` (nats, lower is better) or `score` (higher is better)."""
 
-    A CSV has the columns `name`, `params`, `images_per_s` and either `soft_loss` (nats, lower is
-    better) or `score` (higher is better); `images_per_s_lo`, `images_per_s_hi` and the same for
-    the score are optional. Next to runs it must have `soft_loss`, the runs' own score.
+    name: str
+    params: float
+    images_per_s: float | None
+    images_per_s_lo: float | None = None
+    images_per_s_hi: float | None = None
+    soft_loss: float | None = None
+    soft_loss_lo: float | None = None
+    soft_loss_hi: float | None = None
+    score: float | None = None
+    score_lo: float | None = None
+    score_hi: float | None = None
+
+
+def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
+    """Draw one or several runs together, or a CSV of `ParetoRow`, into `out` (.png or .svg).
+
+    Next to runs a CSV must have `soft_loss`, the runs' own score.
     """
     from nas.core.io import write_atomic
     from nas.report.charts import SCORE_LABEL, run_chart, run_series
@@ -46,12 +63,11 @@ def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
     if table is not None:
         series, lower = read_series(table)
         if chart is None:
-            label = "soft loss, nats (axis turned: up is better)" if lower else "score, as given"
             chart = Chart(
                 series=(series,),
                 title=table.name,
                 speed_label="throughput, images/s",
-                score_label=label,
+                score_label="soft loss, nats (axis turned: up is better)" if lower else "score, as given",
                 lower_is_better=lower,
                 notes=(f"Bars: the intervals of {table.name}, where it has them.",),
             )
@@ -67,7 +83,14 @@ def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
                 notes=(*chart.notes, f"{table.name}: as given, perhaps under other conditions."),
             )
     assert chart is not None
-    chart = replace(chart, series=_distinct(chart.series))
+    names = [one.name for one in chart.series]
+    counts = [names[: at + 1].count(name) for at, name in enumerate(names)]
+    # Runs of the same folder name in different places are told apart by a number.
+    distinct = [
+        replace(one, name=f"{one.name} ({count})") if count > 1 else one
+        for one, count in zip(chart.series, counts, strict=True)
+    ]
+    chart = replace(chart, series=tuple(distinct))
     figure = draw(chart)
     data = svg_bytes(figure) if out.suffix.lower() == ".svg" else png_bytes(figure)
     try:
@@ -78,43 +101,34 @@ def pareto(runs: Sequence[Path], table: Path | None, out: Path) -> Chart:
 
 
 def read_series(table: Path) -> tuple[Series, bool]:
-    """Read a CSV as a series; the second value tells whether a lower score is better."""
+    """Read a CSV as a series; the second value is whether a lower score is better. Raises InputError."""
     from nas.report.figure import Point, Series
-    from nas.report.read import read_table
 
-    if not table.is_file():
-        raise refuse("--csv", table, "an existing CSV file")
-    columns, rows = read_table(table)
-    lower = "soft_loss" in columns
+    rows = read_table(table, ParetoRow)
+    if not any(row.images_per_s is not None for row in rows):
+        raise refuse(str(table), "no row with images_per_s", "a table with name, params, images_per_s and a score")
+    lower = any(row.soft_loss is not None for row in rows)
     score = "soft_loss" if lower else "score"
-    missing = [c for c in ("name", "params", "images_per_s", score) if c not in columns]
-    if missing:
-        want = "name, params, images_per_s and soft_loss or score"
-        raise refuse(f"{table} columns", ", ".join(columns), want)
-    if not rows:
-        raise refuse(str(table), "no rows", "at least one")
     points = []
     for line, row in enumerate(rows, start=2):
-
-        def get(column: str, line: int = line, row: dict[str, str] = row) -> float | None:
-            return _number(f"{table} line {line}: {column}", row.get(column, ""))
-
-        params, value = get("params"), get(score)
-        if params is None or params <= 0:
-            raise refuse(f"{table} line {line}: params", row["params"], "a number above 0")
+        for name, number in vars(row).items():
+            if isinstance(number, float) and not (math.isfinite(number) and (name != "params" or number > 0)):
+                want = "a number above 0" if name == "params" else "a finite number"
+                raise refuse(f"{table} line {line}: {name}", number, want)
+        value = getattr(row, score)
         if value is None:
-            raise refuse(f"{table} line {line}: {score}", "nothing", "a number")
+            raise refuse(f"{table} line {line}", f"no {score}", "a number in a column soft_loss or score")
         points.append(
             Point(
                 key=f"{line}",
-                label=row["name"],
-                params=params,
+                label=row.name,
+                params=row.params,
                 score=value,
-                score_lo=get(f"{score}_lo"),
-                score_hi=get(f"{score}_hi"),
-                speed=get("images_per_s"),
-                speed_lo=get("images_per_s_lo"),
-                speed_hi=get("images_per_s_hi"),
+                score_lo=getattr(row, f"{score}_lo"),
+                score_hi=getattr(row, f"{score}_hi"),
+                speed=row.images_per_s,
+                speed_lo=row.images_per_s_lo,
+                speed_hi=row.images_per_s_hi,
                 kind="named",
             )
         )
@@ -126,8 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("python -m benchmarks.pareto", description=__doc__)
     add = parser.add_argument
     add("runs", nargs="*", type=Path, metavar="RUN", help="a run's folder")
-    columns = "name, params, images_per_s and soft_loss or score, optionally with _lo and _hi"
-    add("--csv", type=Path, metavar="FILE", help=f"a table with the columns {columns}")
+    columns = ", ".join(field.name for field in dataclasses.fields(ParetoRow))
+    add("--csv", type=Path, metavar="FILE", help=f"a table with the columns {columns}; those with _lo, _hi may lack")
     target = "figure to write, .png or .svg (default: %(default)s)"
     add("--out", type=Path, default=Path("pareto.png"), metavar="FILE", help=target)
 
@@ -139,28 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {"out": str(given.out), "series": len(chart.series), "points": points}
 
     return run_command(parser, work, argv)
-
-
-def _distinct(series: Sequence[Series]) -> tuple[Series, ...]:
-    # Runs of the same folder name in different places are told apart by a number.
-    names = [one.name for one in series]
-    counts = [names[: at + 1].count(name) for at, name in enumerate(names)]
-    return tuple(
-        one if count == 1 else replace(one, name=f"{one.name} ({count})")
-        for one, count in zip(series, counts, strict=True)
-    )
-
-
-def _number(where: str, text: str) -> float | None:
-    if not text.strip():
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise refuse(where, text, "a finite number")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """How well does a short proxy rank the archs of a step's band? `python -m benchmarks.proxy`.
 
-Archs of one step's band, half of them as the search would list them and half drawn uniformly, are
-scored by each proxy, and trained about ten times longer, on several random seeds: the truth. The
-table holds Kendall's tau of every proxy with the truth, the ceiling that the truth's own noise sets
-(`nas.core.stats`), and the regret of the proxy's pick. Beside the proxies: parameters, MACs,
-throughput, and scores of untrained networks.
+Archs of one step's band, half of them as the search would list them and half drawn uniformly, are scored by each proxy,
+and trained about ten times longer, on several random seeds: the truth. The table holds Kendall's tau of every proxy
+with the truth, the ceiling that the truth's own noise sets (`nas.core.stats`), and the regret of the proxy's pick.
+Beside the proxies: parameters, MACs, throughput, and scores of untrained networks.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.estimates import check_at_least, draw_intervals, run_command
-from benchmarks.trainings import CRITERION, PROXY_SEED, Trained, Training, TrainingPool, add_flags, open_pool
+from benchmarks.trainings import CRITERION, PROXY_SEED, Trained, Training, TrainingPool, add_short_flags, open_pool
 from nas.contract.proxy_check import ProxyCheckRow, compare_scores, training_free_scores, write_rows
 from nas.contract.state import derived_seed
 from nas.core.cli import Parser
@@ -39,53 +38,43 @@ HOW = ("rule", "uniform")
 LEAST = 4
 """Archs that a ranking needs."""
 CHEAP = 0.1
-"""At most this share of the truth's cost has the proxy that is judged."""
+"""At most this share of the truth's cost has the proxy that the summary is of."""
 
 
 def candidates(pool: TrainingPool, number: int) -> list[tuple[str, Arch]]:
     """Return (how drawn, arch): half by the search's rule, half uniformly from the band."""
     run = pool.run
-    band = run.band(run.config.steps)
-    seed = derived_seed(run.config.random_seed, "proxy_rank")
-    ruled = propose(
-        run.family, [run.seed_arch], run.context, band, (number + 1) // 2, random_seed=seed, baselines=False
-    )
+    family, seed, context, band = run.family, run.seed_arch, run.context, run.band(run.config.steps)
+    drawn_from = derived_seed(run.config.random_seed, "proxy_rank")
+    half = (number + 1) // 2
+    ruled = propose(family, [seed], context, band, half, random_seed=drawn_from, baselines=False)
     keys = {run.key(c.arch) for c in ruled}
-    drawn = sample_band(
-        run.family, run.seed_arch, run.context, band, number - len(ruled), random_seed=seed, exclude=keys
-    )
+    drawn = sample_band(family, seed, context, band, number - len(ruled), random_seed=drawn_from, exclude=keys)
     return [(HOW[0], c.arch) for c in ruled] + [(HOW[1], arch) for arch in drawn]
-
-
-def list_path(pool: TrainingPool) -> Path:
-    """Return the file that the archs of a target's band are named in."""
-    return pool.run.folder.path / f"listed-{pool.run.config.target_params}.json"
-
-
-def held(pool: TrainingPool) -> list[tuple[str, Arch]]:
-    """Return (how drawn, arch) as they were named in this folder; none if they were not."""
-    if not list_path(pool).exists():
-        return []
-    found = read_json(list_path(pool), "the archs of a proxy benchmark")
-    return [(how, pool.run.family.arch(arch)) for how, arch in found]
 
 
 def chosen(listed: Sequence[tuple[str, Arch]], number: int) -> list[Arch]:
     """Take so many of the listed archs, half of either kind as far as there are."""
-    kinds = [[arch for how, arch in listed if how == kind] for kind in HOW]
-    first = max((number + 1) // 2, number - len(kinds[1]))
-    ruled = kinds[0][:first]
-    return ruled + kinds[1][: number - len(ruled)]
+    ruled, drawn = ([arch for how, arch in listed if how == kind] for kind in HOW)
+    ruled = ruled[: max((number + 1) // 2, number - len(drawn))]
+    return ruled + drawn[: number - len(ruled)]
 
 
-def truths(pool: TrainingPool, archs: Sequence[Arch], given: argparse.Namespace) -> list[Training]:
-    """Return the long trainings: from the seed's inherited weights, as users train a winner on."""
-    parent, epochs = pool.parent(CRITERION), given.truth_epochs
-    return [
-        Training(arch, "inherit", epochs, TRUTH_SEED + s, parent, images=given.truth_images)
-        for s in range(given.seeds)
-        for arch in archs
-    ]
+def named_archs(pool: TrainingPool, given: argparse.Namespace, affordable: Callable[[], int]) -> list[Arch]:
+    """Return the archs to compare, named in the pool's folder before anything is trained. Raises InputError.
+
+    Benchmarks of one folder share them, and so their trainings.
+    """
+    family, path = pool.run.family, pool.run.folder.path / f"listed-{pool.run.config.target_params}.json"
+    if not path.exists():
+        drawn = candidates(pool, given.archs or affordable())
+        write_json(path, [[how, family.to_dict(arch)] for how, arch in drawn])
+    listed = [(how, family.arch(arch)) for how, arch in read_json(path, "the archs of a benchmark")]
+    archs = chosen(listed, given.archs or len(listed))
+    if given.archs and len(archs) < given.archs:
+        want = f"at most {len(archs)}, those named in {path}"
+        raise refuse("--archs", given.archs, want, "name another folder with --work")
+    return archs
 
 
 def lengths(given: argparse.Namespace) -> tuple[int, ...]:
@@ -103,8 +92,8 @@ def proxies(pool: TrainingPool, given: argparse.Namespace) -> dict[str, dict[str
     found: dict[str, dict[str, Any]] = {}
     for epochs in lengths(given):
         for criterion in CRITERIA:
-            start = {"init": "inherit", "parent": pool.parent(criterion)}
-            found[named(f"inherited ({criterion})", epochs)] = {**start, "epochs": epochs}
+            start = {"init": "inherit", "parent": pool.parent(criterion), "epochs": epochs}
+            found[named(f"inherited ({criterion})", epochs)] = start
         found[named("from scratch", epochs)] = {"init": "scratch", "epochs": epochs}
     shortest = lengths(given)[0]
     own = found[named(f"inherited ({CRITERION})", shortest)]
@@ -116,48 +105,44 @@ def affordable(pool: TrainingPool, given: argparse.Namespace) -> int:
     """Return how many archs the budget pays for: fewer archs before fewer random seeds."""
     data = pool.run.dataset
     images, holdout = len(data.train.labels), len(data.holdout.labels)
-    images = min(images, given.truth_images or images)
-    truth = given.truth_epochs * images + 4 * holdout / 3
+    truth = given.truth_epochs * min(images, given.truth_images or images) + 4 * holdout / 3
     short = sum((len(CRITERIA) + 1) * (e * given.images + holdout / 3) for e in lengths(given))
-    short += given.images + holdout / 3
-    return max(6, min(24, pool.affordable(given.seeds * truth + short, given.budget_hours)))
+    each = given.seeds * truth + short + given.images + holdout / 3
+    return max(6, min(24, pool.affordable(each, given.budget_hours)))
 
 
 def rank(given: argparse.Namespace, console: Console) -> tuple[list[ProxyCheckRow], dict[str, Any]]:
     """Train what is missing; return the table's rows and the summary."""
     with open_pool(given, console) as pool:
-        listed = held(pool)  # what is compared was named before anything was trained
-        if not listed:
-            listed = candidates(pool, given.archs or affordable(pool, given))
-            write_json(list_path(pool), [[how, pool.run.family.to_dict(a)] for how, a in listed])
-        archs = chosen(listed, given.archs or len(listed))
-        if given.archs and len(archs) < given.archs:
-            raise refuse(
-                "--archs",
-                given.archs,
-                f"at most {len(archs)}, those named in {pool.run.folder.path}",
-                "name another folder with --work",
-            )
+        key = pool.run.key
+        archs = named_archs(pool, given, lambda: affordable(pool, given))
         console.line(f"{len(archs)} archs, {given.seeds} random seeds of the truth")
-        wanted = truths(pool, archs, given)
         short = proxies(pool, given)
-        common = {"random_seed": PROXY_SEED, "images": given.images}
-        jobs = [Training(arch, **common, **how) for how in short.values() for arch in archs]
-        done = pool.train([*jobs, *wanted])
-        failed = {pool.run.key(t.of.arch): t.failed for t in done if t.failed is not None}
-        for key, reason in failed.items():  # an outcome: seeds are fixed, it would fail again
-            console.line(f"left out: {key}: {reason}")
-        stay = [pool.run.key(arch) not in failed for arch in archs]
-        done = [t for t in done if pool.run.key(t.of.arch) not in failed]
-        archs = [arch for arch, fine in zip(archs, stay, strict=True) if fine]
+        wanted = [
+            Training(arch, **how, random_seed=PROXY_SEED, images=given.images)
+            for how in short.values()
+            for arch in archs
+        ]
+        # The truth trains on from the seed's inherited weights, as users train a winner on.
+        long: dict[str, Any] = {"init": "inherit", "epochs": given.truth_epochs, "parent": pool.parent(CRITERION)}
+        wanted += [
+            Training(arch, **long, random_seed=TRUTH_SEED + s, images=given.truth_images)
+            for s in range(given.seeds)
+            for arch in archs
+        ]
+        done = pool.train(wanted)
+        failed = {key(t.of.arch): t.failed for t in done if t.failed is not None}
+        for name, reason in failed.items():  # an outcome: seeds are fixed, it would fail again
+            console.line(f"left out: {name}: {reason}")
+        done = [t for t in done if key(t.of.arch) not in failed]
+        archs = [arch for arch in archs if key(arch) not in failed]
         if len(archs) < LEAST:
             raise InputError(f"{len(archs)} archs are left, too few to rank: {LEAST} are needed")
         truth = done[len(short) * len(archs) :]
         scored = {name: done[i * len(archs) : (i + 1) * len(archs)] for i, name in enumerate(short)}
         free = training_free_scores(pool.run, archs)
         pool.run.executor.close()
-        rows, told = table(pool, given, archs, scored, truth, free)
-        return rows, told
+        return table(pool, given, archs, scored, truth, free)
 
 
 def table(
@@ -184,17 +169,15 @@ def table(
         scores[f"both, {named('ranks added', shortest)} each"] = ranks, together
     scores |= {name: (values, 0.0) for name, values in free.items()}
     rows = compare_scores(scores, losses)
-    limit = rows[-1]
+    ceiling = rows[-1].estimate
     per_image = {
         pool.run.key(arch): np.array([truth[s * n + i].losses() for s in range(given.seeds)])
         for i, arch in enumerate(archs)
     }
-    kept = tied_with_best(per_image)
-    words = describe_tied(kept, per_image)
     of_default = [r for r in rows if r.name in scored and r.name.startswith(f"inherited ({CRITERION})")]
     cheap = [r for r in of_default if r.cost_share is not None and r.cost_share <= CHEAP + 1e-9]
     own = max(cheap, key=lambda r: r.cost_share or 0.0, default=of_default[0])
-    told = {
+    summary = {
         "archs": n,
         "seeds": given.seeds,
         "holdout": len(pool.run.dataset.holdout.labels),
@@ -203,34 +186,30 @@ def table(
         "regret": own.regret,
         "within_one_sd": own.within_one_sd,
         "tau": own.estimate,
-        "ceiling": limit.estimate,
-        "tau_share": own.estimate / limit.estimate if limit.estimate else None,
+        "ceiling": ceiling,
+        "tau_share": own.estimate / ceiling if ceiling else None,
         "seed_sd": regret(scores[own.name][0], losses).seed_sd,
-        "words": words,
+        "words": describe_tied(tied_with_best(per_image), per_image),
         "truth": losses.tolist(),
         "scores": {name: np.asarray(values).tolist() for name, (values, _) in scores.items()},
         "labels": [pool.run.family.label(arch) for arch in archs],
     }
-    return rows, told
+    return rows, summary
 
 
-def draw(path: Path, rows: Sequence[ProxyCheckRow], told: Mapping[str, Any]) -> None:
+def draw(path: Path, rows: Sequence[ProxyCheckRow], label: str) -> None:
     """Draw tau of every score with its interval, the ceilings as lines."""
     shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if not r.name.startswith("ceiling")]
     lines = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}
-    shown.sort(key=lambda named: -named[1][0])
-    label = f"Kendall's tau with the truth ({told['archs']} archs, {told['seeds']} random seeds)"
-    draw_intervals(path, shown, label, lines=lines)
+    draw_intervals(path, sorted(shown, key=lambda named: -named[1][0]), label, lines=lines)
 
 
 def build_parser() -> Parser:
     """Return the parser."""
     parser = Parser("python -m benchmarks.proxy", description=__doc__)
-    add_flags(parser)
-    add = parser.add_argument
-    add("--archs", type=int, help="how many archs (default: what the budget pays)")
-    add("--truth-images", type=int, help="training images of the truth (default: all)")
-    add("--out", type=Path, default=Path("results/proxy_rank.csv"))
+    add_short_flags(parser)
+    parser.add_argument("--truth-images", type=int, help="training images of the truth (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("results/proxy_rank.csv"))
     return parser
 
 
@@ -239,10 +218,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(given: argparse.Namespace) -> dict[str, Any]:
         check_at_least(given, seeds=2, archs=LEAST)  # before anything is named or trained
-        rows, told = rank(given, Console())
+        rows, summary = rank(given, Console())
         write_rows(given.out, rows, command=given.command)
-        write_json(given.out.with_suffix(".json"), told)
-        draw(given.out.with_suffix(".png"), rows, told)
+        write_json(given.out.with_suffix(".json"), summary)
+        label = f"Kendall's tau with the truth ({summary['archs']} archs, {summary['seeds']} random seeds)"
+        draw(given.out.with_suffix(".png"), rows, label)
         for row in rows:
             line = f"{row.name:<36} tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
             if row.cost_share is not None:
@@ -250,9 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if row.regret is not None:
                 line += f"  regret {row.regret:.4f} [{row.regret_lo:.4f}, {row.regret_hi:.4f}]"
             print(line)
-        print(told["words"])
-        lists = ("truth", "scores", "labels", "words")
-        return {name: value for name, value in told.items() if name not in lists}
+        print(summary["words"])
+        return {k: v for k, v in summary.items() if k not in ("truth", "scores", "labels", "words")}
 
     return run_command(build_parser(), work, argv)
 

@@ -1,16 +1,14 @@
 """Trainings to compare: one data set, one teacher, one trained seed, many short trainings.
 
-Each training is kept in a folder under its name, whole or not at all, so that a benchmark that is
-stopped or extended resumes with what is there. Several trainings run at a time, each in a process
-of one thread: on a CPU that is faster than one training on all cores, and what is compared are
-losses, not seconds.
+Each training is kept in a folder under its name, whole or not at all, so that a benchmark that is stopped or extended
+resumes with what is there. Several run at a time, each in a process of one thread: on a CPU that is faster than one
+training on all cores, and what is compared are losses, not seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -18,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from nas.contract import seed as stage
-from nas.contract.checks import make_config, read_data, read_fingerprints, with_absolute_paths
+from benchmarks.estimates import Floats
+from nas.contract.checks import make_config, read_data, read_fingerprints, saved_config, with_absolute_paths
 from nas.contract.race import with_order
 from nas.contract.run_folder import RunFolder
+from nas.contract.seed import prepare_seed
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.cli import default_cache, usable_cpus
+from nas.core.config import parse_count
 from nas.core.io import load_arrays
 from nas.core.progress import Console
 from nas.distill.jobs import ScoreJob, TrainJob, score
@@ -37,21 +36,21 @@ from space.errors import InputError, refuse
 from space.family import Arch
 from space.sampling import sample_band
 
-Losses = npt.NDArray[np.float64]
-
 PROXY_SEED = 1
 """Random seed of the first short training."""
 CRITERION = "l1"
 """Importance by which units are inherited, but where criteria are compared."""
+LOOSE = ("target_params", "bench_max_blocks", "selection")
+"""Settings that no training depends on: benchmarks that share a folder may differ in them."""
 
 
 @dataclass(frozen=True)
 class Training:
     """One training: an arch from scratch or from a parent, for `epochs`, from a random seed.
 
-    `images` trains on a fixed subset of that size, `hard_weight` is the share of the loss that goes
-    by true labels. `test`: on the test split too, at the end. With 0 epochs the parent's sliced
-    weights are scored as they are, batch norms estimated anew if `recalibrate`.
+    `images` trains on a fixed subset of that size, `hard_weight` is the share of the loss that goes by true labels;
+    `test`: on the test split too, at the end. With 0 epochs the parent's sliced weights are scored as they are, batch
+    norms estimated anew if `recalibrate`.
     """
 
     arch: Arch
@@ -74,17 +73,13 @@ class Trained:
     values: Mapping[str, Any]
     failed: str | None = None
 
-    def losses(self) -> Losses:
+    def losses(self) -> Floats:
         """Return the soft losses of the holdout's images, `[n]`."""
-        return self._array("holdout", "soft_loss")
+        return load_arrays(self.folder / "holdout.safetensors")["soft_loss"].astype(np.float64)
 
-    def correct(self) -> Losses:
+    def correct(self) -> Floats:
         """Return for every image of the test split whether its class was hit, `[n]`."""
-        return self._array("test", "correct")
-
-    def _array(self, split: str, name: str) -> Losses:
-        values = load_arrays(self.folder / f"{split}.safetensors")[name]
-        return np.asarray(values, dtype=np.float64)
+        return load_arrays(self.folder / "test.safetensors")["correct"].astype(np.float64)
 
 
 class TrainingPool:
@@ -93,17 +88,17 @@ class TrainingPool:
     def __init__(self, run: Run, workers: int) -> None:
         self.run = run
         self.workers = workers
-        self.seed = stage.prepare_seed(run)
+        self.seed = prepare_seed(run)
 
-    def train(self, wanted: Sequence[Training]) -> list[Trained]:
-        """Train all, `workers` at a time; returns them in the order asked for.
+    def train(self, wanted: Sequence[Training], deadline: float | None = None) -> list[Trained]:
+        """Train all, `workers` at a time, in the order asked for; a failure is an outcome (`failed`).
 
-        A training that fails is an outcome (`failed`); the others continue.
+        Raises OutOfTime at the deadline, which is on `time.monotonic()`.
         """
         tasks = [self._task(each) for each in wanted]
         self.run.console.start(sum(task.cost for task in tasks))
         try:
-            results = self.do_all(tasks, self.workers, log=self.run.folder.path / "workers.log")
+            results = self.do_all(tasks, self.workers, deadline=deadline, log=self.run.folder.path / "workers.log")
         finally:
             self.run.console.stop()
         return [
@@ -112,28 +107,21 @@ class TrainingPool:
         ]
 
     def do_all(
-        self, tasks: Sequence[Task], workers: int, *, threads: int = 1, remember: bool = False, **options: Any
+        self, tasks: Sequence[Task], workers: int, *, deadline: float | None, remember: bool = False, **options: Any
     ) -> list[Result]:
-        """Do jobs in worker processes of their own, or take over what is there.
-
-        `remember` is that of `Run.do_all`, `options` are those of `LocalExecutor`.
-        """
+        """Do jobs in worker processes of their own; `remember` as in `Run.do_all`, `options` of `LocalExecutor`."""
         run = copy.copy(self.run)
-        with LocalExecutor(workers=workers, threads=threads, **options) as run.executor:
+        run.deadline = deadline
+        with LocalExecutor(workers=workers, **{"threads": 1, **options}) as run.executor:
             return run.do_all(tasks, remember=remember)
 
     def train_or_fail(self, wanted: Sequence[Training]) -> list[Trained]:
         """Train; one that fails ends the benchmark in one line."""
         done = self.train(wanted)
-        failed = [t for t in done if t.failed is not None]
+        failed = [t.failed for t in done if t.failed is not None]
         if failed:
-            raise InputError(f"{len(failed)} trainings failed, the first: {failed[0].failed}")
+            raise InputError(f"{len(failed)} trainings failed, the first: {failed[0]}")
         return done
-
-    def missing(self, wanted: Sequence[Training]) -> list[Training]:
-        """Return those that are not trained yet."""
-        folder = self.run.folder.job_folder
-        return [t for t in wanted if not (folder(self._name(t)) / "result.json").is_file()]
 
     def parent(self, criterion: str) -> Incumbent:
         """Return the trained seed as a parent whose units are ranked by a criterion."""
@@ -150,8 +138,7 @@ class TrainingPool:
         if of.epochs == 0:  # the holdout, forward only
             return len(self.run.dataset.holdout.labels) / 3 * self.run.image_cost(of.arch)
         every = len(self.run.dataset.train.labels)
-        images = every if of.images is None else min(of.images, every)
-        return images * of.epochs * self.run.image_cost(of.arch)
+        return min(of.images or every, every) * of.epochs * self.run.image_cost(of.arch)
 
     def affordable(self, images: float, hours: float) -> int:
         """Return how many archs of the last step's band can each train on so many images."""
@@ -162,14 +149,14 @@ class TrainingPool:
 
     def pace(self, arch: Arch) -> float:
         """Return how many images a second train on this machine, all workers together (rough)."""
-        run = self.run
+        run, config = self.run, self.run.config
         job = PaceJob(
             family=run.family.name,
             arch=run.family.to_dict(arch),
             context=run.context,
-            batch_size=run.config.batch_size,
+            batch_size=config.batch_size,
             seconds=8.0,
-            device=run.config.device,
+            device=config.device,
         )
         result = run.do(Job(pace, job, "pace"))
         run.executor.close()  # its threads would only be in the way
@@ -177,27 +164,16 @@ class TrainingPool:
 
     def _task(self, of: Training) -> Task:
         """Return the job of a training; of one with 0 epochs, the job that scores its parent."""
-        run, name = self.run, self._name(of)
-        folder = run.folder.job_folder(name)
-        training = run.training(
-            of.arch,
-            name,
-            out=folder,
-            epochs=of.epochs,
-            init=of.init,
-            parent=of.parent,
-            random_seed=of.random_seed,
-            test=of.test,
-            images=of.images,
-            hard_weight=of.hard_weight,
-        )
+        name = self._name(of)
+        settings = {f.name: getattr(of, f.name) for f in fields(of) if f.name != "recalibrate"}
+        training = self.run.training(**settings, name=name, out=self.run.folder.job_folder(name))
         if of.epochs:
             return training
         job: TrainJob = training.job.argument
         assert job.parent is not None, "no training and no parent: nothing to score"
         same: dict[str, Any] = {f.name: getattr(job, f.name, None) for f in fields(ScoreJob)}
         scored = ScoreJob(**same | {"images": of.images, "recalibrate": of.recalibrate})
-        return Task(Job(score, scored, name), folder, self.cost(of))
+        return Task(Job(score, scored, name), training.out, self.cost(of))
 
     def _name(self, of: Training) -> str:
         parent = "" if of.parent is None else f"-{self.run.key(of.parent.arch)[:24]}"
@@ -205,85 +181,72 @@ class TrainingPool:
         size = "" if of.images is None else f"x{of.images}"
         hard = f"-hard{of.hard_weight:g}" if of.hard_weight else ""
         raw = "" if of.recalibrate else "-raw"
-        what = f"{of.init}{of.epochs}{size}{hard}{raw}-r{of.random_seed}"
-        return f"{self.run.key(of.arch)}-{what}{parent}{order}"
+        return f"{self.run.key(of.arch)}-{of.init}{of.epochs}{size}{hard}{raw}-r{of.random_seed}{parent}{order}"
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `open_pool` reads, and those of every benchmark of trainings."""
+def add_flags(parser: argparse.ArgumentParser, *, seed: str) -> None:
+    """Add the flags of every benchmark of trainings, which `open_pool` reads."""
     add = parser.add_argument
-    hours = "what it may take on this machine (default %(default)s): sets how many archs"
-    add("--budget-hours", type=float, default=2.0, help=hours)
-    add("--seed", default="5M", help="the trained arch (default %(default)s)")
-    add("--target-params", default="3.6M", help="middle of the band, +-10 %%")
+    add("--budget-hours", type=float, default=2.0, help="what it may take on this machine (default %(default)s)")
+    add("--seed", default=seed, help="the trained arch (default %(default)s)")
     add("--data", default="fractals", help="default %(default)s")
     add("--img-size", type=int, default=64, help="pixels (default %(default)s)")
-    images = "training images of a short training; long ones see all (default %(default)s)"
-    add("--images", type=int, default=1000, help=images)
     add("--seeds", type=int, default=3, help="random seeds (default %(default)s)")
-    for name, epochs in (("proxy", 2), ("truth", 5), ("seed", 10), ("teacher", 15)):
-        add(f"--{name}-epochs", type=int, default=epochs, help="default %(default)s")
+    add("--seed-epochs", type=int, default=10, help="default %(default)s")
+    add("--teacher-epochs", type=int, default=15, help="default %(default)s")
     add("--device", default="cpu", help="default %(default)s")
     add("--workers", type=int, default=usable_cpus(), help="trainings at a time")
     add("--random-seed", type=int, default=0, help="of what is drawn (default 0)")
     add("--work", type=Path, help="where trainings are kept (results/runs/lab-...)")
-    add("--cache-dir", type=Path, help="data, teachers, labels")
+    add("--cache-dir", type=Path, default=default_cache(), help="data, teachers, labels")
 
 
-def folder_of(given: argparse.Namespace) -> Path:
-    """Return the folder that the trainings of these flags are kept in."""
-    if given.work is not None:
-        return Path(given.work)
-    data, seed = given.data.replace("/", "_"), Path(given.seed).stem
-    name = f"lab-{seed}-{data}-{given.img_size}-e{given.seed_epochs}-t{given.truth_epochs}"
-    return Path("results/runs") / name
+def add_short_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of every benchmark of short trainings, those of `add_flags` too."""
+    add_flags(parser, seed="5M")
+    add = parser.add_argument
+    add("--archs", type=int, help="how many archs (default: what the budget pays)")
+    add("--target-params", default="3.6M", help="middle of the band, +-10 %%")
+    images = "training images of a short training; long ones see all (default %(default)s)"
+    add("--images", type=int, default=1000, help=images)
+    add("--proxy-epochs", type=int, default=2, help="default %(default)s")
+    add("--truth-epochs", type=int, default=5, help="default %(default)s")
 
 
 @contextmanager
 def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingPool]:
     """Open the pool of these flags: data, teacher, labels and seed are found or made."""
-    from nas.core.config import config_from_dict, parse_count
-
-    config = make_config(
-        with_absolute_paths(
-            {
-                "seed": given.seed,
-                "target_params": parse_count("--target-params", given.target_params),
-                "data": given.data,
-                "img_size": given.img_size,
-                "max_images": None,
-                "effort": "smoke",
-                "bench_max_blocks": 120,
-                "steps": 1,
-                "seed_epochs": given.seed_epochs,
-                "teacher_epochs": given.teacher_epochs,
-                "proxy_epochs": given.proxy_epochs,
-                "final_epochs": given.truth_epochs,
-                "random_seed": given.random_seed,
-                "device": given.device,
-                "threads": max(1, given.workers),
-            }
-        )
-    )
+    settings = {
+        "seed": given.seed,
+        "target_params": parse_count("--target-params", given.target_params),
+        "data": given.data,
+        "img_size": given.img_size,
+        "max_images": None,
+        "effort": "smoke",
+        "bench_max_blocks": 120,
+        "steps": 1,
+        "seed_epochs": given.seed_epochs,
+        "teacher_epochs": given.teacher_epochs,
+        "proxy_epochs": given.proxy_epochs,
+        "final_epochs": given.truth_epochs,
+        "random_seed": given.random_seed,
+        "device": given.device,
+        "threads": max(1, given.workers),
+    }
+    config = make_config(with_absolute_paths(settings))
     family = get_family(config.family)
-    cache = default_cache() if given.cache_dir is None else given.cache_dir
-    folder = RunFolder(folder_of(given))
-    dataset = read_data(config, cache, console)
-    # What a training does not depend on may differ between the benchmarks that share a folder.
-    loose = {"target_params": 0, "bench_max_blocks": 0, "selection": ""}
-    asked = {**config.to_dict(), **loose}
+    named = f"{Path(given.seed).stem}-{given.data.replace('/', '_')}-{given.img_size}"
+    own = Path("results/runs") / f"lab-{named}-e{given.seed_epochs}-t{given.truth_epochs}"
+    folder = RunFolder(given.work or own)
+    dataset = read_data(config, given.cache_dir, console)
     if folder.run_json.exists():
-        known = config_from_dict(folder.open()["config"]).to_dict()
-        held, asked = (json.loads(json.dumps({**c, **loose})) for c in (known, asked))
-        changed = sorted(k for k in {*asked, *held} if held.get(k) != asked.get(k))
+        held = saved_config(folder.open()["config"])
+        names = sorted(f.name for f in fields(config) if f.name not in LOOSE)
+        changed = [name for name in names if getattr(held, name) != getattr(config, name)]
         if changed:
             folder.release()
-            raise refuse(
-                "--work",
-                f"{folder.path} made with other {', '.join(changed)}",
-                "a folder of the same settings",
-                "name another one",
-            )
+            got = f"{folder.path} made with other {', '.join(changed)}"
+            raise refuse("--work", got, "a folder of the same settings", "name another one")
     else:
         folder.create()
         folder.write_run({"config": config.to_dict()})
@@ -297,7 +260,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
             folder=folder,
             executor=worker,
             console=console,
-            cache=cache,
+            cache=given.cache_dir,
             deadline=None,
             fingerprints=read_fingerprints(config, worker, None),
         )

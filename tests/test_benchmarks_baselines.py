@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from benchmarks.baselines import jobs, prune, variants
-from benchmarks.baselines.__main__ import build_parser, checked, main
+from benchmarks.baselines import jobs, prune
+from benchmarks.baselines.__main__ import build_parser, checked
 from benchmarks.baselines.archs import PUBLISHED, Side, Target
-from benchmarks.baselines.compare import SPENT, BaselineRow, HourBudget, pruned_row, shortcomings
+from benchmarks.baselines.compare import SPENT, BaselineRow, pruned_row, shortcomings
 from nas.core.requirement import Setting
 from nas.export.weights import save_weights
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
+from nas.jobs.queue import OutOfTime
 from space import Context, get_family
 from space.family import Published
 from tests.conftest import SMALL_ARCH as SMALL
@@ -50,36 +51,6 @@ def test_a_contracted_arch_that_misses_says_so() -> None:
     assert shortcomings(fine, stuck, rival, target) == "stuck: too slow"
 
 
-def test_the_budget_lets_in_what_fits_by_the_pace_so_far() -> None:
-    budget = HourBudget(1.0)
-    assert budget.fits(1e9)  # nothing is known yet
-    budget.guess = 10.0
-    assert not budget.fits(400.0)
-    budget.guess = 1e-6  # what was spent tells more than a guess
-    budget.spent(100.0, 1000.0)
-    assert budget.fits(300.0)
-    assert not budget.fits(400.0)
-    assert not HourBudget(1e-12).fits(0.0)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--targets", "5M", "5M"],
-        ["--targets", "many"],
-        ["--budget-hours", "0"],
-        ["--seeds", "0"],
-        ["--effort", "extreme"],
-    ],
-)
-def test_bad_input_is_one_line(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments, "--out", str(tmp_path / "x.csv"), "--work", str(tmp_path / "w")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
-    assert not (tmp_path / "w").exists()
-
-
 def test_flags_hold_what_a_training_pool_reads() -> None:
     found = checked(build_parser().parse_args(["--epochs", "7", "--effort", "smoke"]))
     assert (found.truth_epochs, found.proxy_epochs, found.target_params) == (7, 1, "5M")
@@ -102,7 +73,7 @@ def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
         **common,
         random_seed=0,
         weights=here,
-        variant=variants.VARIANTS[2],
+        variant=jobs.VARIANTS[2],
         budget=1000,
         setting=Setting(),
         threads=1,
@@ -116,9 +87,8 @@ def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
     ]
 
 
-def _row(work: Any, folder: Path, budget: float = 1.0) -> BaselineRow:
-    row, ours = BaselineRow("5M: x", params=1000), np.ones((2, 40))
-    return pruned_row(row, *_jobs(folder), ours, 1, HourBudget(budget), work)
+def _row(work: Any, folder: Path) -> BaselineRow:
+    return pruned_row(BaselineRow("5M: x", params=1000), *_jobs(folder), np.ones((2, 40)), 1, work)
 
 
 def _stand_in(params: int, hit: float) -> Any:
@@ -152,7 +122,16 @@ def test_a_tool_that_crashes_is_an_outcome(tmp_path: Path) -> None:
     row = _row(crash, tmp_path)
     assert (row.reached, row.outcome) == (False, "failed: IndexError: out of bounds")
     assert row.estimate is None
-    assert _row(crash, tmp_path, budget=1e-12).outcome == SPENT
+
+
+def test_what_the_hours_do_not_suffice_for_is_left_for_the_next_call(tmp_path: Path) -> None:
+    def late(asked: list[Job], workers: int, threads: int) -> list[Result]:
+        if asked[0].key == "prune":
+            return _stand_in(1000, 0.5)(asked, workers, threads)
+        raise OutOfTime("r0")
+
+    row = _row(late, tmp_path)
+    assert (row.outcome, row.reached, row.estimate) == (SPENT, True, None)
 
 
 def test_a_worker_process_runs_the_jobs(tmp_path: Path) -> None:
@@ -166,10 +145,10 @@ def test_a_worker_process_runs_the_jobs(tmp_path: Path) -> None:
 
 
 def test_a_tool_that_is_not_installed_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert variants.not_installed("json") is None
-    monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: None)
-    for variant in variants.VARIANTS:
-        assert "pip install" in str(variants.not_installed(variant.tool))
+    assert jobs.not_installed("json") is None
+    monkeypatch.setattr(jobs.importlib.util, "find_spec", lambda name: None)
+    for variant in jobs.VARIANTS:
+        assert "pip install" in str(jobs.not_installed(variant.tool))
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -210,19 +189,16 @@ def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> Non
     arch = family.arch(SMALL)
     torch.manual_seed(0)
     model = family.build(arch, context)
-    batches = []
-    for _ in range(3):
-        index = torch.stack([torch.randperm(10)[:3] for _ in range(4)])
-        prob = torch.full((4, 3), 0.3)
-        batches.append(
-            SimpleNamespace(
-                inputs=torch.randn(4, 3, 32, 32),
-                index=index,
-                prob=prob,
-                tail=torch.full((4,), 0.1),
-                truth=torch.zeros(4, dtype=torch.long),
-            )
+    batches = [
+        SimpleNamespace(
+            inputs=torch.randn(4, 3, 32, 32),
+            index=torch.stack([torch.randperm(10)[:3] for _ in range(4)]),
+            prob=torch.full((4, 3), 0.3),
+            tail=torch.full((4,), 0.1),
+            truth=torch.zeros(4, dtype=torch.long),
         )
+        for _ in range(3)
+    ]
     replay = SimpleNamespace(epoch=lambda epoch: iter(batches))
     found = jobs.loss_gradients(model, replay)  # type: ignore[arg-type]
     own = family.build(arch, context)
@@ -243,16 +219,17 @@ def test_gradients_for_taylor_are_those_of_the_mean_loss_of_every_batch() -> Non
 
 
 def test_a_narrowed_net_is_rebuilt_from_its_shapes_alone(tmp_path: Path) -> None:
-    tp = pytest.importorskip("torch_pruning")
-    assert tp is not None
+    pytest.importorskip("torch_pruning")
     family, context = get_family("tinyvit"), Context(32, 10)
     arch = family.arch(SMALL)
     torch.manual_seed(0)
     model, example = family.build(arch, context), torch.randn(2, 3, 32, 32)
     before = prune.count(model)
     none: list[torch.Tensor | None] = [None for _ in model.parameters()]
-    for variant in variants.VARIANTS[2:4]:
-        pruned = prune.prune_by_ratio(model, example, variant, 0.3, none)
+    for everywhere in (False, True):
+        pruned = prune.prune_by_ratio(
+            model, example, 0.3, none, importance="magnitude", everywhere=everywhere, heads="kept"
+        )
         again = prune.rebuild(family.build(arch, context), pruned.state_dict()).eval()
         with torch.no_grad():
             assert torch.allclose(again(example), pruned(example), atol=1e-5)

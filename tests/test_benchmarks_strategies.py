@@ -71,66 +71,50 @@ def test_the_lattice_is_closed(lattice: Lattice) -> None:
 
 
 @pytest.mark.parametrize("train_per_step", [0, 3])
+@pytest.mark.parametrize("name", [n for n in strategy_names() if n != "gp"])  # which imports torch; else as tpe
 def test_replays_stay_inside_count_everything_and_only_improve(
+    lattice: Lattice, losses: dict[str, float], name: str, train_per_step: int
+) -> None:
+    budget, listed = (1, 1) if name == "uniform" else (12, 4)  # uniform walks far for its last ones
+    settings = ReplaySettings(4, listed, train_per_step, 2, budget)
+    strategy = get_strategy(name)
+    done = replay(lattice, losses, strategy, settings, random_seed=0)
+    if name in ("contraction", "evolution"):
+        assert done == replay(lattice, losses, strategy, settings, random_seed=0)
+    assert 1 <= len(done) <= budget
+    assert all(s.key in lattice.archs and s.loss == losses[s.key] for s in done)
+    for step in {s.step for s in done}:
+        keys = [s.key for s in done if s.step == step]
+        assert len(keys) == len(set(keys))
+        if not (strategy.stepwise and step == 4):
+            assert len(keys) <= (train_per_step or 4)
+        if strategy.stepwise:
+            band = lattice.bands[step - 1]
+            sizes = [lattice.family.count_params(lattice.archs[k], lattice.context) for k in keys]
+            assert all(band.lo <= size <= band.hi for size in sizes)
+    if not strategy.stepwise:
+        assert all(s.key in lattice.final for s in done)
+        assert len({s.key for s in done}) == len(done)
+    curve, best = best_so_far(done, lattice, 12), min(losses[k] for k in lattice.final)
+    assert all(a >= b for a, b in itertools.pairwise(curve))
+    goals = [reached_after(done, lattice, best + slack) for slack in np.linspace(0, 5, 20)]
+    assert goals == sorted(goals, reverse=True)
+
+
+@pytest.mark.parametrize("train_per_step", [0, 2])
+def test_with_budget_enough_the_whole_band_is_seen(
     lattice: Lattice, losses: dict[str, float], train_per_step: int
 ) -> None:
-    best = min(losses[k] for k in lattice.final)
-    for name in strategy_names():
-        if name == "gp":  # imports torch; the same code as tpe otherwise
-            continue
-        budget = 1 if name == "uniform" else 12  # which walks far for its last ones
-        listed = 1 if name == "uniform" else 4
-        settings = ReplaySettings(
-            steps=4, candidates_per_step=listed, train_per_step=train_per_step, beam=2, budget=budget
-        )
-        strategy = get_strategy(name)
-        done = replay(lattice, losses, strategy, settings, random_seed=0)
-        if name in ("contraction", "evolution"):
-            assert done == replay(lattice, losses, strategy, settings, random_seed=0)
-        assert 1 <= len(done) <= budget
-        assert all(s.key in lattice.archs and s.loss == losses[s.key] for s in done)
-        per_step = train_per_step or 4
-        for step in {s.step for s in done}:
-            keys = [s.key for s in done if s.step == step]
-            assert len(keys) == len(set(keys))
-            if not (strategy.stepwise and step == 4):
-                assert len(keys) <= per_step
-            if strategy.stepwise:
-                band = lattice.bands[step - 1]
-                sizes = [lattice.family.count_params(lattice.archs[k], lattice.context) for k in keys]
-                assert all(band.lo <= size <= band.hi for size in sizes)
-        if not strategy.stepwise:
-            assert all(s.key in lattice.final for s in done)
-            assert len({s.key for s in done}) == len(done)
-        curve = best_so_far(done, lattice, 12)
-        assert all(a >= b for a, b in itertools.pairwise(curve))
-        for slack in (0.0, 0.5, 3.0):  # reaching agrees with the curve, and is monotone in the goal
-            after = reached_after(done, lattice, best + slack)
-            naive = next((i + 1 for i, v in enumerate(curve) if v <= best + slack), math.inf)
-            assert after == naive
-        goals = [reached_after(done, lattice, best + s) for s in np.linspace(0, 5, 20)]
-        assert goals == sorted(goals, reverse=True)
-
-
-def test_with_budget_enough_random_search_sees_the_whole_band(lattice: Lattice, losses: dict[str, float]) -> None:
-    for train_per_step in (0, 2):
-        settings = ReplaySettings(4, 5, train_per_step, 2, 500)
-        done = replay(lattice, losses, get_strategy("random"), settings, random_seed=3)
-        assert {s.key for s in done} == lattice.final
-        best = min(losses[k] for k in lattice.final)
-        assert reached_after(done, lattice, best) <= len(lattice.final)
-
-
-def test_contraction_goes_on_in_its_last_step_until_nothing_is_left(lattice: Lattice, losses: dict[str, float]) -> None:
-    for train_per_step in (0, 2):
-        settings = ReplaySettings(4, 5, train_per_step, 2, 500)
-        done = replay(lattice, losses, get_strategy("contraction"), settings, random_seed=3)
-        first = [s for s in done if s.step < 4]
-        assert len(first) == 3 * (train_per_step or 5)
-        last = [s.key for s in done if s.step == 4]
-        whole = replay(lattice, losses, get_strategy("contraction"), ReplaySettings(4, 500, 0, 2, 500), random_seed=3)
-        assert len(last) == len(set(last)) > 5
-        assert len(whole) < 500
+    """By random search; contraction goes on in its last step until nothing is left."""
+    settings = ReplaySettings(4, 5, train_per_step, 2, 500)
+    done = replay(lattice, losses, get_strategy("random"), settings, random_seed=3)
+    assert {s.key for s in done} == lattice.final
+    assert reached_after(done, lattice, min(losses[k] for k in lattice.final)) <= len(lattice.final)
+    done = replay(lattice, losses, get_strategy("contraction"), settings, random_seed=3)
+    assert len([s for s in done if s.step < 4]) == 3 * (train_per_step or 5)
+    last = [s.key for s in done if s.step == 4]
+    assert 5 < len(last) == len(set(last))
+    assert len(done) < 500
 
 
 def test_only_archs_of_the_last_band_count_as_found(lattice: Lattice) -> None:
@@ -174,19 +158,3 @@ def test_a_committed_table_is_replayed(tmp_path: Path, capsys: pytest.CaptureFix
     assert (told["archs"], told["final"], told["in_reach"]) == (75, 75, 2)
     assert len(out.read_text().splitlines()) == 8
     assert out.with_suffix(".png").stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--target-params", "2.5M"], "--table: got"),
-        (["--table", "none.csv"], "--table: got"),
-        (["--free", "depth"], "--free: got"),
-        (["--replays", "1"], "--replays: got"),
-    ],
-)
-def test_bad_input_is_one_line(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*words, "--out", str(tmp_path / "s.csv")]) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1

@@ -185,7 +185,7 @@ def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> N
         "done = subprocess.run([sys.executable, '-m', *words])\n"
         "c.shutdown(); sys.exit(done.returncode)\n"
     )
-    words = json.dumps(kind.begin(out, tmp_path / "cache"))
+    words = json.dumps(kind.begin(tmp_path))
     inside = 'ip link set lo up && exec "$@"'
     subprocess.run(
         ["unshare", "-n", "sh", "-c", inside, "sh", sys.executable, "-c", code, words], check=True, timeout=600

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.trainings import TrainingPool
 from nas.contract import contract
 from nas.contract.final import nearest_published
-from nas.contract.run import RunResult
-from nas.core.cli import default_cache
 from nas.core.config import effort_defaults, parse_count, steps_of
 from nas.core.io import read_json, write_json
 from nas.core.progress import Console
 from nas.jobs.job import Result
+from nas.measure.measurement import Measurement
 from space.contractions import Band
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -25,12 +23,14 @@ CONTRACTED, PUBLISHED, UNIFORM, PRUNING = "contracted", "published", "uniform", 
 TOLERANCE = 0.1
 SIZES = ("steps", "candidates_per_step", "train_per_step", "beam", "max_draws", "proxy_epochs")
 """Sizes of a search that have a flag of their own here; without it, those of the effort."""
+SHARED = ("data", "img_size", "seed_epochs", "teacher_epochs", "bench_batch", "device", "threads", "random_seed")
+"""Settings of a search that are those of the trainings."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A size to contract to: parameters wanted and at most allowed, the published arch nearest in
-    size, and its throughput relative to the seed, which the search requires."""
+    """A size to contract to: parameters wanted and at most allowed, the published arch nearest in size, and its
+    throughput relative to the seed, which the search requires."""
 
     text: str
     params: int
@@ -48,16 +48,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Side:
-    """One arch of a comparison; `misses` says what it falls short of, None: nothing.
-
-    Without `arch` there is none, and `misses` says why.
-    """
+    """One arch of a comparison, and what it falls short of (None: nothing); without `arch`, why there is none."""
 
     role: str
     arch: Arch | None
     misses: str | None = None
-    trainings: int | None = None
     gmacs: float | None = None
+
+
+def timed(pool: TrainingPool, arch: Arch) -> Measurement | Result:
+    """Measure an arch beside the seed, or return why that failed."""
+    measured = pool.run.timings.measure(arch, "final", reference=pool.run.seed_arch)
+    pool.run.executor.close()
+    return measured
 
 
 def target_of(pool: TrainingPool, text: str) -> Target:
@@ -72,12 +75,11 @@ def target_of(pool: TrainingPool, text: str) -> Target:
     most = round(wanted * (1 + TOLERANCE))
     if abs(size / wanted - 1) <= 0.25:  # the same size by another count of classes
         wanted, most = min(wanted, size), min(most, size)
-    if most >= run.family.count_params(run.seed_arch, run.context):
+    if most >= run.start_params:
         raise refuse("--targets", text, f"a size below that of --seed {run.config.seed}")
     kept = run.folder.path / f"target-{text}.json"
     if not kept.exists():  # asked once: a search goes on only with its own requirement
-        measured = run.timings.measure(arch, "final", reference=run.seed_arch)
-        run.executor.close()
+        measured = timed(pool, arch)
         if isinstance(measured, Result):
             raise InputError(f"the published {name} cannot be timed: {measured.reason}")
         assert measured.ratio is not None
@@ -88,29 +90,20 @@ def target_of(pool: TrainingPool, text: str) -> Target:
 
 def search_settings(pool: TrainingPool, given: argparse.Namespace, target: Target) -> dict[str, Any]:
     """Return the settings of a search, equal for every strategy."""
-    config = pool.run.config
-    # All of them, so that a search made with other sizes is not taken for this one.
+    steps = steps_of(given.effort, pool.run.start_params, target.params)
+    usual = {**effort_defaults(given.effort), "steps": steps}
     asked = {name: getattr(given, name) for name in SIZES}
-    start = pool.run.family.count_params(pool.run.seed_arch, pool.run.context)
-    usual = {**effort_defaults(given.effort), "steps": steps_of(given.effort, start, target.params)}
-    sizes = {k: usual[k] if v is None else v for k, v in asked.items()}
     return {
-        **sizes,
+        # All of them, so that a search made with other sizes is not taken for this one.
+        **{name: usual[name] if value is None else value for name, value in asked.items()},
+        **{name: getattr(pool.run.config, name) for name in SHARED},
         "effort": given.effort,
-        "data": config.data,
-        "img_size": config.img_size,
         "max_images": None,
         "require": (f"params<={target.most}",),
         "min_speedup": target.min_speedup,
         "params_tolerance": TOLERANCE,
         "baselines": False,
-        "seed_epochs": config.seed_epochs,
-        "teacher_epochs": config.teacher_epochs,
         "final_epochs": 1,  # the equal training is the one that counts
-        "bench_batch": config.bench_batch,
-        "device": config.device,
-        "threads": config.threads,
-        "random_seed": config.random_seed,
     }
 
 
@@ -121,45 +114,33 @@ def search(
 
     `deadline` is on `time.monotonic()`. A search that stays stuck gives the best it had.
     """
-    role = CONTRACTED if strategy == "contraction" else strategy
-    way = "-spread" if strategy == "contraction" and given.selection == "diverse" else ""
+    contracted = strategy == "contraction"
+    role = CONTRACTED if contracted else strategy
+    way = "-spread" if contracted and given.selection == "diverse" else ""
     folder = pool.run.folder.path / f"search-{target.text}-{strategy}-{given.effort}{way}"
     hours = (deadline - time.monotonic()) / 3600
-    finished = (folder / "result.json").exists()
-    if hours <= 0.01 and not finished:
+    if hours <= 0.01 and not (folder / "result.json").exists():
         return Side(role, None, "not run: the budget is spent, call again")
-    common: dict[str, Any] = {
-        "out": folder,
-        "max_hours": max(hours, 0.01),
-        "console": console,
-        "cache_dir": default_cache() if given.cache_dir is None else given.cache_dir,
-    }
     settings = {**search_settings(pool, given, target), "strategy": strategy}
-    if strategy == "contraction":
+    settings |= {"out": folder, "max_hours": max(hours, 0.01), "console": console, "cache_dir": given.cache_dir}
+    if contracted:
         settings["selection"] = given.selection
-    if (folder / "run.json").exists():
-        outcome = contract(resume=True, **common, **settings)
-    else:
-        try:
-            outcome = contract(pool.run.config.seed, target.params, **common, **settings)
-        except InputError as refused:  # no contraction of the seed is that small and that fast
-            return Side(role, None, f"refused: {refused}")
+    resume = (folder / "run.json").exists()
+    start = () if resume else (pool.run.config.seed, target.params)
+    try:
+        outcome = contract(*start, resume=resume, **settings)
+    except InputError as refused:
+        if resume:
+            raise
+        return Side(role, None, f"refused: {refused}")  # no contraction of the seed is that small and that fast
     console.line(f"{target.text}, {strategy}: {outcome.message}")
-    return found_by(pool, role, outcome)
-
-
-def found_by(pool: TrainingPool, role: str, outcome: RunResult) -> Side:
-    """Read what a search ended with."""
-    work: Mapping[str, Any] = outcome.result.get("work") or {}
-    counted = work.get("trainings"), work.get("train_gmacs")
+    gmacs = (outcome.result.get("work") or {}).get("train_gmacs")
     best = outcome.folder / "best.json"
-    if outcome.status == "stopped":
-        return Side(role, None, f"not run: {outcome.message}", *counted)
-    if not best.exists():
-        return Side(role, None, f"nothing found: {outcome.message}", *counted)
+    if outcome.status == "stopped" or not best.exists():
+        what = "not run" if outcome.status == "stopped" else "nothing found"
+        return Side(role, None, f"{what}: {outcome.message}", gmacs)
     arch = pool.run.family.arch(read_json(best, "the result of a search")["arch"])
-    misses = None if outcome.status == "reached" else outcome.message
-    return Side(role, arch, misses, *counted)
+    return Side(role, arch, None if outcome.status == "reached" else outcome.message, gmacs)
 
 
 def uniform_scaling(pool: TrainingPool, target: Target) -> Side:
@@ -171,9 +152,7 @@ def uniform_scaling(pool: TrainingPool, target: Target) -> Side:
     if not inside:
         return Side(UNIFORM, None, "not run: no scaling of the widths lies in the band")
     found = max(inside, key=lambda arch: (sizes[arch], run.key(arch)))
-    measured = run.timings.measure(found, "final", reference=run.seed_arch)
-    run.executor.close()
-    misses = None
+    measured, misses = timed(pool, found), None
     if not isinstance(measured, Result) and measured.ratio_hi is not None and measured.ratio_hi < target.min_speedup:
         misses = f"is slower than asked: {measured.ratio:.3g}x the seed's throughput"
     return Side(UNIFORM, found, misses)

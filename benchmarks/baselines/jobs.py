@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.baselines.variants import Variant
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
 from nas.distill.jobs import StudentJob, finish_folder
-from nas.jobs.job import LEAVES, READS, Values
+from nas.jobs.job import Values
 from space import get_family
 
 if TYPE_CHECKING:
@@ -31,6 +31,41 @@ SCORE_BATCHES = 4
 """Batches that Taylor importance, and a score of FastNAS, look at."""
 WORKER = (sys.executable, "-c", f"import sys; from nas.jobs.worker import main; sys.exit(main([{__name__!r}]))")
 """The command of a worker process that runs these jobs too."""
+INSTALL = {"torch_pruning": "pip install -e '.[rivals]'", "modelopt": "pip install nvidia-modelopt requests"}
+"""What the tools are installed by, under the name that they are imported by."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to prune: tool, importance, spread over the layers, and what becomes of the heads.
+
+    `heads`: `kept` (attention's inner widths are left alone), `dims` (the tool narrows each head) or `pruned` (whole
+    heads go).
+    """
+
+    name: str
+    tool: str = "torch_pruning"
+    importance: str = "magnitude"
+    everywhere: bool = False
+    heads: str = "kept"
+
+
+VARIANTS = (
+    Variant("Torch-Pruning, as its example for timm", heads="dims"),
+    Variant("Torch-Pruning, whole heads", heads="pruned"),
+    Variant("Torch-Pruning, magnitude, local"),
+    Variant("Torch-Pruning, magnitude, global", everywhere=True),
+    Variant("Torch-Pruning, Taylor, local", importance="taylor"),
+    Variant("Torch-Pruning, Taylor, global", importance="taylor", everywhere=True),
+    Variant("ModelOpt FastNAS", tool="modelopt"),
+)
+
+
+def not_installed(tool: str) -> str | None:
+    """Return how to install a tool that is not there, None when it is."""
+    if importlib.util.find_spec(tool) is not None:
+        return None
+    return f"not run: {tool} is not installed; {INSTALL[tool]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +74,7 @@ class SeedJob(StudentJob):
 
     label_epochs: int | None
     label_overflow: str
-    out: Path = field(metadata=LEAVES)
+    out: Path
 
     def network(self) -> nn.Module:
         """Build the seed with fresh weights."""
@@ -66,12 +101,19 @@ class SeedJob(StudentJob):
         )
         return dataset, store, reader
 
+    def new_part(self) -> Path:
+        """Make the folder that becomes `out`, empty: nothing in an earlier one is worth going on from."""
+        part = self.out.with_name(f"{self.out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        return part
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruneJob(SeedJob):
     """The trained seed to prune to at most `budget` parameters, and how it is timed."""
 
-    weights: Path = field(metadata=READS)
+    weights: Path
     variant: Variant
     budget: int
     setting: Setting
@@ -84,7 +126,7 @@ class PruneJob(SeedJob):
 class PrunedTrainJob(SeedJob):
     """A pruned network to train for some epochs; `pruned` holds its weights."""
 
-    pruned: Path = field(metadata=READS)
+    pruned: Path
     epochs: int
 
 
@@ -102,7 +144,7 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     from nas.measure.throughput import measure
 
     torch.set_num_threads(1)  # the same bits whatever the machine
-    started, part = time.monotonic(), _empty_part(job.out)
+    started, part = time.monotonic(), job.new_part()
     ctx, variant, budget = job.context, job.variant, job.budget
     dataset, store, reader = job.data()
     seed = job.network()
@@ -113,19 +155,18 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     if variant.tool == "modelopt":
 
         def score(net: nn.Module) -> float:
-            batches = holdout_batches(dataset, store, EVAL_BATCH, job.missing)
-            some = islice(batches, SCORE_BATCHES)
-            return float(evaluate(net, some, dataset.holdout.labels, "cpu").correct.mean())
+            batches = islice(holdout_batches(dataset, store, EVAL_BATCH, job.missing), SCORE_BATCHES)
+            return float(evaluate(net, batches, dataset.holdout.labels, "cpu").correct.mean())
 
         inputs = list(first_inputs(reader, 0))
-        own = copy.deepcopy(seed)
-        pruned = tools.fastnas(own, example, budget, inputs, score, job.random_seed)
+        pruned = tools.fastnas(copy.deepcopy(seed), example, budget, inputs, score, job.random_seed)
     else:
         gradients: list[torch.Tensor | None] = [None for _ in seed.parameters()]
         if variant.importance == "taylor":
             gradients = loss_gradients(seed, reader)
+        how: dict[str, Any] = {name: getattr(variant, name) for name in ("importance", "everywhere", "heads")}
         pruned, ratio = tools.prune_to_budget(
-            lambda share: tools.prune_by_ratio(seed, example, variant, share, gradients), budget
+            lambda share: tools.prune_by_ratio(seed, example, share, gradients, **how), budget
         )
     state = pruned.state_dict()
     save_weights(part / "pruned.safetensors", state)
@@ -147,18 +188,25 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     return values
 
 
-def loss_gradients(model: nn.Module, reader: LabelReader) -> list[torch.Tensor | None]:
-    """Return the gradients of the training loss, summed over the first batches."""
+def batch_loss(net: nn.Module, batch: Batch, device: str = "cpu") -> torch.Tensor:
+    """Return the distillation loss of every image of a batch."""
+    import torch
+
     from nas.train.losses import DistillLoss, TeacherTargets
 
-    loss = DistillLoss()
+    inputs = batch.inputs.to(device, memory_format=torch.channels_last)
+    index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
+    targets = TeacherTargets(index=index, prob=prob, tail=tail)
+    return DistillLoss()(net(inputs), batch.truth.to(device), targets)
+
+
+def loss_gradients(model: nn.Module, reader: LabelReader) -> list[torch.Tensor | None]:
+    """Return the gradients of the training loss, summed over the first batches."""
     model.zero_grad()
     for batch in islice(reader.epoch(0), GRADIENT_BATCHES):
         model.train()  # drops the bias tables that eval mode cached, and the last graph with them
         model.eval()
-        targets = TeacherTargets(index=batch.index, prob=batch.prob, tail=batch.tail)
-        found = loss(model(batch.inputs), batch.truth, targets)
-        found.mean().backward()  # type: ignore[no-untyped-call]
+        batch_loss(model, batch).mean().backward()  # type: ignore[no-untyped-call]
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return gradients
@@ -177,27 +225,18 @@ def train_pruned(job: PrunedTrainJob, tick: Tick) -> Values:
     from nas.export.weights import load_weights, place, save_weights
     from nas.inherit.batchnorm import first_inputs, recalibrate
     from nas.train.loop import train
-    from nas.train.losses import DistillLoss, TeacherTargets
     from nas.train.optim import INHERIT_LR
 
-    started, part, device = time.monotonic(), _empty_part(job.out), job.device
+    started, part, device = time.monotonic(), job.new_part(), job.device
     dataset, store, reader = job.data()
     model = rebuild(job.network(), load_weights(job.pruned, name="pruned weights"))
     recalibrate(model, {}, {}, first_inputs(reader, 0), device, new_input=True)
-    loss = DistillLoss()
-
-    def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
-        inputs = batch.inputs.to(device, memory_format=torch.channels_last)
-        index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
-        targets = TeacherTargets(index=index, prob=prob, tail=tail)
-        return loss(net(inputs), batch.truth.to(device), targets)
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.random_seed)
         history = train(
             model,
             reader.epoch,
-            step_loss,
+            lambda net, batch: batch_loss(net, batch, device),
             proxy_settings(job.epochs, INHERIT_LR, batch_size=job.batch_size),
             steps_per_epoch=reader.steps_per_epoch,
             device=device,
@@ -212,10 +251,3 @@ def train_pruned(job: PrunedTrainJob, tick: Tick) -> Values:
     values = {"train_loss": history.final_loss, "test_top1": float(correct.float().mean())}
     finish_folder(job.out, part, values, started)
     return values
-
-
-def _empty_part(out: Path) -> Path:
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # nothing in it is worth going on from
-    part.mkdir(parents=True)
-    return part

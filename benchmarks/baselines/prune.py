@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.baselines.variants import Variant
-
 CLOSE = 0.01
 """The search for a ratio ends when the net is at most this share below the budget."""
 GRID = 20
@@ -27,12 +25,19 @@ def count(model: nn.Module) -> int:
 
 
 def prune_by_ratio(
-    model: nn.Module, example: torch.Tensor, variant: Variant, ratio: float, gradients: Sequence[torch.Tensor | None]
+    model: nn.Module,
+    example: torch.Tensor,
+    ratio: float,
+    gradients: Sequence[torch.Tensor | None],
+    *,
+    importance: str,
+    everywhere: bool,
+    heads: str,
 ) -> nn.Module:
-    """Return a pruned copy of a model, the classifier left whole; `gradients` are for Taylor.
+    """Return a pruned copy of a model, the classifier left whole; the options are those of `jobs.Variant`.
 
-    Settings as the tool recommends for transformers: widths in multiples of 8, layers of one kind
-    compared with each other when pruning globally. Whatever the tool raises comes through.
+    Settings as the tool recommends for transformers: widths in multiples of 8, layers of one kind compared with each
+    other when pruning globally.
     """
     import torch_pruning as tp
 
@@ -42,14 +47,14 @@ def prune_by_ratio(
         parameter.grad = None if gradient is None else gradient.clone()
     attention = [m for m in own.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")]
     left: list[Any] = [own.get_classifier()]  # type: ignore[operator]
-    heads: dict[str, Any] = {}
-    if variant.heads == "kept":
+    options: dict[str, Any] = {}
+    if heads == "kept":
         left += [m.qkv for m in attention]
     else:
-        heads["num_heads"] = {m.qkv: m.num_heads for m in attention}
-    if variant.heads == "pruned":
-        heads |= {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": ratio}
-    taylor = variant.importance == "taylor"
+        options["num_heads"] = {m.qkv: m.num_heads for m in attention}
+    if heads == "pruned":
+        options |= {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": ratio}
+    taylor = importance == "taylor"
     by = tp.importance.GroupTaylorImportance if taylor else tp.importance.GroupMagnitudeImportance
     pruner = tp.pruner.BasePruner(
         own,
@@ -57,14 +62,14 @@ def prune_by_ratio(
         importance=by(),
         pruning_ratio=ratio,
         ignored_layers=left,
-        global_pruning=variant.everywhere,
-        isomorphic=variant.everywhere,
+        global_pruning=everywhere,
+        isomorphic=everywhere,
         round_to=ROUND_TO,
-        **heads,
+        **options,
     )
     pruner.step()
     for module in attention:
-        if variant.heads == "pruned":
+        if heads == "pruned":
             module.num_heads = pruner.num_heads[module.qkv]
     own.zero_grad(set_to_none=True)
     own.train()
@@ -74,49 +79,42 @@ def prune_by_ratio(
     return own
 
 
-def prune_to_budget(
-    prune: Callable[[float], nn.Module], budget: int, bisections: int = BISECTIONS
-) -> tuple[nn.Module, float]:
+def prune_to_budget(prune: Callable[[float], nn.Module], budget: int) -> tuple[nn.Module, float]:
     """Find the largest pruned net of at most `budget` parameters; return it and its ratio.
 
-    Sizes need not fall with the ratio (tools round widths, and leave alone what would vanish), and
-    some ratios may not work at all: a grid is tried first, then the ratios just below the best.
-    Raises `ValueError` when every net stays above the budget, and what `prune` raises when none
-    works.
+    Sizes need not fall with the ratio (tools round widths, and leave alone what would vanish), and some ratios may not
+    work at all: a grid is tried first, then the ratios just below the best. Raises `ValueError` when every net stays
+    above the budget, and what `prune` raises when none works.
     """
     best: tuple[int, float, nn.Module] | None = None
-    smallest: int | None = None
+    sizes: list[int] = []
     failure: Exception | None = None
 
-    def tried(ratio: float) -> bool:
-        nonlocal best, smallest, failure
+    def fits(ratio: float) -> bool:
+        nonlocal best, failure
         try:
             found = prune(ratio)
         except Exception as error:  # whatever a tool raises: this ratio does not work
             failure = error
             return False
-        size = count(found)
-        smallest = size if smallest is None else min(smallest, size)
-        if size > budget:
-            return False
-        if best is None or size > best[0]:
-            best = size, ratio, found
-        return True
+        sizes.append(count(found))
+        if sizes[-1] <= budget and (best is None or sizes[-1] > best[0]):
+            best = sizes[-1], ratio, found
+        return sizes[-1] <= budget
 
     for step in range(1, GRID):
-        tried(step / GRID)
+        fits(step / GRID)
     if best is None:
-        if smallest is not None:
-            raise ValueError(f"floor of {smallest:,} parameters above the budget of {budget:,}")
+        if sizes:
+            raise ValueError(f"floor of {min(sizes):,} parameters above the budget of {budget:,}")
         assert failure is not None
         raise failure
-    high = best[1]
-    low = high - 1 / GRID
-    for _ in range(bisections):
+    low, high = best[1] - 1 / GRID, best[1]
+    for _ in range(BISECTIONS):
         if best[0] > (1 - CLOSE) * budget:
             break
         middle = (low + high) / 2
-        low, high = (low, middle) if tried(middle) else (middle, high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
     return best[2], best[1]
 
 
@@ -161,13 +159,12 @@ def rebuild(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
     Layers only get narrower, so their shapes say everything: no pickle is needed.
     """
     for name, module in model.named_modules():
-        weight = state.get(f"{name}.weight")
         for kind in ("weight", "bias", "running_mean", "running_var"):
             new, old = state.get(f"{name}.{kind}"), getattr(module, kind, None)
             if new is not None and old is not None and new.shape != old.shape:
                 fresh = torch.empty_like(new)
-                keep = isinstance(old, nn.Parameter)
-                setattr(module, kind, nn.Parameter(fresh) if keep else fresh)
+                setattr(module, kind, nn.Parameter(fresh) if isinstance(old, nn.Parameter) else fresh)
+        weight = state.get(f"{name}.weight")
         if weight is None:
             continue
         if isinstance(module, nn.Linear):
@@ -175,8 +172,7 @@ def rebuild(model: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
         elif isinstance(module, nn.Conv2d):
             if module.groups == module.in_channels > 1:
                 module.groups = weight.shape[0]
-            module.out_channels = weight.shape[0]
-            module.in_channels = weight.shape[1] * module.groups
+            module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups
         elif isinstance(module, nn.LayerNorm):
             module.normalized_shape = tuple(weight.shape)
         elif isinstance(module, nn.BatchNorm2d):

@@ -1,9 +1,9 @@
 """Disturb runs in every way that machines do, and count those that end otherwise.
 
-`python -m benchmarks.faults`: each try begins a run, labels or a training, disturbs it at a random
-instant, resumes it as a user would, and compares it with an undisturbed one: decisions, winner and
-weights must be equal, no process and no temporary file may be left, and a refusal must be one line
-and exit status 2. `lost` counts the tries that fail in any of this.
+`python -m benchmarks.faults`: each try begins a run, labels or a training, disturbs it at a random instant, resumes it
+as a user would, and compares it with an undisturbed one: decisions, winner and weights must be equal, no process and no
+temporary file may be left, and a refusal must be one line and exit status 2. `lost` counts the tries that fail in any
+of this.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.estimates import check_at_least, write_table
-from benchmarks.faults.catalogue import FAULTS
+from benchmarks.faults.catalogue import FAULTS, Try
 from benchmarks.faults.references import References
-from benchmarks.faults.tries import Try
 from nas.core.cli import Parser, guarded
 from nas.core.progress import Console
 from space.errors import refuse
@@ -36,8 +34,8 @@ from space.errors import refuse
 class FaultRow:
     """One kind of fault: how often it was tried and survived, and what recovering costs.
 
-    `seconds_to_recover` is by how much the median of the surviving tries is longer than an
-    undisturbed run, which had the machine to itself; empty where that means nothing.
+    `seconds_to_recover` is by how much the median of the surviving tries is longer than an undisturbed run, which had
+    the machine to itself; empty where that means nothing.
     """
 
     fault: str
@@ -50,14 +48,12 @@ class FaultRow:
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(
-        prog="python -m benchmarks.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m benchmarks.faults", description=__doc__)
     add = parser.add_argument
     add("--only", nargs="+", metavar="FAULT", help=f"of {', '.join(FAULTS)} (default: all)")
     add("--tries", type=int, metavar="N", help="of each fault (default: its own number)")
     add("--jobs", type=int, default=2, help="tries at a time, of one thread each (2)")
-    add("--minutes", type=float, help="begin nothing new after so long")
+    add("--minutes", type=float, default=math.inf, help="begin nothing new after so long")
     add("--random-seed", type=int, default=0)
     add("--folder", type=Path, default=Path("results/runs/faults"))
     add("--out", type=Path, default=Path("results/faults.csv"))
@@ -81,13 +77,13 @@ def run_all(given: argparse.Namespace, console: Console) -> list[FaultRow]:
     for name in names:
         if name not in FAULTS:
             raise refuse("--only", name, f"one of {', '.join(FAULTS)}")
-    todo = [(name, n) for name in names for n in range(given.tries or FAULTS[name].tries)]
     references = References(given.folder, console.line)
     undisturbed = {name: references.of(FAULTS[name].kind(references))[1] for name in names}
-    done: dict[str, list[Try]] = {}
+    done: dict[str, list[Try]] = {name: [] for name in names}
     rows: dict[str, FaultRow] = {}
     writing = threading.Lock()
-    until = math.inf if given.minutes is None else time.monotonic() + 60 * given.minutes
+    until = time.monotonic() + 60 * given.minutes
+    todo = [(name, n) for name in names for n in range(given.tries or FAULTS[name].tries)]
     console.start(float(len(todo)), "tries")
 
     def one(task: tuple[str, int]) -> None:
@@ -97,13 +93,12 @@ def run_all(given: argparse.Namespace, console: Console) -> list[FaultRow]:
         folder = references.folder / f"{name}/{number}".replace(" ", "-").replace("/", "-")
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        rng = random.Random(f"{given.random_seed}/{name}/{number}")
         try:
-            outcome = FAULTS[name].do(references, folder, rng)
+            outcome = FAULTS[name].do(references, folder, random.Random(f"{given.random_seed}/{name}/{number}"))
         except Exception as error:  # an error of ours counts as a loss
             outcome = Try([f"{type(error).__name__}: {error}"])
         with writing:
-            done.setdefault(name, []).append(outcome)
+            done[name].append(outcome)
             rows[name] = row_of(name, done[name], undisturbed[name], command_of(given, name))
             write(given.out, rows[name])
         for wrong in outcome.wrong:
@@ -133,10 +128,8 @@ def write(path: Path, row: FaultRow) -> None:
     """Put a fault's row into the table; those of other faults stay as they are."""
     import pandas as pd
 
-    held: dict[str, Any] = {}
-    if path.exists():
-        held = {row["fault"]: row for row in pd.read_csv(path).to_dict("records")}
-    held[row.fault] = vars(row)
+    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    held = {each["fault"]: each for each in [*rows, vars(row)]}
     write_table(path, [held[name] for name in FAULTS if name in held])
 
 
@@ -147,9 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console()
         rows = run_all(build_parser().parse_args(argv), console)
         for row in rows:
-            console.line(
-                f"{row.fault:<44} {row.survived} of {row.tried} survived, {row.seconds_to_recover:.1f} s later"
-            )
+            late = f"{row.seconds_to_recover:.1f} s later"
+            console.line(f"{row.fault:<44} {row.survived} of {row.tried} survived, {late}")
         return 1 if any(row.lost for row in rows) else 0
 
     return guarded(work)

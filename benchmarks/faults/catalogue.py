@@ -1,4 +1,4 @@
-"""All faults: how each disturbs, and what must hold afterwards."""
+"""All faults: how each disturbs, and what must hold when the run is resumed as a user would."""
 
 from __future__ import annotations
 
@@ -7,35 +7,20 @@ import json
 import os
 import random
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.faults.references import Kind, References, start
-from benchmarks.faults.tries import (
-    Fault,
-    Try,
-    builders,
-    disturbed,
-    either,
-    ended,
-    finished,
-    interrupt_twice,
-    kill_all,
-    kill_driver,
-    kill_worker,
-    resumed,
-    small_run,
-    some_workers,
-    terminate,
-    trainer,
-    two_workers,
-)
+from benchmarks.faults.references import Kind, References, Started, ended, kill, orphans, start, tagged
+from nas.core.cli import EXIT_INTERRUPTED, EXIT_TERMINATED
 
+GRACE_S = 5.0
 EVEN = ("0", "2", "4", "6", "8")
 """Numbers of tries on a cluster whose nodes are sent all files; the others read the driver's."""
 
@@ -51,16 +36,144 @@ time.time_ns = lambda: int(_jumping() * 1e9)
 """
 
 
+@dataclass
+class Try:
+    """What went wrong in a try, and its seconds from the beginning to its good end."""
+
+    wrong: list[str] = field(default_factory=list)
+    took_s: float | None = None
+
+
+Do = Callable[[References, Path, random.Random], Try]
+Make = Callable[[References, random.Random], Kind]
+Act = Callable[[Started, random.Random], list[str]]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A way to disturb; `tries` of it by default. `solo`: nothing else runs meanwhile."""
+
+    tries: int
+    kind: Callable[[References], Kind]
+    do: Do
+    solo: bool = False
+
+
+def small_run(references: References, rng: random.Random | None = None) -> Kind:
+    """Return a small contraction, with one worker or two as it is drawn."""
+    return references.contract(*(["--workers", str(rng.choice([1, 2]))] if rng else []))
+
+
+def builders(references: References, rng: random.Random | None = None) -> Kind:
+    """Return the building of labels, by one process or two as it is drawn."""
+    return references.labels(*(["--processes", str(rng.choice([1, 2]))] if rng else []))
+
+
+def trainer(references: References, rng: random.Random | None = None) -> Kind:
+    """Return a full training."""
+    return references.training()
+
+
+def resumed(references: References, kind: Kind, folder: Path, begun: float) -> Try:
+    """Resume what was disturbed, as a user would, and compare it with an undisturbed one."""
+    return finished(start(kind.resume(folder), folder / "again.log"), references, kind, folder, begun)
+
+
+def finished(process: Started, references: References, kind: Kind, folder: Path, begun: float) -> Try:
+    """Wait for a good end, and compare it with that of an undisturbed run."""
+    wrong = process.end_well()
+    took = time.monotonic() - begun
+    return Try(wrong or ended(kind, references.of(kind)[0], folder), took)
+
+
+def disturbed(make: Make, act: Act, *, continues: bool = False) -> Do:
+    """Return a try: begin, act at a random instant, and resume unless it `continues` by itself.
+
+    A warm kind finds data, teacher, labels and the trained seed in its cache.
+    """
+
+    def do(references: References, folder: Path, rng: random.Random) -> Try:
+        kind = make(references, rng)
+        _, seconds = references.of(kind)
+        if kind.warm:
+            shutil.copytree(references.folder / kind.name / "cache", folder / "cache")
+        process = start(kind.begin(folder), folder / "first.log")
+        process.wait(rng.uniform(0.02, 0.95) * seconds)
+        wrong = act(process, rng)
+        if continues:
+            found = finished(process, references, kind, folder, process.since)
+        else:
+            wrong += orphans(process.tag)
+            found = resumed(references, kind, folder, process.since)
+        return Try(wrong + found.wrong, found.took_s)
+
+    return do
+
+
+def kill_driver(process: Started, rng: random.Random) -> list[str]:
+    """Kill the driver alone."""
+    process.signal()
+    process.end()
+    return []
+
+
+def kill_all(process: Started, rng: random.Random) -> list[str]:
+    """Kill everything at once, as a machine does that loses its power."""
+    process.signal()
+    kill(list(tagged(process.tag)))
+    process.end()
+    return []
+
+
+def either(process: Started, rng: random.Random) -> list[str]:
+    """Kill the driver or everything."""
+    return rng.choice([kill_driver, kill_all])(process, rng)
+
+
+def kill_worker(process: Started, rng: random.Random) -> list[str]:
+    """Kill one of the workers, as soon as there is one."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until and process.running:
+        workers = [pid for pid, words in tagged(process.tag).items() if "nas.jobs.worker" in words]
+        if workers:
+            kill([rng.choice(sorted(workers))])
+            break
+        time.sleep(0.05)
+    return []
+
+
+def terminate(process: Started, rng: random.Random) -> list[str]:
+    """Ask it to end as schedulers do, and kill it after a grace period."""
+    process.signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.end(GRACE_S)
+        return [] if code in (0, EXIT_TERMINATED, -signal.SIGTERM) else [f"SIGTERM: status {code}"]
+    kill_all(process, rng)
+    return ["it did not end within its grace period"]
+
+
+def interrupt_twice(process: Started, rng: random.Random) -> list[str]:
+    """Press Ctrl-C, and again."""
+    process.signal(signal.SIGINT)
+    time.sleep(rng.uniform(0.0, 0.4))
+    process.signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.end(20.0)
+        # Before our own handlers stand, and when they have done their work, Python's own ends it in its own way: by the
+        # signal, which a shell reports as 130 as well.
+        early = "data: " not in process.output() and code == 1
+        good = code in (0, EXIT_INTERRUPTED, -signal.SIGINT) and "Traceback" not in process.output()
+        return [] if early or good else [f"Ctrl-C: status {code}"]
+    kill_all(process, rng)
+    return ["it did not end on Ctrl-C"]
+
+
 @contextlib.contextmanager
 def small_disk(place: Path, size: int) -> Iterator[None]:
     """Have a disk of so many bytes at a place; raises OSError where that is not allowed."""
     place.mkdir(parents=True)
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(place)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "faults", str(place)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         raise OSError(made.stderr.strip())
     try:
@@ -78,9 +191,7 @@ def disk_full(references: References, folder: Path, rng: random.Random) -> Try:
     """Run out of disk at some write, be given room, and go on."""
     kind = references.contract()
     references.of(kind)
-    used = references.folder / kind.name
-    places = (used, references.cache(kind))
-    whole = sum(p.stat().st_size for f in places for p in f.rglob("*") if p.is_file())
+    whole = sum(p.stat().st_size for p in (references.folder / kind.name).rglob("*") if p.is_file())
     disk = folder / "disk"
     with small_disk(disk, max(65536, int(rng.uniform(0.02, 1.1) * whole))):
         return _refused_then_on(references, kind, disk, lambda: remount(disk, "size=2g"))
@@ -88,15 +199,14 @@ def disk_full(references: References, folder: Path, rng: random.Random) -> Try:
 
 def read_only(references: References, folder: Path, rng: random.Random) -> Try:
     """Begin on a disk that may not be written to, be allowed to, and go on."""
-    kind = references.contract()
     disk = folder / "disk"
     with small_disk(disk, 2 << 30):
         remount(disk, "ro")
-        return _refused_then_on(references, kind, disk, lambda: remount(disk, "rw"))
+        return _refused_then_on(references, references.contract(), disk, lambda: remount(disk, "rw"))
 
 
 def _refused_then_on(references: References, kind: Kind, disk: Path, mend: Callable[[], None]) -> Try:
-    process = start(kind.begin(disk / "out", disk / "cache"), disk.with_name("first.log"))
+    process = start(kind.begin(disk), disk.with_name("first.log"))
     wrong = process.end_or_refuse()
     mend()
     if process.end() == 0:  # there was room enough after all: then nothing may be missing
@@ -108,31 +218,27 @@ def locked(references: References, folder: Path, rng: random.Random) -> Try:
     """Have another process hold the study's lock for long, let go, and go on."""
     kind = references.contract()
     _, seconds = references.of(kind)
-    out, cache = folder / "out", folder / "cache"
-    process = start(kind.begin(out, cache), folder / "first.log")
+    study = folder / "out" / "study.db"
+    process = start(kind.begin(folder), folder / "first.log")
     time.sleep(rng.uniform(0.3, 0.8) * seconds)
-    while not (out / "study.db").exists() and process.process.poll() is None:
+    while not study.exists() and process.running:
         time.sleep(0.05)
-    holder = sqlite3.connect(out / "study.db", isolation_level=None, timeout=30)
-    try:
+    with contextlib.closing(sqlite3.connect(study, isolation_level=None, timeout=30)) as holder:
         holder.execute("BEGIN EXCLUSIVE")
         wrong = process.end_or_refuse()
-    finally:
-        holder.close()
     return Try(wrong + resumed(references, kind, folder, time.monotonic()).wrong)
 
 
 def clock_back(references: References, folder: Path, rng: random.Random) -> Try:
     """Let the wall clock jump back again and again, in driver and workers."""
-    kind = two_workers(references, rng)
-    expected, _ = references.of(kind)
+    kind = references.contract("--workers", "2")
+    references.of(kind)
     place = folder / "clock"
     place.mkdir()
     (place / "sitecustomize.py").write_text(CLOCK.format(seed=rng.randrange(1 << 30)))
     paths = [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
-    out, cache = folder / "out", folder / "cache"
-    process = start(kind.begin(out, cache), folder / "first.log", PYTHONPATH=os.pathsep.join(paths))
-    return finished(process, kind, expected, folder, process.since)
+    process = start(kind.begin(folder), folder / "first.log", PYTHONPATH=os.pathsep.join(paths))
+    return finished(process, references, kind, folder, process.since)
 
 
 def damaged(references: References, folder: Path, rng: random.Random) -> Try:
@@ -142,24 +248,21 @@ def damaged(references: References, folder: Path, rng: random.Random) -> Try:
     """
     kind = references.contract()
     expected, seconds = references.of(kind)
-    out, cache = folder / "out", folder / "cache"
-    process = start(kind.begin(out, cache), folder / "first.log")
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.end(rng.uniform(0.3, 0.95) * seconds)
+    out, kept = folder / "out", folder / "kept"
+    process = start(kind.begin(folder), folder / "first.log")
+    process.wait(rng.uniform(0.3, 0.95) * seconds)
     kill_all(process, rng)
     if not (out / "run.json").exists():
         return resumed(references, kind, folder, time.monotonic())
-    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock")
-    victim = rng.choice(files)
+    victim = rng.choice(sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock"))
     data = bytearray(victim.read_bytes())
-    kept = folder / "kept"
     shutil.copytree(out, kept)
     if data and victim.suffix == ".safetensors" and rng.random() < 0.5:
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     elif data:
         del data[rng.randrange(len(data)) :]
     victim.write_bytes(bytes(data))
-    again = start(kind.resume(out, cache), folder / "again.log")
+    again = start(kind.resume(folder), folder / "again.log")
     wrong = again.end_or_refuse()
     if again.end() == 0:
         wrong += ended(kind, expected, folder)
@@ -170,38 +273,32 @@ def damaged(references: References, folder: Path, rng: random.Random) -> Try:
     return Try([f"{victim.relative_to(out)} damaged: {text}" for text in wrong])
 
 
-def cluster(act: str) -> Callable[[References, Path, random.Random], Try]:
+def cluster(act: str) -> Do:
     """Return a try on a Ray cluster of three nodes, in a network of its own (loopback only)."""
 
     def do(references: References, folder: Path, rng: random.Random) -> Try:
         kind = references.contract()
         expected, seconds = references.of(kind)
-        out, cache = folder / "out", folder / "cache"
-        told = folder / "cluster.json"
         order = {
             "act": act,
-            "begin": kind.begin(out, cache),
-            "resume": kind.resume(out, cache),
-            "out": str(out),
+            "begin": kind.begin(folder),
+            "resume": ["nas.contract", "--resume", str(folder / "out"), "--cache-dir", str(folder / "cache")],
+            "folder": str(folder),
             "after": rng.uniform(0.2, 0.9) * seconds,
-            "told": str(told),
             "copy_files": folder.name.endswith(EVEN),
         }
         (folder / "order.json").write_text(json.dumps(order))
         code = f"from benchmarks.faults.cluster import main; main({str(folder / 'order.json')!r})"
-        inside = f'ip link set lo up && exec {sys.executable} -c "$0"'
+        command = ["unshare", "-n", "sh", "-c", f'ip link set lo up && exec {sys.executable} -c "$0"', code]
         with (folder / "first.log").open("w") as log:
-            done = subprocess.run(
-                ["unshare", "-n", "sh", "-c", inside, code], stdout=log, stderr=log, timeout=600, check=False
-            )
-        if done.returncode or not told.exists():
+            done = subprocess.run(command, stdout=log, stderr=log, timeout=600, check=False)
+        result = folder / "cluster.json"
+        if done.returncode or not result.exists():
             return Try([f"the cluster ended with status {done.returncode}"])
-        found = json.loads(told.read_text())
-        wrong = list(found["wrong"])
-        wrong += ended(kind, expected, folder)
+        found = json.loads(result.read_text())
+        wrong = [*found["wrong"], *ended(kind, expected, folder)]
         sent = Path(tempfile.gettempdir()).glob("vision-contraction-*")
-        wrong += [f"left on a node: {path}" for path in sent]
-        return Try(wrong, found["took_s"])
+        return Try(wrong + [f"left on a node: {path}" for path in sent], found["took_s"])
 
     return do
 
@@ -215,16 +312,15 @@ def published(references: References, rng: random.Random | None = None) -> Kind:
 
 
 BUILD_WORKER = disturbed(builders, kill_worker, continues=True)
-WORKER = disturbed(some_workers, kill_worker, continues=True)
 FAULTS: dict[str, Fault] = {
-    "kill -9 of the driver": Fault(15, small_run, disturbed(some_workers, kill_driver)),
-    "kill -9 of a worker": Fault(12, small_run, WORKER),
-    "kill -9 of everything at once": Fault(10, small_run, disturbed(some_workers, kill_all)),
-    "kill -9 of the label builder": Fault(18, References.labels, disturbed(builders, either)),
-    "kill -9 of a worker that builds labels": Fault(8, References.labels, BUILD_WORKER),
-    "kill -9 of the trainer": Fault(27, References.training, disturbed(trainer, kill_driver)),
-    "SIGTERM, then SIGKILL after 5 s": Fault(5, small_run, disturbed(some_workers, terminate)),
-    "Ctrl-C twice": Fault(5, small_run, disturbed(some_workers, interrupt_twice)),
+    "kill -9 of the driver": Fault(15, small_run, disturbed(small_run, kill_driver)),
+    "kill -9 of a worker": Fault(12, small_run, disturbed(small_run, kill_worker, continues=True)),
+    "kill -9 of everything at once": Fault(10, small_run, disturbed(small_run, kill_all)),
+    "kill -9 of the label builder": Fault(18, builders, disturbed(builders, either)),
+    "kill -9 of a worker that builds labels": Fault(8, builders, BUILD_WORKER),
+    "kill -9 of the trainer": Fault(27, trainer, disturbed(trainer, kill_driver)),
+    "SIGTERM, then SIGKILL after 5 s": Fault(5, small_run, disturbed(small_run, terminate)),
+    "Ctrl-C twice": Fault(5, small_run, disturbed(small_run, interrupt_twice)),
     "the clock jumps back": Fault(3, small_run, clock_back),
     "the disk is full": Fault(6, small_run, disk_full),
     "the disk is read-only": Fault(1, small_run, read_only),
@@ -233,5 +329,5 @@ FAULTS: dict[str, Fault] = {
     "Ray: a node removed in every step": Fault(2, small_run, cluster("node"), solo=True),
     "Ray: the driver killed": Fault(2, small_run, cluster("driver"), solo=True),
     "Ray: the head lost": Fault(2, small_run, cluster("head"), solo=True),
-    "kill -9 of the driver, TinyViT-21M": Fault(10, published, disturbed(published, kill_driver, warm=True), solo=True),
+    "kill -9 of the driver, TinyViT-21M": Fault(10, published, disturbed(published, kill_driver), solo=True),
 }

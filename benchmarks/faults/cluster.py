@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.references import Started, kill, one_line, orphans, start
+from benchmarks.faults.references import Started, one_line, orphans, start
 from nas.core.cli import EXIT_BAD_INPUT
 
 CPUS = 1
@@ -26,48 +26,51 @@ def make_cluster() -> Any:
     return made
 
 
-def cluster_flags(cluster: Any, copy_files: bool) -> list[str]:
-    """Return the flags by which a run uses a cluster, whose nodes see its files or are sent all."""
-    flags = ["--executor", "ray", "--ray-address", cluster.address]
-    return [*flags, "--copy-files"] if copy_files else flags
+def under_way(out: Path, step: int) -> bool:
+    """Return whether candidates of a step were trained."""
+    try:
+        return f"s{step}-" in (out / "attempts.csv").read_text()
+    except OSError:
+        return False
 
 
 def remove_in_every_step(cluster: Any, run: Started, out: Path) -> int:
     """Kill a node once in every step, while a job runs there, and add another; return how often."""
     removed = 0
-    while run.process.poll() is None:
+    while run.running:
         time.sleep(0.05)
-        try:
-            text = (out / "attempts.csv").read_text()
-        except OSError:
-            continue
-        if f"s{removed + 1}-" in text:
-            victim = cluster.others.pop(0)
-            cluster.remove_node(victim, allow_graceful=False)
+        if under_way(out, removed + 1):
+            cluster.remove_node(cluster.others.pop(0), allow_graceful=False)
             cluster.others.append(cluster.add_node(num_cpus=CPUS))
             removed += 1
     return removed
 
 
 def main(path: str) -> None:
-    """Run the try that a JSON file describes, and write its result to another."""
+    """Run the try that a JSON file describes, and write its result beside it (`cluster.json`)."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     order = json.loads(Path(path).read_text())
-    out, log = Path(order["out"]), Path(order["told"]).with_name("run.log")
-    cluster = make_cluster()
+    folder = Path(order["folder"])
     wrong: list[str] = []
+    cluster = make_cluster()
+
+    def started(words: list[str]) -> Started:
+        sent = ["--copy-files"] if order["copy_files"] else []  # else the nodes see the run's files
+        flags = ["--executor", "ray", "--ray-address", cluster.address, *sent]
+        return start([*words, *flags], folder / "run.log")
+
     begun = time.monotonic()
-    run = start([*order["begin"], *cluster_flags(cluster, order["copy_files"])], log)
+    run = started(order["begin"])
     if order["act"] == "node":
-        removed = remove_in_every_step(cluster, run, out)
+        removed = remove_in_every_step(cluster, run, folder / "out")
         if removed < 2:
             wrong.append(f"only {removed} nodes removed")
     else:
-        while run.process.poll() is None and not _under_way(out):
+        while run.running and not under_way(folder / "out", 1):
             time.sleep(0.1)
         time.sleep(order["after"] / 10)
         if order["act"] == "driver":
-            kill([run.process.pid])
+            run.signal()
             run.end()
         else:
             cluster.remove_node(cluster.head_node, allow_graceful=False)
@@ -77,19 +80,11 @@ def main(path: str) -> None:
             cluster.shutdown()
             cluster = make_cluster()
         wrong += [words for words in orphans(run.tag) if "nas." in words]
-        run = start([*order["resume"], *cluster_flags(cluster, order["copy_files"])], log)
+        run = started(order["resume"])
     code = run.end()
     if code:
         wrong.append(f"status {code}: {run.output().strip().splitlines()[-1:]}")
     took = time.monotonic() - begun
     wrong += [words for words in orphans(run.tag) if "nas." in words]
-    Path(order["told"]).write_text(json.dumps({"wrong": wrong, "took_s": took}))
+    (folder / "cluster.json").write_text(json.dumps({"wrong": wrong, "took_s": took}))
     cluster.shutdown()
-
-
-def _under_way(out: Path) -> bool:
-    """Return whether candidates are trained."""
-    try:
-        return "s1-" in (out / "attempts.csv").read_text()
-    except OSError:
-        return False

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import json
 import os
 import shutil
 import signal
@@ -30,6 +28,10 @@ ARCH = {
     "head_dim": 32,
 }
 VIT = {"embed_dim": 32, "depth": 2, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8, "dist_token": False}
+SMALL_SIZE = (
+    "--target-params 400K --steps 2 --candidates-per-step 4 --train-per-step 4 --proxy-epochs 3 --threads 1 "
+    "--img-size 32 --max-images 200 --teacher-epochs 2 --final-epochs 1"
+)
 TIMEOUT_S = 900.0
 TAG = "FAULTS_TAG"
 PASSING = ("seconds", "log", "trial")
@@ -40,17 +42,30 @@ LEFTOVERS = (".*.tmp", "*.part", ".*.tmp-journal", "*.failed.json")
 
 @dataclass(frozen=True)
 class Kind:
-    """A command to disturb: how it begins and resumes, and what is compared at its end.
+    """A command to disturb, the `words` that begin it and the file (`state`) that it resumes from, if it can.
 
-    Kinds of one name end alike, whatever they work with. A `warm` one is timed with a cache that
-    has what earlier runs kept.
+    It works in a folder with `out` and `cache`; `outcome` is of `out`. Kinds of one name end alike, whatever `more`
+    words they work with. A `warm` one has a cache with what earlier runs kept.
     """
 
     name: str
-    begin: Callable[[Path, Path], list[str]]
-    resume: Callable[[Path, Path], list[str]]
+    words: tuple[str, ...]
     outcome: Callable[[Path], Any]
+    state: str | None = None
+    more: tuple[str, ...] = ()
+    recorded: Path | None = None
     warm: bool = False
+
+    def begin(self, folder: Path) -> list[str]:
+        """Return how it begins, with the `recorded` measurements once there are some."""
+        known = ["--measurements", str(self.recorded)] if self.recorded and self.recorded.exists() else []
+        return [*self.words, *known, "--out", str(folder / "out"), "--cache-dir", str(folder / "cache"), *self.more]
+
+    def resume(self, folder: Path) -> list[str]:
+        """Return how a user resumes it; killed before there was anything to resume from, it begins."""
+        if self.state is None or not (folder / "out" / self.state).is_file():
+            return self.begin(folder)
+        return [self.words[0], "--resume", str(folder / "out"), "--cache-dir", str(folder / "cache"), *self.more]
 
 
 @dataclass
@@ -62,9 +77,23 @@ class Started:
     since: float
     log: Path
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
     def end(self, timeout_s: float = TIMEOUT_S) -> int:
         """Wait for its end."""
         return self.process.wait(timeout=timeout_s)
+
+    def wait(self, seconds: float) -> None:
+        """Wait so long, or for its end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.end(seconds)
+
+    def signal(self, number: int = signal.SIGKILL) -> None:
+        """Send it a signal; it may be gone."""
+        kill([self.process.pid], number)
 
     def output(self) -> str:
         """Return what it printed."""
@@ -79,10 +108,8 @@ class Started:
     def end_or_refuse(self) -> list[str]:
         """Wait for a good end or a refusal of one line; return what is wrong with it."""
         code = self.end()
-        if code == 0:
-            return orphans(self.tag)
-        wrong = [] if code == EXIT_BAD_INPUT else [f"status {code}"]
-        return wrong + one_line(self.output()) + orphans(self.tag)
+        wrong = [] if code in (0, EXIT_BAD_INPUT) else [f"status {code}"]
+        return wrong + (one_line(self.output()) if code else []) + orphans(self.tag)
 
 
 def one_line(output: str) -> list[str]:
@@ -133,45 +160,57 @@ def orphans(tag: str, timeout_s: float = 20.0) -> list[str]:
     return [f"orphan: {words}" for words in left.values()]
 
 
-def leftovers(*folders: Path) -> list[str]:
-    """Return temporary files that a finished run must not leave."""
-    return [f"left behind: {p}" for f in folders for name in LEFTOVERS for p in f.rglob(name)]
+def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
+    """Send a signal to processes that may be gone."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, number)
 
 
-def read_rows(path: Path, *without: str) -> list[dict[str, str]]:
+def read_rows(path: Path, without: Sequence[str]) -> list[dict[str, str]]:
     """Read a CSV file as text, without some of its columns."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        return [{k: v for k, v in row.items() if k not in without} for row in rows]
+    import pandas as pd
+
+    rows = pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=list(without), errors="ignore")
+    return rows.to_dict("records")
 
 
-def run_outcome(folder: Path) -> Any:
+def run_outcome(out: Path) -> Any:
     """Return what must be equal for two runs of `nas.contract`."""
-    result = read_json(folder / "result.json", "the result of a run")
+    result = read_json(out / "result.json", "the result of a run")
     return {
-        "status": result["status"],
-        "winner": result["winner"],
-        "path": result["path"],
-        "trials": sorted(map(str, read_rows(folder / "trials.csv", *PASSING))),
-        "weights": file_sha256(folder / "best.safetensors"),
+        **{name: result[name] for name in ("status", "winner", "path")},
+        "trials": sorted(map(str, read_rows(out / "trials.csv", PASSING))),
+        "weights": file_sha256(out / "best.safetensors"),
     }
 
 
-def store_outcome(folder: Path) -> Any:
+def store_outcome(out: Path) -> Any:
     """Return what must be equal for two label stores."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return {p.relative_to(folder).as_posix(): file_sha256(p) for p in files if p.name != "manifest.json"}
+    files = sorted(p for p in out.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return {p.relative_to(out).as_posix(): file_sha256(p) for p in files if p.name != "manifest.json"}
 
 
-def training_outcome(folder: Path) -> Any:
+def training_outcome(out: Path) -> Any:
     """Return what must be equal for two full trainings."""
     names = ("last.safetensors", "best.safetensors")
-    rows = read_rows(folder / "log.csv", *TIMES)
-    return {"log": rows, **{name: file_sha256(folder / name) for name in names}}
+    return {"log": read_rows(out / "log.csv", TIMES), **{name: file_sha256(out / name) for name in names}}
 
 
-def _places(out: Path, cache: Path) -> list[str]:
-    return ["--out", str(out), "--cache-dir", str(cache)]
+def differences(kind: Kind, expected: Mapping[str, Any], out: Path) -> list[str]:
+    """Return in what a disturbed run ends otherwise than an undisturbed one."""
+    try:
+        found = kind.outcome(out)
+    except (OSError, ValueError, KeyError) as error:
+        return [f"no outcome: {type(error).__name__}: {error}"]
+    return [k for k in sorted({*expected, *found}) if expected.get(k) != found.get(k)]
+
+
+def ended(kind: Kind, expected: Mapping[str, Any], folder: Path) -> list[str]:
+    """Return in what a finished run differs from an undisturbed one, and its temporary files."""
+    wrong = [f"another {name}" for name in differences(kind, expected, folder / "out")]
+    left = [p for name in ("out", "cache") for pattern in LEFTOVERS for p in (folder / name).rglob(pattern)]
+    return wrong + [f"left behind: {p}" for p in left]
 
 
 class References:
@@ -187,35 +226,18 @@ class References:
         write_json(self.folder / "vit.json", {"family": "vit", "arch": VIT})
         self._found: dict[str, tuple[Any, float]] = {}
 
-    def contract(self, *more: str, seed: str | None = None, size: str | None = None, warm: bool = False) -> Kind:
+    def contract(self, *more: str, seed: str | None = None, size: str = SMALL_SIZE, warm: bool = False) -> Kind:
         """Return a small contraction with recorded measurements, or one of a published seed."""
         name = "run" if seed is None else f"run-{seed}"
-        small = (
-            "--target-params 400K --steps 2 --candidates-per-step 4 --train-per-step 4 "
-            "--proxy-epochs 3 --threads 1 "
-            "--img-size 32 --max-images 200 --teacher-epochs 2 --final-epochs 1"
-        )
-        flags = ["--seed", seed or str(self.folder / "small.json"), "--effort", "smoke"]
-        flags += (size or small).split()
-        recorded = self.folder / name / "measurements.csv"
-
-        def begin(out: Path, cache: Path) -> list[str]:
-            known = ["--measurements", str(recorded)] if recorded.exists() else []
-            return ["nas.contract", *flags, *known, *_places(out, cache), *more]
-
-        def resume(out: Path, cache: Path) -> list[str]:
-            return ["nas.contract", "--resume", str(out), "--cache-dir", str(cache), *more]
-
-        return Kind(name, begin, resume, run_outcome, warm)
+        start_from = seed or str(self.folder / "small.json")
+        words = ("nas.contract", "--seed", start_from, "--effort", "smoke", *size.split())
+        recorded = self.folder / name / "out" / "measurements.csv"
+        return Kind(name, words, run_outcome, "run.json", more, recorded, warm)
 
     def labels(self, *more: str) -> Kind:
         """Return the building of a label store."""
         flags = "build --data digits --teacher-epochs 1 --epochs 60 --img-size 32 --threads 1"
-
-        def begin(out: Path, cache: Path) -> list[str]:
-            return ["nas.labels", *flags.split(), *_places(out, cache), *more]
-
-        return Kind("labels", begin, begin, store_outcome)
+        return Kind("labels", ("nas.labels", *flags.split()), store_outcome, more=more)
 
     def training(self) -> Kind:
         """Return a full training."""
@@ -223,68 +245,35 @@ class References:
             f"--data digits --img-size 32 --epochs {self.train_epochs} --max-images 400 "
             "--threads 1 --batch-size 8 --save-steps 5 --set drop_path=0.1 --set ema_decay=0.9"
         )
-
-        def begin(out: Path, cache: Path) -> list[str]:
-            arch = ["--arch", str(self.folder / "vit.json")]
-            return ["nas.train", *arch, *flags.split(), *_places(out, cache)]
-
-        def resume(out: Path, cache: Path) -> list[str]:
-            # Killed before there was anything to resume, it begins.
-            if not (out / "train.json").is_file():
-                return begin(out, cache)
-            return ["nas.train", "--resume", str(out), "--cache-dir", str(cache)]
-
-        return Kind("training", begin, resume, training_outcome)
+        words = ("nas.train", "--arch", str(self.folder / "vit.json"), *flags.split())
+        return Kind("training", words, training_outcome, "train.json")
 
     def of(self, kind: Kind) -> tuple[Any, float]:
         """Return how an undisturbed run ends, and its seconds from nothing. Raises InputError."""
         if kind.name not in self._found:
-            out = self.folder / kind.name
+            first, again = self.folder / kind.name, self.folder / f"{kind.name}-again"
             kept = self.folder / f"{kind.name}.seconds.json"
             if not kept.exists():
-                self._run(kind, out)
-                first = kind.outcome(out)
+                self._run(kind, first, None)
+                outcome = kind.outcome(first / "out")
                 # Once more, with the recorded measurements: compared with the first, and timed.
-                again = self.folder / f"{kind.name}-again"
-                seconds = self._run(kind, again)
-                if first != kind.outcome(again):
+                seconds = self._run(kind, again, first / "cache" if kind.warm else None)
+                if outcome != kind.outcome(again / "out"):
                     raise refuse(kind.name, "two undisturbed runs that differ", "equal ones")
                 write_json(kept, {"seconds": seconds})
-            seconds = float(json.loads(kept.read_text())["seconds"])
-            self._found[kind.name] = kind.outcome(out), seconds
+            seconds = float(read_json(kept, "the seconds of a run")["seconds"])
+            self._found[kind.name] = kind.outcome(first / "out"), seconds
         return self._found[kind.name]
 
-    def cache(self, kind: Kind) -> Path:
-        """Return the cache of a kind's undisturbed runs."""
-        return self.folder / f"{kind.name}-cache"
-
-    def _run(self, kind: Kind, out: Path) -> float:
-        cache = self.cache(kind)
-        shutil.rmtree(out, ignore_errors=True)
-        if not kind.warm:
-            shutil.rmtree(cache, ignore_errors=True)
+    def _run(self, kind: Kind, folder: Path, cache: Path | None) -> float:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if cache is not None:
+            shutil.copytree(cache, folder / "cache")
         self.report(f"undisturbed: {kind.name}")
-        begun = start(kind.begin(out, cache), self.folder / f"{kind.name}.log")
+        begun = start(kind.begin(folder), self.folder / f"{kind.name}.log")
         code = begun.end()
         if code:
             last = begun.output().strip().splitlines()[-1:]
             raise refuse(kind.name, f"status {code}: {last}", "an undisturbed run that ends well")
         return time.monotonic() - begun.since
-
-
-def differences(kind: Kind, expected: Any, out: Path) -> list[str]:
-    """Return in what a disturbed run ends otherwise than an undisturbed one."""
-    try:
-        found = kind.outcome(out)
-    except (OSError, ValueError, KeyError) as error:
-        return [f"no outcome: {type(error).__name__}: {error}"]
-    if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        return [k for k in sorted({*expected, *found}) if expected.get(k) != found.get(k)]
-    return [] if expected == found else ["the outcome"]
-
-
-def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
-    """Send a signal to processes that may be gone."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            os.kill(pid, number)

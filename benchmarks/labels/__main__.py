@@ -3,24 +3,21 @@
     python -m benchmarks.labels storage [--store DIR] [--records N] [--repeats R] [--batch B]
     python -m benchmarks.labels epoch [--students 5M] [--img-size 48] [--threads N] [--blocks N]
 
-`storage`, on Zipf-like labels (top-1 ~ Beta(2, 1), the rest by Zipf's law, classes uniform) and on
-those of --store: bytes a record, with keys (16 bytes an image, once a store) and checksums (72
-bytes a shard of 65,536 records), against the 4 + 4K of the official layout; the divergence of the
-decoded from the exact label; random-order batches ready for the loss against per-record reads of
-the official layout, in alternating blocks by processor time. Exit status 0 when the targets are
-met (at most 0.60 of 4 + 4K, mean divergence under 1e-3 nats and p99 under 3e-3, 13 times (K = 10)
-and 2 times (K = 100) the official reads with the whole interval), else 1.
+`storage`, on Zipf-like labels (top-1 ~ Beta(2, 1), the rest by Zipf's law, classes uniform) and on those of --store:
+bytes a record, with keys (16 bytes an image, once a store) and checksums (72 bytes a shard of 65,536 records), against
+the 4 + 4K of the official layout; the divergence of the decoded from the exact label; random-order batches ready for
+the loss against per-record reads of the official layout, in alternating blocks by processor time. Exit status 0 when
+the targets are met (at most 0.60 of 4 + 4K, mean divergence under 1e-3 nats and p99 under 3e-3, 13 times (K = 10) and 2
+times (K = 100) the official reads with the whole interval), else 1.
 
-`epoch`: images/s, seconds an epoch and peak memory of training without distillation, with a
-teacher in the loop, and with stored labels, image by image and by the batched engine; and of the
-same steps on tensors that are there already. All alternate block by block in one process. Data: the
-formula-driven images, 100 classes.
+`epoch`: images/s, seconds an epoch and peak memory of training without distillation, with a teacher in the loop, and
+with stored labels, image by image and by the batched engine; and of the same steps on tensors that are there already.
+All alternate block by block in one process. Data: the formula-driven images, 100 classes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,10 +26,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.estimates import check_at_least, write_table
+from benchmarks.estimates import check_at_least, run_command, write_table
 from benchmarks.labels.epoch import measure_epochs
 from benchmarks.labels.storage import measure_storage, targets_met
-from nas.core.cli import Parser, guarded
+from nas.core.cli import Parser
 from nas.measure.fingerprint import take_fingerprint
 
 
@@ -59,34 +56,28 @@ def build_parser() -> Parser:
     return parser
 
 
-def report(given: argparse.Namespace, rows: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Print the rows and write them; the last line is JSON."""
-    if given.out:
-        write_table(given.out, rows, **more)
-    for row in rows:
-        cells = (f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values() if v is not None)
-        print("  ".join(cells))
-    print(json.dumps({"rows": rows, **more}))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure a part, print and write. Exit status: see above; 2 on bad input."""
-    given = build_parser().parse_args(argv)
+    """Measure a part, print and write; the last line is JSON. Exit status: see above; 2 on bad input."""
 
-    def work() -> int:
+    def work(given: argparse.Namespace) -> dict[str, Any]:
+        conditions: dict[str, Any] = {}
         if given.part == "storage":
             where, rows = take_fingerprint("cpu", threads=1), measure_storage(given)
-            report(given, rows, fingerprint=where.id)
-            return 0 if targets_met(rows) else 1
-        check_at_least(given, blocks=6)
-        with tempfile.TemporaryDirectory() as folder:
-            rows = measure_epochs(given, given.cache_dir or Path(folder))
-        where = take_fingerprint(given.device, given.threads)
-        conditions = {n: getattr(given, n) for n in ("img_size", "threads", "device")}
-        report(given, rows, **conditions, fingerprint=where.id)
-        return 0
+            given.status = 0 if targets_met(rows) else 1
+        else:
+            check_at_least(given, blocks=6)
+            with tempfile.TemporaryDirectory() as folder:
+                rows = measure_epochs(given, given.cache_dir or Path(folder))
+            where = take_fingerprint(given.device, given.threads)
+            conditions = {name: getattr(given, name) for name in ("img_size", "threads", "device")}
+        conditions["fingerprint"] = where.id
+        if given.out:
+            write_table(given.out, rows, **conditions)
+        for row in rows:
+            print("  ".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values() if v is not None))
+        return {"rows": rows, **conditions}
 
-    return guarded(work)
+    return run_command(build_parser(), work, argv)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.baselines.jobs import batch_loss
+from benchmarks.estimates import Row
 from nas.core.cli import read_threads
 from nas.data import Dataset, DataSpec, prepare
 from nas.export.teacher_net import TeacherInfo
@@ -22,11 +23,10 @@ from nas.labels.reader import Batch, LabelReader
 from nas.labels.request import LabelRequest
 from nas.labels.store import LabelStore, open_store
 from nas.measure.intervals import median_interval
-from nas.train.losses import DistillLoss, TeacherTargets
+from nas.measure.memory import highest_resident_bytes
 from nas.train.optim import make_optimizer
 from space import Context, get_family
 
-Row = dict[str, Any]
 Step = Callable[[], None]
 
 SMALL = {
@@ -43,43 +43,44 @@ BATCH, STEPS = 32, 6
 IMAGES = 1000
 """Training images of an epoch; `epoch_s` is for so many."""
 WAYS = ("none", "online", "replay", "replay batched", "resident", "bare")
-"""Hard labels; a teacher in the loop; stored labels, image by image and by the batched engine;
-the same tensors again and again, with and without the optimizer."""
+"""Hard labels; a teacher in the loop; stored labels, image by image and by the batched engine; the same tensors again
+and again, with and without the optimizer."""
 COMPARED = (
     *(("online", "none"), ("replay", "none"), ("replay batched", "none")),
     *(("replay", "resident"), ("replay batched", "resident"), ("replay", "bare")),
 )
 
 
-def fractals(cache: Path, img_size: int, images: int) -> Dataset:
+def fractals(cache: Path, img_size: int, images: int = IMAGES) -> Dataset:
     """Render or find formula-driven images: 100 classes, about so many to train on."""
     return prepare(DataSpec("fractals", img_size=img_size, max_images=round(images / 0.8)), cache)
 
 
-def label_store(cache: Path, dataset: Dataset, engine: str, epochs: int = 2) -> LabelStore:
-    """Build or find a store by a fixed random linear teacher: any labels cost the same."""
+def label_stores(cache: Path, dataset: Dataset, epochs: int = 2) -> dict[str, LabelStore]:
+    """Build or find a store of either engine by a fixed random linear teacher: any labels cost the same."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3 * dataset.img_size**2, dataset.num_classes, generator=generator) * 0.05
-    numbers = dict.fromkeys(("epochs", "holdout_top1", "holdout_top1_se", "holdout_images"), 0)
+    normalized: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std}
     info = TeacherInfo(
+        **dict.fromkeys(("epochs", "holdout_top1", "holdout_top1_se", "holdout_images"), 0),
+        **normalized,
+        **{f"student_{name}": value for name, value in normalized.items()},
         folder="",
         id="linear",
         digest="0" * 32,
         model="linear",
         kwargs={},
         num_classes=dataset.num_classes,
-        mean=dataset.mean,
-        std=dataset.std,
         input_size=None,
-        student_mean=dataset.mean,
-        student_std=dataset.std,
         notes=(),
-        **numbers,
     )
-    request = LabelRequest(epochs=epochs, augment="batched" if engine == "batched" else "default")
-    store = begin_store(cache / "labels", dataset, info, request, made_by={}, named=False)
-    build_shards(store, dataset, lambda inputs: inputs.flatten(1) @ weights)
-    return open_store(store.folder)
+    found = {}
+    for engine, augment in (("timm", "default"), ("batched", "batched")):
+        request = LabelRequest(epochs=epochs, augment=augment)
+        store = begin_store(cache / "labels", dataset, info, request, made_by={}, named=False)
+        build_shards(store, dataset, lambda inputs: inputs.flatten(1) @ weights)
+        found[engine] = open_store(store.folder)
+    return found
 
 
 def network(name: str, dataset: Dataset, device: str) -> torch.nn.Module:
@@ -92,37 +93,11 @@ def network(name: str, dataset: Dataset, device: str) -> torch.nn.Module:
     return place(model, device)
 
 
-class Student:
-    """One student and its steps; every way trains a student of its own."""
-
-    def __init__(self, name: str, dataset: Dataset, device: str) -> None:
-        self.model = network(name, dataset, device).train()
-        self.optimizer = make_optimizer(self.model, lr=1e-4, weight_decay=0.05)
-        self.device = device
-        self.loss = DistillLoss()
-
-    def step(self, batch: Batch, *, optimize: bool = True, hard: bool = False) -> None:
-        """Take one training step as the proxy takes it."""
-        inputs = batch.inputs.to(self.device, memory_format=torch.channels_last)
-        index, prob, tail, truth = (t.to(self.device) for t in (batch.index, batch.prob, batch.tail, batch.truth))
-        logits = self.model(inputs)
-        if hard:
-            loss = torch.nn.functional.cross_entropy(logits.float(), truth)
-        else:
-            targets = TeacherTargets(index=index, prob=prob, tail=tail)
-            loss = self.loss(logits, truth, targets).mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if optimize:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-            self.optimizer.step()
-
-
-def endless(replay: LabelReader) -> Iterator[Batch]:
-    """Replay epoch after epoch."""
+def endless(reader: LabelReader) -> Iterator[Batch]:
+    """Read epoch after epoch."""
     epoch = 0
     while True:
-        yield from replay.epoch(epoch)
+        yield from reader.epoch(epoch)
         epoch += 1
 
 
@@ -146,48 +121,50 @@ def alternate(ways: Mapping[str, Step], blocks: int, device: str) -> dict[str, l
 def step_of(
     way: str, student: str, teacher: str, dataset: Dataset, stores: Mapping[str, LabelStore], device: str
 ) -> Step:
-    """Return the step of one way; see `WAYS`."""
-    own = Student(student, dataset, device)
+    """Return the training step of one way, as the proxy takes it, on a student of its own; see `WAYS`."""
+    model = network(student, dataset, device).train()
+    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.05)
     store = stores["batched" if way == "replay batched" else "timm"]
     batches = endless(LabelReader(dataset.train, store, BATCH, 0, device=device))
+
+    def step(batch: Batch) -> None:
+        if way == "none":
+            inputs = batch.inputs.to(device, memory_format=torch.channels_last)
+            loss = torch.nn.functional.cross_entropy(model(inputs).float(), batch.truth.to(device))
+        else:
+            loss = batch_loss(model, batch, device).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if way != "bare":
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+
     if way in ("resident", "bare"):
         resident = next(batches).to(device)
-        return lambda: own.step(resident, optimize=way == "resident")
+        return lambda: step(resident)
     if way != "online":
-        return lambda: own.step(next(batches), hard=way == "none")
+        return lambda: step(next(batches))
     net = network(teacher, dataset, device).eval()
 
     def online() -> None:
         batch = next(batches)
         with torch.no_grad():
-            inputs = batch.inputs.to(device, memory_format=torch.channels_last)
-            said = torch.softmax(net(inputs).float(), 1)
-        prob, index = said.topk(store.spec.topk, dim=1)
+            taught = torch.softmax(net(batch.inputs.to(device, memory_format=torch.channels_last)).float(), 1)
+        prob, index = taught.topk(store.spec.topk, dim=1)
         tail = (1 - prob.sum(1)).clamp(min=0)
-        own.step(Batch(batch.inputs, index, prob, tail, batch.truth, batch.rows))
+        step(Batch(batch.inputs, index, prob, tail, batch.truth, batch.rows))
 
     return online
-
-
-def label_stores(cache: Path, dataset: Dataset) -> dict[str, LabelStore]:
-    """Build or find a store of either engine."""
-    return {engine: label_store(cache, dataset, engine) for engine in ("timm", "batched")}
 
 
 def peak_mem_mb(way: str, student: str, teacher: str, img_size: int, cache: Path, threads: int, device: str) -> float:
     """Take a few steps of one way and return this process's peak memory in MB."""
     torch.set_num_threads(threads)
-    dataset = fractals(cache, img_size, IMAGES)
+    dataset = fractals(cache, img_size)
     step = step_of(way, student, teacher, dataset, label_stores(cache, dataset), device)
     for _ in range(8):
         step()
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated() / 1e6
-    # What `getrusage` reports on Linux may be what the parent had when it forked.
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    peaks = [float(line.split()[1]) * 1.024e-3 for line in lines if line.startswith("VmHWM:")]
-    return peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return (highest_resident_bytes() if device == "cpu" else torch.cuda.max_memory_allocated()) / 1e6
 
 
 def measure_epochs(given: argparse.Namespace, cache: Path) -> list[Row]:
@@ -196,22 +173,21 @@ def measure_epochs(given: argparse.Namespace, cache: Path) -> list[Row]:
     `ratio`, with its interval, is the way's images/s over those of `against`.
     """
     torch.set_num_threads(read_threads(given.threads))
-    dataset = fractals(cache, given.img_size, IMAGES)
+    dataset = fractals(cache, given.img_size)
     stores, rows = label_stores(cache, dataset), list[Row]()
     for student in given.students:
-        pair = (student, given.teacher)
-        steps = {way: step_of(way, *pair, dataset, stores, given.device) for way in WAYS}
+        steps = {way: step_of(way, student, given.teacher, dataset, stores, given.device) for way in WAYS}
         took = alternate(steps, given.blocks, given.device)
         memory: dict[str, float] = {}
         for way, against in COMPARED:
             if way not in memory:
-                asked = (way, *pair, given.img_size, cache, given.threads, given.device)
+                asked = (way, student, given.teacher, given.img_size, cache, given.threads, given.device)
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                     memory[way] = pool.submit(peak_mem_mb, *asked).result()
             ratio = median_interval([a / b for a, b in zip(took[against], took[way], strict=True)])
             pace = STEPS * BATCH / sorted(took[way])[given.blocks // 2]
-            row: Row = {"student": student, "teacher": given.teacher, "way": way}
-            row |= {"against": against, "ratio": ratio.median, "lo": ratio.lo, "hi": ratio.hi}
-            row |= {"images_per_s": pace, "epoch_s": IMAGES / pace, "peak_mem_mb": memory[way]}
-            rows.append(row | {"blocks": given.blocks, "batch": BATCH})
+            row: Row = {"student": student, "teacher": given.teacher, "way": way, "against": against}
+            row |= {"ratio": ratio.median, "lo": ratio.lo, "hi": ratio.hi, "images_per_s": pace}
+            row |= {"epoch_s": IMAGES / pace, "peak_mem_mb": memory[way], "blocks": given.blocks, "batch": BATCH}
+            rows.append(row)
     return rows

@@ -7,19 +7,18 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.estimates import check_at_least
+from benchmarks.estimates import Row, check_at_least
 from nas.core.io import write_atomic
 from nas.labels.codec import CODECS, Codec, make_codec
 from nas.labels.store import CHECKSUM_BYTES, MAX_RECORDS, open_store
 from nas.measure.intervals import MIN_BLOCKS, median_interval
 
-Row = dict[str, Any]
 Label = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
+"""Classes and probabilities [n, K], and the rest's probability [n]."""
 Read = Callable[[NDArray[np.int64]], Label]
 
 DATASETS = {1000: (1_281_167, 300), 21841: (14_197_122, 90)}
@@ -38,8 +37,7 @@ def zipf_labels(rng: np.random.Generator, n: int, topk: int, num_classes: int) -
     ranks /= ranks.sum()
     prob = np.concatenate([top[:, None], (1 - top)[:, None] * ranks[: topk - 1]], axis=1)
     tail = (1 - top) * ranks[topk - 1 :].sum()
-    classes = np.arange(num_classes)
-    index = np.stack([rng.permutation(classes)[:topk] for _ in range(n)])
+    index = np.stack([rng.permutation(num_classes)[:topk] for _ in range(n)])
     return index, -np.sort(-prob, axis=1).astype(np.float32), tail.astype(np.float32)
 
 
@@ -59,29 +57,12 @@ def official_bytes(topk: int) -> int:
     return 4 + 4 * topk
 
 
-def storage_row(
-    part: str,
-    name: str,
-    topk: int,
-    classes: int,
-    quantity: str,
-    value: float,
-    bounds: tuple[float | None, float | None] = (None, None),
-    labels: str = "zipf",
-) -> Row:
-    """Return one row of the storage table."""
-    columns = ("part", "labels", "name", "topk", "classes", "quantity", "value", "lo", "hi")
-    values = (part, labels, name, topk, classes, quantity, value, *bounds)
-    return dict(zip(columns, values, strict=True))
-
-
 def measure_bytes(exact: Label, num_classes: int, *, labels: str = "zipf", epochs: int = 1) -> list[Row]:
     """Measure what labels take in a store of `epochs`, and what decoding loses, by codec.
 
-    `exact`: int [n, K], float32 [n, K] and [n] as a store keeps them. Rows: bytes_a_record (with
-    keys and checksums), share (of 4 + 4K), kl_mean and kl_p99 in nats.
+    Rows: bytes_a_record (with keys and checksums), share (of 4 + 4K), kl_mean and kl_p99 in nats.
     """
-    topk, rows = exact[0].shape[1], []
+    topk, rows = exact[0].shape[1], list[Row]()
     for name in CODECS:
         codec = make_codec(name, topk, num_classes)
         lost = divergences(exact, codec.decode(codec.encode(*exact)))
@@ -92,9 +73,8 @@ def measure_bytes(exact: Label, num_classes: int, *, labels: str = "zipf", epoch
             "kl_mean": max(0.0, float(lost.mean())),
             "kl_p99": max(0.0, float(np.quantile(lost, 0.99))),
         }
-        for quantity, value in found.items():
-            row = storage_row("bytes", name, topk, num_classes, quantity, value, labels=labels)
-            rows.append(row)
+        row: Row = {"part": "bytes", "labels": labels, "name": name, "topk": topk, "classes": num_classes}
+        rows += [row | {"quantity": what, "value": value, "lo": None, "hi": None} for what, value in found.items()]
     return rows
 
 
@@ -103,10 +83,9 @@ def measure_dataset(exact: Label, num_classes: int) -> list[Row]:
     topk, (images, epochs) = exact[0].shape[1], DATASETS[num_classes]
     rows = measure_bytes(exact, num_classes, epochs=epochs)
     sizes = {r["name"]: r["value"] for r in rows if r["quantity"] == "bytes_a_record"}
-    for name, size in {**sizes, "official": official_bytes(topk)}.items():
-        gib = size * images * epochs / 2**30
-        rows.append(storage_row("bytes", name, topk, num_classes, "gib", gib))
-    return rows
+    sizes["official"] = official_bytes(topk)
+    records = images * epochs / 2**30
+    return rows + [{**rows[0], "name": n, "quantity": "gib", "value": size * records} for n, size in sizes.items()]
 
 
 def measure_store(folder: Path) -> list[Row]:
@@ -117,8 +96,7 @@ def measure_store(folder: Path) -> list[Row]:
         kept = [part.best(topk) for part in parts]
         index, prob, tail = (np.concatenate([getattr(one, name) for one in kept]) for name in ("index", "prob", "tail"))
         teacher = store.spec.teacher_id.split("@")[0]
-        exact, classes = (index, prob, tail), store.spec.num_classes
-        rows += measure_bytes(exact, classes, labels=teacher, epochs=store.epochs)
+        rows += measure_bytes((index, prob, tail), store.spec.num_classes, labels=teacher, epochs=store.epochs)
     return rows
 
 
@@ -134,9 +112,9 @@ def codec_reader(folder: Path, codec: Codec, exact: Label, records: int) -> Read
 def official_reader(folder: Path, exact: Label, records: int, ranks: int = 8) -> Read:
     """Write the official layout and open it: one values file a rank, one record at a time.
 
-    A record is int32 seed, K int16 classes, K float16 values; a dict leads from key to file and
-    offset, as the official manager keeps it. The reader turns rows int64 [n] into arrays ready for
-    the loss. Facts: microsoft/Cream, TinyViT/data/augmentation (manager.py, dataset_wrapper.py).
+    A record is int32 seed, K int16 classes, K float16 values; a dict leads from key to file and offset, as the official
+    manager keeps it. The reader turns rows int64 [n] into arrays ready for the loss. Facts: microsoft/Cream,
+    TinyViT/data/augmentation (manager.py, dataset_wrapper.py).
     """
     index, prob, topk = exact[0], exact[1], exact[0].shape[1]
     kind = np.dtype([("seed", "<i4"), ("index", "<i2", (topk,)), ("prob", "<f2", (topk,))])
@@ -149,8 +127,7 @@ def official_reader(folder: Path, exact: Label, records: int, ranks: int = 8) ->
         path = folder / f"rank{rank}-values.bin"
         path.write_bytes(table[rank::ranks].tobytes())
         files.append(path.open("rb"))
-        for place_in_file, row in enumerate(range(rank, records, ranks)):
-            offsets[str(row)] = rank, place_in_file * kind.itemsize
+        offsets |= {str(row): (rank, at * kind.itemsize) for at, row in enumerate(range(rank, records, ranks))}
     keys = [str(row) for row in range(records)]
 
     def read(batch: NDArray[np.int64]) -> Label:
@@ -164,8 +141,7 @@ def official_reader(folder: Path, exact: Label, records: int, ranks: int = 8) ->
             values.append(np.frombuffer(data, np.float16, count=topk, offset=4 + 2 * topk))
         # Faster than np.stack, to the reference's good.
         ready = np.concatenate(values).reshape(-1, topk).astype(np.float32)
-        ids = np.concatenate(classes).reshape(-1, topk).astype(np.int64)
-        return ids, ready, 1 - ready.sum(axis=1)
+        return np.concatenate(classes).reshape(-1, topk).astype(np.int64), ready, 1 - ready.sum(axis=1)
 
     return read
 
@@ -173,21 +149,18 @@ def official_reader(folder: Path, exact: Label, records: int, ranks: int = 8) ->
 def measure_reads(exact: Label, num_classes: int, records: int, batch: int, repeats: int) -> list[Row]:
     """Time random-order reads in alternating blocks: records/s, and ratios to the official."""
     rng, topk = np.random.default_rng(1), exact[0].shape[1]
-    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         readers = {"official": official_reader(Path(folder), exact, records)}
         for name in CODECS:
-            codec = make_codec(name, topk, num_classes)
-            readers[name] = codec_reader(Path(folder), codec, exact, records)
-        batches = {name: _batches(read, rng, records, batch) for name, read in readers.items()}
+            readers[name] = codec_reader(Path(folder), make_codec(name, topk, num_classes), exact, records)
+        batches, rates = {}, {name: list[float]() for name in readers}
+        for name, read in readers.items():  # warm up, and find how many batches take 0.03 processor seconds
+            took = min(_seconds(read, rng.integers(records, size=(1, batch))) for _ in range(3))
+            batches[name] = max(1, min(1000, round(0.03 / max(took, 1e-6))))
         for turn in range(repeats):
             for name in list(readers)[:: 1 if turn % 2 == 0 else -1]:
                 orders = rng.integers(records, size=(batches[name], batch))
-                started = time.process_time()
-                for order in orders:
-                    readers[name](order)
-                took = max(time.process_time() - started, 1e-9)
-                rates.setdefault(name, []).append(orders.size / took)
+                rates[name].append(orders.size / max(_seconds(readers[name], orders), 1e-9))
     rows = []
     for name, found in rates.items():
         series = {"records_per_s": found}
@@ -195,23 +168,21 @@ def measure_reads(exact: Label, num_classes: int, records: int, batch: int, repe
             series["ratio"] = [a / b for a, b in zip(found, rates["official"], strict=True)]
         for quantity, values in series.items():
             at = median_interval(values)
-            bounds = (at.lo, at.hi)
-            rows.append(storage_row("reads", name, topk, num_classes, quantity, at.median, bounds))
+            row: Row = {"part": "reads", "labels": "zipf", "name": name, "topk": topk, "classes": num_classes}
+            rows.append(row | {"quantity": quantity, "value": at.median, "lo": at.lo, "hi": at.hi})
     return rows
 
 
-def _batches(read: Read, rng: np.random.Generator, records: int, batch: int) -> int:
-    """Warm a reader up and find how many batches take 0.03 processor seconds."""
-    took = []
-    for _ in range(3):
-        started = time.process_time()
-        read(rng.integers(records, size=batch))
-        took.append(time.process_time() - started)
-    return max(1, min(1000, round(0.03 / max(min(took), 1e-6))))
+def _seconds(read: Read, orders: NDArray[np.int64]) -> float:
+    """Return the processor seconds of reading batches [n, rows]."""
+    started = time.process_time()
+    for order in orders:
+        read(order)
+    return time.process_time() - started
 
 
 def targets_met(rows: Sequence[Row]) -> bool:
-    """Judge the rows of the packed codec, and of both codecs' reads, by the targets above."""
+    """Return whether the bytes of the packed codec, and the reads of both codecs, meet the targets above."""
     packed = [row for row in rows if row["part"] == "bytes" and row["name"] == "packed"]
     ratios = [row for row in rows if row["quantity"] == "ratio"]
     return all(row["value"] <= LIMITS.get(row["quantity"], float("inf")) for row in packed) and all(

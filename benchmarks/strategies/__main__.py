@@ -1,11 +1,10 @@
 """How soon a search strategy finds the best arch: `python -m benchmarks.strategies --table T`.
 
-T is a closed table: every arch of a small lattice (a few free slots, all step bands from the seed
-to the target) with its loss after a short training from the seed's sliced weights. Each strategy
-searches it from many random seeds, as a run asks it, without baselines. Counted is every
-evaluation, those of contraction's early steps too, until an arch of the last band is within one
-standard deviation (over random seeds of the training) of the best there. Throughput plays no part.
-In the table, children inherit from the seed; in a run, from the step before.
+T is a closed table: every arch of a small lattice (a few free slots, all step bands from the seed to the target) with
+its loss after a short training from the seed's sliced weights. Each strategy searches it from many random seeds, as a
+run asks it, without baselines. Counted is every evaluation, those of contraction's early steps too, until an arch of
+the last band is within one standard deviation (over random seeds of the training) of the best there. Throughput plays
+no part. In the table, children inherit from the seed; in a run, from the step before.
 """
 
 from __future__ import annotations
@@ -19,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import EstimateRow, Floats, bootstrap, check_at_least, run_command, share, write_table
+from benchmarks.estimates import (
+    EstimateRow,
+    Floats,
+    bootstrap,
+    check_at_least,
+    new_figure,
+    run_command,
+    share,
+    write_table,
+)
 from benchmarks.strategies.replay import (
     FIXED,
     ClosedTable,
@@ -27,6 +35,7 @@ from benchmarks.strategies.replay import (
     ReplaySettings,
     Scored,
     best_so_far,
+    open_table,
     reached_after,
     replay_all,
 )
@@ -60,33 +69,32 @@ def rows_of(
 
     for name, after in needed.items():
         n, hits = len(after), int(np.isfinite(after).sum())
-        median = bootstrap(after, _median, random_seed=0)
+        median = bootstrap(after, _median)
         notes = ["censored at the budget"] if median[0] > budget else []
         notes += ["the same for every random seed"] if name in FIXED else []
-        capped = [min(v, budget) for v in median]
-        add(f"{name}: evaluations to within one sd, median", capped, n, "; ".join(notes))
-        name_of_share = f"{name}: reached within {settings.budget} evaluations"
-        add(name_of_share, share(hits, n), n, "exact interval")
+        add(f"{name}: evaluations to within one sd, median", [min(v, budget) for v in median], n, "; ".join(notes))
+        add(f"{name}: reached within {settings.budget} evaluations", share(hits, n), n, "exact interval")
         # How far behind the best a search is when a run of the effort would end.
         rounds = settings.steps if get_strategy(name).stepwise else ROUNDS[effort]
         end = min(settings.budget, rounds * (settings.train_per_step or settings.candidates_per_step))
         behind = np.array([best_so_far(one, lattice, end)[-1] for one in searches[name]]) - best
         there = behind[np.isfinite(behind)]
-        mean = (math.nan,) * 3
-        if len(there):
-            mean = bootstrap(there, lambda v: float(v.mean()), random_seed=0)
+        mean = bootstrap(there, _mean) if len(there) else (math.nan,) * 3
         note = f"{n - len(there)} searches have no arch of the last band by then"
-        called = f"{name}: behind the best after the {end} trainings of a run, mean nats"
-        add(called, mean, len(there), note)
+        add(f"{name}: behind the best after the {end} trainings of a run, mean nats", mean, len(there), note)
     if "contraction" not in needed:
         return rows
     own = needed.pop("contraction")
     for name, after in needed.items():
         both = np.minimum(np.stack([np.resize(after, len(own)), own], axis=1), budget)
-        gap = bootstrap(both, lambda v: float((v[:, 0] - v[:, 1]).mean()), random_seed=0)
+        gap = bootstrap(both[:, 0] - both[:, 1], _mean)
         note = "mean evaluations, unreached counted as the budget; above 0: contraction needs fewer"
         add(f"{name} - contraction", gap, len(own), note)
     return rows
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())
 
 
 def _median(values: Floats) -> float:
@@ -104,60 +112,51 @@ def quartiles(curves: Sequence[Sequence[float]], best: float) -> list[list[float
     return [[round(float(v), 6) if math.isfinite(v) else None for v in row] for row in found]
 
 
-def draw_curves(path: Path, told: Mapping[str, Any]) -> None:
+def draw_curves(path: Path, summary: Mapping[str, Any]) -> None:
     """Draw the best so far in the last band against evaluations: median and quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    x = np.arange(1, told["budget"] + 1)
-    for at, (name, curves) in enumerate(told["quartiles"].items()):
-        lo, middle, hi = np.array(curves, dtype=np.float64)  # None: NaN
-        ax.step(x, middle, where="post", lw=1.4, color=f"C{at}", label=name)
-        ax.fill_between(x, lo, hi, step="post", alpha=0.12, color=f"C{at}", lw=0)
-    ax.axhline(told["sd"], color="black", lw=0.7, ls=":", label="one standard deviation")
-    ax.set_yscale("symlog", linthresh=told["sd"])  # linear below one standard deviation
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("evaluations, those of early steps too")
-    ax.set_ylabel("best so far in the last band minus the best there, nats")
-    title = f"{told['archs']} archs, {told['final']} in the last band; median and quartiles"
-    ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=7)
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
+    x = np.arange(1, summary["budget"] + 1)
+    with new_figure(path, 7.5, 4.5) as (_, ax):
+        for at, (name, curves) in enumerate(summary["quartiles"].items()):
+            lo, middle, hi = np.array(curves, dtype=np.float64)  # None: NaN
+            ax.step(x, middle, where="post", lw=1.4, color=f"C{at}", label=name)
+            ax.fill_between(x, lo, hi, step="post", alpha=0.12, color=f"C{at}", lw=0)
+        ax.axhline(summary["sd"], color="black", lw=0.7, ls=":", label="one standard deviation")
+        ax.set_yscale("symlog", linthresh=summary["sd"])  # linear below one standard deviation
+        ax.set_ylim(bottom=0)
+        ax.set_xlabel("evaluations, those of early steps too")
+        ax.set_ylabel("best so far in the last band minus the best there, nats")
+        title = f"{summary['archs']} archs, {summary['final']} in the last band; median and quartiles"
+        ax.set_title(title, fontsize=9)
+        ax.legend(fontsize=7)
 
 
 def compare(given: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, Any]]:
     """Replay the searches on the table; return the rows and the summary. Raises InputError."""
     asked = ("seed", "target_params", "free", "img_size", "num_classes", "effort", "steps")
     table = ClosedTable(given.table, **{name: getattr(given, name) for name in asked})
-    lattice = table.lattice()
-    losses = table.losses(lattice)
+    lattice, losses = open_table(table)
     if len(lattice.final) < 2:
         raise refuse("--free", f"{len(lattice.final)} archs in the last band", "at least 2")
-    summary = given.table.with_name(f"{given.table.stem.removesuffix('_table')}.json")
-    sd = given.sd if given.sd is not None else read_json(summary, "the summary of a table")["sd"]
+    beside = given.table.with_name(f"{given.table.stem.removesuffix('_table')}.json")
+    sd = given.sd if given.sd is not None else read_json(beside, "the summary of a table")["sd"]
     sizes = (given.candidates_per_step, given.train_per_step, given.beam, given.evaluations, given.selection)
     settings = ReplaySettings(len(lattice.bands), *sizes)
     found = replay_all(table, given.strategies, settings, given.replays, given.workers)
     best = min(losses[key] for key in lattice.final)
-    in_reach = sum(losses[key] <= best + sd for key in lattice.final)
     rows = rows_of(found, lattice, best + sd, best, settings, given.effort, given.command)
     curves = {name: [best_so_far(one, lattice, settings.budget) for one in all_of] for name, all_of in found.items()}
-    told = {
+    summary = {
         **vars(settings),
         "archs": len(lattice.archs),
         "final": len(lattice.final),
-        "in_reach": in_reach,
+        "in_reach": sum(losses[key] <= best + sd for key in lattice.final),
         "sd": sd,
         "best": best,
         "median": {r.name.split(":")[0]: r.estimate for r in rows if r.name.endswith("median")},
         "reached": {r.name.split(":")[0]: r.estimate for r in rows if ": reached" in r.name},
         "quartiles": {name: quartiles(all_of, best) for name, all_of in curves.items()},
     }
-    return rows, told
+    return rows, summary
 
 
 def build_parser() -> Parser:
@@ -202,12 +201,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(given, name) is None:
                 setattr(given, name, effort_defaults(given.effort)[name])
         check_at_least(given, steps=1, candidates_per_step=1, train_per_step=0, beam=1, evaluations=1, replays=2)
-        rows, told = compare(given)
+        rows, summary = compare(given)
         write_table(given.out, rows)
-        write_json(given.out.with_suffix(".json"), told)
-        draw_curves(given.out.with_suffix(".png"), told)
+        write_json(given.out.with_suffix(".json"), summary)
+        draw_curves(given.out.with_suffix(".png"), summary)
         print("\n".join(map(str, rows)))
-        return {k: told[k] for k in ("archs", "final", "in_reach", "sd", "budget", "median")}
+        return {k: summary[k] for k in ("archs", "final", "in_reach", "sd", "budget", "median")}
 
     return run_command(build_parser(), work, argv)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from nas.contract.checks import make_config, with_absolute_paths
+from nas.contract.checks import make_config
 from nas.contract.state import derived_seed
 from nas.core.config import parse_count, steps_of
 from nas.search.constraints import band_at
@@ -47,18 +47,13 @@ class Lattice:
     final: frozenset[str]
 
 
-def slots_of(family: Family) -> list[str]:
-    """Name every slot of every factor, as `space.freeze.freeze` takes them."""
-    return [f.field if f.scalar else f"{f.field}[{i}]" for f in family.factors for i in range(f.slots)]
-
-
 def closed(family: Family, seed: Arch, free: Sequence[str]) -> Family:
     """Make a family whose archs move in the `free` slots only, and nowhere the seed itself cannot.
 
-    Some grids allow a step up from where an arch stands; taken again and again, that would lead
-    contractions of contractions out of what the seed's own contractions are.
+    Some grids allow a step up from where an arch stands; taken again and again, that would lead contractions of
+    contractions out of what the seed's own contractions are. Raises InputError.
     """
-    every = slots_of(family)
+    every = [f.field if f.scalar else f"{f.field}[{i}]" for f in family.factors for i in range(f.slots)]
     unknown = [name for name in free if name not in every]
     if unknown:
         raise refuse("--free", unknown[0], f"one of {', '.join(every)}")
@@ -90,15 +85,12 @@ def lattice_of(family: Family, seed: Arch, context: Context, bands: Sequence[Ban
         found = sample_band(own, seed, context, band, 1 << 20, random_seed=0)
         final = {own.key(arch, context): arch for arch in found}
         archs |= final
-    ordered = {key: archs[key] for key in sorted(archs)}
-    return Lattice(own, context, seed, tuple(bands), ordered, frozenset(final))
+    return Lattice(own, context, seed, tuple(bands), dict(sorted(archs.items())), frozenset(final))
 
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """Sizes of a search, as in `nas.core.config.RunConfig`; `train_per_step` 0 scores all
-    listed.
-    """
+    """Sizes of a search, as in `nas.core.config.RunConfig`; `train_per_step` 0 scores all listed."""
 
     steps: int
     candidates_per_step: int
@@ -122,12 +114,11 @@ def replay(
 ) -> list[Scored]:
     """Replay a search on a table of losses by key; returns every evaluation, at most the budget.
 
-    Strategies are asked as a run asks them, without baselines. Throughput plays no part: all that
-    is listed passes, and losses are those of the table whatever the step. A stepwise strategy
-    takes its steps, then lists more in the last one; the others take steps until the budget is
-    spent. In the last step, what was listed and not scored comes before what is listed anew. Ends
-    early when nothing new is listed. An arch that is listed in two steps of contraction counts
-    twice, as a run trains it twice.
+    Strategies are asked as a run asks them, without baselines. All that is listed counts as fast enough, and losses are
+    those of the table whatever the step. A stepwise strategy takes its steps, then lists more in the last one; the
+    others take steps until the budget is spent. In the last step, what was listed and not scored comes before what is
+    listed anew. Ends early when nothing new is listed. An arch that is listed in two steps of contraction counts twice,
+    as a run trains it twice.
     """
     family, context = lattice.family, lattice.context
     incumbents, beside = [lattice.seed], dict[str, float]()
@@ -168,8 +159,7 @@ def replay(
             break
         chosen = keys[: settings.train_per_step or len(keys)]  # a strategy's best guesses come first
         if strategy.stepwise:
-            seed = derived_seed(random_seed, "spread", step, draw)
-            chosen = _chosen(lattice, keys, settings, seed)
+            chosen = _chosen(lattice, keys, settings, derived_seed(random_seed, "spread", step, draw))
         chosen = chosen[: settings.budget - len(done)]
         done += [Scored(step, key, losses[key]) for key in chosen]
         for key, each in by_key.items():
@@ -178,8 +168,7 @@ def replay(
         if not strategy.stepwise:
             beside |= scored
             scored = beside
-        last = step >= settings.steps
-        if strategy.stepwise and last:  # the same parents, more of their contractions
+        elif step >= settings.steps:  # the same parents, more of their contractions
             draw, tried = draw + 1, tried | set(keys)
             left = [key for key in keys if key not in chosen]
             continue
@@ -213,24 +202,13 @@ def _chosen(lattice: Lattice, keys: Sequence[str], settings: ReplaySettings, ran
     """Choose which of the listed archs are scored, all as fast as each other."""
     if not settings.train_per_step:
         return list(keys)
-    seed = lattice.seed
-    listed = [Candidate(lattice.archs[key], key, 0, 0, 0, (), None, seed) for key in keys]
-    features = {key: _numbers(lattice, key) for key in keys}
+    listed = [Candidate(lattice.archs[key], key, 0, 0, 0, (), None, lattice.seed) for key in keys]
+    features = {
+        key: tuple(float(v) for value in lattice.family.to_dict(lattice.archs[key]).values() for v in _joint(value))
+        for key in keys
+    }
     chosen = pick(listed, features, settings.train_per_step, settings.selection, random_seed=random_seed)
     return [candidate.key for candidate in chosen]
-
-
-def _numbers(lattice: Lattice, key: str) -> tuple[float, ...]:
-    values = lattice.family.to_dict(lattice.archs[key]).values()
-    return tuple(float(v) for value in values for v in (value if isinstance(value, list) else [value]))
-
-
-def reached_after(done: Sequence[Scored], lattice: Lattice, goal: float) -> float:
-    """Return after how many evaluations an arch of the last band met the goal; inf if none did."""
-    for at, scored in enumerate(done):
-        if scored.key in lattice.final and scored.loss <= goal:
-            return float(at + 1)
-    return math.inf
 
 
 def best_so_far(done: Sequence[Scored], lattice: Lattice, budget: int) -> list[float]:
@@ -238,12 +216,16 @@ def best_so_far(done: Sequence[Scored], lattice: Lattice, budget: int) -> list[f
 
     A search that ended early keeps what it had.
     """
-    found, best = [], math.inf
-    for at in range(budget):
-        if at < len(done) and done[at].key in lattice.final:
-            best = min(best, done[at].loss)
-        found.append(best)
-    return found
+    found = np.full(budget, math.inf)
+    for at, each in enumerate(done[:budget]):
+        found[at] = each.loss if each.key in lattice.final else math.inf
+    return [float(best) for best in np.minimum.accumulate(found)]
+
+
+def reached_after(done: Sequence[Scored], lattice: Lattice, goal: float) -> float:
+    """Return after how many evaluations an arch of the last band met the goal; inf if none did."""
+    best = best_so_far(done, lattice, len(done))
+    return next((float(at) for at, loss in enumerate(best, start=1) if loss <= goal), math.inf)
 
 
 @dataclass(frozen=True)
@@ -267,8 +249,8 @@ class ClosedTable:
         target = parse_count("--target-params", self.target_params)
         steps = self.steps or steps_of(self.effort, start, target)
         asked = {"seed": self.seed, "effort": self.effort, "img_size": self.img_size}
-        config = make_config(with_absolute_paths({**asked, "target_params": target, "steps": steps}))
-        bands = tuple(band_at(start, config, step) for step in range(1, steps + 1))
+        config = make_config({**asked, "target_params": target, "steps": steps})
+        bands = [band_at(start, config, step) for step in range(1, steps + 1)]
         return lattice_of(family, seed, context, bands, self.free.split(","))
 
     def losses(self, lattice: Lattice) -> dict[str, float]:
@@ -276,7 +258,7 @@ class ClosedTable:
         import pandas as pd
 
         try:
-            found = pd.read_csv(self.path, usecols=["key", "soft_loss"]).set_index("key")
+            found = pd.read_csv(self.path, usecols=["key", "soft_loss"]).set_index("key")["soft_loss"]
         except (OSError, ValueError) as error:
             got = f"{self.path} ({str(error).splitlines()[0]})"
             raise refuse("--table", got, "a table with key, soft_loss") from None
@@ -284,11 +266,12 @@ class ClosedTable:
         if missing:
             got = f"{self.path} without {len(missing)} of {len(lattice.archs)} archs"
             raise refuse("--table", got, "all of them", "give the flags that made the table")
-        return {key: float(found["soft_loss"][key]) for key in lattice.archs}
+        return {key: float(found[key]) for key in lattice.archs}
 
 
 @lru_cache(maxsize=1)
-def _opened(table: ClosedTable) -> tuple[Lattice, dict[str, float]]:
+def open_table(table: ClosedTable) -> tuple[Lattice, dict[str, float]]:
+    """Return the archs and losses of a table, read once a process. Raises InputError."""
     lattice = table.lattice()
     return lattice, table.losses(lattice)
 
@@ -296,18 +279,16 @@ def _opened(table: ClosedTable) -> tuple[Lattice, dict[str, float]]:
 def replay_one(table: ClosedTable, name: str, settings: ReplaySettings, random_seed: int) -> list[Scored]:
     """Replay one search, in whatever process."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    lattice, losses = _opened(table)
-    return replay(lattice, losses, get_strategy(name), settings, random_seed=random_seed)
+    return replay(*open_table(table), get_strategy(name), settings, random_seed=random_seed)
 
 
 def replay_all(
     table: ClosedTable, names: Sequence[str], settings: ReplaySettings, number: int, workers: int
 ) -> dict[str, list[list[Scored]]]:
     """Replay `number` searches of every strategy, `workers` at a time."""
-    todo = [(name, s) for name in names for s in range(1 if name in FIXED else number)]
-    found: dict[str, list[list[Scored]]] = {name: [] for name in names}
     with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
-        waiting = [pool.submit(replay_one, table, name, settings, seed) for name, seed in todo]
-        for (name, _), each in zip(todo, waiting, strict=True):
-            found[name].append(each.result())
-    return found
+        waiting = {
+            name: [pool.submit(replay_one, table, name, settings, s) for s in range(1 if name in FIXED else number)]
+            for name in names
+        }
+        return {name: [each.result() for each in all_of] for name, all_of in waiting.items()}

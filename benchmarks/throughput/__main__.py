@@ -1,15 +1,15 @@
 """Measure networks on this device: `python -m benchmarks.throughput --arch 5M 11M 21M`.
 
-Every network is timed in blocks that alternate with a reference's, under each asked combination of
-runtime, dtype, batch and resolution; what is out of memory, not installed or otherwise fails is a
-row too. Latency is that of batch 1, peak memory that of a process that does nothing else. Writes
-`--out` (CSV), a figure beside it, and ends with one line of JSON.
+Every network is timed in blocks that alternate with a reference's, under each asked combination of runtime, dtype,
+batch and resolution; what is out of memory, not installed or otherwise fails is a row too. Latency is that of batch 1,
+peak memory that of a process that does nothing else. Writes `--out` (CSV), a figure beside it, and ends with one line
+of JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -37,14 +37,18 @@ from space.errors import InputError, refuse
 A = TypeVar("A")
 
 LATENCY_BLOCKS = 10
+HEADING = (
+    f"{'arch':<30} {'runtime':<16} {'dtype':<8} {'batch':>4} {'px':>4}  images/s [interval]  x reference [interval]  "
+    "latency p50/p90/p99 at batch 1  peak memory  parameters  MACs"
+)
 
 
 class DeviceBenchmark:
     """Measures networks in one worker process; caches the fingerprints of the devices."""
 
-    def __init__(self, plan: ThroughputPlan, console: Console, log: Path | None = None) -> None:
-        self.plan, self.console, self._log = plan, console, log
-        self._worker = LocalExecutor(threads=plan.threads, log=log)
+    def __init__(self, plan: ThroughputPlan, console: Console) -> None:
+        self.plan, self.config, self.console = plan, plan.config, console
+        self._worker = LocalExecutor(threads=plan.threads)
         self._devices: dict[str, Fingerprint] = {}
         self._datasets: dict[int, Path] = {}
 
@@ -53,25 +57,21 @@ class DeviceBenchmark:
         self._worker.close()
 
     def do(self, function: Callable[[A, Tick], Values], key: str, argument: A, *, fresh: bool = False) -> Result:
-        """Run a job; bad input raises, other failures are results."""
+        """Run a job, in a process of its own if `fresh`; a failure is a result."""
         self.console.describe(key)
-        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in key)[:80]
-        job = Job(function, argument, name)
-        if fresh:
-            with LocalExecutor(threads=self.plan.threads, log=self._log) as worker:
-                return worker.run(job, heartbeat=self.console.refresh)
-        return self._worker.run(job, heartbeat=self.console.refresh)
+        job = Job(function, argument, re.sub(r"[^\w.-]", "_", key)[:80])
+        if not fresh:
+            return self._worker.run(job, heartbeat=self.console.refresh)
+        with LocalExecutor(threads=self.plan.threads) as worker:
+            return worker.run(job, heartbeat=self.console.refresh)
 
     def device(self, name: str) -> Fingerprint:
         """Return the fingerprint of a device; one that is not there is refused."""
         if name not in self._devices:
             found = self.do(jobs.fingerprint, f"look at {name}", FingerprintJob(device=name))
             if not found.ok:
-                raise InputError(
-                    found.reason
-                    if found.values.get("input_error")
-                    else (f"--device: {name} does not work here: {found.reason}")
-                )
+                refused = found.values.get("input_error")
+                raise InputError(found.reason if refused else f"--device: {name} does not work here: {found.reason}")
             self._devices[name] = Fingerprint.from_dict(found.values["fingerprint"])
         return self._devices[name]
 
@@ -79,24 +79,22 @@ class DeviceBenchmark:
         """Measure every network under every setting, in the order asked; `known` rows are kept."""
         done = {row.conditions: row for row in known}
         for size in self.plan.sizes:
-            ctx = Context(img_size=size, num_classes=self.plan.config.num_classes)
+            ctx = Context(img_size=size, num_classes=self.config.num_classes)
             for setting in self.plan.settings:
                 for net in nets:
-                    yield self._row(net, ctx, setting, done)
+                    empty = self._empty(net, ctx, setting)
+                    held = None if self.plan.auto else done.get(empty.conditions)
+                    yield held or self._row(net, ctx, setting, empty)
                     self.console.advance(1.0)
 
-    def _row(self, net: Net, ctx: Context, setting: Setting, done: dict[tuple[Any, ...], DeviceRow]) -> DeviceRow:
-        empty = self._empty(net, ctx, setting)
-        if not self.plan.auto and empty.conditions in done:
-            return done[empty.conditions]
+    def _row(self, net: Net, ctx: Context, setting: Setting, empty: DeviceRow) -> DeviceRow:
         try:
             check_setting(setting)
         except InputError as error:  # not installed, or not for this device or dtype
             return replace(empty, reason=str(error))
         if self.plan.auto:
-            found = self.do(
-                jobs.fastest_batch, f"{net.name} batch", NetworkJob(network=net.spec(ctx), context=ctx, setting=setting)
-            )
+            job = NetworkJob(network=net.spec(ctx), context=ctx, setting=setting)
+            found = self.do(jobs.fastest_batch, f"{net.name} batch", job)
             if not found.ok:
                 return self._failed(empty, found)
             setting = replace(setting, batch=found.values["batch"])
@@ -106,49 +104,47 @@ class DeviceBenchmark:
         if not measured.ok:
             return self._failed(empty, measured)
         timed = Measurement.from_dict(measured.values).throughput
-        alone, passes = self._latency(net, ctx, setting, timed)
+        alone, passes = self._latency(net, timing, timed)
         timed = timed.with_latency(alone)
-        if self.plan.config.memory:
-            timed = replace(timed, peak_mem_bytes=self._peak_memory(net, ctx, setting))
-        more = self._counts(net, ctx)
-        if net.trained(ctx) and self.plan.config.accuracy_data is not None:
-            accuracy = self._accuracy(net, ctx, setting)
-            timed = replace(timed, done=accuracy.pop("done", timed.done))
-            more |= accuracy
+        if self.config.memory:
+            timed = replace(timed, peak_mem_bytes=self._peak_memory(net, timing))
+        more: dict[str, Any] = net.counts(ctx) or {}
+        if not more:
+            counted = self.do(jobs.count, f"{net.name} counts", CountJob(network=net.spec(ctx), context=ctx))
+            more = dict(counted.values) if counted.ok else {}
+        if net.trained(ctx) and self.config.accuracy_data is not None:
+            more |= self._accuracy(net, timing)
+            timed = replace(timed, done=more.pop("done", timed.done))
         return replace(empty, state=OK, throughput=timed, latency_passes=passes, **more)
 
     def _empty(self, net: Net, ctx: Context, setting: Setting) -> DeviceRow:
-        runtime = find_runtime(setting.runtime)
-        on = self.device(setting.device).under(setting, runtime.version(), ctx.img_size)
+        version = find_runtime(setting.runtime).version()
+        on = self.device(setting.device).under(setting, version, ctx.img_size)
         reference = self.plan.reference
-        beside = "" if reference is None else f"{reference.name}@{self._beside(setting).text}"
         return DeviceRow(
             **net.columns(ctx),
             setting=setting,
             threads=self.plan.threads,
             state=FAILED,
-            reference=beside,
+            reference="" if reference is None else f"{reference.name}@{self._beside(setting).text}",
             **fingerprint_columns(on),
         )
 
     def _beside(self, setting: Setting) -> Setting:
-        named = self.plan.config.reference_runtime
+        """Return the setting of the reference."""
+        named = self.config.reference_runtime
         return setting if named is None else replace(setting, runtime=named, dtype="float32")
 
     def _timing(self, net: Net, ctx: Context, setting: Setting) -> TimingJob:
-        plan = self.plan
+        config, reference = self.config, self.plan.reference
         return TimingJob(
             network=net.spec(ctx),
-            reference=None if plan.reference is None else plan.reference.spec(ctx),
+            reference=None if reference is None else reference.spec(ctx),
             context=ctx,
             setting=setting,
             reference_setting=self._beside(setting),
-            plan=TimingPlan(
-                blocks=plan.config.blocks,
-                max_blocks=plan.config.max_blocks,
-                bounds=Bounds(precision=plan.config.precision or None),
-            ),
-            random_seed=plan.config.random_seed,
+            plan=TimingPlan(config.blocks, config.max_blocks, bounds=Bounds(precision=config.precision or None)),
+            random_seed=config.random_seed,
         )
 
     def _failed(self, empty: DeviceRow, result: Result) -> DeviceRow:
@@ -156,84 +152,64 @@ class DeviceBenchmark:
             raise InputError(result.reason)
         return replace(empty, reason=result.reason or "failed")
 
-    def _counts(self, net: Net, ctx: Context) -> dict[str, Any]:
-        counts = net.counts(ctx)
-        if counts is not None:
-            return counts
-        asked = CountJob(network=net.spec(ctx), context=ctx)
-        found = self.do(jobs.count, f"{net.name} counts", asked)
-        return dict(found.values) if found.ok else {}
-
-    def _latency(
-        self, net: Net, ctx: Context, setting: Setting, throughput: Throughput
-    ) -> tuple[Throughput | None, int | None]:
+    def _latency(self, net: Net, timing: TimingJob, throughput: Throughput) -> tuple[Throughput | None, int | None]:
         """Measure the latencies at batch 1; also returns the passes, at least as many as asked."""
-        least, passes = self.plan.config.latency_passes, throughput.passes * throughput.blocks
+        least, passes = self.config.latency_passes, throughput.passes * throughput.blocks
         if least == 0:
             return None, None
-        if setting.batch == 1 and passes >= least:
+        if timing.setting.batch == 1 and passes >= least:
             return throughput, passes
-        timing = replace(
-            self._timing(net, ctx, replace(setting, batch=1)),
+        alone = replace(
+            timing,
+            setting=replace(timing.setting, batch=1),
             reference=None,
             reference_setting=None,
             plan=TimingPlan(blocks=LATENCY_BLOCKS, max_blocks=LATENCY_BLOCKS, min_passes=-(-least // LATENCY_BLOCKS)),
         )
-        found = self.do(jobs.measure, f"{net.name} latency", timing)
+        found = self.do(jobs.measure, f"{net.name} latency", alone)
         if not found.ok:
             return None, None
-        alone = Measurement.from_dict(found.values)
-        return alone, alone.blocks * alone.passes
+        measured = Measurement.from_dict(found.values)
+        return measured, measured.blocks * measured.passes
 
-    def _peak_memory(self, net: Net, ctx: Context, setting: Setting) -> int | None:
+    def _peak_memory(self, net: Net, timing: TimingJob) -> int | None:
         """Return the peak memory of a process that only loads and runs the net."""
-        network, seed = net.spec(ctx), self.plan.config.random_seed
+        names = ("network", "context", "setting", "random_seed")
+        same: dict[str, Any] = {name: getattr(timing, name) for name in names}
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            export = ExportJob(network=network, context=ctx, setting=setting, random_seed=seed, out=Path(folder))
-            staged = self.do(jobs.export_model, f"{net.name} stage", export)
-            if not staged.ok:
+            exported = self.do(jobs.export_model, f"{net.name} export", ExportJob(**same, out=Path(folder)))
+            if not exported.ok:
                 return None
-            weigh = MemoryJob(
-                network=network,
-                context=ctx,
-                setting=setting,
-                random_seed=seed,
-                folder=Path(folder),
-                file=staged.values["file"],
-            )
-            weighed = self.do(jobs.peak_memory, f"{net.name} memory", weigh, fresh=True)
+            job = MemoryJob(**same, folder=Path(folder), file=exported.values["file"])
+            weighed = self.do(jobs.peak_memory, f"{net.name} memory", job, fresh=True)
         return weighed.values["peak_mem_bytes"] if weighed.ok else None
 
-    def _accuracy(self, net: Net, ctx: Context, setting: Setting) -> dict[str, Any]:
+    def _accuracy(self, net: Net, timing: TimingJob) -> dict[str, Any]:
         from nas.data import DataSpec
         from nas.data.prepare import prepared
 
-        if ctx.img_size not in self._datasets:
-            spec = DataSpec(str(self.plan.config.accuracy_data), img_size=ctx.img_size)
-            data = prepared(spec, default_cache(), self.console)
-            if len(data.classes) != ctx.num_classes:
-                raise refuse(
-                    "--accuracy-data",
-                    f"{data.name} with {len(data.classes)} classes",
-                    f"--num-classes {ctx.num_classes}",
-                    "name the data that they were trained on",
-                )
-            self._datasets[ctx.img_size] = data.folder
-        asked = AccuracyJob(network=net.spec(ctx), context=ctx, setting=setting, dataset=self._datasets[ctx.img_size])
-        found = self.do(jobs.accuracy, f"{net.name} accuracy", asked)
+        size, classes = timing.context.img_size, timing.context.num_classes
+        if size not in self._datasets:
+            data = prepared(DataSpec(str(self.config.accuracy_data), img_size=size), default_cache(), self.console)
+            if len(data.classes) != classes:
+                got = f"{data.name} with {len(data.classes)} classes"
+                remedy = "name the data that they were trained on"
+                raise refuse("--accuracy-data", got, f"--num-classes {classes}", remedy)
+            self._datasets[size] = data.folder
+        job = AccuracyJob(
+            network=timing.network, context=timing.context, setting=timing.setting, dataset=self._datasets[size]
+        )
+        found = self.do(jobs.accuracy, f"{net.name} accuracy", job)
         if not found.ok:
             return {"reason": f"no accuracy: {found.reason}"}
-        kept = ("top1", "top1_se", "eager_top1", "agreement", "test_n")
-        return {**{name: found.values[name] for name in kept}, "done": found.values["done"]}
+        return {name: found.values[name] for name in ("top1", "top1_se", "eager_top1", "agreement", "test_n", "done")}
 
 
-def throughput(nets: Sequence[Net], plan: ThroughputPlan, console: Console | None = None) -> list[DeviceRow]:
+def throughput(nets: Sequence[Net], plan: ThroughputPlan, console: Console) -> list[DeviceRow]:
     """Measure networks and return a row each; a table at `--out` is there after every row.
 
-    With `--resume`, rows that it holds already are taken over; without, an existing one is refused.
-    Raises `InputError`.
+    With `--resume`, rows that it holds already are taken over; without, an existing one is refused. Raises InputError.
     """
-    console = Console(quiet=True) if console is None else console
     known: list[DeviceRow] = []
     out = None if plan.config.out is None else Path(plan.config.out)
     if out is not None:
@@ -289,45 +265,35 @@ def row_line(row: DeviceRow) -> str:
     return "  ".join(parts)
 
 
-HEADING = (
-    f"{'arch':<30} {'runtime':<16} {'dtype':<8} {'batch':>4} {'px':>4}  "
-    "images/s [interval]  x reference [interval]  latency p50/p90/p99 at batch 1  peak memory  "
-    "parameters  MACs"
-)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, report."""
+    """Parse, measure, report; the last line is JSON."""
     given = parse_flags(argv, __doc__)
-    return guarded(lambda: _main(given))
 
+    def work() -> int:
+        nets, plan = plan_of(given)
+        config, console = plan.config, Console(quiet=plan.config.quiet)
+        if config.bundle is not None:
+            from benchmarks.throughput.bundle import write_bundle
 
-def _main(given: argparse.Namespace) -> int:
-    nets, plan = plan_of(given)
-    config, console = plan.config, Console(quiet=plan.config.quiet)
-    if config.bundle is not None:
-        from benchmarks.throughput.bundle import write_bundle
+            print(json.dumps(write_bundle(Path(config.bundle), nets, plan, console)))
+            return 0
+        rows = throughput(nets, plan, console)
+        figure = config.figure or (config.out and str(Path(config.out).with_suffix(".png")))
+        if figure and any(row.state == OK for row in rows):
+            from benchmarks.throughput.figure import draw_rows
 
-        print(json.dumps(write_bundle(Path(config.bundle), nets, plan, console)))
+            draw_rows(rows, Path(figure), found={net.name for net in nets if net.found})
+        summary = {
+            "rows": len(rows),
+            "failed": sum(row.state == FAILED for row in rows),
+            "fingerprints": sorted({row.fingerprint for row in rows}),
+            "out": config.out,
+            "figure": figure,
+        }
+        print(json.dumps(summary))
         return 0
-    rows = throughput(nets, plan, console)
-    figure = None if config.figure is None else Path(config.figure)
-    if figure is None and config.out is not None:
-        figure = Path(config.out).with_suffix(".png")
-    if figure is not None and any(row.state == OK for row in rows):
-        from benchmarks.throughput.figure import draw_rows
 
-        draw_rows(rows, figure, found=[net.name for net in nets if net.found])
-    failed = [row for row in rows if row.state == FAILED]
-    summary = {
-        "rows": len(rows),
-        "failed": len(failed),
-        "fingerprints": sorted({r.fingerprint for r in rows}),
-        "out": config.out,
-        "figure": None if figure is None else str(figure),
-    }
-    print(json.dumps(summary))
-    return 0
+    return guarded(work)
 
 
 if __name__ == "__main__":

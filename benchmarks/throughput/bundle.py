@@ -38,19 +38,18 @@ def write_bundle(folder: Path, nets: Sequence[Net], plan: ThroughputPlan, consol
 
     A bundle that was interrupted goes on with the files that are missing. Raises `InputError`.
     """
-    settings = {(s.batch, s.runtime, s.dtype) for s in plan.settings}
     for setting in plan.settings:
         if plan.auto or setting.runtime != "onnxruntime" or setting.dtype != "float32":
             batch = "auto" if plan.auto else setting.batch
             got = f"--runtime {setting.runtime} --dtype {setting.dtype} --batch {batch}"
-            want = "--runtime onnxruntime in float32 and batches by number, which is what a board "
-            raise refuse("--bundle", got, f"{want}without torch runs", "name them")
+            want = "--runtime onnxruntime in float32 and batches by number, which is what a board without torch runs"
+            raise refuse("--bundle", got, want, "name them")
         check_setting(setting)
     if plan.reference is None:
         raise refuse("--reference", "none", "a network that every other is timed beside")
     if folder.exists() and not folder.is_dir():
         raise refuse("--bundle", folder, "a folder")
-    batches = sorted({batch for batch, _, _ in settings})
+    batches = sorted({setting.batch for setting in plan.settings})
     wanted = [*nets, *([] if plan.reference in nets else [plan.reference])]
     sizes = [Context(img_size=s, num_classes=plan.config.num_classes) for s in plan.sizes]
     _check_space(folder, wanted, sizes, len(batches))

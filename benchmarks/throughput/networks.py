@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ SLICES = 16
 class Net:
     """A network to measure: the user's name for it, and what a worker builds it from.
 
-    `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`, which
-    fits the context that it was trained in (`trained_in`); `found`: by a search.
+    `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`, which fits the context
+    that it was trained in (`trained_in`); `found`: by a search.
     """
 
     name: str
@@ -80,15 +81,12 @@ def find_nets(names: Sequence[str], family: Family) -> list[Net]:
 
     Raises InputError.
     """
-    found: list[Net] = []
-    for name in names:
-        found.extend(_find(name, family))
-    seen = set()
-    for net in found:
-        if net.name in seen:
+    found = {}
+    for net in (net for name in names for net in _find(name, family)):
+        if net.name in found:
             raise refuse("--arch", net.name, "each network once")
-        seen.add(net.name)
-    return found
+        found[net.name] = net
+    return list(found.values())
 
 
 def _find(name: str, family: Family) -> list[Net]:
@@ -119,34 +117,22 @@ def _pareto_set(folder: Path, family: Family) -> list[Net]:
         raise refuse("--arch", folder, "a run's folder (with a run.json)")
     from nas.search.study import read_study
 
-    ledger = read_study(folder, read_run(folder).run)  # refuses a damaged one in its own words
-    rows = [r for r in ledger.rows if r.soft_loss is not None and r.images_per_s is not None]
-    if not rows:
-        raise refuse("--arch", folder, "a run with a scored candidate", "let it go on first")
-
-    def costs(row: Any) -> tuple[float, float, float]:
-        return row.params, -(row.ratio or 1.0), row.soft_loss
-
-    def beaten(row: Any) -> bool:
-        own = costs(row)
-        return any(
-            all(a <= b for a, b in zip(costs(other), own, strict=True)) and costs(other) != own for other in rows
-        )
-
-    best = {r.key: r for r in rows if not beaten(r)}
-    try:
-        return [Net(r.label, family, family.arch(ledger.arch(r.step, r.key)), found=r.step > 0) for r in best.values()]
-    finally:
-        ledger.close()
+    study = read_study(folder, read_run(folder).run)  # refuses a damaged one in its own words
+    with closing(study):
+        rows = [r for r in study.rows if r.soft_loss is not None and r.images_per_s is not None]
+        if not rows:
+            raise refuse("--arch", folder, "a run with a scored candidate", "let it go on first")
+        costs = np.array([(r.params, -(r.ratio or 1.0), r.soft_loss) for r in rows])
+        beaten = [bool(((costs <= own).all(axis=1) & (costs < own).any(axis=1)).any()) for own in costs]
+        best = {r.key: r for r, lost in zip(rows, beaten, strict=True) if not lost}
+        return [Net(r.label, family, family.arch(study.arch(r.step, r.key)), found=r.step > 0) for r in best.values()]
 
 
 def sample(family: Family, seed: Arch, ctx: Context, count: int, *, band: int | None, random_seed: int) -> list[Net]:
-    """Draw contractions of a seed all over its space: `count` of them, the seed among them.
+    """Draw contractions of a seed all over its space: `count` of them, the published archs of its range first.
 
-    The published archs of its range come first.
-    Sizes are spread evenly in log parameters from the seed to its floor; within each slice every
-    net is equally likely. With `band`, a third of all lie within 10 % of that many parameters. The
-    same random seed draws the same archs. Raises InputError where there are fewer.
+    Sizes are spread evenly in log parameters from the seed to its floor; within each slice every net is equally likely.
+    With `band`, a third of all lie within 10 % of that many parameters. Raises InputError where there are fewer.
     """
     most = family.count_params(seed, ctx)
     least = family.count_params(family.floor(seed, ctx), ctx)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nas.core.io import read_json
-from nas.core.table import unguard
 from nas.search.study import StepRow, Trial, read_study
 from space.errors import refuse
 
@@ -103,24 +100,6 @@ def number(values: Mapping[str, Any], name: str) -> float | None:
     value = values.get(name)
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return value if plain else None
-
-
-def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read a CSV file: its columns and its rows as text. Refuses what is not one."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text), strict=True)
-        columns = list(reader.fieldnames or [])
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise refuse(f"{path} line {reader.line_num}", "another number of cells", str(len(columns)))
-            rows.append({name: unguard(cell) for name, cell in row.items()})
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise refuse(str(path), error, "a readable CSV file") from None
-    if not columns:
-        raise refuse(str(path), "an empty file", "a CSV file with a header")
-    return columns, rows
 
 
 def _study(folder: Path, run: Mapping[str, Any], *, ended: bool) -> tuple[list[Trial], list[StepRow]]:

@@ -128,7 +128,7 @@ def write(path: Path, row: FaultRow) -> None:
     """Put a fault's row into the table; those of other faults stay as they are."""
     import pandas as pd
 
-    rows = pd.read_csv(path).to_dict("records") if path.exists() else []
+    rows: list[Any] = pd.read_csv(path).to_dict("records") if path.exists() else []
     held = {each["fault"]: each for each in [*rows, vars(row)]}
     write_table(path, [held[name] for name in FAULTS if name in held])
 

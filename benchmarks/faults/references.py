@@ -167,7 +167,7 @@ def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
             os.kill(pid, number)
 
 
-def read_rows(path: Path, without: Sequence[str]) -> list[dict[str, str]]:
+def read_rows(path: Path, without: Sequence[str]) -> list[dict[Any, Any]]:
     """Read a CSV file as text, without some of its columns."""
     import pandas as pd
 

@@ -61,8 +61,9 @@ def label_stores(cache: Path, dataset: Dataset, epochs: int = 2) -> dict[str, La
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(3 * dataset.img_size**2, dataset.num_classes, generator=generator) * 0.05
     normalized: dict[str, Any] = {"mean": dataset.mean, "std": dataset.std}
+    zeros: dict[str, Any] = dict.fromkeys(("epochs", "holdout_top1", "holdout_top1_se", "holdout_images"), 0)
     info = TeacherInfo(
-        **dict.fromkeys(("epochs", "holdout_top1", "holdout_top1_se", "holdout_images"), 0),
+        **zeros,
         **normalized,
         **{f"student_{name}": value for name, value in normalized.items()},
         folder="",

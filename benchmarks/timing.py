@@ -219,10 +219,10 @@ def live(sides: Sequence[Any], bound: float, trials: int, given: argparse.Namesp
     from nas.measure.throughput import measure_prepared
 
     found = []
-    lengths = {name: getattr(given, name) for name in ("blocks", "max_blocks", "min_block_s")}
+    plan = TimingPlan(given.blocks, given.max_blocks, given.min_block_s, bounds=Bounds(ratio=bound))
     for _ in range(trials):
         started = time.perf_counter()
-        measured = measure_prepared(*sides, plan)
+        measured = measure_prepared(sides[0], sides[1], plan)
         assert measured.ratio_lo is not None
         assert measured.ratio_hi is not None
         verdict = "pass" if measured.ratio_lo >= bound else "fail" if measured.ratio_hi < bound else "undecided"

@@ -37,7 +37,7 @@ def peak_memory_bytes(build: Callable[[], nn.Module], *, ctx: Context, setting: 
         torch.cuda.synchronize(setting.device)
         torch.cuda.reset_peak_memory_stats(setting.device)
         base, free = torch.cuda.memory_allocated(setting.device), torch.cuda.mem_get_info(setting.device)[0]
-    before = _status("VmRSS") or _highest_resident_bytes()
+    before = _status("VmRSS") or highest_resident_bytes()
     model = None if staged is not None else build().eval().requires_grad_(False)
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         threads = torch.get_num_threads()
@@ -50,13 +50,14 @@ def peak_memory_bytes(build: Callable[[], nn.Module], *, ctx: Context, setting: 
         Path("/proc/self/clear_refs").write_text("5")
     ready.timer(5)
     if not cuda:
-        return max(0, _highest_resident_bytes() - before)
+        return max(0, highest_resident_bytes() - before)
     torch.cuda.synchronize(setting.device)
     by_torch = torch.cuda.max_memory_allocated(setting.device) - base
     return int(max(by_torch, free - torch.cuda.mem_get_info(setting.device)[0]))
 
 
-def _highest_resident_bytes() -> int:
+def highest_resident_bytes() -> int:
+    """Return the most resident memory that this process has had."""
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

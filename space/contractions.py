@@ -1,8 +1,8 @@
 """Contractions of an arch inside a parameter band: counted exactly, shortlisted by rule.
 
-The product of what each factor may become is walked in blocks on open grids: each factor keeps an
-axis of its own, so a family's formula does most of its work on small arrays. Tens of millions of
-archs take well under a second, and no more than a block is ever in memory.
+The product of what each factor may become is walked in blocks on open grids: each factor keeps an axis of its own, so a
+family's formula does most of its work on small arrays. Tens of millions of archs take well under a second, and no more
+than a block is ever in memory.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class Axis:
     def within(self, radius: int) -> Axis:
         """Keep the values within `radius` steps."""
         near = self.steps <= radius
-        values, steps, place = self.values[near], self.steps[near], self.place[near]
-        return replace(self, values=values, steps=steps, place=place)
+        return replace(self, values=self.values[near], steps=self.steps[near], place=self.place[near])
 
 
 def axes_of(family: Family, arch: Arch, ctx: Context) -> list[Axis]:
@@ -135,8 +134,7 @@ def checked(axes: Sequence[Axis]) -> Sequence[Axis]:
     """Refuse a product that is too large to walk."""
     number = math.prod(len(a.values) for a in axes)
     if number > MAX_GRID:
-        want = f"at most {MAX_GRID:,} contractions"
-        raise refuse("arch", f"{number:,}", want, "start from a smaller arch")
+        raise refuse("arch", f"{number:,}", f"at most {MAX_GRID:,} contractions", "start from a smaller arch")
     return axes
 
 
@@ -144,10 +142,9 @@ def checked(axes: Sequence[Axis]) -> Sequence[Axis]:
 class Candidate:
     """An arch under test: what it costs, how far it is from its nearest parent, what is measured.
 
-    `moved`: fields that differ as built. `baseline`: "uniform", "published:NAME" or None (the
-    rule).
-    Throughput is images/s and relative to the seed, with intervals; `requirements` are those timed
-    so far, with their verdicts, `basis` is where the throughput is from, `seconds` were spent.
+    `moved`: fields that differ as built. `baseline`: "uniform", "published:NAME" or None (the rule). Throughput is
+    images/s and relative to the seed, with intervals; `requirements` are those timed so far, with their verdicts,
+    `basis` is where the throughput is from, `seconds` were spent.
     """
 
     arch: Arch
@@ -169,46 +166,29 @@ class Candidate:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Entries:
-    """Archs of a grid in no particular order, as columns."""
+_ENTRY = np.dtype([("place", np.int64), ("steps", np.int64), ("moved", np.int64), ("priority", np.uint64)])
+"""An arch of a grid: its mixed-radix index in the whole product, its steps, one bit a factor, and its seeded order."""
 
-    place: Ints  # mixed-radix index in the whole product
-    steps: Ints
-    moved: Ints  # one bit per factor
-    priority: npt.NDArray[np.uint64]  # the seeded order
 
-    def take(self, index: Array) -> _Entries:
-        """Keep the entries at `index`, in its order."""
-        return _Entries(self.place[index], self.steps[index], self.moved[index], self.priority[index])
-
-    @staticmethod
-    def join(parts: Sequence[_Entries]) -> _Entries:
-        """Put several together."""
-        columns = ((p.place, p.steps, p.moved, p.priority) for p in parts)
-        return _Entries(*(np.concatenate(column) for column in zip(*columns, strict=True)))
-
-    def best(self, number: int) -> _Entries:
-        """Sort by steps, factors moved and priority; keep `number` of each stratum."""
-        ordered = self.take(np.lexsort((self.priority, self.moved, self.steps)))
-        stratum = (ordered.steps << 32) | ordered.moved
-        starts = np.flatnonzero(np.diff(stratum, prepend=-1))
-        rank = np.arange(len(stratum)) - np.repeat(starts, np.diff([*starts, len(stratum)]))
-        return ordered.take(rank < number)
+def _best(entries: Array, number: int) -> Array:
+    """Sort by steps, factors moved and priority; keep `number` of each stratum."""
+    ordered = entries[np.lexsort((entries["priority"], entries["moved"], entries["steps"]))]
+    stratum = (ordered["steps"] << 32) | ordered["moved"]
+    starts = np.flatnonzero(np.diff(stratum, prepend=-1))
+    rank = np.arange(len(stratum)) - np.repeat(starts, np.diff([*starts, len(stratum)]))
+    return np.asarray(ordered[rank < number])
 
 
 def smaller_than(family: Family, arch: Arch, ctx: Context, band: Band) -> Band:
     """Cut the band to what is strictly smaller than `arch`."""
-    smaller = min(band.hi, family.count_params(arch, ctx) - 1)
-    return replace(band, hi=smaller)
+    return replace(band, hi=min(band.hi, family.count_params(arch, ctx) - 1))
 
 
 def count_contractions(family: Family, arch: Arch, ctx: Context, band: Band) -> int:
     """Count the contractions of `arch` whose parameters lie in `band`, exactly.
 
-    Contractions: archs that can be built from `family.moves`, with strictly fewer parameters than
-    `arch`; those that are the same net as built in `ctx` count once. Raises `InputError` when the
-    product is too large to walk.
+    Contractions: archs that can be built from `family.moves`, with strictly fewer parameters than `arch`; those that
+    are the same net as built in `ctx` count once. Raises `InputError` when the product is too large to walk.
     """
     axes = checked(axes_of(family, arch, ctx))
     return _count(family, axes, ctx, smaller_than(family, arch, ctx, band))
@@ -235,34 +215,32 @@ def seeded(x: Array, random_seed: int) -> npt.NDArray[np.uint64]:
 
 def _gather(
     family: Family, axes: Sequence[Axis], ctx: Context, band: Band, radius: int, number: int, random_seed: int
-) -> tuple[int, _Entries]:
+) -> tuple[int, Array]:
     """Collect what lies within `radius` steps: (how many, the first `number` per stratum)."""
     near = checked([a.within(radius) for a in axes])
     strides = [math.prod(a.length for a in axes[k + 1 :]) for k in range(len(axes))]
-    empty = np.zeros(0, dtype=np.int64)
-    kept = [_Entries(empty, empty, empty, empty.astype(np.uint64))]
-    total = 0
+    kept, total = [np.zeros(0, _ENTRY)], 0
     for rows, steps in walk_near(family, near, ctx, band, radius):
         total += len(steps)
-        place, moved = np.zeros_like(rows[0]), np.zeros_like(rows[0])
+        found = np.zeros(len(steps), _ENTRY)
         for a, i, stride in zip(near, rows, strides, strict=True):
-            place += a.place[i] * stride
-            moved += (a.steps[i] > 0) * a.bit
-        priority = seeded(place, random_seed)
-        kept.append(_Entries(place, steps, moved, priority))
-        if sum(len(e.place) for e in kept) > KEPT:
-            kept = [_Entries.join(kept).best(number)]
-    return total, _Entries.join(kept).best(number)
+            found["place"] += a.place[i] * stride
+            found["moved"] += (a.steps[i] > 0) * a.bit
+        found["steps"], found["priority"] = steps, seeded(found["place"], random_seed)
+        kept.append(found)
+        if sum(map(len, kept)) > KEPT:
+            kept = [_best(np.concatenate(kept), number)]
+    return total, _best(np.concatenate(kept), number)
 
 
-def _draw(entries: _Entries, number: int, random_seed: int) -> list[int]:
+def _draw(entries: Array, number: int, random_seed: int) -> list[int]:
     """Draw by rule: nearest ring first; inside it, whichever factors moved least often so far."""
     drawn: list[int] = []
     times: dict[int, int] = {}
-    for ring in np.unique(entries.steps).tolist():
-        members = np.flatnonzero(entries.steps == ring)
+    for ring in np.unique(entries["steps"]).tolist():
+        members = np.flatnonzero(entries["steps"] == ring)
         queues: dict[int, list[int]] = {}
-        for i, moved in zip(members.tolist(), entries.moved[members].tolist(), strict=True):
+        for i, moved in zip(members.tolist(), entries["moved"][members].tolist(), strict=True):
             queues.setdefault(moved, []).append(i)
         strata = np.array(list(queues), dtype=np.int64)
         ties = dict(zip(strata.tolist(), seeded(strata, random_seed).tolist(), strict=True))
@@ -296,7 +274,7 @@ def _by_rule(family: Family, arch: Arch, ctx: Context, band: Band, number: int, 
     shape = [a.length for a in axes]
     archs = []
     for i in _draw(entries, number, random_seed):
-        rows = np.unravel_index(int(entries.place[i]), shape)
+        rows = np.unravel_index(int(entries["place"][i]), shape)
         values = {a.field: a.values[r].tolist() for a, r in zip(axes, rows, strict=True)}
         archs.append(family.arch(values))
     return archs
@@ -350,11 +328,10 @@ def propose(
 ) -> list[Candidate]:
     """Draw at most `size` candidates inside `band`: the baselines, then by rule.
 
-    The rule: fewest grid steps first, the radius widened until the list is full; among equally near
-    ones, those factors take turns that moved least often so far; then a seeded order. Several
-    parents take turns. All candidates are different nets as built in `ctx` and smaller than their
-    parent. `exclude`: keys already tried; drawing again without what came before continues the
-    same sequence.
+    The rule: fewest grid steps first, the radius widened until the list is full; among equally near ones, those factors
+    take turns that moved least often so far; then a seeded order. Several parents take turns. All candidates are
+    different nets as built in `ctx` and smaller than their parent. `exclude`: keys already tried; drawing again without
+    what came before continues the same sequence.
     """
     assert parents, "nothing to contract"
     drawn: dict[str, tuple[str | None, Arch]] = {}

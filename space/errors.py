@@ -13,8 +13,8 @@ import numpy as np
 class InputError(ValueError):
     """Bad input from outside: one line with name, got, want and remedy.
 
-    Entry points print the line and end with exit status 2; library code only raises it.
-    Anything else that is raised is a defect of the toolkit and keeps its traceback.
+    Entry points print the line and end with exit status 2; library code only raises it. Anything else that is raised is
+    a defect of the toolkit and keeps its traceback.
     """
 
 
@@ -37,8 +37,7 @@ _KEY = re.compile(r"[?&]([\w.%+-]+)=(?!\.\.\.)")
 def without_passwords(text: str) -> str:
     """Return a text with the passwords of its addresses taken out: `postgresql://me:x@host/db`.
 
-    A password may hold blanks, so everything up to the last @ goes, and a password in a query up
-    to the next &.
+    A password may hold blanks, so everything up to the last @ goes, and a password in a query up to the next &.
     """
     text = _USER.sub(r"\1@", text)
     for match in reversed(list(_KEY.finditer(text))):

@@ -53,8 +53,8 @@ REFERENCE_CONTEXT = Context(img_size=224, num_classes=1000)
 class Choices:
     """The values that contraction may propose for one slot of a factor: its grid.
 
-    `values` ascending, or every multiple of `step` from `step` on. `up`: how many grid values above
-    the present one are proposed (None: all). Staying is always allowed, on the grid or off it.
+    `values` ascending, or every multiple of `step` from `step` on. `up`: how many grid values above the present one are
+    proposed (None: all). Staying is always allowed, on the grid or off it.
     """
 
     values: tuple[float, ...] = ()
@@ -125,9 +125,9 @@ class Published:
 class Slice:
     """Where one tensor of a child comes from: the key `source` in the parent's state_dict.
 
-    `index`: one int64 array per dimension of the child's tensor: the parent's position to copy
-    from, -1 to keep the child's own. `blends`: by dimension, float64 [child, parent]: its values as
-    weighted sums of the parent's in place of its index, which then names the nearest position.
+    `index`: one int64 array per dimension of the child's tensor: the parent's position to copy from, -1 to keep the
+    child's own. `blends`: by dimension, float64 [child, parent]: its values as weighted sums of the parent's in place
+    of its index, which then names the nearest position.
     """
 
     source: str
@@ -139,8 +139,7 @@ class Slice:
 class Member:
     """One dimension of a tensor that belongs to a group of units (channels, heads).
 
-    `key`: in the state_dict; `unit`: int64 [size of dimension `dim`], the unit that each position
-    belongs to, -1: none.
+    `key`: in the state_dict; `unit`: int64 [size of dimension `dim`], the unit of each position, -1: none.
     """
 
     key: str
@@ -154,9 +153,6 @@ class Family(ABC):
     name: ClassVar[str]
     factors: ClassVar[tuple[Factor, ...]]
     published: ClassVar[tuple[Published, ...]]
-    input_kind: ClassVar[str] = "image"
-    output_kind: ClassVar[str] = "logits"
-    training_kind: ClassVar[str] = "per-candidate"
     resizes: ClassVar[tuple[str, ...]] = ("own",)  # names that `resized` takes
 
     @abstractmethod
@@ -182,8 +178,8 @@ class Family(ABC):
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
         """Return what a forward pass is made of, by name: work that takes time in proportion.
 
-        A device's time is close to a sum of these with weights of its own, none negative. A family
-        may split them by stage and kind of layer. Shapes as `count_params_many`.
+        A device's time is close to a sum of these with weights of its own, none negative. A family may split them by
+        stage and kind of layer. Shapes as `count_params_many`.
         """
         macs, params = self.count_macs_many(table, ctx), self.count_params_many(table, ctx)
         return {"once": np.ones_like(macs), "macs": macs, "params": params}
@@ -199,8 +195,7 @@ class Family(ABC):
     def check(self, arch: Arch, ctx: Context) -> None:
         """Refuse an arch that cannot be built in `ctx`, with the reason. Raises `InputError`."""
         if not self.fits(arch, ctx):
-            want = f"an image size that {self.label(arch)} can be built for"
-            raise refuse("--img-size", ctx.img_size, want)
+            raise refuse("--img-size", ctx.img_size, f"an image size that {self.label(arch)} can be built for")
 
     @abstractmethod
     def scaled(self, arch: Arch, factor: float) -> Arch:
@@ -215,10 +210,9 @@ class Family(ABC):
         """Return (name, kwargs), plain JSON, with which `timm.create_model` rebuilds the net."""
 
     def build(self, arch: Arch, ctx: Context, **options: Any) -> torch.nn.Module:
-        """Build the net as timm does, freshly initialised from torch's global generator.
+        """Build the net as timm does, on the default device, freshly initialised from torch's global generator.
 
-        On the default device. `options` go to timm over the call's own, such as `drop_path_rate`.
-        Raises `InputError` where `ctx` does not fit.
+        `options` go to timm over the call's own, such as `drop_path_rate`. Raises `InputError` where `ctx` is unfit.
         """
         import timm
         import torch
@@ -240,16 +234,16 @@ class Family(ABC):
     ) -> dict[str, Slice]:
         """Map the child's state_dict onto the parent's: pure indices, no weights, no torch.
 
-        Keys without any source are left out. `order`: the parent's units (see `groups`) and blocks
-        (see `blocks`) by group, most wanted first; without it, the first units and the blocks that
-        the family prefers. What is kept stays in the parent's order.
+        Keys without any source are left out. `order`: the parent's units (see `groups`) and blocks (see `blocks`) by
+        group, most wanted first; without it, the first units and the blocks that the family prefers. What is kept stays
+        in the parent's order.
         """
 
     def resized(self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str) -> dict[str, Slice]:
         """Map the state_dict of an arch onto that of the same arch in another context.
 
-        `how`: one of `resizes`, how tables of positions change their size ("own": as in `slicing`);
-        a family with other ways extends this. Another name: `InputError`.
+        `how`: one of `resizes`, how tables of positions change their size ("own": as in `slicing`); a family with other
+        ways extends this. Another name: `InputError`.
         """
         if how not in self.resizes:
             raise refuse("--resize", how, f"one of {', '.join(self.resizes)}")
@@ -309,6 +303,11 @@ class Family(ABC):
             table[f.field] = column.reshape((len(archs),) if f.scalar else (-1, f.slots))
         return table
 
+    def nearest_published(self, arch: Arch, ctx: Context, among: Sequence[Published] | None = None) -> Published:
+        """Return the published arch of the nearest size."""
+        size = math.log(self.count_params(arch, ctx))
+        return min(among or self.published, key=lambda p: abs(math.log(self.count_params(p.arch, ctx)) - size))
+
     def row(self, table: Table, i: int) -> Arch:
         """Read arch `i` back from a table."""
         return self.arch({f.field: table[f.field][i].tolist() for f in self.factors})
@@ -320,8 +319,8 @@ class Family(ABC):
     def moves(self, arch: Arch) -> dict[str, Array]:
         """Give, per factor, the joint values contraction may propose, the present one included.
 
-        [v, slots] (scalar fields: [v]) in ascending order. Raises `InputError` when a factor has
-        more than `MAX_VALUES` of them.
+        [v, slots] (scalar fields: [v]) in ascending order. Raises `InputError` when a factor has more than `MAX_VALUES`
+        of them.
         """
         moves = {}
         for f, present in zip(self.factors, self.table([arch]).values(), strict=True):
@@ -329,8 +328,9 @@ class Family(ABC):
             options = [c.options(v) for c, v in zip(f.choices, now.tolist(), strict=True)]
             number = math.prod(len(o) for o in options)
             if number > MAX_VALUES:
-                want = f"at most {MAX_VALUES:,} combinations"
-                raise refuse(f.field, f"{number:,}", want, "start from a smaller arch")
+                raise refuse(
+                    f.field, f"{number:,}", f"at most {MAX_VALUES:,} combinations", "start from a smaller arch"
+                )
             grid = np.meshgrid(*(np.array(o, dtype=now.dtype) for o in options), indexing="ij")
             values = np.stack(grid, axis=-1).reshape(number, f.slots)
             keep = self.coherent(f.field, values) | (values == now).all(axis=1)
@@ -361,8 +361,7 @@ class Family(ABC):
         path = Path(name)
         if path.suffix.lower() == ".json" or path.is_file():
             return self._read(path)
-        names = ", ".join(p.name for p in self.published)
-        raise refuse("--seed", name, f"one of {names} or a JSON file")
+        raise refuse("--seed", name, f"one of {', '.join(p.name for p in self.published)} or a JSON file")
 
     def _read(self, path: Path) -> Arch:
         """Read an arch from a JSON file."""
@@ -376,8 +375,7 @@ class Family(ABC):
             raise refuse("--seed", path, f"{want}: an object, not a {type(data).__name__}")
         if "arch" in data:
             if data.get("family", self.name) != self.name:
-                got = f"{path} of family {data['family']}"
-                raise refuse("--seed", got, f"an arch of family {self.name}")
+                raise refuse("--seed", f"{path} of family {data['family']}", f"an arch of family {self.name}")
             data = data["arch"]
         if not isinstance(data, dict):
             raise refuse("--seed", path, f"{want}: `arch` holds no object")
@@ -428,16 +426,15 @@ def family_names() -> tuple[str, ...]:
 def get_family(name: str) -> Family:
     """Return the family called `name` (any case); an unknown one is refused.
 
-    Ours are one file each in `space/`, found by its `FAMILY`. Others register an object of type
-    `Family` as an entry point in the group `vision_contraction.families`; ours come first.
+    Ours are one file each in `space/`, found by its `FAMILY`. Others register an object of type `Family` as an entry
+    point in the group `vision_contraction.families`; ours come first.
     """
     own, others = _own_families(), _other_families()
-    wanted = name.lower() if isinstance(name, str) else None  # of a file that names its family
+    wanted = str(name).lower()  # a user's file may hold anything here
     if wanted in own:
         return own[wanted]
     if wanted not in others:
-        got = name if isinstance(name, str) else repr(name)
-        raise refuse("--family", got, f"one of {', '.join(family_names())}")
+        raise refuse("--family", name, f"one of {', '.join(family_names())}")
     family = others[wanted].load()
     if not isinstance(family, Family):
         raise refuse("--family", others[wanted].value, "an entry point of type space.family.Family")

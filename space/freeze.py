@@ -21,35 +21,26 @@ Frozen = Mapping[str, tuple[int, ...]]
 def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
     """Make a family like `family` in which the named factors keep the values of `seed`.
 
-    `names`: a field ("window_sizes"), one of its slots ("embed_dims[2]"), or one of the family's
-    `parts()`. Archs, keys, counts and
-    builds stay the family's own; only what may be proposed changes: `moves`, `floor`, `scaled` and
+    `names`: a field ("window_sizes"), one of its slots ("embed_dims[2]"), or one of the family's `parts()`. Archs,
+    keys, counts and builds stay the family's own; only what may be proposed changes: `moves`, `floor`, `scaled` and
     `published`. Raises `InputError` for unknown names, and when nothing would be left to contract.
     """
     frozen = _slots_of(family, names)
     if not frozen:
         return family
     kind = type(family)
-    factors = tuple(
-        replace(
-            f,
-            choices=tuple(
-                Choices() if i in frozen.get(f.field, ()) else choices for i, choices in enumerate(f.choices)
-            ),
-        )
-        for f in family.factors
-    )
+    factors = []
+    for f in family.factors:
+        fixed = frozen.get(f.field, ())
+        factors.append(replace(f, choices=tuple(Choices() if i in fixed else c for i, c in enumerate(f.choices))))
 
     def moves(self: Family, arch: Arch) -> dict[str, Array]:
-        """Return the joint values per factor that contraction may propose (see `Family.moves`)."""
         return _holding(kind.moves(self, arch), arch, frozen)
 
     def floor(self: Family, arch: Arch, ctx: Context) -> Arch:
-        """Return the arch of fewest parameters that contraction of `arch` can reach."""
         return _smallest(self, arch, ctx)
 
     def scaled(self: Family, arch: Arch, factor: float) -> Arch:
-        """Scale the widths that are free; see `Family.scaled`."""
         return _restored(self, arch, family.scaled(arch, factor), frozen)
 
     # Everything else is the family's own, which goes by its own factors and releases.
@@ -60,7 +51,7 @@ def freeze(family: Family, seed: Arch, names: Sequence[str]) -> Family:
         if not name.startswith("_") and name not in changed and callable(getattr(family, name))
     }
     published = tuple(p for p in family.published if _agree(p.arch, seed, frozen))
-    values = {"factors": factors, "published": published, "__module__": __name__}
+    values = {"factors": tuple(factors), "published": published, "__module__": __name__}
     made = type(f"Frozen{kind.__name__}", (kind,), {**same, **changed, **values})
     result = cast(Family, object.__new__(made))
     vars(result).update(vars(family))
@@ -114,8 +105,8 @@ def _holding(moves: Mapping[str, Array], arch: Arch, frozen: Frozen) -> dict[str
 def _smallest(family: Family, arch: Arch, ctx: Context) -> Arch:
     """Find the contraction of fewest parameters, `arch` itself when there is none.
 
-    Grids go down to their end in one move, so nothing smaller is reached by repetition. A product
-    too large to walk is descended instead, one factor at a time.
+    Grids go down to their end in one move, so nothing smaller is reached by repetition. A product too large to walk is
+    descended instead, one factor at a time.
     """
     axes = axes_of(family, arch, ctx)
     if math.prod(a.length for a in axes) > QUICK:
@@ -153,8 +144,8 @@ def _descended(family: Family, arch: Arch, ctx: Context) -> Arch:
 def _restored(family: Family, arch: Arch, scaled: Arch, frozen: Frozen) -> Arch:
     """Return the frozen slots of `scaled` their values in `arch` back.
 
-    Of what contraction may propose, the joint values nearest to the scaled ones that can be built:
-    a free width may have to follow a frozen one.
+    Of what contraction may propose, the joint values nearest to the scaled ones that can be built: a free width may
+    have to follow a frozen one.
     """
     moves = family.moves(arch)
     for field in frozen:

@@ -29,9 +29,9 @@ def sample_band(
 ) -> list[Arch]:
     """Draw `number` contractions of `origin` in `band`, each net as built equally likely.
 
-    Without repeats and without the keys in `exclude`; fewer when there are fewer. Drawing again
-    with the same random seed and what came before excluded continues the same sequence. Raises
-    `InputError` when the product of moves is too large to walk.
+    Without repeats and without the keys in `exclude`; fewer when there are fewer. Drawing again with the same random
+    seed and what came before excluded continues the same sequence. Raises `InputError` when the product of moves is too
+    large to walk.
     """
     axes = checked(axes_of(family, origin, ctx))
     below, tried = smaller_than(family, origin, ctx, band), set(exclude)
@@ -52,8 +52,8 @@ def _places(
 ) -> Iterator[int]:
     """Return at most `most` places of the band, each once, in an order drawn uniformly.
 
-    Points of the product are drawn and rejected. A band that is hit too seldom is walked: what was
-    not met yet follows in a seeded order.
+    Points of the product are drawn and rejected. A band that is hit too seldom is walked: what was not met yet follows
+    in a seeded order.
     """
     rng = np.random.default_rng(random_seed % 2**64)
     shape = tuple(len(a.values) for a in axes)
@@ -90,7 +90,6 @@ class _Point(Arch):
     """Values by field that need not make an arch: only distances from it are used."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        """Hold the values as attributes, lists as tuples."""
         for field, value in values.items():
             setattr(self, field, tuple(value) if isinstance(value, list | tuple) else value)
 
@@ -107,15 +106,13 @@ def nearest(
 ) -> Arch | None:
     """Find the contraction of `origin` in `band` with the fewest grid steps from `wanted`.
 
-    `wanted`: an arch, or a value for every field; it need be neither in the band nor buildable.
-    Steps are counted between nets as built: values that build the same part are none apart. Ties
-    fall by a seeded order. None when nothing outside `exclude` is left.
+    `wanted`: an arch, or a value for every field; it need be neither in the band nor buildable. Steps are counted
+    between nets as built: values that build the same part are none apart. Ties fall by a seeded order. None when
+    nothing outside `exclude` is left.
     """
     point = _Point(family.to_dict(wanted) if isinstance(wanted, Arch) else wanted)
     moves = family.moves(origin)
-    axes = []
-    for axis in axes_of(family, origin, ctx):
-        axes.append(replace(axis, steps=_away(family, point, axis, moves[axis.field], ctx)))
+    axes = [replace(a, steps=_away(family, point, a, moves[a.field], ctx)) for a in axes_of(family, origin, ctx)]
     below, tried = smaller_than(family, origin, ctx, band), set(exclude)
     if below.lo > below.hi:
         return None

@@ -41,9 +41,9 @@ def group_members(
 ) -> dict[str, tuple[Member, ...]]:
     """List every group of units with the tensors that it runs through.
 
-    `tensors`: (block, key, axes); `sizes`: units by group; `group_of`: from an axis and its block
-    to a group (axes of other names belong to none); `layout`: from an axis's units to the unit of
-    each of its positions, where they are not the same.
+    `tensors`: (block, key, axes); `sizes`: units by group; `group_of`: from an axis and its block to a group (axes of
+    other names belong to none); `layout`: from an axis's units to the unit of each of its positions, where they are not
+    the same.
     """
     found: dict[str, list[Member]] = {name: [] for name in sizes}
     for block, key, axes in tensors:
@@ -68,6 +68,25 @@ def add_slice(
     if all((i >= 0).any() for i in index):
         blended = {dim: blends[name] for dim, name in enumerate(names) if name in blends}
         found[to] = Slice(source, index, blended)
+
+
+def add_blocks(
+    found: dict[str, Slice],
+    group: str,
+    child: int,
+    parent: int,
+    order: Array | None,
+    tensors: Iterable[Named],
+    axes_of: Callable[[str], Mapping[str, Index]],
+    blends: Mapping[str, Blend],
+) -> None:
+    """Add the slices of a group of blocks: of each a parent's block is taken, and its axes are those of `axes_of`."""
+    named = tuple(tensors)
+    for j, source in enumerate(picked(child, parent, order)):
+        if source is not None:
+            axes = axes_of(f"{group}.{source}")
+            for key, names in named:
+                add_slice(found, f"{group}.{j}.{key}", f"{group}.{source}.{key}", names, axes, blends)
 
 
 def chosen(count: int, order: Array | None) -> Index:
@@ -102,9 +121,9 @@ def of_heads(
 ) -> tuple[Index, Index]:
     """Map what is made of heads: (each channel's in the parent, each head's in the parent).
 
-    As many of the parent's heads as hold the child's channels are chosen; their channels keep their
-    place among each other. Heads of the parent's size are thereby whole heads of the parent, and
-    those of another size are cut from neighbouring ones; a head is that of its first channel.
+    As many of the parent's heads as hold the child's channels are chosen; their channels keep their place among each
+    other. Heads of the parent's size are thereby whole heads of the parent, and those of another size are cut from
+    neighbouring ones; a head is that of its first channel.
     """
     theirs = parent_head_dim
     number = min(parent_dim // theirs, -(-dim // theirs))
@@ -146,8 +165,7 @@ def _cubic(away: Blend, constant: float) -> Blend:
 def bicubic(child: int, parent: int) -> Blend:
     """Return the weights [child, parent] that resize a line as torch does, without antialiasing.
 
-    `F.interpolate(..., mode="bicubic", align_corners=False)`; beyond its ends a line goes on as it
-    ends.
+    `F.interpolate(..., mode="bicubic", align_corners=False)`; beyond its ends a line goes on as it ends.
     """
     at = (np.arange(child) + 0.5) * parent / child - 0.5
     low = np.floor(at).astype(np.int64)
@@ -161,9 +179,9 @@ def bicubic(child: int, parent: int) -> Blend:
 def antialiased(child: int, parent: int) -> Blend:
     """Return the weights [child, parent] that resize a line as torch does, with antialiasing.
 
-    `F.interpolate(..., mode="bicubic", antialias=True)`, which is Pillow's: another constant than
-    `bicubic`, so that larger lines differ too; the kernel is as wide as the child's step; beyond
-    its ends a line is not there, and what is left of the weights sums to one.
+    `F.interpolate(..., mode="bicubic", antialias=True)`, which is Pillow's: another constant than `bicubic`, so that
+    larger lines differ too; the kernel is as wide as the child's step; beyond its ends a line is not there, and what is
+    left of the weights sums to one.
     """
     step = parent / child
     centre = (np.arange(child) + 0.5) * step

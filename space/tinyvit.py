@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from space.errors import read_int, read_ints, read_ratio, refuse, refuse_multiple
+from space.errors import read_int, read_ints, refuse_multiple
 from space.family import Arch, Array, Choices, Context, Factor, Family, Member, Published, Slice, Table
-from space.ratios import apart, shortest_ratio
+from space.ratios import apart, read_hidden_ratio, shortest_ratio
 from space.tinyvit_slicing import TinyVitNet, block_names, members, resized, slices
 
 WRITTEN_AT = 224  # pixels at which window sizes are written
@@ -21,7 +21,7 @@ WIDTH_STEP = 32  # channels
 CHUNK = 8192  # archs at a time: the columns of a chunk stay in cache
 
 # Far beyond what fits in memory; they keep every count below 2**63.
-MAX_DIM, MAX_DEPTH, MAX_WINDOW, MAX_HIDDEN = 16_384, 512, 512, 262_144
+MAX_DIM, MAX_DEPTH, MAX_WINDOW = 16_384, 512, 512
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,9 @@ class TinyVit(Family):
     )
 
     def arch(self, mapping: Mapping[str, Any]) -> TinyVitArch:
-        """Check a mapping and make an arch of it: whatever timm builds, on the grid or off.
+        """Check a mapping and make an arch of it: whatever timm builds, on the grid or off. Raises `InputError`.
 
-        `window_sizes` are those of stages 2 to 4; with four, as timm writes them, the first (which
-        timm does not use) is dropped. Raises `InputError`.
+        `window_sizes` are those of stages 2 to 4; with four, as timm writes them, the first (unused) is dropped.
         """
         self.check_fields(mapping)
         head_dim = read_int("head_dim", mapping["head_dim"], 1, MAX_DIM)
@@ -202,14 +201,8 @@ class TinyVit(Family):
             read_int("window_sizes[0]", windows[0], 1, MAX_WINDOW)
             windows = windows[1:]
         windows = read_ints("window_sizes", windows, 3, 1, MAX_WINDOW)
-        expand = read_ratio("mbconv_expand_ratio", mapping["mbconv_expand_ratio"])
-        mlp = read_ratio("mlp_ratio", mapping["mlp_ratio"])
-        for field, ratio, widths in (("mbconv_expand_ratio", expand, dims[:1]), ("mlp_ratio", mlp, dims[1:])):
-            low, high = min(widths), max(widths)
-            if ratio * low < 1 or ratio * high >= MAX_HIDDEN + 1:
-                want = f"1 to {MAX_HIDDEN} hidden channels"
-                remedy = f"at widths {low} to {high} it makes {ratio * low:g} to {ratio * high:g}"
-                raise refuse(field, ratio, want, remedy)
+        expand = read_hidden_ratio("mbconv_expand_ratio", mapping["mbconv_expand_ratio"], dims[:1])
+        mlp = read_hidden_ratio("mlp_ratio", mapping["mlp_ratio"], dims[1:])
         return TinyVitArch(
             (dims[0], dims[1], dims[2], dims[3]),
             (depths[0], depths[1], depths[2], depths[3]),
@@ -245,9 +238,9 @@ class TinyVit(Family):
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
         """Return the parts of a pass by stage: blocks, multiply-adds and elements by kind of layer.
 
-        `linear` are pointwise convolutions and matrix products with weights, `depthwise` are 3x3
-        convolutions a channel, `attend` the products of queries, keys and values, `softmax` its
-        scores, `elements` the activations written on the way.
+        `linear` are pointwise convolutions and matrix products with weights, `depthwise` are 3x3 convolutions a
+        channel, `attend` the products of queries, keys and values, `softmax` its scores, `elements` the activations
+        written on the way.
         """
         c, maps = _columns(table, ctx), map_sizes(ctx.img_size)
         n = np.asarray(c.depths[0] * 0 + 1)
@@ -276,8 +269,7 @@ class TinyVit(Family):
                 f"{stage} depthwise": depth * tokens * 9 * d,
                 f"{stage} elements": depth * (padded * 5 * d + tokens * (2 * hidden + 4 * d)),
             }
-        shape = np.broadcast_shapes(*(np.shape(v) for v in terms.values()))
-        return {name: np.broadcast_to(value, shape) for name, value in terms.items()}
+        return dict(zip(terms, np.broadcast_arrays(*terms.values()), strict=True))
 
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
         """Return which archs can be built: heads divide stages 2 to 4, D1 is even."""
@@ -294,11 +286,7 @@ class TinyVit(Family):
         return np.asarray((np.diff(values, axis=1) >= 0).all(axis=1))
 
     def moves(self, arch: Arch) -> dict[str, Array]:
-        """Return the joint values per factor that contraction may propose (see `Family.moves`).
-
-        A ratio on the grid so close below one off it that it could build the same hidden widths is
-        left out: all combinations stay different nets.
-        """
+        """As `Family.moves`, without ratios so close below one off the grid that they could build the same net."""
         moves, a = super().moves(arch), _own(arch)
         narrowest = min(WIDTH_STEP, *a.embed_dims)
         for field in ("mbconv_expand_ratio", "mlp_ratio"):
@@ -313,7 +301,6 @@ class TinyVit(Family):
         return replace(a, embed_dims=(d[0], d[1], d[2], d[3]))
 
     def floor(self, arch: Arch, ctx: Context) -> TinyVitArch:
-        """Return the arch of fewest parameters that repeated contraction of `arch` can reach."""
         a = _own(arch)
         # A dim below the grid may stay, but not under a wider stage before it.
         d = np.maximum.accumulate(np.minimum(WIDTH_STEP, a.embed_dims)).tolist()
@@ -334,10 +321,7 @@ class TinyVit(Family):
         return min(a, lowest, key=lambda x: self.count_params(x, ctx))
 
     def parts(self) -> dict[str, tuple[str, ...]]:
-        """Name the stages by the slots that shape them.
-
-        Stages 2 to 4 share the MLP ratio and the head dim: to keep one stage is to keep these.
-        """
+        """Name the stages by the slots that shape them; stages 2 to 4 share the MLP ratio and the head dim."""
         found: dict[str, tuple[str, ...]] = {"stage1": ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio")}
         for i in (1, 2, 3):
             own = (f"embed_dims[{i}]", f"depths[{i}]", f"window_sizes[{i - 1}]")
@@ -345,16 +329,12 @@ class TinyVit(Family):
         return found
 
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
-        """Return (name, kwargs), plain JSON, with which `timm.create_model` rebuilds the net.
+        """As `Family.timm_call`. The name is that of the nearest published size: it decides timm's preprocessing.
 
-        The name is that of the nearest published size: it decides timm's defaults and its
-        preprocessing, nothing about the net. timm does not use the first head count and window.
+        timm does not use the first head count and window.
         """
-        a = _own(arch)
-        size = math.log(self.count_params(a, ctx))
-        near = min(self.published, key=lambda p: abs(math.log(self.count_params(p.arch, ctx)) - size))
-        windows = _windows(a, ctx)
-        return f"tiny_vit_{near.name.lower()}_224", {
+        a, windows = _own(arch), _windows(_own(arch), ctx)
+        return f"tiny_vit_{self.nearest_published(a, ctx).name.lower()}_224", {
             "embed_dims": list(a.embed_dims),
             "depths": list(a.depths),
             "num_heads": [max(1, d // a.head_dim) for d in a.embed_dims],
@@ -376,29 +356,23 @@ class TinyVit(Family):
     ) -> dict[str, Slice]:
         """Map the child's state_dict onto the parent's.
 
-        Without an `order`: the first channels, hidden units and heads, and blocks spread evenly
-        over the parent's, the first and last kept. Heads are kept whole; with a new head dim the
-        channels keep their place and the heads are cut anew. Attention biases keep the meaning of
-        their offset in the image, blended where it falls between the parent's. Class rows and input
-        channels are taken only when their number is the same.
+        Without an `order`: the first channels, hidden units and heads, and blocks spread evenly over the parent's, the
+        first and last kept. Heads are kept whole; with a new head dim the channels keep their place and the heads are
+        cut anew. Attention biases keep the meaning of their offset in the image, blended where it falls between the
+        parent's. Class rows and input channels are taken only when their number is the same.
         """
-        nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
-        return slices(*nets, order or {})
+        return slices(_net(_own(parent), ctx_parent), _net(_own(child), ctx_child), order or {})
 
     def resized(self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str) -> dict[str, Slice]:
-        """Map the state_dict of an arch onto that of the same arch in another context.
-
-        `how`: "own" keeps the meaning of offsets, "published" and "timm" resize tables as images.
-        """
+        """As `Family.resized`: "own" keeps the meaning of offsets, "published" and "timm" resize tables as images."""
         found = super().resized(arch, ctx_parent, ctx_child, how)
         return resized(found, _net(_own(arch), ctx_parent), _net(_own(arch), ctx_child), how)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
         """Return the groups of units that a child may take a part of.
 
-        "stem"; "dim1".."dim4", the residual streams; "stages.1.downsample.hidden", between the
-        convolutions of a merge; and of each block "stages.0.blocks.1.expand", or
-        "stages.2.blocks.3.hidden" and "stages.2.blocks.3.heads".
+        "stem"; "dim1".."dim4", the residual streams; "stages.1.downsample.hidden", between the convolutions of a merge;
+        and of each block "stages.0.blocks.1.expand", or "stages.2.blocks.3.hidden" and "stages.2.blocks.3.heads".
         """
         return members(_net(_own(arch), ctx))
 

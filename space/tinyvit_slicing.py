@@ -133,9 +133,9 @@ def _head_axes(child: TinyVitNet, parent: TinyVitNet, stage: int, order: Array |
 def _offsets(child: TinyVitNet, parent: TinyVitNet, stage: int) -> tuple[Index, Blend | None]:
     """Map a bias table [window * window], indexed |dx| * window + |dy| in timm.
 
-    The child's offsets are taken in the parent's units (images of another size); beyond the
-    parent's last offset the table goes on as it ends. Offsets between the parent's are blended of
-    the four around them, by distance; without any, there is no blend.
+    The child's offsets are taken in the parent's units (images of another size); beyond the parent's last offset the
+    table goes on as it ends. Offsets between the parent's are blended of the four around them, by distance; without
+    any, there is no blend.
     """
     window, parent_window = child.windows[stage - 1], parent.windows[stage - 1]
     at = np.arange(window) * parent.img_size / child.img_size  # exact where it is whole
@@ -188,25 +188,21 @@ def slices(parent: TinyVitNet, child: TinyVitNet, order: Mapping[str, Array]) ->
         if stage > 0:
             offsets, blend = _offsets(child, parent, stage)
             blends = {} if blend is None else {"offsets": blend}
-        group = f"stages.{stage}.blocks"
-        taken = slicing.picked(child.depths[stage], parent.depths[stage], order.get(group))
-        for j, source in enumerate(taken):
-            if source is None:
-                continue
-            block = f"{group}.{source}"
-            axes = _axes(stage, block, parent, child, order) | {"offsets": offsets}
-            for key, names in _block(stage):
-                slicing.add_slice(found, f"{group}.{j}.{key}", f"{block}.{key}", names, axes, blends)
+
+        def axes_of(block: str, stage: int = stage, offsets: Index = offsets) -> dict[str, Index]:
+            return _axes(stage, block, parent, child, order) | {"offsets": offsets}
+
+        group, depths = f"stages.{stage}.blocks", (child.depths[stage], parent.depths[stage])
+        slicing.add_blocks(found, group, *depths, order.get(group), _block(stage), axes_of, blends)
     return found
 
 
 def resized(found: Mapping[str, Slice], parent: TinyVitNet, child: TinyVitNet, how: str) -> dict[str, Slice]:
     """Return a slicing between two sizes of one net with its tables resized the way called `how`.
 
-    "own" is the slicing as it is. Otherwise a bias table is resized as if it were an image
-    [window, window], whatever its offsets are in the image: the official `load_pretrained`
-    (microsoft/Cream, TinyViT/utils.py) and timm's `checkpoint_filter_fn`. Of equal windows the
-    tables are copied.
+    "own" is the slicing as it is. Otherwise a bias table is resized as if it were an image [window, window], whatever
+    its offsets are in the image: the official `load_pretrained` (microsoft/Cream, TinyViT/utils.py) and timm's
+    `checkpoint_filter_fn`. Of equal windows the tables are copied.
     """
     result = dict(found)
     if how == "own":

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from space.errors import read_int, read_ratio, refuse, refuse_multiple
+from space.errors import read_int, refuse, refuse_multiple
 from space.family import Arch, Array, Choices, Context, Factor, Family, Member, Published, Slice, Table
-from space.ratios import apart, shortest_ratio
+from space.ratios import apart, read_hidden_ratio, shortest_ratio
 from space.vit_slicing import VitNet, block_names, members, resized, slices
 
 WIDTH_STEP = 32  # channels
 LEAST_RATIO = 2.0
 
 # Far beyond what fits in memory; they keep every count below 2**63.
-MAX_DIM, MAX_DEPTH, MAX_PATCH, MAX_HIDDEN = 16_384, 512, 512, 262_144
+MAX_DIM, MAX_DEPTH, MAX_PATCH = 16_384, 512, 512
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,13 @@ class Vit(Family):
     )
 
     def arch(self, mapping: Mapping[str, Any]) -> VitArch:
-        """Check a mapping and make an arch of it: whatever timm builds, on the grid or off.
-
-        Raises `InputError`.
-        """
+        """Check a mapping and make an arch of it: whatever timm builds, on the grid or off. Raises `InputError`."""
         self.check_fields(mapping)
         dim = read_int("embed_dim", mapping["embed_dim"], 1, MAX_DIM)
         head_dim = read_int("head_dim", mapping["head_dim"], 1, MAX_DIM)
         if dim % head_dim:
             raise refuse_multiple("embed_dim", dim, head_dim, "head_dim")
-        ratio = read_ratio("mlp_ratio", mapping["mlp_ratio"])
-        if ratio * dim < 1 or ratio * dim >= MAX_HIDDEN + 1:
-            want = f"1 to {MAX_HIDDEN} hidden channels"
-            raise refuse("mlp_ratio", ratio, want, f"at width {dim} it makes {ratio * dim:g}")
+        ratio = read_hidden_ratio("mlp_ratio", mapping["mlp_ratio"], (dim,))
         token = mapping["dist_token"]
         if not isinstance(token, bool):
             token = bool(read_int("dist_token", token, 0, 1))
@@ -173,8 +168,8 @@ class Vit(Family):
     def cost_terms_many(self, table: Table, ctx: Context) -> dict[str, Array]:
         """Return the parts of a pass: blocks, multiply-adds and elements by kind of layer.
 
-        `linear` are matrix products with weights, `attend` the products of queries, keys and
-        values, `softmax` its scores, `elements` the activations written on the way.
+        `linear` are matrix products with weights, `attend` the products of queries, keys and values, `softmax` its
+        scores, `elements` the activations written on the way.
         """
         d, h, p, t = table["embed_dim"], _hidden(table), table["patch_size"], table["dist_token"]
         depth, patches = table["depth"], _grid(table["patch_size"], ctx) ** 2
@@ -189,8 +184,7 @@ class Vit(Family):
             "softmax": depth * tokens**2 * (d // table["head_dim"]),
             "elements": depth * tokens * (8 * d + 2 * h),
         }
-        shape = np.broadcast_shapes(*(np.shape(v) for v in terms.values()))
-        return {name: np.broadcast_to(value, shape) for name, value in terms.items()}
+        return dict(zip(terms, np.broadcast_arrays(*terms.values()), strict=True))
 
     def valid_many(self, table: Table, ctx: Context | None = None) -> npt.NDArray[np.bool_]:
         """Return which archs can be built: heads divide the width, patches the image."""
@@ -205,9 +199,8 @@ class Vit(Family):
         if ctx.img_size % patch:
             below = ctx.img_size // patch * patch
             near = f"{below} or {below + patch}" if below else f"{patch}"
-            remedy = f"{near} is; or a seed of other patches"
             want = f"a multiple of the patch size {patch} of {self.label(arch)}"
-            raise refuse("--img-size", ctx.img_size, want, remedy)
+            raise refuse("--img-size", ctx.img_size, want, f"{near} is; or a seed of other patches")
 
     def moves(self, arch: Arch) -> dict[str, Array]:
         """Return the values per factor that contraction may propose (see `Family.moves`)."""
@@ -227,29 +220,18 @@ class Vit(Family):
         a = _own(arch)
         dim, ratio = min(WIDTH_STEP, a.embed_dim), min(LEAST_RATIO, a.mlp_ratio)
         moves = self.moves(a)
-        found = [a]
-        for head_dim in moves["head_dim"].tolist():
-            for patch in moves["patch_size"].tolist():
-                least = VitArch(math.lcm(dim, head_dim), 1, head_dim, ratio, patch, False)
-                reached = least.embed_dim <= a.embed_dim
-                if reached and self.fits(least, ctx):
-                    found.append(least)
-        return min(found, key=lambda x: self.count_params(x, ctx))
+        least = [
+            VitArch(math.lcm(dim, head_dim), 1, head_dim, ratio, patch, False)
+            for head_dim, patch in product(moves["head_dim"].tolist(), moves["patch_size"].tolist())
+        ]
+        reached = [arch for arch in least if arch.embed_dim <= a.embed_dim and self.fits(arch, ctx)]
+        return min([a, *reached], key=lambda x: self.count_params(x, ctx))
 
     def timm_call(self, arch: Arch, ctx: Context) -> tuple[str, dict[str, Any]]:
-        """Return (name, kwargs), plain JSON, with which `timm.create_model` rebuilds the net.
-
-        The name is that of the nearest DeiT, with or without the token: it decides timm's class and
-        its preprocessing.
-        """
+        """As `Family.timm_call`. The name is that of the nearest DeiT: it decides timm's class and preprocessing."""
         a = _own(arch)
-        size = math.log(self.count_params(a, ctx))
-        alike = [p for p in self.published if p.name.startswith("deit")]
-        near = min(
-            (p for p in alike if _own(p.arch).dist_token == a.dist_token),
-            key=lambda p: abs(math.log(self.count_params(p.arch, ctx)) - size),
-        )
-        return f"{near.name}_patch16_224", {
+        alike = [p for p in self.published if p.name.startswith("deit") and _own(p.arch).dist_token == a.dist_token]
+        return f"{self.nearest_published(a, ctx, alike).name}_patch16_224", {
             "img_size": ctx.img_size,
             "patch_size": a.patch_size,
             "embed_dim": a.embed_dim,
@@ -271,28 +253,20 @@ class Vit(Family):
     ) -> dict[str, Slice]:
         """Map the child's state_dict onto the parent's.
 
-        Without an `order`: the first channels, hidden units and heads, and blocks spread evenly
-        over the parent's, the first and last kept. Position embeddings are resized as DeiT does
-        (bicubic, not antialiased, those of tokens untouched), patch projections as FlexiViT does.
-        Class rows and input channels are taken only when their number is the same.
+        Without an `order`: the first channels, hidden units and heads, and blocks spread evenly over the parent's, the
+        first and last kept. Position embeddings are resized as DeiT does (bicubic, not antialiased, those of tokens
+        untouched), patch projections as FlexiViT does. Class rows and input channels are taken only when their number
+        is the same.
         """
-        nets = _net(_own(parent), ctx_parent), _net(_own(child), ctx_child)
-        return slices(*nets, order or {})
+        return slices(_net(_own(parent), ctx_parent), _net(_own(child), ctx_child), order or {})
 
     def resized(self, arch: Arch, ctx_parent: Context, ctx_child: Context, how: str) -> dict[str, Slice]:
-        """Map the state_dict of an arch onto that of the same arch in another context.
-
-        `how`: "own" and "published" resize position embeddings as DeiT does, "timm" as
-        `timm.layers.resample_abs_pos_embed`: antialiased. Those of tokens are copied by both.
-        """
+        """As `Family.resized`: "own" and "published" resize position embeddings as DeiT does, "timm" antialiased."""
         found = super().resized(arch, ctx_parent, ctx_child, how)
         return resized(found, _net(_own(arch), ctx_parent), _net(_own(arch), ctx_child), how)
 
     def groups(self, arch: Arch, ctx: Context) -> dict[str, tuple[Member, ...]]:
-        """Return the groups of units that a child may take a part of.
-
-        "dim", the residual stream; and of each block "blocks.3.hidden" and "blocks.3.heads".
-        """
+        """Return "dim", the residual stream; and of each block "blocks.3.hidden" and "blocks.3.heads"."""
         return members(_net(_own(arch), ctx))
 
     def blocks(self, arch: Arch) -> dict[str, tuple[str, ...]]:

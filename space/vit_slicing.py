@@ -94,9 +94,8 @@ def block_names(depth: int) -> dict[str, tuple[str, ...]]:
 def kernel(child: int, parent: int) -> Blend:
     """Return the weights [child, parent] that resize a line of a patch projection.
 
-    A coarser projection gives for an enlarged patch what the parent's gives for the patch
-    (FlexiViT's pseudo-inverse, arXiv 2212.08013); a finer one gives for a patch what the parent's
-    gives for the enlarged patch.
+    A coarser projection gives for an enlarged patch what the parent's gives for the patch (FlexiViT's pseudo-inverse,
+    arXiv 2212.08013); a finer one gives for a patch what the parent's gives for the enlarged patch.
     """
     if child < parent:
         return np.asarray(slicing.bicubic(parent, child).T)
@@ -114,9 +113,8 @@ def _tokens(child: VitNet, parent: VitNet, line: Line = slicing.bicubic) -> tupl
     if weights is None:
         return index, None
     blend = np.zeros((len(index), parent.prefix + parent.grid**2), dtype=np.float64)
-    for i, source in enumerate(prefix.tolist()):
-        if source >= 0:
-            blend[i, source] = 1
+    kept = np.flatnonzero(prefix >= 0)
+    blend[kept, prefix[kept]] = 1
     blend[child.prefix :, parent.prefix :] = weights
     return index, blend
 
@@ -160,14 +158,16 @@ def slices(parent: VitNet, child: VitNet, order: Mapping[str, Array]) -> dict[st
     for key, names in _outside_blocks(child):
         if key in theirs:
             slicing.add_slice(found, key, key, names, axes, resized)
-    wanted = slicing.picked(child.depth, parent.depth, order.get("blocks"))
-    for name, source in zip(block_names(child.depth)["blocks"], wanted, strict=True):
-        if source is None:
-            continue
-        block = f"blocks.{source}"
-        axes = _axes(block, parent, child, order)
-        for key, names in _block():
-            slicing.add_slice(found, f"{name}.{key}", f"{block}.{key}", names, axes, resized)
+    slicing.add_blocks(
+        found,
+        "blocks",
+        child.depth,
+        parent.depth,
+        order.get("blocks"),
+        _block(),
+        lambda block: _axes(block, parent, child, order),
+        resized,
+    )
     return found
 
 

@@ -80,16 +80,19 @@ def json_of(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def of_file(name: str, file: str, seeds: Callable[[], list[bytes]], read: Callable[[Path], object]) -> None:
+def of_file(name: str, file: str, seeds: Callable[[], list[bytes]]) -> Callable[[Callable[[Path], object]], None]:
     """Register a reader of a file, which is called with the file's path."""
 
-    def work(data: bytes, folder: Path) -> object:
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return read(path)
+    def register(read: Callable[[Path], object]) -> None:
+        def work(data: bytes, folder: Path) -> object:
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            return read(path)
 
-    PARSERS.append(Parser(name, seeds, work))
+        PARSERS.append(Parser(name, seeds, work))
+
+    return register
 
 
 def of_text(name: str, seeds: list[bytes], read: Callable[[str], object]) -> None:
@@ -100,17 +103,14 @@ def of_text(name: str, seeds: list[bytes], read: Callable[[str], object]) -> Non
 # Archs, recipes, words
 
 NAMED = [json_of({"family": f, "arch": a}) for f, a in (("tinyvit", TINYVIT), ("vit", VIT))]
-of_file("arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)], lambda p: find_network(p, "--arch").arch())
+of_file("arch", "arch.json", lambda: [*NAMED, json_of(TINYVIT)])(lambda p: find_network(p, "--arch").arch())
 of_text(
     "inline-arch", [json_of(TINYVIT)], lambda text: find_nets([text if text.startswith("{") else "{" + text], FAMILY)
 )
 
 FINALIST = {"arch": TINYVIT, "label": "a", "predicted_ratio": [1.0, 0.9, 1.1]}
-of_file(
-    "finalists",
-    "finalists.json",
-    lambda: [json_of({"family": "tinyvit", "finalists": [FINALIST]})],
-    lambda path: find_nets([str(path)], FAMILY),
+of_file("finalists", "finalists.json", lambda: [json_of({"family": "tinyvit", "finalists": [FINALIST]})])(
+    lambda path: find_nets([str(path)], FAMILY)
 )
 
 
@@ -119,7 +119,7 @@ def recipe_seeds() -> list[bytes]:
     return [json_of(values), json_of({"config": {"recipe": values}})]
 
 
-of_file("recipe", "recipe.json", recipe_seeds, lambda path: find_recipe(str(path), 5_000_000))
+of_file("recipe", "recipe.json", recipe_seeds)(lambda path: find_recipe(str(path), 5_000_000))
 of_text(
     "override",
     [b"epochs=3\nlr=1e-3", b"policy=none\nclip-norm=off"],
@@ -159,11 +159,12 @@ def run_seeds() -> list[bytes]:
     return [json_of({"schema": 1, "config": config.to_dict(), "dataset": {"fingerprint": "f"}})]
 
 
-of_file("run", "run.json", run_seeds, lambda path: earlier_config(path.parent))
+of_file("run", "run.json", run_seeds)(lambda path: earlier_config(path.parent))
 POINTS = b"name,params,images_per_s,score,score_lo\na,5,1.5,0.5,0.4\n"
-of_file("points", "points.csv", lambda: [POINTS], read_series)
+of_file("points", "points.csv", lambda: [POINTS])(read_series)
 
 
+@of_file("result", "result.json", lambda: [json_of(RESULT)])
 def result(path: Path) -> object:
     found = read_result(path)
     trials, steps = decided(1)
@@ -173,7 +174,6 @@ def result(path: Path) -> object:
 
 
 RESULT = {"status": "reached", "exit_code": 0, "message": "done", "path": ["a"]}
-of_file("result", "result.json", lambda: [json_of(RESULT)], result)
 
 
 def best_seeds() -> list[bytes]:
@@ -191,19 +191,17 @@ def best_seeds() -> list[bytes]:
     return [json_of(value)]
 
 
+@of_file("best", "best.json", best_seeds)
 def best(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     left = find_network(path, "MODEL").saved()
     return left, left.classes, left.preprocessing, left.timm_call
 
 
+@of_file("milestone", "models/01-7.json", best_seeds)
 def milestone(path: Path) -> object:
     path.with_suffix(".safetensors").write_bytes(WEIGHTS)
     return read_models(path.parent.parent, FAMILY)
-
-
-of_file("best", "best.json", best_seeds, best)
-of_file("milestone", "models/01-7.json", best_seeds, milestone)
 
 
 def train_seeds() -> list[bytes]:
@@ -212,20 +210,14 @@ def train_seeds() -> list[bytes]:
     return [json_of({"config": config.to_dict(), "machine": {"threads": 1}})]
 
 
-of_file(
-    "train", "train.json", train_seeds, lambda path: read_config(TrainFolder(path.parent).read_settings()["config"])
+of_file("train", "train.json", train_seeds)(
+    lambda path: read_config(TrainFolder(path.parent).read_settings()["config"])
 )
-of_file(
-    "train-result",
-    "result.json",
-    lambda: [json_of({"status": "finished", "test_top1": 0.5})],
-    lambda path: TrainFolder(path.parent).read_result(),
+of_file("train-result", "result.json", lambda: [json_of({"status": "finished", "test_top1": 0.5})])(
+    lambda path: TrainFolder(path.parent).read_result()
 )
-of_file(
-    "proxy-check",
-    "proxy_check.json",
-    lambda: [json_of({"archs": [TINYVIT] * 2})],
-    lambda path: [FAMILY.arch(arch) for arch in named_archs(path.parent, 2) or ()],
+of_file("proxy-check", "proxy_check.json", lambda: [json_of({"archs": [TINYVIT] * 2})])(
+    lambda path: [FAMILY.arch(arch) for arch in named_archs(path.parent, 2) or ()]
 )
 
 # Measurements
@@ -248,7 +240,7 @@ def measurement_seeds() -> list[bytes]:
     return [format_table(rows, MeasurementRow).encode()]
 
 
-of_file("measurements", "measurements.csv", measurement_seeds, read_measurements)
+of_file("measurements", "measurements.csv", measurement_seeds)(read_measurements)
 
 
 def device_seeds() -> list[bytes]:
@@ -274,6 +266,7 @@ def device_seeds() -> list[bytes]:
         return [(Path(folder) / "d.csv").read_bytes()]
 
 
+@of_file("device-table", "device.csv", device_seeds)
 def device_table(path: Path) -> object:
     rows = read_rows(path, "--device-table")
     try:
@@ -283,15 +276,12 @@ def device_table(path: Path) -> object:
     return rows
 
 
-of_file("device-table", "device.csv", device_seeds, device_table)
-
-
 NETWORK = {"arch": "a", "family": "timm", "key": "a", "spec": "", "file": "a.onnx"}
 NETWORK |= {"img_size": 32, "num_classes": 3, "params": 7, "macs": None, "batch": 1}
 PAIR = [{**NETWORK, "reference": True}, {**NETWORK, "reference": False, "arch": "b"}]
 
 
-of_file("bundle", "networks.json", lambda: [json_of({"networks": PAIR})], lambda path: read_networks(path.parent))
+of_file("bundle", "networks.json", lambda: [json_of({"networks": PAIR})])(lambda path: read_networks(path.parent))
 
 # Labels, teachers, tensors
 
@@ -318,13 +308,13 @@ def manifest_seeds() -> list[bytes]:
     ]
 
 
+@of_file("manifest", "manifest.json", manifest_seeds)
 def manifest(path: Path) -> object:
     for name, images in (("keys.bin", 3), ("holdout-keys.bin", 2)):
         (path.parent / name).write_bytes(bytes(16 * images))
     return store.load_store(path.parent)
 
 
-of_file("manifest", "manifest.json", manifest_seeds, manifest)
 (SHARD,) = store.shards_of(0, 3, 512)
 
 
@@ -332,6 +322,7 @@ def shard_seeds() -> list[bytes]:
     return [store.with_checksum(SHARD, "0" * 32, np.arange(12, dtype=np.uint8).reshape(3, 4))]
 
 
+@of_file("shard", "00000.bin", shard_seeds)
 def shard(path: Path) -> object:
     try:
         return store.map_shard(path, SHARD, "0" * 32, 4).copy()
@@ -339,12 +330,11 @@ def shard(path: Path) -> object:
         raise store.damaged(path.parent, error) from None
 
 
-of_file("shard", "00000.bin", shard_seeds, shard)
 DROPPED = b"key,name\n" + b"0" * 32 + b",'=a.png\n"
-of_file("dropped", "dropped.csv", lambda: [DROPPED], lambda path: store.read_dropped(path.read_bytes()))
-of_file("head-map", "map.txt", lambda: [b"0\n-1\n2\n1\n"], lambda p: read_head_map(p, 4))
+of_file("dropped", "dropped.csv", lambda: [DROPPED])(lambda path: store.read_dropped(path.read_bytes()))
+of_file("head-map", "map.txt", lambda: [b"0\n-1\n2\n1\n"])(lambda p: read_head_map(p, 4))
 ORDER = json_of({"criterion": "l1", "order": {"a": [2, 0, 1]}})
-of_file("order", "order.json", lambda: [ORDER], load_order)
+of_file("order", "order.json", lambda: [ORDER])(load_order)
 
 
 def teacher_seeds() -> list[bytes]:
@@ -354,7 +344,7 @@ def teacher_seeds() -> list[bytes]:
     return [json_of({"schema": teacher_net.SCHEMA, "recipe": {}, "info": asdict(info)})]
 
 
-of_file("teacher", "info.json", teacher_seeds, lambda path: teacher_net.read_teacher(path.parent))
+of_file("teacher", "info.json", teacher_seeds)(lambda path: teacher_net.read_teacher(path.parent))
 
 
 def hub_seeds() -> list[bytes]:
@@ -363,12 +353,10 @@ def hub_seeds() -> list[bytes]:
     return [json_of({**model, "pretrained_cfg": own})]
 
 
+@of_file("hub", "config.json", hub_seeds)
 def hub(path: Path) -> object:
     (path.parent / "model.safetensors").write_bytes(WEIGHTS)
     return _described(path.parent, path.parent, None)
-
-
-of_file("hub", "config.json", hub_seeds, hub)
 
 
 def tensor_seeds() -> list[bytes]:
@@ -376,11 +364,8 @@ def tensor_seeds() -> list[bytes]:
     return [weights_bytes(state, {"epoch": "2"})]
 
 
-of_file(
-    "tensors",
-    "w.safetensors",
-    tensor_seeds,
-    lambda p: (load_weights(p), read_metadata(p), find_network(p, "--init").weights(), load_arrays(p)),
+of_file("tensors", "w.safetensors", tensor_seeds)(
+    lambda p: (load_weights(p), read_metadata(p), find_network(p, "--init").weights(), load_arrays(p))
 )
 
 
@@ -395,7 +380,7 @@ def pickle_seeds() -> list[bytes]:
     return out
 
 
-of_file("pickle", "w.pt", pickle_seeds, lambda path: find_network(path, "--init").weights())
+of_file("pickle", "w.pt", pickle_seeds)(lambda path: find_network(path, "--init").weights())
 
 
 def tiny() -> tuple[Any, Any]:
@@ -415,10 +400,8 @@ def checkpoint_bytes() -> bytes:
         return path.read_bytes()
 
 
+@of_file("checkpoint", "c.safetensors", lambda: [checkpoint_bytes()])
 def checkpoint(path: Path) -> object:
     with torch.random.fork_rng(devices=[]):
         model, optimizer = tiny()
         return load_checkpoint_into(path, model, optimizer, {"a": 1})
-
-
-of_file("checkpoint", "c.safetensors", lambda: [checkpoint_bytes()], checkpoint)

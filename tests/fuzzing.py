@@ -90,12 +90,11 @@ def _as_json(data: bytes, rng: random.Random) -> bytes | None:
     return json.dumps(value).encode()
 
 
-def judged(parser: Parser, data: bytes, limit_s: float) -> str | None:
+def fault_of(parser: Parser, data: bytes, limit_s: float) -> str | None:
     """Run a parser on an input; returns None, or what was wrong with how it took it."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-
         try:
             parser.read(data, Path(folder))
         except InputError as error:

@@ -38,12 +38,8 @@ def why_not() -> str | None:
 
 
 def _other_user() -> str | None:
-    for name in ("postgres", "nobody"):
-        try:
-            return pwd.getpwnam(name).pw_name
-        except KeyError:
-            continue
-    return None
+    names = {user.pw_name for user in pwd.getpwall()}
+    return next((name for name in ("postgres", "nobody") if name in names), None)
 
 
 class Server:
@@ -52,9 +48,8 @@ class Server:
     def __init__(self, folder: Path) -> None:
         home = programs()
         assert home is not None
-        self.home = home
+        self.home, self.data = home, folder / "data"
         self.user = _other_user() if os.geteuid() == 0 else None
-        self.data = folder / "data"
         if self.user is not None:
             shutil.chown(folder, self.user)
         with socket.socket() as free:
@@ -64,56 +59,20 @@ class Server:
         secret.write_text(PASSWORD)
         if self.user is not None:
             shutil.chown(secret, self.user)
-        self._run(
-            "initdb",
-            "-D",
-            str(self.data),
-            "-U",
-            USER,
-            "-A",
-            "scram-sha-256",
-            "--no-sync",
-            f"--pwfile={secret}",
-            "-E",
-            "UTF8",
-            "--locale=C",
-        )
+        options = ("-U", USER, "-A", "scram-sha-256", "--no-sync", "-E", "UTF8", "--locale=C")
+        command = [str(home / "initdb"), "-D", str(self.data), *options, f"--pwfile={secret}"]
+        subprocess.run(command, check=True, timeout=60, cwd="/", stdout=subprocess.DEVNULL, user=self.user)
         secret.unlink()
         self.start()
         self.sql(f"CREATE DATABASE {DATABASE}", "postgres")
 
-    def _run(self, program: str, *arguments: str) -> None:
-        subprocess.run(
-            [str(self.home / program), *arguments],
-            check=True,
-            timeout=60,
-            cwd="/",
-            stdout=subprocess.DEVNULL,
-            user=self.user,
-        )
-
     def start(self) -> None:
         """Start it and wait until it answers."""
-        command = [
-            "timeout",
-            "--signal=INT",
-            "300",
-            str(self.home / "postgres"),
-            "-D",
-            str(self.data),
-            "-p",
-            str(self.port),
-            "-c",
-            "listen_addresses=127.0.0.1",
-            "-c",
-            "fsync=off",
-            "-c",
-            "unix_socket_directories=",
-            "-c",
-            "shared_buffers=8MB",
-            "-c",
-            "max_connections=20",
-        ]
+        command = ["timeout", "--signal=INT", "300", str(self.home / "postgres")]
+        command += ["-D", str(self.data), "-p", str(self.port)]
+        settings = ("listen_addresses=127.0.0.1", "fsync=off", "unix_socket_directories=")
+        for setting in (*settings, "shared_buffers=8MB", "max_connections=20"):
+            command += ["-c", setting]
         self.process = subprocess.Popen(
             command, cwd="/", user=self.user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -145,15 +104,8 @@ class Server:
         """Do one statement as the server's owner and return its rows."""
         import psycopg
 
-        with psycopg.connect(
-            host="127.0.0.1",
-            port=self.port,
-            user=USER,
-            password=PASSWORD,
-            dbname=database,
-            autocommit=True,
-            connect_timeout=5,
-        ) as connection:
+        where = {"host": "127.0.0.1", "port": self.port, "user": USER, "password": PASSWORD, "dbname": database}
+        with psycopg.connect(**where, autocommit=True, connect_timeout=5) as connection:
             cursor = connection.execute(statement.encode())
             return cursor.fetchall() if cursor.description else []
 

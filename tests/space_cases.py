@@ -12,7 +12,7 @@ import pytest
 import torch
 from timm.models import deit, tiny_vit, vision_transformer
 
-from space import Context, get_family
+from space import Arch, Context, get_family
 from space.tinyvit import TinyVitArch
 
 FAMILY = get_family("tinyvit")
@@ -47,11 +47,17 @@ def random_arch(rng: random.Random, most: int = 256, deepest: int = 3) -> TinyVi
     return arch
 
 
-def random_context(rng: random.Random) -> Context:
+def random_context(rng: random.Random, arch: Arch | None = None) -> Context:
     """Draw a context: odd sizes, one to four channels, one to 21,841 classes."""
     img_size = rng.choice([rng.randint(16, 80), rng.randint(80, 300), 32, 48, 224, 384, 512])
     num_classes = rng.choice([1, 2, 10, rng.randint(1, 1000), 1000, 21_841])
     return Context(img_size, num_classes, rng.choice([1, 3, 4]))
+
+
+def drawn(cases: Any, rng: random.Random, **most: int) -> tuple[Any, Context]:
+    """Draw an arch of `space_cases` or `vit_cases`, with a context that it can be built in."""
+    arch = cases.random_arch(rng, **most)
+    return arch, cases.random_context(rng, arch)
 
 
 @contextmanager

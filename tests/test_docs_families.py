@@ -31,7 +31,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     entry = re.search(r'entry-points\."(.+)"\]\n(\w+) = "my_package\.(\w+):(\w+)"', text)
     assert len(code) == 1
-    assert entry is not None
     assert sum(bool(line.strip()) for line in code[0].splitlines()) <= 100, "a short example"
     folder = tmp_path_factory.mktemp("package")
     group, name, module, value = entry.groups()

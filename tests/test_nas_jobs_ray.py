@@ -39,29 +39,25 @@ def own_network() -> bool:
         return False
 
 
+def places(out: Path) -> dict[str, str]:
+    """Where each job of a run was done at last."""
+    with (out / "attempts.csv").open(newline="") as file:
+        return {row["job"]: row["where"] for row in csv.DictReader(file)}
+
+
 def test_a_cluster_of_this_machine_ends_as_workers_do(finished: Finished, tmp_path: Path) -> None:
     """With every file sent to the nodes, as if they saw none of ours."""
+    asked = {"effort": "smoke", "steps": 2, "candidates_per_step": 4, "threads": 1, "img_size": 32, "max_images": 200}
     outcome = contract(
         str(finished.folder.parent / "small.json"),
         "400K",
-        out=tmp_path / "run",
-        effort="smoke",
-        steps=2,
-        candidates_per_step=4,
-        threads=1,
-        img_size=32,
-        max_images=200,
-        teacher_epochs=2,
-        final_epochs=1,
-        cache_dir=finished.cache,
+        **{**asked, "teacher_epochs": 2, "final_epochs": 1, "cache_dir": finished.cache, "out": tmp_path / "run"},
         measurements=str(finished.folder / "measurements.csv"),
         executor_config=ExecutorConfig(executor="ray", workers=2, copy_files=True),
     )
     assert outcome.status == "reached"
     assert run_outcome(tmp_path / "run") == run_outcome(finished.folder)
-    with (tmp_path / "run" / "attempts.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    far = [row["job"] for row in rows if not row["where"].startswith("worker ")]
+    far = [job for job, where in places(tmp_path / "run").items() if not where.startswith("worker ")]
     assert any(name.startswith("s1-") for name in far)
     assert any(name.startswith("final-") for name in far)
     log = (tmp_path / "run" / "logs" / f"{far[0]}.log").read_text()
@@ -190,8 +186,7 @@ def test_what_is_timed_runs_on_the_node_that_has_the_device(tmp_path: Path) -> N
     subprocess.run(
         ["unshare", "-n", "sh", "-c", inside, "sh", sys.executable, "-c", code, words], check=True, timeout=600
     )
-    with (out / "attempts.csv").open(newline="") as file:
-        where = {row["job"]: row["where"] for row in csv.DictReader(file)}
+    where = places(out)
     timed = [job for job in where if job.startswith(("seed-", "gate-", "final-s", "hello"))]
     assert any(job.startswith("gate-") for job in timed)
     assert not [job for job in timed if where[job].startswith("worker ")]

@@ -32,8 +32,7 @@ def test_fewer_blocks_state_the_coverage_that_extremes_have() -> None:
         assert median_interval(range(n)).coverage == pytest.approx(1 - 2 * 0.5**n)
 
 
-@pytest.mark.parametrize("n", [12, 30, 60, 400])
-@pytest.mark.parametrize("q", [0.5, 0.9])
+@pytest.mark.parametrize(("n", "q"), [*((n, q) for n in (12, 30, 60, 400) for q in (0.5, 0.9)), (2000, 0.99)])
 def test_ranks_are_those_of_the_binomial(n: int, q: float) -> None:
     """Order statistics i and j enclose with P(i <= Bin(n, q) < j); scipy gives the same ranks."""
     from scipy.stats import binom
@@ -141,16 +140,6 @@ def test_more_coverage_is_never_narrower(values: list[float], less: float, more:
     assert wide.hi >= narrow.hi
 
 
-def test_more_values_give_narrower_intervals() -> None:
-    """As shares of the sample the ranks move inwards, about as 1 / sqrt(n)."""
-    shares = []
-    for n in (12, 24, 48, 96, 192, 384):
-        found = median_interval([k / (n - 1) for k in range(n)])
-        shares.append(found.hi - found.lo)
-    assert shares == sorted(shares, reverse=True)
-    assert shares[-1] < 0.25 * shares[0]
-
-
 @given(VALUES, st.floats(0.0, 1.0))
 @LAW
 def test_quantile_is_numpys(values: list[float], q: float) -> None:
@@ -163,14 +152,3 @@ def test_verdict_is_undecided_exactly_while_the_bound_is_inside(lo: float, width
     hi = lo + width
     found = verdict(lo, hi, bound)
     assert found == ("pass" if bound <= lo else "fail" if bound > hi else "undecided")
-
-
-def test_long_series_stay_sound() -> None:
-    """Thousands of latencies need logarithms of the binomial: no overflow, the same ranks."""
-    from scipy.stats import binom
-
-    n = 2000
-    found = quantile_interval(range(1, n + 1), 0.99)
-    assert found.lo == pytest.approx(binom.ppf(0.025, n, 0.99), abs=1)
-    assert found.hi == pytest.approx(binom.ppf(0.975, n, 0.99) + 1, abs=1)
-    assert found.coverage >= 0.95 - 1e-6

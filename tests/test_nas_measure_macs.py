@@ -90,6 +90,6 @@ def test_plain_attention_counts_as_much_as_fused() -> None:
 )
 def test_an_unknown_operator_is_named(name: str, forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
     odd = nn.Module()
-    odd.forward = forward  # type: ignore[method-assign]
+    odd.forward = forward
     with pytest.raises(UnsupportedOperator, match=name):
         fvcore_macs(odd, Context(16, 1))

@@ -159,8 +159,7 @@ def test_measurement_names_its_setting_and_its_device() -> None:
     assert found.fingerprint == on.id
     assert (found.batch, found.img_size, found.num_classes, found.threads) == (2, 32, 4, 1)
     assert 0.0 <= found.coverage <= 1.0, "stated as it was reached: drift costs some"
-    assert found.latency_ms_p50 is not None
-    assert 0 < found.latency_ms_p50 <= found.latency_ms_p90 <= found.latency_ms_p99  # type: ignore[operator]
+    assert 0 < found.latency_ms_p50 <= found.latency_ms_p90 <= found.latency_ms_p99
 
 
 def test_errors_of_a_network_come_through_and_state_is_restored() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,24 +44,13 @@ def by_definition(arch: Arch, ctx: Context) -> dict[str, tuple[Arch, int, frozen
         for n, w, r, m, e in itertools.product(itertools.product(*depths), itertools.product(*windows), *ratios, heads):
             if any(v % e[0] for v in widths[1:]):
                 continue
-            child = FAMILY.arch(
-                {
-                    "embed_dims": widths,
-                    "depths": [v for v, _ in n],
-                    "window_sizes": [*(v for v, _ in w), a["window_sizes"][2]],
-                    "mbconv_expand_ratio": r[0],
-                    "mlp_ratio": m[0],
-                    "head_dim": e[0],
-                }
-            )
-            steps = {
-                "embed_dims": sum(s for _, s in d),
-                "depths": sum(s for _, s in n),
-                "window_sizes": sum(s for _, s in w),
-                "mbconv_expand_ratio": r[1],
-                "mlp_ratio": m[1],
-                "head_dim": e[1],
-            }
+            fields = {"embed_dims": d, "depths": n, "window_sizes": w}
+            values: dict[str, Any] = {f: [v for v, _ in moves] for f, moves in fields.items()}
+            values["window_sizes"].append(a["window_sizes"][2])
+            values |= {"mbconv_expand_ratio": r[0], "mlp_ratio": m[0], "head_dim": e[0]}
+            child = FAMILY.arch(values)
+            steps = {f: sum(s for _, s in moves) for f, moves in fields.items()}
+            steps |= {"mbconv_expand_ratio": r[1], "mlp_ratio": m[1], "head_dim": e[1]}
             if FAMILY.count_params(child, ctx) >= limit:
                 continue
             key, total = FAMILY.key(child, ctx), sum(steps.values())
@@ -103,7 +93,11 @@ def test_the_set_is_its_definition(arch: Arch, ctx: Context) -> None:
 
 
 def draw(parents: list[Arch], ctx: Context, band: Band, size: int = 24, **more: object) -> list[Candidate]:
-    return propose(FAMILY, parents, ctx, band, size, **{"random_seed": 0, **more})  # type: ignore[arg-type]
+    return propose(FAMILY, parents, ctx, band, size, **{"random_seed": 0, **more})
+
+
+def steps_between(parent: Arch, child: Arch) -> int:
+    return sum(int(n[0]) for n in FAMILY.grid_steps(parent, FAMILY.table([child])).values())
 
 
 def around(name: str, ctx: Context, tolerance: float = 0.1) -> Band:
@@ -112,8 +106,8 @@ def around(name: str, ctx: Context, tolerance: float = 0.1) -> Band:
 
 
 @CONTEXTS
-@pytest.mark.parametrize(("large", "small"), [("21M", "11M"), ("11M", "5M"), ("21M", "5M")])
-def test_published_models_are_contractions_of_each_other(large: str, small: str, ctx: Context) -> None:
+@pytest.mark.parametrize(("large", "small", "grid_steps"), [("21M", "11M", 11), ("11M", "5M", 7), ("21M", "5M", 18)])
+def test_published_models_are_contractions_of_each_other(large: str, small: str, grid_steps: int, ctx: Context) -> None:
     parent, child = FAMILY.seed(large), FAMILY.seed(small)
     assert contains(FAMILY, parent, child, ctx)
     assert not contains(FAMILY, child, parent, ctx)
@@ -122,18 +116,10 @@ def test_published_models_are_contractions_of_each_other(large: str, small: str,
     assert count_contractions(FAMILY, parent, ctx, exactly) >= 1
     everything = draw([parent], ctx, exactly, 500, baselines=False)
     assert child in [s.arch for s in everything]  # the rule reaches it when nothing else is left
-
-
-def test_grid_steps_between_published_models() -> None:
-    for ctx in (IMAGENET, DIGITS):
-        for large, small, grid_steps in (("21M", "11M", 11), ("11M", "5M", 7), ("21M", "5M", 18)):
-            parent, child = FAMILY.seed(large), FAMILY.seed(small)
-            listed = draw([parent], ctx, around(small, ctx))
-            (baseline,) = (s for s in listed if s.arch == child)
-            assert (baseline.grid_steps, baseline.baseline) == (grid_steps, f"published:{small}")
-            assert (baseline.moved, baseline.parent) == (("embed_dims",), parent)
-            moves = FAMILY.grid_steps(parent, FAMILY.table([child]))
-            assert sum(int(n[0]) for n in moves.values()) == grid_steps
+    (baseline,) = (s for s in draw([parent], ctx, around(small, ctx)) if s.arch == child)
+    assert (baseline.grid_steps, baseline.baseline) == (grid_steps, f"published:{small}")
+    assert (baseline.moved, baseline.parent) == (("embed_dims",), parent)
+    assert steps_between(parent, child) == grid_steps
 
 
 def random_case(rng: random.Random) -> tuple[Arch, Context, Band]:
@@ -224,7 +210,7 @@ def test_factors_take_turns() -> None:
             pool.remove(s.moved)
 
 
-def test_anchors_are_there_if_and_only_if_they_fit() -> None:
+def test_baselines_are_there_if_and_only_if_they_fit() -> None:
     parent = FAMILY.seed("21M")
     for ctx in (IMAGENET, DIGITS):
         for small in ("5M", "11M"):
@@ -258,11 +244,7 @@ def test_several_parents_take_turns_and_share() -> None:
     assert {s.parent for s in listed} == {first, other}
     for s in listed:
         assert s.params < FAMILY.count_params(s.parent, ctx)
-        away = []
-        for p in (first, other):
-            if contains(FAMILY, p, s.arch, ctx):
-                steps = FAMILY.grid_steps(p, FAMILY.table([s.arch]))
-                away.append(sum(int(n[0]) for n in steps.values()))
+        away = [steps_between(p, s.arch) for p in (first, other) if contains(FAMILY, p, s.arch, ctx)]
         assert s.grid_steps == min(away)  # counted from the nearest
     rules = [{FAMILY.key(s.arch, ctx) for s in draw([p], ctx, band, 40, baselines=False)} for p in (first, other)]
     ruled = [k for k, s in zip(keys, listed, strict=True) if s.baseline is None]

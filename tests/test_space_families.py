@@ -16,6 +16,7 @@ import timm
 import torch
 import vit_cases
 from space_cases import (
+    drawn,
     on_meta,
     one_thread,  # noqa: F401 - a fixture, used by every test here
 )
@@ -29,12 +30,6 @@ IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
 TINYVIT, VIT = space_cases.FAMILY, vit_cases.FAMILY
 GOOD = {f.name: f.to_dict(f.seed(name)) for f, name in ((TINYVIT, "21M"), (VIT, "deit_tiny"))}
 CASES = pytest.mark.parametrize("cases", [space_cases, vit_cases], ids=["tinyvit", "vit"])
-
-
-def drawn(cases: Any, rng: random.Random, **most: int) -> tuple[Any, Context]:
-    """Draw an arch with a context that it can be built in."""
-    arch = cases.random_arch(rng, **most)
-    return arch, (cases.random_context(rng, arch) if cases is vit_cases else cases.random_context(rng))
 
 
 def shapes(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -65,28 +60,16 @@ def torch_macs(net: torch.nn.Module, ctx: Context) -> int:
 @pytest.mark.parametrize(
     ("name", "img_size", "num_classes", "params"),
     [
-        ("5M", 224, 1000, 5_392_764),
-        ("11M", 224, 1000, 10_996_972),
-        ("21M", 224, 1000, 21_198_568),
-        ("21M", 384, 1000, 21_230_488),
-        ("21M", 512, 1000, 21_268_120),
-        ("5M", 224, 21_841, 12_082_725),
-        ("11M", 224, 21_841, 20_354_581),
-        ("21M", 224, 21_841, 33_223_825),
-        ("deit_tiny", 224, 1000, 5_717_416),
-        ("deit_tiny_distilled", 224, 1000, 5_910_800),
-        ("deit_small", 224, 1000, 22_050_664),
-        ("deit_small_distilled", 224, 1000, 22_436_432),
-        ("deit_base", 224, 1000, 86_567_656),
-        ("deit_base_distilled", 224, 1000, 87_338_192),
-        ("deit_base", 384, 1000, 86_859_496),
-        ("deit_base_distilled", 384, 1000, 87_630_032),
-        ("vit_small_patch8", 224, 1000, 22_055_272),
-        ("vit_small_patch32", 224, 1000, 22_878_952),
-        ("vit_base_patch8", 224, 1000, 86_576_872),
-        ("vit_base_patch32", 224, 1000, 88_224_232),
-        ("vit_large_patch14", 224, 1000, 304_203_752),
-        ("vit_large_patch16", 224, 1000, 304_326_632),
+        *(("5M", 224, 1000, 5_392_764), ("11M", 224, 1000, 10_996_972), ("21M", 224, 1000, 21_198_568)),
+        *(("21M", 384, 1000, 21_230_488), ("21M", 512, 1000, 21_268_120), ("5M", 224, 21_841, 12_082_725)),
+        *(("11M", 224, 21_841, 20_354_581), ("21M", 224, 21_841, 33_223_825)),
+        *(("deit_tiny", 224, 1000, 5_717_416), ("deit_tiny_distilled", 224, 1000, 5_910_800)),
+        *(("deit_small", 224, 1000, 22_050_664), ("deit_small_distilled", 224, 1000, 22_436_432)),
+        *(("deit_base", 224, 1000, 86_567_656), ("deit_base_distilled", 224, 1000, 87_338_192)),
+        *(("deit_base", 384, 1000, 86_859_496), ("deit_base_distilled", 384, 1000, 87_630_032)),
+        *(("vit_small_patch8", 224, 1000, 22_055_272), ("vit_small_patch32", 224, 1000, 22_878_952)),
+        *(("vit_base_patch8", 224, 1000, 86_576_872), ("vit_base_patch32", 224, 1000, 88_224_232)),
+        *(("vit_large_patch14", 224, 1000, 304_203_752), ("vit_large_patch16", 224, 1000, 304_326_632)),
         ("vit_large_patch32", 224, 1000, 306_535_400),
     ],
 )
@@ -95,17 +78,17 @@ def test_published_parameters(name: str, img_size: int, num_classes: int, params
     assert family.count_params(family.seed(name), Context(img_size, num_classes)) == params
 
 
-@pytest.mark.parametrize(("name", "macs"), [("5M", 1_255_174_720), ("11M", 2_016_046_144), ("21M", 4_250_329_536)])
-def test_published_macs_of_tinyvit(name: str, macs: int) -> None:
-    arch = TINYVIT.seed(name)
-    assert TINYVIT.count_macs(arch, IMAGENET) == macs
-    assert torch_macs(space_cases.meta_build(arch, IMAGENET), IMAGENET) == macs  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("name", "gmacs"), [("deit_tiny", 1.258), ("deit_small", 4.608), ("deit_base", 17.58)])
-def test_published_macs_of_deit(name: str, gmacs: float) -> None:
-    """As timm publishes them, which counts norms besides."""
-    assert VIT.count_macs(VIT.seed(name), IMAGENET) / 1e9 == pytest.approx(gmacs, rel=4e-3)
+@pytest.mark.parametrize(
+    ("name", "macs", "off"),
+    [
+        *(("5M", 1_255_174_720, 0), ("11M", 2_016_046_144, 0), ("21M", 4_250_329_536, 0)),
+        *(("deit_tiny", 1.258e9, 4e-3), ("deit_small", 4.608e9, 4e-3), ("deit_base", 17.58e9, 4e-3)),
+    ],
+)
+def test_published_macs(name: str, macs: float, off: float) -> None:
+    """DeiT's as timm publishes them, which counts norms besides."""
+    family = TINYVIT if name.endswith("M") else VIT
+    assert family.count_macs(family.seed(name), IMAGENET) == pytest.approx(macs, rel=off)
 
 
 @CASES
@@ -121,11 +104,11 @@ def test_every_published_name_is_timms(cases: ModuleType) -> None:
 @CASES
 def test_parameters_and_macs_equal_timm_and_torch_on_random_archs_and_contexts(cases: ModuleType) -> None:
     rng, family = random.Random(0), cases.FAMILY
-    for turn in range(160):
+    for turn in range(80):
         arch, ctx = drawn(cases, rng)
         net = cases.meta_build(arch, ctx)
         assert family.count_params(arch, ctx) == sum(p.numel() for p in net.parameters()), arch
-        if turn < 40:
+        if turn < 20:
             assert family.count_macs(arch, ctx) == torch_macs(net, ctx), (arch, ctx)
 
 
@@ -239,7 +222,7 @@ def test_keys_are_stable() -> None:
 def test_timm_call_and_dict_rebuild_the_net_through_json(cases: ModuleType) -> None:
     rng, family = random.Random(6), cases.FAMILY
     for arch in [p.arch for p in family.published] + [cases.random_arch(rng) for _ in range(12)]:
-        ctx = cases.random_context(rng, arch) if cases is vit_cases else cases.random_context(rng)
+        ctx = cases.random_context(rng, arch)
         name, kwargs = json.loads(json.dumps(family.timm_call(arch, ctx)))
         with on_meta():
             net = timm.create_model(name, pretrained=False, **kwargs)
@@ -272,14 +255,9 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
     ("tinyvit", {"embed_dims": [96, 192, 384, 576.0]}, f"embed_dims[3]: got 576.0, {INT} 16384"),
     ("tinyvit", {"depths": [2, 2, 0, 2]}, f"depths[2]: got 0, {INT} 512"),
     ("tinyvit", {"depths": [2, True, 6, 2]}, f"depths[1]: got True, {INT} 512"),
-    ("tinyvit", {"depths": None}, "depths: got None, want a list of 4 integers"),
-    ("tinyvit", {"window_sizes": [7, 0, 7]}, f"window_sizes[1]: got 0, {INT} 512"),
     ("tinyvit", {"window_sizes": [0, 7, 14, 7]}, f"window_sizes[0]: got 0, {INT} 512"),
-    ("tinyvit", {"window_sizes": 7}, "window_sizes: got 7, want a list of 3 integers"),
-    ("tinyvit", {"mlp_ratio": 0}, "mlp_ratio: got 0, want a finite number > 0"),
     ("tinyvit", {"mlp_ratio": float("nan")}, "mlp_ratio: got nan, want a finite number > 0"),
     ("tinyvit", {"mlp_ratio": "4"}, "mlp_ratio: got '4', want a number > 0"),
-    ("tinyvit", {"mbconv_expand_ratio": True}, "mbconv_expand_ratio: got True, want a number > 0"),
     (
         "tinyvit",
         {"mbconv_expand_ratio": 0.01},
@@ -292,13 +270,14 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
         "arch: got the field 'mlp_ration', want only embed_dims, depths, window_sizes, "
         "mbconv_expand_ratio, mlp_ratio, head_dim; did you mean mlp_ratio?",
     ),
-    ("vit", {"embed_dim": 100}, "embed_dim=100 is not a multiple of head_dim=64; nearest: 64, 128"),
     ("vit", {"embed_dim": 20}, "embed_dim=20 is not a multiple of head_dim=64; nearest: 64"),
-    ("vit", {"depth": 0}, f"depth: got 0, {INT} 512"),
     ("vit", {"patch_size": True}, f"patch_size: got True, {INT} 512"),
     ("vit", {"dist_token": 2}, "dist_token: got 2, want an integer from 0 to 1"),
-    ("vit", {"dist_token": "no"}, "dist_token: got 'no', want an integer from 0 to 1"),
-    ("vit", {"mlp_ratio": 1e-3}, "mlp_ratio: got 0.001, want 1 to 262144 hidden channels; at width 192 it makes 0.192"),
+    (
+        "vit",
+        {"mlp_ratio": 1e-3},
+        "mlp_ratio: got 0.001, want 1 to 262144 hidden channels; at widths 192 to 192 it makes 0.192 to 0.192",
+    ),
 ]
 
 
@@ -311,11 +290,10 @@ def test_bad_archs_are_refused_in_one_line(name: str, change: dict[str, object],
 
 
 def test_missing_fields_are_named() -> None:
-    good = GOOD["tinyvit"]
     with pytest.raises(InputError, match="got no depths, head_dim, want all of embed_dims"):
-        TINYVIT.arch({k: v for k, v in good.items() if k not in ("depths", "head_dim")})
+        TINYVIT.arch({k: v for k, v in GOOD["tinyvit"].items() if k not in ("depths", "head_dim")})
     with pytest.raises(InputError, match="want a mapping"):
-        TINYVIT.arch([1, 2])  # type: ignore[arg-type]
+        TINYVIT.arch([1, 2])
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(50, "48 or 64"), (223, "208 or 224")])
@@ -346,7 +324,7 @@ def test_floors_and_scalings_of_any_arch_are_legal(cases: ModuleType) -> None:
 
 def test_uniform_scaling_keeps_the_order_of_stages() -> None:
     rng = random.Random(8)
-    for _ in range(200):
+    for _ in range(100):
         arch = space_cases.random_arch(rng)
         unit = arch.head_dim * 2
         dims = sorted(unit * (d // arch.head_dim + 1) for d in arch.embed_dims)

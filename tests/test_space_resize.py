@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import space_cases
 import torch
 import torch.nn.functional as F
 import vit_cases
 from space_cases import (
     SMALL,
+    drawn,
     on_meta,
     one_thread,  # noqa: F401 - a fixture, used by every test here
 )
-from space_cases import random_arch as random_tinyvit
-from space_cases import random_context as random_tinyvit_context
 from timm.layers import resample_abs_pos_embed
 from timm.models import tiny_vit, vision_transformer
-from vit_cases import random_arch as random_vit
-from vit_cases import random_context as random_vit_context
 
 from nas.inherit.slice import inherit
 from space import Context, InputError, get_family
@@ -137,7 +135,6 @@ def test_weights_are_torchs_up_and_down(line: Any, antialias: bool, dtype: torch
             assert blend is None
             assert index.tolist() == list(range(child**2))
         else:
-            assert blend is not None
             got = table.flatten(2) @ torch.from_numpy(blend).T
             assert torch.allclose(got, want.flatten(2), rtol=0, atol=atol), (child, parent)
             assert blend.shape == (len(index), parent**2)
@@ -221,10 +218,9 @@ def test_equal_windows_on_images_of_other_sizes_are_copied_unless_own() -> None:
 def cases() -> Iterator[tuple[Family, Arch, Context, Context]]:
     rng = random.Random(0)
     for _ in range(25):
-        tiny = random_tinyvit(rng)
-        yield TINYVIT, tiny, random_tinyvit_context(rng), random_tinyvit_context(rng)
-        one = random_vit(rng, most=64)
-        yield VIT, one, random_vit_context(rng, one), random_vit_context(rng, one)
+        for kind, family in ((space_cases, TINYVIT), (vit_cases, VIT)):
+            arch, ctx = drawn(kind, rng)
+            yield family, arch, ctx, kind.random_context(rng, arch)
 
 
 def test_only_tables_of_positions_change_and_they_fit() -> None:

@@ -1,13 +1,12 @@
 """A job: a function with a frozen dataclass argument that another process can run.
 
-A job function is a function `f(argument, tick) -> values` in a `jobs.py` beside the code that it
-calls. It imports torch inside, so that the driver does not load it.
+A job function is a function `f(argument, tick) -> values` in a `jobs.py` beside the code that it calls. It imports
+torch inside, so that the driver does not load it.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 import re
 import shutil
 import time
@@ -22,8 +21,6 @@ from nas.core.dataclass_json import from_json, to_json
 from nas.core.io import check_sha256, disk_refusal, member, read_object, write_json
 from nas.core.progress import Tick, no_tick
 from space.errors import InputError
-
-log = logging.getLogger(__name__)
 
 LOGS, RECORD, WORKER_LOG = "logs", "attempts.csv", "worker.log"
 """In a run's folder: the folder of logs by job, the attempts, and the log of the workers."""
@@ -52,9 +49,9 @@ EXTENDS: Mapping[str, Any] = {"reads": True, "leaves": True, "top_only": True}
 class Job:
     """A call of `function` with `argument` in a worker.
 
-    `key` is unique within a run and safe as a file name; `units` is the expected work, for
-    progress. A `timed` job has the measured device to itself; a `fresh` one gets a new process; a
-    `driver_only` one runs on the driver's machine, never on a cluster.
+    `key` is unique within a run and safe as a file name; `units` is the expected work, for progress. A `timed` job has
+    the measured device to itself; a `fresh` one gets a new process; a `driver_only` one runs on the driver's machine,
+    never on a cluster.
     """
 
     function: JobFunction
@@ -108,16 +105,13 @@ class Result:
     seconds: float = 0.0
 
 
+_PLAIN = ("key", "units", "timed", "fresh")
+
+
 def encode_job(job: Job) -> dict[str, Any]:
     """Return a job as plain JSON."""
-    return {
-        "function": job.name,
-        "argument": to_json(job.argument),
-        "key": job.key,
-        "units": job.units,
-        "timed": job.timed,
-        "fresh": job.fresh,
-    }
+    more = {name: getattr(job, name) for name in _PLAIN}
+    return {"function": job.name, "argument": to_json(job.argument), **more}
 
 
 def decode_job(data: Mapping[str, Any], modules: Sequence[str] = ()) -> Job:
@@ -131,8 +125,7 @@ def decode_job(data: Mapping[str, Any], modules: Sequence[str] = ()) -> Job:
     function: JobFunction = getattr(import_module(module), name)
     parameter = next(iter(inspect.signature(function).parameters))
     argument = from_json(get_type_hints(function)[parameter], data["argument"])
-    more = {name: data[name] for name in ("key", "units", "timed", "fresh")}
-    return Job(function, argument, **more)
+    return Job(function, argument, **{name: data[name] for name in _PLAIN})
 
 
 def file_fields(argument: Any, prefix: str = "") -> dict[str, tuple[Path, Mapping[str, Any]]]:
@@ -163,20 +156,17 @@ def with_files(argument: Any, paths: Mapping[str, Path]) -> Any:
 def run_job(job: Job, tick: Tick = no_tick) -> Result:
     """Run one job; an exception becomes a failed result with a reason in one line."""
     started = time.monotonic()
+    values: Values = {}
+    reason: str | None = None
     try:
         values = job.function(job.argument, tick)
-    except InputError as error:
-        return Result(job.key, False, {"input_error": True}, str(error), _since(started))
-    except MemoryError:
-        return Result(job.key, False, {}, "out of memory", _since(started))
     except Exception as error:
-        full = disk_refusal(error)
-        if full is not None:  # not the candidate's fault: the run stops and can be resumed
-            return Result(job.key, False, {"input_error": True}, str(full), _since(started))
-        log.debug("job %s failed", job.key, exc_info=True)
-        traceback.print_exc()
-        return Result(job.key, False, {}, reason_of(error), _since(started))
-    return Result(job.key, True, values, None, _since(started))
+        # A full disk is not the candidate's fault: the run stops and can be resumed.
+        refused = error if isinstance(error, InputError) else disk_refusal(error)
+        values, reason = ({}, reason_of(error)) if refused is None else ({"input_error": True}, str(refused))
+        if refused is None:
+            traceback.print_exc()
+    return Result(job.key, reason is None, values, reason, time.monotonic() - started)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -186,15 +176,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in text for words in known)
 
 
-def _since(started: float) -> float:
-    return time.monotonic() - started
-
-
 def reason_of(error: BaseException) -> str:
     """Return an exception as a reason in one line."""
     text = " ".join(str(error).split())
     if out_of_memory(error):
-        return f"out of memory: {text[:160]}"
+        return f"out of memory: {text[:160]}".rstrip(": ")
     return f"{type(error).__name__}: {text[:200]}"
 
 
@@ -208,7 +194,7 @@ def _failure(out: Path) -> Path:
 
 
 def finished_before(out: Path, key: str) -> Result | None:
-    """Return the result that an earlier process of a run left in `out`, if it is complete.
+    """Return the result that an earlier process of a run wrote in `out`, if it is complete.
 
     An incomplete folder is removed. Raises InputError where a file is damaged.
     """

@@ -37,9 +37,9 @@ EXHAUSTED = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 class Child:
     """A process that reads and writes JSON lines; other lines are ignored.
 
-    Until `end`, a thread calls `on_message` with each message, and with None after the last. The
-    process prints to `log`, if given; `environment` is added to ours. Raises OSError where it
-    cannot be started, InputError where the system allows no further process.
+    Until `end`, a thread calls `on_message` with each message, and with None after the last. The process prints to
+    `log`, if given; `environment` is added to ours. Raises OSError where it cannot be started, InputError where the
+    system allows no further process.
     """
 
     def __init__(
@@ -160,8 +160,8 @@ def worker_environment(threads: int) -> dict[str, str]:
         # One pool of the asked size; nested pools would change the bits and the timings.
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        # Threads that spin while they wait starve each other on busy cores; those that sleep at
-        # once are slow on a quiet machine.
+        # Threads that spin while they wait starve each other on busy cores; those that sleep at once are slow on a
+        # quiet machine.
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
     }
 
@@ -185,8 +185,8 @@ class WorkerOptions:
 class LocalExecutor(Executor):
     """Runs jobs in `workers` processes of this machine; `more` are fields of `WorkerOptions`.
 
-    A worker that dies is replaced, and the others go on. Several workers are each pinned to cores
-    of their own if there are enough (not in a timed job), and to one of `gpus` (indices) in turn.
+    A worker that dies is replaced, and the others go on. Several workers are each pinned to cores of their own if there
+    are enough (not in a timed job), and to one of `gpus` (indices) in turn.
     """
 
     def __init__(
@@ -208,11 +208,14 @@ class LocalBackend:
 
     def __init__(self, options: WorkerOptions, workers: int = 1, gpus: Sequence[int] = ()) -> None:
         self._limit_s = options.limit_s
-        self._messages: Queue[tuple[_Worker, Child, Message | None]] = Queue()
-        cores = _cores(options.threads, workers)
-        self._workers = [
-            _Worker(n, options, cores[n], gpus[n % len(gpus)] if gpus else None, self._messages) for n in range(workers)
-        ]
+        self._messages: Queue[_Incoming] = Queue()
+        usable, threads = usable_cores(), options.threads
+        pinned = workers > 1 and workers * threads <= len(usable)
+        self._workers = []
+        for n in range(workers):
+            cores = usable[n * threads : (n + 1) * threads] if pinned else []
+            gpu = gpus[n % len(gpus)] if gpus else None
+            self._workers.append(_Worker(f"worker {n}", options, cores, gpu, self._messages))
 
     def has_slot(self, job: Job) -> bool:
         """Return whether a worker is idle."""
@@ -284,33 +287,20 @@ class LocalBackend:
             worker.end()
 
 
-def _cores(threads: int, workers: int) -> list[list[int]]:
-    """Return the cores of each worker; none where it is not pinned."""
-    usable = usable_cores()
-    if workers == 1 or workers * threads > len(usable):
-        return [[]] * workers
-    return [usable[n * threads : (n + 1) * threads] for n in range(workers)]
+_Incoming = tuple["_Worker", Child, Message | None]
 
 
 class _Worker:
     """One process that runs one job at a time."""
 
     def __init__(
-        self,
-        number: int,
-        options: WorkerOptions,
-        cores: list[int],
-        gpu: int | None,
-        messages: Queue[tuple[_Worker, Child, Message | None]],
+        self, name: str, options: WorkerOptions, cores: list[int], gpu: int | None, messages: Queue[_Incoming]
     ) -> None:
-        self.name = f"worker {number}"
+        self.name = name
         self.task: _Task | None = None
         self.child: Child | None = None
         self.ready = False
-        self._options = options
-        self._cores = cores
-        self._gpu = gpu
-        self._messages = messages
+        self._options, self._cores, self._gpu, self._messages = options, cores, gpu, messages
 
     @property
     def alive(self) -> bool:
@@ -335,17 +325,12 @@ class _Worker:
         """Return that the attempt was lost as the process ended, and how it did."""
         task = self.task
         assert task is not None
-        code = self._end()
+        code, log = self._end(), self._log_of(task.job)
+        reason = f"the worker ended with status {code}"
         if code < 0:
-            name = signal.Signals(-code).name
             hint = "; out of memory?" if -code == signal.SIGKILL else ""
-            reason = f"the worker was killed by {name}{hint}"
-        else:
-            reason = f"the worker ended with status {code}"
-        log = self._log_of(task.job)
-        if log is not None:
-            reason += f" (see {log.name})"
-        return self.lost(reason)
+            reason = f"the worker was killed by {signal.Signals(-code).name}{hint}"
+        return self.lost(reason if log is None else f"{reason} (see {log.name})")
 
     def lost(self, reason: str, *, late: bool = False) -> Lost:
         """End the process; returns that its attempt was lost."""

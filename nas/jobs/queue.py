@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -163,8 +162,7 @@ class Executor:
         heartbeat: Callable[[], None] | None = None,
     ) -> Result:
         """Run one job and wait for its result; see `stream`."""
-        results = self.stream([job], tick=lambda _, units: tick(units), deadline=deadline, heartbeat=heartbeat)
-        (result,) = results
+        (result,) = self.stream([job], tick=lambda _, units: tick(units), deadline=deadline, heartbeat=heartbeat)
         return result
 
     def stream(
@@ -177,8 +175,8 @@ class Executor:
     ) -> Iterator[Result]:
         """Run jobs with different keys; yields their results as they end, in any order.
 
-        `deadline` is on `time.monotonic()`; past it the jobs are ended and `OutOfTime` is raised.
-        `heartbeat` is called a few times a second. A consumer that stops early ends what runs.
+        `deadline` is on `time.monotonic()`; past it the jobs are ended and `OutOfTime` is raised. `heartbeat` is called
+        a few times a second. A consumer that stops early ends what runs.
         """
         left = {job.key for job in jobs}
         assert len(left) == len(jobs), "two jobs with one key"
@@ -209,7 +207,7 @@ class Executor:
             for key in queue.running:
                 attempt = queue.attempts(key)
                 self._backend.cancel(key, attempt)
-                self._write(key, attempt, "", 0.0, "cancelled", "its result is no longer wanted")
+                self._write(key, attempt, "", 0.0, "cancelled", "its result is no longer needed")
 
     def _ended(self, queue: JobQueue, event: Ended | Lost) -> Result | None:
         """Record an attempt; returns the job's result unless it is retried."""
@@ -220,15 +218,11 @@ class Executor:
             outcome = "done" if result.ok else "failed"
             self._write(key, attempt, event.where, result.seconds, outcome, result.reason or "")
             return result
-        again = queue.lost(key, final=event.final)
-        outcome = "late" if event.late else "lost"
-        self._write(key, attempt, event.where, event.seconds, outcome, event.reason)
-        if again:
+        self._write(key, attempt, event.where, event.seconds, "late" if event.late else "lost", event.reason)
+        if queue.lost(key, final=event.final):
             return None
-        reason = event.reason
-        if self._retries:
-            reason = f"{reason}; {self._retries + 1} attempts"
-        return Result(key, False, {}, reason, event.seconds)
+        attempts = f"; {self._retries + 1} attempts" if self._retries else ""
+        return Result(key, False, {}, event.reason + attempts, event.seconds)
 
     def release(self) -> None:
         """End idle processes, which frees their memory and cores."""
@@ -248,11 +242,9 @@ class Executor:
         if self._record is None:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        out = io.StringIO()
-        writer = Writer(out, ATTEMPT_COLUMNS)
-        if not self._record.exists():
-            writer.writeheader()
-        writer.writerow([key, attempt, where, now, round(seconds, 3), outcome, reason])
         # Only a log: a full disk is reported by what a run needs.
         with contextlib.suppress(OSError), self._record.open("a", encoding="utf-8") as file:
-            file.write(out.getvalue())
+            writer = Writer(file, ATTEMPT_COLUMNS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow([key, attempt, where, now, round(seconds, 3), outcome, reason])

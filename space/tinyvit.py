@@ -18,7 +18,6 @@ from space.tinyvit_slicing import TinyVitNet, block_names, members, resized, sli
 
 WRITTEN_AT = 224  # pixels at which window sizes are written
 WIDTH_STEP = 32  # channels
-CHUNK = 8192  # archs at a time: the columns of a chunk stay in cache
 
 # Far beyond what fits in memory; they keep every count below 2**63.
 MAX_DIM, MAX_DEPTH, MAX_WINDOW = 16_384, 512, 512
@@ -120,19 +119,10 @@ def _macs(c: _Columns, ctx: Context) -> Array:
 
 
 def _count(formula: Callable[[_Columns, Context], Array], table: Table, ctx: Context) -> npt.NDArray[np.int64]:
-    """Apply a formula; long flat tables go in chunks that fit in cache."""
-    n = len(table["depths"])
-    if table["depths"].ndim != 2 or n <= CHUNK:
-        vectors = ("embed_dims", "depths", "window_sizes")  # the others have no slots
-        shapes = (v.shape[:-1] if field in vectors else v.shape for field, v in table.items())
-        # A formula may ignore a field such as the head dim: the result still has its axis.
-        counts = formula(_columns(table, ctx), ctx)
-        return np.broadcast_to(counts, np.broadcast_shapes(*shapes))
-    out = np.empty(n, dtype=np.int64)
-    for i in range(0, n, CHUNK):
-        part = {field: column[i : i + CHUNK] for field, column in table.items()}
-        out[i : i + CHUNK] = formula(_columns(part, ctx), ctx)
-    return out
+    """Apply a formula; where it ignores a field such as the head dim, the result still has its axis."""
+    vectors = ("embed_dims", "depths", "window_sizes")  # the others have no slots
+    shapes = (v.shape[:-1] if field in vectors else v.shape for field, v in table.items())
+    return np.broadcast_to(formula(_columns(table, ctx), ctx), np.broadcast_shapes(*shapes))
 
 
 def _own(arch: Arch) -> TinyVitArch:
@@ -213,7 +203,7 @@ class TinyVit(Family):
         )
 
     def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
-        """Return the fields as built in `ctx`: windows are scaled, the rest is as written."""
+        """As `Family.effective`: windows are scaled, the rest is as written."""
         built = dict(table)
         if "window_sizes" in built:
             built["window_sizes"] = _built_windows(built["window_sizes"], ctx)

@@ -1,4 +1,4 @@
-"""The family that docs/families.md writes out: registered as told, true to timm, contracted."""
+"""The family that docs/families.md writes out: registered as written there, true to timm, contracted."""
 
 from __future__ import annotations
 

@@ -84,6 +84,7 @@ ONCE: list[tuple[str, object]] = [
     ("run", {"schema": 1, "config": {"seed": 1, "target_params": 5, "device": None}}),
     ("run", {"schema": 1, "config": [["seed", 1]]}),
     ("run", {"schema": 1, "config": None}),
+    ("inline-arch", {"x" * 300: 1}),
     ("teacher", []),
     ("teacher", {"schema": 1, "info": {"x": 1}}),
 ]
@@ -108,7 +109,7 @@ def test_a_size_that_is_none_is_refused(size: str, tmp_path: Path) -> None:
 
 
 def test_odd_manifests_are_refused(tmp_path: Path) -> None:
-    told = json.loads(CALLED["manifest"].seeds()[0])
+    whole = json.loads(CALLED["manifest"].seeds()[0])
     for name, values in {
         "epochs": (0, -1, "1", None, 1.5),
         "shard_records": (0, True, [], 2**40),
@@ -120,23 +121,23 @@ def test_odd_manifests_are_refused(tmp_path: Path) -> None:
     }.items():
         for value in values:
             with pytest.raises(InputError) as caught:
-                CALLED["manifest"].read(json.dumps({**told, name: value}).encode(), tmp_path)
+                CALLED["manifest"].read(json.dumps({**whole, name: value}).encode(), tmp_path)
             assert "\n" not in str(caught.value)
-        missing = {k: v for k, v in told.items() if k != name}
+        missing = {k: v for k, v in whole.items() if k != name}
         with pytest.raises(InputError):
             CALLED["manifest"].read(json.dumps(missing).encode(), tmp_path)
     for name, value in (("scale", [0.5]), ("scale", []), ("ratio", [1.0]), ("ratio", 3)):
-        spec = {**told["spec"], "augment": {**told["spec"]["augment"], name: value}}
+        spec = {**whole["spec"], "augment": {**whole["spec"]["augment"], name: value}}
         with pytest.raises(InputError, match="augmentation"):
-            CALLED["manifest"].read(json.dumps({**told, "spec": spec}).encode(), tmp_path)
+            CALLED["manifest"].read(json.dumps({**whole, "spec": spec}).encode(), tmp_path)
 
 
 @given(st.binary(max_size=60))
 @settings(FUZZ, max_examples=200)
 def test_any_pickle_is_refused_or_tensors(data: bytes) -> None:
     head = CALLED["pickle"].seeds()[1][:40]
-    for whole in (data, head + data, b"\x80\x02" + data + b"."):
-        assert fault_of(CALLED["pickle"], whole, LIMIT_S) is None
+    for each in (data, head + data, b"\x80\x02" + data + b"."):
+        assert fault_of(CALLED["pickle"], each, LIMIT_S) is None
 
 
 def test_a_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:

@@ -135,23 +135,20 @@ def test_a_grandchild_outside_the_group_does_not_delay_the_end() -> None:
 
 @pytest.mark.parametrize("how", ["process", "thread"])
 def test_a_system_without_free_processes_or_threads_is_one_line(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object, **__: object) -> None:
-        if how == "process":
-            raise OSError(errno.EMFILE, "Too many open files")
-        raise RuntimeError("can't start new thread")
-
     begun: list[subprocess.Popen[str]] = []
     real = subprocess.Popen
 
     def popen(*given: Any, **more: Any) -> subprocess.Popen[str]:
+        if how == "process":
+            raise OSError(errno.EMFILE, "Too many open files")
         begun.append(real(*given, **more))
         return begun[-1]
 
-    if how == "process":
-        monkeypatch.setattr("nas.jobs.local.subprocess.Popen", none)
-    else:
-        monkeypatch.setattr("nas.jobs.local.subprocess.Popen", popen)
-        monkeypatch.setattr("nas.jobs.local.threading.Thread.start", none)
+    def start(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("nas.jobs.local.subprocess.Popen", popen)
+    monkeypatch.setattr("nas.jobs.local.threading.Thread.start", start)
     with pytest.raises(InputError, match="fewer --workers") as refused:
         Talk(ECHO)
     assert "\n" not in str(refused.value)

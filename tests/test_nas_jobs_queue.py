@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from nas.core.dataclass_json import from_json, to_json
 from nas.core.progress import Tick
-from nas.jobs.job import LEAVES, READS, Job, Values, decode_job, encode_job, file_fields, with_files
+from nas.jobs.job import READS, WRITES, Job, Values, decode_job, encode_job, file_fields, with_files
 from nas.jobs.queue import JobQueue
 
 
@@ -36,7 +36,7 @@ class Outer:
     paths: tuple[Path, ...]
     free: Mapping[str, Any]
     inner: Inner | None
-    out: Path = field(metadata=LEAVES)
+    out: Path = field(metadata=WRITES)
 
 
 def do(argument: Outer, tick: Tick) -> Values:

@@ -22,7 +22,7 @@ from nas.contract import contract
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Tick
 from nas.jobs.executor import make_executor
-from nas.jobs.job import LEAVES, READS, Job, Values
+from nas.jobs.job import READS, WRITES, Job, Values
 from nas.jobs.transfer_files import Bundle, fetch, file_states, read_files, write_files
 from space.errors import InputError
 from tests.conftest import SMALL_ARCH, Finished
@@ -69,7 +69,7 @@ class CopyJob:
     """A folder to copy."""
 
     source: Path = field(metadata=READS)
-    out: Path = field(metadata=LEAVES)
+    out: Path = field(metadata=WRITES)
 
 
 def copy(job: CopyJob, tick: Tick) -> Values:

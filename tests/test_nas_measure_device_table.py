@@ -38,16 +38,12 @@ FAMILY = get_family("tinyvit")
 CTX = Context(img_size=64, num_classes=10)
 SEED = FAMILY.seed("21M")
 ARCHS: list[Arch] = [n.arch for n in sample(FAMILY, SEED, CTX, 260, band=None, random_seed=5) if n.arch is not None]
-CORES: dict[str, Any] = {
-    "physical_cores": 4,
-    "logical_cores": 4,
-    "usable_cpus": 4.0,
-    "nominal_mhz": 1500.0,
-    "threads": 4,
-}
+CORES: dict[str, Any] = {"physical_cores": 4, "logical_cores": 4, "usable_cpus": 4.0, "nominal_mhz": 1500.0}
 SOFTWARE = {"torch": "none", "timm": "none", "python": "3.11.2", "os": "Linux 6.1", "arch": "aarch64"}
 GPU = dict.fromkeys(("driver", "cuda", "cudnn"))
 DEVICE = Fingerprint(device="cpu", device_name="Board, 4 cores", threads=4, **CORES, **SOFTWARE, **GPU)
+
+
 BOARD = Setting("cpu", "onnxruntime", "float32", 8)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,20 +44,14 @@ def test_every_field_is_identity() -> None:
 
 
 def test_momentary_things_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither load nor present clock nor time of day is in the id."""
-    here = take_fingerprint("cpu", threads=1)
-    real, shifted = Path.read_text, []
+    """Neither load nor present clock (a few MHz, as boots of one virtual machine differ by) is in the id."""
+    here, real = take_fingerprint("cpu", threads=1), Path.read_text
 
     def faster(path: Path, *args: Any, **kwargs: Any) -> str:
         text = real(path, *args, **kwargs)
         if str(path) != "/proc/cpuinfo":
             return text
-        shifted.append(path)
-        lines = text.splitlines(keepends=True)
-        # A few MHz, as boots of one virtual machine differ by.
-        return "".join(
-            f"cpu MHz\t\t: {float(x.split(':')[1]) + 0.003:.3f}\n" if x.startswith("cpu MHz") else x for x in lines
-        )
+        return re.sub(r"(cpu MHz\s*: )([0-9.]+)", lambda found: f"{found[1]}{float(found[2]) + 0.003:.3f}", text)
 
     monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
     monkeypatch.setattr(Path, "read_text", faster)
@@ -190,22 +185,15 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_the_drivers_tool_is_read(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert watch.gpu_driver("cuda") == "550.54.15"
-    assert watch.gpu_nominal_mhz("cuda") == 1980.0
-    assert watch.gpu_clock_mhz("cuda") == 1755.0
-    monkeypatch.setenv("SMI_CLOCK", "900")
-    assert watch.gpu_clock_mhz("cuda") == 900.0, "a condition is asked anew"
-    assert watch.gpu_driver("cuda") == "550.54.15"
+    for clock in ("1755", "900"):
+        monkeypatch.setenv("SMI_CLOCK", clock)
+        assert (watch.gpu_driver("cuda"), watch.gpu_nominal_mhz("cuda")) == ("550.54.15", 1980.0)
+        assert watch.gpu_clock_mhz("cuda") == float(clock), "a condition is asked anew"
     assert smi.read_text().count("driver_version") == 1, "identity is asked once"
-    now = conditions("cuda")
-    assert (now.clock_mhz, now.gpu_others) == (900.0, 0)
-
-
-def test_this_process_is_no_other_process(smi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMI_PIDS", f"{os.getpid()} 999999 888888")
-    assert watch.other_gpu_processes("cuda") == 2
-    monkeypatch.setenv("SMI_PIDS", f"{os.getpid()}")
-    assert watch.other_gpu_processes("cuda") == 0
+    for pids, others in ((f"{os.getpid()} 999999 888888", 2), (f"{os.getpid()}", 0)):
+        monkeypatch.setenv("SMI_PIDS", pids)
+        now = conditions("cuda")
+        assert (now.clock_mhz, now.gpu_others) == (900.0, others), "this process is no other process"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -179,7 +180,7 @@ def test_int8_says_the_same_of_most_images(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in INSTALLED if n in INT8])
 def test_int8_of_a_transformer_runs_calibrated_on_noise(name: str) -> None:
-    """Without images it says so; attention with wild weights costs int8 much, and is told."""
+    """Without images that is recorded, and how much attention with wild weights loses."""
     model = reloaded()
     made = prepare(model, ctx=CTX, setting=Setting(runtime=name, batch=2))
     assert "calibrated on noise" in made.done
@@ -370,17 +371,11 @@ class Eclipse(Plugged):
 
 
 def test_a_runtime_of_another_package_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through its entry point; a name of ours stays ours; what computes otherwise is told."""
+    """Through its entry point; a name of ours stays ours; what computes otherwise is recorded."""
 
-    class Entry:
-        def __init__(self, kind: type[Runtime]) -> None:
-            self.name, self._kind = kind.name, kind
-
-        def load(self) -> type[Runtime]:
-            return self._kind
-
-    def entry_points(*, group: str) -> list[Entry]:
-        return [Entry(Plugged), Entry(Eclipse)] if group == "vision_contraction.runtimes" else []
+    def entry_points(*, group: str) -> list[SimpleNamespace]:
+        kinds = (Plugged, Eclipse) if group == "vision_contraction.runtimes" else ()
+        return [SimpleNamespace(name=kind.name, load=lambda kind=kind: kind) for kind in kinds]
 
     monkeypatch.setattr(metadata, "entry_points", entry_points)
     assert isinstance(find_runtime("plugged"), Plugged)

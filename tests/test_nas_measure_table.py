@@ -200,20 +200,13 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) 
     ("required", "wanted"),
     [
         ([], "pass"),
-        (["speedup>=1.9"], "pass"),
-        (["speedup>=1.95"], "undecided"),
-        (["speedup>=2.1"], "undecided"),
-        (["speedup>=2.2"], "fail"),
+        *(([f"speedup>={x}"], v) for x, v in ((1.9, "pass"), (1.95, "undecided"), (2.1, "undecided"), (2.2, "fail"))),
         (["images_per_s>=111"], "fail"),
         (["speedup>=1.5", "images_per_s>=100"], "undecided"),
         (["images_per_s>=100", "speedup>=2.2"], "fail"),
         (["speedup>=1.9", "images_per_s>=90"], "pass"),
-        (["latency_ms<=9"], "pass"),
-        (["latency_ms<=8"], "undecided"),
-        (["latency_ms<=7"], "undecided"),
-        (["latency_ms<=6.9"], "fail"),
-        (["peak_mem_mb<=50"], "pass"),
-        (["peak_mem_mb<=49.9"], "fail"),
+        *(([f"latency_ms<={x}"], v) for x, v in ((9, "pass"), (8, "undecided"), (7, "undecided"), (6.9, "fail"))),
+        *(([f"peak_mem_mb<={x}"], v) for x, v in ((50, "pass"), (49.9, "fail"))),
     ],
 )
 def test_verdicts_by_interval_ends(required: list[str], wanted: str) -> None:

@@ -117,13 +117,9 @@ def test_counts_of_many_equal_counts_of_one(cases: ModuleType) -> None:
     rng, family = random.Random(2), cases.FAMILY
     archs = [cases.random_arch(rng) for _ in range(200)]
     table = family.table(archs)
-    # Longer than a chunk, so that the seams are covered.
-    long = {field: np.resize(v, (9000, *v.shape[1:])) for field, v in table.items()}
     for ctx in (Context(2 * 3 * 5 * 7 * 16, 10), Context(1120, 7, 4)):  # every patch fills them
         for many, one in ((family.count_params_many, family.count_params), (family.count_macs_many, family.count_macs)):
-            counts = [one(a, ctx) for a in archs]
-            assert many(table, ctx).tolist() == counts
-            assert np.array_equal(many(long, ctx), np.resize(counts, 9000))
+            assert many(table, ctx).tolist() == [one(a, ctx) for a in archs]
     assert [family.row(table, i) for i in range(len(archs))] == archs
     assert family.valid_many(table).all()
 

@@ -183,16 +183,14 @@ def test_queries_keys_and_values_keep_their_channel(ours: int, theirs: int) -> N
     a, b = small(head_dim=theirs), small(head_dim=ours, embed_dims=[32, 64, 64, 96])
     parent = scrambled(a, CTX).state_dict()
     child = inherited(FAMILY.slicing(a, b, CTX, CTX), parent, FAMILY.build(b, CTX).state_dict())
+
+    def by_part(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """[q|k|v, channel among all heads, input]: the layout timm's view and split define."""
+        return weight.view(-1, 3, head_dim, weight.shape[1]).transpose(0, 1).reshape(3, -1, weight.shape[1])
+
     for stage, dim in ((1, 64), (2, 64), (3, 96)):
         key = f"stages.{stage}.blocks.0.attn.qkv.weight"
-
-        def by_part(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-            """[q|k|v, channel among all heads, input]: the layout timm's view and split define."""
-            apart = weight.view(-1, 3, head_dim, weight.shape[1]).transpose(0, 1)
-            return apart.reshape(3, -1, weight.shape[1])
-
-        expected = by_part(parent[key], theirs)[:, :dim, :dim]
-        assert torch.equal(by_part(child[key], ours), expected)
+        assert torch.equal(by_part(child[key], ours), by_part(parent[key], theirs)[:, :dim, :dim])
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(7, 14), (14, 7)])
@@ -315,44 +313,49 @@ def test_the_groups_of_a_vit_leave_out_tokens_positions_and_classes_alone() -> N
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("cases", "changes"),
     [
-        {"embed_dims": [16, 32, 64, 64]},
-        {"mlp_ratio": 1.5, "mbconv_expand_ratio": 1.5},
-        {"embed_dims": [32, 64, 64, 96], "head_dim": 16, "mlp_ratio": 2.0},
-        {"embed_dims": [32, 64, 64, 128], "head_dim": 64},
+        (space_cases, {"embed_dims": [16, 32, 64, 64]}),
+        (space_cases, {"mlp_ratio": 1.5, "mbconv_expand_ratio": 1.5}),
+        (space_cases, {"embed_dims": [32, 64, 64, 96], "head_dim": 16, "mlp_ratio": 2.0}),
+        (space_cases, {"embed_dims": [32, 64, 64, 128], "head_dim": 64}),
+        (vit_cases, {"embed_dim": 32, "mlp_ratio": 2.0}),
     ],
 )
-def test_wanted_units_are_taken_as_the_first_ones_of_a_net_with_them_in_front(changes: dict[str, object]) -> None:
-    a, b = small(), small(**changes)
-    order = random_order(a, CTX, np.random.default_rng(1))
+def test_wanted_units_are_taken_as_the_first_ones_of_a_net_with_them_in_front(
+    cases: ModuleType, changes: dict[str, object]
+) -> None:
+    family, make = cases.FAMILY, small if cases is space_cases else vit_cases.small
+    a, b = make(), make(**changes)
+    order = random_order(a, CTX, np.random.default_rng(1), family)
     order = {name: wanted for name, wanted in order.items() if not name.endswith("blocks")}
-    counts = {k: 1 + m[0].unit.max() for k, m in FAMILY.groups(b, CTX).items()}
+    counts = {k: 1 + m[0].unit.max() for k, m in family.groups(b, CTX).items()}
     for name in counts:
         if name.endswith("heads"):  # how many parent heads hold the child's channels
-            counts[name] = -(-b.embed_dims[int(name[7])] // a.head_dim)
+            counts[name] = -(-(b.embed_dims[int(name[7])] if family is FAMILY else b.embed_dim) // a.head_dim)
     front = {
         name: np.concatenate([np.sort(wanted[: counts[name]]), np.sort(wanted[counts[name] :])])
         for name, wanted in order.items()
     }
-    parent, own = scrambled(a, CTX).state_dict(), FAMILY.build(b, CTX).state_dict()
-    got = inherited(FAMILY.slicing(a, b, CTX, CTX, order), parent, own)
-    moved = reordered(a, CTX, parent, front)
-    want = inherited(FAMILY.slicing(a, b, CTX, CTX), moved, own)
+    parent, own = scrambled(a, CTX, family=family).state_dict(), family.build(b, CTX).state_dict()
+    got, plain = (inherited(family.slicing(a, b, CTX, CTX, wanted), parent, own) for wanted in (order, None))
+    want = inherited(family.slicing(a, b, CTX, CTX), reordered(a, CTX, parent, front, family), own)
     for key in want:
         assert torch.equal(got[key], want[key]), key
-    plain = inherited(FAMILY.slicing(a, b, CTX, CTX), parent, own)
     assert not all(torch.equal(got[key], plain[key]) for key in plain)
 
 
 def test_wanted_blocks_are_taken_in_the_parents_order() -> None:
-    order = {"stages.2.blocks": np.array([2, 1, 0]), "stages.0.blocks": np.array([1, 0])}
-    slices = FAMILY.slicing(small(), small(depths=[1, 1, 2, 2]), CTX, CTX, order)
-    for block, source in (("0.blocks.0", 1), ("2.blocks.0", 1), ("2.blocks.1", 2)):
-        keys = [k for k in slices if k.startswith(f"stages.{block}.")]
-        there = {slices[k].source.replace(f"{block[:-1]}{source}.", f"{block}.") for k in keys}
-        assert there == set(keys)
+    orders = {"stages.2.blocks": np.array([2, 1, 0]), "stages.0.blocks": np.array([1, 0])}
+    tinyvit = FAMILY.slicing(small(), small(depths=[1, 1, 2, 2]), CTX, CTX, orders)
+    vit = VIT.slicing(vit_cases.small(), vit_cases.small(depth=2), CTX, CTX, {"blocks": np.array([2, 0, 1])})
+    for slices, group, j, source in (
+        *((tinyvit, "stages.0.blocks", 0, 1), (tinyvit, "stages.2.blocks", 0, 1), (tinyvit, "stages.2.blocks", 1, 2)),
+        *((vit, "blocks", 0, 0), (vit, "blocks", 1, 2)),
+    ):
+        keys = [k.removeprefix(f"{group}.{j}.") for k in slices if k.startswith(f"{group}.{j}.")]
         assert keys
+        assert all(slices[f"{group}.{j}.{key}"].source == f"{group}.{source}.{key}" for key in keys)
 
 
 def test_an_order_must_be_a_permutation_of_a_group_of_the_parent() -> None:
@@ -383,27 +386,14 @@ def blend_of(here: int, there: int, ours: int, theirs: int) -> tuple[Slice, int,
     [(224, 384, 14, 14), (384, 224, 14, 14), (96, 224, 20, 7), (512, 384, 7, 20), (300, 96, 14, 7)],
 )
 def test_biases_between_the_parents_offsets_are_blended(here: int, there: int, ours: int, theirs: int) -> None:
+    """By linear interpolation along one axis and then the other; it holds the ends, too."""
     s, window, parent_window = blend_of(here, there, ours, theirs)
-    assert set(s.blends) == {1}
-    blend = s.blends[1]
-    assert blend.dtype == np.float64
-    assert blend.shape == (window**2, parent_window**2)
-    assert (s.index[1] >= 0).all()
-    assert (blend >= 0).all()
-    np.testing.assert_allclose(blend.sum(1), 1, rtol=0, atol=1e-12)
-    rng = np.random.default_rng(0)
-    # The oracle: linear interpolation along one axis and then the other; it holds the ends, too.
-    table = rng.normal(size=(parent_window, parent_window))
     at, known = np.arange(window) * there / here, np.arange(parent_window)
-    rows = np.stack([np.interp(at, known, column) for column in table.T], axis=1)
-    want = np.stack([np.interp(at, known, row) for row in rows])
-    got = (blend @ table.reshape(-1)).reshape(window, window)
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
-    # A table that falls with distance still does.
-    falling = -rng.random(size=table.shape).cumsum(0).cumsum(1)
-    got = (blend @ falling.reshape(-1)).reshape(window, window)
-    assert (np.diff(got, axis=0) <= 1e-12).all()
-    assert (np.diff(got, axis=1) <= 1e-12).all()
+    line = np.stack([np.interp(at, known, unit) for unit in np.eye(parent_window)], axis=1)
+    assert set(s.blends) == {1}
+    assert s.blends[1].dtype == np.float64
+    np.testing.assert_allclose(s.blends[1], np.kron(line, line), rtol=0, atol=1e-12)
+    assert (s.index[1] >= 0).all()
 
 
 def test_nothing_is_blended_where_offsets_meet() -> None:
@@ -446,23 +436,6 @@ def test_prefixes_of_a_vit_equal_slices_by_hand() -> None:
     assert torch.equal(child["blocks.1.attn.qkv.weight"], qkv)
     rows = [0, *range(2, 11)]  # the class token, then the grid: the distillation token is gone
     assert torch.equal(child["pos_embed"], state["pos_embed"][:, rows, :32])
-
-
-def test_wanted_units_and_blocks_of_a_vit_are_taken_in_the_parents_order() -> None:
-    a, b = vit_cases.small(), vit_cases.small(embed_dim=32, depth=2, mlp_ratio=2.0)
-    order = random_order(a, CTX, np.random.default_rng(1), VIT)
-    slices = VIT.slicing(a, b, CTX, CTX, order)
-    blocks = sorted(order["blocks"][:2].tolist())
-    for j, block in enumerate(blocks):
-        heads = np.sort(order[f"blocks.{block}.heads"][:2])
-        channels = [h * 16 + c for h in heads.tolist() for c in range(16)]
-        qkv = slices[f"blocks.{j}.attn.qkv.weight"]
-        assert qkv.source == f"blocks.{block}.attn.qkv.weight"
-        assert qkv.index[0].tolist() == [p * 64 + c for p in range(3) for c in channels]
-        assert qkv.index[1].tolist() == np.sort(order["dim"][:32]).tolist()
-        assert slices[f"blocks.{j}.attn.proj.weight"].index[1].tolist() == channels
-        hidden = np.sort(order[f"blocks.{block}.hidden"][: 2 * 32]).tolist()
-        assert slices[f"blocks.{j}.mlp.fc2.weight"].index[1].tolist() == hidden
 
 
 def test_a_token_that_the_parent_has_not_stays_the_childs_own() -> None:

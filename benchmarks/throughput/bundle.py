@@ -28,7 +28,7 @@ CARRIED = (
     *("measure/fingerprint.py", "measure/intervals.py"),
     *("measure/measurement.py", "measure/interleave.py", "measure/device_table.py"),
     *("measure/interference.py", "measure/runtimes/__init__.py", "measure/runtimes/runtime.py"),
-    *("measure/runtimes/eager.py", "measure/runtimes/ort_session.py"),
+    *("measure/runtimes/eager.py", "measure/runtimes/from_onnx.py"),
 )
 """What of `nas` the script needs: nothing of it imports torch."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def find_nets(names: Sequence[str], family: Family) -> list[Net]:
 
 def _find(name: str, family: Family) -> list[Net]:
     named = find_network(name, "--arch")
-    if named.path.is_dir():
+    if os.path.isdir(named.path):  # unlike a Path's, it is false for an arch's JSON, too long for a name
         return _pareto_set(named.path, family)
     path = Path(named.origin)
     data: Any = read_json(path, "an arch") if isinstance(named, (SavedNetwork, CheckpointFile)) else {}

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.progress import Tick
-from nas.jobs.job import CHECKPOINT, LEAVES, READS, READS_LAST, Values
+from nas.jobs.job import CHECKPOINT, READS, READS_LAST, WRITES, Values
 from space import Context, get_family
 from space.errors import refuse
 
@@ -102,7 +102,7 @@ class TrainJob(StudentJob):
     checkpoint: bool = False
     test: bool = False
     shared: bool = False
-    out: Path = field(metadata=LEAVES)
+    out: Path = field(metadata=WRITES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class ScoreJob(StudentJob):
     parent: ParentWeights
     recalibrate: bool
     images: int | None = None
-    out: Path = field(metadata=LEAVES)
+    out: Path = field(metadata=WRITES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -307,7 +307,10 @@ FORMS: tuple[type[NamedNetwork], ...] = (
 
 def find_network(name: str | Path, flag: str) -> NamedNetwork:
     """Recognise what a user names under `flag`; nothing is loaded yet."""
-    return next(named for named in (form(str(name), flag) for form in FORMS) if named.fits())
+    try:
+        return next(named for named in (form(str(name), flag) for form in FORMS) if named.fits())
+    except OSError as error:  # no file may have such a long name, say
+        raise refuse(flag, name, "the name of a network", error.strerror or "") from None
 
 
 def _load_folder(named: NamedNetwork) -> State:

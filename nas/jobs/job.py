@@ -39,9 +39,9 @@ READS: Mapping[str, Any] = {"reads": True}
 """Metadata of a path field: the job reads this file or folder."""
 READS_LAST: Mapping[str, Any] = {"reads": True, "last": True}
 """The job reads it, and no later job does."""
-LEAVES: Mapping[str, Any] = {"leaves": True}
+WRITES: Mapping[str, Any] = {"writes": True}
 """The job writes this folder; only a job with such a field runs on a cluster."""
-EXTENDS: Mapping[str, Any] = {"reads": True, "leaves": True, "top_only": True}
+EXTENDS: Mapping[str, Any] = {"reads": True, "writes": True, "top_only": True}
 """The job reads the files at the top of this folder and adds to it."""
 
 
@@ -83,7 +83,7 @@ class Job:
     @property
     def folder(self) -> str | None:
         """The dotted name of the argument's field with the folder that the job writes."""
-        return next((name for name, (_, use) in self.files.items() if "leaves" in use), None)
+        return next((name for name, (_, use) in self.files.items() if "writes" in use), None)
 
     @property
     def files(self) -> dict[str, tuple[Path, Mapping[str, Any]]]:

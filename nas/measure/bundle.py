@@ -23,7 +23,7 @@ from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interleave import Bounds, TimingPlan, TimingResult, measure_rounds
 from nas.measure.measurement import Throughput
 from nas.measure.runtimes import PreparedModel
-from nas.measure.runtimes.ort_session import open_session
+from nas.measure.runtimes.from_onnx import open_session
 from space.errors import InputError, refuse
 
 LIST = "networks.json"
@@ -95,14 +95,11 @@ def read_networks(folder: Path) -> list[dict[str, Any]]:
         beside = {(n["batch"], n["img_size"]) for n in listed if n["reference"]}
         for each in listed:
             member(folder, each["file"], f"{path}: file", links=True)
-    except InputError:
-        raise
     except (KeyError, TypeError) as error:
-        got = " ".join(f"{type(error).__name__}: {error}".split())
+        got = f"{type(error).__name__}: {error}"
         raise refuse(str(path), got, "the list of a bundle", "make the bundle again") from None
     if not listed or sizes != beside:
-        want = "networks with a reference each"
-        raise refuse(str(path), f"{len(listed)} networks", want, "make the bundle again")
+        raise refuse(str(path), f"{len(listed)} networks", "networks with a reference each", "make the bundle again")
     return listed
 
 

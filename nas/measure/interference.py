@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,17 @@ class Watch:
         now, before = _counters(), self._before
         if now is None or before is None:
             return None
-        ran, waited = now.ran_s - before.ran_s, now.waited_s - before.waited_s
-        waited += now.throttled_s - before.throttled_s
+        ran, waited, throttled, stolen = (b - a for a, b in zip(before, now, strict=True))
+        waited += throttled
         if ran + waited <= 0.0:
             return None
         own = min(1.0, max(0.0, waited / (ran + waited)))
-        wall = time.perf_counter() - self._began
-        cores = os.cpu_count() or 1
-        stolen = min(1.0, max(0.0, now.stolen_s - before.stolen_s) / max(wall * cores, 1e-9))
-        return round(min(1.0, own + (1.0 - own) * stolen), 4)
+        of_all = (time.perf_counter() - self._began) * (os.cpu_count() or 1)
+        taken = min(1.0, max(0.0, stolen) / max(of_all, 1e-9))
+        return round(min(1.0, own + (1.0 - own) * taken), 4)
 
 
-@dataclass(frozen=True)
-class _Counters:
+class _Counters(NamedTuple):
     ran_s: float
     waited_s: float
     throttled_s: float

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nas.core.dataclass_json import to_json
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
-from nas.jobs.job import LEAVES, READS, Values, out_of_memory
+from nas.jobs.job import READS, WRITES, Values, out_of_memory
 from nas.measure.interleave import TimingPlan
 from space import Context, get_family
 from space.errors import refuse
@@ -83,7 +83,7 @@ class ExportJob(NetworkJob):
     """A network to export in its runtime's format to the folder `out`."""
 
     random_seed: int
-    out: Path = field(metadata=LEAVES)
+    out: Path = field(metadata=WRITES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Runtimes of ONNX files: ONNX Runtime and OpenVINO, in float and in int8, and TensorRT."""
+"""Runtimes of ONNX files: ONNX Runtime and OpenVINO, in float and in int8, and TensorRT. No torch at import."""
 
 from __future__ import annotations
 
@@ -6,14 +6,52 @@ import contextlib
 import io
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nas.measure.runtimes.eager import cpu_timer, cuda_timer
-from nas.measure.runtimes.ort_session import open_session
 from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
+from space.errors import refuse
 
 if TYPE_CHECKING:
     from nas.measure.runtimes.runtime import Images
+
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def open_session(path: Path, images: Any, *, device: str, threads: int, done: str) -> PreparedModel:
+    """Open a file whose input is `images` and output `logits`, and bind it to images `[n,c,h,w]`.
+
+    Inputs and outputs stay on the device while passes are timed. Refuses a device that this build of ONNX Runtime does
+    not serve.
+    """
+    import onnxruntime
+
+    kind, _, index = device.partition(":")
+    provider = PROVIDERS[kind]
+    if provider not in onnxruntime.get_available_providers():
+        raise refuse("device", device, f"an ONNX Runtime with {provider}", "onnxruntime-gpu has it")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads spin while a network runs, as by default, but not on into the other network's block.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    providers: list[Any] = [(provider, {"device_id": int(index or 0)} if kind == "cuda" else {})]
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    binding = session.io_binding()
+    value = onnxruntime.OrtValue.ortvalue_from_numpy(images, kind, int(index or 0))
+    binding.bind_ortvalue_input("images", value)
+    binding.bind_output("logits", kind, int(index or 0))
+
+    def once() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    def logits(of: Any) -> Any:
+        return session.run(["logits"], {"images": of})[0]
+
+    return PreparedModel(cpu_timer(once), logits, f"{done}; {provider}")
 
 
 def _disable_telemetry() -> None:
@@ -39,7 +77,6 @@ class OnnxFile(Runtime):
     changes = "ONNX"
 
     def stage(self, request: RuntimeRequest) -> Path:
-        """Export."""
         return _exported(request)
 
 
@@ -52,7 +89,6 @@ class OnnxRuntime(OnnxFile):
     install = 'pip install -e ".[onnx]"'
 
     def prepare(self, request: RuntimeRequest) -> PreparedModel:
-        """Export and open a session."""
         return open_session(
             request.staged or self.stage(request),
             request.images.numpy(),
@@ -72,7 +108,6 @@ class OnnxRuntimeInt8(OnnxRuntime):
     changes = "ONNX; int8 weights a channel, uint8 activations (static, QDQ)"
 
     def stage(self, request: RuntimeRequest) -> Path:
-        """Export and quantise."""
         from nas.export.onnx import quantize_onnx
 
         source = _exported(request)
@@ -92,7 +127,6 @@ class OpenVino(OnnxFile):
     dtypes = Runtime.dtypes
 
     def prepare(self, request: RuntimeRequest) -> PreparedModel:
-        """Export, convert, compile."""
         import openvino
 
         _disable_telemetry()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from space_cases import random_arch, random_context
 
 from benchmarks.throughput.networks import sample
 from nas.core.requirement import Setting
@@ -31,8 +29,7 @@ from nas.measure.device_table import (
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Throughput
 from nas.measure.predict import Predictor, fit_additive, fit_predictor, held_out, terms_of
-from space import Arch, Context, Family, InputError, get_family
-from space.family import Table
+from space import Arch, Context, InputError, get_family
 
 FAMILY = get_family("tinyvit")
 CTX = Context(img_size=64, num_classes=10)
@@ -333,38 +330,3 @@ def test_trees_are_tried_too_and_draw_the_same_each_time(monkeypatch: pytest.Mon
     first, second = (predictor(0.02, 40) for _ in range(2))
     assert first.errors == second.errors
     assert first.median_error < 0.5
-
-
-def test_cost_terms_add_up_to_the_macs() -> None:
-    """Of any arch in any context: none is negative, and the products sum to `count_macs`."""
-    rng = random.Random(0)
-    kinds = ("linear", "attend", "depthwise", "stem macs", "head macs", "merge")
-    for _ in range(300):
-        arch, ctx = random_arch(rng), random_context(rng)
-        terms = FAMILY.cost_terms_many(FAMILY.table([arch]), ctx)
-        assert all((np.asarray(v) >= 0).all() for v in terms.values())
-        products = sum(int(v[0]) for name, v in terms.items() if name.endswith(kinds))
-        assert products == FAMILY.count_macs(arch, ctx)
-        assert int(terms["once"][0]) == 1
-
-
-def test_cost_terms_have_the_shape_of_counts() -> None:
-    """Flat tables and open grids alike; a term is the same for an arch alone or among others."""
-    flat = FAMILY.table(ARCHS[:7])
-    terms = FAMILY.cost_terms_many(flat, CTX)
-    assert {v.shape for v in terms.values()} == {FAMILY.count_macs_many(flat, CTX).shape}
-    for i, arch in enumerate(ARCHS[:7]):
-        alone = FAMILY.cost_terms_many(FAMILY.table([arch]), CTX)
-        assert {n: v[0] for n, v in alone.items()} == {n: v[i] for n, v in terms.items()}
-    grid: Table = {}
-    for axis, (name, column) in enumerate(FAMILY.table(ARCHS[:3]).items()):
-        grid[name] = column.reshape(*(3 if axis == k else 1 for k in range(6)), *column.shape[1:])
-    open_terms = FAMILY.cost_terms_many(grid, CTX)
-    assert {v.shape for v in open_terms.values()} == {FAMILY.count_macs_many(grid, CTX).shape} == {(3,) * 6}
-
-
-def test_a_family_without_parts_gives_counts() -> None:
-    flat = FAMILY.table(ARCHS[:5])
-    terms = Family.cost_terms_many(FAMILY, flat, CTX)
-    assert (terms["macs"] == FAMILY.count_macs_many(flat, CTX)).all()
-    assert {v.shape for v in terms.values()} == {(5,)}

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from space import Arch, Context, InputError
 from space.contractions import Band, baselines_in, contains, count_contractions, propose
+from space.family import Family
 from space.tinyvit import map_sizes
 
 IMAGENET, DIGITS = Context(224, 1000), Context(48, 10)
@@ -139,15 +140,28 @@ def test_open_grids_count_as_flat_tables_do(cases: ModuleType) -> None:
         grid[field] = v.reshape(*shape, *v.shape[1:])
         full = np.broadcast_to(grid[field], (*sizes, *v.shape[1:]))
         flat[field] = full.reshape(-1, *v.shape[1:])
-    for count in (family.count_params_many, family.count_macs_many):
-        assert np.array_equal(count(grid, IMAGENET).reshape(-1), count(flat, IMAGENET))
+
+    def terms(table: Any, ctx: Context) -> Any:
+        return np.stack(list(family.cost_terms_many(table, ctx).values()), axis=-1)
+
+    for count in (family.count_params_many, family.count_macs_many, terms):
+        assert np.array_equal(count(grid, IMAGENET).reshape(-1), count(flat, IMAGENET).reshape(-1))
 
 
-def test_the_cost_terms_of_a_vit_hold_all_its_macs() -> None:
-    table = VIT.table([vit_cases.random_arch(random.Random(s)) for s in range(50)])
-    terms = VIT.cost_terms_many(table, IMAGENET)
-    macs = sum(terms[k] for k in ("stem macs", "head macs", "linear", "attend"))
-    assert np.array_equal(macs, VIT.count_macs_many(table, IMAGENET))
+@CASES
+def test_cost_terms_add_up_to_the_macs_in_the_shape_of_counts(cases: ModuleType) -> None:
+    rng, family = random.Random(0), cases.FAMILY
+    kinds = ("linear", "attend", "depthwise", "stem macs", "head macs", "merge")
+    table = family.table([cases.random_arch(rng) for _ in range(100)])
+    for ctx in (IMAGENET, Context(1120, 7, 4)):
+        macs, terms = family.count_macs_many(table, ctx), family.cost_terms_many(table, ctx)
+        assert {v.shape for v in terms.values()} == {macs.shape}
+        assert all((v >= 0).all() for v in terms.values())
+        assert np.array_equal(sum(v for name, v in terms.items() if name.endswith(kinds)), macs)
+        assert (terms["once"] == 1).all()
+        plain = Family.cost_terms_many(family, table, ctx)  # of a family without parts
+        assert (plain["macs"] == macs).all()
+        assert {v.shape for v in plain.values()} == {macs.shape}
 
 
 @CASES

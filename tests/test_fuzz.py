@@ -80,6 +80,7 @@ def test_a_mutated_valid_file_is_a_value_or_one_line(name: str, rng: random.Rand
 ONCE: list[tuple[str, object]] = [
     ("finalists", {"family": [], "finalists": []}),
     ("finalists", {"family": None, "finalists": []}),
+    ("finalists", {"family": "tinyvit", "finalists": [None]}),
     ("result", {"status": "reached", "exit_code": 0, "message": "", "path": [[["a"]]]}),
     ("run", {"schema": 1, "config": {"seed": 1, "target_params": 5, "device": None}}),
     ("run", {"schema": 1, "config": [["seed", 1]]}),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.core.io import read_json
+from nas.core.io import check_object, read_json
 from nas.export.load import CheckpointFile, ModelName, SavedNetwork, find_network
 from nas.measure.jobs import NetworkSpec
 from nas.report.read import read_run
@@ -98,7 +98,8 @@ def _find(name: str, family: Family) -> list[Net]:
     data: Any = read_json(path, "an arch") if isinstance(named, (SavedNetwork, CheckpointFile)) else {}
     if isinstance(data, dict) and isinstance(data.get("finalists"), list):
         own = get_family(data.get("family", family.name))
-        return [_inline(own, own.arch(each["arch"])) for each in data["finalists"]]
+        listed = [check_object(name, each, "the list of finalists", {"arch": dict}) for each in data["finalists"]]
+        return [_inline(own, own.arch(each["arch"])) for each in listed]
     try:
         own, arch = named.arch(family.name)
     except InputError:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.core.cli import Parser, guarded
+from nas.core.cli import Parser, exit_status
 from nas.core.io import write_atomic
 from nas.core.table import Writer
 from space.errors import refuse
@@ -231,7 +231,7 @@ def run_command(parser: Parser, work: Callable[[argparse.Namespace], Any], argv:
         print(json.dumps(work(given)))
         return int(given.status)
 
-    return guarded(do)
+    return exit_status(do)
 
 
 def check_at_least(given: argparse.Namespace, **least: float) -> None:

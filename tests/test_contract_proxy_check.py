@@ -252,7 +252,7 @@ def test_input_that_says_nothing_is_refused() -> None:
 
 FAMILY, CTX = get_family("tinyvit"), Context(32, 10)
 SEED = FAMILY.arch(SMALL_ARCH)
-DATASET = cast(Any, SimpleNamespace(img_size=32, classes=range(10)))
+DATASET = cast(Any, SimpleNamespace(context=CTX))
 
 
 def config_of(**more: Any) -> RunConfig:

@@ -30,7 +30,7 @@ from nas.core.config import (
 from nas.core.settings import settings_of, table_of
 from nas.search.strategies import get_strategy, strategy_names
 from nas.train.optim import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
-from space import get_family
+from space import Context, get_family
 from space.errors import InputError
 
 
@@ -193,7 +193,7 @@ def test_a_rate_is_for_a_known_start() -> None:
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_a_short_way_takes_fewer_steps_but_not_fewer_rounds(strategy: str, effort: str) -> None:
     family = get_family("tinyvit")
-    dataset = cast(Any, SimpleNamespace(img_size=64, classes=["a"] * 100))
+    dataset = cast(Any, SimpleNamespace(context=Context(64, 100)))
     given = {"seed": "5M", "target_params": 3_600_000, "strategy": strategy, "effort": effort}
     config = make_config(given)
     found = with_steps(config, given, family, family.seed("5M"), dataset).steps

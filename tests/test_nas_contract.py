@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 import pytest
 from conftest import Finished
-from run_cases import table
+from run_cases import settings, table
 
 from nas.contract import contract
 from nas.contract.__main__ import main
@@ -29,6 +29,10 @@ from space import Context, get_family
 from space.errors import InputError
 
 FAMILY = get_family("tinyvit")
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def test_a_run_leaves_every_file_it_promises(finished: Finished) -> None:
@@ -42,7 +46,7 @@ def test_a_run_leaves_every_file_it_promises(finished: Finished) -> None:
 
 
 def test_the_winner_meets_the_budget_and_counts_are_timms(finished: Finished) -> None:
-    best = json.loads((finished.folder / "best.json").read_text())
+    best = read(finished.folder / "best.json")
     context = Context(best["img_size"], best["num_classes"])
     arch = FAMILY.arch(best["arch"])
     built = sum(p.numel() for p in FAMILY.build(arch, context).parameters())
@@ -86,7 +90,7 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(finished: Finished
         Image.fromarray(np.asarray(dataset.test.pixels[i])).save(files[-1])
     command = [sys.executable, "-c", LOAD, str(finished.folder), str(tmp_path / "y.npy"), *files]
     subprocess.run(command, check=True, cwd=tmp_path)
-    best = json.loads((finished.folder / "best.json").read_text())
+    best = read(finished.folder / "best.json")
     model = FAMILY.build(FAMILY.arch(best["arch"]), Context(32, 10))
     load_into(model, load_weights(finished.folder / "best.safetensors"))
     model.eval()
@@ -95,30 +99,23 @@ def test_the_winner_loads_in_plain_timm_and_predicts_the_same(finished: Finished
     np.testing.assert_allclose(ours, np.load(tmp_path / "y.npy"), atol=1e-5)
 
 
-def test_every_shortlisted_candidate_is_one_row_and_one_trial(finished: Finished) -> None:
+def test_every_candidate_is_one_row_and_one_trial_smaller_than_its_parent_and_in_its_band(finished: Finished) -> None:
     rows = table(finished.folder / "trials.csv")
     assert tuple(rows[0]) == table_columns(Trial)
     storage = f"sqlite:///{finished.folder}/study.db"
     trials = optuna.load_study(study_name="contraction", storage=storage).trials
     assert [t.user_attrs["row"]["key"] for t in trials] == [r["key"] for r in rows]
     assert all(t.state.is_finished() for t in trials)
-    steps = table(finished.folder / "steps.csv")
-    for step in steps:
+    params = {r["key"]: int(r["params"]) for r in rows}
+    for step in table(finished.folder / "steps.csv"):
         of = [r for r in rows if r["step"] == step["step"]]
         counted = sum(int(step[k]) for k in ("too_slow", "not_selected", "failed", "scored"))
         assert int(step["shortlisted"]) == len(of) == counted
         assert int(step["contractions"]) >= len(of)
+        for r in of:
+            assert int(r["params"]) < params[r["parent"]]
+            assert int(step["band_lo"]) <= int(r["params"]) <= int(step["band_hi"])
     assert all(r["reason"] for r in rows)
-
-
-def test_every_candidate_is_smaller_than_its_parent_and_in_its_band(finished: Finished) -> None:
-    rows = table(finished.folder / "trials.csv")
-    params = {r["key"]: int(r["params"]) for r in rows}
-    steps = {s["step"]: s for s in table(finished.folder / "steps.csv")}
-    for r in rows[1:]:
-        assert int(r["params"]) < params[r["parent"]]
-        step = steps[r["step"]]
-        assert int(step["band_lo"]) <= int(r["params"]) <= int(step["band_hi"])
 
 
 def test_measurements_are_stored_with_their_role(finished: Finished) -> None:
@@ -150,192 +147,124 @@ def run_process(arguments: list[str], **more: object) -> subprocess.Popen[str]:
 def assert_same_answer(run: Path, truth: Path) -> None:
     assert without_times(table(run / "trials.csv")) == without_times(table(truth / "trials.csv"))
     assert (run / "best.safetensors").read_bytes() == (truth / "best.safetensors").read_bytes()
-    a, b = (json.loads((f / "best.json").read_text()) for f in (run, truth))
+    a, b = (read(folder / "best.json") for folder in (run, truth))
     assert (a["arch"], a["score"]) == (b["arch"], b["score"])
 
 
-@pytest.fixture(scope="module")
-def undisturbed(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """The same run again from the same measurements must end the same; and how long it takes."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    started = time.monotonic()
-    assert run_process([*flags, "--out", str(folder), "--quiet"]).wait() == 0
-    assert_same_answer(folder, finished.folder)
-    return folder, time.monotonic() - started
+def begun(finished: Finished, folder: Path) -> list[str]:
+    """The flags of the finished run again, from the same measurements, in another folder."""
+    measurements = str(finished.folder / "measurements.csv")
+    return [*finished.flags, "--measurements", measurements, "--out", str(folder), "--quiet"]
+
+
+def resumed(finished: Finished, folder: Path) -> list[str]:
+    return ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_for(folder: Path, files: str) -> None:
+    until = time.monotonic() + 300
+    while not list(folder.glob(files)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert list(folder.glob(files)), files
 
 
 def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    process = run_process([*flags, "--out", str(folder), "--quiet"])
-    until = time.monotonic() + 300
-    while not list(folder.glob("work/s1-*")) and time.monotonic() < until:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(folder.glob("work/s1-*")), "its first candidate was in training"
+    process = run_process(begun(finished, folder))
+    wait_for(folder, "work/s1-*")  # its first candidate is in training
+    kill(process)
     assert not (folder / "result.json").exists()
-    again = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
-    assert run_process(again).wait(timeout=300) == 0
+    assert run_process(resumed(finished, folder)).wait(timeout=300) == 0
     assert_same_answer(folder, finished.folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("instant", [0.25, 0.5, 0.7, 0.85])
-def test_a_killed_run_resumes_to_the_same_answer(
-    finished: Finished, undisturbed: tuple[Path, float], tmp_path: Path, instant: float
-) -> None:
-    truth, seconds = undisturbed
-    folder = tmp_path / "run"
-    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
+@pytest.mark.parametrize("kills", [0, 1, 2, 12])
+def test_kills_at_random_instants_lose_nothing(finished: Finished, tmp_path: Path, kills: int) -> None:
+    rng, folder = random.Random(kills), tmp_path / "run"
     # Without the trained seed of the cache, kills fall into its training too.
     shutil.rmtree(finished.cache / "seeds", ignore_errors=True)
-    process = run_process([*flags, "--out", str(folder), "--quiet"])
-    time.sleep(seconds * instant)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    resume = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
-    if not (folder / "run.json").exists():
-        resume = [*flags, "--out", str(folder), "--quiet"]  # killed before the run began
-        shutil.rmtree(folder, ignore_errors=True)
-    second = run_process(resume)
-    assert second.wait(timeout=300) == 0
-    assert_same_answer(folder, truth)
-
-
-@pytest.mark.slow
-def test_many_kills_at_random_instants_lose_nothing(
-    finished: Finished, undisturbed: tuple[Path, float], tmp_path: Path
-) -> None:
-    truth, seconds = undisturbed
-    rng = random.Random(0)
-    folder = tmp_path / "run"
-    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--quiet"]
-    for _ in range(12):
+    arguments = begun(finished, folder)
+    for _ in range(kills):
         process = run_process(arguments)
-        time.sleep(rng.uniform(1.0, seconds * 0.6))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        time.sleep(rng.uniform(1.0, 15.0))
+        kill(process)
         if (folder / "run.json").exists():
-            arguments = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
+            arguments = resumed(finished, folder)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # killed before the run began
     assert run_process(arguments).wait(timeout=600) == 0
-    assert_same_answer(folder, truth)
+    assert_same_answer(folder, finished.folder)
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(finished: Finished, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    process = run_process([*flags, "--out", str(folder), "--final-epochs", "40"])
-    until = time.monotonic() + 300
-    while not (folder / "study.db").exists() and time.monotonic() < until:
-        time.sleep(0.1)
+    process = run_process([*begun(finished, folder)[:-1], "--final-epochs", "40"])
+    wait_for(folder, "study.db")
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=300)
+    printed, _ = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert f"python -m nas.contract --resume {folder}" in said
-    assert "Traceback" not in said
+    assert f"python -m nas.contract --resume {folder}" in printed
+    assert "Traceback" not in printed
     assert (folder / "study.db").exists()
 
 
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    flags = [*finished.flags, "--measurements", str(finished.folder / "measurements.csv")]
-    arguments = [*flags, "--out", str(folder), "--final-epochs", "2", "--json"]
-    started = time.monotonic()
-    process = run_process([*arguments, "--max-hours", str(7 / 3600)])
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 3, said
+    folder, started = tmp_path / "run", time.monotonic()
+    more = ["--final-epochs", "2", "--json", "--max-hours", str(7 / 3600)]
+    process = run_process([*begun(finished, folder), *more])
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 3, printed
     assert time.monotonic() - started < 120  # "in time", on a busy machine too
-    last = json.loads(said.splitlines()[-1])
+    last = json.loads(printed.splitlines()[-1])
     assert last["status"] == "stopped"
     assert "--max-hours" in last["message"]
-    assert "Traceback" not in said
-    outcome = contract(out=folder, resume=True, cache_dir=finished.cache)
-    assert outcome.status == "reached"
+    assert "Traceback" not in printed
+    assert contract(out=folder, resume=True, cache_dir=finished.cache).status == "reached"
 
 
-def test_resume_of_a_finished_run_prints_its_result(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (finished.folder / "best.safetensors").stat().st_mtime_ns
-    assert main(["--resume", str(finished.folder), "--json"]) == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["status"] == "reached"
-    assert main(["--out", str(finished.folder), "--resume", "--quiet"]) == 0
-    outcome = contract(out=finished.folder, resume=True)  # the same from Python
-    assert (outcome.status, outcome.exit_code) == ("reached", 0)
-    assert (finished.folder / "best.safetensors").stat().st_mtime_ns == before
-
-
-def test_a_run_killed_between_result_and_report_gets_its_report(finished: Finished, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder, tmp_path / "run")
-    (tmp_path / "run" / "report.md").unlink()
-    assert main(["--resume", str(tmp_path / "run"), "--quiet"]) == 0
-    assert (tmp_path / "run" / "report.md").exists()
-
-
-def test_a_replaced_checkpoint_is_another_seed(tmp_path: Path) -> None:
-    """The cache of trained seeds goes by what a checkpoint holds, not by its path."""
-    from nas.contract.state import _file_digest
-
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(b"one")
-    first = _file_digest(f"file:{path}")
-    assert first == _file_digest(f"file:{path}")
-    path.write_bytes(b"two")
-    assert first != _file_digest(f"file:{path}")
-    assert _file_digest("scratch") is None
-
-
-def test_status_tells_where_a_run_stands(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--status", str(finished.folder)]) == 0
-    assert "reached" in capsys.readouterr().out.lower()
-
-
-def test_an_impossible_speedup_is_refused_before_training_with_the_reach(
+def test_resume_of_a_finished_run_prints_its_result(
     finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "run"
-    assert main([*finished.flags, "--min-speedup", "1000", "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --min-speedup: got 1000")
-    assert "x the seed" in error
-    assert not out.exists()
+    """A run that was killed between result and report gets its report."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    before = (folder / "best.safetensors").stat().st_mtime_ns
+    assert main(["--status", str(folder)]) == 0
+    assert "reached" in capsys.readouterr().out.lower()
+    (folder / "report.md").unlink()
+    assert main(["--resume", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["status"] == "reached"
+    assert (folder / "report.md").exists()
+    assert main(["--out", str(folder), "--resume", "--quiet"]) == 0
+    outcome = contract(out=folder, resume=True)  # the same from Python
+    assert (outcome.status, outcome.exit_code) == ("reached", 0)
+    assert (folder / "best.safetensors").stat().st_mtime_ns == before
 
 
 def test_a_speedup_out_of_reach_ends_stuck_naming_the_constraint(finished: Finished, tmp_path: Path) -> None:
     """Bounds between the floor's pace and that of the band: possible for the space, not here.
 
-    What the floor reaches is asked first: on a busy machine it is another number.
+    What the floor reaches is asked first, by an impossible bound: on a busy machine it is another number.
     """
-    asked: dict[str, Any] = {
-        "cache_dir": finished.cache,
-        "effort": "smoke",
-        "threads": 1,
-        "img_size": 32,
-        "max_images": 200,
-        "teacher_epochs": 2,
-        "max_draws": 1,
-        "candidates_per_step": 2,
-        "bench_blocks": 6,
-        "bench_max_blocks": 6,
-    }
-    small = str(finished.folder.parent / "small.json")
-    with pytest.raises(InputError) as refused:
-        contract(small, "530K", out=tmp_path / "no", min_speedup=1000.0, **asked)
+    given = settings(finished, target_params="530K", max_draws=1, candidates_per_step=2)
+    del given["steps"]
+    with pytest.raises(InputError, match=r"^--min-speedup: got 1000.*x the seed") as refused:
+        contract(**given, out=tmp_path / "no", min_speedup=1000.0)
+    assert not (tmp_path / "no").exists()
     reach = re.search(r"want about ([\d.]+)", str(refused.value))
     assert reach is not None
-    bound = 0.95 * float(reach[1])
-    outcome = contract(small, "530K", out=tmp_path / "run", min_speedup=bound, **asked)
+    outcome = contract(**given, out=tmp_path / "run", min_speedup=0.95 * float(reach[1]))
     assert (outcome.status, outcome.exit_code) == ("stuck", 3)
     assert "throughput binds" in outcome.message
     assert "nearest" in outcome.message
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["config"]["steps"] == 1  # 590K to 530K is a short way
-    rows = table(tmp_path / "run" / "trials.csv")
-    assert {r["stage"] for r in rows[1:]} == {"throughput"}
+    assert read(tmp_path / "run" / "run.json")["config"]["steps"] == 1  # 590K to 530K is a short way
+    assert {r["stage"] for r in table(tmp_path / "run" / "trials.csv")[1:]} == {"throughput"}
     assert (tmp_path / "run" / "report.md").exists()
 
 
@@ -368,10 +297,8 @@ def test_images_without_classes_are_contracted_by_the_teachers(finished: Finishe
     at = flags.index("--max-images")
     del flags[at : at + 2]
     assert main([*flags, "--out", str(tmp_path / "run"), "--quiet"]) == 0
-    best = json.loads((tmp_path / "run" / "best.json").read_text())
-    assert best["classes"] == [str(number) for number in range(7)]
-    told = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert told["dataset"]["labelled_by"].startswith("test_resnet")
+    assert read(tmp_path / "run" / "best.json")["classes"] == [str(number) for number in range(7)]
+    assert read(tmp_path / "run" / "run.json")["dataset"]["labelled_by"].startswith("test_resnet")
     report = (tmp_path / "run" / "report.md").read_text()
     assert "every top-1 here means agreement with it" in report
 
@@ -379,7 +306,7 @@ def test_images_without_classes_are_contracted_by_the_teachers(finished: Finishe
 @pytest.mark.slow
 def test_a_store_of_other_images_serves_where_skipping_is_allowed(finished: Finished, tmp_path: Path) -> None:
     stores = [p for p in (finished.cache / "labels").iterdir() if (p / "manifest.json").exists()]
-    store = next(p for p in stores if json.loads((p / "manifest.json").read_text())["spec"]["train_images"] == 160)
+    store = next(p for p in stores if read(p / "manifest.json")["spec"]["train_images"] == 160)
     flags = [*finished.flags, "--labels", str(store), "--missing-labels", "skip", "--quiet"]
     flags[flags.index("--max-images") + 1] = "220"
     out = tmp_path / "run"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from run_cases import settings
 from safetensors.numpy import save_file
 
+from nas.contract import contract
 from nas.contract.race import race, rungs_of
 from nas.contract.state import MORE, Incumbent, Run, Task
 from nas.contract.step import Step, rank
@@ -24,8 +26,7 @@ from nas.train.optim import SCRATCH_LR
 from space import Context
 from space.contractions import Candidate
 from space.errors import InputError
-
-HERE = Path(__file__).parent
+from tests._inline import InlineExecutor
 
 
 @pytest.mark.parametrize("epochs", range(1, 65))
@@ -49,37 +50,32 @@ class Rows:
         return key
 
 
-@dataclass
 class MadeUpRun(Run):
     """What a race needs of a run: made-up losses by candidate, and a diary of its trainings.
 
     An arch is its own key.
     """
 
-    root: Path
-    means: dict[str, float]
-    racing: bool = True
-    failing: frozenset[str] = frozenset()
-    fails_late: bool = False
-    stepwise: bool = True
-    keep: int = 1
-    epochs: int = 8
-    stored: int = 100
-    diary: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        root: Path,
+        means: dict[str, float],
+        *,
+        racing: bool = True,
+        failing: str = "",
+        fails_late: bool = False,
+        stepwise: bool = True,
+        keep: int = 1,
+        epochs: int = 8,
+        stored: int = 100,
+    ) -> None:
+        self.root, self.means, self.failing, self.fails_late = root, means, failing, fails_late
+        self.diary: list[dict[str, Any]] = []
         same: Any = SimpleNamespace
-        self.config = same(
-            racing=self.racing,
-            proxy_init="inherit",
-            importance="prefix",
-            proxy_epochs=self.epochs,
-            metric="top1",
-            beam=self.keep,
-            steps=3,
-        )
-        self.strategy = same(stepwise=self.stepwise)
-        self.store = {"use_epochs": self.stored}
+        more = {"proxy_init": "inherit", "importance": "prefix", "metric": "top1", "steps": 3}
+        self.config = same(racing=racing, proxy_epochs=epochs, beam=keep, **more)
+        self.strategy = same(stepwise=stepwise)
+        self.store = {"use_epochs": stored}
         self.folder = same(job_folder=lambda name: self.root / name, drop_weights=self._drop)
         self.family = same(
             key=lambda arch, context: arch,
@@ -89,7 +85,7 @@ class MadeUpRun(Run):
             to_dict=str,
             arch=str,
         )
-        self.context = self.seed_arch = self.study = same()
+        self.context = self.seed_arch = same()
         self.study = Rows()  # type: ignore[assignment]
 
     def band(self, step: int) -> Any:
@@ -179,7 +175,7 @@ def test_equals_all_reach_the_end_and_nothing_is_raced_needlessly(tmp_path: Path
 
 
 def test_a_failure_is_an_outcome_of_its_own(tmp_path: Path) -> None:
-    run = MadeUpRun(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing=frozenset("b"), epochs=2)
+    run = MadeUpRun(tmp_path, {"a": 1.0, "b": 1.0, "c": 1.0}, failing="b", epochs=2)
     raced = run_race(run)
     assert [t.state for t in raced] == ["complete", "failed", "complete"]
     assert raced[1].reason == "out of memory"
@@ -208,7 +204,7 @@ def test_where_steps_are_compared_all_train_equally_long(tmp_path: Path) -> None
 
 def test_a_race_that_nobody_ends_is_a_recorded_outcome(tmp_path: Path) -> None:
     means = {"a": 1.0, **{f"z{i}": 5.0 + i for i in range(3)}}
-    run = MadeUpRun(tmp_path, means, failing=frozenset("a"), fails_late=True, epochs=4)
+    run = MadeUpRun(tmp_path, means, failing="a", fails_late=True, epochs=4)
     raced = run_race(run)
     assert [t.state for t in raced] == ["failed", "pruned", "pruned", "pruned"]
     assert rank(run, step_of(run), raced) == []
@@ -287,10 +283,6 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
 
 def _scratch_trainings(finished: Any) -> list[TrainJob]:
     """Return the argument of a scratch training on the finished run's data and labels."""
-    from nas.contract import contract
-    from nas.contract.state import Run
-    from tests._inline import InlineExecutor
-
     found: list[TrainJob] = []
 
     class Listening(InlineExecutor):
@@ -300,35 +292,20 @@ def _scratch_trainings(finished: Any) -> list[TrainJob]:
                 return Result(job.key, False, {}, "enough")
             return super().run(job, **more)
 
-    assert Run is not None
-    seed = finished.flags[1]
     with pytest.raises(InputError, match="enough"):
-        contract(
-            seed=seed,
-            target_params="400K",
-            effort="smoke",
-            steps=2,
-            threads=1,
-            img_size=32,
-            max_images=200,
-            teacher_epochs=2,
-            cache_dir=finished.cache,
-            random_seed=0,
-            seed_epochs=2,
-            out=finished.folder.parent / "listening",
-            executor=Listening(),
-        )
+        contract(**settings(finished, seed_epochs=2), out=finished.folder.parent / "listening", executor=Listening())
     return found
 
 
-def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
+def test_a_trainings_key_is_that_of_what_it_reads(tmp_path: Path) -> None:
+    """More labels than a training comes to change nothing; a checkpoint counts by its content."""
     run = SimpleNamespace(
         dataset=SimpleNamespace(fingerprint="d"),
         fingerprint={"id": "f"},
         config=SimpleNamespace(threads=1, metric="top1"),
     )
 
-    def digest(label_epochs: int, first_epoch: int = 0) -> str:
+    def digest(label_epochs: int, first_epoch: int = 0, init: str = "scratch") -> str:
         job = TrainJob(
             **dict.fromkeys(("family", "missing", "label_overflow", "device", "store_id"), ""),
             arch={},
@@ -337,7 +314,7 @@ def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
             batch_size=1,
             random_seed=0,
             lr=0.1,
-            init="scratch",
+            init=init,
             epochs=4,
             first_epoch=first_epoch,
             label_epochs=label_epochs,
@@ -347,3 +324,9 @@ def test_more_labels_than_a_training_comes_to_are_no_other_training() -> None:
     assert digest(4) == digest(9) == digest(100)
     assert len({digest(3), digest(2), digest(4)}) == 3, "where labels start again, it counts"
     assert digest(4, first_epoch=2) != digest(6, first_epoch=2) == digest(60, first_epoch=2)
+    path = tmp_path / "weights.safetensors"
+    keys = []
+    for content in (b"one", b"one", b"two"):
+        path.write_bytes(content)
+        keys.append(digest(4, init=f"file:{path}"))
+    assert keys[0] == keys[1] != keys[2]

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.estimates import check_at_least, write_table
 from benchmarks.faults.catalogue import FAULTS, Try
 from benchmarks.faults.references import References
-from nas.core.cli import Parser, guarded
+from nas.core.cli import Parser, exit_status
 from nas.core.progress import Console
 from space.errors import refuse
 
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.line(f"{row.fault:<44} {row.survived} of {row.tried} survived, {late}")
         return 1 if any(row.lost for row in rows) else 0
 
-    return guarded(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

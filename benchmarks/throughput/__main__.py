@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from benchmarks.throughput.flags import ThroughputPlan, parse_flags, plan_of
 from benchmarks.throughput.networks import Net
-from nas.core.cli import default_cache, guarded
+from nas.core.cli import default_cache, exit_status
 from nas.core.progress import Console, Tick
 from nas.core.requirement import Setting
 from nas.jobs.job import Job, Result, Values
@@ -293,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(summary))
         return 0
 
-    return guarded(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from nas.core.config import ROUNDS, RunConfig, config_from_dict, flag, steps_of,
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
-from nas.core.requirement import COUNTED, LATENCIES
+from nas.core.requirement import COUNTED
 from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED, dataset_card
 from nas.data.prepare import prepared
@@ -31,7 +31,7 @@ from nas.search.constraints import band_at, requirements_of, settings_of
 from nas.search.storage import SharedStudy
 from nas.search.strategies import get_strategy
 from nas.train.jobs import HeadsJob, heads
-from space import Context, get_family
+from space import get_family
 from space.errors import InputError, refuse, without_passwords
 from space.family import Arch, Family
 from space.freeze import freeze
@@ -72,8 +72,7 @@ def saved_config(config: Any) -> RunConfig:
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise refuse("run.json: config", got, "the settings of a run", "restore it") from None
+        raise refuse("run.json: config", repr(error), "the settings of a run", "restore it") from None
 
 
 def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfig:
@@ -84,20 +83,18 @@ def resumed_config(run: Mapping[str, Any], given: Mapping[str, Any]) -> RunConfi
     config = saved_config(run["config"])
     for name, value in given.items():
         before = getattr(config, name)
-        if isinstance(before, tuple):
-            before, value = list(before), list(value)
         if value != before:
-            raise refuse(
-                flag(name),
-                f"{value} on a run made with {before}",
-                "the run's own setting",
-                f"drop {flag(name)}, or start a new run in another folder",
-            )
+            remedy = f"drop {flag(name)}, or start a new run in another folder"
+            raise refuse(flag(name), f"{value} on a run made with {before}", "the run's own setting", remedy)
     return config
 
 
 def with_absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings with absolute paths, so that a resume may start elsewhere."""
+    names = {f.name for f in dataclasses.fields(RunConfig)}
+    unknown = sorted(set(given) - names)
+    if unknown:
+        raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
     found = dict(given)
     for name in ("data", "labels", "measurements", "replay", "seed_weights"):
         value = found.get(name)
@@ -106,16 +103,10 @@ def with_absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
             path = Path(value).expanduser()
             if path.exists():
                 found[name] = str(path.resolve())
-    for name in ("require", "freeze"):
-        if name in found:
-            found[name] = _texts(flag(name), found[name])
+    for name in {"require", "freeze", "device_table"} & set(found):
+        found[name] = _texts(flag(name), found[name])
     if "device_table" in found:
-        files = _texts("--device-table", found["device_table"])
-        found["device_table"] = tuple(str(Path(p).expanduser().resolve()) for p in files)
-    names = {f.name for f in dataclasses.fields(RunConfig)}
-    unknown = sorted(set(found) - names)
-    if unknown:
-        raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
+        found["device_table"] = tuple(str(Path(p).expanduser().resolve()) for p in found["device_table"])
     return found
 
 
@@ -140,6 +131,12 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
     return prepared(DataSpec.of(config, config.random_seed), cache, console)
 
 
+def teacher_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide a run's teacher."""
+    names = ("teacher", "teacher_epochs", "random_seed", "device", "threads")
+    return {name: getattr(config, name) for name in names}
+
+
 def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Console) -> Dataset:
     """Return the data set, with the teacher's classes where images have no ground truth.
 
@@ -148,19 +145,10 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
     if dataset.labelled:
         return dataset
     if config.distill != "sparse":
-        raise refuse(
-            flag("distill"),
-            f"{config.distill} on images without ground truth",
-            "sparse, which learns from the teacher alone",
-            "or sort the images by class",
-        )
-    asked: dict[str, Any] = {
-        "teacher": config.teacher,
-        "teacher_epochs": config.teacher_epochs,
-        "random_seed": config.random_seed,
-        "device": config.device,
-        "threads": config.threads,
-    }
+        got = f"{config.distill} on images without ground truth"
+        want = "sparse, which learns from the teacher alone"
+        raise refuse(flag("distill"), got, want, "or sort the images by class")
+    asked = teacher_settings(config)
     if config.labels is not None:
         made_by = labels.made_by(Path(config.labels))
         asked.update({name: made_by[name] for name in ("teacher", "teacher_epochs", "random_seed")})
@@ -176,7 +164,7 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
     finally:
         console.stop()
     console.line(
-        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below executor agreement with it"
+        f"data: no ground truth; classes are those of {info['id']}, and every top-1 below is agreement with it"
     )
     return open_dataset(folder)
 
@@ -195,9 +183,7 @@ def with_steps(config: RunConfig, given: Mapping[str, Any], family: Family, seed
     """Set the usual steps from seed to target, unless the user gave a number."""
     if "steps" in given:
         return config
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    steps = usual_steps(config, family.count_params(seed, context))
-    return dataclasses.replace(config, steps=steps)
+    return dataclasses.replace(config, steps=usual_steps(config, family.count_params(seed, dataset.context)))
 
 
 def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
@@ -205,27 +191,21 @@ def check_possible(config: RunConfig, family: Family, seed: Arch, dataset: Datas
 
     Also a seed that cannot be built for images of this size, and a `--topk` above the classes.
     """
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
+    context = dataset.context
     family.check(seed, context)
     seed_params = family.count_params(seed, context)
     floor = family.count_params(family.floor(seed, context), context)
     band = band_at(seed_params, config, config.steps)
-    reach = f"{floor:,} to {seed_params - 1:,} parameters at {context.num_classes} classes"
+    got, remedy = f"{config.target_params:,}", ""
     if band.lo >= seed_params:
-        raise refuse(
-            flag("target_params"),
-            f"{config.target_params:,}, not below the seed's {seed_params:,}",
-            reach,
-            "ask for fewer, or start from a larger --seed",
-        )
-    if band.hi < floor:
-        raise refuse(
-            flag("target_params"),
-            f"{config.target_params:,}",
-            reach,
-            f"the smallest contraction of {config.seed} has {floor:,}",
-        )
-    most = len(dataset.classes) - 1
+        got += f", not below the seed's {seed_params:,}"
+        remedy = "ask for fewer, or start from a larger --seed"
+    elif band.hi < floor:
+        remedy = f"the smallest contraction of {config.seed} has {floor:,}"
+    if remedy:
+        reach = f"{floor:,} to {seed_params - 1:,} parameters at {context.num_classes} classes"
+        raise refuse(flag("target_params"), got, reach, remedy)
+    most = context.num_classes - 1
     if config.labels is None and config.topk is not None and config.topk > most:
         raise refuse(flag("topk"), config.topk, f"1 to {most} (classes - 1)")
 
@@ -234,17 +214,15 @@ def check_requirements(
     config: RunConfig, family: Family, seed: Arch, dataset: Dataset, table: DeviceTable | None
 ) -> None:
     """Refuse requirements that contradict, cannot be measured here or cannot be counted down to."""
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
     required = requirements_of(config)
     asked = [(r.metric, r.setting) for r in required]
+    floor = family.floor(seed, dataset.context)
     for one in required:
         if asked.count((one.metric, one.setting)) > 1:
             raise refuse("--require", one.text, "each metric once a setting", "drop one of the two")
-    floor = family.floor(seed, context)
-    for one in required:
         if one.metric in COUNTED:
             count = family.count_params if one.metric == "params" else family.count_macs
-            least = count(floor, context)
+            least = count(floor, dataset.context)
             if one.bound < least:
                 remedy = f"the smallest contraction of {config.seed} has {least:,}"
                 raise refuse("--require", one.text, f"{one.metric}<={least} or more", remedy)
@@ -252,11 +230,10 @@ def check_requirements(
         if table is None or setting != table.setting:
             check_setting(setting, "--require" if config.require else "--bench-runtime")
             continue
+        there = ("speedup", "images_per_s", *(("latency_ms",) if setting.batch == 1 else ()))
         for one in required:
-            latency = one.metric in LATENCIES
-            known = one.metric in ("speedup", "images_per_s") or (one.metric == "latency_ms" and setting.batch == 1)
-            if one.setting == setting and not known:
-                want = "speedup or images_per_s" + (", or latency_ms at batch 1" if latency else "")
+            if one.setting == setting and one.metric not in there:
+                want = "speedup, images_per_s, or latency_ms at batch 1"
                 raise refuse("--require", one.text, want, "the device table has no more")
 
 
@@ -287,16 +264,11 @@ def check_token(config: RunConfig, worker: Executor, family: Family, seed: Arch,
     """
     if config.distill != "token":
         return
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    job = HeadsJob(family=family.name, arch=family.to_dict(seed), context=context)
+    job = HeadsJob(family=family.name, arch=family.to_dict(seed), context=dataset.context)
     result = worker.run(Job(heads, job, "heads"))
     if not result.ok or not result.values["token"]:
-        raise refuse(
-            flag("distill"),
-            f"token for {config.seed}",
-            "a seed with a distillation token",
-            result.reason or "hard learns from the teacher's class without one",
-        )
+        remedy = result.reason or "hard learns from the teacher's class without one"
+        raise refuse(flag("distill"), f"token for {config.seed}", "a seed with a distillation token", remedy)
 
 
 def read_device_table(
@@ -308,28 +280,16 @@ def read_device_table(
     """
     if not paths:
         return config, None
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    table = DeviceTable(paths, family, context, seed)
-    setting = table.setting
-    updated = dataclasses.replace(
-        config,
-        bench_device=setting.device,
-        bench_runtime=setting.runtime,
-        bench_dtype=setting.dtype,
-        bench_batch=setting.batch,
-    )
-    return updated, table
+    table = DeviceTable(paths, family, dataset.context, seed)
+    setting = {f"bench_{name}": value for name, value in dataclasses.asdict(table.setting).items()}
+    return dataclasses.replace(config, **setting), table
 
 
 def check_same_data(config: RunConfig, known: str, dataset: Dataset) -> None:
     """Refuse to resume a run on other data than its own."""
     if dataset.fingerprint != known:
-        raise refuse(
-            "--data",
-            f"{config.data} with fingerprint {dataset.fingerprint}",
-            f"the run's own data, {known}",
-            "restore the data or start a new run",
-        )
+        got = f"{config.data} with fingerprint {dataset.fingerprint}"
+        raise refuse("--data", got, f"the run's own data, {known}", "restore the data or start a new run")
 
 
 def check_same_device(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]) -> None:
@@ -338,31 +298,24 @@ def check_same_device(before: Mapping[str, Mapping[str, Any]], now: Mapping[str,
         known = before.get(device, {})
         if known.get("id") == fingerprint["id"]:
             continue
-        changed = [
-            f"{name} {known.get(name)} -> {value}"
-            for name, value in fingerprint.items()
-            if name != "id" and known.get(name) != value
-        ]
-        raise refuse(
-            "--resume",
-            f"another device or software ({'; '.join(changed)})",
-            "that of the run's measurements",
-            "resume there, or start a new run here",
-        )
+        names = [name for name in fingerprint if name != "id" and known.get(name) != fingerprint[name]]
+        changed = "; ".join(f"{name} {known.get(name)} -> {fingerprint[name]}" for name in names)
+        want = "that of the run's measurements"
+        remedy = "resume there, or start a new run here"
+        raise refuse("--resume", f"another device or software ({changed})", want, remedy)
 
 
-def add_final_measurements(out: Path, table: DeviceTable | None, finalists: Path | None) -> None:
+def add_final_measurements(out: Path, table: DeviceTable | None, finalists: str | Path | None) -> None:
     """Keep the finalists' measurements in the run's folder and add them to its device table."""
-    kept = out / FINALIST_ROWS
+    kept, named = out / FINALIST_ROWS, "--final-measurements"
     if finalists is not None:
         if table is None:
-            want = "a run with a --device-table"
-            raise refuse("--final-measurements", finalists, want, "drop --final-measurements")
-        rows = read_rows(finalists, "--final-measurements")
-        table.add_finalists(rows, "--final-measurements")
+            raise refuse(named, finalists, "a run with a --device-table", f"drop {named}")
+        rows = read_rows(Path(finalists), named)
+        table.add_finalists(rows, named)
         write_rows(kept, rows)
     elif table is not None and kept.exists():
-        table.add_finalists(read_rows(kept, "--final-measurements"), str(kept))
+        table.add_finalists(read_rows(kept, named), str(kept))
 
 
 def run_json(

@@ -29,13 +29,6 @@ from space.contractions import contains
 from space.family import Arch
 
 
-@dataclass(frozen=True)
-class Unverified:
-    """Finalists that meet the requirements by prediction only."""
-
-    finalists: tuple[Incumbent, ...]
-
-
 @dataclass
 class RunProgress:
     """The progress of a run, which is recorded when time runs out."""
@@ -55,26 +48,22 @@ def finish(run: Run, seed: Incumbent, progress: RunProgress) -> None:
     """Confirm the finalists, pick the winner and compare it; `progress` records each."""
     progress.incumbents = confirm(run, progress.incumbents)
     picked = pick_winner(run, progress.incumbents)
-    if isinstance(picked, str):
-        progress.status, progress.message = "stuck", picked
-        return
-    if isinstance(picked, Unverified):
-        progress.best = picked.finalists[0]
+    if isinstance(picked, list):
+        progress.best = picked[0]
         progress.status, progress.message = "unverified", _unverified(run, picked)
-        return
-    winner, measured, verdicts = picked
-    compared = compare(run, seed, winner, measured, verdicts)
-    if isinstance(compared, str):
+    elif isinstance(picked, str):
+        progress.status, progress.message = "stuck", picked
+    elif isinstance(compared := compare(run, seed, *picked), str):
         progress.status, progress.message = "stuck", compared
-        return
-    progress.best, progress.final = winner, compared
-    progress.status, progress.message = "reached", _reached(run, compared)
+    else:
+        progress.best, progress.final = picked[0], compared
+        progress.status, progress.message = "reached", _reached(run, compared)
 
 
 def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     """Train the finalists from a second random seed too, and rank them by both, equally long.
 
-    A finalist whose second training fails keeps its place by the first.
+    Where a second training fails, all keep their places by the first.
     """
     if len(finalists) < 2 or any(i.parent is None for i in finalists):
         return list(finalists)
@@ -83,48 +72,42 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     second: dict[str, float] = {}
     tasks = []
     for each in finalists:
-        name = f"s{each.step}-{each.key}-again"
-        tasks.append(
-            run.training(
-                each.arch,
-                name,
-                out=run.folder.job_folder(name),
-                epochs=config.proxy_epochs,
-                init=config.proxy_init,
-                parent=None if each.parent is None else with_order(run, each.parent),
-                first_epoch=run.first_epoch(each.step),
-                random_seed=derived_seed(config.random_seed, "again"),
-            )
+        out = run.folder.job_folder(f"s{each.step}-{each.key}-again")
+        task = run.training(
+            each.arch,
+            out.name,
+            out=out,
+            epochs=config.proxy_epochs,
+            init=config.proxy_init,
+            parent=None if each.parent is None else with_order(run, each.parent),
+            first_epoch=run.first_epoch(each.step),
+            random_seed=derived_seed(config.random_seed, "again"),
         )
-    results = run.train_all(tasks, remember=True)
-    for each, task, result in zip(finalists, tasks, results, strict=True):
+        tasks.append(task)
+    for each, task, result in zip(finalists, tasks, run.train_all(tasks, remember=True), strict=True):
         if not result.ok:
             run.console.line(f"note: {each.key}: the second random seed failed: {result.reason}")
             continue
         # As long as the second one: without the saved epochs of a race.
         first = each.weights.parent
         first = first.with_name(first.name.removesuffix(MORE))
-        both = [losses_of(folder, config.metric) for folder in (first, task.out)]
-        losses[each.key] = (both[0] + both[1]) / 2
+        losses[each.key] = (losses_of(first, config.metric) + losses_of(task.out, config.metric)) / 2
         second[each.key] = result.values["soft_loss"]
         run.folder.drop_weights(task.out.name)
     if len(second) < len(finalists):
         return list(finalists)
     scored = [replace(i, soft_loss=float(losses[i.key].mean())) for i in finalists]
-    order = rank(scored, paired_error(lambda key: losses[key]))
     by_key = {i.key: i for i in finalists}
-    return [replace(by_key[key], second_loss=second[key]) for key in order]
+    return [replace(by_key[key], second_loss=second[key]) for key in rank(scored, paired_error(losses.__getitem__))]
 
 
 def pick_winner(
     run: Run, ranked: Sequence[Incumbent]
-) -> tuple[Incumbent, Measurement, tuple[str, ...]] | Unverified | str:
+) -> tuple[Incumbent, Measurement, tuple[str, ...]] | list[Incumbent] | str:
     """Time the finalists again, best first; return the first that no requirement rejects.
 
-    It comes with its primary timing and every requirement's verdict.
-
-    Otherwise a sentence with how much the last one missed. Finalists that a device table only
-    predicts, and does not rule out, are returned as `Unverified`.
+    It comes with its primary timing and every requirement's verdict. Otherwise the finalists that a device table only
+    predicts, and does not rule out; without any, a sentence with how much the last one missed.
     """
     text, likely = "", []
     for finalist in ranked:
@@ -136,7 +119,7 @@ def pick_winner(
         else:
             assert primary is not None
             return finalist, primary, verdicts
-    return Unverified(tuple(likely)) if likely else text
+    return likely or text
 
 
 def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool, tuple[str, ...]]:
@@ -144,73 +127,41 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
 
     Returns what it missed, its primary timing, whether any of it is a guess, and all verdicts.
     """
-    primary, guessed = None, False
+    primary, guessed, missed = None, False, ""
     verdicts: tuple[str, ...] = ()
     for setting in run.settings:
         required = tuple(r for r in requirements_of(run.config) if r.setting == setting)
-        if not required and setting != run.primary:
+        if missed or not (required or setting == run.primary):
             continue
         measured = run.timings.measure(
             finalist.arch, "final", reference=run.seed_arch, requirements=required, setting=setting
         )
         if isinstance(measured, Result):
-            return f"failed under {setting.text}: {measured.reason}", primary, guessed, verdicts
-        if setting == run.primary:
-            primary = measured
+            missed = f"failed under {setting.text}: {measured.reason}"
+            continue
+        primary = measured if setting == run.primary else primary
         guessed = guessed or run.timings.predicts(setting, finalist.arch, final=True)
         verdicts += tuple(verdict_text(measured, one) for one in required)
-        for one in required:
-            if measured.verdict_of(one) == "fail":
-                missed = f"misses {one.text}: {interval_text(measured, one.metric)}"
-                return missed, primary, guessed, verdicts
-    return "", primary, guessed, verdicts
-
-
-def write_finalists(run: Run, finalists: Sequence[Incumbent]) -> str:
-    """Write `finalists.json`, the archs to measure on the table's device; return the command."""
-    table = run.table
-    assert table is not None, "only predictions leave finalists unverified"
-    path = run.folder.path / "finalists.json"
-    listed = []
-    for each in finalists:
-        guess = table.measurement(each.arch)
-        listed.append(
-            {
-                "arch": run.family.to_dict(each.arch),
-                "label": run.family.label(each.arch),
-                "predicted_images_per_s": [guess.images_per_s, guess.images_per_s_lo, guess.images_per_s_hi],
-                "predicted_ratio": [guess.ratio, guess.ratio_lo, guess.ratio_hi],
-            }
-        )
-    write_json(path, {"family": run.family.name, "finalists": listed})
-    setting = table.setting
-    return (
-        f"python -m benchmarks.throughput --arch {path} --reference {run.config.seed} "
-        f"--device {setting.device} --runtime {setting.runtime} --dtype {setting.dtype} "
-        f"--batch {setting.batch} --img-size {run.context.img_size} "
-        f"--num-classes {run.context.num_classes} --out finalists.csv"
-    )
+        failed = [one for one in required if measured.verdict_of(one) == "fail"]
+        if failed:
+            missed = f"misses {failed[0].text}: {interval_text(measured, failed[0].metric)}"
+    return missed, primary, guessed, verdicts
 
 
 def final_training(run: Run, arch: Arch, seed: Incumbent) -> Task:
     """Describe a training of the final comparison: from the seed's weights (or scratch), longer."""
-    key = run.key(arch)
+    out, config = run.folder.job_folder(f"final-{run.key(arch)}"), run.config
+    parent = with_order(run, seed)
     return run.training(
-        arch,
-        f"final-{key}",
-        out=run.folder.job_folder(f"final-{key}"),
-        epochs=run.config.final_epochs,
-        init=run.config.proxy_init,
-        parent=with_order(run, seed),
-        test=True,
+        arch, out.name, out=out, epochs=config.final_epochs, init=config.proxy_init, parent=parent, test=True
     )
 
 
 def nearest_published(run: Run, params: int) -> tuple[str, Arch]:
     """Return the published arch nearest in size to `params`, as built in this run's context.
 
-    Contractions of the seed come first: only they inherit all their weights. Where no published
-    arch can be built for these images, the seed itself.
+    Contractions of the seed come first: only they inherit all their weights. Where no published arch can be built for
+    these images, the seed itself.
     """
     # The comparison is with the released archs, whatever the run froze.
     family, context = get_family(run.config.family), run.context
@@ -250,12 +201,12 @@ def compare(
 
     Returns the `final` part of `result.json`, or a sentence when the winner's training failed.
     """
-    params = run.family.count_params(winner.arch, run.context)
-    name, arch = nearest_published(run, params)
+    name, arch = nearest_published(run, run.family.count_params(winner.arch, run.context))
     itself = run.key(arch) == winner.key
     timed = None if itself else run.timings.measure(arch, "final", reference=run.seed_arch)
     sides = [winner.arch] if timed is None or isinstance(timed, Result) else [winner.arch, arch]
-    trained, *others = run.train_all([final_training(run, each, seed) for each in sides])
+    tasks = [final_training(run, each, seed) for each in sides]
+    trained, *others = run.train_all(tasks)
     if not trained.ok:
         return f"the winner's final training failed: {trained.reason}"
     final: dict[str, Any] = {
@@ -269,19 +220,13 @@ def compare(
     if timed is None:
         final["published"] = {**final["winner"], "name": name}
         final["note"] = f"the winner is the published {name} itself: a tie"
-        return final
-    if isinstance(timed, Result) or not others[0].ok:
+    elif isinstance(timed, Result) or not others[0].ok:
         failure = timed.reason if isinstance(timed, Result) else others[0].reason
         final["note"] = f"the published {name} could not be compared: {failure}"
-        return final
-    beside = others[0]
-    final["published"] = _side(run, name, arch, timed, beside.values)
-    final["paired"] = paired_difference(
-        run.folder.job_folder(f"final-{winner.key}"),
-        run.folder.job_folder(f"final-{run.key(arch)}"),
-        run.config.metric,
-        run.context.num_classes,
-    )
+    else:
+        final["published"] = _side(run, name, arch, timed, others[0].values)
+        outs = [task.out for task in tasks]
+        final["paired"] = paired_difference(outs[0], outs[1], run.config.metric, run.context.num_classes)
     return final
 
 
@@ -299,7 +244,11 @@ def write_result(run: Run, progress: RunProgress, seconds: float) -> dict[str, A
         "reused": progress.reused,
         "proxy_check": None,
         "work": asdict(run.work()),
-        "finalists": [_finalist(i) for i in progress.incumbents if i.parent is not None],
+        "finalists": [
+            {"key": i.key, "ratio": i.ratio, "soft_loss": i.soft_loss, "soft_loss_again": i.second_loss}
+            for i in progress.incumbents
+            if i.parent is not None
+        ],
         "seconds": round(seconds, 1),
         # Tells how busy the machine was.
         "seed_images_per_s": next((r.images_per_s for r in run.study.rows if r.step == 0), None),
@@ -311,11 +260,6 @@ def write_result(run: Run, progress: RunProgress, seconds: float) -> dict[str, A
     write_json(run.folder.result_json, result)
     write_report(folder)
     return result
-
-
-def _finalist(of: Incumbent) -> dict[str, Any]:
-    """Return a finalist with its losses from the first and the second random seed."""
-    return {"key": of.key, "ratio": of.ratio, "soft_loss": of.soft_loss, "soft_loss_again": of.second_loss}
 
 
 def _reached(run: Run, final: Mapping[str, Any]) -> str:
@@ -338,17 +282,29 @@ def _reached(run: Run, final: Mapping[str, Any]) -> str:
     return text
 
 
-def _unverified(run: Run, found: Unverified) -> str:
-    """Return the message of an unverified run, with the next commands."""
-    command = write_finalists(run, found.finalists)
+def _unverified(run: Run, finalists: Sequence[Incumbent]) -> str:
+    """Write `finalists.json`, the archs to measure on the table's device; return the message with the next commands."""
+    table, family = run.table, run.family
+    assert table is not None, "only predictions leave finalists unverified"
+    path = run.folder.path / "finalists.json"
+    listed = []
+    for each in finalists:
+        guess = table.measurement(each.arch)
+        speed = [guess.images_per_s, guess.images_per_s_lo, guess.images_per_s_hi]
+        ratio = [guess.ratio, guess.ratio_lo, guess.ratio_hi]
+        named = {"arch": family.to_dict(each.arch), "label": family.label(each.arch)}
+        listed.append({**named, "predicted_images_per_s": speed, "predicted_ratio": ratio})
+    write_json(path, {"family": family.name, "finalists": listed})
+    setting = table.setting
     return (
-        f"unverified: {len(found.finalists)} finalists meet the requirements by prediction only; "
-        f"measure them on their device: {command}; then go on here with: python -m nas.contract "
-        f"--resume {run.folder.path} --final-measurements finalists.csv"
+        f"unverified: {len(finalists)} finalists meet the requirements by prediction only; measure them on their "
+        f"device: python -m benchmarks.throughput --arch {path} --reference {run.config.seed} --device "
+        f"{setting.device} --runtime {setting.runtime} --dtype {setting.dtype} --batch {setting.batch} --img-size "
+        f"{run.context.img_size} --num-classes {run.context.num_classes} --out finalists.csv; then continue here with: "
+        f"python -m nas.contract --resume {run.folder.path} --final-measurements finalists.csv"
     )
 
 
 def read_result(path: Path) -> dict[str, Any]:
     """Read a finished run's `result.json`; a damaged one is refused."""
-    schema = {"status": str, "exit_code": int, "message": str}
-    return read_object(path, "the result of a run", schema)
+    return read_object(path, "the result of a run", {"status": str, "exit_code": int, "message": str})

@@ -1,8 +1,8 @@
 """Plan a run (`--plan`): its steps and cost, from counts and about a minute of measuring.
 
-The steps are simulated: the strategy proposes candidates as in the run, a throughput predicted from
-MACs decides which pass, and the candidate of middle MACs becomes the incumbent, as nothing is
-trained. Counts of a band are exact; throughput and time are estimates.
+The steps are simulated: the strategy proposes candidates as in the run, a throughput predicted from MACs decides which
+pass, and the candidate of middle MACs becomes the incumbent, as nothing is trained. Counts of a band are exact;
+throughput and time are estimates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from nas.contract.final import nearest_published
 from nas.contract.proxy_check import proxy_check_work
 from nas.contract.race import rungs_of
-from nas.contract.seed import label_epochs, measure_seed, teacher_cost
+from nas.contract.seed import label_epochs, measure_seed, teaching_cost
 from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.contract.step import (
     band_text,
@@ -35,7 +35,7 @@ from nas.search.constraints import PACE, StepBounds
 from nas.search.study import Trial
 from nas.train.jobs import PaceJob
 from nas.train.jobs import pace as train_pace
-from space.contractions import Candidate
+from space.contractions import Band, Candidate
 from space.errors import refuse
 from space.family import Arch
 from space.sampling import sample_band
@@ -52,9 +52,9 @@ SCARCE = 0.05
 class Pace:
     """How throughput and training scale with MACs on this device, from a few archs.
 
-    `power`: throughput relative to the seed is (seed's MACs / MACs) ** power, with a standard
-    deviation of `spread` of its logarithm over `measured` archs. `gmacs_per_s` is of training,
-    forward and backward; `timing_s` the seconds of one timing.
+    `power`: throughput relative to the seed is (seed's MACs / MACs) ** power, with a standard deviation of `spread` of
+    its logarithm over `measured` archs. `gmacs_per_s` is of training, forward and backward; `timing_s` the seconds of
+    one timing.
     """
 
     power: float
@@ -68,9 +68,9 @@ class Pace:
 class PlannedStep:
     """One planned step.
 
-    `contractions` counts those of the seed in the band, exactly; `likely` those of the plan's own
-    incumbents. `fast_share` is the share of the band estimated to be fast enough
-    (None: nothing about pace is required), `binds` which constraint leaves less.
+    `contractions` counts those of the seed in the band, exactly; `likely` those of the plan's own incumbents.
+    `fast_share` is the share of the band estimated to be fast enough (None: nothing about pace is required), `binds`
+    which constraint leaves less.
     """
 
     step: int
@@ -104,17 +104,16 @@ class Plan:
     check_proxy: Work | None = None
 
 
-def make_plan(run: Run, seconds: float | None = None, *, check_proxy: int | None = None) -> Plan:
-    """Plan a run without training anything, after about `seconds` of measuring (a minute).
+def make_plan(run: Run, *, check_proxy: int | None = None) -> Plan:
+    """Plan a run without training anything, after about a minute of measuring.
 
     `check_proxy` archs are for a proxy check. Raises InputError where the run itself would.
     """
-    seconds = MEASURING_S if seconds is None else seconds
     seed = measure_seed(run)
     floor_arch = run.family.floor(run.seed_arch, run.context)
     floor = run.timings.measure(floor_arch, "floor", reference=run.seed_arch)
     floor_ratio = None if isinstance(floor, Result) else floor.ratio
-    pace = _pace(run, floor_arch, floor_ratio, seconds)
+    pace = _pace(run, floor_arch, floor_ratio, MEASURING_S)
     steps, stuck = _steps(run, seed.images_per_s, pace)
     work = _work(run, steps)
     hours, report = _hours(run, work, pace), None
@@ -144,14 +143,7 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
         for step in range(run.config.steps, 0, -1):
             if turn and time.monotonic() - started > 0.6 * seconds:
                 break
-            drawn = sample_band(
-                run.family,
-                run.seed_arch,
-                run.context,
-                run.band(step),
-                3,
-                random_seed=derived_seed(run.config.random_seed, "plan", step),
-            )
+            drawn = _sample(run, run.band(step), 3, "plan", step)
             if len(drawn) <= turn:
                 continue
             before = time.monotonic()
@@ -174,21 +166,28 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
     )
 
 
+def _sample(run: Run, band: Band, number: int, purpose: str, step: int) -> list[Arch]:
+    """Draw archs of a step's band."""
+    random_seed = derived_seed(run.config.random_seed, purpose, step)
+    return sample_band(run.family, run.seed_arch, run.context, band, number, random_seed=random_seed)
+
+
 def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
     """Measure the GMACs a second of training an arch."""
+    config, family = run.config, run.family
     job = PaceJob(
-        family=run.family.name,
-        arch=run.family.to_dict(arch),
+        family=family.name,
+        arch=family.to_dict(arch),
         context=run.context,
-        batch_size=run.config.batch_size,
+        batch_size=config.batch_size,
         seconds=seconds,
-        device=run.config.device,
+        device=config.device,
     )
     result = run.do(Job(train_pace, job, f"pace-{run.key(arch)}"))
     if not result.ok:
         error = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
-        reason = f"{run.family.label(arch)} cannot be trained: {error}"
-        raise refuse("--batch-size", run.config.batch_size, "a batch that trains here", reason)
+        reason = f"{family.label(arch)} cannot be trained: {error}"
+        raise refuse("--batch-size", config.batch_size, "a batch that trains here", reason)
     return float(result.values["images_per_s"]) * run.image_cost(arch)
 
 
@@ -213,6 +212,7 @@ def _needed(run: Run, bounds: StepBounds, images_per_s: float) -> float | None:
 def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep], str | None]:
     """Simulate the steps; return them, and a warning where one may find no candidate."""
     config = run.config
+    images = len(run.dataset.train.labels) * config.proxy_epochs
     seed = Incumbent(run.seed_arch, run.key(run.seed_arch), run.folder.path, 1.0, images_per_s, 0.0)
     incumbents = [seed]
     past: list[tuple[Trial, Arch]] = []
@@ -241,7 +241,7 @@ def _steps(run: Run, images_per_s: float, pace: Pace) -> tuple[list[PlannedStep]
                 binds=_binds(run, bounds, counted, share),
                 timings=len(step.candidates),
                 trainings=len(chosen),
-                train_gmacs=_train_gmacs(run, [c.arch for c in chosen]),
+                train_gmacs=sum(images * run.image_cost(c.arch) for c in chosen),
             )
         )
         if not chosen and run.strategy.stepwise:
@@ -275,23 +275,11 @@ def _odds(ratio: float, need: float, pace: Pace) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
-def _train_gmacs(run: Run, archs: Sequence[Arch]) -> float:
-    images = len(run.dataset.train.labels) * run.config.proxy_epochs
-    return sum(images * run.image_cost(arch) for arch in archs)
-
-
 def _fast_share(run: Run, bounds: StepBounds, need: float | None, pace: Pace) -> float | None:
     """Estimate the share of a band that is fast enough, given the estimate's spread."""
     if need is None:
         return None
-    drawn = sample_band(
-        run.family,
-        run.seed_arch,
-        run.context,
-        bounds.band,
-        SAMPLED,
-        random_seed=derived_seed(run.config.random_seed, "plan share", bounds.step),
-    )
+    drawn = _sample(run, bounds.band, SAMPLED, "plan share", bounds.step)
     if not drawn:
         return 0.0
     macs = run.family.count_macs_many(run.family.table(drawn), run.context).tolist()
@@ -330,37 +318,28 @@ def _work(run: Run, steps: Sequence[PlannedStep]) -> Work:
 def _hours(run: Run, work: Work, pace: Pace) -> float:
     """Estimate the hours of a run that finds nothing in the cache."""
     config = run.config
-    images = len(run.dataset.train.labels)
-    teacher = 0.0
-    if config.labels is None:
-        teacher = images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
     # Scoring on the holdout costs a third of training, per image.
     rungs = len(rungs_of(config.proxy_epochs)) if config.racing else 1
     scored = len(run.dataset.holdout.labels) * rungs / 3 * work.train_gmacs
-    scored /= images * max(config.proxy_epochs, 1)
-    seconds = work.timings * pace.timing_s
-    seconds += (work.train_gmacs + scored + teacher) / pace.gmacs_per_s
-    return seconds / 3600
+    scored /= len(run.dataset.train.labels) * config.proxy_epochs
+    gmacs = work.train_gmacs + scored + teaching_cost(run)
+    return (work.timings * pace.timing_s + gmacs / pace.gmacs_per_s) / 3600
 
 
 def _disk(run: Run, steps: Sequence[PlannedStep]) -> int:
     """Estimate the most bytes at a time: pixels, labels, weights, checkpoints of a race."""
     config, data = run.config, run.dataset
-    splits = (data.train, data.holdout, data.test)
-    pixels = sum(len(s.labels) for s in splits) * 3 * run.context.img_size**2
+    images = sum(len(split.labels) for split in (data.train, data.holdout, data.test))
     classes = run.context.num_classes
     topk = config.topk or min(100 if classes > 10_000 else 10, classes - 1)
     labels = 0  # none to build for a named store
     if config.labels is None:
         labels = len(data.train.labels) * label_epochs(run) * (4 * topk + 24)
-    weights = 4 * run.start_params
-    for step in steps:
-        weights += 4 * step.band_hi  # the milestone
+    milestones = sum(step.band_hi for step in steps)
     largest = max((s.band_hi for s in steps), default=run.start_params)
-    weights += 4 * largest * (config.beam + 12)
-    if config.racing:
-        weights += 12 * largest * config.train_per_step
-    return pixels + labels + weights
+    racing = 12 * largest * config.train_per_step if config.racing else 0
+    weights = 4 * (run.start_params + milestones + largest * (config.beam + 12))
+    return images * 3 * run.context.img_size**2 + labels + weights + racing
 
 
 def plan_text(run: Run, plan: Plan) -> str:
@@ -372,31 +351,29 @@ def plan_text(run: Run, plan: Plan) -> str:
     for s in plan.steps:
         share = "-" if s.fast_share is None else f"about {s.fast_share:.0%}"
         lines.append(
-            f"{s.step:>4}  {band_text(s.band_lo, s.band_hi):<20} {s.contractions:>13,} "
-            f"{s.likely:>11,} {share:>12}  {s.timings:>5} {s.trainings:>7} {s.train_gmacs:>9,.0f}  "
-            f"{s.binds}"
+            f"{s.step:>4}  {band_text(s.band_lo, s.band_hi):<20} {s.contractions:>13,} {s.likely:>11,} {share:>12}  "
+            f"{s.timings:>5} {s.trainings:>7} {s.train_gmacs:>9,.0f}  {s.binds}"
         )
-    floor = f"{plan.floor_params:,} parameters"
+    floor, work, pace = f"{plan.floor_params:,} parameters", plan.work, plan.pace
     if plan.floor_ratio is not None:
         floor += f" at {plan.floor_ratio:.2f}x the seed's throughput"
     lines += [
-        "contractions: of the seed in the band, exact; on the way: of the incumbents that a plan "
-        "without training meets; fast enough: an estimate",
+        "contractions: of the seed in the band, exact; on the way: of the incumbents that a plan without training "
+        "meets; fast enough: an estimate",
         f"the space reaches from {floor} (measured) to {plan.ceiling_params:,} parameters",
-        f"work: {plan.work.timings} timings, {plan.work.trainings} trainings of "
-        f"{plan.work.train_gmacs:,.0f} GMACs in all, the teacher beside them",
-        f"estimated: {plan.hours:.2f} device-hours here ({plan.pace.gmacs_per_s:,.1f} GMACs/s of "
-        f"training, {plan.pace.timing_s:.1f} s a timing; less where the cache helps) and "
-        f"{plan.disk_bytes / 1e6:,.0f} MB of disk at most",
-        f"throughput estimated from MACs over {plan.pace.measured} timed archs, "
-        f"+-{math.expm1(plan.pace.spread):.0%} (one standard deviation)",
+        f"work: {work.timings} timings, {work.trainings} trainings of {work.train_gmacs:,.0f} GMACs in all, the "
+        "teacher beside them",
+        f"estimated: {plan.hours:.2f} device-hours here ({pace.gmacs_per_s:,.1f} GMACs/s of training, "
+        f"{pace.timing_s:.1f} s a timing; less where the cache helps) and {plan.disk_bytes / 1e6:,.0f} MB of disk at "
+        "most",
+        f"throughput estimated from MACs over {pace.measured} timed archs, +-{math.expm1(pace.spread):.0%} (one "
+        "standard deviation)",
     ]
     if plan.check_proxy is not None:
+        of = plan.check_proxy
         lines.append(
-            f"of this the proxy check, after a run that reaches its target: "
-            f"{plan.check_proxy.timings} "
-            f"timings, {plan.check_proxy.trainings} trainings of "
-            f"{plan.check_proxy.train_gmacs:,.0f} GMACs"
+            f"of this the proxy check, after a run that reaches its target: {of.timings} timings, {of.trainings} "
+            f"trainings of {of.train_gmacs:,.0f} GMACs"
         )
     if plan.stuck is not None:
         lines.append(f"warning: {plan.stuck}")

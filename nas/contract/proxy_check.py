@@ -1,8 +1,8 @@
 """Check how well proxy scores rank: `--check-proxy N`, and the table of `benchmarks.proxy`.
 
-`proxy_check.json` names N archs of the last step's band, kept and rejected, before any training.
-Each is scored by the run's proxy from the seed's weights (or from scratch), and trained about ten
-times longer on several random seeds: the truth. `proxy_check.csv` compares the two.
+`proxy_check.json` names N archs of the last step's band, kept and rejected, before any training. Each is scored by the
+run's proxy from the seed's weights (or from scratch), and trained about ten times longer on several random seeds: the
+truth. `proxy_check.csv` compares the two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nas.jobs.queue import OutOfTime
 from nas.search.constraints import band_at
 from space.contractions import count_contractions
 from space.errors import InputError, refuse
-from space.family import Arch, Context, Family
+from space.family import Arch, Family
 from space.sampling import sample_band
 
 Floats = npt.NDArray[np.float64]
@@ -51,9 +51,9 @@ ZERO_COST_IMAGES = 64
 class ProxyCheckRow:
     """One score against the truth: Kendall's tau with its interval over `n` archs.
 
-    `cost_share` is its training cost relative to one training of the truth; `regret` is how far its
-    pick is behind the best in nats of the truth, with an interval, and whether that is within one
-    standard deviation of a random seed. The ceilings have neither.
+    `cost_share` is its training cost relative to one training of the truth; `regret` is how far its pick is behind the
+    best in nats of the truth, with an interval, and whether that is within one standard deviation of a random seed. The
+    ceilings have neither.
     """
 
     name: str
@@ -90,11 +90,11 @@ def compare_scores(
 def write_rows(path: Path, rows: Sequence[ProxyCheckRow], **more: str) -> None:
     """Write the table as CSV; `more` are further columns, the same in every row."""
     out = io.StringIO()
-    writer = Writer(out)
-    writer.writerow([*(f.name for f in dataclasses.fields(ProxyCheckRow)), *more])
+    writer = Writer(out, (*(f.name for f in dataclasses.fields(ProxyCheckRow)), *more))
+    writer.writeheader()
     for row in rows:
-        cells = [round(v, 5) if isinstance(v, float) else v for v in dataclasses.astuple(row)]
-        writer.writerow([*("" if v is None else v for v in cells), *more.values()])
+        values = {k: round(v, 5) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
+        writer.writerow({**values, **more})
     write_atomic(path, out.getvalue().encode())
 
 
@@ -109,9 +109,8 @@ def check_band(number: int | None, config: RunConfig, family: Family, seed: Arch
     """Refuse a check of more archs than the last band holds; None means no check."""
     if number is None:
         return
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    band = band_at(family.count_params(seed, context), config, config.steps)
-    held = count_contractions(family, seed, context, band)
+    band = band_at(family.count_params(seed, dataset.context), config, config.steps)
+    held = count_contractions(family, seed, dataset.context, band)
     if held < number:
         raise _too_many(number, held)
 
@@ -136,17 +135,16 @@ def named_archs(folder: Path, number: int) -> list[Any] | None:
 def choose_archs(run: Run, number: int) -> list[Arch]:
     """Choose archs of the last step's band: scored trials first, then the rejected.
 
-    Where the run has fewer, the rest is drawn uniformly from the band; archs whose training failed
-    come last. The choice is kept in `proxy_check.json`.
+    Where the run has fewer, the rest is drawn uniformly from the band; archs whose training failed come last. The
+    choice is kept in `proxy_check.json`.
     """
     known = named_archs(run.folder.path, number)
     if known is not None:
         return [run.family.arch(arch) for arch in known]
     band = run.band(run.config.steps)
-    order = {"kept": 0, "proxy": 1, "race": 2, "selection": 3, "throughput": 4}
+    order = ("kept", "proxy", "race", "selection", "throughput", "counts")
     inside = [r for r in run.study.rows if r.step > 0 and band.lo <= r.params <= band.hi]
-    rows = [r for r in inside if r.state != "failed"]
-    rows.sort(key=lambda r: order.get(r.stage, 5))
+    rows = sorted((r for r in inside if r.state != "failed"), key=lambda r: order.index(r.stage))
     found = {r.key: run.family.arch(run.study.arch(r.step, r.key)) for r in rows}
     archs = list(found.values())[:number]
     for failed in ({r.key for r in inside if r.state == "failed"}, set[str]()):
@@ -161,21 +159,15 @@ def choose_archs(run: Run, number: int) -> list[Arch]:
         )
     if len(archs) < number:
         raise _too_many(number, len(archs))
-    named = {"archs": [run.family.to_dict(arch) for arch in archs]}
-    write_json(run.folder.path / "proxy_check.json", named)
+    write_json(run.folder.path / "proxy_check.json", {"archs": [run.family.to_dict(arch) for arch in archs]})
     return archs
-
-
-def proxy_check_cost(run: Run, number: int) -> float:
-    """Return the GMACs of a proxy check, forward and backward."""
-    images = len(run.dataset.train.labels)
-    each = run.config.target_params / run.start_params * run.image_cost(run.seed_arch)
-    return number * images * run.config.proxy_epochs * (2 + SEEDS * LONGER) * each
 
 
 def proxy_check_work(run: Run, number: int) -> Work:
     """Return the work of a check: per arch one timing, the truth's and the proxies' trainings."""
-    return Work(number, number * (2 + SEEDS), proxy_check_cost(run, number))
+    images = len(run.dataset.train.labels) * run.config.proxy_epochs * (2 + SEEDS * LONGER)
+    each = run.config.target_params / run.start_params * run.image_cost(run.seed_arch)
+    return Work(number, number * (2 + SEEDS), number * images * each)
 
 
 def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
@@ -193,8 +185,8 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         _Training(longer, f"truth{at}", LONGER * config.proxy_epochs, derived_seed(config.random_seed, "truth", at))
         for at in range(SEEDS)
     ]
-    trainings.append(_Training(run, "check", config.proxy_epochs))
-    trainings.append(_Training(run, "check-hard", config.proxy_epochs, hard=1.0))
+    trainings.append(_Training(run, "check", config.proxy_epochs, config.random_seed))
+    trainings.append(_Training(run, "check-hard", config.proxy_epochs, config.random_seed, hard=1.0))
     failed: dict[str, str] = {}
     for each in trainings:
         for arch, reason in each.do([a for a in archs if run.key(a) not in failed], parent):
@@ -205,19 +197,15 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
             left = f"{len(archs) - len(failed)} of {number} archs that can be trained"
             raise refuse("--check-proxy", left, f"at least {LEAST}", next(iter(failed.values()), ""))
     archs = [arch for arch in archs if run.key(arch) not in failed]
-    *truth, short, hard = ([each.folder(arch) for arch in archs] for each in trainings)
-    losses = [[losses_of(folder, config.metric) for folder in row] for row in truth]
-    means = np.array([[float(values.mean()) for values in row] for row in losses])
-    share = 1 / LONGER
+    *truth, short, hard = ([losses_of(each.folder(arch), config.metric) for arch in archs] for each in trainings)
     scores: dict[str, tuple[npt.ArrayLike, float | None]] = {
-        name: ([float(losses_of(folder, config.metric).mean()) for folder in folders], share)
-        for name, folders in ((f"proxy ({init})", short), (f"proxy ({init}), hard labels", hard))
+        name: ([float(values.mean()) for values in losses], 1 / LONGER)
+        for name, losses in ((f"proxy ({init})", short), (f"proxy ({init}), hard labels", hard))
     }
     scores |= {name: (values, 0.0) for name, values in training_free_scores(run, archs).items()}
-    rows = compare_scores(scores, means)
+    rows = compare_scores(scores, [[float(values.mean()) for values in losses] for losses in truth])
     write_rows(run.folder.path / "proxy_check.csv", rows)
-    by_arch = {run.key(arch): np.array([losses[s][i] for s in range(SEEDS)]) for i, arch in enumerate(archs)}
-    kept = tied_with_best(by_arch)
+    by_arch = {run.key(arch): np.array([losses[i] for losses in truth]) for i, arch in enumerate(archs)}
     own, limit = rows[0], rows[-1]
     # Proxies of a check start from the seed; a run of several steps has nearer parents.
     start = " from the seed's weights" if init == "inherit" else ""
@@ -234,12 +222,11 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         "ceiling": limit.estimate,
         "regret": own.regret,
         "message": (
-            f"over {len(archs)} archs of the last band, trained {LONGER} times longer on {SEEDS} "
-            f"random seeds, the proxy{start} ranks with tau {own.estimate:.2f} "
-            f"[{own.lo:.2f}, {own.hi:.2f}] where noise permits {limit.estimate:.2f} "
-            f"[{limit.lo:.2f}, {limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind "
-            f"the best, {verdict} one standard deviation of a random seed; "
-            f"{describe_tied(kept, by_arch)}{gone}"
+            f"over {len(archs)} archs of the last band, trained {LONGER} times longer on {SEEDS} random seeds, the "
+            f"proxy{start} ranks with tau {own.estimate:.2f} [{own.lo:.2f}, {own.hi:.2f}] where noise permits "
+            f"{limit.estimate:.2f} [{limit.lo:.2f}, {limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind the "
+            f"best, {verdict} one standard deviation of a random seed; "
+            f"{describe_tied(tied_with_best(by_arch), by_arch)}{gone}"
         ),
     }
 
@@ -251,7 +238,7 @@ class _Training:
     run: Run
     role: str
     epochs: int
-    random_seed: int | None = None
+    random_seed: int
     hard: float = 0.0
 
     def folder(self, arch: Arch) -> Path:
@@ -260,9 +247,10 @@ class _Training:
 
     def do(self, archs: Sequence[Arch], parent: Incumbent) -> list[tuple[Arch, str]]:
         """Train archs as the run's proxies are; return those that failed, with the reasons."""
-        outs = [self.folder(arch) for arch in archs]
-        tasks = [
-            self.run.training(
+        tasks = []
+        for arch in archs:
+            out = self.folder(arch)
+            task = self.run.training(
                 arch,
                 out.name,
                 out=out,
@@ -272,11 +260,10 @@ class _Training:
                 random_seed=self.random_seed,
                 hard_weight=self.hard,
             )
-            for arch, out in zip(archs, outs, strict=True)
-        ]
+            tasks.append(task)
         results = self.run.train_all(tasks, remember=True)
-        for out in outs:
-            self.run.folder.drop_weights(out.name)
+        for task in tasks:
+            self.run.folder.drop_weights(task.out.name)
         done = zip(archs, results, strict=True)
         return [(arch, result.reason or "failed") for arch, result in done if not result.ok]
 
@@ -284,8 +271,8 @@ class _Training:
 def training_free_scores(run: Run, archs: Sequence[Arch]) -> dict[str, list[float]]:
     """Return scores that need no training, lower taken for better: counts, pace, zero-cost.
 
-    Signs are those of their authors' claims: more parameters, MACs, gradient or distinct codes are
-    better, and so is a slower arch of the same size.
+    Signs are those of their authors' claims: more parameters, MACs, gradient or distinct codes are better, and so is a
+    slower arch of the same size.
     """
     found: dict[str, list[float]] = {}
     for arch in archs:
@@ -296,18 +283,8 @@ def training_free_scores(run: Run, archs: Sequence[Arch]) -> dict[str, list[floa
         measured = run.timings.measure(arch, "gate", reference=run.seed_arch)
         if not isinstance(measured, Result):
             values["throughput (slower is better)"] = float(measured.images_per_s)
-        job = ZeroCostJob(
-            family=run.family.name,
-            arch=run.family.to_dict(arch),
-            context=run.context,
-            dataset=run.dataset.folder,
-            store=Path(run.store["folder"]),
-            missing=run.config.missing_labels,
-            images=min(ZERO_COST_IMAGES, len(run.dataset.train.labels)),
-            batch_size=run.config.batch_size,
-            random_seed=run.config.random_seed,
-            device=run.config.device,
-        )
+        images = min(ZERO_COST_IMAGES, len(run.dataset.train.labels))
+        job = ZeroCostJob(**run.job_fields(arch), images=images, random_seed=run.config.random_seed)
         result = run.do(Job(zero_cost, job, f"zero-{run.key(arch)}"))
         if result.ok:
             values |= {k: -float(v) for k, v in result.values.items() if k != "images"}
@@ -319,14 +296,14 @@ def training_free_scores(run: Run, archs: Sequence[Arch]) -> dict[str, list[floa
 def check_proxy_in_time(run: Run, seed: Incumbent, number: int) -> dict[str, Any] | None:
     """Run the proxy check as far as time allows; a later --resume continues it."""
     console = run.console
-    console.start(proxy_check_cost(run, number))
+    console.start(proxy_check_work(run, number).train_gmacs)
     try:
         report = check_proxy(run, seed, number)
         console.line(f"proxy check: {report['message']}")
         return report
     except OutOfTime:
         console.line(
-            f"proxy check: out of time (--max-hours); --resume {run.folder.path} --check-proxy {number} goes on"
+            f"proxy check: out of time (--max-hours); --resume {run.folder.path} --check-proxy {number} continues"
         )
         return None
     finally:

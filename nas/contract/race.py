@@ -1,7 +1,7 @@
 """Race the proxy trainings of a step in rungs on the same batches; likely losers stop.
 
-Each rung is a job that continues the one before. Decisions follow when all candidates have reached
-a rung, in the order of keys, so they depend on results alone.
+Each rung is a job that continues the one before. Decisions follow when all candidates have reached a rung, in the order
+of keys, so they depend on results alone.
 """
 
 from __future__ import annotations
@@ -42,22 +42,32 @@ def rungs_of(epochs: int) -> list[int]:
 def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
     """Train a step's selected candidates and return them as trials, in their order.
 
-    Each trains the epochs of a proxy unless a paired test on the holdout shows earlier that it
-    cannot be among the best (`nas.search.racing`); failures are trials too. A stepwise strategy
-    gives saved epochs to the remaining candidates, equally; other strategies compare candidates of
-    different steps, which must be trained equally long.
+    Each trains the epochs of a proxy unless a paired test on the holdout shows earlier that it cannot be among the best
+    (`nas.search.racing`); failures are trials too. A stepwise strategy gives saved epochs to the remaining candidates,
+    equally; other strategies compare candidates of different steps, which must be trained equally long.
     """
     config, keep, epochs = run.config, places(run, step.number), run.config.proxy_epochs
     rungs = rungs_of(epochs) if config.racing and len(selected) > keep else [epochs]
-    parents: dict[str, Incumbent] = {}
-    for each in selected:
-        parent = step.parent_of(each)
-        if parent.key not in parents:
-            parents[parent.key] = with_order(run, parent)
+    starts = {parent.key: parent for parent in map(step.parent_of, selected)}
+    parents = {key: with_order(run, parent) for key, parent in starts.items()}
     trials: dict[str, Trial] = {}
     racing, earlier = list(selected), None
     for rung in rungs:
-        tasks = [_rung(run, step, each, parents[step.parent_of(each).key], rung, earlier) for each in racing]
+        tasks = []
+        for each in racing:
+            folder = _folder(run, step, each, rung)
+            task = run.training(
+                each.arch,
+                folder.name,
+                out=folder,
+                epochs=epochs,
+                init=config.proxy_init,
+                parent=parents[step.parent_of(each).key],
+                first_epoch=run.first_epoch(step.number),
+                rung=None if rung == epochs else rung,
+                before=None if earlier is None else (earlier, _folder(run, step, each, earlier)),
+            )
+            tasks.append(task)
         results = run.train_all(tasks, remember=True)
         for at, (each, task, result) in enumerate(zip(racing, tasks, results, strict=True)):
             if earlier is not None:
@@ -87,31 +97,13 @@ def _folder(run: Run, step: Step, candidate: Candidate, rung: int) -> Path:
     return run.folder.job_folder(f"s{step.number}-{candidate.key}{cut}")
 
 
-def _rung(run: Run, step: Step, candidate: Candidate, parent: Incumbent, rung: int, earlier: int | None) -> Task:
-    """Describe a candidate's training up to a rung, from an earlier one."""
-    folder, epochs = _folder(run, step, candidate, rung), run.config.proxy_epochs
-    return run.training(
-        candidate.arch,
-        folder.name,
-        out=folder,
-        epochs=epochs,
-        init=run.config.proxy_init,
-        parent=parent,
-        first_epoch=run.first_epoch(step.number),
-        rung=None if rung == epochs else rung,
-        before=None if earlier is None else (earlier, _folder(run, step, candidate, earlier)),
-    )
-
-
 def _trial(run: Run, step: Step, candidate: Candidate, task: Task, result: Result, epochs: int) -> Trial:
     """Return a trained candidate as a trial."""
-    log = log_of(task.out.name)
-    if not result.ok:
-        failed = {"stage": "proxy", "state": "failed", "reason": result.reason or "failed"}
-        return trial_of(run, step.number, candidate, **failed, log=log)
-    scores = {name: result.values.get(name) for name in SCORES}
-    done: dict[str, Any] = {"stage": "proxy", "state": "complete", "epochs": epochs, "log": log}
-    return trial_of(run, step.number, candidate, **scores, **done)
+    outcome: dict[str, Any] = {"state": "failed", "reason": result.reason or "failed"}
+    if result.ok:
+        scores = {name: result.values.get(name) for name in SCORES}
+        outcome = {**scores, "state": "complete", "epochs": epochs}
+    return trial_of(run, step.number, candidate, stage="proxy", log=log_of(task.out.name), **outcome)
 
 
 def _train_on_saved_epochs(
@@ -130,24 +122,11 @@ def _train_on_saved_epochs(
     tasks = []
     for each in through:
         folder = run.trial_folder(trials[each.key])
-        own = replace(
-            parents[step.parent_of(each).key],
-            arch=each.arch,
-            key=each.key,
-            weights=folder / "weights.safetensors",
-            order=None,
-        )
-        tasks.append(
-            run.training(
-                each.arch,
-                f"{folder.name}{MORE}",
-                out=folder.with_name(f"{folder.name}{MORE}"),
-                epochs=length,
-                init="inherit",
-                parent=own,
-                first_epoch=first_epoch,
-            )
-        )
+        out, weights = folder.with_name(f"{folder.name}{MORE}"), folder / "weights.safetensors"
+        parent = parents[step.parent_of(each).key]
+        own = replace(parent, arch=each.arch, key=each.key, weights=weights, order=None)
+        options: dict[str, Any] = {"epochs": length, "init": "inherit", "parent": own, "first_epoch": first_epoch}
+        tasks.append(run.training(each.arch, out.name, out=out, **options))
     results = run.train_all(tasks, remember=True)
     if not all(result.ok for result in results):
         return {}  # all keep their first scores, equally long
@@ -174,18 +153,11 @@ def with_order(run: Run, incumbent: Incumbent) -> Incumbent:
     path = run.folder.work / f"{config.importance}-{incumbent.step}-{incumbent.key}.json"
     if not path.exists():
         job = ImportanceJob(
-            family=run.family.name,
-            arch=run.family.to_dict(incumbent.arch),
-            context=run.context,
+            **run.job_fields(incumbent.arch),
             weights=incumbent.weights,
-            dataset=run.dataset.folder,
-            store=Path(run.store["folder"]),
             criterion=config.importance,
             images=min(IMPORTANCE_IMAGES, len(run.dataset.train.labels)),
-            batch_size=config.batch_size,
             random_seed=config.random_seed,
-            device=config.device,
-            missing=config.missing_labels,
             out=path,
         )
         result = failed_before(path) or run.do(Job(rank_by_importance, job, f"order-{incumbent.key}"))

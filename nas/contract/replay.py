@@ -1,8 +1,8 @@
 """Reuse an earlier run's measurements and scores for a new target: `--replay`.
 
-A run's study holds scores of archs of all sizes, and its `models/` those that its steps started
-from. A replay takes scored archs that meet the new target or throughput; without any, its steps
-start from the nearest larger model instead of the seed.
+A run's study holds scores of archs of all sizes, and its `models/` those that its steps started from. A replay takes
+scored archs that meet the new target or throughput; without any, its steps start from the nearest larger model instead
+of the seed.
 """
 
 from __future__ import annotations
@@ -58,19 +58,15 @@ def earlier_config(folder: Path) -> tuple[RunConfig, Mapping[str, Any]]:
 def replayed_config(given: Mapping[str, Any]) -> RunConfig:
     """Return the earlier run's configuration with the new settings.
 
-    Settings that would change what the earlier scores mean are refused. The number of steps
-    follows the distance, unless it is given.
+    Settings that would change what the earlier scores mean are refused. The number of steps follows the distance,
+    unless it is given.
     """
     config, _ = earlier_config(Path(given["replay"]))
     for name, value in given.items():
         before = getattr(config, name)
         if name not in NEW_QUESTION and value != before:
-            raise refuse(
-                flag(name),
-                f"{value} with --replay of a run made with {before}",
-                "the earlier run's own setting",
-                f"drop {flag(name)}, or start a new run",
-            )
+            got = f"{value} with --replay of a run made with {before}"
+            raise refuse(flag(name), got, "the earlier run's own setting", f"drop {flag(name)}, or start a new run")
     # The earlier run's own measurements hold what it took from another run's file.
     lent = config.measurements
     if "measurements" not in given and lent is not None and not Path(lent).exists():
@@ -86,12 +82,6 @@ def replayed_config(given: Mapping[str, Any]) -> RunConfig:
     return replace(config, **dict(given))
 
 
-def dropped_requirements(earlier: RunConfig, config: RunConfig) -> tuple[str, ...]:
-    """Return the earlier run's requirements that the new configuration lacks."""
-    now = {required.text for required in requirements_of(config)}
-    return tuple(r.text for r in requirements_of(earlier) if r.text not in now)
-
-
 def read_earlier(folder: Path, family: Family, dataset: str, *, after: Collection[Path] = ()) -> Earlier:
     """Read an earlier run's trials and models; one on other data is refused.
 
@@ -100,9 +90,8 @@ def read_earlier(folder: Path, family: Family, dataset: str, *, after: Collectio
     config, data = earlier_config(folder)
     known = data.get("dataset", {}).get("fingerprint")
     if known != dataset:
-        raise refuse(
-            "--replay", f"a run on data with fingerprint {known}", f"the data at hand, {dataset}", "restore the data"
-        )
+        got = f"a run on data with fingerprint {known}"
+        raise refuse("--replay", got, f"the data at hand, {dataset}", "restore the data")
     study = read_study(folder, data)
     try:
         scored = tuple(
@@ -123,27 +112,15 @@ def read_models(folder: Path, family: Family) -> tuple[Incumbent, ...]:
     """Read the models in a run's `models/` that have weights; damaged ones are refused."""
     found = []
     for path in sorted((folder / "models").glob("*.json")):
-        model = read_json(path, "a model of a run")
-        weights = path.with_suffix(".safetensors")
-        if not weights.is_file():
-            continue
+        model, weights = read_json(path, "a model of a run"), path.with_suffix(".safetensors")
         try:
             score, timed = model["score"], model["throughput"]
-            found.append(
-                Incumbent(
-                    arch=family.arch(model["arch"]),
-                    key=model["key"],
-                    weights=weights,
-                    ratio=timed["ratio"],
-                    images_per_s=timed["images_per_s"],
-                    soft_loss=score["soft_loss"],
-                    soft_loss_se=score["soft_loss_se"],
-                )
-            )
+            kept = {name: timed[name] for name in ("ratio", "images_per_s")}
+            kept |= {name: score[name] for name in ("soft_loss", "soft_loss_se")}
+            found.append(Incumbent(arch=family.arch(model["arch"]), key=model["key"], weights=weights, **kept))
         except (KeyError, TypeError, ValueError) as error:
-            got = f"{type(error).__name__}: {error}"
-            raise refuse(str(path), got, "a model of a run", "restore it") from None
-    return tuple(found)
+            raise refuse(str(path), repr(error), "a model of a run", "restore it") from None
+    return tuple(each for each in found if each.weights.is_file())
 
 
 def scores_in_band(earlier: Earlier, band: Band) -> list[tuple[Trial, Arch]]:
@@ -178,8 +155,8 @@ def lineage(earlier: Earlier) -> list[Earlier]:
 def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]:
     """Return the best archs that the earlier run scored and that meet the new requirements.
 
-    Requirements are checked again, from stored measurements where there are any. Empty when no arch
-    passes. Scores of different steps come from different parents; they are compared as they are.
+    Requirements are checked again, from stored measurements where there are any. Empty when no arch passes. Scores of
+    different steps come from different parents; they are compared as they are.
     """
     step = run.config.steps
     bounds = bounds_at(
@@ -190,25 +167,22 @@ def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]
     here = Step(step, seed, [seed], [seed], {seed.key: bounds})
     passed: dict[str, tuple[Trial, Candidate]] = {}
     folders: dict[str, Path] = {}
-    known = [(of, *each) for of in lineage(earlier) for each in scores_in_band(of, bounds.band)]
-    for of, row, arch in known:
-        folder = _folder(of, row)
-        if folder is None or row.key in folders:  # the latest run that scored it counts
-            continue
-        folders[row.key] = folder
-        (candidate,) = describe_candidates(run.family, [run.seed_arch], [(None, arch)], run.context)
-        measured = meets_requirements(run, here, candidate)
-        if measured is not None:
-            passed[row.key] = (row, measured)
-    if not passed:
-        return []
+    for of in lineage(earlier):
+        for row, arch in scores_in_band(of, bounds.band):
+            folder = _folder(of, row)
+            if folder is None or row.key in folders:  # the latest run that scored it counts
+                continue
+            folders[row.key] = folder
+            (candidate,) = describe_candidates(run.family, [run.seed_arch], [(None, arch)], run.context)
+            measured = meets_requirements(run, here, candidate)
+            if measured is not None:
+                passed[row.key] = (row, measured)
     values = [replace(row, ratio=candidate.ratio) for row, candidate in passed.values()]
     order = rank(values, paired_error(lambda key: losses_of(folders[key], run.config.metric)))
     kept = order[: places(run, step)]
     found = []
-    for key in order:
+    for at, key in enumerate(order):
         row, candidate = passed[key]
-        place = f"rank {order.index(key) + 1} of {len(order)}"
         trial = trial_of(
             run,
             step,
@@ -217,12 +191,11 @@ def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]
             epochs=row.epochs,
             stage="kept" if key in kept else "proxy",
             state="complete",
-            reason=f"{place}; score of step {row.step} of {earlier.folder}",
+            reason=f"rank {at + 1} of {len(order)}; score of step {row.step} of {earlier.folder}",
         )
         add_trial(run, trial, candidate.arch)
         if key in kept:
-            weights = folders[key] / "weights.safetensors"
-            found.append(replace(run.incumbent(trial), weights=weights))
+            found.append(replace(run.incumbent(trial), weights=folders[key] / "weights.safetensors"))
     return found
 
 
@@ -262,12 +235,10 @@ def starting_incumbent(run: Run, earlier: Earlier, seed: Incumbent) -> Incumbent
         if isinstance(value, Result):
             return seed
         values[required] = value
-    run.start_values = values
+    run.start_values, run.start_ratio = values, measured.ratio
     run.start_params = run.family.count_params(model.arch, run.context)
     run.start_macs = run.family.count_macs(model.arch, run.context)
-    run.start_ratio = measured.ratio
-    key = run.key(model.arch)
-    return replace(model, key=key, ratio=measured.ratio, images_per_s=measured.images_per_s)
+    return replace(model, key=run.key(model.arch), ratio=measured.ratio, images_per_s=measured.images_per_s)
 
 
 def load_earlier(config: RunConfig, family: Family, dataset: Dataset) -> Earlier | None:
@@ -281,11 +252,10 @@ def load_earlier(config: RunConfig, family: Family, dataset: Dataset) -> Earlier
 
 def steps_to_target(earlier: Earlier, config: RunConfig, family: Family, dataset: Dataset) -> int:
     """Return how many steps a replay takes from the earlier run's nearest model to its target."""
-    context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-    seed_params = family.count_params(family.arch(config.seed_arch), context)
-    start = nearest_larger_model(earlier, band_at(seed_params, config, config.steps), family, context)
-    params = seed_params if start is None else family.count_params(start.arch, context)
-    return usual_steps(config, params)
+    context, seed = dataset.context, family.arch(config.seed_arch)
+    band = band_at(family.count_params(seed, context), config, config.steps)
+    start = nearest_larger_model(earlier, band, family, context)
+    return usual_steps(config, family.count_params(seed if start is None else start.arch, context))
 
 
 def describe_reuse(
@@ -309,7 +279,8 @@ def describe_reuse(
         )
     else:
         message = f"nothing in {earlier.folder} helps; {run.config.steps} steps from the seed"
-    dropped = dropped_requirements(earlier.config, run.config)
+    now = {required.text for required in requirements_of(run.config)}
+    dropped = [r.text for r in requirements_of(earlier.config) if r.text not in now]
     if dropped:
         message += f"; its {' and '.join(dropped)} not asked for any more"
     return {"run": str(earlier.folder), "scores": scores, "start": None if known else start.key, "message": message}

@@ -67,9 +67,9 @@ from space.errors import InputError, refuse
 class RunResult:
     """How a run ended.
 
-    `status` is `reached`, `stuck`, `unverified` (the finalists are only predicted to meet the
-    requirements) or `stopped` (out of time); `exit_code` 0 or 3; `message` one sentence; `folder`
-    the run's; `result` the content of `result.json`.
+    `status` is `reached`, `stuck`, `unverified` (the finalists are only predicted to meet the requirements) or
+    `stopped` (out of time); `exit_code` 0 or 3; `message` one sentence; `folder` the run's; `result` the content of
+    `result.json`.
     """
 
     status: str
@@ -83,19 +83,31 @@ class RunResult:
 class Session:
     """The options of one process; none changes a run's result.
 
-    `deadline` is on the monotonic clock; `check_proxy` archs are trained longer afterwards;
-    `final_measurements` are the measurements of another device; `executor` replaces the one that
+    After `max_hours` the run stops; `storage` is the address of a PostgreSQL database for the study, in place of a
+    `study.db` in the folder; `check_proxy` archs are trained longer afterwards, for a report on how far the scores can
+    be trusted; `final_measurements` are the finalists as measured on another device; `executor` replaces the one that
     `executor_config` describes.
     """
 
-    cache: Path
-    console: Console
-    executor_config: ExecutorConfig = field(default_factory=ExecutorConfig)
-    executor: Executor | None = None
-    deadline: float | None = None
+    cache_dir: str | Path | None = None
+    max_hours: float | None = None
     storage: str | None = None
     check_proxy: int | None = None
-    final_measurements: Path | None = None
+    final_measurements: str | Path | None = None
+    executor_config: ExecutorConfig = field(default_factory=ExecutorConfig)
+    executor: Executor | None = None
+    quiet: bool = True
+    console: Console | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_hours is not None and not 0 < self.max_hours < 1e6:
+            raise refuse("--max-hours", self.max_hours, "a number of hours above 0")
+        check_number(self.check_proxy)
+
+    @property
+    def cache(self) -> Path:
+        """The folder of datasets, teachers, labels and seeds."""
+        return default_cache() if self.cache_dir is None else Path(self.cache_dir)
 
 
 def contract(
@@ -104,105 +116,61 @@ def contract(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    max_hours: float | None = None,
-    cache_dir: str | Path | None = None,
-    final_measurements: str | Path | None = None,
-    check_proxy: int | None = None,
-    storage: str | None = None,
-    quiet: bool = True,
-    console: Console | None = None,
-    executor: Executor | None = None,
-    executor_config: ExecutorConfig | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> RunResult:
     """Contract `seed` to `target_params` and leave everything in the run folder `out`.
 
-    `settings` are the fields of `nas.core.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`,
-    ...); those not given follow the effort. With `resume`, `out` is an earlier run's folder and
-    only settings that equal its own may be given. `check_proxy` archs are trained longer
-    afterwards, for a report on how far the scores can be trusted (`nas.contract.proxy_check`).
-    `executor_config` tells where jobs run and how many at once. `storage` is the
-    address of a PostgreSQL database for the study, in place of a `study.db` in the folder. Raises
-    `InputError` (a `ValueError` of one line) on bad input. A run that ends stuck or out of time is
-    a result, not an error.
+    `options` are the fields of `Session` and of `nas.core.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`, ...);
+    settings that are not given follow the effort. With `resume`, `out` is an earlier run's folder and only settings
+    that equal its own may be given. Raises `InputError` (a `ValueError` of one line) on bad input. A run that ends
+    stuck or out of time is a result, not an error.
     """
-    if max_hours is not None and not (max_hours > 0 and max_hours < 1e6):
-        raise refuse("--max-hours", max_hours, "a number of hours above 0")
-    check_number(check_proxy)
+    session, given = _asked(seed, target_params, options)
+    hours, finalists = session.max_hours, session.final_measurements
     # Results and records must be on disk before the deadline: a few seconds are theirs.
-    deadline = None if max_hours is None else time.monotonic() + max(max_hours * 3600 - 5, 0.0)
-    session = Session(
-        cache=default_cache() if cache_dir is None else Path(cache_dir),
-        console=Console(quiet=quiet) if console is None else console,
-        executor_config=executor_config or ExecutorConfig(),
-        executor=executor,
-        deadline=deadline,
-        storage=storage,
-        check_proxy=check_proxy,
-        final_measurements=None if final_measurements is None else Path(final_measurements),
-    )
-    given = _given(seed, target_params, settings)
-    if not resume:
-        if final_measurements is not None:
-            want = "an earlier run's --resume"
-            raise refuse("--final-measurements", final_measurements, want, "name the run: --resume DIR")
+    deadline = None if hours is None else time.monotonic() + max(hours * 3600 - 5, 0.0)
+    if resume:
         if out is None:
-            config = replayed_config(given) if "replay" in given else make_config(given)
-            out = default_folder(config.seed, config.target_params)
-        folder = Path(out)
-    elif out is None:
-        raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
-    else:
-        folder = Path(out)
-        done = finished_result(given, folder, session)
+            raise refuse("--resume", "no folder", "the folder of a run", "name it: --resume DIR")
+        done = finished_result(given, Path(out), session)
         if done is not None:
             return done
-    with open_run(given, folder, session, resume=resume) as run:
-        return execute(run, check_proxy, fresh=not resume)
+    elif finalists is not None:
+        raise refuse("--final-measurements", finalists, "an earlier run's --resume", "name the run: --resume DIR")
+    elif out is None:
+        config = replayed_config(given) if "replay" in given else make_config(given)
+        out = default_folder(config.seed, config.target_params)
+    with open_run(given, Path(out), session, resume=resume, deadline=deadline) as run:
+        return execute(run, session.check_proxy, fresh=not resume)
 
 
-def plan(
-    seed: str,
-    target_params: str | int,
-    *,
-    cache_dir: str | Path | None = None,
-    check_proxy: int | None = None,
-    quiet: bool = True,
-    console: Console | None = None,
-    executor: Executor | None = None,
-    **settings: Any,
-) -> tuple[Plan, str]:
+def plan(seed: str | None = None, target_params: str | int | None = None, **options: Any) -> tuple[Plan, str]:
     """Plan `contract` without training: return the plan, and the same as text.
 
     Measures for about a minute; keeps only measurements in the cache.
     """
-    check_number(check_proxy)
-    given = _given(seed, target_params, settings)
+    session, given = _asked(seed, target_params, options)
     if "replay" in given:
-        raise refuse("--plan", "with --replay", "a new run", "a replay tells what it reuses itself")
-    session = Session(
-        cache=default_cache() if cache_dir is None else Path(cache_dir),
-        console=Console(quiet=quiet) if console is None else console,
-        executor=executor,
-        check_proxy=check_proxy,
-    )
+        raise refuse("--plan", "--replay too", "a new run", "a replay tells what it reuses itself")
     with (
         tempfile.TemporaryDirectory(prefix="plan-") as place,
         open_run(given, Path(place) / "plan", session, keep=False) as run,
     ):
-        made = make_plan(run, check_proxy=check_proxy)
+        made = make_plan(run, check_proxy=session.check_proxy)
         run.study.close()
         return made, plan_text(run, made)
 
 
-def _given(seed: str | None, target: str | int | None, settings: Mapping[str, Any]) -> Any:
-    """Return the settings that the user named, with absolute paths."""
-    given = dict(settings)
+def _asked(seed: str | None, target: str | int | None, options: Mapping[str, Any]) -> tuple[Session, dict[str, Any]]:
+    """Return the options of the process, and the settings that the user named, with absolute paths."""
+    of_session = {field.name for field in dataclasses.fields(Session)} & options.keys()
+    session = Session(**{name: options[name] for name in of_session})
+    given = {name: value for name, value in options.items() if name not in of_session}
     if seed is not None:
         given["seed"] = seed
     if target is not None:
         given["target_params"] = parse_count("--target-params", target)
-    return with_absolute_paths(given)
+    return session, with_absolute_paths(given)
 
 
 # Starting a run
@@ -233,15 +201,21 @@ def finished_result(given: Mapping[str, Any], out: Path, session: Session) -> Ru
 
 @contextlib.contextmanager
 def open_run(
-    given: Mapping[str, Any], out: Path, session: Session, *, resume: bool = False, keep: bool = True
+    given: Mapping[str, Any],
+    out: Path,
+    session: Session,
+    *,
+    resume: bool = False,
+    keep: bool = True,
+    deadline: float | None = None,
 ) -> Iterator[Run]:
     """Open a run, new or resumed, for a `with` block; the only place where a run starts.
 
-    A new run that is refused before it decided anything leaves no folder; with `keep` off (a plan)
-    it has no `run.json` and cannot be resumed. Raises InputError on bad input.
+    A new run that is refused before it decided anything leaves no folder; with `keep` off (a plan) it has no `run.json`
+    and cannot be resumed. Raises InputError on bad input.
     """
-    folder, console, cache = RunFolder(out), session.console, session.cache
-    worker = session.executor
+    folder, cache, worker = RunFolder(out), session.cache, session.executor
+    console = session.console or Console(quiet=session.quiet)
     run: Run | None = None
     saved = folder.open() if resume else None
     try:
@@ -305,7 +279,7 @@ def open_run(
             executor=worker,
             console=console,
             cache=cache,
-            deadline=session.deadline,
+            deadline=deadline,
             fingerprints=fingerprints,
             table=table,
             earlier=earlier,
@@ -354,8 +328,7 @@ def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResu
         where = f"at step {taken + 1} of {run.config.steps}"
         if taken == run.config.steps:
             where = "in the final comparison"
-        message = f"out of time (--max-hours): stopped {where}; --resume {folder.path} goes on"
-        progress.message = message
+        progress.message = f"out of time (--max-hours): stopped {where}; --resume {folder.path} continues"
         progress.best = best_so_far(run, taken)
     finally:
         console.stop()
@@ -371,7 +344,7 @@ def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResu
     elif check_proxy is not None:
         note = f"proxy check: no report is made of a run that is {status}"
         if status == "stopped":
-            note += f"; --resume {folder.path} --check-proxy {check_proxy} goes on"
+            note += f"; --resume {folder.path} --check-proxy {check_proxy} continues"
         console.line(note)
     if status not in ("stopped", "unverified"):
         remove_intermediate_weights(run)

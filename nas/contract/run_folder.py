@@ -63,12 +63,8 @@ class RunFolder:
     def check_new(self) -> None:
         """Refuse a folder that holds a run already."""
         if self.run_json.exists():
-            raise refuse(
-                "--out",
-                self.path,
-                "a new or empty folder",
-                f"it holds a run: continue it with --resume {self.path}, or name another folder",
-            )
+            remedy = f"it holds a run: continue it with --resume {self.path}, or name another folder"
+            raise refuse("--out", self.path, "a new or empty folder", remedy)
 
     def create(self) -> None:
         """Make and lock a fresh folder; a used one is refused with the remedy."""
@@ -81,12 +77,8 @@ class RunFolder:
         except OSError as error:
             raise refuse("--out", self.path, "a folder to write in", _why(error)) from None
         if held:
-            raise refuse(
-                "--out",
-                f"{self.path} holding {', '.join(sorted(held)[:3])}",
-                "a new or empty folder",
-                "name another folder",
-            )
+            got = f"{self.path} holding {', '.join(sorted(held)[:3])}"
+            raise refuse("--out", got, "a new or empty folder", "name another folder")
         self.created = fresh
         self.lock()
         self.begun = True
@@ -105,12 +97,8 @@ class RunFolder:
         try:
             self._lock.acquire()
         except Timeout:
-            raise refuse(
-                str(self.path),
-                "in use by another process",
-                "one process a run folder",
-                "wait for it, or name another --out",
-            ) from None
+            remedy = "wait for it, or name another --out"
+            raise refuse(str(self.path), "in use by another process", "one process a run folder", remedy) from None
         except OSError as error:
             raise refuse(str(self.path), _why(error), "a folder to write in") from None
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from nas.contract.checks import teacher_settings
 from nas.contract.state import Incumbent, Run
 from nas.contract.step import SCORES, THROUGHPUT
 from nas.contract.timing import MEASURE_COST, interval_text
@@ -29,9 +30,9 @@ TEACHER_COST = 0.35
 
 
 def teacher_cost(run: Run) -> float:
-    """Estimate the GMACs of training the auto teacher on one image.
+    """Estimate the GMACs of training the auto teacher on one image; as it is convolutional, they grow with the pixels.
 
-    It is convolutional, so they grow with the pixels; another teacher's are unknown.
+    Another teacher's are unknown.
     """
     return TEACHER_COST * (run.context.img_size / 48) ** 2
 
@@ -42,83 +43,75 @@ def label_epochs(run: Run) -> int:
     return max(config.seed_epochs, config.proxy_epochs * config.steps, config.final_epochs)
 
 
+def teaching_cost(run: Run) -> float:
+    """Estimate the GMACs of training the auto teacher and labelling the images; none for a named store."""
+    if run.config.labels is not None:
+        return 0.0
+    epochs = run.config.teacher_epochs + label_epochs(run) / 3
+    return len(run.dataset.train.labels) * epochs * teacher_cost(run)
+
+
 def expected_cost(run: Run) -> float:
     """Estimate the run's work in GMACs of training, for the progress bar."""
     config = run.config
-    images = len(run.dataset.train.labels)
-    seed = run.image_cost(run.seed_arch)
-    params = run.family.count_params(run.seed_arch, run.context)
-    cost = images * config.seed_epochs * seed
-    if config.labels is None:
-        cost += images * (config.teacher_epochs + label_epochs(run) / 3) * teacher_cost(run)
+    epoch = len(run.dataset.train.labels) * run.image_cost(run.seed_arch)
+    # MACs fall about as fast as parameters along a contraction.
+    share = config.target_params / run.start_params
+    cost = teaching_cost(run) + config.seed_epochs * epoch
     for step in range(1, config.steps + 1):
-        # MACs fall about as fast as parameters along a contraction.
-        share = (config.target_params / params) ** (step / config.steps)
         cost += config.candidates_per_step * MEASURE_COST
-        cost += config.train_per_step * images * config.proxy_epochs * seed * share
-    share = config.target_params / params
-    return cost + 2 * (images * config.final_epochs * seed * share + MEASURE_COST)
+        cost += config.train_per_step * config.proxy_epochs * epoch * share ** (step / config.steps)
+    return cost + 2 * (config.final_epochs * epoch * share + MEASURE_COST)
 
 
 def print_config(run: Run, *, fresh: bool) -> None:
     """Print the configuration, once, before any work."""
-    config, family, context = run.config, run.family, run.context
-    bounds = [required.text for required in requirements_of(config)]
-    if not any(required.metric in PACE for required in requirements_of(config)):
+    config, required = run.config, requirements_of(run.config)
+    bounds = [each.text for each in required]
+    if not any(each.metric in PACE for each in required):
         bounds.append("no step slower than its parent (2 % slack)")
+    distill = "" if config.distill == "sparse" else f"; all by {config.distill} distillation"
     run.console.line(
-        f"{'contract' if fresh else 'resume'} {config.seed} "
-        f"({family.count_params(run.seed_arch, context):,} parameters here) to "
-        f"{config.target_params:,} +- {config.params_tolerance:.0%}, {' and '.join(bounds)}"
-    )
-    run.console.line(
+        f"{'contract' if fresh else 'resume'} {config.seed} ({run.start_params:,} parameters here) to "
+        f"{config.target_params:,} +- {config.params_tolerance:.0%}, {' and '.join(bounds)}\n"
         f"effort {config.effort}: {config.steps} steps, {config.candidates_per_step} timed and "
-        f"{config.train_per_step} trained a step, beam {config.beam}; epochs: seed "
-        f"{config.seed_epochs}, "
-        f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}"
-        + ("" if config.distill == "sparse" else f"; all by {config.distill} distillation")
-    )
-    run.console.line(
+        f"{config.train_per_step} trained a step, beam {config.beam}; epochs: seed {config.seed_epochs}, "
+        f"candidate {config.proxy_epochs} ({config.proxy_init}), final {config.final_epochs}{distill}\n"
         f"device {config.device}, {config.threads} threads, timing {run.primary.text}; "
         f"random seed {config.random_seed}; folder {run.folder.path}"
     )
-    if run.table is not None:
-        for line in run.table.describe():
-            run.console.line(line)
+    for line in () if run.table is None else run.table.describe():
+        run.console.line(line)
 
 
 def prepare_seed(run: Run) -> Incumbent:
     """Measure and train the seed, write its trial, and return it as the first incumbent."""
-    measured = measure_seed(run)
-    teacher = _labels(run)
-    init = "scratch"
-    if run.config.seed_weights is not None:
-        init = f"file:{run.config.seed_weights}"
-    epochs, cached = run.config.seed_epochs, run.cache / "seeds"
-    task = run.training(run.seed_arch, "seed", out=cached, epochs=epochs, init=init)
+    measured, teacher = measure_seed(run), _labels(run)
+    weights, cached = run.config.seed_weights, run.cache / "seeds"
+    init = "scratch" if weights is None else f"file:{weights}"
+    task = run.training(run.seed_arch, "seed", out=cached, epochs=run.config.seed_epochs, init=init)
     out = cached / run.training_digest(task.job.argument)
-    trained = run.train(run.seed_arch, "seed", out=out, epochs=epochs, init=init)
+    trained = run.train(run.seed_arch, "seed", out=out, epochs=run.config.seed_epochs, init=init)
     if not trained.ok:
         raise InputError(f"the seed's training failed: {trained.reason}")
-    for note in trained.values.get("notes", ()):
+    values = trained.values
+    for note in values.get("notes", ()):
         run.console.line(f"seed: {note}")
     _write_row(run, measured, trained)
     run.console.line(
-        f"seed: soft loss {trained.values['soft_loss']:.4f} +- "
-        f"{trained.values['soft_loss_se']:.4f}, top-1 {trained.values['top1']:.1%} on "
+        f"seed: soft loss {values['soft_loss']:.4f} +- {values['soft_loss_se']:.4f}, top-1 {values['top1']:.1%} on "
         f"{len(run.dataset.holdout.labels)} holdout images after {run.config.seed_epochs} epochs"
     )
-    if teacher is not None:
-        for line in weak_teacher_notes(teacher, trained.values):
-            run.console.line(line)
+    for line in () if teacher is None else weak_teacher_notes(teacher, values):
+        run.console.line(line)
     return Incumbent(
         arch=run.seed_arch,
         key=run.key(run.seed_arch),
         weights=out / "weights.safetensors",
         ratio=1.0,
         images_per_s=measured.images_per_s,
-        soft_loss=trained.values["soft_loss"],
-        soft_loss_se=trained.values["soft_loss_se"],
+        soft_loss=values["soft_loss"],
+        soft_loss_se=values["soft_loss_se"],
     )
 
 
@@ -132,7 +125,15 @@ def measure_seed(run: Run) -> Measurement:
         f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
         f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
     )
-    run.start_values = {r: _seed_value(run, r) for r in requirements_of(run.config)}
+    start_values: dict[Requirement, float] = {}
+    for required in requirements_of(run.config):
+        value: float | Result = 1.0
+        if required.metric != "speedup":
+            value = requirement_value(run, run.seed_arch, required, "seed", reference=None)
+        if isinstance(value, Result):
+            raise _untimed(run, required.setting, value)
+        start_values[required] = value
+    run.start_values = start_values
     _reachable(run)
     return measured
 
@@ -150,16 +151,6 @@ def requirement_value(
     return measured if isinstance(measured, Result) else measured.interval(required.metric)[0]
 
 
-def _seed_value(run: Run, required: Requirement) -> float:
-    """Return the seed's value of a requirement's metric, in its unit."""
-    if required.metric == "speedup":
-        return 1.0
-    value = requirement_value(run, run.seed_arch, required, "seed", reference=None)
-    if isinstance(value, Result):
-        raise _untimed(run, required.setting, value)
-    return value
-
-
 def _untimed(run: Run, setting: Setting | None, failure: Result) -> InputError:
     assert setting is not None
     return InputError(
@@ -170,10 +161,9 @@ def _untimed(run: Run, setting: Setting | None, failure: Result) -> InputError:
 
 def _reachable(run: Run) -> None:
     """Refuse requirements that even the smallest contraction misses, before training."""
-    config = run.config
     floor = run.family.floor(run.seed_arch, run.context)
     for setting in run.settings:
-        required = tuple(r for r in requirements_of(config) if r.setting == setting)
+        required = tuple(r for r in requirements_of(run.config) if r.setting == setting)
         if not required:
             continue
         measured = run.timings.measure(floor, "floor", reference=run.seed_arch, requirements=required, setting=setting)
@@ -181,14 +171,10 @@ def _reachable(run: Run) -> None:
             continue  # unknown, so not refused
         for one in required:
             if measured.verdict_of(one) == "fail":
+                named = short_form(run.config, one)
+                got = one.text if named == "--require" else f"{one.bound:g}"
                 reach = f"about {interval_text(measured, one.metric)} at the very end"
-                named = short_form(config, one)
-                raise refuse(
-                    named,
-                    one.text if named == "--require" else f"{one.bound:g}",
-                    reach,
-                    f"the smallest contraction of {config.seed} reaches no more",
-                )
+                raise refuse(named, got, reach, f"the smallest contraction of {run.config.seed} reaches no more")
 
 
 def short_form(config: RunConfig, required: Requirement) -> str:
@@ -219,35 +205,20 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
 
     Returns the teacher, or None for a named store, whose teacher's score is unknown.
     """
-    config, data = run.config, run.dataset
-    needed = label_epochs(run)
-    stored = needed if config.label_epochs is None else config.label_epochs
+    config, data, needed = run.config, run.dataset, label_epochs(run)
+    stored = config.label_epochs or needed
     if stored < needed and config.label_overflow == "error":
-        raise refuse(
-            flag("label_epochs"),
-            stored,
-            f"{needed}, the epochs of the longest training",
-            "or let the labels start again with --label-overflow cycle",
-        )
+        remedy = "or let the labels start again with --label-overflow cycle"
+        raise refuse(flag("label_epochs"), stored, f"{needed}, the epochs of the longest training", remedy)
     teacher: Mapping[str, Any] | None = None
-    images = len(data.train.labels)
-    if config.labels is not None:
-        folder = config.labels
-    else:
-        cost = float(images * config.teacher_epochs) * teacher_cost(run)
-        taught = teach(
-            lambda job: run.do(job, cost=cost),
-            data,
-            run.cache,
-            teacher=config.teacher,
-            teacher_epochs=config.teacher_epochs,
-            random_seed=config.random_seed,
-            device=config.device,
-            threads=config.threads,
-        )
+    folder = config.labels
+    if folder is None:
+        cost = float(len(data.train.labels) * config.teacher_epochs) * teacher_cost(run)
+        asked = teacher_settings(config)
+        taught = teach(lambda job: run.do(job, cost=cost), data, run.cache, **asked)
         teacher = taught["info"]
         run.console.line(f"teacher: {taught['message']}")
-        folder = _own_store(run, taught["info"], stored)
+        folder = _own_store(run, taught["info"], stored, asked)
     run.store = labels.open_for(
         run.do,
         folder,
@@ -258,14 +229,13 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         missing=config.missing_labels,
         label_overflow=config.label_overflow,
     )
-    run.console.line(f"labels: {run.store['message']}")
-    for note in run.store["notes"]:
+    for note in (run.store["message"], *run.store["notes"]):
         run.console.line(f"labels: {note}")
     return teacher
 
 
-def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
-    """Return the folder of the run's own store in the cache, built if missing."""
+def _own_store(run: Run, info: Mapping[str, Any], epochs: int, asked: Mapping[str, Any]) -> str:
+    """Return the folder of the run's own store in the cache, built if missing, by the teacher that was asked for."""
     config, data = run.config, run.dataset
     request = LabelRequest(
         epochs=epochs,
@@ -276,14 +246,7 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int) -> str:
         device=config.device,
         threads=config.threads,
     )
-    made_by = {
-        "data": DataSpec.of(config, config.random_seed).to_dict(),
-        "teacher": config.teacher,
-        "teacher_epochs": config.teacher_epochs,
-        "random_seed": config.random_seed,
-        "device": config.device,
-        "threads": config.threads,
-    }
+    made_by = {"data": DataSpec.of(config, config.random_seed).to_dict(), **asked}
     begun = labels.begin(run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by)
     job = labels.build_job(begun, data, info, part=(1, 1), device=config.device)
     built = run.do(job, cost=job.units / 3 * teacher_cost(run))
@@ -305,9 +268,9 @@ def _write_row(run: Run, measured: Measurement, trained: Result) -> None:
         moves="",
         grid_steps=0,
         baseline="seed",
-        params=family.count_params(arch, run.context),
+        params=run.start_params,
         params_1000=family.count_params(arch, REFERENCE_CONTEXT),
-        macs=family.count_macs(arch, run.context),
+        macs=run.start_macs,
         reference=run.key(arch),
         basis=run.timings.basis(arch),
         epochs=run.config.seed_epochs,
@@ -337,10 +300,8 @@ def best_so_far(run: Run, steps: int) -> Incumbent | None:
 
 def remove_intermediate_weights(run: Run) -> None:
     """Remove the weights that only a resume would need; results and logs stay."""
-    keep = {run.folder.path / "best.safetensors"}
     for path in run.folder.work.glob("*/weights.safetensors"):
-        if path not in keep:
-            with contextlib.suppress(OSError):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            path.unlink()
     for part in run.folder.work.glob("*.part"):
         shutil.rmtree(part, ignore_errors=True)

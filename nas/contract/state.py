@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from nas.contract.run_folder import RunFolder
 from nas.contract.timing import Timings
 from nas.core.config import RunConfig
 from nas.core.dataclass_json import to_json
+from nas.core.io import file_sha256
 from nas.core.per_image import with_metric
 from nas.core.progress import Console
 from nas.core.requirement import Requirement
@@ -28,12 +28,9 @@ from nas.search.storage import SharedStudy
 from nas.search.strategies import get_strategy
 from nas.search.study import Trial, open_study
 from nas.train.optim import peak_lr
-from space import Context
 from space.contractions import Band
 from space.errors import InputError
 from space.family import Arch, Family
-
-log = logging.getLogger(__name__)
 
 RUNG = "-rung"
 """Stands between a training's name and the epochs of a rung in the name of the rung's job."""
@@ -45,9 +42,8 @@ MORE = "-more"
 class Incumbent:
     """A kept trial with weights, which a step may start from.
 
-    `order` is the file with the importance order of its units and blocks; None keeps the first.
-    `step` is that of its trial, `parent` the source of its weights; `second_loss` a finalist's soft
-    loss from a second random seed.
+    `order` is the file with the importance order of its units and blocks; None keeps the first. `step` is that of its
+    trial, `parent` the source of its weights; `second_loss` a finalist's soft loss from a second random seed.
     """
 
     arch: Arch
@@ -67,8 +63,7 @@ class Incumbent:
 class Earlier:
     """An earlier run: its folder, configuration, scored trials with their archs, and its models.
 
-    `models` are those in its `models/`. `before` is the run that it replayed itself, if that still
-    exists.
+    `models` are those in its `models/`. `before` is the run that it replayed itself, if that still exists.
     """
 
     folder: Path
@@ -106,66 +101,53 @@ class Work:
     train_gmacs: float
 
 
+@dataclass(kw_only=True, eq=False)
 class Run:
     """What the steps of a run share; one per driver process.
 
     Opens `measurements.csv` and `study.db`; damaged ones are refused.
     """
 
-    def __init__(
-        self,
-        *,
-        config: RunConfig,
-        family: Family,
-        seed_arch: Arch,
-        dataset: Dataset,
-        folder: RunFolder,
-        executor: Executor,
-        console: Console,
-        cache: Path,
-        deadline: float | None,
-        fingerprints: Mapping[str, Mapping[str, Any]],
-        table: DeviceTable | None = None,
-        earlier: Earlier | None = None,
-        storage: SharedStudy | None = None,
-    ) -> None:
-        self.config = config
-        self.family = family
-        self.seed_arch = seed_arch
-        self.dataset = dataset
-        self.context = Context(img_size=dataset.img_size, num_classes=len(dataset.classes))
-        self.folder = folder
-        self.executor = executor
-        self.console = console
-        self.cache = cache
-        self.deadline = deadline
-        self.fingerprints = fingerprints
-        self.fingerprint = fingerprints[config.device]
-        self.table = table
-        self.earlier = earlier
+    config: RunConfig
+    family: Family
+    seed_arch: Arch
+    dataset: Dataset
+    folder: RunFolder
+    executor: Executor
+    console: Console
+    cache: Path
+    deadline: float | None
+    fingerprints: Mapping[str, Mapping[str, Any]]
+    table: DeviceTable | None = None
+    earlier: Earlier | None = None
+    storage: SharedStudy | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.context = self.dataset.context
+        self.fingerprint = self.fingerprints[config.device]
         self.strategy = get_strategy(config.strategy)
-        self.primary = primary_setting(config)
-        self.settings = settings_of(config)
+        self.primary, self.settings = primary_setting(config), settings_of(config)
         self.trained: dict[str, float] = {}
         self.counted: dict[tuple[str, Band], int] = {}
         # Where the steps' bounds start to tighten: the seed, or a model of an earlier run.
         self.start_values: Mapping[Requirement, float] = {}
-        self.start_params = family.count_params(seed_arch, self.context)
-        self.start_macs = family.count_macs(seed_arch, self.context)
+        self.start_params = self.family.count_params(self.seed_arch, self.context)
+        self.start_macs = self.family.count_macs(self.seed_arch, self.context)
         self.start_ratio = 1.0
         self.store: Mapping[str, Any] = {}
         self.timings = Timings(
             config=config,
-            family=family,
+            family=self.family,
             context=self.context,
-            folder=folder.path,
-            cache=cache,
-            console=console,
-            fingerprints=fingerprints,
-            table=table,
+            folder=self.folder.path,
+            cache=self.cache,
+            console=self.console,
+            fingerprints=self.fingerprints,
+            table=self.table,
             do=self.do,
         )
-        self.study = open_study(folder.path, storage)
+        self.study = open_study(self.folder.path, self.storage)
 
     def key(self, arch: Arch) -> str:
         """Return the arch's key in this run's context."""
@@ -201,8 +183,8 @@ class Run:
     def first_epoch(self, step: int) -> int:
         """Return the first epoch of labels that a step's candidates train on.
 
-        A stepwise strategy continues where the parents stopped; the others compare the candidates
-        of all steps, which therefore see the same batches.
+        A stepwise strategy continues where the parents stopped; the others compare the candidates of all steps, which
+        therefore see the same batches.
         """
         return (step - 1) * self.config.proxy_epochs if self.strategy.stepwise else 0
 
@@ -229,8 +211,8 @@ class Run:
     def do_all(self, tasks: Sequence[Task], *, remember: bool = False) -> list[Result]:
         """Run jobs that write folders, in parallel where the executor can; results in their order.
 
-        Each writes its folder whole or not at all, with its `result.json`. Results of an earlier
-        process are reused; with `remember`, failures too.
+        Each writes its folder whole or not at all, with its `result.json`. Results of an earlier process are reused;
+        with `remember`, failures too.
         """
         found: dict[str, Result] = {}
         open_tasks = {}
@@ -271,6 +253,19 @@ class Run:
 
     # Training
 
+    def job_fields(self, arch: Arch) -> dict[str, Any]:
+        """Return the fields that jobs on a network, the images and their labels share."""
+        return {
+            "family": self.family.name,
+            "arch": self.family.to_dict(arch),
+            "context": self.context,
+            "dataset": self.dataset.folder,
+            "store": Path(self.store["folder"]),
+            "missing": self.config.missing_labels,
+            "batch_size": self.config.batch_size,
+            "device": self.config.device,
+        }
+
     def training(
         self,
         arch: Arch,
@@ -280,61 +275,46 @@ class Run:
         epochs: int,
         init: str,
         parent: Incumbent | None = None,
-        first_epoch: int = 0,
-        test: bool = False,
-        random_seed: int | None = None,
-        rung: int | None = None,
         before: tuple[int, Path] | None = None,
         images: int | None = None,
         hard_weight: float = 0.0,
+        **more: Any,
     ) -> Task:
         """Return the task of training an arch on the stored labels and scoring it on the holdout.
 
-        Arguments are those of `nas.distill.jobs.TrainJob`, except that `before` continues an
-        earlier rung: its epochs and its folder. `random_seed` None is the run's own; a
-        `hard_weight` replaces the run's `--distill`.
+        `before` continues an earlier rung: its epochs and its folder; a `hard_weight` replaces the run's `--distill`.
+        `more` are fields of `nas.distill.jobs.TrainJob`.
         """
-        config, store, family = self.config, self.store, self.family
+        config, family = self.config, self.family
         each = len(self.dataset.train.labels)
         images = None if images is None or images >= each else images
         done = 0 if before is None else before[0]
         job = TrainJob(
-            family=family.name,
-            arch=family.to_dict(arch),
-            context=self.context,
-            dataset=self.dataset.folder,
-            store=Path(store["folder"]),
-            store_id=store["id"],
-            label_epochs=store["use_epochs"],
-            missing=config.missing_labels,
+            **self.job_fields(arch),
+            store_id=self.store["id"],
+            label_epochs=self.store["use_epochs"],
             label_overflow=config.label_overflow,
             epochs=epochs,
-            batch_size=config.batch_size,
             lr=peak_lr("scratch" if init == "scratch" else "inherit", family.count_params(arch, self.context)),
             init=init,
-            random_seed=config.random_seed if random_seed is None else random_seed,
-            device=config.device,
             parent=None
             if parent is None
             else ParentWeights(arch=family.to_dict(parent.arch), weights=parent.weights, order=parent.order),
-            first_epoch=first_epoch,
             distill="sparse" if hard_weight else config.distill,
             hard_weight=hard_weight,
             # A long training may be cut anywhere; a short one is sooner done again.
             checkpoint=epochs >= 5,
-            test=test,
             shared=self.folder.path not in out.parents,
             out=out,
             images=images,
             continue_from=None if before is None else EarlierRung(epochs=done, checkpoint=before[1] / CHECKPOINT),
-            rung=rung,
+            **{"random_seed": config.random_seed, **more},
         )
-        total = (images or each) * ((epochs if rung is None else rung) - done)
+        total = (images or each) * ((job.rung or epochs) - done)
         # Weights that the user named stay on the driver's machine, and so does the job.
         driver_only = init.startswith("file:")
-        return Task(
-            Job(jobs.train, job, name, float(total), driver_only=driver_only), out, total * self.image_cost(arch)
-        )
+        call = Job(jobs.train, job, name, float(total), driver_only=driver_only)
+        return Task(call, out, total * self.image_cost(arch))
 
     def train(self, arch: Arch, name: str, **more: Any) -> Result:
         """Train one arch; see `training`."""
@@ -345,38 +325,28 @@ class Run:
         for task in tasks:
             self.trained[task.job.key] = task.cost
         results = self.do_all(tasks, **options)
-        return [self._with_metric(*each) for each in zip(tasks, results, strict=True)]
-
-    def _with_metric(self, task: Task, result: Result) -> Result:
-        if not result.ok or self.config.metric == "top1":
-            return result
-        classes = len(self.dataset.classes)
-        return replace(result, values=with_metric(result.values, task.out, self.config.metric, classes))
+        metric, classes = self.config.metric, self.dataset.num_classes
+        if metric == "top1":
+            return results
+        return [
+            replace(result, values=with_metric(result.values, task.out, metric, classes)) if result.ok else result
+            for task, result in zip(tasks, results, strict=True)
+        ]
 
     def training_digest(self, job: TrainJob) -> str:
         """Return a key of everything that decides a cached training, this machine included."""
         places = ("dataset", "store", "out", "checkpoint", "shared")
+        kind, _, checkpoint = job.init.partition(":")
+        named = kind == "file" and Path(checkpoint).is_file()
         whole = {
             **{k: v for k, v in to_json(job).items() if k not in places},
             "dataset": self.dataset.fingerprint,
             "threads": self.config.threads,
             "fingerprint": self.fingerprint["id"],
-            "started_from": _file_digest(job.init),
+            "started_from": file_sha256(Path(checkpoint)) if named else None,  # its content may change
         }
         if job.label_epochs is not None:  # more labels than a training comes to change nothing
             whole["label_epochs"] = min(job.label_epochs, job.first_epoch + job.epochs)
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _file_digest(init: str) -> str | None:
-    """Return the content hash of the checkpoint of `file:PATH`; its content may change."""
-    kind, _, path = init.partition(":")
-    if kind != "file" or not Path(path).is_file():
-        return None
-    with open(path, "rb") as content:
-        digest = hashlib.sha256()
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

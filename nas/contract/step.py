@@ -1,7 +1,7 @@
 """One step of a search: propose candidates, check requirements, select some to train, rank them.
 
-Everything here is a function of the configuration, the measurements and the jobs' results, so a
-resumed run repeats itself: finished work is reused and no trial is written twice.
+Everything here is a function of the configuration, the measurements and the jobs' results, so a resumed run repeats
+itself: finished work is reused and no trial is written twice.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nas.core.requirement import Requirement
 from nas.jobs.job import Result, log_of
 from nas.measure.measurement import Measurement
 from nas.search import selection
-from nas.search.constraints import PACE, StepBounds, bounds_at, requirements_of
+from nas.search.constraints import PACE, StepBounds, bounds_at
 from nas.search.strategies import SearchState
 from nas.search.study import StepRow, Trial
 from space import REFERENCE_CONTEXT
@@ -38,9 +38,9 @@ SCORES = ("soft_loss", "soft_loss_se", "top1", "top1_se", "metric", "metric_se")
 class Step:
     """The state of one step.
 
-    `start` is the first incumbent of the run, `incumbents` are those of the step before, `parents`
-    the ones that are contracted, `bounds` what their children must meet, by the parent's key;
-    `contractions` counts the band; `candidates` are those proposed so far, by key.
+    `start` is the first incumbent of the run, `incumbents` are those of the step before, `parents` the ones that are
+    contracted, `bounds` what their children must meet, by the parent's key; `contractions` counts the band;
+    `candidates` are those proposed so far, by key.
     """
 
     number: int
@@ -110,8 +110,8 @@ def propose(run: Run, step: Step, draw: int, past: Sequence[tuple[Trial, Arch]] 
 def _decided(run: Run, step: Step) -> tuple[tuple[Trial, Arch], ...]:
     """Return what is decided so far: all steps before, and this step's earlier draws.
 
-    Trials of this step that a resumed run finds before it proposes them again are left out, so that
-    it proposes what it proposed the first time.
+    Trials of this step that a resumed run finds before it proposes them again are left out, so that it proposes what it
+    proposed the first time.
     """
     return tuple(
         (trial, run.family.arch(run.study.arch(trial.step, trial.key)))
@@ -123,8 +123,8 @@ def _decided(run: Run, step: Step) -> tuple[tuple[Trial, Arch], ...]:
 def lighter_band(run: Run, bounds: StepBounds, draw: int) -> Band:
     """Return the band of a draw: the step's own for the first, fewer MACs for the others.
 
-    When no contraction of the first draw was fast enough, each further draw asks for fewer MACs
-    than the required throughput suggests.
+    When no contraction of the first draw was fast enough, each further draw asks for fewer MACs than the required
+    throughput suggests.
     """
     own = bounds.band.max_macs
     if draw == 0:
@@ -139,30 +139,24 @@ def lighter_band(run: Run, bounds: StepBounds, draw: int) -> Band:
 
 def speedup_of(run: Run, tightened: Requirement) -> float:
     """Return the speedup over the start that a step's requirement on pace needs."""
-    start = next(
-        run.start_values[own]
-        for own in requirements_of(run.config)
-        if (own.metric, own.setting) == (tightened.metric, tightened.setting)
-    )
-    return tightened.bound / start if tightened.sense == ">=" else start / tightened.bound
+    start = {(own.metric, own.setting): value for own, value in run.start_values.items()}
+    bound, from_value = tightened.bound, start[tightened.metric, tightened.setting]
+    return bound / from_value if tightened.sense == ">=" else from_value / bound
 
 
 def count(run: Run, parents: Sequence[Arch], band: Band) -> int:
     """Count the contractions of the parents in a band, each parent and band once."""
-    total = 0
     for parent in parents:
         key = (run.key(parent), band)
         if key not in run.counted:
             run.counted[key] = count_contractions(run.family, parent, run.context, band)
-        total += run.counted[key]
-    return total
+    return sum(run.counted[run.key(parent), band] for parent in parents)
 
 
 def binding_constraint(run: Run, parents: Sequence[Arch], band: Band) -> str:
     """Return the counted bound that keeps a band empty: multiply-adds or parameters."""
-    if band.max_macs is not None and count(run, parents, replace(band, max_macs=None)):
-        return "multiply-adds"
-    return "parameters"
+    by_macs = band.max_macs is not None and count(run, parents, replace(band, max_macs=None)) > 0
+    return "multiply-adds" if by_macs else "parameters"
 
 
 def band_text(lo: int, hi: int) -> str:
@@ -230,8 +224,8 @@ def meets_requirements(run: Run, step: Step, candidate: Candidate) -> Candidate 
             if not primary:
                 reason = f"{setting.text}: {reason}"
             log = log_of(f"gate-{candidate.key}")
-            stopped = {"stage": "throughput", "state": "failed", "reason": reason, "log": log}
-            add_trial(run, trial_of(run, step.number, candidate, **stopped), arch)
+            trial = trial_of(run, step.number, candidate, stage="throughput", state="failed", reason=reason, log=log)
+            add_trial(run, trial, arch)
             return None
         if primary:
             values = {name: getattr(measured, name) for name in THROUGHPUT}
@@ -265,8 +259,8 @@ def _slower(measured: Measurement, least_ratio: float) -> list[tuple[str, float]
 def _missed(measured: Measurement, required: Sequence[Requirement], guessed: bool) -> list[tuple[str, float]]:
     """Return the text and share of each missed requirement.
 
-    A measurement must meet a requirement with its whole interval; a prediction misses it only with
-    its whole interval, as the device is measured later.
+    A measurement must meet a requirement with its whole interval; a prediction misses it only with its whole interval,
+    as the device is measured later.
     """
     found = []
     for one in required:
@@ -289,41 +283,34 @@ def select(run: Run, step: Step, passed: Sequence[Candidate]) -> list[Candidate]
 
     `--selection` chooses for a stepwise strategy; the others propose their best guess first.
     """
-    config, how = run.config, f"among the first {run.config.train_per_step}"
-    if run.strategy.stepwise and config.selection == "diverse":
-        how = f"among the {config.train_per_step} best spread"
+    number = run.config.train_per_step
+    diverse = run.strategy.stepwise and run.config.selection == "diverse"
+    reason = f"fast enough, but not among the {f'{number} best spread' if diverse else f'first {number}'}"
     chosen = selected(run, step.number, passed)
     for candidate in passed:
         if candidate not in chosen:
-            reason = f"fast enough, but not {how}"
-            trial = trial_of(run, step.number, candidate, stage="selection", reason=reason)
-            add_trial(run, trial, candidate.arch)
+            add_trial(run, trial_of(run, step.number, candidate, stage="selection", reason=reason), candidate.arch)
     run.study.write_csv(run.folder.path / "trials.csv")  # for --status
     return chosen
 
 
 def selected(run: Run, number: int, passed: Sequence[Candidate]) -> list[Candidate]:
     """Return the candidates of a step to train, of those that passed."""
-    config = run.config
+    config, features = run.config, {}
     if not run.strategy.stepwise:
         return list(passed[: config.train_per_step])
+    for candidate in passed:  # numbers, one per slot, for distances between candidates
+        slots = run.family.to_dict(candidate.arch).values()
+        features[candidate.key] = np.hstack([np.asarray(slot, dtype=float) for slot in slots]).tolist()
     seed = derived_seed(config.random_seed, "spread", number)
-    features = {c.key: features_of(run.family.to_dict(c.arch)) for c in passed}
     return selection.pick(passed, features, config.train_per_step, config.selection, random_seed=seed)
-
-
-def features_of(arch: dict[str, Any]) -> tuple[float, ...]:
-    """Return an arch as numbers, one per slot, for distances between candidates."""
-    slots = (value if isinstance(value, list) else [value] for value in arch.values())
-    return tuple(float(v) for values in slots for v in values)
 
 
 def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     """Rank the trained candidates, write their trials, and return the best as incumbents.
 
-    Strategies that search one band keep incumbents of earlier steps for the same places; an arch
-    that was trained again counts by the new training. Returns none when no candidate reached the
-    end of the race.
+    Strategies that search one band keep incumbents of earlier steps for the same places; an arch that was trained again
+    counts by the new training. Returns none when no candidate reached the end of the race.
     """
     scored = [trial for trial in raced if trial.state != "failed"]
     for trial in raced:
@@ -332,8 +319,7 @@ def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     through = {trial.key: trial for trial in scored if trial.stage != "race"}
     older: dict[str, Incumbent] = {}
     if scored and not run.strategy.stepwise:
-        beside = (i for i in step.incumbents if i is not step.start)
-        older = {i.key: i for i in beside if i.key not in through}
+        older = {i.key: i for i in step.incumbents if i is not step.start and i.key not in through}
     folders = {key: run.trial_folder(trial) for key, trial in through.items()}
     folders |= {key: incumbent.weights.parent for key, incumbent in older.items()}
 
@@ -341,20 +327,19 @@ def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     def losses(key: str) -> npt.NDArray[np.float64]:
         return losses_of(folders[key], run.config.metric)
 
-    order = selection.rank([*through.values(), *older.values()], selection.paired_error(losses))
+    ranked: dict[str, Trial | Incumbent] = {**through, **older}
+    order = selection.rank([*ranked.values()], selection.paired_error(losses))
     kept = order[: places(run, step.number)]
     position = {key: at for at, key in enumerate(order)}
     for trial in sorted(scored, key=lambda t: position.get(t.key, len(order))):
-        arch = step.candidates[trial.key].arch
         if trial.key in position:
             place = f"rank {position[trial.key] + 1} of {len(order)}"
             if trial.key in kept:
                 trial = replace(trial, stage="kept", reason=f"kept, {place}")
             else:
-                best = through[order[0]] if order[0] in through else older[order[0]]
-                behind = (trial.soft_loss or 0.0) - (best.soft_loss or 0.0)
+                behind = (trial.soft_loss or 0.0) - (ranked[order[0]].soft_loss or 0.0)
                 trial = replace(trial, reason=f"{place}: {behind:+.4f} nats against rank 1")
-        add_trial(run, trial, arch)
+        add_trial(run, trial, step.candidates[trial.key].arch)
         if trial.key not in kept:
             run.folder.drop_weights(run.trial_folder(trial).name)
     return [
@@ -375,21 +360,20 @@ def end_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[StepRo
     """Write the step to the study and the tables, log it, and drop weights not needed."""
     rows = [r for r in run.study.rows if r.step == step.number]
     best = next(r for r in run.study.rows if (r.key, r.step) == (kept[0].key, kept[0].step))
-    bounds = step.first_bounds
-    summary = StepRow.of(step.number, bounds, step.contractions, rows, best)
+    band = step.first_bounds.band
+    summary = StepRow.of(step.number, step.first_bounds, step.contractions, rows, best)
     steps.append(summary)
     run.study.add_step(summary)
     run.study.write_steps(run.folder.path / "steps.csv")
     run.study.write_csv(run.folder.path / "trials.csv")
     run.console.line(
-        f"step {step.number}/{run.config.steps}  band {band_text(bounds.band.lo, bounds.band.hi)}  "
+        f"step {step.number}/{run.config.steps}  band {band_text(band.lo, band.hi)}  "
         f"{step.contractions:,} contractions, {summary.shortlisted} timed, {summary.too_slow} too "
-        f"slow, {summary.scored} scored  ->  {best.label}  {best.params / 1e6:.2f}M  "
-        f"{best.ratio:.2f}x  soft loss {best.soft_loss:.4f} +- {best.soft_loss_se:.4f}  "
-        f"top-1 {best.top1:.1%}"
+        f"slow, {summary.scored} scored  ->  {best.label}  {best.params / 1e6:.2f}M  {best.ratio:.2f}x  "
+        f"soft loss {best.soft_loss:.4f} +- {best.soft_loss_se:.4f}  top-1 {best.top1:.1%}"
     )
-    # The start's weights start the final training and are shared through the cache; the last
-    # step's parents start the finalists' second random seed.
+    # The start's weights start the final training and are shared through the cache; the last step's parents start the
+    # finalists' second random seed.
     keys = {incumbent.key for incumbent in kept}
     for old in step.incumbents:
         if old.key not in keys and old is not step.start and step.number < run.config.steps:

@@ -36,8 +36,7 @@ UNITS = {"speedup": "x the seed", "images_per_s": " images/s", "peak_mem_mb": " 
 class Timings:
     """A run's timings: `rows` is its `measurements.csv`, `asked` the keys requested.
 
-    `reused` counts those taken from the cache of earlier runs. `do` does a job
-    (`nas.contract.state.Run.do`).
+    `reused` counts those taken from the cache of earlier runs. `do` does a job (`nas.contract.state.Run.do`).
     """
 
     config: RunConfig
@@ -70,10 +69,10 @@ class Timings:
     ) -> Measurement | Result:
         """Time an arch, interleaved with the reference, or take the stored measurement.
 
-        `setting` is the run's primary one unless it is given. A stored measurement that leaves a
-        requirement open is made once more for a `step`, unless it was as long as allowed. The
-        measurement is in `measurements.csv` before it is returned. A failure (out of memory, say)
-        is returned as the failed `Result`. Under the setting of a device table, nothing is timed.
+        `setting` is the run's primary one unless it is given. A stored measurement that leaves a requirement open is
+        made once more for a `step`, unless it was as long as allowed. The measurement is in `measurements.csv` before
+        it is returned. A failure (out of memory, say) is returned as the failed `Result`. Under the setting of a device
+        table, nothing is timed.
         """
         setting = self.primary if setting is None else setting
         if self.table is not None and setting == self.table.setting:
@@ -144,41 +143,35 @@ class Timings:
             for row in fitting[len(known) :]:
                 self.rows.append(row)
         if rows and not fitting and named:
-            raise refuse(
-                "--measurements",
-                f"{self.config.measurements} without this fingerprint",
-                f"measurements of {', '.join(sorted(own))}",
-                "measure on this device and software",
-            )
+            got = f"{self.config.measurements} without this fingerprint"
+            want = f"measurements of {', '.join(sorted(own))}"
+            raise refuse("--measurements", got, want, "measure on this device and software")
 
     def _measure_memory(self, name: str, arch: Arch, setting: Setting) -> Result:
         """Measure a network's peak memory in a fresh process, from the exported file."""
-        network, seed = self._network(arch), self.config.random_seed
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
-            export = ExportJob(
-                network=network, context=self.context, setting=setting, random_seed=seed, out=Path(folder)
-            )
+            what: dict[str, Any] = {
+                "network": self._network(arch),
+                "context": self.context,
+                "setting": setting,
+                "random_seed": self.config.random_seed,
+            }
+            export = ExportJob(**what, out=Path(folder))
             staged = self.do(Job(jobs.export_model, export, f"stage-{name}", timed=True))
             if not staged.ok:
                 return staged
-            weigh = MemoryJob(
-                network=network,
-                context=self.context,
-                setting=setting,
-                random_seed=seed,
-                folder=Path(folder),
-                file=staged.values["file"],
-            )
+            weigh = MemoryJob(**what, folder=Path(folder), file=staged.values["file"])
             return self.do(Job(jobs.peak_memory, weigh, f"memory-{name}", timed=True, fresh=True))
 
     def _measurement_key(self, arch: Arch, role: str, reference: Arch | None, setting: Setting) -> MeasurementKey:
+        context = self.context
         return MeasurementKey(
             role=role,
-            arch_key=self.family.key(arch, self.context),
-            reference_key="" if reference is None else self.family.key(reference, self.context),
-            img_size=self.context.img_size,
-            num_classes=self.context.num_classes,
-            in_chans=self.context.in_chans,
+            arch_key=self.family.key(arch, context),
+            reference_key="" if reference is None else self.family.key(reference, context),
+            img_size=context.img_size,
+            num_classes=context.num_classes,
+            in_chans=context.in_chans,
             batch=setting.batch,
             dtype=setting.dtype,
             runtime=setting.runtime,
@@ -212,7 +205,7 @@ class Timings:
         """Return the source of an arch's throughput under the primary setting."""
         if self.table is None or self.primary != self.table.setting:
             return "measured"
-        return "table" if self.table.exact(arch, final=final) else "predicted"
+        return "predicted" if self.predicts(self.primary, arch, final=final) else "table"
 
     def _network(self, arch: Arch) -> NetworkSpec:
         return NetworkSpec(family=self.family.name, arch=self.family.to_dict(arch))
@@ -220,12 +213,9 @@ class Timings:
 
 def _bounds(requirements: Sequence[Requirement]) -> Bounds:
     """Return the bounds that a timing is to decide."""
-
-    def most(metric: str) -> float | None:
-        return max((r.bound for r in requirements if r.metric == metric), default=None)
-
+    most = {r.metric: r.bound for r in sorted(requirements, key=lambda r: r.bound)}
     latencies = [(LATENCIES[r.metric], r.bound) for r in requirements if r.metric in LATENCIES]
-    return Bounds(ratio=most("speedup"), images_per_s=most("images_per_s"), latency_ms=tuple(latencies))
+    return Bounds(most.get("speedup"), most.get("images_per_s"), tuple(latencies))
 
 
 def interval_text(measured: Measurement, metric: str) -> str:

@@ -16,8 +16,8 @@ from space.errors import InputError, read_int, without_passwords
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE, EXIT_TERMINATED = 2, 130, 141, 143
 MOST_AT_ONCE = 1024
-"""Threads or processes of one command: more than a machine's cores. A hundred times as many would
-fill its memory with stacks."""
+"""Threads or processes of one command: more than a machine's cores. A hundred times as many would fill its memory with
+stacks."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,11 +37,10 @@ def default_cache() -> Path:
     return Path(base) / "vision-contraction"
 
 
-def guarded(work: Callable[[], int]) -> int:
-    """Do a command's work; returns its exit status. Bad input, and a disk that is full or may not
-    be written to, is one line on standard error and 2, Ctrl-C 130; SIGTERM leaves through
-    `SystemExit` with 143, so that what is open is closed. A second signal ends the process at once:
-    whatever is on disk is whole at any moment."""
+def exit_status(work: Callable[[], int]) -> int:
+    """Do a command's work; returns its exit status. Bad input, and a disk that is full or may not be written to, is one
+    line on standard error and 2, Ctrl-C 130; SIGTERM leaves through `SystemExit` with 143, so that what is open is
+    closed. A second signal ends the process at once: whatever is on disk is whole at any moment."""
     signalled = False
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:

@@ -16,8 +16,8 @@ from nas.core.settings import changed_setting, check_settings, parse_share, sett
 from space.errors import refuse
 
 EFFORTS = ("smoke", "normal", "high")
-"""Smoke: the whole job on digits in about a minute and a half on two quiet cores; normal: the
-README's run, about ten minutes; high: a night, or a GPU."""
+"""Smoke: the whole job on digits in about a minute and a half on two quiet cores; normal: the README's run, about ten
+minutes; high: a night, or a GPU."""
 
 STEP_KEEPS: Mapping[str, float] = {"smoke": 0.5, "normal": 0.7, "high": 0.8}
 """What share of the parameters a step keeps, roughly, by effort: 21M to 5M in 2, 4 or 6 steps."""
@@ -52,8 +52,8 @@ def parse_count(name: str, text: str | int) -> int:
 class RunConfig(DataConfig):
     """Everything that decides the answer of a run.
 
-    Two runs of equal configuration, measurements and threads end with the same arch, score and
-    weights. Settings with `efforts` take their default from `effort` (`with_effort`).
+    Two runs of equal configuration, measurements and threads end with the same arch, score and weights. Settings with
+    `efforts` take their default from `effort` (`with_effort`).
     """
 
     data: str = changed_setting(DataConfig, "data", default="digits")
@@ -278,8 +278,8 @@ def choices_of(name: str) -> tuple[str, ...]:
 def steps_of(effort: str, params: int, target_params: int) -> int:
     """Return how many steps an effort takes from one number of parameters to another.
 
-    Steps as long as the way asks for, rather than a fixed number of them: on a short way, many
-    small steps spend trainings on archs that are not yet in the target's band.
+    Steps as long as the way asks for, rather than a fixed number of them: on a short way, many small steps spend
+    trainings on archs that are not yet in the target's band.
     """
     steps = round(math.log(target_params / params) / math.log(STEP_KEEPS[effort]))
     return min(max(steps, 1), MOST_STEPS)

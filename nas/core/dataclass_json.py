@@ -25,8 +25,8 @@ def to_json(value: Any) -> Any:
 def from_json(kind: Any, data: Any) -> Any:
     """Build a value of type `kind` from what `to_json` made of it.
 
-    Dataclasses, paths, tuples and optional values are converted; all else stays as it is. Raises
-    TypeError where fields are missing or unknown.
+    Dataclasses, paths, tuples and optional values are converted; all else stays as it is. Raises TypeError where fields
+    are missing or unknown.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

@@ -85,8 +85,7 @@ def read_object(path: Path, what: str, schema: Mapping[str, type]) -> dict[str, 
 def check_object(name: str, value: Any, what: str, schema: Mapping[str, type]) -> dict[str, Any]:
     """Return a JSON object after checking that each name of `schema` has a value of its type.
 
-    An integer is a float too, a boolean is neither; further values are not checked. Raises
-    InputError naming `name`.
+    An integer is a float too, a boolean is neither; further values are not checked. Raises InputError naming `name`.
     """
     if not isinstance(value, dict):
         raise refuse(name, f"{type(value).__name__}", f"{what}: a JSON object")
@@ -102,8 +101,8 @@ def check_object(name: str, value: Any, what: str, schema: Mapping[str, type]) -
 
 
 def digest_of(value: object) -> str:
-    """Hash plain JSON in its canonical form: 32 hex characters (blake2b). Raises ValueError for
-    numbers that JSON has no word for."""
+    """Hash plain JSON in its canonical form: 32 hex characters (blake2b). Raises ValueError for numbers that JSON has
+    no word for."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -156,10 +155,9 @@ def get_or_make(
 ) -> bool:
     """Make a cache's folder `key` unless it is there already; return whether it was made now.
 
-    One process makes it, under the lock `<key>.lock`, while others wait: `make` fills the draft
-    `<key>.part`, which is then renamed, so that a folder is whole or not there. The draft of a
-    killed process is removed first; a `resumable` one is continued. Raises InputError where the
-    cache cannot be written.
+    One process makes it, under the lock `<key>.lock`, while others wait: `make` fills the draft `<key>.part`, which is
+    then renamed, so that a folder is whole or not there. The draft of a killed process is removed first; a `resumable`
+    one is continued. Raises InputError where the cache cannot be written.
     """
     from filelock import FileLock  # slow to import, and the command line needs no cache
 
@@ -190,8 +188,8 @@ def get_or_make(
 def member(folder: Path, name: object, what: str, *, links: bool = False) -> Path:
     """Find a file that a folder's own JSON names; one that lies elsewhere is refused.
 
-    No absolute path, no way up, and, unless `links` may, no link that leads out: what is copied or
-    read by such a name stays inside.
+    No absolute path, no way up, and, unless `links` may, no link that leads out: what is copied or read by such a name
+    stays inside.
     """
     want = f"the name of a file inside {folder}"
     if not isinstance(name, str) or not name or "\0" in name:

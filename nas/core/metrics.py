@@ -28,14 +28,14 @@ def score(
 ) -> tuple[float, float]:
     """Return a metric of predicted classes [n] and its standard error over images.
 
-    "top1": the share that is right. "balanced_accuracy": the mean over classes of the share of
-    their images that is right (recall). "macro_f1": the mean over classes of 2 TP / (2 TP + FP +
-    FN). Classes without an image in the truth are left out of both means (what is wrongly called
-    one of them counts as wrong where it belongs); so are images whose class is unknown (-1).
+    "top1": the share that is right. "balanced_accuracy": the mean over classes of the share of their images that is
+    right (recall). "macro_f1": the mean over classes of 2 TP / (2 TP + FP + FN). Classes without an image in the truth
+    are left out of both means (what is wrongly called one of them counts as wrong where it belongs); so are images
+    whose class is unknown (-1).
 
-    Errors: top1 as of any mean; balanced accuracy by strata, sum of p (1 - p) / (n_c - 1) over the
-    classes (a class of one image adds none); macro F1, which is no mean over images, as the spread
-    of a seeded bootstrap over images. Raises InputError.
+    Errors: top1 as of any mean; balanced accuracy by strata, sum of p (1 - p) / (n_c - 1) over the classes (a class of
+    one image adds none); macro F1, which is no mean over images, as the spread of a seeded bootstrap over images.
+    Raises InputError.
     """
     _known(metric)
     said, true = _labels(classes, predicted, truth)
@@ -87,8 +87,8 @@ def paired(
 def image_weights(metric: str, truth: npt.ArrayLike) -> Floats:
     """Return weights [n] of images, summing to n, under which a mean loss suits the metric.
 
-    Ones for top1; otherwise each class that occurs weighs alike, n / (classes * n_c) per image.
-    Images whose class is unknown (-1) keep the weight 1. Raises InputError.
+    Ones for top1; otherwise each class that occurs weighs alike, n / (classes * n_c) per image. Images whose class is
+    unknown (-1) keep the weight 1. Raises InputError.
     """
     _known(metric)
     true = np.asarray(truth, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Metrics and paired comparisons of trainings from their stored per-image results.
 
-Under a metric that weighs every class alike, so do the soft losses that rank candidates: images of
-rare classes weigh more (`nas.core.metrics.image_weights`).
+Under a metric that weighs every class alike, so do the soft losses that rank candidates: images of rare classes weigh
+more (`nas.core.metrics.image_weights`).
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ def no_tick(units: float) -> None:
 class Console:
     """Lines and one progress bar with the time left.
 
-    On a terminal the bar stays at the bottom and lines scroll above it; piped, there are lines
-    only; `quiet` silences both. `total` and `advance` are in any unit that is proportional to
-    time; the bar's estimate follows the measured pace.
+    On a terminal the bar stays at the bottom and lines scroll above it; piped, there are lines only; `quiet` silences
+    both. `total` and `advance` are in any unit that is proportional to time; the bar's estimate follows the measured
+    pace.
     """
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:

@@ -20,9 +20,9 @@ METRICS = {
     "macs": "<=",
     "params": "<=",
 }
-"""What can be required, and the only sense that makes sense of it. Latencies are milliseconds a
-pass (the median, unless a percentile is named), `peak_mem_mb` is 10**6 bytes; `speedup` is relative
-to the seed under the same setting."""
+"""What can be required, and the only sense that makes sense of it. Latencies are milliseconds a pass (the median,
+unless a percentile is named), `peak_mem_mb` is 10**6 bytes; `speedup` is relative to the seed under the same setting.
+"""
 
 COUNTED = ("macs", "params")
 """Metrics that are counted, not measured: they name no device."""

@@ -1,8 +1,7 @@
 """Settings: one dataclass field holds the name, default, range and help of a setting.
 
-The parser, the checks and the table of the documentation are made from the fields. tyro and
-jsonargparse do this too; neither keeps a refusal in one line, nor a default that depends on
-another setting.
+The parser, the checks and the table of the documentation are made from the fields. tyro and jsonargparse do this too;
+neither keeps a refusal in one line, nor a default that depends on another setting.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from space.errors import refuse
 class SettingSpec:
     """What a field holds of a setting beside its name, type and default.
 
-    `group` opens a heading of the help that the following settings belong to. Numbers lie in
-    [`low`, `high`], or above `above`. `parse` reads a text that the type does not: (flag, text) to
-    a value. `want` describes a legal value. `default_text` stands for the default in the help;
-    `efforts` are the defaults by effort, in the order of `nas.core.config.EFFORTS`. A tuple is
-    given by repeating its flag, or with `many` by listing values behind one flag. `const` is the
-    value of the flag alone, `spelling` replaces the flag that follows from the name.
+    `group` opens a heading of the help that the following settings belong to. Numbers lie in [`low`, `high`], or above
+    `above`. `parse` reads a text that the type does not: (flag, text) to a value. `want` describes a legal value.
+    `default_text` stands for the default in the help; `efforts` are the defaults by effort, in the order of
+    `nas.core.config.EFFORTS`. A tuple is given by repeating its flag, or with `many` by listing values behind one flag.
+    `const` is the value of the flag alone, `spelling` replaces the flag that follows from the name.
     """
 
     help: str

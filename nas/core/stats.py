@@ -47,8 +47,8 @@ class Ceiling:
 class Regret:
     """The cost of trusting the scores, in units of the truth; see `regret`.
 
-    `pick` and `best` are positions: of the lowest score, of the lowest mean truth. `plain` is the
-    difference of their mean truths, which is too high by the winner's curse.
+    `pick` and `best` are positions: of the lowest score, of the lowest mean truth. `plain` is the difference of their
+    mean truths, which is too high by the winner's curse.
     """
 
     value: float
@@ -73,12 +73,11 @@ def kendall_interval(
 ) -> Estimate:
     """Return tau-b of scores [n] with the mean of the truth [s, n] over its random seeds.
 
-    What is estimated is the tau that archs of this kind would show, given a truth of s random
-    seeds each. Interval: percentile bootstrap. An arch is drawn together with all its random seeds,
-    so the noise of the truth is in the spread already; drawing random seeds once more within the
-    arch would count it twice, and lower every tau besides (Davison and Hinkley, Bootstrap Methods,
-    1997, 3.8: of nested data, resample the outer level only). An arch that is drawn c times does
-    not tie with itself: only pairs of distinct archs count, c_i c_j times each. Raises InputError.
+    What is estimated is the tau that archs of this kind would show, given a truth of s random seeds each. Interval:
+    percentile bootstrap. An arch is drawn together with all its random seeds, so the noise of the truth is in the
+    spread already; drawing random seeds once more within the arch would count it twice, and lower every tau besides
+    (Davison and Hinkley, Bootstrap Methods, 1997, 3.8: of nested data, resample the outer level only). An arch that is
+    drawn c times does not tie with itself: only pairs of distinct archs count, c_i c_j times each. Raises InputError.
     """
     given, true = _scores_and_truth(scores, truth)
     taus = resampled(given, true.mean(axis=0), resamples, random_seed)
@@ -88,8 +87,8 @@ def kendall_interval(
 def resampled(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int, random_seed: int) -> Floats:
     """Return tau-b of two series [n] on bootstrapped archs [resamples]; NaN where all tie.
 
-    Only pairs of distinct archs count, as in `kendall_interval`. Equal random seeds draw the same
-    archs, so differences of two such results are paired.
+    Only pairs of distinct archs count, as in `kendall_interval`. Equal random seeds draw the same archs, so differences
+    of two such results are paired.
     """
     left, right = (_signs(np.asarray(x, dtype=np.float64)) for x in (a, b))
     return _resampled(left * right, np.abs(left), np.abs(right), resamples, random_seed)
@@ -98,16 +97,15 @@ def resampled(a: npt.ArrayLike, b: npt.ArrayLike, resamples: int, random_seed: i
 def noise_ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_seed: int = 0) -> Ceiling:
     """Return what tau the truth's own noise permits, from truth [s, n], s >= 2.
 
-    `pairwise`: truth against truth, the mean tau over pairs of single random seeds; what a proxy
-    reaches that is as good as one more training. Interval as in `kendall_interval`.
+    `pairwise`: truth against truth, the mean tau over pairs of single random seeds; what a proxy reaches that is as
+    good as one more training. Interval as in `kendall_interval`.
 
-    `perfect`: what the noise-free truth would reach against the mean of the s random seeds; the
-    tau to hold a proxy's against. Archs and noise are taken for normal. With the mean squares of a
-    two-way analysis of variance (what a random seed adds to all archs alike changes no order), the
-    mean over s has the reliability R = 1 - MS_noise / MS_archs, the correlation of the noise-free
-    truth with it is sqrt(R), and tau = 2/pi asin(sqrt(R)) (Kruskal, JASA 53, 1958). The interval
-    follows from F (Shrout and Fleiss, Psychological Bulletin 86, 1979, ICC(3,k)). An expectation:
-    over few archs the tau of a perfect proxy itself scatters about it. Raises InputError.
+    `perfect`: what the noise-free truth would reach against the mean of the s random seeds; the tau to hold a proxy's
+    against. Archs and noise are taken for normal. With the mean squares of a two-way analysis of variance (what a
+    random seed adds to all archs alike changes no order), the mean over s has the reliability R = 1 - MS_noise /
+    MS_archs, the correlation of the noise-free truth with it is sqrt(R), and tau = 2/pi asin(sqrt(R)) (Kruskal, JASA
+    53, 1958). The interval follows from F (Shrout and Fleiss, Psychological Bulletin 86, 1979, ICC(3,k)). An
+    expectation: over few archs the tau of a perfect proxy itself scatters about it. Raises InputError.
     """
     true = _truth(truth, at_least=2)
     s, n = true.shape
@@ -131,16 +129,16 @@ def noise_ceiling(truth: npt.ArrayLike, *, resamples: int = RESAMPLES, random_se
 def regret(scores: npt.ArrayLike, truth: npt.ArrayLike, *, random_seed: int = 0) -> Regret:
     """Return how much worse the arch of the lowest score [n] is than the best, by truth [s, n].
 
-    The lowest of noisy means is lower than what that arch is worth (the winner's curse), so the
-    best is chosen on all random seeds but one and compared with the pick on that one, for each of
-    them in turn; `value` is the mean of these s differences, held inside the interval. Some of the
-    choices are not the best arch: `value` errs a little low where `plain` errs high.
+    The lowest of noisy means is lower than what that arch is worth (the winner's curse), so the best is chosen on all
+    random seeds but one and compared with the pick on that one, for each of them in turn; `value` is the mean of these
+    s differences, held inside the interval. Some of the choices are not the best arch: `value` errs a little low where
+    `plain` errs high.
 
-    Interval: regret is max(0, max over rivals of pick - rival); all these differences are enclosed
-    at once (Dunnett's two-sided bands), hence their maximum (Hsu, Annals of Statistics 9, 1981).
-    Covers with at least 95 %, more where several archs are near the best. `seed_sd` is the standard
-    deviation of one arch's truth over random seeds, pooled over archs; `within_one_sd` tells
-    whether `value` is no larger. Archs are taken for given, s >= 2. Raises InputError.
+    Interval: regret is max(0, max over rivals of pick - rival); all these differences are enclosed at once (Dunnett's
+    two-sided bands), hence their maximum (Hsu, Annals of Statistics 9, 1981). Covers with at least 95 %, more where
+    several archs are near the best. `seed_sd` is the standard deviation of one arch's truth over random seeds, pooled
+    over archs; `within_one_sd` tells whether `value` is no larger. Archs are taken for given, s >= 2. Raises
+    InputError.
     """
     given, true = _scores_and_truth(scores, truth, at_least=2)
     s, n = true.shape
@@ -162,14 +160,13 @@ def regret(scores: npt.ArrayLike, truth: npt.ArrayLike, *, random_seed: int = 0)
 def tied_with_best(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) -> tuple[str, ...]:
     """Return the archs that cannot be told apart from the best, by mean loss, best first.
 
-    `losses`: per arch [s, images] (or [images]), the same images in the same order for all. The
-    best arch is among them with probability 1 - alpha: an arch is left out when a one-sided test
-    against the best-looking one says that it is worse at the level alpha / (n - 1), so that the
-    true best would have to lose to one of its n - 1 rivals by chance (Bonferroni). The variance of
-    a difference is that over images, paired and averaged over random seeds, and that of the
-    random seeds, pooled over all archs (two or three say too little of one pair); what both contain
-    is counted once. Degrees of freedom: Satterthwaite. With one random seed only the images speak.
-    An arch with losses that are not finite is left out. Raises InputError.
+    `losses`: per arch [s, images] (or [images]), the same images in the same order for all. The best arch is among them
+    with probability 1 - alpha: an arch is left out when a one-sided test against the best-looking one says that it is
+    worse at the level alpha / (n - 1), so that the true best would have to lose to one of its n - 1 rivals by chance
+    (Bonferroni). The variance of a difference is that over images, paired and averaged over random seeds, and that of
+    the random seeds, pooled over all archs (two or three say too little of one pair); what both contain is counted
+    once. Degrees of freedom: Satterthwaite. With one random seed only the images speak. An arch with losses that are
+    not finite is left out. Raises InputError.
     """
     if not 0 < alpha < 1:
         raise refuse("alpha", alpha, "a probability between 0 and 1")

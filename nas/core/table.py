@@ -1,7 +1,7 @@
 """Tables as CSV files: the one codec between dataclasses and rows, and a writer of plain cells.
 
-A text that a spreadsheet would run as a formula is quoted on writing and read back as it was. Only
-the standard library is used: the bundle for other devices carries this module.
+A text that a spreadsheet would run as a formula is quoted on writing and read back as it was. Only the standard library
+is used: the bundle for other devices carries this module.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _WANT = {int: "an integer", float: "a number", bool: "True or False", str: "text
 def guard(value: Any) -> Any:
     """Put a quote before text that a spreadsheet would run; numbers may be negative as they are.
 
-    https://owasp.org/www-community/attacks/CSV_Injection; text that has quotes there already gets
-    one more, so that `unguard` gives back exactly what was there.
+    https://owasp.org/www-community/attacks/CSV_Injection; text that has quotes there already gets one more, so that
+    `unguard` gives back exactly what was there.
     """
     return "'" + value if isinstance(value, str) and _FORMULA.match(value) else value
 
@@ -180,9 +180,8 @@ def _required(cls: type) -> list[str]:
 def parse_table(data: bytes, cls: type[T], name: str) -> list[T]:
     """Read the bytes of a CSV file as instances of the dataclass `cls`.
 
-    Columns may stand in any order and further ones are ignored; a missing column is
-    the field's default or None, an empty cell of an optional field None. Raises InputError saying
-    file (`name`), line, column, got and want.
+    Columns may stand in any order and further ones are ignored; a missing column is the field's default or None, an
+    empty cell of an optional field None. Raises InputError saying file (`name`), line, column, got and want.
     """
     line = 1
     try:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nas.core.data_config import DataConfig
 from nas.core.settings import check_settings, setting
+from space import Context
 from space.errors import refuse
 
 MEAN = (0.485, 0.456, 0.406)
@@ -166,6 +167,11 @@ class Dataset:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def context(self) -> Context:
+        """The context of a model for these images."""
+        return Context(img_size=self.img_size, num_classes=self.num_classes)
 
     @property
     def crop_pct(self) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.core.cli import Parser, guarded
+from nas.core.cli import Parser, exit_status
 from space.errors import refuse
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(result))
         return 0
 
-    return guarded(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nas.core.io import write_atomic, write_json
 from space import REFERENCE_CONTEXT, Context
 from space.family import Arch, Family
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def model_json(
@@ -58,7 +55,7 @@ def preprocessing_of(dataset: Any) -> dict[str, Any]:
 
 def write_model(
     stem: Path,
-    state: Mapping[str, Tensor],
+    weights: bytes,
     *,
     family: Family,
     arch: Arch,
@@ -68,17 +65,14 @@ def write_model(
     throughput: Mapping[str, Any] | None,
 ) -> None:
     """Write `<stem>.safetensors` and `<stem>.json`: the weights of a timm model and its record."""
-    from nas.export.weights import weights_bytes
-
-    data = weights_bytes(state, {"epoch": str(score["epoch"])})
     stem.parent.mkdir(exist_ok=True)
-    write_atomic(stem.with_name(f"{stem.name}.safetensors"), data)
+    write_atomic(stem.with_name(f"{stem.name}.safetensors"), weights)
     record = model_json(
         family,
         arch,
         ctx,
         classes=dataset.classes,
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=hashlib.sha256(weights).hexdigest(),
         score=score,
         throughput=throughput,
         preprocessing=preprocessing_of(dataset),

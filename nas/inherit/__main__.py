@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.core.cli import Parser, guarded
+from nas.core.cli import Parser, exit_status
 from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.inherit.jobs import InheritJob, inherit_weights
@@ -280,7 +280,7 @@ def _work(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and work. Returns the exit status: 0, or 2 for bad input."""
-    return guarded(lambda: _work(build_parser().parse_args(argv)))
+    return exit_status(lambda: _work(build_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

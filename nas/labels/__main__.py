@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nas.core.cli import Parser, default_cache, guarded, usable_cpus
+from nas.core.cli import Parser, default_cache, exit_status, usable_cpus
 from nas.core.executor_config import EXECUTORS, ExecutorConfig
 from nas.core.progress import Console
 from nas.core.settings import add_settings, parsed, setting
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(dict(values), default=str))
         return 2 if values.get("problems") else 0
 
-    return guarded(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.core.cli import guarded, read_threads, usable_cpus
+from nas.core.cli import exit_status, read_threads, usable_cpus
 from nas.core.io import member, read_json
 from nas.core.requirement import Setting
 from nas.measure.device_table import FAILED, OK, DeviceRow, fingerprint_columns, read_rows, write_rows
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit status, 2 for bad input in one line."""
     given = build_parser().parse_args(argv)
-    return guarded(lambda: _main(given))
+    return exit_status(lambda: _main(given))
 
 
 def _main(given: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ SCORE_LABEL = "proxy soft loss, nats (axis turned: up is better)"
 def run_chart(runs: Sequence[RunFiles]) -> Chart:
     """Chart the scored candidates of one or several runs together.
 
-    Throughput is drawn relative to the seed, which is timed in alternation; as images/s only where
-    a scored candidate has no such ratio.
+    Throughput is drawn relative to the seed, which is timed in alternation; as images/s only where a scored candidate
+    has no such ratio.
     """
     relative = all(uses_ratio(run) for run in runs)
     series = tuple(run_series(run, relative) for run in runs)

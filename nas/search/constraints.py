@@ -54,10 +54,9 @@ def settings_of(config: RunConfig) -> tuple[Setting, ...]:
 class StepBounds:
     """What a candidate of one step must meet.
 
-    `band` is inclusive, in parameters as built, with the most MACs where they are bounded.
-    `requirements` are the measured ones, as tight as this step asks. `least_ratio` is set where a
-    run requires no pace: the least median throughput relative to the seed, from the parent's own
-    measurement (2 % slack).
+    `band` is inclusive, in parameters as built, with the most MACs where they are bounded. `requirements` are the
+    measured ones, as tight as this step asks. `least_ratio` is set where a run requires no pace: the least median
+    throughput relative to the seed, from the parent's own measurement (2 % slack).
     """
 
     step: int
@@ -77,8 +76,7 @@ class StepBounds:
 def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
     """Return the parameter band of a step: geometric from the seed's size to the target.
 
-    The last step's band is the target's own, `target * (1 -+ tolerance)`, cut at a `params<=`
-    requirement.
+    The last step's band is the target's own, `target * (1 -+ tolerance)`, cut at a `params<=` requirement.
     """
     share = step / config.steps
     centre = seed_params * (config.target_params / seed_params) ** share

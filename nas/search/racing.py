@@ -27,17 +27,16 @@ def racing_decision(
 ) -> Decision:
     """Decide which candidates stay, from per-image losses [n_images] (nats) of the same images.
 
-    A candidate stops when one-sided paired tests say that it is worse than each of at least `keep`
-    others: then it is not among the best `keep`. `alpha` bounds the chance that a race of `looks`
-    such decisions stops the best of its candidates. That takes `keep` of its n - 1 rivals to look
-    better by chance at once, so each test has the level alpha * keep / (looks * (n - 1)), by
-    Markov's inequality whatever the tests have in common.
+    A candidate stops when one-sided paired tests say that it is worse than each of at least `keep` others: then it is
+    not among the best `keep`. `alpha` bounds the chance that a race of `looks` such decisions stops the best of its
+    candidates. That takes `keep` of its n - 1 rivals to look better by chance at once, so each test has the level alpha
+    * keep / (looks * (n - 1)), by Markov's inequality whatever the tests have in common.
 
-    Images measure how well two candidates do now; `drift_sd` (nats) is how much their difference
-    still moves until the last rung, as a standard deviation: the statistic is the mean difference
-    divided by sqrt(se_images^2 + drift_sd^2). None: only the images' noise, and alpha is about
-    being best now. Ties stay; the `keep` best means always do; a mean that is not finite stops as
-    "diverged" unless all are. Depends on the losses and keys, not on their order. InputError.
+    Images measure how well two candidates do now; `drift_sd` (nats) is how much their difference still moves until the
+    last rung, as a standard deviation: the statistic is the mean difference divided by sqrt(se_images^2 + drift_sd^2).
+    None: only the images' noise, and alpha is about being best now. Ties stay; the `keep` best means always do; a mean
+    that is not finite stops as "diverged" unless all are. Depends on the losses and keys, not on their order.
+    InputError.
     """
     if keep < 1 or looks < 1 or not 0 < alpha < 1:
         got = f"keep {keep}, looks {looks}, alpha {alpha}"

@@ -20,9 +20,8 @@ def pick(
 ) -> list[Candidate]:
     """Choose `count` of the timed candidates that meet the requirements, by "nearest" or "diverse".
 
-    "nearest": in the order of the list, which a rule made nearest first; baselines come first, up
-    to
-    half of the places. "diverse": see `spread`.
+    "nearest": in the order of the list, which a rule made nearest first; baselines come first, up to half of the
+    places. "diverse": see `spread`.
     """
     if how == "diverse":
         return spread(candidates, features, count, random_seed=random_seed)
@@ -35,11 +34,10 @@ def pick(
 def spread(candidates: Sequence[Candidate], features: Features, count: int, *, random_seed: int) -> list[Candidate]:
     """Choose `count` candidates that lie far apart, by farthest-point sampling.
 
-    Distance is Euclidean over the moved factors (each scaled to its range among the candidates)
-    and the logarithm of the throughput ratio. Baselines come first, up to half of the places, then
-    what is farthest from all chosen (without baselines, from the fastest); ties are broken by a
-    seeded order. Returns them in the order of choice.
-    Source: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
+    Distance is Euclidean over the moved factors (each scaled to its range among the candidates) and the logarithm of
+    the throughput ratio. Baselines come first, up to half of the places, then what is farthest from all chosen (without
+    baselines, from the fastest); ties are broken by a seeded order. Returns them in the order of choice. Source:
+    Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985.
     """
     if not candidates or count < 1:
         return []
@@ -79,8 +77,8 @@ PairedError = Callable[[str, str], float]
 def rank(scored: Sequence[HasScore], error: PairedError) -> list[str]:
     """Order candidates from best to worst: by soft loss, ties within noise to the faster.
 
-    A candidate ties with the best when it is behind by no more than one standard error of their
-    difference. The tied ones come first, fastest first; the others follow by loss. Returns keys.
+    A candidate ties with the best when it is behind by no more than one standard error of their difference. The tied
+    ones come first, fastest first; the others follow by loss. Returns keys.
     """
     known = [(s.soft_loss, -s.ratio, s.key) for s in scored if s.soft_loss is not None and s.ratio]
     assert len(known) == len(scored), "only what was timed and trained can be ranked"

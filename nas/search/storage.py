@@ -33,9 +33,8 @@ class StudyUnavailable(InputError):
 class SharedStudy:
     """A run's study in a database that many runs share.
 
-    `url` is the address without a password, as `run.json` keeps it; `study` is unique to the run.
-    Without a `password` the database driver asks PGPASSWORD and ~/.pgpass. `begin` allows to create
-    a missing study.
+    `url` is the address without a password, as `run.json` keeps it; `study` is unique to the run. Without a `password`
+    the database driver asks PGPASSWORD and ~/.pgpass. `begin` allows to create a missing study.
     """
 
     url: str
@@ -62,8 +61,8 @@ def new_shared(storage: str, folder: Path) -> SharedStudy:
 def resumed_shared(kept: Any, storage: str | None, run_json: Path) -> SharedStudy | None:
     """Return the shared database of an earlier run's study, None for its own file.
 
-    `kept` is the entry of its `run.json`; `storage` is `--storage` as given now: the same address
-    with its password, or the one that the database has moved to.
+    `kept` is the entry of its `run.json`; `storage` is `--storage` as given now: the same address with its password, or
+    the one that the database has moved to.
     """
     given, password = (None, None) if storage is None else _split_password(storage)
     if kept is None:

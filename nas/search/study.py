@@ -33,16 +33,13 @@ STUDY = "contraction"
 class Trial:
     """A decided candidate: one row of `trials.csv` and one trial of the study.
 
-    `parent` is the key of the arch it was contracted from; `moves` is its difference in words;
-    `params_1000` counts it at 1000 classes and 224 px. Throughput is images/s with an interval,
-    `ratio` is relative to `reference`; both under the
-    run's primary setting. `requirements` lists each bound of the step with its verdict and the
-    measurement; `basis` whether that was `measured` here, a `table` of another device's, or
-    `predicted` from one. `soft_loss` is in nats on the holdout (lower is better),
-    `top1` a share, `metric` the run's where that is another, after `epochs` epochs; `violation` is
-    by what share it missed what it missed worst (0: nothing). `stage` is where it stopped, `reason`
-    says why in one line. `seconds` is the time spent on it; `log` where its job's output is kept.
-    `None` means not measured.
+    `parent` is the key of the arch it was contracted from; `moves` is its difference in words; `params_1000` counts it
+    at 1000 classes and 224 px. Throughput is images/s with an interval, `ratio` is relative to `reference`; both under
+    the run's primary setting. `requirements` lists each bound of the step with its verdict and the measurement; `basis`
+    whether that was `measured` here, a `table` of another device's, or `predicted` from one. `soft_loss` is in nats on
+    the holdout (lower is better), `top1` a share, `metric` the run's where that is another, after `epochs` epochs;
+    `violation` is by what share it missed what it missed worst (0: nothing). `stage` is where it stopped, `reason` says
+    why in one line. `seconds` is the time spent on it; `log` where its job's output is kept. `None` means not measured.
     """
 
     step: int
@@ -88,10 +85,10 @@ class Trial:
 class StepRow:
     """One step in numbers.
 
-    `band_lo`, `band_hi` in parameters; `required` is what was to be met, in the words of
-    `--require` (without a required pace, the least ratio to the seed); `contractions` counts the
-    band exactly, summed over the incumbents it starts from; `shortlisted` = `too_slow` +
-    `not_selected` + `failed` + `scored`. The rest describes the incumbent chosen.
+    `band_lo`, `band_hi` in parameters; `required` is what was to be met, in the words of `--require` (without a
+    required pace, the least ratio to the seed); `contractions` counts the band exactly, summed over the incumbents it
+    starts from; `shortlisted` = `too_slow` + `not_selected` + `failed` + `scored`. The rest describes the incumbent
+    chosen.
     """
 
     step: int
@@ -142,9 +139,9 @@ class StepRow:
 class Study:
     """The trials and finished steps of one run, as an Optuna study (opens in optuna-dashboard).
 
-    `where` is the run's own `study.db`, or a database that many runs share. The driver is the only
-    writer; `create` begins a study. A database that cannot be read is refused in one line; one that
-    is locked or away raises `StudyUnavailable`.
+    `where` is the run's own `study.db`, or a database that many runs share. The driver is the only writer; `create`
+    begins a study. A database that cannot be read is refused in one line; one that is locked or away raises
+    `StudyUnavailable`.
     """
 
     def __init__(self, where: Path | SharedStudy, *, create: bool) -> None:
@@ -187,8 +184,8 @@ class Study:
     def failed(self, step: int, key: str, stage: str) -> bool:
         """Return whether a candidate failed at this stage, where it is not tried again.
 
-        A candidate that failed at a later stage passes this one again on resuming; otherwise
-        another candidate would take its place.
+        A candidate that failed at a later stage passes this one again on resuming; otherwise another candidate would
+        take its place.
         """
         trial = self._trials.get((step, key))
         return trial is not None and (trial.state, trial.stage) == ("failed", stage)
@@ -196,8 +193,8 @@ class Study:
     def add(self, trial: Trial, arch: Mapping[str, Any], constraints: Mapping[str, float]) -> None:
         """Write one decided candidate as a finished trial.
 
-        Adding one that is there already (same step and key) does nothing, so that a resumed run
-        repeats itself harmlessly. `constraints` are violations by name, at most 0 where met.
+        Adding one that is there already (same step and key) does nothing, so that a resumed run repeats itself
+        harmlessly. `constraints` are violations by name, at most 0 where met.
         """
         assert trial.stage in STAGES
         assert trial.state in STATES
@@ -249,8 +246,8 @@ class Study:
 def open_study(folder: Path, shared: SharedStudy | None) -> Study:
     """Open the study of a run, or create it.
 
-    A run that was killed early may have its `run.json` and no study yet; once a `trials.csv` was
-    drawn, a study that is missing is lost.
+    A run that was killed early may have its `run.json` and no study yet; once a `trials.csv` was drawn, a study that is
+    missing is lost.
     """
     drawn, path = (folder / "trials.csv").exists(), folder / "study.db"
     if shared is None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.core.cli import EXIT_BAD_INPUT, default_cache, guarded
+from nas.core.cli import EXIT_BAD_INPUT, default_cache, exit_status
 from nas.core.io import read_json
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(result))
         return EXIT_DIVERGED if result.get("status") == "diverged" else EXIT_FINISHED
 
-    return guarded(lambda: _on_one_rank(work))
+    return exit_status(lambda: _on_one_rank(work))
 
 
 def _on_one_rank(work: Callable[[], int]) -> int:

@@ -17,7 +17,7 @@ from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.export.save import write_model
 from nas.export.teacher_net import TeacherInfo, load_teacher
-from nas.export.weights import load_into, load_weights, read_metadata
+from nas.export.weights import load_into, load_weights, read_metadata, weights_bytes
 from nas.labels.reader import LabelReader
 from nas.labels.store import open_store
 from nas.train.batches import LiveBatches, RankShard, ReplayBatches
@@ -240,7 +240,7 @@ class TrainSession:
         """Write a model in the training's folder."""
         write_model(
             self.folder.path / stem,
-            state,
+            weights_bytes(state, {"epoch": str(score["epoch"])}),
             family=self.family,
             arch=self.arch,
             ctx=self.ctx,

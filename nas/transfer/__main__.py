@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.core.cli import Parser, default_cache, guarded
+from nas.core.cli import Parser, default_cache, exit_status
 from nas.core.progress import Console
 from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
 from nas.core.table import write_table
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(found))
         return 0
 
-    return guarded(work)
+    return exit_status(work)
 
 
 if __name__ == "__main__":

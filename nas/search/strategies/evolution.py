@@ -19,13 +19,12 @@ TRIES = 100  # draws before a child that equals its parent is taken as it is
 class Evolution(FromSeed):
     """Random candidates first, then children of the best: mutated ones and crossings by halves.
 
-    Published (SparseViT, arXiv 2303.17605, and its code): populations of 100 satisfied candidates,
-    all evaluated; the best 25 are the parents of the next, of which 50 are mutated (each slot drawn
-    afresh with probability 0.1) and 50 cross two distinct parents slot by slot. Here it is scaled
-    to what a run can train, in the same proportions: a population is the last `number` scored
-    candidates, its best quarter (two at least) the parents, and half of the proposals are mutated.
-    Only some proposals are trained, so the random generation ends once a quarter of a proposal is
-    scored. A child that is invalid, outside the band or a repeat moves to the nearest valid arch.
+    Published (SparseViT, arXiv 2303.17605, and its code): populations of 100 satisfied candidates, all evaluated; the
+    best 25 are the parents of the next, of which 50 are mutated (each slot drawn afresh with probability 0.1) and 50
+    cross two distinct parents slot by slot. Here it is scaled to what a run can train, in the same proportions: a
+    population is the last `number` scored candidates, its best quarter (two at least) the parents, and half of the
+    proposals are mutated. Only some proposals are trained, so the random generation ends once a quarter of a proposal
+    is scored. A child that is invalid, outside the band or a repeat moves to the nearest valid arch.
     """
 
     name = "evolution"

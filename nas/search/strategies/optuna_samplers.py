@@ -1,7 +1,7 @@
 """Optuna's samplers as strategies: TPE, NSGA-II and a Gaussian process.
 
-Each proposal makes a new sampler and adds the past trials of the `SearchState` to it, so that a
-resumed run repeats itself. A sampler gets
+Each proposal makes a new sampler and adds the past trials of the `SearchState` to it, so that a resumed run repeats
+itself. A sampler gets
 
 - scored trials: complete, with their soft loss, the one objective;
 - trials that missed a requirement: complete, with their violation as a constraint and, as they have
@@ -36,9 +36,8 @@ def startup_trials(state: SearchState) -> int:
 class Sampled(FromSeed):
     """A strategy that asks an Optuna sampler for one choice per slot of a factor.
 
-    Choices are integers in ascending order, so that their distance has a meaning. Each suggestion
-    moves to the nearest new contraction in the band, which is added as a running trial so that the
-    next suggestion differs.
+    Choices are integers in ascending order, so that their distance has a meaning. Each suggestion moves to the nearest
+    new contraction in the band, which is added as a running trial so that the next suggestion differs.
     """
 
     generational: ClassVar[bool] = False
@@ -104,8 +103,8 @@ class Sampled(FromSeed):
 def past_trials(state: SearchState) -> list[tuple[Arch, float, Mapping[str, float]]]:
     """Return what a sampler learns from: (arch, value, violations by name).
 
-    In order of decision, each net once: as it was scored, else as decided last. A trial that a race
-    stopped counts as the worst scored one. Violations are given only if there are any.
+    In order of decision, each net once: as it was scored, else as decided last. A trial that a race stopped counts as
+    the worst scored one. Violations are given only if there are any.
     """
     latest = {trial.key: (trial, arch) for trial, arch in (*state.trials, *state.scored)}
     losses = [trial.soft_loss for trial, _ in state.scored if trial.soft_loss is not None]
@@ -144,8 +143,8 @@ class Tpe(Sampled):
 class Nsga2(Sampled):
     """NSGA-II (Deb et al. 2002) on the soft loss alone: requirements are constraints here.
 
-    With one objective it is a genetic algorithm with elitism. Generations hold as many
-    trials as other samplers need to start.
+    With one objective it is a genetic algorithm with elitism. Generations hold as many trials as other samplers need to
+    start.
     """
 
     name = "nsga2"

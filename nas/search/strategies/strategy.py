@@ -18,11 +18,10 @@ from space.family import Arch, Context, Family
 class SearchState:
     """What a strategy proposes from: `number` candidates are wanted for a step.
 
-    `draw`: 0 first; more when no earlier proposal of this step survived. `incumbents`: where the
-    step starts, the seed in step 1. `band`: that of the step for a stepwise strategy, else the
-    target's. `baselines`: whether the published archs and the uniform scaling are proposed first.
-    `exclude`: keys that this step must not propose again. `trials`: what this run decided, with the
-    archs, in order of decision.
+    `draw`: 0 first; more when no earlier proposal of this step survived. `incumbents`: where the step starts, the seed
+    in step 1. `band`: that of the step for a stepwise strategy, else the target's. `baselines`: whether the published
+    archs and the uniform scaling are proposed first. `exclude`: keys that this step must not propose again. `trials`:
+    what this run decided, with the archs, in order of decision.
     """
 
     step: int
@@ -58,8 +57,8 @@ class SearchState:
 class Strategy(ABC):
     """A way to choose the candidates of a step.
 
-    `stepwise`: bands tighten from step to step, and candidates are contractions of the incumbents.
-    Otherwise every step looks inside the target's band, at contractions of the seed.
+    `stepwise`: bands tighten from step to step, and candidates are contractions of the incumbents. Otherwise every step
+    looks inside the target's band, at contractions of the seed.
     """
 
     name: ClassVar[str]
@@ -70,8 +69,8 @@ class Strategy(ABC):
     def propose(self, state: SearchState) -> list[Candidate]:
         """Return at most `state.number` candidates; equal states give equal candidates.
 
-        All are different nets as built, in the band, smaller than their parent, and not in
-        `state.exclude`. Fewer, or none, where no more exist.
+        All are different nets as built, in the band, smaller than their parent, and not in `state.exclude`. Fewer, or
+        none, where no more exist.
         """
 
     def describe(self, state: SearchState) -> str:

@@ -18,9 +18,8 @@ DEPTH = "N"  # the symbol of the factor that counts blocks, in every family that
 class Uniform(FromSeed):
     """All widths by one factor; when those run out, all depths by another as well.
 
-    Whatever the random seed. Depths shrink as little as possible: for each common factor, from the
-    seed's own depths on, the widths that come nearest to the middle of the band come first. It ends
-    when no depth is left to take.
+    Whatever the random seed. Depths shrink as little as possible: for each common factor, from the seed's own depths
+    on, the widths that come nearest to the middle of the band come first. It ends when no depth is left to take.
     """
 
     name = "uniform"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import Finished
 
-from nas.jobs.job import Job, JobFunction, Result
+from nas.jobs.job import JobFunction
 from nas.measure.interference import Disturbance
 from tests._inline import InlineExecutor
 
@@ -60,10 +60,7 @@ class Counting(InlineExecutor):
 
     def __init__(self) -> None:
         self.jobs: list[tuple[JobFunction, str]] = []
-
-    def run(self, job: Job, **more: Any) -> Result:
-        self.jobs.append((job.function, job.key))
-        return super().run(job, **more)
+        super().__init__(lambda job: self.jobs.append((job.function, job.key)))
 
     @property
     def kinds(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 import random
 import tempfile
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from nas.core.io import write_json
 from nas.search.study import StepRow, Study, Trial
 
 SEED_KEY = "d96-192-384-576_seed"
@@ -21,31 +21,16 @@ def _trial(step: int, key: str, params: int, rng: random.Random, parent: str, **
     ratio = 1.0 if step == 0 else (21_000_000 / params) ** 0.7 * rng.uniform(0.9, 1.1)
     loss = 0.35 + 0.9 * math.exp(-params / 6e6) + rng.uniform(-0.05, 0.05)
     values: dict[str, Any] = {
-        "step": step,
-        "key": key,
-        "label": key.replace("_", " "),
-        "parent": parent,
+        **{"step": step, "key": key, "label": key.replace("_", " "), "parent": parent},
         "moves": "" if step == 0 else "embed_dims[2] 384->256, depths[3] 2->1",
-        "grid_steps": 3 * step,
-        "baseline": "",
-        "params": params,
-        "params_1000": params + 500_000,
-        "macs": params * 11,
-        "images_per_s": 180 * ratio,
-        "images_per_s_lo": 150 * ratio,
-        "images_per_s_hi": 190 * ratio,
-        "ratio": None if step == 0 else ratio,
-        "ratio_lo": None if step == 0 else ratio * 0.95,
-        "ratio_hi": None if step == 0 else ratio * 1.04,
-        "reference": "" if step == 0 else SEED_KEY,
-        "soft_loss": loss,
-        "soft_loss_se": 0.03,
-        "top1": 1.2 - loss,
-        "top1_se": 0.015,
-        "seconds": rng.uniform(3, 9),
-        "stage": "proxy",
-        "state": "complete",
+        **{"grid_steps": 3 * step, "baseline": ""},
+        **{"params": params, "params_1000": params + 500_000, "macs": params * 11},
+        **{"images_per_s": 180 * ratio, "images_per_s_lo": 150 * ratio, "images_per_s_hi": 190 * ratio},
+        **{"soft_loss": loss, "soft_loss_se": 0.03, "top1": 1.2 - loss, "top1_se": 0.015},
+        **{"seconds": rng.uniform(3, 9), "stage": "proxy", "state": "complete"},
     }
+    if step:
+        values |= {"ratio": ratio, "ratio_lo": ratio * 0.95, "ratio_hi": ratio * 1.04, "reference": SEED_KEY}
     return Trial(**{**values, **more})
 
 
@@ -74,27 +59,11 @@ def decided(steps: int) -> tuple[list[Trial], list[StepRow]]:
             rows.append(_trial(step, f"d{step}-{i}_n2-{i}", params, rng, parent, **more))
         best = rows[-1]
         path.append(best.key)
-        finished.append(
-            StepRow(
-                step=step,
-                band_lo=int(high * 0.8),
-                band_hi=high,
-                required="1.2000x",
-                contractions=1_234_567,
-                shortlisted=8,
-                too_slow=3,
-                not_selected=0,
-                failed=1,
-                scored=4,
-                kept=1,
-                incumbent=best.key,
-                params=best.params,
-                ratio=best.ratio,
-                soft_loss=best.soft_loss,
-                top1=best.top1,
-                seconds=61.5,
-            )
-        )
+        counts = {"shortlisted": 8, "too_slow": 3, "not_selected": 0, "failed": 1, "scored": 4, "kept": 1}
+        chosen = {name: getattr(best, name) for name in ("params", "ratio", "soft_loss", "top1")}
+        bounds: dict[str, Any] = {"band_lo": int(high * 0.8), "band_hi": high, "required": "1.2000x"}
+        more = {"contractions": 1_234_567, "incumbent": best.key, "seconds": 61.5}
+        finished.append(StepRow(step, **bounds, **counts, **chosen, **more))
     return rows, finished
 
 
@@ -111,42 +80,30 @@ def _study(steps: int) -> bytes:
         return (Path(folder) / "study.db").read_bytes()
 
 
+CONFIG = {
+    **{"seed": "21M", "target_params": 5_000_000, "params_tolerance": 0.1, "min_speedup": 1.5, "min_throughput": None},
+    **{"data": "digits", "effort": "normal", "steps": 4, "bench_batch": 32, "bench_dtype": "float32"},
+    **{"device": "cpu", "threads": 2, "random_seed": 0},
+    **{"proxy_init": "inherit", "final_epochs": 10, "proxy_epochs": 2},
+}
+RUN = {
+    "schema": 1,
+    "config": CONFIG,
+    "git": "0123abc",
+    "versions": {"torch": "2.15.0", "timm": "1.0.31"},
+    "fingerprint": {"id": "6b98cd1216ad", "device_name": "AMD EPYC family 25/1/1"},
+    "dataset": {"name": "digits", "img_size": 48, "fingerprint": "ff00", "holdout": 287},
+    "teacher": {"id": "resnet10t", "holdout_top1": 0.97},
+    "store": "abcd",
+}
+
+
 def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") -> Path:
     """Write a run of `steps` steps; `status` None leaves it unfinished (no result, no best)."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.db").write_bytes(_study(steps))
     rows, finished = decided(steps)
-    config = {
-        "seed": "21M",
-        "target_params": 5_000_000,
-        "params_tolerance": 0.1,
-        "min_speedup": 1.5,
-        "min_throughput": None,
-        "data": "digits",
-        "effort": "normal",
-        "steps": 4,
-        "bench_batch": 32,
-        "bench_dtype": "float32",
-        "device": "cpu",
-        "threads": 2,
-        "random_seed": 0,
-        "proxy_init": "inherit",
-        "final_epochs": 10,
-        "proxy_epochs": 2,
-    }
-    _write_json(
-        folder / "run.json",
-        {
-            "schema": 1,
-            "config": config,
-            "git": "0123abc",
-            "versions": {"torch": "2.15.0", "timm": "1.0.31"},
-            "fingerprint": {"id": "6b98cd1216ad", "device_name": "AMD EPYC family 25/1/1"},
-            "dataset": {"name": "digits", "img_size": 48, "fingerprint": "ff00", "holdout": 287},
-            "teacher": {"id": "resnet10t", "holdout_top1": 0.97},
-            "store": "abcd",
-        },
-    )
+    write_json(folder / "run.json", RUN)
     if status is None:
         return folder
     winner = asdict(rows[-1])
@@ -162,35 +119,19 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
         side = {name: winner[name] for name in ("key", "params", "macs", "soft_loss")}
         side |= {k: winner[k] for k in winner if k.startswith(("images_per_s", "ratio"))}
         side |= {"top1": 0.931, "top1_se": 0.0134, "test_n": 359}
-        published = {**side, "name": "5M", "params": 5_082_000, "top1": 0.911, "top1_se": 0.015}
         result["final"] = {
-            "init": "inherit",
-            "epochs": 10,
-            "winner": {**side, "name": "winner"},
-            "published": published,
+            **{"init": "inherit", "epochs": 10, "winner": {**side, "name": "winner"}},
+            "published": {**side, "name": "5M", "params": 5_082_000, "top1": 0.911, "top1_se": 0.015},
             "paired": {"difference": 0.02, "lo": -0.004, "hi": 0.044, "n": 359.0},
         }
-        _write_json(
-            folder / "best.json",
-            {
-                "family": "tinyvit",
-                "arch": {"embed_dims": [64, 128, 160, 320]},
-                "params": winner["params"],
-                "macs": winner["macs"],
-                "img_size": 48,
-                "num_classes": 10,
-                "throughput": {"images_per_s": winner["images_per_s"]},
-                "score": {"top1": 0.931},
-                "classes": [str(i) for i in range(10)],
-                "timm": {"model": "tiny_vit_5m_224", "kwargs": {"num_classes": 10}},
-            },
-        )
-    _write_json(folder / "result.json", result)
+        best: dict[str, Any] = {"family": "tinyvit", "arch": {"embed_dims": [64, 128, 160, 320]}}
+        best |= {"params": winner["params"], "macs": winner["macs"], "img_size": 48, "num_classes": 10}
+        best |= {"throughput": {"images_per_s": winner["images_per_s"]}, "score": {"top1": 0.931}}
+        best |= {"classes": [str(i) for i in range(10)]}
+        best |= {"timm": {"model": "tiny_vit_5m_224", "kwargs": {"num_classes": 10}}}
+        write_json(folder / "best.json", best)
+    write_json(folder / "result.json", result)
     return folder
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def as_saved_by_a_spreadsheet(path: Path) -> None:

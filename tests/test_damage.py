@@ -7,7 +7,8 @@ import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm import create_model
 
 from nas.contract.__main__ import main
 from nas.contract.final import read_result
@@ -26,8 +28,7 @@ from nas.core.per_image import per_image
 from nas.data import DataSpec, open_dataset, prepare
 from nas.distill.student import Evaluation
 from nas.export.load import find_network
-from nas.export.teacher_net import load_teacher
-from nas.export.teacher_net import read_teacher as _read
+from nas.export.teacher_net import SCHEMA, load_teacher, read_teacher
 from nas.export.weights import load_weights, read_metadata, save_weights
 from nas.inherit.importance import load_order
 from nas.jobs.job import finished_before
@@ -46,24 +47,20 @@ KINDS = ("flip", "zero", "noise", "cut", "behead", "drop", "insert", "swap")
 def damaged(raw: bytes, kind: str, at: int, size: int, rng: random.Random) -> bytes:
     """Damage `size` bytes from `at` on."""
     end = min(len(raw), at + size)
-    if kind == "flip":
-        return raw[:at] + bytes([raw[at] ^ (1 << rng.randrange(8))]) + raw[at + 1 :]
-    if kind == "zero":
-        return raw[:at] + b"\0" * (end - at) + raw[end:]
-    if kind == "noise":
-        return raw[:at] + rng.randbytes(end - at) + raw[end:]
-    if kind == "cut":
-        return raw[:at]
-    if kind == "behead":
-        return raw[end:]
-    if kind == "drop":
-        return raw[:at] + raw[end:]
-    if kind == "insert":
-        return raw[:at] + rng.randbytes(size) + raw[at:]
-    other = rng.randrange(len(raw))  # swap
-    a, b = sorted((at, other))
-    size = min(size, b - a, len(raw) - b)
-    return raw[:a] + raw[b : b + size] + raw[a + size : b] + raw[a : a + size] + raw[b + size :]
+    before, part, after = raw[:at], raw[at:end], raw[end:]
+    if kind == "swap":
+        a, b = sorted((at, rng.randrange(len(raw))))
+        size = min(size, b - a, len(raw) - b)
+        return raw[:a] + raw[b : b + size] + raw[a + size : b] + raw[a : a + size] + raw[b + size :]
+    return {
+        "flip": lambda: before + bytes([part[0] ^ (1 << rng.randrange(8))]) + part[1:] + after,
+        "zero": lambda: before + bytes(len(part)) + after,
+        "noise": lambda: before + rng.randbytes(len(part)) + after,
+        "cut": lambda: before,
+        "behead": lambda: after,
+        "drop": lambda: before + after,
+        "insert": lambda: before + rng.randbytes(size) + part + after,
+    }[kind]()
 
 
 @dataclass(frozen=True)
@@ -112,51 +109,43 @@ def of_run(folder: Path) -> list[Case]:
     """Every file of a run that somebody reads back."""
     family = get_family("tinyvit")
 
-    def model(path: Path) -> Callable[[], Any]:
-        def read() -> Any:
-            saved = find_network(path, "MODEL").saved()
-            net = load_weights(saved.weights)
-            return {"record": dict(saved.record), "arch": saved.arch, "net": net}
-
-        return read
+    def model(path: Path) -> Any:
+        saved = find_network(path, "MODEL").saved()
+        return {"record": dict(saved.record), "arch": saved.arch, "net": load_weights(saved.weights)}
 
     cases = [
         Case(folder / "run.json", lambda: earlier_config(folder)),
         Case(folder / "result.json", lambda: read_result(folder / "result.json")),
         Case(folder / "measurements.csv", lambda: read_measurements(folder / "measurements.csv")),
-        Case(folder / "best.json", model(folder)),
+        Case(folder / "best.json", partial(model, folder)),
         Case(folder / "best.json", lambda: family.seed(str(folder / "best.json"))),
-        Case(folder / "best.safetensors", model(folder), exact=True),
+        Case(folder / "best.safetensors", partial(model, folder), exact=True),
     ]
     for path in sorted((folder / "models").glob("*.json")):
         cases.append(Case(path, lambda: [m.__dict__ for m in read_models(folder, family)]))
-        cases.append(Case(path.with_suffix(".safetensors"), model(path), exact=True))
+        cases.append(Case(path.with_suffix(".safetensors"), partial(model, path), exact=True))
     for path in sorted((folder / "work").rglob("*.json")):
         if "order" in json.loads(path.read_text()):
-            cases.append(Case(path, lambda p=path: load_order(p)))  # type: ignore[misc]
+            cases.append(Case(path, partial(load_order, path)))
             continue
-        cases.append(Case(path, resumed(path.parent)))
+        cases.append(Case(path, partial(resumed, path.parent)))
         for weights in path.parent.glob("*.safetensors"):
-            cases.append(Case(weights, resumed(path.parent), exact=True))
+            cases.append(Case(weights, partial(resumed, path.parent), exact=True))
             if weights.stem in ("holdout", "test"):
-                cases.append(Case(weights, lambda p=weights: vars(per_image(p.parent, p.stem))))  # type: ignore[misc]
+                cases.append(Case(weights, partial(per_image, path.parent, weights.stem)))
     return cases
 
 
-def resumed(folder: Path) -> Callable[[], Any]:
+def resumed(folder: Path) -> Any:
     """Return what a resumed run takes over of a finished job, from a copy of its folder."""
-
-    def read() -> Any:
-        copy = folder.with_name("copy")
+    copy = folder.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    try:
+        found = finished_before(copy, "job")
+    finally:
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(folder, copy)
-        try:
-            found = finished_before(copy, "job")
-        finally:
-            shutil.rmtree(copy, ignore_errors=True)
-        return None if found is None else vars(found)
-
-    return read
+    return None if found is None else vars(found)
 
 
 @pytest.fixture(scope="module")
@@ -186,31 +175,30 @@ def test_every_json_and_table_of_a_run_has_a_case(run: Path) -> None:
 # A full training, and what the cache keeps
 
 
-class Tiny:
+def checkpoint_case(path: Path) -> Case:
     """A model and its optimizer after two steps, saved; read back into fresh ones."""
+    plan = {"recipe": "r", "random_seed": 3}
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.plan = path, {"recipe": "r", "random_seed": 3}
-        model, optimizer, more = self.fresh()
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(torch.ones(2, 3)).sum().backward()
-            optimizer.step()
-        position = Position(2, self.plan, {"rows": [{"epoch": 1, "loss": 0.25}]})
-        save_checkpoint(path, model, optimizer, position, more)
-
-    def fresh(self) -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]:
+    def fresh() -> tuple[torch.nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]:
         torch.manual_seed(1)
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         return model, torch.optim.AdamW(model.parameters(), lr=0.1), {"ema": torch.ones(4)}
 
-    def read(self) -> Any:
-        model, optimizer, more = self.fresh()
+    def load() -> Any:
+        model, optimizer, more = fresh()
         with torch.random.fork_rng(devices=[]):
-            position = load_checkpoint_into(self.path, model, optimizer, self.plan, more)
+            position = load_checkpoint_into(path, model, optimizer, plan, more)
             state = torch.get_rng_state()
         moments = [dict(optimizer.state[p]) for p in model.parameters()]
         return [dict(model.state_dict()), moments, more, state, position.epoch, position.extra]
+
+    model, optimizer, more = fresh()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    save_checkpoint(path, model, optimizer, Position(2, plan, {"rows": [{"epoch": 1, "loss": 0.25}]}), more)
+    return Case(path, load)
 
 
 def of_training(folder: Path) -> list[Case]:
@@ -218,18 +206,14 @@ def of_training(folder: Path) -> list[Case]:
     kept = TrainFolder(folder)
     write_json(folder / "train.json", {"config": {"epochs": 3, "lr": 0.125}, "machine": {"n": 1}})
     write_json(folder / "result.json", {"status": "finished", "test_top1": 0.75, "params": 7})
-    tiny = Tiny(folder / "checkpoint.safetensors")
-    weights = folder / "best.safetensors"
-    state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}
-    save_weights(weights, state, {"epoch": "2"})
-    holdout = folder / "holdout.safetensors"
-    truth = np.arange(5)
-    Evaluation(np.linspace(0, 1, 5, dtype=np.float32), truth[::-1].copy(), truth).save(holdout)
     write_json(folder / "proxy_check.json", {"archs": [{"depth": 1}, {"depth": 2}]})
+    weights, holdout, truth = folder / "best.safetensors", folder / "holdout.safetensors", np.arange(5)
+    save_weights(weights, {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)}, {"epoch": "2"})
+    Evaluation(np.linspace(0, 1, 5, dtype=np.float32), truth[::-1].copy(), truth).save(holdout)
     return [
+        checkpoint_case(folder / "checkpoint.safetensors"),
         Case(folder / "train.json", kept.read_settings),
         Case(folder / "result.json", kept.read_result),
-        Case(tiny.path, tiny.read),
         Case(weights, lambda: [load_weights(weights), read_metadata(weights)]),
         Case(weights, lambda: find_network(weights, "--init").weights()),
         Case(holdout, lambda: load_arrays(holdout)),
@@ -241,44 +225,26 @@ def of_cache(folder: Path) -> list[Case]:
     """A label store of one shard and a holdout, a teacher."""
     dataset = prepare(DataSpec("digits", img_size=16, max_images=60), folder / "cache")
     dropped = "key,name\n" + f"{dataset.train.keys[0]},x\n"
-    store = built(folder / "store", dataset, dropped, epochs=1).folder
+    store, teacher = built(folder / "store", dataset, dropped, epochs=1).folder, folder / "teacher"
 
     def labels() -> Any:
         opened = open_store(store)
         rows = [vars(part[np.arange(len(part))]) for part in (opened.epoch(0), opened.holdout())]
-        keys = opened.keys, opened.holdout_keys
-        return [dict(opened.manifest), rows, keys]
+        return [dict(opened.manifest), rows, (opened.keys, opened.holdout_keys)]
 
-    teacher = folder / "teacher"
-    net = torch.nn.Linear(2, 2)
-    from timm import create_model
-
-    net = create_model("test_vit", num_classes=10)
-    digest = save_weights(teacher / "weights.safetensors", net.state_dict())
-    from dataclasses import asdict
-
-    from nas.export.teacher_net import SCHEMA
-
-    told = asdict(
-        teacher_info(
-            model="test_vit",
-            digest=digest,
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-            student_mean=(0.5,) * 3,
-            student_std=(0.5,) * 3,
-        )
-    )
-    write_json(teacher / "info.json", {"schema": SCHEMA, "info": told})
+    digest = save_weights(teacher / "weights.safetensors", create_model("test_vit", num_classes=10).state_dict())
+    half = dict.fromkeys(("mean", "std", "student_mean", "student_std"), (0.5,) * 3)
+    info = asdict(teacher_info(model="test_vit", digest=digest, **half))
+    write_json(teacher / "info.json", {"schema": SCHEMA, "info": info})
 
     def asked() -> Any:
-        return load_teacher(_read(teacher))(torch.ones(1, 3, 160, 160))
+        return load_teacher(read_teacher(teacher))(torch.ones(1, 3, 160, 160))
 
     files = [p for p in sorted(store.rglob("*")) if p.is_file() and p.name[0] != "."]
     assert {p.name for p in files} >= {"manifest.json", "keys.bin", "dropped.csv", "00000.bin"}
     return [
         *(Case(path, labels, exact=path.name != "manifest.json") for path in files),
-        Case(teacher / "info.json", lambda: vars(_read(teacher))),
+        Case(teacher / "info.json", lambda: vars(read_teacher(teacher))),
         Case(teacher / "weights.safetensors", asked, exact=True),
     ]
 
@@ -352,7 +318,6 @@ def flip(path: Path) -> None:
 
 
 HURT: dict[str, Callable[[Path], None]] = {
-    "run.json": lambda run: edit(run / "run.json", "}", ""),
     "measurements.csv": lambda run: edit(run / "measurements.csv", ",float32,", ",float32,x,"),
     "result.json": lambda run: edit(run / "result.json", '"exit_code": 0', '"exit_code": "0"'),
     "a job's result.json": lambda run: edit(job(run) / "result.json", '"values": {', '"value": {'),
@@ -374,11 +339,9 @@ def test_a_resumed_run_names_the_damaged_file_and_loses_nothing(
         (folder / "result.json").unlink()
     HURT[what](folder)
     before = {p: p.read_bytes() for p in folder.rglob("*.json")}
-    flags = ["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]
-    assert main(flags) == 2
-    lines = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
-    assert len(lines) == 1
-    assert what.split()[-1] in lines[0]
+    assert main(["--resume", str(folder), "--cache-dir", str(finished.cache), "--quiet"]) == 2
+    (line,) = [x for x in capfd.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert what.split()[-1] in line
     assert {p: p.read_bytes() for p in folder.rglob("*.json")} == before
 
 

@@ -93,10 +93,7 @@ def test_a_bar_on_a_terminal_lines_in_a_pipe_and_nothing_when_quiet() -> None:
     assert drive(io.StringIO()) == "first\nlast\n"
     assert drive(Terminal(), quiet=True) == ""
     shown = drive(Terminal())
-    assert "first" in shown
-    assert "last" in shown
-    assert "left" in shown
-    assert "100%" in shown
+    assert all(word in shown for word in ("first", "last", "left", "100%"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,20 +62,21 @@ def original(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(finished: Finished, tmp_path: Path) -> None:
-    """It keeps its place: no other candidate is trained instead."""
+    """It keeps its place: no other candidate is trained instead. `--status` tells what is decided meanwhile."""
+    folder, lines, failed = tmp_path / "run", list[str](), set[str]()
 
-    class Failing(InlineExecutor):
-        failed: str | None = None
-
-        def run(self, job: Job, **more: Any) -> Result:
-            if job.function is train and job.key.startswith("s1-") and self.failed in (None, job.key):
-                self.failed = job.key
+    def fail(job: Job) -> Result | None:
+        if job.function is train and job.key.startswith("s1-"):
+            lines.append(status(folder))
+            if failed <= {job.key}:
+                failed.add(job.key)
                 return Result(job.key, False, {}, "out of memory")
-            return super().run(job, **more)
+        return None
 
-    folder = tmp_path / "run"
-    first = contract(**settings(finished), out=folder, executor=Failing())
+    first = contract(**settings(finished), out=folder, executor=InlineExecutor(fail))
     assert first.status == "reached"
+    assert "0 of 2 steps done, 1 candidates decided (0 complete, 1 pruned, 0 failed)" in lines[0]
+    assert "left:  steps 1 to 2, the final training and test" in lines[0]
     before = (folder / "trials.csv").read_bytes()
     assert [r["reason"] for r in trials(folder) if r["state"] == "failed"] == ["out of memory"]
     (folder / "result.json").unlink()
@@ -83,22 +84,7 @@ def test_a_failed_training_is_an_outcome_that_a_resumed_run_repeats(finished: Fi
     again = contract(out=folder, resume=True, cache_dir=finished.cache, executor=counting)
     assert again.result["winner"] == first.result["winner"]
     assert (folder / "trials.csv").read_bytes() == before
-    assert not [key for function, key in counting.jobs if function is train]
-
-
-def test_status_tells_what_is_decided_while_a_step_trains(finished: Finished, tmp_path: Path) -> None:
-    folder, told = tmp_path / "run", []
-
-    class Looking(InlineExecutor):
-        def run(self, job: Job, **more: Any) -> Result:
-            if job.function is train and job.key.startswith("s1-"):
-                told.append(status(folder))
-            return super().run(job, **more)
-
-    contract(**settings(finished, steps=1), out=folder, executor=Looking())
-    assert told
-    assert "0 of 1 steps done, 1 candidates decided (0 complete, 1 pruned, 0 failed)" in told[0]
-    assert "left:  step 1, the final training and test" in told[0]
+    assert "train" not in counting.kinds
 
 
 RIVALS = [s for s in strategy_names() if s not in ("contraction", "uniform")]
@@ -112,22 +98,16 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
     given = settings(finished, strategy=strategy, baselines=False)
     outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
     assert outcome.status == "reached"
-    rows = [r for r in trials(tmp_path / "run") if r["step"] != "0"]
+    seed, *rows = trials(tmp_path / "run")
     assert all(360_000 <= int(r["params"]) <= 440_000 for r in rows)
     assert len({r["key"] for r in rows}) == len(rows), "no arch is looked at twice"
-    seed = next(r for r in trials(tmp_path / "run") if r["step"] == "0")
     assert {r["parent"] for r in rows} == {seed["key"]}
     kept = {r["key"] for r in rows if r["stage"] == "kept"}
     assert {f["key"] for f in outcome.result["finalists"]} <= kept
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", RIVALS)
-def test_a_rivals_run_repeats_itself(strategy: str, finished: Finished, tmp_path: Path) -> None:
-    given = settings(finished, strategy=strategy, baselines=False)
-    once, again = (contract(**given, out=tmp_path / name, executor=InlineExecutor()) for name in ("a", "b"))
-    assert [r["key"] for r in trials(tmp_path / "a")] == [r["key"] for r in trials(tmp_path / "b")]
-    assert again.result["winner"] == once.result["winner"]
+    if strategy != "tpe":
+        again = contract(**given, out=tmp_path / "again", executor=InlineExecutor())
+        assert [r["key"] for r in trials(tmp_path / "again")[1:]] == [r["key"] for r in rows]
+        assert again.result["winner"] == outcome.result["winner"]
 
 
 def test_frozen_parts_are_never_moved(finished: Finished, tmp_path: Path) -> None:
@@ -141,7 +121,7 @@ def test_frozen_parts_are_never_moved(finished: Finished, tmp_path: Path) -> Non
         contract(**settings(finished, freeze=("stage9",)), out=tmp_path / "no")
 
 
-def test_every_step_leaves_a_model_that_loads_in_timm(original: Path) -> None:
+def test_every_step_leaves_a_model_that_loads_in_timm_and_finalists_have_a_second_seed(original: Path) -> None:
     import timm
     from safetensors.torch import load_file
 
@@ -149,82 +129,78 @@ def test_every_step_leaves_a_model_that_loads_in_timm(original: Path) -> None:
     assert [r["kind"] for r in rows] == ["proxy", "proxy", "final"]
     assert float(rows[0]["params"]) > float(rows[1]["params"])
     for row in rows:
-        told = json.loads((original / row["file"]).with_suffix(".json").read_text())
-        model = timm.create_model(told["timm"]["model"], **told["timm"]["kwargs"])
+        call = json.loads((original / row["file"]).with_suffix(".json").read_text())["timm"]
+        model = timm.create_model(call["model"], **call["kwargs"])
         model.load_state_dict(load_file(original / row["file"]), strict=True)
         assert sum(p.numel() for p in model.parameters()) == int(row["params"])
-
-
-def test_finalists_have_a_second_random_seed(original: Path) -> None:
-    result = json.loads((original / "result.json").read_text())
-    assert len(result["finalists"]) == 2
-    assert all(f["soft_loss_again"] not in (None, f["soft_loss"]) for f in result["finalists"])
+    finalists = json.loads((original / "result.json").read_text())["finalists"]
+    assert len(finalists) == 2
+    assert all(f["soft_loss_again"] not in (None, f["soft_loss"]) for f in finalists)
 
 
 def test_a_replay_answers_from_scores_without_training_a_candidate(
     original: Path, finished: Finished, tmp_path: Path
 ) -> None:
+    """The replay can be replayed in turn."""
     scored = [r for r in trials(original) if r["state"] == "complete" and r["step"] != "0"]
-    target = int(scored[0]["params"])
-    executor = Counting()
-    outcome = contract(
-        target_params=target, replay=str(original), out=tmp_path / "run", executor=executor, cache_dir=finished.cache
-    )
-    assert outcome.status == "reached"
-    assert outcome.result["reused"]["scores"] >= 1
-    trained = [key for job, key in executor.jobs if job is train]
-    assert all(key.startswith("final-") for key in trained), "only the final comparison"
-    assert outcome.result["winner"] in {r["key"] for r in scored}
-    assert str(original) in (tmp_path / "run" / "report.md").read_text()
+    target, results = int(scored[0]["params"]), []
+    for name, before in (("first", original), ("second", tmp_path / "first")):
+        executor, out = Counting(), tmp_path / name
+        given: dict[str, Any] = {"target_params": target, "replay": str(before), "cache_dir": finished.cache}
+        outcome = contract(**given, out=out, executor=executor)
+        assert outcome.status == "reached"
+        assert outcome.result["reused"]["scores"] >= 1
+        trained = [key for job, key in executor.jobs if job is train]
+        assert all(key.startswith("final-") for key in trained), "only the final comparison"
+        assert outcome.result["winner"] in {r["key"] for r in scored}
+        assert str(before) in (out / "report.md").read_text()
+        results.append(outcome.result)
+    assert results[1]["reused"]["scores"] == results[0]["reused"]["scores"]
+    assert results[1]["winner"] == results[0]["winner"]
 
 
-def test_a_replay_goes_on_from_the_nearest_larger_model(original: Path, finished: Finished, tmp_path: Path) -> None:
+def test_a_replay_continues_from_the_nearest_larger_model(original: Path, finished: Finished, tmp_path: Path) -> None:
     executor = Counting()
-    outcome = contract(
-        target_params="250K", replay=str(original), out=tmp_path / "run", executor=executor, cache_dir=finished.cache
-    )
+    given: dict[str, Any] = {"target_params": "250K", "replay": str(original), "cache_dir": finished.cache}
+    outcome = contract(**given, out=tmp_path / "run", executor=executor)
     assert outcome.status == "reached"
-    rows = trials(tmp_path / "run")
-    starts = {row["key"] for row in table(original / "models.csv")}
-    assert outcome.result["reused"]["start"] in starts
-    assert {r["parent"] for r in rows if r["step"] == "1"} == {outcome.result["reused"]["start"]}
+    start = outcome.result["reused"]["start"]
+    assert start in {row["key"] for row in table(original / "models.csv")}
+    assert {r["parent"] for r in trials(tmp_path / "run") if r["step"] == "1"} == {start}
     assert not [key for _, key in executor.jobs if key == "seed"], "the seed is in the cache"
-    with pytest.raises(InputError, match="--proxy-epochs"):
-        contract(target_params="250K", replay=str(original), proxy_epochs=9)
-    with pytest.raises(InputError, match="--replay"):
-        contract(target_params="250K", replay=str(tmp_path))
+    for bad, flag in (({"proxy_epochs": 9}, "--proxy-epochs"), ({"replay": str(tmp_path)}, "--replay")):
+        with pytest.raises(InputError, match=flag):
+            contract(**{**given, **bad})
 
 
-def kept_run(folder: Path, rows: list[Trial], **config: Any) -> None:
-    """The folder of a run, as far as a replay reads it."""
+def kept_run(folder: Path, rows: Sequence[Trial] = (), **config: Any) -> dict[str, Any]:
+    """Make the folder of a run, as far as a replay reads it; return the settings of its replay."""
     folder.mkdir()
     of = RunConfig(seed="small", seed_arch=SMALL_ARCH, target_params=400_000, steps=2, **config)
-    told = {"schema": SCHEMA, "config": of.to_dict(), "dataset": {"fingerprint": "data"}}
-    (folder / "run.json").write_text(json.dumps(told))
-    ledger = Study(folder / "study.db", create=True)
+    write_json(folder / "run.json", {"schema": SCHEMA, "config": of.to_dict(), "dataset": {"fingerprint": "data"}})
+    study = Study(folder / "study.db", create=True)
     for row in rows:
-        ledger.add(row, SMALL_ARCH, {})
-    ledger.close()
+        study.add(row, SMALL_ARCH, {})
+    study.close()
+    return {"replay": str(folder), "target_params": 300_000}
+
+
+def scored(step: int, key: str, loss: float, epochs: int = 0) -> Trial:
+    more: dict[str, Any] = {"stage": "kept", "state": "complete", "soft_loss": loss, "epochs": epochs}
+    return Trial(step, key, "", "", "", 1, "", 4, 4, 4, **more)
 
 
 def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path) -> None:
     """A replay's own answers have theirs in the run that it replayed, under another step."""
     dataset = cast(Any, SimpleNamespace(fingerprint="data"))
-    scored: dict[str, Any] = {"stage": "kept", "state": "complete"}
-    rows = [
-        Trial(s, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, epochs=e, **scored)
-        for s, k, x, e in ((1, "a", 0.5, 2), (2, "a", 0.4, 2), (1, "b", 0.3, 3))
-    ]
-    kept_run(tmp_path / "first", rows)
-    losses = tmp_path / "first" / "work" / "s1-a" / "holdout.safetensors"
+    first, second = tmp_path / "first", tmp_path / "second"
+    kept_run(first, [scored(1, "a", 0.5, 2), scored(2, "a", 0.4, 2), scored(1, "b", 0.3, 3)])
     for name in ("s1-a", "s2-a", "s1-b-more"):
-        losses.parent.with_name(name).mkdir(parents=True)
-        save_file({"soft_loss": np.zeros(3)}, losses.parent.with_name(name) / losses.name)
-    again = [
-        Trial(3, k, "", "", "", 1, "", 4, 4, 4, soft_loss=x, **scored) for k, x in (("a", 0.5), ("b", 0.3), ("c", 0.1))
-    ]
-    kept_run(tmp_path / "second", again, replay=str(tmp_path / "first"))
-    kept_run(tmp_path / "third", again[::-1], replay=str(tmp_path / "second"))
+        (first / "work" / name).mkdir(parents=True)
+        save_file({"soft_loss": np.zeros(3)}, first / "work" / name / "holdout.safetensors")
+    again = [scored(3, "a", 0.5), scored(3, "b", 0.3), scored(3, "c", 0.1)]
+    kept_run(second, again, replay=str(first))
+    kept_run(tmp_path / "third", again[::-1], replay=str(second))
 
     def found(name: str) -> list[str]:
         config = RunConfig(seed="small", target_params=300_000, replay=str(tmp_path / name))
@@ -234,69 +210,43 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
 
     third = read_earlier(tmp_path / "third", FAMILY, "data")
     assert [each.folder.name for each in lineage(third)] == ["third", "second", "first"]
-    assert found("first") == ["a", "a", "b"]
-    assert found("second") == ["a", "b"]
-    assert found("third") == ["b", "a"]
-    losses.unlink()
+    assert [found(name) for name in ("first", "second", "third")] == [["a", "a", "b"], ["a", "b"], ["b", "a"]]
+    (first / "work" / "s1-a" / "holdout.safetensors").unlink()
     assert found("third") == ["b"]
-    shutil.rmtree(tmp_path / "first")
+    shutil.rmtree(first)
     assert found("third") == []
-    shutil.move(tmp_path / "second", tmp_path / "first")  # now it says that it replays itself
+    shutil.move(second, first)  # now it says that it replays itself
     assert found("first") == []
-
-
-@pytest.mark.slow
-def test_a_replay_can_be_replayed(original: Path, finished: Finished, tmp_path: Path) -> None:
-    scored = [r for r in trials(original) if r["state"] == "complete" and r["step"] != "0"]
-    asked: dict[str, Any] = {"target_params": int(scored[0]["params"]), "cache_dir": finished.cache}
-    results = []
-    for name, before in (("first", original), ("second", tmp_path / "first")):
-        outcome = contract(**asked, replay=str(before), out=tmp_path / name, executor=InlineExecutor())
-        assert outcome.status == "reached"
-        results.append(outcome.result)
-    assert results[1]["reused"]["scores"] == results[0]["reused"]["scores"]
-    assert results[1]["winner"] == results[0]["winner"]
 
 
 def test_a_replay_needs_no_file_that_only_the_earlier_run_was_given(tmp_path: Path) -> None:
     lent = tmp_path / "lent.csv"
-    kept_run(tmp_path / "first", [], measurements=str(lent))
-    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
+    asked = kept_run(tmp_path / "first", measurements=str(lent))
     assert replayed_config(asked).measurements is None
     assert replayed_config({**asked, "measurements": str(lent)}).measurements == str(lent)
     lent.touch()
     assert replayed_config(asked).measurements == str(lent)
 
 
-def test_what_a_training_learns_is_in_its_key_unless_it_is_sparse(tmp_path: Path) -> None:
-    arch = FAMILY.arch(SMALL_ARCH)
+def test_what_a_training_learns_is_in_its_key(tmp_path: Path) -> None:
+    run = cast(Any, object.__new__(Run))
+    run.family, run.context, run.fingerprint = FAMILY, CTX, {"id": "here"}
+    run.dataset = SimpleNamespace(folder="data", fingerprint="d", train=SimpleNamespace(labels=[0]))
+    run.store, run.folder = {"folder": "store", "id": "s", "use_epochs": 3}, SimpleNamespace(path=tmp_path)
 
-    def asked(distill: str, **more: Any) -> tuple[TrainJob, str]:
-        """A training's argument, and the name that it is cached by."""
-        config = RunConfig(seed="small", target_params=300_000, distill=distill)
-        run = cast(Any, object.__new__(Run))
-        run.config, run.family, run.context, run.trained = config, FAMILY, CTX, {}
-        run.dataset = SimpleNamespace(folder="data", fingerprint="d", train=SimpleNamespace(labels=[0]))
-        run.store = {"folder": "store", "id": "s", "use_epochs": 3}
-        run.folder, run.fingerprint = SimpleNamespace(path=tmp_path), {"id": "here"}
-        jobs: list[Job] = []
+    def asked(distill: str, **more: Any) -> TrainJob:
+        run.config = RunConfig(seed="small", target_params=300_000, distill=distill)
+        arch = FAMILY.arch(SMALL_ARCH)
+        job: TrainJob = run.training(arch, "a", out=tmp_path / "a", epochs=2, init="scratch", **more).job.argument
+        return job
 
-        def do_all(tasks: Any, **more: Any) -> list[Result]:
-            jobs.extend(task.job for task in tasks)
-            return [Result(task.job.key, False, {}, "seen enough") for task in tasks]
-
-        run.do_all = do_all
-        run.train(arch, "a", out=tmp_path / "a", epochs=2, init="scratch", **more)
-        task = run.training(arch, "a", out=tmp_path / "a", epochs=2, init="scratch")
-        return jobs[0].argument, run.training_digest(task.job.argument)
-
-    before, digest = asked("sparse")
-    digests = {digest}
+    before = asked("sparse")
+    digests = {run.training_digest(before)}
     for kind in ("soft", "hard", "token"):
-        job, digest = asked(kind)
+        job = asked(kind)
         assert job == replace(before, distill=kind)
-        digests.add(digest)
-        assert asked(kind, hard_weight=1.0)[0] == replace(before, hard_weight=1.0)
+        digests.add(run.training_digest(job))
+        assert asked(kind, hard_weight=1.0) == replace(before, hard_weight=1.0)
     assert len(digests) == 4
 
 
@@ -307,12 +257,6 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(finishe
     seed = tmp_path / "seed.json"
     seed.write_text(json.dumps({**small, "dist_token": True}))
     jobs: list[Job] = []
-
-    class Watching(InlineExecutor):
-        def run(self, job: Job, **more: Any) -> Result:
-            jobs.append(job)
-            return super().run(job, **more)
-
     given = settings(
         finished,
         seed=str(seed),
@@ -327,7 +271,7 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(finishe
         params_tolerance=0.3,
     )
     folder = tmp_path / "run"
-    outcome = contract(**given, out=folder, executor=Watching(), check_proxy=3)
+    outcome = contract(**given, out=folder, executor=InlineExecutor(jobs.append), check_proxy=3)
     assert outcome.status == "reached"
     trained = [job for job in jobs if job.function is train]
     alone = [job for job in trained if job.key.startswith("check-hard-")]
@@ -348,12 +292,10 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(finishe
 def test_a_new_pace_replaces_the_old_one_and_no_other_bound(tmp_path: Path) -> None:
     bounds = ("macs<=900000000", "peak_mem_mb<=300@cpu", "speedup>=3@cpu:onnxruntime:float32:b1")
     own = "images_per_s>=50@cpu:eager:float32:b16"
-    kept_run(tmp_path / "first", [], min_speedup=1.5, require=(*bounds, own))
-    asked = {"replay": str(tmp_path / "first"), "target_params": 300_000}
+    asked = kept_run(tmp_path / "first", min_speedup=1.5, require=(*bounds, own))
     before = replayed_config(asked)
     assert (before.min_speedup, before.require) == (1.5, (*bounds, own))
-    faster = replayed_config({**asked, "min_speedup": 2.0})
-    texts = {r.text for r in requirements_of(faster)}
+    texts = {r.text for r in requirements_of(replayed_config({**asked, "min_speedup": 2.0}))}
     want = {r.text for r in requirements_of(before) if r.setting != bench_setting(before)}
     want |= {r.text for r in requirements_of(before) if r.metric == "peak_mem_mb"}
     assert texts == {*want, "speedup>=2@cpu:eager:float32:b16"}
@@ -420,57 +362,41 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
 def test_a_plan_on_a_batch_that_cannot_be_trained_names_it(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.contract.plan.MEASURING_S", 0.1)
 
-    class Full(InlineExecutor):
-        def run(self, job: Job, **more: Any) -> Result:
-            if job.function is pace:
-                return Result(job.key, False, {}, "out of memory? (see worker.log)")
-            return super().run(job, **more)
+    def full(job: Job) -> Result | None:
+        return Result(job.key, False, {}, "out of memory? (see worker.log)") if job.function is pace else None
 
     with pytest.raises(InputError, match=r"--batch-size: got 65536, .*out of memory\?$"):
-        plan(**settings(finished, batch_size=65536, steps=1), executor=Full())
-
-
-def test_a_token_that_the_seed_has_not_cannot_be_planned(finished: Finished) -> None:
+        plan(**settings(finished, batch_size=65536, steps=1), executor=InlineExecutor(full))
     with pytest.raises(InputError, match=r"--distill: got token for .*hard learns"):
         plan(**settings(finished, distill="token"), executor=InlineExecutor())
 
 
-def test_trust_is_checked_at_the_door(finished: Finished, tmp_path: Path) -> None:
-    """Before anything is spent, also where a run goes on."""
-    given = settings(finished)
-    with pytest.raises(InputError, match="--check-proxy: got 1000, want at most "):
-        contract(**given, out=tmp_path / "run", check_proxy=1000, executor=InlineExecutor())
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="--check-proxy: got 1000, want at most "):
-        plan(**given, check_proxy=1000, executor=InlineExecutor())
-    folder = tmp_path / "finished"
+def test_a_proxy_check_is_refused_before_anything_is_spent(finished: Finished, tmp_path: Path) -> None:
+    """Also where a run continues."""
+    folder, few = tmp_path / "finished", "--check-proxy: got 1000, want at most "
     shutil.copytree(finished.folder, folder)
+    resume: dict[str, Any] = {"out": folder, "resume": True, "cache_dir": finished.cache}
+    new = settings(finished, executor=InlineExecutor())
+    calls = (lambda **more: contract(**new, out=tmp_path / "run", **more), lambda **more: plan(**new, **more))
+    for call in (*calls, lambda **more: contract(**resume, **more)):
+        with pytest.raises(InputError, match=few):
+            call(check_proxy=1000)
+    assert not (tmp_path / "run").exists()
     write_json(folder / "proxy_check.json", {"archs": [1, 2, 3]})
     with pytest.raises(InputError, match="--check-proxy: got 4, want the 3 archs named"):
-        contract(out=folder, resume=True, check_proxy=4, cache_dir=finished.cache)
-    (folder / "proxy_check.json").unlink()
-    with pytest.raises(InputError, match="--check-proxy: got 1000, want at most "):
-        contract(out=folder, resume=True, check_proxy=1000, cache_dir=finished.cache)
+        contract(**resume, check_proxy=4)
     assert (folder / "result.json").exists()
 
 
 def test_a_run_without_a_winner_says_that_there_is_no_report(
     original: Path, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "run"
+    folder, lines = tmp_path / "run", io.StringIO()
     shutil.copytree(original, folder)
     monkeypatch.setattr("nas.contract.final.pick_winner", lambda run, ranked: "none is fast enough")
-    said = io.StringIO()
-    outcome = contract(
-        out=folder,
-        resume=True,
-        check_proxy=4,
-        cache_dir=finished.cache,
-        executor=Counting(),
-        console=Console(stream=said),
-    )
-    assert outcome.status == "stuck"
-    assert "proxy check: no report is made of a run that is stuck\n" in said.getvalue()
+    given: dict[str, Any] = {"cache_dir": finished.cache, "executor": Counting(), "console": Console(stream=lines)}
+    assert contract(out=folder, resume=True, check_proxy=4, **given).status == "stuck"
+    assert "proxy check: no report is made of a run that is stuck\n" in lines.getvalue()
 
 
 @pytest.mark.slow

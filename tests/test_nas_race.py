@@ -285,15 +285,15 @@ def _scratch_trainings(finished: Any) -> list[TrainJob]:
     """Return the argument of a scratch training on the finished run's data and labels."""
     found: list[TrainJob] = []
 
-    class Listening(InlineExecutor):
-        def run(self, job: Job, **more: Any) -> Result:
-            if job.function is train:
-                found.append(job.argument)
-                return Result(job.key, False, {}, "enough")
-            return super().run(job, **more)
+    def listen(job: Job) -> Result | None:
+        if job.function is not train:
+            return None
+        found.append(job.argument)
+        return Result(job.key, False, {}, "enough")
 
+    out = finished.folder.parent / "listening"
     with pytest.raises(InputError, match="enough"):
-        contract(**settings(finished, seed_epochs=2), out=finished.folder.parent / "listening", executor=Listening())
+        contract(**settings(finished, seed_epochs=2), out=out, executor=InlineExecutor(listen))
     return found
 
 

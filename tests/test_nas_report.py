@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic_run import SEED_KEY, as_saved_by_a_spreadsheet, make_run
+from synthetic_run import CONFIG, SEED_KEY, as_saved_by_a_spreadsheet, make_run
 
 from nas.report import final_table, status, write_report
 from nas.report.charts import run_chart
@@ -26,6 +27,10 @@ from nas.search.study import Study
 from space import InputError
 
 FILES = ("report.md", "pareto.png", "pareto.svg")
+
+
+def edit(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def test_a_finished_run(tmp_path: Path) -> None:
@@ -66,15 +71,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["reached", "stuck"])
 def test_what_to_do_next_names_a_family_that_is_not_the_default(tmp_path: Path, status: str) -> None:
     run = make_run(tmp_path / "run")
-    for name in ("run.json", "result.json"):
-        data = json.loads((run / name).read_text())
-        data |= {"status": status} if name == "result.json" else {}
-        if name == "run.json":
-            data["config"]["family"] = "vit"
-        (run / name).write_text(json.dumps(data))
+    edit(run / "run.json", config={**CONFIG, "family": "vit"})
+    edit(run / "result.json", status=status)
     write_report(run)
-    text = (run / "report.md").read_text()
-    assert "python -m nas.contract --family vit --seed " in text
+    assert "python -m nas.contract --family vit --seed " in (run / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,8 @@ def test_what_to_do_next_names_a_family_that_is_not_the_default(tmp_path: Path, 
 )
 def test_the_comparison_claims_what_its_interval_allows(tmp_path: Path, lo: float, hi: float, words: str) -> None:
     run = make_run(tmp_path / "run", steps=1)
-    result = json.loads((run / "result.json").read_text())
-    result["final"]["paired"] = {"difference": (lo + hi) / 2, "lo": lo, "hi": hi}
-    (run / "result.json").write_text(json.dumps(result))
+    final = json.loads((run / "result.json").read_text())["final"]
+    edit(run / "result.json", final={**final, "paired": {"difference": (lo + hi) / 2, "lo": lo, "hi": hi}})
     assert words in final_table(run)
 
 
@@ -137,22 +136,14 @@ def test_reporting_changes_no_file_of_the_run_and_repeats_to_the_byte(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("run.json", b"[]"),
-        ("run.json", b"{"),
-        ("result.json", b"nonsense"),
-        ("study.db", b"no database"),
-        ("study.db", None),
-    ],
+    "case", ["run.json []", "run.json {", "result.json nonsense", "study.db no database", "study.db"]
 )
-def test_damaged_runs_are_refused_in_one_line(tmp_path: Path, name: str, data: bytes | None) -> None:
-    run = make_run(tmp_path / "run", steps=1)
+def test_damaged_runs_are_refused_in_one_line(tmp_path: Path, case: str) -> None:
+    run, (name, _, data) = make_run(tmp_path / "run", steps=1), case.partition(" ")
     assert status(run)
-    if data is None:
-        (run / name).unlink()
-    else:
-        (run / name).write_bytes(data)
+    (run / name).unlink()
+    if data:
+        (run / name).write_text(data)
     with pytest.raises(InputError) as caught:
         status(run)
     assert "\n" not in str(caught.value)
@@ -184,23 +175,21 @@ def test_chart_holds_every_scored_arch_once_with_its_interval(tmp_path: Path) ->
     run = read_run(make_run(tmp_path / "run"))
     chart = run_chart([run])
     (series,) = chart.series
-    scored = {row.key for row in run.trials if row.soft_loss is not None}
-    assert {point.key for point in series.points} == scored
-    assert len(series.points) == len(scored)
+    rows = {row.key: row for row in run.trials if row.soft_loss is not None}
+    assert sorted(point.key for point in series.points) == sorted(rows)
     kinds = [point.kind for point in series.points]
-    assert kinds.count("seed") == kinds.count("winner") == kinds.count("published") == 1
-    assert kinds.count("uniform") == 4
-    seed = next(point for point in series.points if point.key == SEED_KEY)
-    assert (seed.speed, seed.speed_lo) == (1.0, None)
+    assert [kinds.count(kind) for kind in ("seed", "winner", "published", "uniform")] == [1, 1, 1, 4]
     for point in series.points:
-        row = run.candidate(point.key)
-        assert row is not None
-        assert row.soft_loss is not None
-        assert row.soft_loss_se is not None
-        assert point.score_hi == row.soft_loss + row.soft_loss_se
-        assert point is seed or (point.speed, point.speed_hi) == (row.ratio, row.ratio_hi)
+        row = rows[point.key]
+        assert point.score_hi == (row.soft_loss or 0.0) + (row.soft_loss_se or 0.0)
+        seed = row.key == SEED_KEY
+        assert (point.speed, point.speed_hi) == ((1.0, None) if seed else (row.ratio, row.ratio_hi))
     assert series.path == tuple(run.result["path"])
     assert any("287 holdout images" in note for note in chart.notes)
+    counts = stop_counts(run, most=3)
+    assert sum(count for _, count in counts) == len(run.trials) - 1
+    assert counts[-1][0] == "other reasons"
+    assert counts[1] == ("throughput (pruned): not surely as fast as #x the seed (required): # [# #]", 12)
 
 
 def test_the_figure_is_legible_at_800_px(tmp_path: Path) -> None:
@@ -266,14 +255,6 @@ def test_front_is_the_set_that_nothing_beats(points: list[tuple[float, float]], 
     found = front(points, x_lower=x_lower, y_lower=y_lower)
     assert set(found) == wanted
     assert len(found) == len(wanted)
-
-
-def test_stop_counts_cover_every_candidate_once(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path / "run"))
-    counts = stop_counts(run, most=3)
-    assert sum(count for _, count in counts) == len(run.trials) - 1
-    assert counts[-1][0] == "other reasons"
-    assert counts[1] == ("throughput (pruned): not surely as fast as #x the seed (required): # [# #]", 12)
 
 
 def test_numbers_as_people_read_them() -> None:

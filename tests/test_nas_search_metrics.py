@@ -119,22 +119,19 @@ def test_a_weighted_mean_of_hits_is_the_balanced_accuracy() -> None:
     weights = image_weights("balanced_accuracy", truth)
     value, _ = score("balanced_accuracy", predicted, truth, 6)
     assert float((weights * (predicted == truth)).mean()) == pytest.approx(value)
+    one = score("balanced_accuracy", [0, 0, 1, 1], [0, 0, 0, 1], 2)  # a class of one image adds no error
+    assert one == pytest.approx(((2 / 3 + 1) / 2, math.sqrt(2 / 9 / 2) / 2))
 
 
-def test_a_class_of_one_image_adds_no_error() -> None:
-    value, error = score("balanced_accuracy", [0, 0, 1, 1], [0, 0, 0, 1], 2)
-    assert value == pytest.approx((2 / 3 + 1) / 2)
-    assert error == pytest.approx(math.sqrt(2 / 9 / 2) / 2)
-
-
-def test_bad_input_is_refused_in_one_line() -> None:
-    with pytest.raises(InputError, match="--metric"):
-        score("accuracy", [0], [0], 2)
-    with pytest.raises(InputError, match="one per image"):
-        score("top1", [0, 1], [0], 2)
-    with pytest.raises(InputError, match="0 to 1"):
-        score("top1", [2], [0], 2)
-    with pytest.raises(InputError, match="at least one image"):
-        score("macro_f1", [0], [-1], 2)
-    with pytest.raises(InputError, match="--metric"):
-        image_weights("f1", [0])
+@pytest.mark.parametrize(
+    ("metric", "predicted", "truth", "want"),
+    [
+        ("accuracy", [0], [0], "--metric"),
+        ("top1", [0, 1], [0], "one per image"),
+        ("top1", [2], [0], "0 to 1"),
+        ("macro_f1", [0], [-1], "at least one image"),
+    ],
+)
+def test_bad_input_is_refused(metric: str, predicted: list[int], truth: list[int], want: str) -> None:
+    with pytest.raises(InputError, match=want):
+        score(metric, predicted, truth, 2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +75,9 @@ def paired(
     _known(metric)
     a, b, true = _labels(classes, predicted_a, predicted_b, truth)
     counts, (true, a, b) = _cells(true, a, b)
-    measure = {"top1": _top1, "balanced_accuracy": _balanced, "macro_f1": _macro_f1}[metric]
+    of: Mapping[str, Callable[..., Floats]]
+    of = {"top1": _top1, "balanced_accuracy": partial(_mean_share, f1=False), "macro_f1": _macro_f1}
+    measure = of[metric]
 
     def difference(counts: Floats) -> Floats:
         return measure(counts, true, a, classes) - measure(counts, true, b, classes)
@@ -125,14 +129,6 @@ def _top1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
     return np.asarray(counts[:, truth == said].sum(axis=1) / counts.sum(axis=1), dtype=np.float64)
 
 
-def _balanced(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
-    return _mean_share(counts, truth, said, classes, f1=False)
-
-
-def _macro_f1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
-    return _mean_share(counts, truth, said, classes, f1=True)
-
-
 def _mean_share(counts: Floats, truth: Ints, said: Ints, classes: int, *, f1: bool) -> Floats:
     """Return the mean over the classes of the truth of recall, or of F1."""
     right = truth == said
@@ -141,6 +137,9 @@ def _mean_share(counts: Floats, truth: Ints, said: Ints, classes: int, *, f1: bo
     above, below = (2 * hits, size + _by_class(counts, said, classes)) if f1 else (hits, size)
     shares = np.where(size > 0, above / np.where(size > 0, below, 1.0), 0.0)
     return np.asarray(shares.sum(axis=1) / (size > 0).sum(axis=1), dtype=np.float64)
+
+
+_macro_f1 = partial(_mean_share, f1=True)
 
 
 def _known(metric: str) -> None:

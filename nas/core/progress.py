@@ -42,31 +42,23 @@ class Console:
 
     def start(self, total: float, unit: str | None = None) -> None:
         """Show the bar, on a terminal; with the pace where `total` is in a `unit` of its own."""
-        self._done = 0.0
         pace = "" if unit is None else "{rate_fmt}, "
-        if self._quiet or not self._stream.isatty():
-            return
-        self._bar = tqdm(
+        self._show(
             total=max(total, 1.0),
-            file=self._stream,
             bar_format="{desc} {percentage:3.0f}%|{bar}| " + pace + "{elapsed}, about {remaining} left",
             unit="" if unit is None else f" {unit}",
             dynamic_ncols=True,
-            leave=False,
             smoothing=0.02 if unit is None else 0.1,  # a start-up counts for less in a pace
         )
 
     def count(self, what: str) -> None:
         """Show a bar for work of unknown length, on a terminal: how many, how fast."""
-        if self._quiet or not self._stream.isatty():
-            return
-        self._bar = tqdm(
-            desc=what,
-            file=self._stream,
-            bar_format="{desc}: {n:.0f}, {rate_fmt}, {elapsed}",
-            unit=" images",
-            leave=False,
-        )
+        self._show(desc=what, bar_format="{desc}: {n:.0f}, {rate_fmt}, {elapsed}", unit=" images")
+
+    def _show(self, **options: Any) -> None:
+        self._done = 0.0
+        if not self._quiet and self._stream.isatty():
+            self._bar = tqdm(file=self._stream, leave=False, **options)
 
     def describe(self, text: str) -> None:
         """Say beside the bar what runs now."""

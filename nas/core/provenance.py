@@ -21,18 +21,13 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Return the commit of this checkout, with `+` when the work tree differs; None elsewhere."""
-    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    asked = (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
     try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        ).stdout.strip()
+        head, changed = (
+            subprocess.run([*git, *what], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for what in asked
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")

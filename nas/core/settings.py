@@ -161,26 +161,26 @@ def check_settings(values: Any) -> None:
         value, about = getattr(values, field.name), field.about
         if value is None and field.optional:
             continue
-        if about.choices and value not in about.choices:
-            raise refuse(field.flag, value, f"one of {', '.join(about.choices)}")
-        if field.kind is bool and not isinstance(value, bool):
-            raise refuse(field.flag, value, "true or false")
-        if field.kind is int:
-            low, high = about.low or 0, about.high
-            want = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or value < low or (high is not None and value > high):
-                raise refuse(field.flag, value, about.want or want)
-        elif field.kind is float:
-            finite = isinstance(value, (int, float)) and math.isfinite(value)
-            want = f"a number >= {about.low}" if about.high is None else f"a number from {about.low} to {about.high}"
-            low = about.low is not None and value < about.low
-            if not finite or low or (about.high is not None and value > about.high):
-                raise refuse(field.flag, value, about.want or want)
-            if about.above is not None and value <= about.above:
-                raise refuse(field.flag, value, about.want or f"a number above {about.above:g}")
-        elif field.kind is tuple and (isinstance(value, str) or not all(isinstance(each, str) for each in value)):
-            raise refuse(field.flag, value, about.want or "a list")
+        legal, want = True, ""
+        if about.choices:
+            legal, want = value in about.choices, f"one of {', '.join(about.choices)}"
+        elif field.kind is bool:
+            legal, want = isinstance(value, bool), "true or false"
+        elif field.kind is tuple:
+            legal = not isinstance(value, str) and all(isinstance(each, str) for each in value)
+            want = "a list"
+        elif field.kind in (int, float):
+            low, high, above = about.low, about.high, about.above
+            what = "an integer" if field.kind is int else "a number"
+            want = f"{what} above {above:g}" if above is not None else f"{what} >= {low or 0}"
+            want = want if high is None else f"{what} from {low or 0} to {high}"
+            kinds = int if field.kind is int else (int, float)
+            legal = isinstance(value, kinds) and not isinstance(value, bool)
+            legal = legal and (field.kind is int or math.isfinite(value))
+            legal = legal and value >= (-math.inf if low is None else low) and (above is None or value > above)
+            legal = legal and (high is None or value <= high)
+        if not legal:
+            raise refuse(field.flag, value, about.want or want)
 
 
 def table_of(cls: type, efforts: tuple[str, ...] = ()) -> str:

@@ -93,8 +93,7 @@ def _cached_fields(cls: type) -> tuple[_Field, ...]:
         kinds = [k for k in get_args(hint) if k is not type(None)] if optional else [hint]
         assert len(kinds) == 1, f"{cls.__name__}.{field.name}: a union has no type in a table"
         assert kinds[0] in _WANT or dataclasses.is_dataclass(kinds[0]), f"{cls}.{field.name}"
-        has_default = field.default is not dataclasses.MISSING
-        found.append(_Field(field.name, kinds[0], optional, has_default))
+        found.append(_Field(field.name, kinds[0], optional, field.default is not dataclasses.MISSING))
     return tuple(found)
 
 

@@ -155,11 +155,11 @@ def _marker(kind: Kind, colour: str) -> dict[str, Any]:
 
 
 def _bars(axes: Axes, point: Point, x: float, by_params: bool, colour: str) -> None:
+    look: dict[str, Any] = {"color": colour, "lw": 0.9, "alpha": 0.6}
     if point.score_lo is not None and point.score_hi is not None:
-        axes.plot([x, x], [point.score_lo, point.score_hi], color=colour, lw=0.9, alpha=0.6)
+        axes.plot([x, x], [point.score_lo, point.score_hi], **look)
     if not by_params and point.speed_lo is not None and point.speed_hi is not None:
-        ends = [point.speed_lo, point.speed_hi]
-        axes.plot(ends, [point.score, point.score], color=colour, lw=0.9, alpha=0.6)
+        axes.plot([point.speed_lo, point.speed_hi], [point.score, point.score], **look)
 
 
 def _style(chart: Chart, left: Axes, right: Axes) -> None:
@@ -251,26 +251,14 @@ def _along_path(axes: Axes, series: Series, by_params: bool) -> list[tuple[float
     return [tuple((a + (b - a) * share / 40).tolist()) for a, b in pairwise(ends) for share in range(41)]
 
 
-_OFFSETS = (
-    (8, 6),
-    (8, -12),
-    (-8, 6),
-    (-8, -12),
-    (0, 12),
-    (0, -18),
-    (14, 0),
-    (-14, 0),
-    (18, 16),
-    (-18, 16),
-    (18, -22),
-    (-18, -22),
-    (28, 0),
-    (-28, 0),
-    (36, 14),
-    (-36, 14),
-    (36, -20),
-    (-36, -20),
+_OFFSETS = tuple(
+    zip(
+        (8, 8, -8, -8, 0, 0, 14, -14, 18, -18, 18, -18, 28, -28, 36, -36, 36, -36),
+        (6, -12, 6, -12, 12, -18, 0, 0, 16, 16, -22, -22, 0, 0, 14, 14, -20, -20),
+        strict=True,
+    )
 )
+"""Points to the right of and above a mark where its name may stand, the first choice first."""
 
 
 def _name_points(axes: Axes, chart: Chart, by_params: bool) -> None:

@@ -16,14 +16,10 @@ PACE = ("speedup", "images_per_s", *LATENCIES)
 
 def requirements_of(config: RunConfig) -> tuple[Requirement, ...]:
     """Return a run's requirements: the short flags first, then `--require` in order."""
-    here, found = bench_setting(config), []
-    if config.min_speedup is not None:
-        found.append(Requirement("speedup", config.min_speedup, here))
-    if config.min_throughput is not None:
-        found.append(Requirement("images_per_s", config.min_throughput, here))
-    for text in config.require:
-        found.append(parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch))
-    return tuple(found)
+    short = (("speedup", config.min_speedup), ("images_per_s", config.min_throughput))
+    found = [Requirement(metric, least, bench_setting(config)) for metric, least in short if least is not None]
+    named = [parse_requirement(r, dtype=config.bench_dtype, batch=config.bench_batch) for r in config.require]
+    return (*found, *named)
 
 
 def bench_setting(config: RunConfig) -> Setting:
@@ -37,11 +33,8 @@ def primary_setting(config: RunConfig) -> Setting:
 
     That of the first requirement on throughput, else the one of the `--bench` flags.
     """
-    for required in requirements_of(config):
-        if required.metric in ("speedup", "images_per_s"):
-            assert required.setting is not None
-            return required.setting
-    return bench_setting(config)
+    required = (r.setting for r in requirements_of(config) if r.metric in ("speedup", "images_per_s"))
+    return next(required, None) or bench_setting(config)
 
 
 def settings_of(config: RunConfig) -> tuple[Setting, ...]:
@@ -78,17 +71,14 @@ def band_at(seed_params: int, config: RunConfig, step: int) -> Band:
 
     The last step's band is the target's own, `target * (1 -+ tolerance)`, cut at a `params<=` requirement.
     """
-    share = step / config.steps
-    centre = seed_params * (config.target_params / seed_params) ** share
-    if step == config.steps:
-        centre = float(config.target_params)
-    tolerance = config.params_tolerance
+    centre, tolerance = float(config.target_params), config.params_tolerance
+    if step < config.steps:
+        centre = seed_params * (config.target_params / seed_params) ** (step / config.steps)
     # The slack keeps float rounding from excluding the user's bound.
     lo = max(1, math.ceil(centre * (1 - tolerance) - 1e-6))
     hi = math.floor(centre * (1 + tolerance) + 1e-6)
     if step == config.steps:
-        most = [r.bound for r in requirements_of(config) if r.metric == "params"]
-        hi = min([hi, *(math.floor(bound) for bound in most)])
+        hi = min([hi, *(math.floor(r.bound) for r in requirements_of(config) if r.metric == "params")])
     return Band(lo=lo, hi=hi)
 
 

@@ -22,7 +22,7 @@ TRY_S = 6
 
 _ADDRESS = "postgresql://USER@HOST:PORT/DATABASE"
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2")
-_RESTORE = "restore the database or start a new run in another folder"
+RESTORE = "restore the database or start a new run in another folder"
 
 
 class StudyUnavailable(InputError):
@@ -70,13 +70,10 @@ def resumed_shared(kept: Any, storage: str | None, run_json: Path) -> SharedStud
             got = f"{given} on a run with a study.db of its own"
             raise refuse("--storage", got, "the run's own setting", "drop --storage")
         return None
-    if not isinstance(kept, Mapping) or not all(isinstance(kept.get(k), str) for k in _KEPT):
+    if not isinstance(kept, Mapping) or not all(isinstance(kept.get(k), str) for k in ("url", "study")):
         raise refuse(f"{run_json}: storage", kept, "the url and the study of a run")
     url, _ = _split_password(kept["url"])
     return SharedStudy(given or url, kept["study"], password, begin=given in (None, url))
-
-
-_KEPT = ("url", "study")
 
 
 def _split_password(text: str) -> tuple[str, str | None]:
@@ -164,7 +161,7 @@ def one_line(where: Path | SharedStudy) -> Iterator[None]:
         lost = isinstance(cause, KeyError)
         if lost or (isinstance(where, Path) and not isinstance(cause, sqlite3.OperationalError)):
             got = "a database without the study" if lost else got
-            raise refuse(str(where), got, "a readable study of this run", _RESTORE) from None
+            raise refuse(str(where), got, "a readable study of this run", RESTORE) from None
         remedy = "end the process that holds it or free the disk, then --resume"
         if isinstance(where, SharedStudy):
             remedy = (
@@ -177,7 +174,7 @@ def one_line(where: Path | SharedStudy) -> Iterator[None]:
 def check_sqlite(path: Path) -> None:
     """Refuse a file that is not a whole SQLite database."""
     if not path.is_file():
-        raise refuse(str(path), "no such file", "the study of a run", _RESTORE)
+        raise refuse(str(path), "no such file", "the study of a run", RESTORE)
     address = f"{path.absolute().as_uri()}?mode=rw"  # SQLite rolls a half-written trial back
     try:
         with contextlib.closing(sqlite3.connect(address, uri=True, timeout=TRY_S)) as connection:
@@ -187,6 +184,6 @@ def check_sqlite(path: Path) -> None:
         if "locked" in str(error):
             with one_line(path):
                 raise
-        raise refuse(str(path), error, "a whole SQLite database", _RESTORE) from None
+        raise refuse(str(path), error, "a whole SQLite database", RESTORE) from None
     if verdict != "ok":
-        raise refuse(str(path), "a damaged database", "a whole SQLite database", _RESTORE)
+        raise refuse(str(path), "a damaged database", "a whole SQLite database", RESTORE)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from nas.core.table import write_table
 from nas.search.constraints import StepBounds
-from nas.search.storage import SharedStudy, check_sqlite, one_line, open_storage, resumed_shared
+from nas.search.storage import RESTORE, SharedStudy, check_sqlite, one_line, open_storage, resumed_shared
 from space.errors import refuse
 
 if TYPE_CHECKING:
@@ -177,10 +177,6 @@ class Study:
         """Every finished step, the first first."""
         return [self._steps[step] for step in sorted(self._steps)]
 
-    def has(self, step: int, key: str) -> bool:
-        """Return whether a candidate of a step is decided."""
-        return (step, key) in self._trials
-
     def failed(self, step: int, key: str, stage: str) -> bool:
         """Return whether a candidate failed at this stage, where it is not tried again.
 
@@ -198,7 +194,7 @@ class Study:
         """
         assert trial.stage in STAGES
         assert trial.state in STATES
-        if self.has(trial.step, trial.key):
+        if (trial.step, trial.key) in self._trials:
             return
         with one_line(self.where):
             self._study.add_trial(_to_optuna(trial, arch, constraints))
@@ -303,10 +299,8 @@ def _to_optuna(trial: Trial, arch: Mapping[str, Any], constraints: Mapping[str, 
 
     flat: dict[str, float] = {}
     for name, value in arch.items():
-        if isinstance(value, (list, tuple)):
-            flat.update({f"{name}[{i}]": v for i, v in enumerate(value)})
-        else:
-            flat[name] = value
+        slots = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, (list, tuple)) else {name: value}
+        flat |= slots
     distributions: dict[str, BaseDistribution] = {
         name: FloatDistribution(0.0, 1024.0) if isinstance(value, float) else IntDistribution(0, 1_000_000)
         for name, value in flat.items()
@@ -329,9 +323,4 @@ def _from_json(cls: type[T], data: Any, where: str) -> T:
         whole = {n for n, value in data.items() if type(value) is int and hints[n] is not str}
         if all(n in whole or isinstance(data[n], hint) for n, hint in hints.items()):
             return cls(**data)
-    raise refuse(
-        where,
-        json.dumps(data)[:80],
-        f"the fields of a {cls.__name__} as this toolkit writes them",
-        "restore the database or start a new run in another folder",
-    )
+    raise refuse(where, json.dumps(data)[:80], f"the fields of a {cls.__name__} as this toolkit writes them", RESTORE)

@@ -9,7 +9,6 @@ import numpy as np
 from nas.search.strategies.encoding import Dimension, decode, dimensions_of
 from nas.search.strategies.strategy import FromSeed, SearchState
 from space.family import Arch
-from space.sampling import nearest, sample_band
 
 MUTATED = 0.1  # probability that a slot of a mutated child is drawn afresh
 PARENTS = 4  # one in so many of a population is a parent
@@ -32,18 +31,13 @@ class Evolution(FromSeed):
 
     def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
         """Return children of the best, or random archs while too few are scored."""
+        if len(state.scored) < _enough(state):
+            return state.sample(number, tried)
         rng = np.random.default_rng(state.derived_seed())
-        parents = _parents(state)
-        if not parents:
-            return sample_band(
-                state.family,
-                state.seed,
-                state.context,
-                state.band,
-                number,
-                random_seed=state.derived_seed(),
-                exclude=tried,
-            )
+        population = sorted(
+            state.scored[-_population(state) :], key=lambda each: (each[0].soft_loss or 0.0, each[0].key)
+        )
+        parents = [arch for _, arch in population[: max(2, len(population) // PARENTS)]]
         dimensions = dimensions_of(state.family, state.seed, state.context)
         codes = [np.array([dimension.index(parent) for dimension in dimensions]) for parent in parents]
         children: dict[str, Arch] = {}
@@ -51,15 +45,8 @@ class Evolution(FromSeed):
             breed = _mutated if len(children) < number // 2 else _crossed
             child = breed(codes, dimensions, rng)
             wanted = {g.name: int(i) for g, i in zip(dimensions, child, strict=True)}
-            arch = nearest(
-                state.family,
-                state.seed,
-                decode(state.family, state.seed, dimensions, wanted),
-                state.context,
-                state.band,
-                random_seed=int(rng.integers(2**32)),
-                exclude={*tried, *children},
-            )
+            values = decode(state.family, state.seed, dimensions, wanted)
+            arch = state.nearest(values, int(rng.integers(2**32)), {*tried, *children})
             if arch is None:
                 break
             children[state.family.key(arch, state.context)] = arch
@@ -82,15 +69,6 @@ def _enough(state: SearchState) -> int:
 def _population(state: SearchState) -> int:
     """Return from how many of the last scored candidates parents are chosen."""
     return max(PARENTS, state.number)
-
-
-def _parents(state: SearchState) -> list[Arch]:
-    """Return the best quarter of the population; none while too few are scored."""
-    if len(state.scored) < _enough(state):
-        return []
-    population = list(state.scored[-_population(state) :])
-    population.sort(key=lambda each: (each[0].soft_loss or 0.0, each[0].key))
-    return [arch for _, arch in population[: max(2, len(population) // PARENTS)]]
 
 
 def _mutated(codes: list[np.ndarray], dimensions: tuple[Dimension, ...], rng: np.random.Generator) -> np.ndarray:

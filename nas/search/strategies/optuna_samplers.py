@@ -14,12 +14,11 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nas.search.strategies.encoding import decode, dimensions_of
 from nas.search.strategies.strategy import FromSeed, SearchState
 from space.family import Arch
-from space.sampling import nearest
 
 if TYPE_CHECKING:
     import optuna
@@ -57,42 +56,33 @@ class Sampled(FromSeed):
         dimensions = dimensions_of(state.family, state.seed, state.context)
         space: dict[str, BaseDistribution] = {g.name: IntDistribution(0, len(g.values) - 1) for g in dimensions}
 
-        def places(arch: Arch) -> dict[str, int]:
-            return {g.name: g.index(arch) for g in dimensions}
+        def known(arch: Arch, **more: Any) -> optuna.trial.FrozenTrial:
+            return create_trial(params={g.name: g.index(arch) for g in dimensions}, distributions=space, **more)
 
         random_seed = state.derived_seed()
         study = optuna.create_study(sampler=self.sampler(random_seed, startup_trials(state)))
         for past, value, constraints in past_trials(state):
-            if self.generational:
-                study.enqueue_trial(places(past))
-                trial = study.ask(space)
-                assert isinstance(study.sampler, optuna.samplers.NSGAIISampler)
-                # A trial with fixed values never reaches the sampler, which would number it.
-                study.sampler.get_trial_generation(study, study.trials[trial.number])
-                for name, violation in constraints.items():
-                    trial.set_constraint(name, violation)
-                study.tell(trial, value)
-            else:
-                study.add_trial(
-                    create_trial(params=places(past), distributions=space, value=value, constraints=dict(constraints))
-                )
+            if not self.generational:
+                study.add_trial(known(past, value=value, constraints=dict(constraints)))
+                continue
+            study.enqueue_trial(known(past, value=value).params)
+            trial = study.ask(space)
+            assert isinstance(study.sampler, optuna.samplers.NSGAIISampler)
+            # A trial with fixed values never reaches the sampler, which would number it.
+            study.sampler.get_trial_generation(study, study.trials[trial.number])
+            for name, violation in constraints.items():
+                trial.set_constraint(name, violation)
+            study.tell(trial, value)
         found: dict[str, Arch] = {}
         while len(found) < number:
             trial = study.ask(space)
             study.tell(trial, state=TrialState.FAIL)  # the moved arch follows
-            arch = nearest(
-                state.family,
-                state.seed,
-                decode(state.family, state.seed, dimensions, trial.params),
-                state.context,
-                state.band,
-                random_seed=random_seed + len(found),
-                exclude={*tried, *found},
-            )
+            values = decode(state.family, state.seed, dimensions, trial.params)
+            arch = state.nearest(values, random_seed + len(found), {*tried, *found})
             if arch is None:
                 break
             found[state.family.key(arch, state.context)] = arch
-            study.add_trial(create_trial(state=TrialState.RUNNING, params=places(arch), distributions=space))
+            study.add_trial(known(arch, state=TrialState.RUNNING))
         return list(found.values())
 
     def describe(self, state: SearchState) -> str:
@@ -108,20 +98,19 @@ def past_trials(state: SearchState) -> list[tuple[Arch, float, Mapping[str, floa
     """
     latest = {trial.key: (trial, arch) for trial, arch in (*state.trials, *state.scored)}
     losses = [trial.soft_loss for trial, _ in state.scored if trial.soft_loss is not None]
-    neutral = math.fsum(losses) / len(losses) if losses else 0.0
     decided = [each for each in latest.values() if each[0].state != "failed"]
     missed = any(trial.violation > 0 for trial, _ in decided)
     found: list[tuple[Arch, float, Mapping[str, float]]] = []
     for trial, arch in decided:
+        value = None
         if trial.violation > 0:
-            value = neutral
-        elif trial.state == "complete" and trial.soft_loss is not None:
+            value = math.fsum(losses) / max(len(losses), 1)
+        elif trial.state == "complete":
             value = trial.soft_loss
         elif trial.stage == "race" and losses:
             value = max(losses)
-        else:
-            continue
-        found.append((arch, value, {"violation": trial.violation} if missed else {}))
+        if value is not None:
+            found.append((arch, value, {"violation": trial.violation} if missed else {}))
     return found
 
 

@@ -6,7 +6,6 @@ from collections.abc import Collection
 
 from nas.search.strategies.strategy import FromSeed, SearchState
 from space.family import Arch
-from space.sampling import sample_band
 
 
 class Random(FromSeed):
@@ -17,6 +16,4 @@ class Random(FromSeed):
 
     def attempt(self, state: SearchState, number: int, tried: Collection[str]) -> list[Arch]:
         """Draw from the band."""
-        return sample_band(
-            state.family, state.seed, state.context, state.band, number, random_seed=state.derived_seed(), exclude=tried
-        )
+        return state.sample(number, tried)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from nas.search.study import Trial
 from space.contractions import Band, Candidate, baselines_in, describe_candidates
 from space.family import Arch, Context, Family
+from space.sampling import nearest, sample_band
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ class SearchState:
         """Return a random seed for this step and draw, in 32 bits."""
         parts = [self.random_seed % 2**64, self.step, self.draw]
         return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+    def sample(self, number: int, exclude: Collection[str]) -> list[Arch]:
+        """Draw different contractions of the seed from the band, each equally likely."""
+        return sample_band(
+            self.family, self.seed, self.context, self.band, number, random_seed=self.derived_seed(), exclude=exclude
+        )
+
+    def nearest(self, values: dict[str, Any], random_seed: int, exclude: Collection[str]) -> Arch | None:
+        """Return the contraction of the seed in the band that is nearest to the values of an arch, or None."""
+        return nearest(
+            self.family, self.seed, values, self.context, self.band, random_seed=random_seed, exclude=exclude
+        )
 
     @property
     def scored(self) -> tuple[tuple[Trial, Arch], ...]:
@@ -96,14 +109,14 @@ class FromSeed(Strategy):
         return self._propose(state, state.exclude | decided) or self._propose(state, state.exclude)
 
     def _propose(self, state: SearchState, tried: frozenset[str]) -> list[Candidate]:
+        family, context = state.family, state.context
         chosen: dict[str, tuple[str | None, Arch]] = {}
         if state.baselines and state.draw == 0:
-            for name, arch in baselines_in(state.family, [state.seed], state.context, state.band):
-                key = state.family.key(arch, state.context)
+            for name, arch in baselines_in(family, [state.seed], context, state.band):
+                key = family.key(arch, context)
                 if key not in tried and len(chosen) < state.number:
                     chosen.setdefault(key, (name, arch))
         number = state.number - len(chosen)
-        if number > 0:
-            for arch in self.attempt(state, number, tried | set(chosen)):
-                chosen[state.family.key(arch, state.context)] = (None, arch)
-        return describe_candidates(state.family, [state.seed], list(chosen.values()), state.context)
+        for arch in self.attempt(state, number, tried | set(chosen)) if number else ():
+            chosen[family.key(arch, context)] = (None, arch)
+        return describe_candidates(family, [state.seed], list(chosen.values()), context)

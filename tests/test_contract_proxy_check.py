@@ -16,7 +16,8 @@ from conftest import SMALL_ARCH
 from safetensors.numpy import save_file
 from scipy import stats
 
-from nas.contract.proxy_check import check_band, check_number, check_proxy, choose_archs, named_archs
+from nas.contract.flags import Session
+from nas.contract.proxy_check import check_band, check_proxy, choose_archs, named_archs
 from nas.contract.run_folder import RunFolder
 from nas.contract.state import Incumbent, Run, Task
 from nas.core.config import RunConfig
@@ -378,5 +379,4 @@ def test_more_archs_than_the_band_holds_are_refused_with_their_number(tmp_path: 
         named_archs(tmp_path, 4)
     for wrong in (2, 1001, True, "8"):
         with pytest.raises(InputError, match="--check-proxy"):
-            check_number(wrong)
-    check_number(None)
+            Session(check_proxy=wrong)  # type: ignore[arg-type]

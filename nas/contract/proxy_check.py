@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nas.contract.flags import LEAST_CHECKED
 from nas.contract.race import with_order
 from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.core.config import RunConfig
@@ -42,8 +43,6 @@ LONGER = 10
 """Epochs of the truth per epoch of the proxy."""
 SEEDS = 3
 """Random seeds of the truth."""
-LEAST, MOST = 3, 1000
-"""Smallest and largest number of archs of a check."""
 ZERO_COST_IMAGES = 64
 
 
@@ -98,13 +97,6 @@ def write_rows(path: Path, rows: Sequence[ProxyCheckRow], **more: str) -> None:
     write_atomic(path, out.getvalue().encode())
 
 
-def check_number(number: object) -> None:
-    """Refuse an invalid number of archs; None is valid and means no check."""
-    valid = number is None or (type(number) is int and LEAST <= number <= MOST)
-    if not valid:
-        raise refuse("--check-proxy", number, f"an integer from {LEAST} to {MOST} (archs to train)")
-
-
 def check_band(number: int | None, config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
     """Refuse a check of more archs than the last band holds; None means no check."""
     if number is None:
@@ -116,7 +108,7 @@ def check_band(number: int | None, config: RunConfig, family: Family, seed: Arch
 
 
 def _too_many(number: int, held: int) -> InputError:
-    remedy = "ask for fewer" if held >= LEAST else "widen --params-tolerance"
+    remedy = "ask for fewer" if held >= LEAST_CHECKED else "widen --params-tolerance"
     return refuse("--check-proxy", number, f"at most {held}, all that the last band holds", remedy)
 
 
@@ -193,9 +185,9 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
             key = run.key(arch)
             failed[key] = f"{run.family.label(arch)}: {reason}"
             run.console.line(f"proxy check: left out, cannot be trained: {failed[key]}")
-        if len(archs) - len(failed) < LEAST:
+        if len(archs) - len(failed) < LEAST_CHECKED:
             left = f"{len(archs) - len(failed)} of {number} archs that can be trained"
-            raise refuse("--check-proxy", left, f"at least {LEAST}", next(iter(failed.values()), ""))
+            raise refuse("--check-proxy", left, f"at least {LEAST_CHECKED}", next(iter(failed.values()), ""))
     archs = [arch for arch in archs if run.key(arch) not in failed]
     *truth, short, hard = ([losses_of(each.folder(arch), config.metric) for arch in archs] for each in trainings)
     scores: dict[str, tuple[npt.ArrayLike, float | None]] = {

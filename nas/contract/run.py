@@ -7,7 +7,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,10 @@ from nas.contract.checks import (
     with_steps,
 )
 from nas.contract.final import RunProgress, finish, read_result, write_result
+from nas.contract.flags import Session
 from nas.contract.models import write_milestone
 from nas.contract.plan import Plan, make_plan, plan_text
-from nas.contract.proxy_check import check_band, check_number, check_proxy_in_time, named_archs
+from nas.contract.proxy_check import check_band, check_proxy_in_time, named_archs
 from nas.contract.race import race
 from nas.contract.replay import (
     describe_reuse,
@@ -48,13 +49,11 @@ from nas.contract.run_folder import RunFolder, default_folder
 from nas.contract.seed import best_so_far, expected_cost, prepare_seed, print_config, remove_intermediate_weights
 from nas.contract.state import Incumbent, Run
 from nas.contract.step import begin_step, end_step, meets_requirements, propose, rank, select, stuck_message
-from nas.core.cli import default_cache
 from nas.core.config import parse_count
-from nas.core.executor_config import ExecutorConfig
 from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.jobs.executor import make_executor
-from nas.jobs.queue import Executor, OutOfTime
+from nas.jobs.queue import OutOfTime
 from nas.measure.device_table import write_rows
 from nas.measure.measurement_table import read_measurements
 from nas.report import write_report
@@ -77,37 +76,6 @@ class RunResult:
     message: str
     folder: Path
     result: Mapping[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Session:
-    """The options of one process; none changes a run's result.
-
-    After `max_hours` the run stops; `storage` is the address of a PostgreSQL database for the study, in place of a
-    `study.db` in the folder; `check_proxy` archs are trained longer afterwards, for a report on how far the scores can
-    be trusted; `final_measurements` are the finalists as measured on another device; `executor` replaces the one that
-    `executor_config` describes.
-    """
-
-    cache_dir: str | Path | None = None
-    max_hours: float | None = None
-    storage: str | None = None
-    check_proxy: int | None = None
-    final_measurements: str | Path | None = None
-    executor_config: ExecutorConfig = field(default_factory=ExecutorConfig)
-    executor: Executor | None = None
-    quiet: bool = True
-    console: Console | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_hours is not None and not 0 < self.max_hours < 1e6:
-            raise refuse("--max-hours", self.max_hours, "a number of hours above 0")
-        check_number(self.check_proxy)
-
-    @property
-    def cache(self) -> Path:
-        """The folder of datasets, teachers, labels and seeds."""
-        return default_cache() if self.cache_dir is None else Path(self.cache_dir)
 
 
 def contract(

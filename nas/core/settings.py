@@ -171,9 +171,10 @@ def check_settings(values: Any) -> None:
             want = "a list"
         elif field.kind in (int, float):
             low, high, above = about.low, about.high, about.above
+            low = 0 if low is None and field.kind is int else low
             what = "an integer" if field.kind is int else "a number"
-            want = f"{what} above {above:g}" if above is not None else f"{what} >= {low or 0}"
-            want = want if high is None else f"{what} from {low or 0} to {high}"
+            want = f"{what} above {above:g}" if above is not None else f"{what} >= {low}"
+            want = want if high is None else f"{what} from {low} to {high}"
             kinds = int if field.kind is int else (int, float)
             legal = isinstance(value, kinds) and not isinstance(value, bool)
             legal = legal and (field.kind is int or math.isfinite(value))

@@ -82,30 +82,28 @@ def outcome_text(run: RunFiles) -> str:
     return " ".join(lines + _comparison_words(final))
 
 
-def report(run: RunFiles, *, figure: bool = True) -> str:
+def report(run: RunFiles) -> str:
     """Write the whole report in Markdown."""
-    config = run.config
     status = run.result.get("status", "unfinished")
-    target = number(config, "target_params")
-    parts = [f"# {run.seed_name} to {short_count(target)} parameters: {status}"]
-    parts.append(f"**Asked.** {question_text(run)}\n\n**Came out.** {outcome_text(run)}")
-    parts.append(f"Throughput was measured on: {_device(run)}.")
-    parts.append("## Result\n\n" + markdown(FINAL_HEADER, final_rows(run)))
-    parts.append(_treatment(run))
-    if figure:
-        parts.append("![Score against parameters and throughput](pareto.png)")
-    parts.append("## Steps\n\n" + _or_none(markdown(STEPS_HEADER, step_rows(run)), run.steps))
-    rows = lineage_rows(run)
-    parts.append("## Lineage\n\n" + _or_none(markdown(LINEAGE_HEADER, rows), rows))
-    stops = stop_counts(run)
-    table = markdown(("where and why", "candidates"), [[k, str(n)] for k, n in stops])
-    parts.append("## Where candidates stopped\n\n" + _or_none(table, stops))
+    lineage, stops = lineage_rows(run), stop_counts(run)
+    counts = markdown(("where and why", "candidates"), [[k, str(n)] for k, n in stops])
+    parts = [
+        f"# {run.seed_name} to {short_count(number(run.config, 'target_params'))} parameters: {status}",
+        f"**Asked.** {question_text(run)}\n\n**Came out.** {outcome_text(run)}",
+        f"Throughput was measured on: {_device(run)}.",
+        "## Result\n\n" + markdown(FINAL_HEADER, final_rows(run)),
+        _treatment(run),
+        "![Score against parameters and throughput](pareto.png)",
+        "## Steps\n\n" + _or_none(markdown(STEPS_HEADER, step_rows(run)), run.steps),
+        "## Lineage\n\n" + _or_none(markdown(LINEAGE_HEADER, lineage), lineage),
+        "## Where candidates stopped\n\n" + _or_none(counts, stops),
+    ]
     if run.best:
         parts.append("## Loading the model\n\nInside this folder; it needs timm and safetensors only.\n\n" + LOAD)
     if (run.folder / "models.csv").exists():
         parts.append(
-            "The best of every step is a model of its own, too: `models.csv` lists them with size, "
-            "throughput and score; each file in `models/` loads as above."
+            "The best of every step is a model of its own, too: `models.csv` lists them with size, throughput and "
+            "score; each file in `models/` loads as above."
         )
     parts.append("## How far to trust this\n\n" + "\n".join(f"- {c}" for c in caveats(run)))
     parts.append("## Next\n\n```sh\n" + "\n".join(next_commands(run)) + "\n```")
@@ -144,18 +142,17 @@ def status_lines(run: RunFiles) -> str:
 def next_commands(run: RunFiles) -> tuple[str, ...]:
     """Return the commands that make most sense after this run, the first first."""
     config, status, quote = run.config, run.result.get("status"), shlex.quote
-    folder = quote(str(run.folder))
-    resume = f"python -m nas.contract --resume {folder}"
+    folder, contract = quote(str(run.folder)), "python -m nas.contract"
+    family = str(config.get("family", RunConfig.family))
+    again = contract if family == RunConfig.family else f"{contract} --family {quote(family)}"
     target = number(config, "target_params") or 0
     if status == "reached":
         data = f"--data {quote(str(config.get('data', 'digits')))}"
         if config.get("img_size"):
             data += f" --img-size {config['img_size']}"
         out, trained = (quote(f"{run.folder.name}-{end}") for end in ("timm", "trained"))
-        further = (
-            f"python -m nas.contract{_family(config)} --seed {quote(str(run.folder / 'best.json'))}"
-            f" --target-params {short_count(target * 0.8)} {data}"
-        )
+        best = quote(str(run.folder / "best.json"))
+        further = f"{again} --seed {best} --target-params {short_count(target * 0.8)} {data}"
         if config.get("teacher", "auto") != "auto":
             further += f" --teacher {quote(str(config['teacher']))}"
         return (
@@ -163,26 +160,14 @@ def next_commands(run: RunFiles) -> tuple[str, ...]:
             f"python -m nas.train --arch {folder} {data} --init {folder}/best.safetensors --out {trained}",
             further,
         )
-    show = f"python -m nas.contract --status {folder}"
-    if status == "unverified":
-        return f"{resume} --final-measurements finalists.csv", show
     if status == "stuck":
-        again = (
-            f"python -m nas.contract{_family(config)} --seed "
-            f"{quote(str(config.get('seed', '21M')))} --target-params {short_count(target)} "
-            "--effort high"
-        )
-        bound = number(config, "min_speedup")
+        seed, bound = quote(str(config.get("seed", "21M"))), number(config, "min_speedup")
+        again += f" --seed {seed} --target-params {short_count(target)} --effort high"
         if bound is not None:
             again += f" --min-speedup {1 + (bound - 1) / 2:.3g}"
         return again, f"python -m benchmarks.pareto {folder}"
-    return resume, show
-
-
-def _family(config: Mapping[str, Any]) -> str:
-    """Return the flag that names the family, where it is not the default."""
-    name = str(config.get("family", RunConfig.family))
-    return "" if name == RunConfig.family else f" --family {shlex.quote(name)}"
+    more = " --final-measurements finalists.csv" if status == "unverified" else ""
+    return f"{contract} --resume {folder}{more}", f"{contract} --status {folder}"
 
 
 def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
@@ -201,71 +186,57 @@ def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
 
 def caveats(run: RunFiles) -> list[str]:
     """Return the limits of the results that a reader should know."""
-    config = run.config
-    images = run.holdout_images
+    config, images, result = run.config, run.holdout_images, run.result
     epochs, init = config.get("proxy_epochs"), config.get("proxy_init")
     short = counted(epochs, "epoch") if epochs else "a short distillation"
     start = {"inherit": ", from the parent's sliced weights", "scratch": ", from scratch"}
     lines = [
         f"A proxy score is the soft loss after {short}{start.get(str(init), '')}, on "
-        f"{images if images is not None else 'the'} holdout images that the search chose by. It "
-        "ranks candidates; it is not accuracy, and the winner's is flattered by being chosen."
+        f"{images if images is not None else 'the'} holdout images that the search chose by. It ranks candidates; it "
+        "is not accuracy, and the winner's is flattered by being chosen."
     ]
     distill = config.get("distill", "sparse")
     if distill != "sparse":
         lines.append(
-            f"Trainings learned half from the true labels and half from the teacher (`--distill "
-            f"{distill}`); scores are the soft loss against the teacher's labels all the same."
+            f"Trainings learned half from the true labels and half from the teacher (`--distill {distill}`); scores "
+            "are the soft loss against the teacher's labels all the same."
         )
-    trusted = section(run.result, "proxy_check").get("message")
-    if trusted:
-        lines.append(f"Put to the test (`proxy_check.csv`): {trusted}.")
-    reused = section(run.result, "reused").get("message")
-    if reused:
-        lines.append(f"A replay: {reused}.")
+    for part, what in (("proxy_check", "Put to the test (`proxy_check.csv`)"), ("reused", "A replay")):
+        message = section(result, part).get("message")
+        lines += [f"{what}: {message}."] if message else []
     teacher = section(run.run, "dataset").get("labelled_by")
     if teacher is not None:
         lines.append(
-            f"The images have no ground truth: their classes are those that {teacher} sees, and "
-            "every top-1 here means agreement with it."
+            f"The images have no ground truth: their classes are those that {teacher} sees, and every top-1 here means "
+            "agreement with it."
         )
-    final = section(run.result, "final")
-    tested = number(section(final, "winner"), "test_n")
+    tested = number(section(section(result, "final"), "winner"), "test_n")
     if tested:
         half = 196 * (0.25 / tested) ** 0.5
         lines.append(
-            f"Test top-1 rests on {tested:.0f} images: counting alone leaves +-{half:.1f} points "
-            "at worst (95 %), and one random seed of training stands behind each model."
+            f"Test top-1 rests on {tested:.0f} images: counting alone leaves +-{half:.1f} points at worst (95 %), and "
+            "one random seed of training stands behind each model."
         )
-    twice = _twice(run.result)
+    twice = []
+    for one in result.get("finalists") or ():
+        first, again = number(one, "soft_loss"), number(one, "soft_loss_again")
+        if first is not None and again is not None:
+            twice.append(f"`{one.get('key', '?')}` {first:.4f} and {again:.4f}")
     if twice:
         lines.append(
-            "Soft loss of the finalists, and from a second random seed (without epochs that a race "
-            f"gave to the first): {'; '.join(twice)}."
+            "Soft loss of the finalists, and from a second random seed (without epochs that a race gave to the first): "
+            f"{'; '.join(twice)}."
         )
-    lines += [
-        "A throughput holds for the stated device, batch, dtype and resolution only. Its interval "
-        "is distribution-free with about 95 %, and wider where neighbouring blocks resemble each "
-        "other; slow drifts of a shared machine cancel in the ratio, not in images/s. Of many "
-        "candidates timed, those that just passed did so with some luck: the final timing is "
-        "afresh.",
-        f"One random seed ({config.get('random_seed', '?')}) decided shortlists and training"
-        + (", a second one among the finalists too. " if twice else ". ")
-        + "Another may end elsewhere.",
+    second = ", a second one among the finalists too" if twice else ""
+    return [
+        *lines,
+        "A throughput holds for the stated device, batch, dtype and resolution only. Its interval is distribution-free "
+        "with about 95 %, and wider where neighbouring blocks resemble each other; slow drifts of a shared machine "
+        "cancel in the ratio, not in images/s. Of many candidates timed, those that just passed did so with some luck: "
+        "the final timing is afresh.",
+        f"One random seed ({config.get('random_seed', '?')}) decided shortlists and training{second}. Another may end "
+        "elsewhere.",
     ]
-    return lines
-
-
-def _twice(result: Mapping[str, Any]) -> list[str]:
-    """Return both losses of each finalist that was trained from a second random seed."""
-    listed = result.get("finalists")
-    found = []
-    for one in listed if isinstance(listed, list) else []:
-        if isinstance(one, Mapping):
-            first, again = number(one, "soft_loss"), number(one, "soft_loss_again")
-            if first is not None and again is not None:
-                found.append(f"`{one.get('key', '?')}` {first:.4f} and {again:.4f}")
-    return found
 
 
 def _winner_words(run: RunFiles, winner: Mapping[str, Any]) -> str:
@@ -296,21 +267,17 @@ def _comparison_words(final: Mapping[str, Any]) -> list[str]:
     difference, lo, hi = (number(paired, name) for name in ("difference", "lo", "hi"))
     if not published or difference is None or lo is None or hi is None:
         return words
-    name = published.get("name", "arch")
+    beside = f"the published {published.get('name', 'arch')}"
     span = f"{100 * difference:+.1f} points [{100 * lo:+.1f}, {100 * hi:+.1f}]"
-    if lo > 0:
-        verdict = f"the winner is better than the published {name}"
-    elif hi < 0:
-        verdict = f"the winner is worse than the published {name}"
+    if lo > 0 or hi < 0:
+        verdict = f"the winner is {'better' if lo > 0 else 'worse'} than {beside}"
     elif lo == hi:
-        verdict = (
-            f"the winner and the published {name} were right on the very same images, which says little about others"
-        )
+        verdict = f"the winner and {beside} were right on the very same images, which says little about others"
     else:
         visible = 50 * (hi - lo) * POWER_80
         verdict = (
-            f"no difference from the published {name} that this test could see (it would find one "
-            f"of {visible:.1f} points four times in five)"
+            f"no difference from {beside} that this test could see (it would find one of {visible:.1f} points four "
+            "times in five)"
         )
     by = "" if final.get("metric", "top1") == "top1" else f" by {metric_name(final)}"
     return [*words, f"Paired over the test images{by}, winner less published: {span}: {verdict}."]
@@ -329,9 +296,9 @@ def _treatment(run: RunFiles) -> str:
     start = final.get("init") or run.config.get("proxy_init")
     how = {"inherit": "from the seed's sliced weights", "scratch": "from scratch"}
     return (
-        f"Winner and published arch had the same treatment ({counted(epochs, 'epoch')}, "
-        f"{how.get(str(start), start)}), and the test set was used once for each. `x seed` is the "
-        "throughput ratio to the seed, timed in alternating blocks."
+        f"Winner and published arch had the same treatment ({counted(epochs, 'epoch')}, {how.get(str(start), start)}), "
+        "and the test set was used once for each. `x seed` is the throughput ratio to the seed, timed in alternating "
+        "blocks."
     )
 
 

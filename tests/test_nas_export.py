@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,16 @@ CTX = Context(48, 3)
 VIT: dict[str, Any] = {**SMALL_VIT, "embed_dim": 64, "head_dim": 32}
 VIT |= {"patch_size": 16, "dist_token": True}
 CLASSES = ["cat", "dög", "a|b"]
+PREPROCESSING = {"crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
 
 
-def write_run(folder: Path, family_name: str, arch_dict: dict[str, Any]) -> Path:
+def write_run(
+    folder: Path,
+    family_name: str,
+    arch_dict: dict[str, Any],
+    classes: Sequence[str] = CLASSES,
+    preprocessing: Mapping[str, Any] = PREPROCESSING,
+) -> Path:
     """A run's folder, as far as an export reads it, with weights that are nobody's defaults."""
     family = get_family(family_name)
     arch = family.arch(arch_dict)
@@ -70,11 +77,9 @@ def write_run(folder: Path, family_name: str, arch_dict: dict[str, Any]) -> Path
             **{"runtime": "eager", "dtype": "float32", "batch": 16},
             **{"threads": 2, "device": "cpu", "fingerprint": "abc"},
         },
-        "preprocessing": {
-            **{"crop_pct": 1.0, "interpolation": "bicubic", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
-        },
+        "preprocessing": preprocessing,
     }
-    record = model_json(family, arch, CTX, classes=CLASSES, **values)  # type: ignore[arg-type]
+    record = model_json(family, arch, CTX, classes=classes, **values)  # type: ignore[arg-type]
     (folder / "best.json").write_text(json.dumps(record))
     data = {"seed": "21M", "target_params": 5_000_000, "data": "/data/pets"}
     config = {**data, "strategy": "contraction", "random_seed": 7}
@@ -116,7 +121,12 @@ def alone(script: str, *arguments: str, cwd: Path) -> str:
 
 def test_timm_alone_loads_the_folder_and_says_the_same(run: Path, tmp_path: Path) -> None:
     assert main([str(run), "--to", "timm", "--out", str(tmp_path / "model")]) == 0
-    assert {p.name for p in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "class_map.txt",
+        "README.md",
+    }
     torch.save(images(), tmp_path / "x.pt")
     said = alone(
         "import json, timm, torch\n"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nas.export.saved_model import SavedModel
 
-WRITTEN = {"config.json", "model.safetensors", "README.md"}
+WRITTEN = {"config.json", "model.safetensors", "class_map.txt", "README.md"}
 """The files of an exported folder; a folder with any other file is not overwritten."""
 TOLERANCE = 1e-4
 FUSED_TOLERANCE = 1e-5
@@ -44,6 +44,7 @@ def build_parser() -> Parser:
     add("--to", required=True, choices=("timm", "onnx", "torch"), help="the form")
     add("--out", required=True, metavar="PATH", help="a folder (timm), FILE.onnx, FILE.pt2 (torch)")
     add("--fused", action="store_true", help="fold batch norms into their convolutions (not timm)")
+    add("--opset", type=int, metavar="N", help="onnx: of the file")
     add("--batch", type=int, default=BATCH, help=f"images a pass when timing ({BATCH})")
     add("--no-measure", dest="measure", action="store_false", help="onnx: do not time the file")
     add("--json", action="store_true", help="end with one line of JSON")
@@ -58,6 +59,8 @@ def _check_out(given: argparse.Namespace) -> Path:
         raise refuse("--out", given.out, f"a file that ends in {suffix}")
     if given.to == "timm" and given.fused:
         raise refuse("--fused", "with --to timm", "onnx or torch", "timm has no such network")
+    if given.opset is not None and given.to != "onnx":
+        raise refuse("--opset", f"with --to {given.to}", "--to onnx")
     if given.batch < 1:
         raise refuse("--batch", given.batch, "an integer >= 1")
     if not out.parent.is_dir():
@@ -120,7 +123,7 @@ def _export(given: argparse.Namespace, saved: SavedModel, out: Path) -> dict[str
         network = saved.build()
         result["folded"] = fuse_batch_norms(network, images[:2])
         result["folding_difference"] = _difference(model, network, images, FUSED_TOLERANCE)
-    again = _onnx(network, images, out) if given.to == "onnx" else _program(network, images, out)
+    again = _onnx(saved, network, images, out, given.opset) if given.to == "onnx" else _program(network, images, out)
     return {**result, "difference": _difference(model, again, images, TOLERANCE)}
 
 
@@ -131,7 +134,9 @@ def _read_timm(out: Path) -> Callable[[Tensor], Tensor]:
     return network
 
 
-def _onnx(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], Tensor]:
+def _onnx(
+    saved: SavedModel, network: nn.Module, images: Tensor, out: Path, opset: int | None
+) -> Callable[[Tensor], Tensor]:
     try:
         import onnx  # noqa: F401
         import onnxruntime
@@ -141,10 +146,18 @@ def _onnx(network: nn.Module, images: Tensor, out: Path) -> Callable[[Tensor], T
         raise refuse("--to", "onnx", "onnx, onnxscript and onnxruntime", remedy) from error
     import torch
 
-    from nas.export.onnx import export_onnx
+    from nas.export.onnx import OPSET, export_onnx, metadata_of, opsets
 
-    export_onnx(network, images, out, any_batch=True)
-    session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    served = opsets()
+    want = f"{served[0]} to {served[-1]}, which the installed exporter writes"
+    if opset is not None and opset not in served:
+        raise refuse("--opset", opset, want)
+    export_onnx(network, images, out, any_batch=True, opset=opset or OPSET, metadata=metadata_of(saved))
+    try:
+        session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has its own kinds
+        got = f"{opset or OPSET}, which ONNX Runtime {onnxruntime.__version__} does not run ({type(error).__name__})"
+        raise refuse("--opset", got, want, "try a lower one") from error
     return lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
 
@@ -198,6 +211,12 @@ def _print_result(result: dict[str, Any]) -> None:
             f"ONNX Runtime: {pace['images_per_s']:.1f} images/s [{pace['images_per_s_lo']:.1f}, "
             f"{pace['images_per_s_hi']:.1f}] at batch {pace['batch']}, {pace['ratio']:.2f} "
             f"[{pace['ratio_lo']:.2f}, {pace['ratio_hi']:.2f}] times eager"
+        )
+    if result["to"] == "onnx":
+        from nas.export.onnx import RECIPE
+
+        print(
+            f"the class of an image, with Pillow, numpy and ONNX Runtime:\n{RECIPE.format(file=result['out'])}", end=""
         )
     if result["to"] == "timm":
         print(f'load it with: timm.create_model("local-dir:{result["out"]}", pretrained=True)')

@@ -26,19 +26,41 @@ maps = backbone(images)   # strides: {strides}; channels: {channels}
 ```"""
 
 
+TIMM_VALIDATION = """\
+timm's own validation script sorts class folders by another rule (1, 2, 10), so it is given the order of the classes:
+`python validate.py --model local-dir:{folder} --pretrained --class-map {folder}/class_map.txt --data-dir IMAGES`
+(with `--input-key ".jpg;.png;.webp"` for files of other endings than .jpg, .jpeg and .png, which it leaves out)"""
+
+TRANSFORMERS = """\
+```python
+from transformers import pipeline
+print(pipeline("image-classification", model="{folder}")("photo.jpg"))
+```"""
+
+CLASS_MAP = "class_map.txt"
+_OWN = {
+    *("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std"),
+    *("num_classes", "first_conv", "classifier", "custom_load"),
+}
+"""What is written of timm's description of the model's name; the rest (tag, license, paper) is of other weights."""
+
+
 def export_timm(saved: SavedModel, out: Path) -> Path:
-    """Write config.json, model.safetensors and README.md (the model card) in a new folder `out`."""
+    """Write config.json, model.safetensors, class_map.txt and README.md (the model card) in a new folder `out`."""
     from timm.models import save_for_hf
 
     out.mkdir()
     _, kwargs = saved.timm_call
     model = saved.build()
-    save_for_hf(
-        model, str(out), model_config={"label_names": saved.classes}, model_args=kwargs, safe_serialization=True
-    )
+    names = {"label_names": saved.classes}
+    save_for_hf(model, str(out), model_config=names, model_args=kwargs, safe_serialization=True)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    config["pretrained_cfg"] |= saved.preprocessing
+    described = {k: v for k, v in config["pretrained_cfg"].items() if k in _OWN}
+    config["pretrained_cfg"] = {**described, **saved.preprocessing, "pool_size": None}
+    # timm and transformers take the number of classes from the root; transformers refuses a second one.
+    del config["model_args"]["num_classes"]
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (out / CLASS_MAP).write_text("".join(f"{name}\n" for name in saved.classes), encoding="utf-8")
     (out / "README.md").write_text(card(saved, model, out), encoding="utf-8")
     return out
 
@@ -53,7 +75,7 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
         "---",
         "library_name: timm",
         "pipeline_tag: image-classification",
-        "tags: [image-classification, timm]",
+        "tags: [image-classification, timm, transformers]",
         "---",
         f"# {saved.family.label(saved.arch)}",
         "",
@@ -65,6 +87,12 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
         "## A prediction",
         "",
         USAGE.format(folder=out.name),
+        "",
+        "With transformers:",
+        "",
+        TRANSFORMERS.format(folder=out.name),
+        "",
+        TIMM_VALIDATION.format(folder=out.name),
         "",
         "## As a backbone",
         "",

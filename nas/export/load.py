@@ -33,6 +33,7 @@ _PICKLED = (".pt", ".pth", ".bin", ".tar", ".ckpt")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _IN_FOLDER = ("model.safetensors", "best.safetensors", "weights.safetensors")
+_CONFIG = "timm's config.json of a model"
 _OF_RUN = ("best.json", "run.json", "train.json")
 
 
@@ -53,6 +54,11 @@ class NamedNetwork:
     def origin(self) -> str:
         """The file that the arch is read from, or the name."""
         return self.name
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of the classes of its head, in order; None where it carries none. Raises InputError."""
+        return None
 
     def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
         """Return the arch, of `family` unless a file names its own."""
@@ -125,6 +131,13 @@ class SavedNetwork(NamedNetwork):
     def origin(self) -> str:
         return str(self._json().resolve())
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        path = self._json()
+        value = read_json(path, "a model's JSON") if path.is_file() else None
+        names = value.get("classes") if isinstance(value, dict) else None
+        return tuple(map(str, names)) if isinstance(names, list) else None
+
     def _json(self) -> Path:
         if not self.path.is_dir() or (self.path / "best.json").is_file():
             return self.path / "best.json" if self.path.is_dir() else self.path
@@ -160,26 +173,43 @@ class HubFolder(NamedNetwork):
     def fits(self) -> bool:
         return (self.path / "config.json").is_file()
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        config = self.config()
+        names = next((at["label_names"] for at in (config, _preprocessing_of(config)) if at.get("label_names")), None)
+        if names is None:
+            return None
+        if isinstance(names, dict):  # by the number of the class
+            names = [names.get(str(number)) for number in range(len(names))]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise refuse(self.flag, f"{self.path / 'config.json'}: label_names", "a name for each class in order")
+        if len(names) != config.get("num_classes", len(names)):
+            raise refuse(self.flag, f"{len(names)} label_names in {self.path}", f"num_classes: {config['num_classes']}")
+        return tuple(names)
+
+    def config(self) -> dict[str, Any]:
+        """Read `config.json`. Raises InputError."""
+        config = read_json(self.path / "config.json", _CONFIG)
+        if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+            raise refuse(self.flag, self.path, "a config.json naming an architecture", "see timm's hub")
+        return config
+
     def weights(self) -> State:
         return _load_folder(self)
 
     def teacher(self) -> NetSource:
         from nas.export.teacher_net import build_teacher_net, net_source
 
-        path, what = self.path / "config.json", "timm's config.json of a model"
-        config = read_json(path, what)
-        name = config.get("architecture") if isinstance(config, dict) else None
-        if not isinstance(name, str):
-            raise refuse(self.flag, self.path, "a config.json naming an architecture", "see timm's hub")
-        state = self.weights()
+        path, config, state = self.path / "config.json", self.config(), self.weights()
+        name = config["architecture"]
         try:
-            preprocess = {**config, **(config.get("pretrained_cfg") or {})}
+            preprocess = {**config, **_preprocessing_of(config)}
             classes = int(preprocess.get("num_classes", 0)) or 1
             given = config.get("model_args") or {}
             source = net_source(name, given, state, classes, preprocess)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             got = f"{path} ({type(error).__name__}: {error})"
-            raise refuse(self.flag, got, what, "see timm's hub") from None
+            raise refuse(self.flag, got, _CONFIG, "see timm's hub") from None
         build_teacher_net(source, classes)
         return source
 
@@ -311,6 +341,12 @@ def find_network(name: str | Path, flag: str) -> NamedNetwork:
         return next(named for named in (form(str(name), flag) for form in FORMS) if named.fits())
     except OSError as error:  # no file may have such a long name, say
         raise refuse(flag, name, "the name of a network", error.strerror or "") from None
+
+
+def _preprocessing_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config.json with the preprocessing; empty where there is none."""
+    found = config.get("pretrained_cfg") or {}
+    return found if isinstance(found, dict) else {}
 
 
 def _load_folder(named: NamedNetwork) -> State:

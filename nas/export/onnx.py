@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,62 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from nas.export.saved_model import SavedModel
+from space.errors import refuse
+
 Images = npt.NDArray[np.float32]
 
 OPSET = 20
 """Old enough for the runtimes of deployed boards (ONNX Runtime 1.17 and later)."""
 
+RECIPE = """\
+import json, numpy as np, onnxruntime; from PIL import Image
+net = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"]); about = \
+net.get_modelmeta().custom_metadata_map; size, side, mean, std, classes = (json.loads(about[name]) \
+for name in ("img_size", "resize", "mean", "std", "classes"))
+image = Image.open("photo.jpg").convert("RGB"); image = image.resize([side * n // min(image.size) for n in \
+image.size], Image.Resampling[about["interpolation"].upper()]); image = image.crop([round((n - size) / 2) + more \
+for more in (0, size) for n in image.size])
+best = net.run(None, {{"images": np.float32((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)[None]}})[0]\
+.argmax(); print(classes[best] if classes else best)
+"""
+"""Three lines that name the class of an image file as evaluation does; `{file}` is the ONNX file."""
 
-def export_onnx(model: nn.Module, images: Tensor, target: Path, *, any_batch: bool = False) -> Path:
+
+def opsets() -> range:
+    """Return the opsets that the installed exporter writes; asked for others, it writes another one without a word."""
+    from onnxscript.version_converter import _version_converter as converter
+
+    ends = (getattr(converter, f"SUPPORTED_{end}_ONNX_OPSET", OPSET) for end in ("MIN", "MAX"))
+    lowest, highest = ends
+    return range(int(lowest), int(highest) + 1)
+
+
+def metadata_of(saved: SavedModel) -> dict[str, str]:
+    """Return what an ONNX file carries of its model: names and plain text, numbers and lists as JSON."""
+    seen, context = saved.preprocessing, saved.context
+    values = {
+        "classes": saved.classes,
+        "img_size": context.img_size,
+        "resize": math.floor(context.img_size / seen["crop_pct"]),
+        **{name: seen[name] for name in ("mean", "std", "crop_pct")},
+        "params": saved.family.count_params(saved.arch, context),
+        "arch": saved.family.to_dict(saved.arch),
+    }
+    plain = {"interpolation": str(seen["interpolation"]), "family": saved.family.name}
+    plain |= {"version": version("vision-contraction"), "producer": "vision-contraction"}
+    return {**{name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}, **plain}
+
+
+def export_onnx(
+    model: nn.Module,
+    images: Tensor,
+    target: Path,
+    *,
+    any_batch: bool = False,
+    opset: int = OPSET,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Write a network in eval mode as `target`, for images of exactly this shape `[n, c, h, w]`.
 
     With `any_batch` the number of images is left open (two or more are given). The input is called
@@ -35,13 +87,17 @@ def export_onnx(model: nn.Module, images: Tensor, target: Path, *, any_batch: bo
             model,
             (images,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=open_batch,
             verbose=False,
         )
         assert program is not None
+        written = program.model.opset_imports.get("")
+        if written != opset:
+            raise refuse("--opset", f"{opset}, and a file of opset {written}", "an opset that the exporter writes")
+        program.model.metadata_props.update(metadata or {})
         program.save(str(aside), external_data=False)
     aside.replace(target)
     return target

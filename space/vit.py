@@ -90,8 +90,8 @@ def _net(a: VitArch, ctx: Context) -> VitNet:
 class Vit(Family):
     """ViT (arXiv 2010.11929) and DeiT (arXiv 2012.12877): equal blocks of full attention.
 
-    Counts follow timm 1.0.31 to the parameter; MACs are those of torch's FlopCounterMode / 2. The
-    classes are read off the class token; with a distillation token off the mean of both heads.
+    Counts follow timm 1.0.31 to the parameter; MACs are those of torch's FlopCounterMode / 2. The classes are read off
+    the class token; with a distillation token off the mean of both heads.
     """
 
     name = "vit"

@@ -65,8 +65,8 @@ THIRD = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Parser:
-    """A reader: `read(data, folder)` has the bytes and a scratch folder of its own, and returns a
-    value or raises InputError. `seeds` returns valid inputs."""
+    """A reader: `read(data, folder)` has the bytes and a scratch folder of its own, and returns a value or raises
+    InputError. `seeds` returns valid inputs."""
 
     name: str
     seeds: Callable[[], list[bytes]]

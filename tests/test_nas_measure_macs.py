@@ -20,9 +20,9 @@ from space import Context, get_family
 def flop_counter_macs(model: nn.Module, ctx: Context) -> int:
     """Count the multiply-adds of one image by torch's dispatcher, on the meta device.
 
-    Independent of fvcore's trace: it sees the operators that run. Attention is forced to its plain
-    form, whose two matrix products the counter sees whatever kernel the device would have chosen.
-    It passes silently over operators that it does not know, so it is a second oracle, not a judge.
+    Independent of fvcore's trace: it sees the operators that run. Attention is forced to its plain form, whose two
+    matrix products the counter sees whatever kernel the device would have chosen. It passes silently over operators
+    that it does not know, so it is a second oracle, not a judge.
     """
     own = private_copy(model, "meta")
     inputs = torch.zeros(1, ctx.in_chans, ctx.img_size, ctx.img_size, device="meta")

@@ -45,8 +45,7 @@ def tiny_vit(seed: int = 0) -> nn.Module:
 def lived(model: nn.Module, seed: int = 0, size: int = 32) -> nn.Module:
     """Give a net weights and statistics far from those of birth, which would hide mistakes.
 
-    A pass in training mode then fits the norms' statistics to what they see: images differ in their
-    logits.
+    A pass in training mode then fits the norms' statistics to what they see: images differ in their logits.
     """
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():

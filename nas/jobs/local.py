@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue, SimpleQueue
-from typing import IO, Any
+from typing import Any
 
 import nas
 from nas.jobs.job import Job, Result, encode_job
@@ -24,8 +24,8 @@ from nas.jobs.worker import Message, usable_cores
 from space.errors import refuse
 
 START_S, EXIT_S = 300.0, 5.0
-"""Seconds that a worker may load its libraries before a job's limit begins, and that it may run on
-after it closed its output."""
+"""Seconds that a worker may load its libraries before a job's limit begins, and that it may run on after it closed its
+output."""
 
 SILENT_S, KILLED_S = 1.0, 30.0
 """Seconds in which the last lines of an ended process arrive, and in which a killed one ends."""
@@ -50,28 +50,25 @@ class Child:
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
     ) -> None:
-        printed: IO[bytes] | int = subprocess.DEVNULL if log is None else log.open("ab")
         root = str(Path(nas.__file__).resolve().parent.parent)  # the child imports this same code
         path = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         try:
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=printed,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
-            )
+            with (log or Path(os.devnull)).open("ab") as printed:
+                self._process = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=printed,
+                    text=True,
+                    encoding="utf-8",
+                    errors="replace",
+                    start_new_session=True,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(path), **(environment or {})},
+                )
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise _exhausted(error.strerror) from None
             raise
-        finally:
-            if not isinstance(printed, int):
-                printed.close()
         self._on_message = on_message
         self._ended = False
         self._silent_since: float | None = None
@@ -170,8 +167,8 @@ def worker_environment(threads: int) -> dict[str, str]:
 class WorkerOptions:
     """The settings of worker processes: `threads` each, at most `limit_s` seconds a job.
 
-    `memory_bytes` limits a worker's data (not mapped files). Workers print to `log`, and during a
-    job to `<key>.log` in the folder `logs`, if given. `command` starts a worker.
+    `memory_bytes` limits a worker's data (not mapped files). Workers print to `log`, and during a job to `<key>.log` in
+    the folder `logs`, if given. `command` starts a worker.
     """
 
     threads: int

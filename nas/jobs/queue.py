@@ -97,8 +97,8 @@ class Backend(Protocol):
 class JobQueue:
     """Waiting and running jobs: which starts next, and whether a lost one is retried.
 
-    Jobs start in the order given; a lost one is retried before all that wait, up to `retries`
-    times. A timed job starts when nothing runs, and nothing starts beside it.
+    Jobs start in the order given; a lost one is retried before all that wait, up to `retries` times. A timed job starts
+    when nothing runs, and nothing starts beside it.
     """
 
     def __init__(self, jobs: Sequence[Job], retries: int = 0) -> None:
@@ -143,9 +143,9 @@ class JobQueue:
 class Executor:
     """Runs jobs on a backend.
 
-    A job that raises is a failed `Result` with a reason in one line; one whose worker died is
-    retried up to `retries` times, and fails after that. Each attempt is a line of `record`
-    (`attempts.csv`), if there is one: a log that no code reads.
+    A job that raises is a failed `Result` with a reason in one line; one whose worker died is retried up to `retries`
+    times, and fails after that. Each attempt is a line of `record` (`attempts.csv`), if there is one: a log that no
+    code reads.
     """
 
     def __init__(self, backend: Backend, *, retries: int = 0, record: Path | None = None) -> None:

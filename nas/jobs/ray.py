@@ -1,7 +1,7 @@
 """Run jobs as tasks of a Ray cluster: a running one, or one of this machine for this run alone.
 
-Ray schedules tasks and retries those whose node or worker died. It ends a process whose cluster is
-lost, so the driver talks to it through a process of its own (`python -m nas.jobs.ray`).
+Ray schedules tasks and retries those whose node or worker died. It ends a process whose cluster is lost, so the driver
+talks to it through a process of its own (`python -m nas.jobs.ray`).
 """
 
 from __future__ import annotations
@@ -322,8 +322,8 @@ def run_task(
 ) -> Message | None:
     """Run a job on a node; returns its result, the files that it wrote, its log and the host.
 
-    None: this node cannot read the driver's files, and got no `bundles` of them. The driver alone
-    writes to a run's folder, so that an attempt that dies leaves nothing there.
+    None: this node cannot read the driver's files, and got no `bundles` of them. The driver alone writes to a run's
+    folder, so that an attempt that dies leaves nothing there.
     """
     import ray
 

@@ -30,8 +30,7 @@ class Bundle:
 def file_states(path: Path, *, top_only: bool = False) -> dict[str, tuple[int, int]]:
     """Return size and modification time of a file, or of a folder's files by relative name.
 
-    Skips hidden files (locks, temporary ones) and, with `top_only`, subfolders. Raises
-    FileNotFoundError.
+    Skips hidden files (locks, temporary ones) and, with `top_only`, subfolders. Raises FileNotFoundError.
     """
     path.stat()
     found = [path] if path.is_file() else path.iterdir() if top_only else path.rglob("*")

@@ -1,7 +1,7 @@
 """A worker process: reads jobs as JSON lines from standard input, answers on standard output.
 
-The end of its standard input ends it at once, so a killed driver leaves no orphan. What libraries
-print goes to standard error.
+The end of its standard input ends it at once, so a killed driver leaves no orphan. What libraries print goes to
+standard error.
 """
 
 from __future__ import annotations

@@ -28,9 +28,9 @@ COUNTED = frozenset("aten::" + name for name in _PRODUCTS.split())
 """Operators whose multiply-adds count: convolutions and matrix products, attention's included."""
 
 NOT_COUNTED = frozenset("aten::" + name for name in _OTHERS.split())
-"""Not multiply-adds by convention: elementwise work, norms (fused away, or linear in the
-activations), activations, softmax, pooling, resampling and copies. fvcore ignores pure data
-movement (views, transposes, indexing) by itself. Whatever is in neither list is an error."""
+"""Not multiply-adds by convention: elementwise work, norms (fused away, or linear in the activations), activations,
+softmax, pooling, resampling and copies. fvcore ignores pure data movement (views, transposes, indexing) by itself.
+Whatever is in neither list is an error."""
 
 
 class UnsupportedOperator(NotImplementedError):
@@ -40,8 +40,8 @@ class UnsupportedOperator(NotImplementedError):
 def fvcore_macs(model: nn.Module, ctx: Context) -> int:
     """Count the multiply-adds of one image by fvcore's trace, on a private CPU copy.
 
-    fvcore knows neither fused attention (given a handle here) nor that norms are no multiply-adds.
-    Raises `UnsupportedOperator`, naming them, for operators outside `COUNTED` and `NOT_COUNTED`.
+    fvcore knows neither fused attention (given a handle here) nor that norms are no multiply-adds. Raises
+    `UnsupportedOperator`, naming them, for operators outside `COUNTED` and `NOT_COUNTED`.
     """
     return sum(fvcore_by_operator(model, ctx).values())
 

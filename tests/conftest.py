@@ -6,8 +6,13 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from nas.data import Dataset
+    from nas.labels.store import LabelStore
 
 # As the executor does for its workers; it must be set before anything imports torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -48,3 +53,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = base / "finished"
     assert main([*flags, "--out", str(folder), "--quiet"]) == 0
     return Finished(folder, flags, cache)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Eighty digits at 32 px."""
+    from nas.data import DataSpec, prepare
+
+    return prepare(DataSpec("digits", img_size=32, max_images=80), tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
+    """Their labels: three epochs, the four likeliest classes."""
+    from label_cases import built
+
+    return built(tmp_path_factory.mktemp("labels") / "store", dataset, epochs=3, topk=4)

@@ -17,15 +17,9 @@ from nas.jobs.job import Result
 from nas.jobs.local import LocalExecutor
 from space import Context
 from tests._inline import InlineExecutor
+from tests.train_cases import TINY
 
-ARCH: dict[str, Any] = {
-    "embed_dims": [32, 32, 64, 64],
-    "depths": [2, 1, 3, 1],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 2.0,
-    "mlp_ratio": 2.0,
-    "head_dim": 32,
-}
+ARCH: dict[str, Any] = {**TINY, "depths": [2, 1, 3, 1]}
 CHILD = {**ARCH, "depths": [2, 1, 2, 1], "mlp_ratio": 1.0}
 CTX = Context(64, 5)
 
@@ -192,25 +186,20 @@ def test_bad_input_is_one_line_and_two(
     assert not streams.out
 
 
-def test_weights_of_another_arch_are_refused(
+def test_weights_of_another_arch_and_a_job_that_fails_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inline(monkeypatch)
     save_weights(tmp_path / "p.safetensors", {"a": torch.zeros(2)})
-    flags = ["--weights", str(tmp_path / "p.safetensors"), "--out", str(tmp_path / "c.safetensors")]
-    assert main([written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD), *flags]) == 2
-    assert capsys.readouterr().err.startswith("error: --weights: got ")
-    assert not (tmp_path / "c.safetensors").exists()
-
-
-def test_a_job_that_fails_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    names = [written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD)]
+    arguments = [*names, "--weights", str(tmp_path / "p.safetensors"), "--out", str(tmp_path / "c.safetensors")]
     reason = "the worker was killed by SIGKILL; out of memory?"
     monkeypatch.setattr(LocalExecutor, "run", lambda self, job: Result(job.key, False, {}, reason))
-    flags = ["--weights", str(tmp_path / "p.safetensors"), "--out", str(tmp_path / "c.safetensors")]
-    assert main([written(tmp_path, "a", ARCH), written(tmp_path, "b", CHILD), *flags]) == 2
+    assert main(arguments) == 2
     line, *more = capsys.readouterr().err.splitlines()
     assert line.startswith("error: CHILD: got ")
     assert "out of memory" in line
     assert not more
+    inline(monkeypatch)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: --weights: got ")
+    assert not (tmp_path / "c.safetensors").exists()

@@ -10,23 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from label_cases import built as built_store
 from space_cases import one_thread  # noqa: F401 - a fixture, used by every test here
 from torch import nn
 
-from nas.data import Dataset, DataSpec, prepare
+from nas.data import Dataset
 from nas.distill.jobs import ParentWeights, TrainJob, train
 from nas.distill.student import ParentNetwork, start_model
 from nas.export.weights import load_weights, save_weights, weights_digest
-from nas.inherit.importance import (
-    CRITERIA,
-    block_harm,
-    load_order,
-    rank_blocks,
-    rank_units,
-    taylor_scores,
-    weight_norms,
-)
+from nas.inherit.importance import CRITERIA, block_harm, load_order, order_of, rank_units, taylor_scores, weight_norms
 from nas.inherit.jobs import ImportanceJob, rank_by_importance
 from nas.inherit.slice import inherit
 from nas.jobs.job import Job, Result, run_job
@@ -130,7 +121,7 @@ def test_the_order_is_the_same_again_and_the_model_is_as_it_was() -> None:
         assert rank_units(FAMILY, ARCH, CTX, model, criterion, **given) == first
         if criterion == "prefix":
             assert all(order == list(range(len(order))) for order in first.values())
-    blocks = rank_blocks(FAMILY, ARCH, model, **given)
+    blocks = order_of(block_harm(model, FAMILY.blocks(ARCH), **given))
     assert {k: sorted(v) for k, v in blocks.items()} == {
         k: list(range(len(names))) for k, names in FAMILY.blocks(ARCH).items()
     }
@@ -138,18 +129,14 @@ def test_the_order_is_the_same_again_and_the_model_is_as_it_was() -> None:
     assert model.training
     assert not frozen.requires_grad
     assert dict(model.named_parameters())["head.norm.bias"].grad is mine
-    with pytest.raises(InputError, match="prefix, l1, l2, taylor"):
-        rank_units(FAMILY, ARCH, CTX, model, "magic")
-
-
-def test_equal_units_go_by_their_number() -> None:
     model = FAMILY.build(ARCH, CTX)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.01)
-    for criterion in ("l1", "l2"):
-        order = rank_units(FAMILY, ARCH, CTX, model, criterion)
-        assert all(wanted == list(range(len(wanted))) for wanted in order.values())
+    equal = rank_units(FAMILY, ARCH, CTX, model, "l1")
+    assert all(wanted == list(range(len(wanted))) for wanted in equal.values()), "equal units go by their number"
+    with pytest.raises(InputError, match="prefix, l1, l2, taylor"):
+        rank_units(FAMILY, ARCH, CTX, model, "magic")
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -239,8 +226,7 @@ def test_a_blocks_harm_is_the_loss_of_the_child_without_it() -> None:
             with torch.no_grad():
                 without = np.mean([float(step_loss(child, b)) for b in batches])
             assert harm[name][j] == pytest.approx(without - whole, rel=1e-4, abs=1e-6)
-    order = rank_blocks(FAMILY, ARCH, model, batches=batches, step_loss=step_loss)
-    for name, wanted in order.items():
+    for name, wanted in order_of(harm).items():
         assert (np.diff(harm[name][wanted]) <= 0).all()
 
 
@@ -261,16 +247,6 @@ def test_a_block_that_does_nothing_does_no_harm() -> None:
     assert harm[1] == pytest.approx(0.0, abs=1e-5)
     assert abs(harm[0]) > 1e-3
     assert abs(harm[2]) > 1e-3
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, max_images=80), tmp_path_factory.mktemp("d"))
-
-
-@pytest.fixture(scope="module")
-def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
-    return built_store(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=2, topk=4)
 
 
 @pytest.fixture(scope="module")

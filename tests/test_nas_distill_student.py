@@ -44,16 +44,6 @@ Run = Callable[..., tuple[dict[str, Any], Path]]
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, max_images=80), tmp_path_factory.mktemp("d"))
-
-
-@pytest.fixture(scope="module")
-def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> LabelStore:
-    return built(tmp_path_factory.mktemp("stores") / "s", dataset, epochs=3, topk=4)
-
-
-@pytest.fixture(scope="module")
 def run(dataset: Dataset, store: LabelStore, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Train as a job with some changes; the values that do not pass, and the folder."""
     base, number = tmp_path_factory.mktemp("out"), itertools.count()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nas.data import Dataset, DataSpec, prepare
+from nas.data import Dataset
 from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.distill import teacher as module
@@ -26,11 +26,6 @@ from space.errors import InputError
 
 SMALL = {"channels": (8, 8, 16, 16), "stem_width": 8}
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return prepare(DataSpec("digits", img_size=32, max_images=100), tmp_path_factory.mktemp("d"))
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +65,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_auto_is_made_once_and_found_again(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: list[float] = []
+    before = torch.get_rng_state()
     info = made(dataset, tmp_path, tick=ticks.append)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
     assert sum(ticks) == 2 * len(dataset.train)
     assert info.holdout_images == len(dataset.holdout)
     assert 0 <= info.holdout_top1 <= 1
@@ -83,6 +80,10 @@ def test_auto_is_made_once_and_found_again(dataset: Dataset, tmp_path: Path, mon
     inputs = eval_batch(dataset.holdout.pixels[:], default_spec(dataset))
     right = (logits(inputs).argmax(1).numpy() == dataset.holdout.labels).mean()
     assert right == pytest.approx(info.holdout_top1)
+    exact, mixed = logits(inputs), load_teacher(info, precision="bfloat16")(inputs)
+    assert mixed.dtype == torch.float32, "logits of mixed precision become float32 first"
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)
 
 
 def test_the_same_arguments_give_the_same_bytes_and_others_another_teacher(dataset: Dataset, tmp_path: Path) -> None:
@@ -112,12 +113,6 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
         made(dataset, tmp_path / "b", tick=stop)
     again = made(dataset, tmp_path / "b")
     assert files(Path(again.folder)) == files(Path(whole.folder))
-
-
-def test_the_global_generator_is_left_alone(dataset: Dataset, tmp_path: Path) -> None:
-    before = torch.get_rng_state()
-    made(dataset, tmp_path, epochs=1)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_damaged_weights_are_refused(dataset: Dataset, tmp_path: Path) -> None:
@@ -194,15 +189,8 @@ def test_what_is_no_teacher_is_refused(dataset: Dataset, tmp_path: Path) -> None
     damaged = tmp_path / "hub"
     damaged.mkdir()
     (damaged / "config.json").write_text("{}")
-    for text in (
-        "resnet_of_nowhere",
-        str(file),
-        str(tmp_path),
-        "test_resnet:missing.pth",
-        f"resnet10t:{file}",
-        f"test_vit:{file}",
-        str(damaged),
-    ):
+    texts = ["resnet_of_nowhere", str(file), str(tmp_path), "test_resnet:missing.pth"]
+    for text in (*texts, f"resnet10t:{file}", f"test_vit:{file}", str(damaged)):
         with pytest.raises(InputError) as caught:
             made(dataset, tmp_path, text)
         assert str(caught.value).startswith("--teacher: got "), text
@@ -228,12 +216,3 @@ def test_equal_preprocessing_is_passed_through(size: int | None) -> None:
     with torch.no_grad():
         resized = functional.interpolate(inputs, (size, size), mode="bicubic", antialias=True) if size == 24 else inputs
         assert torch.equal(same(inputs), net(resized))
-
-
-def test_logits_of_mixed_precision_become_float32_first(dataset: Dataset, tmp_path: Path) -> None:
-    info = made(dataset, tmp_path, epochs=1)
-    inputs = eval_batch(dataset.holdout.pixels[:], default_spec(dataset))
-    exact, mixed = load_teacher(info)(inputs), load_teacher(info, precision="bfloat16")(inputs)
-    assert mixed.dtype == torch.float32
-    assert not torch.equal(mixed, exact)
-    torch.testing.assert_close(mixed, exact, rtol=0.1, atol=0.1)

@@ -26,6 +26,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def trained(cache: Path, out: Path, *more: str) -> Path:
+    """Train the small ViT; return the folder."""
+    assert train.main(flags(cache, arch_file(out.parent), out, *more)) == 0
+    return out
+
+
 def test_a_training_leaves_models_log_curve_and_board(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,7 +108,7 @@ def test_averaged_weights_follow_the_formula(cache: Path, tmp_path: Path) -> Non
     more = sets(ema_decay=0.6, ema_warmup="true")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Loop, "_take", watched)
-        assert train.main(flags(cache, arch_file(tmp_path), tmp_path / "o", *more)) == 0
+        trained(cache, tmp_path / "o", *more)
     assert len(trace) > 4
 
 
@@ -123,11 +129,8 @@ def test_what_is_not_a_number_is_wrong_and_ties_are_not(cache: Path) -> None:
 
 
 def test_less_memory_and_mixed_precision_change_no_more_than_they_must(cache: Path, tmp_path: Path) -> None:
-    arch = arch_file(tmp_path)
-    plain, light, half = (tmp_path / n for n in ("plain", "light", "half"))
-    assert train.main(flags(cache, arch, plain)) == 0
-    assert train.main(flags(cache, arch, light, "--grad-checkpointing")) == 0
-    assert train.main(flags(cache, arch, half, "--amp", "bf16")) == 0
+    options: dict[str, list[str]] = {"plain": [], "light": ["--grad-checkpointing"], "half": ["--amp", "bf16"]}
+    plain, light, half = (trained(cache, tmp_path / name, *more) for name, more in options.items())
     for key, value in weights(plain).items():
         torch.testing.assert_close(weights(light)[key], value, rtol=1e-4, atol=1e-5)
     assert weights(half)["head.weight"].dtype == torch.float32
@@ -138,10 +141,7 @@ def test_less_memory_and_mixed_precision_change_no_more_than_they_must(cache: Pa
 
 @pytest.mark.slow
 def test_a_compiled_net_learns_alike_and_leaves_plain_weights(cache: Path, tmp_path: Path) -> None:
-    arch = arch_file(tmp_path)
-    plain, fast = tmp_path / "plain", tmp_path / "fast"
-    assert train.main(flags(cache, arch, plain)) == 0
-    assert train.main(flags(cache, arch, fast, "--compile")) == 0
+    plain, fast = (trained(cache, tmp_path / name, *more) for name, more in (("plain", []), ("fast", ["--compile"])))
     assert weights(fast).keys() == weights(plain).keys()
     for a, b in zip(rows(plain), rows(fast), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-3)
@@ -149,15 +149,12 @@ def test_a_compiled_net_learns_alike_and_leaves_plain_weights(cache: Path, tmp_p
 
 @pytest.mark.parametrize("how", ["own", "published", "timm"])
 def test_weights_of_another_size_and_other_classes_are_taken_over(how: str, cache: Path, tmp_path: Path) -> None:
-    arch = arch_file(tmp_path)
-    first, out = tmp_path / "first", tmp_path / "out"
-    assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
+    first = trained(cache, tmp_path / "first", "--epochs", "1")
     (tmp_path / "map.txt").write_text("\n".join(str(n) for n in [9, 8, 7, 6, 5, 4, 3, 2, 1, -1]))
     init = ["--img-size", "48", "--init", str(first / "best.safetensors"), "--resize", how]
     more = [*init, "--head-map", str(tmp_path / "map.txt")]
     more += sets(lr=0, min_lr=0, warmup_lr=0, weight_decay=0)
-    assert train.main(flags(cache, arch, out, *more)) == 0
-    old, new = weights(first, "best"), weights(out)
+    old, new = weights(first, "best"), weights(trained(cache, tmp_path / "out", *more))
     assert torch.equal(new["blocks.0.attn.qkv.weight"], old["blocks.0.attn.qkv.weight"])
     assert new["pos_embed"].shape[1] == 37
     assert torch.equal(new["pos_embed"][:, 0], old["pos_embed"][:, 0])
@@ -195,10 +192,8 @@ def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(cache: Path, 
     store = build_store(tmp_path / "mixed", cache, epochs=1, changes=changes)
     found = []
     for alpha in ("0", "1"):
-        out = tmp_path / alpha
         more = ["--labels", str(store), "--distill", "hard", "--set", f"distill_alpha={alpha}"]
-        assert train.main(flags(cache, arch_file(tmp_path), out, *more)) == 0
-        found.append(float(rows(out)[0]["train_loss"]))
+        found.append(float(rows(trained(cache, tmp_path / alpha, *more))[0]["train_loss"]))
     assert found[0] != found[1]
 
 

@@ -21,13 +21,13 @@ SETTINGS = TrainSettings(epochs=3, lr=1e-2, batch_size=8, warmup_epochs=1.0)
 IMAGES, CLASSES, PX = 24, 3, 32
 
 
-def make_model(random_seed: int = 0, small: bool = False) -> nn.Module:
+def make_model(random_seed: int = 0, small: bool = False, **options: float) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_seed)
         if small:
             return nn.Sequential(nn.Flatten(), nn.Linear(3 * PX * PX, CLASSES))
         family = get_family("tinyvit")
-        return family.build(family.arch(TINY), Context(PX, CLASSES))
+        return family.build(family.arch(TINY), Context(PX, CLASSES), **options)
 
 
 def batches(epoch: int):
@@ -73,25 +73,18 @@ def test_training_learns_and_reports():
     assert model.training
 
 
-def test_gradients_are_clipped_to_the_norm(monkeypatch):
-    norms = []
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm) or torch.ones(()))
-    run(make_model(small=True))
-    assert norms == [5.0] * 9
-    norms.clear()
-    run(make_model(small=True), replace(SETTINGS, clip_norm=None))
-    assert norms == []
-
-
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, 2])
 def test_stopped_and_resumed_equals_undisturbed_to_the_bit(tmp_path, stop):
-    whole = make_model()
-    history = run(whole)
-    path = tmp_path / "position.safetensors"
-    run(make_model(), checkpoint=path, stop_after=stop)
-    # Another random start: everything that matters must come from the file.
-    resumed, ticks = make_model(random_seed=7), []
-    again = run(resumed, checkpoint=path, tick=ticks.append)
+    path, ticks = tmp_path / "position.safetensors", []
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the generator
+        torch.manual_seed(5)
+        history = run(whole := make_model(drop_rate=0.2))
+        torch.manual_seed(5)
+        run(make_model(drop_rate=0.2), checkpoint=path, stop_after=stop)
+        torch.manual_seed(99)
+        # Another random start: everything that matters must come from the file.
+        resumed = make_model(random_seed=7, drop_rate=0.2)
+        again = run(resumed, checkpoint=path, tick=ticks.append)
     assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
     assert [e.loss for e in again.epochs] == [e.loss for e in history.epochs]
     assert sum(ticks) == 3 * IMAGES
@@ -112,22 +105,6 @@ def test_killed_inside_an_epoch_resumes_at_its_start(tmp_path):
     resumed, whole = make_model(random_seed=7), make_model()
     run(resumed, checkpoint=path)
     run(whole)
-    assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
-
-
-def test_dropout_draws_go_on_after_a_resume(tmp_path):
-    def dropping():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * PX * PX, CLASSES))
-
-    with torch.random.fork_rng(devices=[]):
-        whole = dropping()
-        run(whole)
-        path = tmp_path / "p.safetensors"
-        run(dropping(), checkpoint=path, stop_after=1)
-        torch.manual_seed(99)
-        resumed = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * PX * PX, CLASSES))
-        run(resumed, checkpoint=path)
     assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
 
 
@@ -182,21 +159,12 @@ def test_mixed_precision_trains_on_a_gpu(tmp_path):
     assert math.isfinite(history.final_loss)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 0},
-        {"batch_size": 1},
-        {"lr": math.nan},
-        {"lr": -1.0},
-        {"min_lr": -1e-9},
-        {"weight_decay": math.inf},
-        {"warmup_epochs": -1.0},
-        {"clip_norm": 0.0},
-    ],
-)
-def test_bad_settings_are_refused_in_one_line(change):
-    with pytest.raises(InputError) as caught:
-        replace(SETTINGS, **change)
-    assert next(iter(change)) in str(caught.value)
+BAD = [("epochs", 0), ("batch_size", 1), ("lr", math.nan), ("lr", -1.0), ("min_lr", -1e-9)]
+BAD += [("weight_decay", math.inf), ("warmup_epochs", -1.0), ("clip_norm", 0.0)]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_bad_settings_are_refused_in_one_line(name, value):
+    with pytest.raises(InputError, match=name) as caught:
+        replace(SETTINGS, **{name: value})
     assert "\n" not in str(caught.value)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from label_cases import built
 
 from nas.core.io import read_json, write_json
+from nas.data import DataSpec, prepare
 from nas.train import __main__ as train
-from tests.train_cases import arch_file, build_store, flags
+from tests.train_cases import arch_file, flags
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not out.exists()
 
 
-def test_weights_of_another_arch_and_labels_of_other_classes_are_refused(
+def test_weights_of_another_arch_and_labels_of_other_images_are_refused(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tmp_path / "first"
@@ -70,7 +72,8 @@ def test_weights_of_another_arch_and_labels_of_other_classes_are_refused(
     more = ["--init", str(first / "best.safetensors")]
     assert train.main(flags(cache, wide, tmp_path / "a", *more)) == 2
     assert "weights of D64" in capsys.readouterr().err
-    store = build_store(tmp_path / "store", cache, "fractals", 300, epochs=1)
+    other = prepare(DataSpec("digits", img_size=48, max_images=60), cache)
+    store = built(tmp_path / "store", other).folder
     assert train.main(flags(cache, wide, tmp_path / "b", "--labels", str(store))) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1

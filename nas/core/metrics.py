@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,12 @@ Floats = npt.NDArray[np.float64]
 
 METRICS = ("top1", "balanced_accuracy", "macro_f1")
 RESAMPLES = 1000
+
+
+def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:
+    """Return the mean over images and its standard error (0 for a single image)."""
+    n, wide = len(values), values.astype(np.float64)
+    return float(wide.mean()), float(wide.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
 
 
 def score(
@@ -42,9 +49,8 @@ def score(
     _known(metric)
     said, true = _labels(classes, predicted, truth)
     right = (said == true).astype(np.float64)
-    n = len(true)
     if metric == "top1":
-        return float(right.mean()), float(right.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+        return mean_se(right)
     if metric == "balanced_accuracy":
         size = np.bincount(true, minlength=classes)
         hits = np.bincount(true, weights=right, minlength=classes)

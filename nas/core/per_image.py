@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.core.io import load_arrays
-from nas.core.metrics import image_weights, paired, score
+from nas.core.metrics import image_weights, mean_se, paired, score
 from space.errors import refuse
 
 Z95 = 1.959963984540054
@@ -57,9 +57,7 @@ def with_metric(values: Mapping[str, Any], folder: Path, metric: str, classes: i
     The soft loss is that of `losses_of`; its standard error is over images.
     """
     found = {**values}
-    losses = losses_of(folder, metric)
-    found["soft_loss"] = float(losses.mean())
-    found["soft_loss_se"] = float(losses.std(ddof=1)) / math.sqrt(len(losses))
+    found["soft_loss"], found["soft_loss_se"] = mean_se(losses_of(folder, metric))
     for split, name in (("holdout", "metric"), ("test", "test_metric")):
         if (folder / f"{split}.safetensors").exists():
             held = per_image(folder, split)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -64,6 +65,15 @@ class Console:
         """Say beside the bar what runs now."""
         if self._bar is not None:
             self._bar.set_description_str(text[:40])
+
+    @contextmanager
+    def bar(self, total: float, unit: str | None = None) -> Iterator[None]:
+        """Show the bar while a block runs."""
+        self.start(total, unit)
+        try:
+            yield
+        finally:
+            self.stop()
 
     def advance(self, units: float) -> None:
         """Move the bar on; never past its end."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
+from nas.core.metrics import mean_se
 from nas.core.progress import Tick
 from nas.jobs.job import CHECKPOINT, READS, READS_LAST, WRITES, Values
 from space import Context, get_family
@@ -171,7 +172,7 @@ def train(job: TrainJob, tick: Tick) -> Values:
 def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.data.augment.views import EVAL_BATCH
-    from nas.distill.student import Evaluation, evaluate, mean_se, proxy_settings, start_model, train_on_labels
+    from nas.distill.student import Evaluation, evaluate, proxy_settings, start_model, train_on_labels
     from nas.export.weights import save_weights
     from nas.inherit.batchnorm import first_inputs
     from nas.labels.reader import holdout_batches

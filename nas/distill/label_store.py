@@ -100,25 +100,14 @@ def build(
     with LocalExecutor(threads=threads, workers=options.processes, retries=RETRIES) as worker:
         do = _doer(worker, console)
         api.check(do, dataset, request)
-        console.start(float(len(dataset.train) * options.teacher_epochs))
-        try:
+        with console.bar(float(len(dataset.train) * options.teacher_epochs)):
             taught = teach(do, dataset, cache, **taught_by)
-        finally:
-            console.stop()
         console.line(f"teacher: {taught['message']}")
         info = taught["info"]
 
         def begin(part: tuple[int, int]) -> Mapping[str, Any]:
-            return api.begin(
-                do,
-                dataset,
-                info,
-                request,
-                place,
-                named=out is not None,
-                made_by={"data": options.data_spec.to_dict(), **taught_by},
-                part=part,
-            )
+            made_by = {"data": options.data_spec.to_dict(), **taught_by}
+            return api.begin(do, dataset, info, request, place, named=out is not None, made_by=made_by, part=part)
 
         at, parts = options.shards
         begun = begin((at, parts))
@@ -156,12 +145,9 @@ def _make(
 ) -> None:
     """Build parts of a store side by side."""
     work = [api.build_job(begun, dataset, info, part=part, device=device) for part in parts]
-    console.start(sum(job.units for job in work), unit="images")
-    try:
+    with console.bar(sum(job.units for job in work), "images"):
         for result in executor.stream(work, tick=lambda _, units: console.advance(units), heartbeat=console.refresh):
             api.job_values(result, "soft labels")
-    finally:
-        console.stop()
 
 
 def verify(
@@ -176,8 +162,8 @@ def verify(
 ) -> list[str]:
     """Read every byte of a store and name what is wrong, one line each; [] for a whole one.
 
-    With `teacher`, its teacher is also run again on so many random records; `data` and
-    `teacher_model` name where they are now, if not where they were. Raises InputError.
+    With `teacher`, its teacher is also run again on so many random records; `data` and `teacher_model` name where they
+    are now, if not where they were. Raises InputError.
     """
     console = console if console is not None else Console(quiet=True)
     folder = Path(store)
@@ -187,12 +173,9 @@ def verify(
         raise refuse("--teacher", teacher, "an integer >= 1")
     size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     with LocalExecutor(threads=usable_cpus()) as worker:
-        console.start(size)
-        try:
+        with console.bar(size):
             job = Job(jobs.verify_labels, VerifyLabelsJob(store=folder), "verify", size)
-            found = worker.run(job, tick=console.advance, heartbeat=console.refresh)
-        finally:
-            console.stop()
+            found = _doer(worker, console)(job)
         if not found.ok:
             raise InputError(found.reason)
         wrong: list[str] = list(found.values["problems"])

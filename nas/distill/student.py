@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from nas.core.metrics import mean_se
 from nas.core.progress import Tick, no_tick
 from nas.export.weights import load_weights, save_weights
 from nas.inherit.batchnorm import recalibrate
@@ -176,13 +177,6 @@ def evaluate(
         seen[rows] = True
         tick(float(len(rows)))
     return Evaluation(loss[seen], predicted[seen], np.array(labels, dtype=np.int64)[seen])
-
-
-def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:
-    """Return the mean over images and its standard error (0 for a single image)."""
-    n = len(values)
-    wide = values.astype(np.float64)
-    return float(wide.mean()), float(wide.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
 
 
 def _placed(batch: Batch, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

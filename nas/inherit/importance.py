@@ -57,20 +57,11 @@ def rank_units(
         scores = taylor_scores(model, groups, batches, step_loss, device)
     else:
         scores = weight_norms(model, groups, int(criterion[1]))
-    return _order(scores)
+    return order_of(scores)
 
 
-def rank_blocks(
-    family: Family, arch: Arch, model: nn.Module, *, batches: Iterable[Batch], step_loss: StepLoss, device: str = "cpu"
-) -> Order:
-    """Order the blocks of all groups by harm (`block_harm`), the one missed most first.
-
-    Harm is that of one block alone: of several, the least harmful are the last ones here.
-    """
-    return _order(block_harm(model, family.blocks(arch), batches, step_loss, device))
-
-
-def _order(scores: Mapping[str, Scores]) -> Order:
+def order_of(scores: Mapping[str, Scores]) -> Order:
+    """Order units or blocks by their scores, the most wanted first; ties go to the lower number."""
     return {name: np.argsort(-value, kind="stable").tolist() for name, value in scores.items()}
 
 
@@ -150,7 +141,10 @@ def block_harm(
     step_loss: StepLoss,
     device: str = "cpu",
 ) -> dict[str, Scores]:
-    """Measure the mean loss with one block bypassed less that of the whole net, in eval mode: float64 [blocks]."""
+    """Measure the mean loss with one block bypassed less that of the whole net, in eval mode: float64 [blocks].
+
+    Harm is that of one block alone: of several, the least harmful are the last ones in its order.
+    """
     harm = {name: np.zeros(len(names)) for name, names in blocks.items()}
     net, count = _copied(model, device).eval(), 0
     with torch.no_grad():

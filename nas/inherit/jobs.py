@@ -68,7 +68,7 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     from nas.data import open_dataset
     from nas.data.dataset import subset_by_key
     from nas.export.weights import load_into, load_weights, place
-    from nas.inherit.importance import rank_blocks, rank_units
+    from nas.inherit.importance import block_harm, order_of, rank_units
     from nas.labels.reader import Batch, LabelReader
     from nas.labels.store import open_store
     from nas.train.losses import sparse_soft_cross_entropy
@@ -100,8 +100,7 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     batches = reader.epoch(0)
     order = rank_units(family, arch, context, model, criterion, batches=batches, step_loss=step_loss, device=device)
     if criterion != "prefix":
-        batches = reader.epoch(0)
-        order |= rank_blocks(family, arch, model, batches=batches, step_loss=step_loss, device=device)
+        order |= order_of(block_harm(model, family.blocks(arch), reader.epoch(0), step_loss, device))
     job.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(job.out, {"criterion": criterion, "order": order})
     return {"file": str(job.out), "criterion": criterion}

@@ -179,8 +179,7 @@ def _note(source: str, changes: Sequence[str]) -> str:
 
 
 def read_head_map(path: Path, num_classes: int) -> list[int]:
-    """Read the old class that each new one starts from: a line each, -1 for none. Raises
-    InputError."""
+    """Read the old class that each new one starts from: a line each, -1 for none. Raises InputError."""
     want = f"{num_classes} lines, each the number of an old class or -1"
     try:
         rows = [int(line) for line in path.read_text(encoding="utf-8").split()]

@@ -93,7 +93,6 @@ def _train(
 
     torch.set_num_threads(machine.threads)
     with init_distributed(machine.device) as ranks, contextlib.ExitStack() as stack:
-        stack.callback(console.stop)
         with ranks.raise_on_all_ranks():
             dataset = prepared(config.data_spec, cache, console)
             session = TrainSession(config, machine, dataset, folder, ranks, console.line)
@@ -110,18 +109,17 @@ def _train(
                 )
                 console.line(f"start: {note}")
             if config.teacher is not None:
-                console.start(float(config.teacher_epochs * len(dataset.train)), "images")
-                info = make_teacher(
-                    find_network(config.teacher, "--teacher"),
-                    dataset,
-                    cache,
-                    random_seed=config.data_seed,  # not the training's own: several trainings share a teacher
-                    epochs=config.teacher_epochs,
-                    device=ranks.device,
-                    threads=machine.threads,
-                    tick=console.advance,
-                )
-                console.stop()
+                with console.bar(float(config.teacher_epochs * len(dataset.train)), "images"):
+                    info = make_teacher(
+                        find_network(config.teacher, "--teacher"),
+                        dataset,
+                        cache,
+                        random_seed=config.data_seed,  # not the training's own: several trainings share a teacher
+                        epochs=config.teacher_epochs,
+                        device=ranks.device,
+                        threads=machine.threads,
+                        tick=console.advance,
+                    )
                 session.use_teacher(info)
             if ranks.main:
                 stack.enter_context(folder.lock())
@@ -139,8 +137,8 @@ def _train(
         console.line("machine: " + ", ".join(f"{k}={v}" for k, v in used.items()))
         console.line(f"augmentation: {json.dumps(session.spec.to_dict())}")
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
-        console.start(float(images * config.recipe.epochs), "images")
-        return session.train(console.advance, _throughput(config, session.ctx))
+        with console.bar(float(images * config.recipe.epochs), "images"):
+            return session.train(console.advance, _throughput(config, session.ctx))
 
 
 def _throughput(config: TrainConfig, ctx: Context) -> Any:

@@ -94,8 +94,7 @@ def repeated(order: Rows, repeats: int) -> tuple[Rows, NDArray[np.int64]]:
 
 
 class LiveBatches:
-    """Augmented training images with their true classes; an incomplete last batch is dropped, as
-    in the authors' loaders."""
+    """Augmented training images with their true classes; an incomplete last batch is dropped, as the authors do."""
 
     def __init__(
         self,
@@ -119,16 +118,8 @@ class LiveBatches:
         self._inputs = Inputs(split.pixels, spec, device if batched else "cpu")
         self._raw = key_bytes(key_array(split.keys))
         self._rows = np.arange(len(split))
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many optimizer steps an epoch has."""
-        return len(self._split) // self._batch
-
-    @property
-    def images_per_epoch(self) -> int:
-        """How many images an epoch shows."""
-        return self.steps_per_epoch * self._batch
+        self.steps_per_epoch = len(split) // batch_size
+        self.images_per_epoch = self.steps_per_epoch * batch_size
 
     def draws(self, epoch: int) -> tuple[Rows, NDArray[np.int64]]:
         """Return an epoch's rows in order, and the number of each row's copy."""
@@ -137,19 +128,15 @@ class LiveBatches:
         return rows[: self.images_per_epoch], copies[: self.images_per_epoch]
 
     def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
-        """Yield a process's micro-batches of each step, from step `start` on."""
+        """Return a process's micro-batches of each step, from step `start` on."""
         rows, copies = self.draws(epoch)
         starts = range(start * self._batch, len(rows), self._batch)
         mine = divide([np.arange(at, at + self._batch) for at in starts], shard)
         recipes = [ViewSpec(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine]
         made = zip(mine, stream(self._inputs, recipes, self._workers), strict=True)
-
-        def micro_batches() -> Iterator[MicroBatch]:
-            for (number, whole, at), inputs in made:
-                truth = torch.from_numpy(np.asarray(self._split.labels[rows[at]], dtype=np.int64))
-                yield MicroBatch(inputs, truth, None, number, whole)
-
-        yield from _by_step(micro_batches(), shard)
+        labels = np.asarray(self._split.labels, dtype=np.int64)[rows]
+        parts = (MicroBatch(inputs, torch.from_numpy(labels[at]), None, i, whole) for (i, whole, at), inputs in made)
+        return _by_step(parts, shard)
 
     def _codes(self, rows: Rows, copies: NDArray[np.int64], epoch: int) -> NDArray[np.uint64]:
         codes = np.zeros(len(rows), dtype=np.uint64)
@@ -163,34 +150,24 @@ class LiveBatches:
 class ReplayBatches:
     """The epochs of a label store: stored views, labels and mixing; no image is dropped."""
 
-    def __init__(self, replay: LabelReader, shard: RankShard) -> None:
-        self._replay = replay
-        least, want = min(len(rows) for rows in replay.batch_rows(0)), 2 * shard.micro_batches
+    def __init__(self, reader: LabelReader, shard: RankShard) -> None:
+        self._reader = reader
+        self.steps_per_epoch, self.images_per_epoch = reader.steps_per_epoch, reader.images
+        least, want = min(len(rows) for rows in reader.batch_rows(0)), 2 * shard.micro_batches
         if least < want:
             raise refuse("batch_size", f"batches of {least} images", f"{want}, for {shard}")
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many optimizer steps an epoch has."""
-        return self._replay.steps_per_epoch
-
-    @property
-    def images_per_epoch(self) -> int:
-        """How many images an epoch shows, at most."""
-        return self._replay.images
-
     def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
-        """Yield a process's micro-batches of each step, from step `start` on."""
-        mine = divide(self._replay.batch_rows(epoch)[start:], shard)
-        batches = self._replay.batches(epoch, [rows for *_, rows in mine])
+        """Return a process's micro-batches of each step, from step `start` on."""
+        mine = divide(self._reader.batch_rows(epoch)[start:], shard)
+        batches = self._reader.batches(epoch, [rows for *_, rows in mine])
 
-        def micro_batches() -> Iterator[MicroBatch]:
+        def parts() -> Iterator[MicroBatch]:
             for (number, whole, rows), batch in zip(mine, batches, strict=True):
                 targets = TeacherTargets(index=batch.index, prob=batch.prob, tail=batch.tail)
-                truth = self._replay.truth(epoch, rows)
-                yield MicroBatch(batch.inputs, truth, targets, number, whole)
+                yield MicroBatch(batch.inputs, self._reader.truth(epoch, rows), targets, number, whole)
 
-        yield from _by_step(micro_batches(), shard)
+        return _by_step(parts(), shard)
 
 
 def _by_step(found: Iterator[MicroBatch], shard: RankShard) -> Iterator[list[MicroBatch]]:

@@ -148,13 +148,9 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     network = model = place(saved.build(), device)
     if given.fusion != "logits" and has_token(model):
         network = lambda inputs: fuse(both_heads(model, inputs), given.fusion)  # noqa: E731
-    console.start(float(len(split)), "images")
-    try:
-        spec = preset_spec("default", dataset)
-        classes = dataset.num_classes
+    spec, classes = preset_spec("default", dataset), dataset.num_classes
+    with console.bar(float(len(split)), "images"):
         result = evaluate(network, split, spec, num_classes=classes, device=device, tick=console.advance)
-    finally:
-        console.stop()
     table = result.by_class(dataset.classes)
     if given.out is not None:
         try:

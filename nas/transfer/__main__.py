@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.core.cli import Parser, default_cache, exit_status
+from nas.core.metrics import mean_se
 from nas.core.progress import Console
 from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
 from nas.core.table import write_table
@@ -87,8 +88,7 @@ class TransferConfig:
 def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Check a model's backbone on other data beside the same arch with fresh weights.
 
-    Returns plain JSON: "rows" (`nas.transfer.rows.TransferRow`, shares) and "seconds" by check.
-    Raises InputError.
+    Returns plain JSON: "rows" (`nas.transfer.rows.TransferRow`, shares) and "seconds" by check. Raises InputError.
     """
     from nas.data.augment.spec import AugmentSpec
     from nas.transfer.backbone import open_backbone
@@ -108,8 +108,7 @@ def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Con
         mean, std = ((v[0], v[1], v[2]) for v in (backbone.mean, backbone.std))
         spec = AugmentSpec(backbone.img_size, mean, std)
         dataset = _read(config, backbone, cache_dir or default_cache(), console) if config.on_data else None
-        console.start(_units(config, dataset))
-        try:
+        with console.bar(_units(config, dataset)):
             if dataset is not None:
                 with timed("features"):
                     features = [
@@ -122,8 +121,6 @@ def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Con
             if "segment" in config.checks:
                 with timed("segment"):
                     rows += _segmented(config, backbone, spec, console)
-        finally:
-            console.stop()
     if config.out is not None:
         try:
             write_table(Path(config.out).expanduser(), rows)
@@ -191,7 +188,7 @@ def _weights(seed: int | None) -> str:
 def _probed(name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int, console: Console) -> list[TransferRow]:
     """Probe the features of both networks."""
     from nas.transfer.probes import knn_probe, linear_probe
-    from nas.transfer.rows import pair, paired_shares, share
+    from nas.transfer.rows import pair, paired_shares
 
     if name == "probe":
         console.describe("linear probe")
@@ -200,7 +197,7 @@ def _probed(name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int,
         console.describe("nearest neighbours")
         found = [knn_probe(train, holdout, test, classes) for train, holdout, test in features]
     trained, random = found
-    values = [share(one.right) for one in found]
+    values = [mean_se(one.right) for one in found]
     difference = paired_shares(trained.right, random.right)
     return pair(name, "top1", values, len(trained.right), difference, [p.chosen for p in found])
 

@@ -67,12 +67,6 @@ def cells(row: TransferRow) -> tuple[str, ...]:
     return row.check, row.model, row.metric, value, difference, str(row.n), row.chosen
 
 
-def share(right: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return the share of images [n] that are right, and its standard error over images."""
-    n = len(right)
-    return float(right.mean()), float(right.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
-
-
 def paired_shares(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Interval:
     """Compare two shares of the same images [n]: that of a less that of b.
 

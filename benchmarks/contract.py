@@ -108,8 +108,8 @@ def pooled_rows(data: str, given: argparse.Namespace, outcomes: Sequence[RunResu
     return [row]
 
 
-def build_parser() -> Parser:
-    """Return the parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run or resume all, write the table and the figures. Exit status 0, 2 on bad input."""
     parser = Parser("python -m benchmarks.contract", description=__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["digits", "fractals"], help="data sets")
@@ -120,11 +120,6 @@ def build_parser() -> Parser:
     add("--runs", default="results/runs", metavar="DIR", help="where runs are kept")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="where the table goes")
     add("--cache-dir", metavar="DIR")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run or resume all, write the table and the figures. Exit status 0, 2 on bad input."""
 
     def work(given: argparse.Namespace) -> dict[str, Any]:
         import pandas as pd
@@ -148,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_table(table, rows)
         return {"table": str(table), "lines": len(rows)}
 
-    return run_command(build_parser(), work, argv)
+    return run_command(parser, work, argv)
 
 
 if __name__ == "__main__":

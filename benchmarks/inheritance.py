@@ -76,16 +76,11 @@ def ablation_rows(losses: Mapping[str, Floats], command: str) -> list[EstimateRo
     return rows
 
 
-def build_parser() -> Parser:
-    """Return the parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is missing, report; the last line is JSON. Exit status 0, 2 on bad input."""
     parser = Parser("python -m benchmarks.inheritance", description=__doc__)
     add_short_flags(parser)
     parser.add_argument("--out", type=Path, default=Path("results/inheritance.csv"))
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is missing, report; the last line is JSON. Exit status 0, 2 on bad input."""
 
     def work(given: argparse.Namespace) -> dict[str, Any]:
         check_at_least(given, archs=2)  # intervals are over archs
@@ -106,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(map(str, rows)))
         return sizes
 
-    return run_command(build_parser(), work, argv)
+    return run_command(parser, work, argv)
 
 
 if __name__ == "__main__":

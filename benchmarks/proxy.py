@@ -197,24 +197,12 @@ def table(
     return rows, summary
 
 
-def draw(path: Path, rows: Sequence[ProxyCheckRow], label: str) -> None:
-    """Draw tau of every score with its interval, the ceilings as lines."""
-    shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if not r.name.startswith("ceiling")]
-    lines = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}
-    draw_intervals(path, sorted(shown, key=lambda named: -named[1][0]), label, lines=lines)
-
-
-def build_parser() -> Parser:
-    """Return the parser."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is missing, report; the last line is JSON. Exit status 0, 2 on bad input."""
     parser = Parser("python -m benchmarks.proxy", description=__doc__)
     add_short_flags(parser)
     parser.add_argument("--truth-images", type=int, help="training images of the truth (default: all)")
     parser.add_argument("--out", type=Path, default=Path("results/proxy_rank.csv"))
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train what is missing, report; the last line is JSON. Exit status 0, 2 on bad input."""
 
     def work(given: argparse.Namespace) -> dict[str, Any]:
         check_at_least(given, seeds=2, archs=LEAST)  # before anything is named or trained
@@ -222,7 +210,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_rows(given.out, rows, command=given.command)
         write_json(given.out.with_suffix(".json"), summary)
         label = f"Kendall's tau with the truth ({summary['archs']} archs, {summary['seeds']} random seeds)"
-        draw(given.out.with_suffix(".png"), rows, label)
+        ceilings = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}
+        shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if r.name not in ceilings]
+        shown.sort(key=lambda named: -named[1][0])
+        draw_intervals(given.out.with_suffix(".png"), shown, label, lines=ceilings)
         for row in rows:
             line = f"{row.name:<36} tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
             if row.cost_share is not None:
@@ -233,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(summary["words"])
         return {k: v for k, v in summary.items() if k not in ("truth", "scores", "labels", "words")}
 
-    return run_command(build_parser(), work, argv)
+    return run_command(parser, work, argv)
 
 
 if __name__ == "__main__":

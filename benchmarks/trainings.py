@@ -216,22 +216,16 @@ def add_short_flags(parser: argparse.ArgumentParser) -> None:
 @contextmanager
 def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingPool]:
     """Open the pool of these flags: data, teacher, labels and seed are found or made."""
+    same = ("seed", "data", "img_size", "seed_epochs", "teacher_epochs", "proxy_epochs", "random_seed", "device")
     settings = {
-        "seed": given.seed,
+        **{name: getattr(given, name) for name in same},
         "target_params": parse_count("--target-params", given.target_params),
-        "data": given.data,
-        "img_size": given.img_size,
+        "final_epochs": given.truth_epochs,
+        "threads": max(1, given.workers),
         "max_images": None,
         "effort": "smoke",
         "bench_max_blocks": 120,
         "steps": 1,
-        "seed_epochs": given.seed_epochs,
-        "teacher_epochs": given.teacher_epochs,
-        "proxy_epochs": given.proxy_epochs,
-        "final_epochs": given.truth_epochs,
-        "random_seed": given.random_seed,
-        "device": given.device,
-        "threads": max(1, given.workers),
     }
     config = make_config(with_absolute_paths(settings))
     family = get_family(config.family)

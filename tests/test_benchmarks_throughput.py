@@ -17,7 +17,7 @@ from nas.measure.runtimes import runtimes
 from space import Context, get_family
 
 FAMILY = get_family("tinyvit")
-CTX = Context(img_size=32, num_classes=4)
+CTX, MADE = Context(img_size=32, num_classes=4), Context(img_size=48, num_classes=10)
 FACTORS = {
     "embed_dims": [32, 32, 32, 32],
     "depths": [1, 1, 1, 1],
@@ -38,14 +38,6 @@ def run(*flags: str) -> int:
     return main([*flags, "--quiet"])
 
 
-def summary(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    """Read the last line, which with `--quiet` is the only one."""
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1
-    found: dict[str, object] = json.loads(said[0])
-    return found
-
-
 def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
     """Check that the last call printed one line, on standard error, that says this."""
     said = capsys.readouterr()
@@ -55,13 +47,28 @@ def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
     assert "Traceback" not in said.err
 
 
+def check_row(row: DeviceRow, factors: str, reference: str) -> None:
+    """Check that a row is of an arch, measured, in 6 blocks beside a reference."""
+    arch = FAMILY.arch(json.loads(factors))
+    assert row.state == OK, row.reason
+    assert (row.family, row.key) == ("tinyvit", FAMILY.key(arch, CTX))
+    assert json.loads(row.spec) == FAMILY.to_dict(arch)
+    assert (row.params, row.macs) == (FAMILY.count_params(arch, CTX), FAMILY.count_macs(arch, CTX))
+    assert (row.reference, row.measured.blocks) == (reference, 6)
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[DeviceRow]]:
-    """Two archs in a runtime that is here and one that is not."""
+    """Two archs in a runtime that is here and one that is not.
+
+    `best.json` was made for 10 classes at 48 px; elsewhere its arch counts, without weights.
+    """
     folder = tmp_path_factory.mktemp("bench")
-    (folder / "small.json").write_text(json.dumps({"arch": FACTORS}))
+    best = {"arch": FACTORS, "timm": {}, "img_size": 48, "num_classes": 10}
+    (folder / "best.json").write_text(json.dumps(best))
+    save_file(FAMILY.build(FAMILY.arch(FACTORS), MADE).state_dict(), folder / "best.safetensors")
     out = folder / "t.csv"
-    flags = ["--arch", str(folder / "small.json"), LARGE, "--reference", SMALL, *QUICK]
+    flags = ["--arch", str(folder / "best.json"), LARGE, "--reference", SMALL, *QUICK]
     assert run(*flags, "--runtime", "eager", "tensorrt", "--out", str(out)) == 0
     return out, read_rows(out, "--out")
 
@@ -69,44 +76,45 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Devic
 def test_one_row_a_network_and_setting(measured: tuple[Path, list[DeviceRow]]) -> None:
     """Names exactly as given, in the order given; counts are the family's; a figure beside it."""
     out, rows = measured
-    with out.open(newline="") as file:
-        assert file.readline().strip().split(",") == list(COLUMNS)
-    names = [str(out.with_name("small.json")), LARGE]
-    assert [(r.arch, r.setting.runtime) for r in rows] == [
-        (name, runtime) for runtime in ("eager", "tensorrt") for name in names
-    ]
+    assert out.read_text().splitlines()[0].split(",") == list(COLUMNS)
+    names = [str(out.with_name("best.json")), LARGE]
+    expected = [(name, runtime) for runtime in ("eager", "tensorrt") for name in names]
+    assert [(r.arch, r.setting.runtime) for r in rows] == expected
     for row, factors in zip(rows[:2], (SMALL, LARGE), strict=True):
-        arch = FAMILY.arch(json.loads(factors))
-        assert row.state == OK, row.reason
-        assert (row.family, row.key) == ("tinyvit", FAMILY.key(arch, CTX))
-        assert json.loads(row.spec) == FAMILY.to_dict(arch)
-        assert row.params == FAMILY.count_params(arch, CTX)
-        assert row.macs == FAMILY.count_macs(arch, CTX)
-        assert row.reference == f"{SMALL}@cpu:eager:float32:b2"
+        check_row(row, factors, f"{SMALL}@cpu:eager:float32:b2")
         found = row.measured
-        assert (row.threads, found.blocks, row.setting.batch, row.img_size) == (1, 6, 2, 32)
-        assert row.latency_passes is not None
-        assert row.latency_passes >= 10
-        assert found.latency_ms_p50 is not None
-        assert found.latency_ms_p90 is not None
-        assert found.latency_ms_p50 <= found.latency_ms_p90
-        assert found.agrees == 1
-        assert found.ratio is not None
+        assert (row.threads, row.setting.batch, row.img_size, found.agrees) == (1, 2, 32, 1)
+        assert (row.latency_passes or 0) >= 10
+        assert 0 < (found.latency_ms_p50 or 0) <= (found.latency_ms_p90 or 0)
         assert found.peak_mem_bytes is None
     assert rows[0].fingerprint == rows[1].fingerprint
-    # Which one is faster is for the machine to say, not for a test.
     ratio, lo, hi = rows[1].measured.interval("speedup")
     assert 0 < lo <= ratio <= hi
     assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_weights_are_those_of_the_context_they_were_trained_in(measured: tuple[Path, list[DeviceRow]]) -> None:
+    best = measured[0].with_name("best.json")
+    (net,) = find_nets([str(best)], FAMILY)
+    assert net.spec(MADE).weights == best.with_suffix(".safetensors")
+    assert net.spec(CTX).weights is None
 
 
 def test_a_runtime_that_is_missing_is_a_row_with_its_remedy(measured: tuple[Path, list[DeviceRow]]) -> None:
     if not runtimes()["tensorrt"].missing():
         pytest.skip("TensorRT is installed")
     for row in measured[1][2:]:
-        assert row.state == FAILED
-        assert row.throughput is None
+        assert (row.state, row.throughput) == (FAILED, None)
         assert "pip install tensorrt" in row.reason
+
+
+def test_what_a_runtime_does_not_serve_is_a_row(tmp_path: Path) -> None:
+    out = tmp_path / "t.csv"
+    flags = ["--arch", SMALL, "--reference", "none", "--runtime", "onnxruntime", "--dtype", "float16", *QUICK]
+    assert run(*flags, "--out", str(out)) == 0
+    (row,) = read_rows(out, "--out")
+    assert row.state == FAILED
+    assert "want a dtype of float32" in row.reason
 
 
 def test_resuming_takes_rows_over_and_ends_with_one_line(
@@ -119,21 +127,18 @@ def test_resuming_takes_rows_over_and_ends_with_one_line(
     write_rows(out, [kept])
     flags = ["--arch", SMALL, "mobilenetv3_small_050", "--reference", SMALL, *QUICK[:-1]]
     capsys.readouterr()
-    assert run(*flags, "--out", str(out), "--resume", "--figure", str(tmp_path / "f.svg")) == 0
-    said = summary(capsys)
-    assert said["rows"] == 2
-    assert said["failed"] == 0
-    assert said["out"] == str(out)
-    assert said["figure"] == str(tmp_path / "f.svg")
+    figure = str(tmp_path / "f.svg")
+    assert run(*flags, "--out", str(out), "--resume", "--figure", figure) == 0
+    (line,) = capsys.readouterr().out.splitlines()
     rows = read_rows(out, "--out")
+    fingerprints = sorted({r.fingerprint for r in rows})
+    expected = {"rows": 2, "failed": 0, "fingerprints": fingerprints, "out": str(out), "figure": figure}
+    assert json.loads(line) == expected
     assert rows[0] == kept
     assert (rows[1].family, rows[1].key, rows[1].spec) == ("timm", rows[1].arch, "")
     assert rows[1].params is not None
     assert rows[1].macs is not None
-    peak = rows[1].measured.peak_mem_bytes
-    assert peak is not None
-    assert 4 * rows[1].params <= peak < 2e9
-    assert said["fingerprints"] == sorted({r.fingerprint for r in rows})
+    assert 4 * rows[1].params <= (rows[1].measured.peak_mem_bytes or 0) < 2e9
 
 
 BAD: list[tuple[Sequence[str], str]] = [
@@ -165,15 +170,15 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["--space", "tinyvit", "--sample", "0"], "--sample"),
     (["--space", "tinyvit", "--sample", "3", "--band", "much"], "--band"),
     (["--reference", "none.json"], "none.json"),
+    (["--arch", "nosuchnet", "--reference", "none", *QUICK], "nosuchnet"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "says"), BAD, ids=[" ".join(flags)[:40] for flags, _ in BAD])
 def test_bad_input_is_one_line_and_status_2(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Refused before anything starts; nothing on standard output."""
-    known = {} if "--arch" in flags or "--space" in flags else {"--arch": SMALL}
-    given = [word for pair in known.items() for word in pair]
-    assert run(*given, *flags) == 2
+    known = [] if "--arch" in flags or "--space" in flags else ["--arch", SMALL]
+    assert run(*known, *flags) == 2
     refused(capsys, says)
 
 
@@ -193,35 +198,3 @@ def test_bad_files_are_refused_before_anything_is_measured(
         assert run("--arch", SMALL, *QUICK, *flags) == 2
         refused(capsys, says)
     assert out.read_bytes() == before
-
-
-def test_a_network_that_only_timm_can_know_is_refused_too(capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert run("--arch", "nosuchnet", "--reference", "none", *QUICK) == 2
-    refused(capsys, "nosuchnet")
-
-
-def test_a_found_arch_is_measured_where_its_weights_do_not_fit(tmp_path: Path) -> None:
-    """`best.json` was made for 10 classes at 48 px; elsewhere its arch counts, without weights."""
-    made = Context(img_size=48, num_classes=10)
-    model = FAMILY.build(FAMILY.arch(FACTORS), made)
-    save_file(model.state_dict(), tmp_path / "best.safetensors")
-    best = {"arch": FACTORS, "timm": {}, "img_size": 48, "num_classes": 10}
-    (tmp_path / "best.json").write_text(json.dumps(best))
-    (net,) = find_nets([str(tmp_path / "best.json")], FAMILY)
-    assert net.spec(made).weights == tmp_path / "best.safetensors"
-    assert net.spec(CTX).weights is None
-    out = tmp_path / "t.csv"
-    flags = ["--arch", str(tmp_path / "best.json"), "--reference", "none", *QUICK]
-    assert run(*flags, "--out", str(out)) == 0
-    assert [r.state for r in read_rows(out, "--out")] == [OK]
-
-
-def test_what_a_runtime_does_not_serve_is_a_row(tmp_path: Path) -> None:
-    out = tmp_path / "t.csv"
-    flags = ["--arch", SMALL, "--reference", "none", "--dtype", "float32", "float16", *QUICK]
-    assert run(*flags, "--runtime", "onnxruntime", "--out", str(out)) == 0
-    rows = {r.setting.dtype: r for r in read_rows(out, "--out")}
-    assert rows["float32"].state == OK
-    assert rows["float16"].state == FAILED
-    assert "want a dtype of float32" in rows["float16"].reason

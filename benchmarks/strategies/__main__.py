@@ -159,8 +159,15 @@ def compare(given: argparse.Namespace) -> tuple[list[EstimateRow], dict[str, Any
     return rows, summary
 
 
-def build_parser() -> Parser:
-    """Return the parser."""
+def _names(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(get_strategy(name).name for name in text.split(","))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Replay and report; the last line is JSON. Exit status 0, 2 on bad input."""
     parser = Parser("python -m benchmarks.strategies", description=__doc__)
     add = parser.add_argument
     table = Path("results/search_efficiency_table.csv")
@@ -183,18 +190,6 @@ def build_parser() -> Parser:
     add("--strategies", type=_names, default=strategy_names(), help="default: all, with commas")
     add("--workers", type=int, default=usable_cpus(), help="searches at a time")
     add("--out", type=Path, required=True, help="the table of estimates; .json and .png beside")
-    return parser
-
-
-def _names(text: str) -> tuple[str, ...]:
-    try:
-        return tuple(get_strategy(name).name for name in text.split(","))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Replay and report; the last line is JSON. Exit status 0, 2 on bad input."""
 
     def work(given: argparse.Namespace) -> dict[str, Any]:
         for name in ("candidates_per_step", "train_per_step", "beam"):
@@ -208,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(map(str, rows)))
         return {k: summary[k] for k in ("archs", "final", "in_reach", "sd", "budget", "median")}
 
-    return run_command(build_parser(), work, argv)
+    return run_command(parser, work, argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from benchmarks.baselines.__main__ import build_parser, checked
 from benchmarks.baselines.archs import PUBLISHED, Side, Target
 from benchmarks.baselines.compare import SPENT, BaselineRow, pruned_row, shortcomings
 from nas.core.requirement import Setting
+from nas.distill.jobs import ParentWeights
 from nas.export.weights import save_weights
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
@@ -67,12 +68,13 @@ def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
         "batch_size": 8,
         "device": "cpu",
         "label_epochs": None,
+        "parent": ParentWeights(arch=SMALL, weights=here),
+        "recalibrate": True,
         "label_overflow": "cycle",
     }
     pruning = jobs.PruneJob(
         **common,
         random_seed=0,
-        weights=here,
         variant=jobs.VARIANTS[2],
         budget=1000,
         setting=Setting(),

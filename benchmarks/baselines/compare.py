@@ -271,9 +271,9 @@ def pruned_rows(
     """Prune the seed to the contracted arch's parameters by every variant, train and compare."""
     run, config = pool.run, pool.run.config
     assert base.params is not None
-    seed = run.training(run.seed_arch, "seed", out=run.folder.path, epochs=0, init="inherit").job.argument
-    shared = {f.name for f in fields(SeedJob)} - {"out", "random_seed"}
-    common: dict[str, Any] = {name: getattr(seed, name) for name in shared}
+    task = run.training(run.seed_arch, "seed", out=run.folder.path, epochs=0, init="inherit", parent=pool.seed)
+    shared = {f.name for f in fields(SeedJob)} - {"out", "random_seed", "recalibrate"}
+    common: dict[str, Any] = {name: getattr(task.job.argument, name) for name in shared} | {"recalibrate": True}
     options = {"limit_s": LIMIT_S, "log": run.folder.path / "pruning.log", "command": WORKER}
 
     def work(jobs: Sequence[Job], workers: int, threads: int) -> list[Result]:
@@ -292,7 +292,6 @@ def pruned_rows(
         pruning = PruneJob(
             **common,
             random_seed=config.random_seed,
-            weights=pool.seed.weights,
             variant=variant,
             budget=base.params,
             setting=run.primary,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
-from nas.distill.jobs import StudentJob, finish_folder
+from nas.distill.jobs import ScoreJob, empty_part, finish_folder, label_reader
 from nas.jobs.job import Values
 from space import get_family
 
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nas.data import Dataset
-    from nas.labels.reader import Batch, LabelReader
+    from nas.labels.reader import LabelReader
     from nas.labels.store import LabelStore
 
 GRADIENT_BATCHES = 8
@@ -69,12 +68,8 @@ def not_installed(tool: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedJob(StudentJob):
-    """A job on the seed (`arch`) with the labels that the contracted arch trains on."""
-
-    label_epochs: int | None
-    label_overflow: str
-    out: Path
+class SeedJob(ScoreJob):
+    """A job on the trained seed (`arch`, `parent`) with the labels that the contracted arch trains on."""
 
     def network(self) -> nn.Module:
         """Build the seed with fresh weights."""
@@ -84,36 +79,17 @@ class SeedJob(StudentJob):
     def data(self) -> tuple[Dataset, LabelStore, LabelReader]:
         """Open the data, its labels, and the batches that the contracted arch trains on."""
         from nas.data import open_dataset
-        from nas.labels.reader import LabelReader
         from nas.labels.store import open_store
 
         dataset = open_dataset(self.dataset)
         store = open_store(self.store, use=dataset)
-        reader = LabelReader(
-            dataset.train,
-            store,
-            self.batch_size,
-            self.random_seed,
-            missing=self.missing,
-            label_overflow=self.label_overflow,
-            epochs=self.label_epochs,
-            device=self.device,
-        )
-        return dataset, store, reader
-
-    def new_part(self) -> Path:
-        """Make the folder that becomes `out`, empty: nothing in an earlier one is worth going on from."""
-        part = self.out.with_name(f"{self.out.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        return part
+        return dataset, store, label_reader(self, dataset, store)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneJob(SeedJob):
-    """The trained seed to prune to at most `budget` parameters, and how it is timed."""
+    """The seed to prune to at most `budget` parameters, and how it is timed."""
 
-    weights: Path
     variant: Variant
     budget: int
     setting: Setting
@@ -144,11 +120,11 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     from nas.measure.throughput import measure
 
     torch.set_num_threads(1)  # the same bits whatever the machine
-    started, part = time.monotonic(), job.new_part()
+    started, part = time.monotonic(), empty_part(job.out)
     ctx, variant, budget = job.context, job.variant, job.budget
     dataset, store, reader = job.data()
     seed = job.network()
-    seed.load_state_dict(load_weights(job.weights, name="the seed's weights"))
+    seed.load_state_dict(load_weights(job.parent.weights, name="the seed's weights"))
     size, generator = (2, ctx.in_chans, ctx.img_size, ctx.img_size), torch.Generator()
     example = torch.randn(size, generator=generator.manual_seed(0))
     ratio: float | None = None
@@ -188,25 +164,16 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     return values
 
 
-def batch_loss(net: nn.Module, batch: Batch, device: str = "cpu") -> torch.Tensor:
-    """Return the distillation loss of every image of a batch."""
-    import torch
-
-    from nas.train.losses import DistillLoss, TeacherTargets
-
-    inputs = batch.inputs.to(device, memory_format=torch.channels_last)
-    index, prob, tail = (t.to(device) for t in (batch.index, batch.prob, batch.tail))
-    targets = TeacherTargets(index=index, prob=prob, tail=tail)
-    return DistillLoss()(net(inputs), batch.truth.to(device), targets)
-
-
 def loss_gradients(model: nn.Module, reader: LabelReader) -> list[torch.Tensor | None]:
     """Return the gradients of the training loss, summed over the first batches."""
+    from nas.distill.student import batch_loss
+    from nas.train.losses import DistillLoss
+
     model.zero_grad()
     for batch in islice(reader.epoch(0), GRADIENT_BATCHES):
         model.train()  # drops the bias tables that eval mode cached, and the last graph with them
         model.eval()
-        batch_loss(model, batch).mean().backward()  # type: ignore[no-untyped-call]
+        batch_loss(model, batch, DistillLoss(), "cpu").mean().backward()  # type: ignore[no-untyped-call]
     gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return gradients
@@ -217,37 +184,25 @@ def train_pruned(job: PrunedTrainJob, tick: Tick) -> Values:
 
     Leaves `test.safetensors` with `correct` [n], whether a test image's class came first.
     """
-    import torch
-
     from benchmarks.baselines.prune import rebuild
-    from nas.data.augment.views import outputs
-    from nas.distill.student import proxy_settings
-    from nas.export.weights import load_weights, place, save_weights
+    from nas.distill.student import Evaluation, proxy_settings, train_on_labels
+    from nas.export.weights import load_weights
     from nas.inherit.batchnorm import first_inputs, recalibrate
-    from nas.train.loop import train
+    from nas.train.evaluate import evaluate
+    from nas.train.losses import DistillLoss
     from nas.train.optim import INHERIT_LR
 
-    started, part, device = time.monotonic(), job.new_part(), job.device
+    started, part, device = time.monotonic(), empty_part(job.out), job.device
     dataset, store, reader = job.data()
     model = rebuild(job.network(), load_weights(job.pruned, name="pruned weights"))
     recalibrate(model, {}, {}, first_inputs(reader, 0), device, new_input=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(job.random_seed)
-        history = train(
-            model,
-            reader.epoch,
-            lambda net, batch: batch_loss(net, batch, device),
-            proxy_settings(job.epochs, INHERIT_LR, batch_size=job.batch_size),
-            steps_per_epoch=reader.steps_per_epoch,
-            device=device,
-            tick=tick,
-        )
-    place(model, device).train()  # drops what eval mode may have cached
-    model.eval()
-    found = outputs(model, dataset.test, store.spec.augment, device=device)
-    predicted = torch.cat([logits.argmax(1).cpu() for _, logits in found])
-    correct = predicted == torch.from_numpy(dataset.test.labels.copy())
-    save_weights(part / "test.safetensors", {"correct": correct.to(torch.uint8)})
-    values = {"train_loss": history.final_loss, "test_top1": float(correct.float().mean())}
+    settings = proxy_settings(job.epochs, INHERIT_LR, batch_size=job.batch_size)
+    history, _ = train_on_labels(
+        model, reader, DistillLoss(), settings, random_seed=job.random_seed, device=device, tick=tick
+    )
+    found = evaluate(model, dataset.test, store.spec.augment, num_classes=job.context.num_classes, device=device)
+    tested = Evaluation(found.loss, found.predicted, found.truth)
+    tested.save(part / "test.safetensors")
+    values = {"train_loss": history.final_loss, "test_top1": float(tested.correct.mean())}
     finish_folder(job.out, part, values, started)
     return values

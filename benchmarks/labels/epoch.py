@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.baselines.jobs import batch_loss
 from benchmarks.estimates import Row
 from nas.core.cli import read_threads
 from nas.data import Dataset, DataSpec, prepare
+from nas.distill.student import batch_loss
 from nas.export.teacher_net import TeacherInfo
 from nas.export.weights import place
 from nas.labels.build import begin_store, build_shards
@@ -24,6 +24,7 @@ from nas.labels.request import LabelRequest
 from nas.labels.store import LabelStore, open_store
 from nas.measure.intervals import median_interval
 from nas.measure.memory import highest_resident_bytes
+from nas.train.losses import DistillLoss
 from nas.train.optim import make_optimizer
 from space import Context, get_family
 
@@ -133,7 +134,7 @@ def step_of(
             inputs = batch.inputs.to(device, memory_format=torch.channels_last)
             loss = torch.nn.functional.cross_entropy(model(inputs).float(), batch.truth.to(device))
         else:
-            loss = batch_loss(model, batch, device).mean()
+            loss = batch_loss(model, batch, DistillLoss(), device).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if way != "bare":

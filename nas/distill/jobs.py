@@ -195,7 +195,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     if before is not None:
         tick = _without(tick, float(before.epochs * (job.images or len(dataset.train))))
     assert job.distill == "sparse" or not job.hard_weight, "one loss"
-    reader = _reader(job, dataset, store)
+    reader = label_reader(job, dataset, store)
     resumed = checkpoint is not None and checkpoint.exists()  # it has its own statistics
     model, copied = start_model(
         family,
@@ -251,7 +251,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     return values
 
 
-def _reader(job: TrainJob | ScoreJob, dataset: Dataset, store: LabelStore) -> LabelReader:
+def label_reader(job: TrainJob | ScoreJob, dataset: Dataset, store: LabelStore) -> LabelReader:
     """Return the batches that a training sees."""
     from nas.data.dataset import subset_by_key
     from nas.labels.reader import LabelReader
@@ -321,6 +321,14 @@ def _without(tick: Tick, units: float) -> Tick:
     return after
 
 
+def empty_part(out: Path) -> Path:
+    """Make the folder that `finish_folder` puts in place; nothing in an earlier one is worth continuing from."""
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part
+
+
 def finish_folder(out: Path, part: Path, values: Values, started: float) -> None:
     """Put a job's folder in place with its result, whole."""
     files = {path.name: file_sha256(path) for path in sorted(part.glob("*.safetensors"))}
@@ -345,9 +353,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
     from nas.labels.store import open_store
 
     started = time.monotonic()
-    part = job.out.with_name(f"{job.out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # nothing in it is worth going on from
-    part.mkdir(parents=True)
+    part = empty_part(job.out)
     family, dataset = get_family(job.family), open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
     model, _ = start_model(
@@ -356,7 +362,7 @@ def score(job: ScoreJob, tick: Tick) -> Values:
         job.context,
         random_seed=job.random_seed,
         parent=_network_of(job.family, job.parent),
-        inputs=first_inputs(_reader(job, dataset, store), 0) if job.recalibrate else None,
+        inputs=first_inputs(label_reader(job, dataset, store), 0) if job.recalibrate else None,
         device=job.device,
     )
     held = holdout_batches(dataset, store, EVAL_BATCH, job.missing)

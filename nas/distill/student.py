@@ -127,11 +127,6 @@ def train_on_labels(
     set_token_training(model, learns.kind == "token")
     notes = [f"no distillation token here: {learns.kind} distillation on its one head"] if learns != loss else []
 
-    def step_loss(net: nn.Module, batch: Batch) -> torch.Tensor:
-        inputs, index, prob, tail = _placed(batch, device)
-        targets = TeacherTargets(index=index, prob=prob, tail=tail)
-        return learns(net(inputs), batch.truth.to(device), targets)
-
     def batches(epoch: int) -> Iterator[Batch]:
         for batch in reader.epoch(first_epoch + epoch):
             if learns.needs_truth:
@@ -144,7 +139,7 @@ def train_on_labels(
         history = train(
             model,
             batches,
-            step_loss,
+            lambda net, batch: batch_loss(net, batch, learns, device),
             settings,
             steps_per_epoch=reader.steps_per_epoch,
             device=device,
@@ -153,6 +148,12 @@ def train_on_labels(
             stop_after=stop_after,
         )
     return history, notes
+
+
+def batch_loss(model: nn.Module, batch: Batch, loss: DistillLoss, device: str) -> torch.Tensor:
+    """Return the loss of every image of a labelled batch [B]."""
+    inputs, index, prob, tail = _placed(batch, device)
+    return loss(model(inputs), batch.truth.to(device), TeacherTargets(index=index, prob=prob, tail=tail))
 
 
 def evaluate(

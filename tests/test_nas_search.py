@@ -48,11 +48,6 @@ def test_bands_shrink_to_the_targets_own_band(target: int, steps: int, tolerance
     assert last.lo - 1 < target * (1 - tolerance)
 
 
-def test_the_published_5m_is_inside_the_band_of_5m() -> None:
-    band = band_at(21_198_568, config(), 4)
-    assert band.lo <= 5_392_764 <= band.hi
-
-
 def bounds(c: RunConfig, step: int, parent_ratio: float = 1.0, seed: float = 100.0) -> StepBounds:
     """The bounds of a step for a seed that has the value `seed` of whatever is required."""
     values = {r: 1.0 if r.metric == "speedup" else seed for r in requirements_of(c)}
@@ -104,15 +99,15 @@ def test_counted_requirements_bound_the_band_itself() -> None:
     assert last.least_ratio is not None, "counts say nothing about pace"
 
 
-def test_a_throughput_below_the_seeds_is_asked_of_every_step_alike() -> None:
+def test_bounds_at_the_ends() -> None:
+    """A throughput below the seed's is asked of every step alike; without one, none may be slower than its parent."""
     c = config(min_throughput=50.0, steps=3)
     for k in range(1, 4):
         assert [r.bound for r in bounds(c, k).requirements] == pytest.approx([50.0])
-
-
-def test_without_a_throughput_constraint_a_step_may_not_be_slower_than_its_parent() -> None:
     for c in (config(), config(require=("peak_mem_mb<=500@cpu",))):
         assert bounds(c, 2, parent_ratio=1.3).least_ratio == pytest.approx(1.3 * (1 - NO_SLOWER_SLACK))
+    band = band_at(21_198_568, config(), 4)
+    assert band.lo <= 5_392_764 <= band.hi, "the published 5M is inside the band of 5M"
 
 
 def test_the_primary_setting_is_that_of_the_first_required_pace() -> None:
@@ -160,21 +155,20 @@ def test_spread_chooses_distinct_keys_anchors_first_in_any_input_order(
 
 @settings(max_examples=200, derandomize=True)
 @given(rows=timed_lists, count=st.integers(1, 8))
-def test_near_takes_the_list_in_its_order_with_anchors_in_at_most_half_of_the_places(
+def test_nearest_takes_the_list_in_its_order_with_baselines_in_at_most_half_of_the_places(
     rows: list[tuple[int, int, float, bool]], count: int
 ) -> None:
     timed, features = as_timed(rows)
     chosen = [c.key for c in pick(timed, features, count, "nearest", random_seed=0)]
     assert len(chosen) == len(set(chosen)) == min(count, len(timed))
-    baselines = [t.key for t in timed if t.baseline]
-    others = [t.key for t in timed if not t.baseline]
+    baselines, others = ([t.key for t in timed if bool(t.baseline) == kind] for kind in (True, False))
     mine = [k for k in chosen if k in others]
     assert mine == others[: len(mine)]
     assert [k for k in chosen if k in baselines] == baselines[: len(chosen) - len(mine)]
     if len(baselines) >= (count + 1) // 2 and len(others) >= count // 2:
         assert len(mine) == count // 2
-    spreaded = spread(timed, features, count, random_seed=3)
-    assert pick(timed, features, count, "diverse", random_seed=3) == spreaded
+    far = spread(timed, features, count, random_seed=3)
+    assert pick(timed, features, count, "diverse", random_seed=3) == far
 
 
 @settings(max_examples=100, derandomize=True)

@@ -40,19 +40,8 @@ DIGITS = Context(48, 10)
 
 def search_state(seed: Arch = SMALL, ctx: Context = DIGITS, **more: object) -> SearchState:
     params = FAMILY.count_params(seed, ctx)
-    state = SearchState(
-        step=1,
-        steps=4,
-        number=6,
-        draw=0,
-        family=FAMILY,
-        context=ctx,
-        seed=seed,
-        incumbents=(seed,),
-        band=Band(int(0.5 * params), int(0.7 * params)),
-        random_seed=0,
-        baselines=False,
-    )
+    band = Band(int(0.5 * params), int(0.7 * params))
+    state = SearchState(1, 4, 6, 0, FAMILY, ctx, seed, (seed,), band, random_seed=0, baselines=False)
     return replace(state, **more)  # type: ignore[arg-type]
 
 
@@ -98,7 +87,7 @@ def decided(state: SearchState, proposed: Sequence[Candidate], rng: random.Rando
     return tuple(rows)
 
 
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("name", [*FAST, pytest.param("gp", marks=pytest.mark.slow)])
 def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
     strategy = get_strategy(name)
     rng = random.Random(f"legal {name}")
@@ -114,7 +103,8 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
             keys = [FAMILY.key(s.arch, state.context) for s in proposed]
             assert len(set(keys)) == len(keys)
             assert not set(keys) & state.exclude
-            baselines = {FAMILY.key(a, state.context) for _, a in anchors_of(state)}
+            published = baselines_in(FAMILY, [state.seed], state.context, state.band)
+            baselines = {FAMILY.key(a, state.context) for _, a in published}
             for s, key in zip(proposed, keys, strict=True):
                 assert s.parent == state.seed
                 assert state.band.lo <= s.params <= state.band.hi
@@ -129,10 +119,6 @@ def test_every_list_is_legal_and_repeats_itself(name: str) -> None:
             again = rng.random() < 0.5  # the same step asks again, or the next one does
             state = replace(state, trials=(*state.trials, *more), exclude=frozenset(keys) if again else frozenset())
     assert answered > (5 if name == "uniform" else 40)  # few scalings fit in a narrow band
-
-
-def anchors_of(state: SearchState) -> list[tuple[str, Arch]]:
-    return baselines_in(FAMILY, [state.seed], state.context, state.band)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "nsga2" else n for n in SEEDED])
@@ -176,27 +162,16 @@ def test_the_random_seed_the_step_and_the_draw_change_the_list(name: str) -> Non
 
 
 def test_contraction_is_the_shortlist_of_the_incumbents() -> None:
-    rng = random.Random(3)
     strategy = get_strategy("Contraction")
-    assert strategy.stepwise
     assert [n for n in ALL if get_strategy(n).stepwise] == ["contraction"]
     for draw in (0, 1):
-        state = search_state(FAMILY.seed("5M"), random_seed=rng.randint(0, 9), baselines=True, draw=draw)
+        state = search_state(FAMILY.seed("5M"), random_seed=draw, baselines=True, draw=draw)
         others = tuple(s.arch for s in strategy.propose(replace(state, number=2)))
         params = FAMILY.count_params(state.seed, DIGITS)
         state = replace(state, incumbents=others, band=Band(int(0.3 * params), int(0.5 * params)))
-        tried = frozenset(FAMILY.key(s.arch, DIGITS) for s in strategy.propose(state)[2:])
-        state = replace(state, exclude=tried)
-        assert strategy.propose(state) == propose(
-            FAMILY,
-            others,
-            DIGITS,
-            state.band,
-            state.number,
-            random_seed=state.random_seed,
-            baselines=draw == 0,
-            exclude=tried,
-        )
+        state = replace(state, exclude=frozenset(FAMILY.key(s.arch, DIGITS) for s in strategy.propose(state)[2:]))
+        wanted = {"random_seed": draw, "baselines": draw == 0, "exclude": state.exclude}
+        assert strategy.propose(state) == propose(FAMILY, others, DIGITS, state.band, state.number, **wanted)
 
 
 def test_uniform_scales_widths_first_then_depths_as_well() -> None:
@@ -241,8 +216,7 @@ def test_children_of_an_evolution_have_their_parents_genes() -> None:
 
 def test_too_few_scored_candidates_make_no_parents() -> None:
     evolution, rest = get_strategy("evolution"), get_strategy("random")
-    proposed = rest.propose(search_state(number=12))
-    trials = tuple(scored(1, s, 1.0 + i) for i, s in enumerate(proposed))
+    trials = tuple(scored(1, s, 1.0 + i) for i, s in enumerate(rest.propose(search_state(number=12))))
     few, enough = (search_state(number=12, step=2, trials=trials[:n]) for n in (2, 3))
     assert evolution.propose(few) == rest.propose(few)
     assert evolution.propose(enough) != rest.propose(enough)
@@ -309,19 +283,7 @@ def test_learning_strategies_find_an_optimum_sooner_than_random(name: str) -> No
 
 
 @pytest.mark.slow
-def test_the_gaussian_process_is_legal_and_finds_an_optimum_sooner_than_random() -> None:
-    strategy, rng = get_strategy("gp"), random.Random(4)
-    state = search_state(number=4)
-    for step in (1, 2, 3):
-        state = replace(state, step=step)
-        proposed = strategy.propose(state)
-        assert proposed == strategy.propose(state)
-        keys = {FAMILY.key(s.arch, DIGITS) for s in proposed}
-        assert len(keys) == 4
-        assert not keys & {known.key for known, _ in state.trials}
-        assert all(state.band.lo <= s.params <= state.band.hi for s in proposed)
-        assert all(contains(FAMILY, SMALL, s.arch, DIGITS) for s in proposed)
-        state = replace(state, trials=(*state.trials, *decided(state, proposed, rng)))
+def test_the_gaussian_process_finds_an_optimum_sooner_than_random() -> None:
     tries = [evaluations("gp", s, most=40) for s in range(2)]
     blind = [evaluations("random", s, most=40) for s in range(2)]
     assert np.mean([n for n, _ in tries]) < np.mean([n for n, _ in blind])

@@ -42,23 +42,11 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.run_json = path / "run.json"  # the configuration, versions and fingerprint, written once before any work
+        self.result_json = path / "result.json"  # the result; missing while the run is unfinished
+        self.work = path / "work"  # the folders of finished jobs by key, each whole or absent
         self._lock = FileLock(path / ".lock", timeout=0)
         self.created = self.begun = False
-
-    @property
-    def run_json(self) -> Path:
-        """The configuration, versions and fingerprint, written once before any work."""
-        return self.path / "run.json"
-
-    @property
-    def result_json(self) -> Path:
-        """The result; missing while the run is unfinished."""
-        return self.path / "result.json"
-
-    @property
-    def work(self) -> Path:
-        """The folders of finished jobs by key, each whole or absent."""
-        return self.path / "work"
 
     def check_new(self) -> None:
         """Refuse a folder that holds a run already."""

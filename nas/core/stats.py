@@ -200,14 +200,13 @@ def tied_with_best(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) -> 
 def describe_tied(kept: Sequence[str], losses: Mapping[str, npt.ArrayLike]) -> str:
     """Return the result of `tied_with_best` among these losses in one sentence."""
     table = {key: _per_image(key, value) for key, value in losses.items()}
-    order, n = _by_mean(table), len(table)
-    s, images = next(iter(table.values())).shape
+    n, (s, images) = len(table), next(iter(table.values())).shape
     by = f"by {s} random seed{'s' if s > 1 else ''} x {images:,} images"
     if len(kept) == 1:
         return f"the first of {n} is better than the others, {by}"
     if len(kept) == n:
         return f"the {n} cannot be told apart {by}"
-    if list(kept) == order[: len(kept)]:
+    if list(kept) == _by_mean(table)[: len(kept)]:
         return f"the first {len(kept)} of {n} cannot be told apart {by}"
     return f"{len(kept)} of {n} cannot be told apart from the best {by}"
 

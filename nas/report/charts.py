@@ -70,12 +70,8 @@ def counted(number_of: Any, what: str) -> str:
 
 def _point(run: RunFiles, row: Trial, relative: bool) -> Point:
     assert row.soft_loss is not None
-    error = row.soft_loss_se
-    speed = (row.ratio, row.ratio_lo, row.ratio_hi)
-    if not relative:
-        speed = (row.images_per_s, row.images_per_s_lo, row.images_per_s_hi)
-    elif row.step == 0 and row.ratio is None:
-        speed = (1.0, None, None)
+    error, name = row.soft_loss_se, "ratio" if relative else "images_per_s"
+    speed, lo, hi = (getattr(row, name + end) for end in ("", "_lo", "_hi"))
     return Point(
         key=row.key,
         label=_label(run, row),
@@ -83,9 +79,9 @@ def _point(run: RunFiles, row: Trial, relative: bool) -> Point:
         score=row.soft_loss,
         score_lo=None if error is None else row.soft_loss - error,
         score_hi=None if error is None else row.soft_loss + error,
-        speed=speed[0],
-        speed_lo=speed[1],
-        speed_hi=speed[2],
+        speed=1.0 if relative and row.step == 0 and speed is None else speed,
+        speed_lo=lo,
+        speed_hi=hi,
         kind=_kind(run, row),
     )
 
@@ -122,25 +118,23 @@ def _notes(runs: Sequence[RunFiles], relative: bool) -> tuple[str, ...]:
     images = {run.holdout_images for run in runs}
     count = images.pop() if len(images) == 1 else None
     holdout = "the holdout" if count is None else f"{count} holdout images"
-    first = (
-        f"Score: soft loss against the teacher on {holdout} after a short distillation (the seed: "
-        "its full one); bars \u00b11 s.e."
+    score = (
+        f"Score: soft loss against the teacher on {holdout} after a short distillation (the seed: its full one); bars "
+        "\u00b11 s.e."
     )
-    what = "Median ratio of alternating blocks" if relative else "Median of blocks"
-    lines = [first, f"Throughput: {what.lower()} with its ~95 % interval. "]
+    what = "median ratio of alternating blocks" if relative else "median of blocks"
+    speed = f"Throughput: {what} with its ~95 % interval. "
     if len(runs) == 1:
-        lines[1] += conditions_line(runs[0]) + "."
+        speed += conditions_line(runs[0]) + "."
         seed = runs[0].seed
         if relative and seed is not None and seed.images_per_s is not None:
-            lines[1] += f" Seed: {significant(seed.images_per_s)} images/s."
-        return tuple(lines)
-    if len({_text(run, "fingerprint", "id") for run in runs}) > 1:
-        lines[1] += "Runs of different devices or software: compare ratios with care."
+            speed += f" Seed: {significant(seed.images_per_s)} images/s."
+    elif len({_text(run, "fingerprint", "id") for run in runs}) > 1:
+        speed += "Runs of different devices or software: compare ratios with care."
     # The random seed cuts the holdout, so the same data may still be other images.
     cuts = {(_text(run, "dataset", "fingerprint"), run.config.get("random_seed")) for run in runs}
-    if len(cuts) > 1:
-        lines.append("Runs of different images or cuts: losses compare within a colour only.")
-    return tuple(lines)
+    other = "Runs of different images or cuts: losses compare within a colour only."
+    return (score, speed, other) if len(cuts) > 1 else (score, speed)
 
 
 def _text(run: RunFiles, part: str, name: str) -> str:

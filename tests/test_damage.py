@@ -229,7 +229,7 @@ def of_cache(folder: Path) -> list[Case]:
 
     def labels() -> Any:
         opened = open_store(store)
-        rows = [vars(part[np.arange(len(part))]) for part in (opened.epoch(0), opened.holdout())]
+        rows = [part[np.arange(len(part))] for part in (opened.epoch(0), opened.holdout())]
         return [dict(opened.manifest), rows, (opened.keys, opened.holdout_keys)]
 
     digest = save_weights(teacher / "weights.safetensors", create_model("test_vit", num_classes=10).state_dict())

@@ -128,8 +128,7 @@ def test_the_same_job_gives_the_same_bytes_and_another_another_score(dataset: Da
         assert (out / name).read_bytes() == (again / name).read_bytes()
     few = run(images=24)[0]
     assert few["images"] == 48
-    assert few == run(images=24)[0]
-    others = [{"random_seed": 1}, {"first_epoch": 1}, {"hard_weight": 0.5}, {"epochs": 8}]
+    others = [{"random_seed": 1}, {"first_epoch": 1}, {"hard_weight": 0.5}, {"epochs": 5}]
     scores = [run(**change)[0]["soft_loss"] for change in others]
     assert len({one["soft_loss"], few["soft_loss"], *scores}) == 6
     assert scores[-1] < one["soft_loss"], "more epochs teach more"

@@ -18,7 +18,7 @@ from nas.core.io import read_json
 from nas.train import __main__ as train
 from nas.train.train_flags import make_config, read_flags
 from tests.conftest import Finished
-from tests.train_cases import arch_file, build_store, evaluation, flags, rows, sets, weights
+from tests.train_cases import arch_file, evaluation, flags, rows, sets, toy_store, weights
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
     kind: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arch = arch_file(tmp_path, dist_token=kind == "token")
-    store = build_store(cache / "store", cache)
+    store = toy_store(tmp_path / "labels", cache)
     for name, source in (
         ("store", ["--labels", str(store)]),
         ("online", ["--teacher", "auto", "--teacher-epochs", "1"]),
@@ -189,7 +189,7 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
 
 def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(cache: Path, tmp_path: Path) -> None:
     changes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-    store = build_store(tmp_path / "mixed", cache, epochs=1, changes=changes)
+    store = toy_store(tmp_path / "mixed", cache, changes=changes)
     found = []
     for alpha in ("0", "1"):
         more = ["--labels", str(store), "--distill", "hard", "--set", f"distill_alpha={alpha}"]

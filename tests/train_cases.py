@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from label_cases import built
 from safetensors.torch import load_file
 
-from nas.distill import label_store
+from nas.data import DataSpec, prepare
 from tests.conftest import SMALL_ARCH
 
 VIT = {**{"embed_dim": 32, "depth": 2, "head_dim": 16}, **{"mlp_ratio": 2.0, "patch_size": 8, "dist_token": False}}
@@ -20,10 +21,9 @@ TINY = {**SMALL_ARCH, "embed_dims": [32, 32, 64, 64], "depths": [1, 1, 1, 1]}
 TINY |= {"mbconv_expand_ratio": 2.0, "mlp_ratio": 2.0}
 
 
-def arch_file(folder: Path, family: str = "vit", **changes: Any) -> Path:
-    arch = {**(VIT if family == "vit" else SMALL_ARCH), **changes}
+def arch_file(folder: Path, **changes: Any) -> Path:
     path = folder / "arch.json"
-    path.write_text(json.dumps({"family": family, "arch": arch}))
+    path.write_text(json.dumps({"family": "vit", "arch": {**VIT, **changes}}))
     return path
 
 
@@ -46,12 +46,9 @@ def evaluation(model: Path, cache: Path, *more: str) -> list[str]:
     return [*start, "--cache-dir", str(cache), "--quiet", "--json", *more]
 
 
-def build_store(out: Path, cache: Path, data: str = "digits", images: int = 200, **more: Any) -> Path:
-    """Build a small label store with a teacher of one epoch, unless it is there."""
-    if not out.exists():
-        options = {"epochs": 2, "teacher_epochs": 1, "img_size": 32, "threads": 1, **more}
-        label_store.build(data, out=out, max_images=images, cache_dir=cache, **options)
-    return out
+def toy_store(out: Path, cache: Path, **request: Any) -> Path:
+    """Build labels of the digits of `flags`, with a toy teacher."""
+    return built(out, prepare(DataSpec("digits", 32, 200), cache), **request).folder
 
 
 def run(*arguments: str, torchrun: int = 0) -> subprocess.CompletedProcess[str]:

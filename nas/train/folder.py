@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nas.core.io import read_json, remove_leftovers, write_atomic, write_json
+from nas.core.io import read_object, remove_leftovers, write_atomic, write_json
 from nas.core.table import Writer
 from nas.train.evaluate import SCORES
 from space.errors import refuse
@@ -57,20 +57,18 @@ class TrainFolder:
 
     def read_settings(self) -> dict[str, Any]:
         """Read `train.json`. Raises InputError."""
-        data = read_json(self.path / SETTINGS, "the folder of a training by nas.train")
-        parts = ("config", "machine")
-        if not isinstance(data, dict) or not all(isinstance(data.get(k), dict) for k in parts):
-            raise refuse(str(self.path / SETTINGS), "another format", "what nas.train wrote")
-        return data
+        schema = {"config": dict, "machine": dict}
+        return read_object(self.path / SETTINGS, "the folder of a training by nas.train", schema)
 
     def read_result(self) -> dict[str, Any] | None:
         """Read `result.json`; None before the training's end. Raises InputError."""
-        if not (self.path / RESULT).is_file():
+        path = self.path / RESULT
+        if not path.is_file():
             return None
-        data = read_json(self.path / RESULT, "how a training ended")
-        if not isinstance(data, dict) or data.get("status") not in ("finished", "diverged"):
-            raise refuse(str(self.path / RESULT), "another format", "what nas.train wrote", "remove it, and --resume")
-        return data
+        result = read_object(path, "how a training ended", {"status": str})
+        if result["status"] not in ("finished", "diverged"):
+            raise refuse(str(path), "another format", "what nas.train wrote", "remove it, and --resume")
+        return result
 
     @contextmanager
     def lock(self) -> Iterator[None]:

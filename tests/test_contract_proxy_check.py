@@ -101,7 +101,7 @@ def test_the_ceilings_are_those_of_the_world_that_was_simulated(s: int, sd: floa
         true, truth = world(rng, 20, s, sd)
         found.append(noise_ceiling(truth, resamples=100))
         reached.append(kendall(true, truth.mean(axis=0)))
-    # What a perfect proxy reached in fact, what is said of it, and the closed form agree.
+    # What a perfect proxy reached in fact, what is estimated of it, and the closed form agree.
     perfect, pairwise = normal_tau(1 / math.sqrt(1 + sd**2 / s)), normal_tau(1 / (1 + sd**2))
     assert np.mean(reached) == pytest.approx(perfect, abs=0.03)
     for asked, estimates in ((perfect, [f.perfect for f in found]), (pairwise, [f.pairwise for f in found])):
@@ -247,8 +247,8 @@ class Paper:
     def __init__(self, folder: Path, config: RunConfig, failing: tuple[str, ...] = ()) -> None:
         self.family, self.seed_arch, self.context, self.config = FAMILY, SEED, CTX, config
         self.folder, self.failing = RunFolder(folder), failing
-        self.said = io.StringIO()
-        self.console = Console(stream=self.said)
+        self.printed = io.StringIO()
+        self.console = Console(stream=self.printed)
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.rows: list[tuple[Trial, dict[str, Any]]] = []
         self.study = cast(Any, self)
@@ -340,7 +340,7 @@ def test_an_arch_that_cannot_be_trained_is_left_out_for_good(tmp_path: Path, mon
     assert "over 4 archs" in report["message"]
     assert "1 more could not be trained" in report["message"]
     assert "out of memory" in report["left_out"][0]
-    assert paper.said.getvalue().count("left out") == 1
+    assert paper.printed.getvalue().count("left out") == 1
     assert not [name for name, _ in paper.asked if name in (f"truth2-{gone}", f"check-{gone}")]
     again = Paper(folder, config_of())  # it would not fail a second time
     assert check_proxy(again.run, START, 5) | {"message": ""} == report | {"message": ""}

@@ -290,14 +290,14 @@ def test_values_of_another_type_are_refused_or_ignored(name: str, cases: list[Ca
     """Each value of a JSON, one after the other, as another type, or not there at all."""
     named = {"job": "result.json", "milestone": "models"}
     for case in cases:
-        told = json.loads(case.path.read_bytes()) if case.path.suffix == ".json" else None
+        record = json.loads(case.path.read_bytes()) if case.path.suffix == ".json" else None
         inside = case.path.parent.name if name == "milestone" else case.path.name
-        if not isinstance(told, dict) or inside != named.get(name, name):
+        if not isinstance(record, dict) or inside != named.get(name, name):
             continue
         raw = case.path.read_bytes()
-        for key in told:
+        for key in record:
             for other in (None, "x", 1.5, True, [], {}, ["x"], {"x": None}):
-                case.path.write_text(json.dumps({**told, key: other}))
+                case.path.write_text(json.dumps({**record, key: other}))
                 with contextlib.suppress(InputError):
                     case.read()
         case.path.write_bytes(raw)

@@ -23,7 +23,7 @@ from run_cases import settings, table
 from nas.contract import contract
 from nas.contract.__main__ import main
 from nas.core.table import table_columns
-from nas.measure.measurement_table import read_measurements
+from nas.measure.measurement_table import MeasurementRow, MeasurementTable, read_measurements
 from nas.search.study import Trial
 from space import Context, get_family
 from space.errors import InputError
@@ -180,6 +180,26 @@ def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(finished: Finishe
     kill(process)
     assert not (folder / "result.json").exists()
     assert run_process(resumed(finished, folder)).wait(timeout=300) == 0
+    assert_same_answer(folder, finished.folder)
+
+
+def test_a_run_killed_while_it_takes_measurements_over_takes_the_rest(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, append, taken = tmp_path / "run", MeasurementTable.append, list[MeasurementRow]()
+
+    def dying(self: MeasurementTable, row: MeasurementRow) -> None:
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(row)
+        append(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MeasurementTable, "append", dying)
+        assert main(begun(finished, folder)) == 130
+    assert read_measurements(folder / "measurements.csv") == tuple(taken)
+    assert main(resumed(finished, folder)) == 0
+    assert read_measurements(folder / "measurements.csv") == read_measurements(finished.folder / "measurements.csv")
     assert_same_answer(folder, finished.folder)
 
 

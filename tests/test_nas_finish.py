@@ -24,8 +24,8 @@ def test_the_paired_difference_is_that_of_the_accuracies_with_its_interval(seed:
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, 5, 300)
     hit = rng.integers(0, 2, (2, 300)).astype(bool)
-    said = np.where(hit, truth, (truth + 1) % 5)
-    for name, predicted in zip("ab", said, strict=True):
+    predictions = np.where(hit, truth, (truth + 1) % 5)
+    for name, predicted in zip("ab", predictions, strict=True):
         (tmp_path / name).mkdir()
         arrays = {"predicted": predicted, "truth": truth, "soft_loss": np.zeros(300, dtype=np.float32)}
         save_file(arrays, tmp_path / name / "test.safetensors")
@@ -108,6 +108,6 @@ def test_a_bar_on_a_terminal_lines_in_a_pipe_and_nothing_when_quiet() -> None:
     ],
 )
 def test_a_teacher_no_better_than_its_student_is_told(teacher: float, error: float, seed: float, weak: bool) -> None:
-    said = weak_teacher_notes({"holdout_top1": teacher, "holdout_top1_se": error}, {"top1": seed})
-    assert bool(said) == weak
-    assert all("does not stand above the seed" in line for line in said)
+    lines = weak_teacher_notes({"holdout_top1": teacher, "holdout_top1_se": error}, {"top1": seed})
+    assert bool(lines) == weak
+    assert all("does not stand above the seed" in line for line in lines)

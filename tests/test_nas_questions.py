@@ -1,4 +1,4 @@
-"""What else a user may ask: another strategy, frozen parts, a plan, a replay, trust."""
+"""What else a user may ask: another strategy, frozen parts, a plan, a replay, a proxy check."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_a_replay_of_a_replay_finds_the_losses_behind_its_scores(tmp_path: Path)
     assert found("third") == ["b"]
     shutil.rmtree(first)
     assert found("third") == []
-    shutil.move(second, first)  # now it says that it replays itself
+    shutil.move(second, first)  # its replay is now itself
     assert found("first") == []
 
 
@@ -252,7 +252,7 @@ def test_what_a_training_learns_is_in_its_key(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(finished: Finished, tmp_path: Path) -> None:
-    """Seed, candidates, second seeds, trust and the final comparison learn alike."""
+    """Seed, candidates, second seeds, proxy check and the final comparison learn alike."""
     small = {"embed_dim": 64, "depth": 4, "head_dim": 16, "mlp_ratio": 2.0, "patch_size": 8}
     seed = tmp_path / "seed.json"
     seed.write_text(json.dumps({**small, "dist_token": True}))
@@ -280,10 +280,10 @@ def test_a_run_that_teaches_a_token_goes_on_where_candidates_lose_theirs(finishe
         assert job.argument.distill == ("sparse" if job in alone else "token"), job.key
     lost = set()
     for job in trained:
-        told = json.loads((job.argument.out / "result.json").read_text())["values"]
-        says = any("no distillation token" in note for note in told["notes"])
-        assert says == (job not in alone and not job.argument.arch["dist_token"]), job.key
-        lost |= {job.key} if says else set()
+        values = json.loads((job.argument.out / "result.json").read_text())["values"]
+        noted = any("no distillation token" in note for note in values["notes"])
+        assert noted == (job not in alone and not job.argument.arch["dist_token"]), job.key
+        lost |= {job.key} if noted else set()
     assert any(key.startswith("s1-") for key in lost)
     assert {r["name"] for r in table(folder / "proxy_check.csv")} >= {"proxy (inherit), hard labels"}
     assert "`--distill token`" in (folder / "report.md").read_text()
@@ -342,7 +342,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "refusal"),
     [
         (["--resume", "run"], "--plan: got --resume"),
         (["--replay", "run"], "--plan: got --replay"),
@@ -351,11 +351,11 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(
-    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+    flags: list[str], refusal: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--plan", *flags]) == 2
     line, *more = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert refusal in line
     assert not more
 
 

@@ -255,14 +255,14 @@ def test_rare_classes_weigh_as_much_as_frequent_ones(tmp_path: Path) -> None:
 
 def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path: Path) -> None:
     """One training of two epochs, straight and as two jobs."""
-    (told,) = _scratch_trainings(finished)
-    assert (told.init, told.lr) == ("scratch", SCRATCH_LR)
-    told = replace(told, epochs=2, checkpoint=False, shared=False, test=False)
-    whole = run_job(Job(train, replace(told, out=tmp_path / "whole"), "whole"))
-    first = run_job(Job(train, replace(told, rung=1, out=tmp_path / "first"), "first"))
+    (job_argument,) = _scratch_trainings(finished)
+    assert (job_argument.init, job_argument.lr) == ("scratch", SCRATCH_LR)
+    job_argument = replace(job_argument, epochs=2, checkpoint=False, shared=False, test=False)
+    whole = run_job(Job(train, replace(job_argument, out=tmp_path / "whole"), "whole"))
+    first = run_job(Job(train, replace(job_argument, rung=1, out=tmp_path / "first"), "first"))
     ticks: list[float] = []
     past = EarlierRung(epochs=1, checkpoint=tmp_path / "first" / CHECKPOINT)
-    job = Job(train, replace(told, continue_from=past, out=tmp_path / "second"), "second")
+    job = Job(train, replace(job_argument, continue_from=past, out=tmp_path / "second"), "second")
     part = tmp_path / "second.part"  # where a worker was killed while it wrote
     part.mkdir()
     (part / f".{CHECKPOINT}.abc123.tmp").write_bytes(b"half")
@@ -275,7 +275,7 @@ def test_a_training_cut_into_rungs_ends_in_the_same_bits(finished: Any, tmp_path
     assert names[0] == names[2] == ["holdout.safetensors", "weights.safetensors"]
     assert names[1] == [CHECKPOINT, "holdout.safetensors"]
     trained = sum(ticks) - whole.values["holdout_images"]
-    assert trained == whole.values["images"] / 2, "the first rung's images are not told twice"
+    assert trained == whole.values["images"] / 2, "the first rung's images are not counted twice"
 
 
 def _scratch_trainings(finished: Any) -> list[TrainJob]:

@@ -119,14 +119,14 @@ def test_malformed_requirements_are_refused_in_one_line(text: str) -> None:
 @LAW
 def test_whatever_is_typed_is_read_or_refused(text: str) -> None:
     """Whatever is raised is one line; whatever is read reads back."""
-    said = ""
+    refusal = ""
     try:
         found = parse_requirement(text, dtype="float32", batch=16)
     except InputError as error:
-        said = str(error)
+        refusal = str(error)
     else:
         assert parse_requirement(found.text, dtype="float32", batch=16) == found
-    assert "\n" not in said
+    assert "\n" not in refusal
 
 
 @pytest.mark.parametrize(

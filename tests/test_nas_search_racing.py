@@ -25,7 +25,7 @@ def curves_of(rng: np.random.Generator, true: Floats, rungs: int, images: int, d
 
 
 def raced(curves: Floats, keep: int, alpha: float, drift_sd: float | None) -> list[set[str]]:
-    """Race curves [archs, rungs, images]: who is left after each rung but the last."""
+    """Race curves [archs, rungs, images]: which are left after each rung but the last."""
     left, found = [str(i) for i in range(len(curves))], []
     for rung in range(curves.shape[1] - 1):
         losses = {key: curves[int(key), rung] for key in left}

@@ -156,8 +156,8 @@ def test_a_copy_in_a_file_serves_readers_without_the_server(tmp_path: Path) -> N
         study.add_step(step)
         study.export(tmp_path / "study.db")
         study.close()
-    told = {"storage": shared.to_json()}
-    copy = read_study(tmp_path, told)
+    run = {"storage": shared.to_json()}
+    copy = read_study(tmp_path, run)
     assert copy.rows == rows(4)
     assert copy.steps == [step]
     with pytest.raises(StudyUnavailable):
@@ -165,7 +165,7 @@ def test_a_copy_in_a_file_serves_readers_without_the_server(tmp_path: Path) -> N
     assert (tmp_path / "study.db").exists()
     (tmp_path / "study.db").unlink()
     with pytest.raises(StudyUnavailable):
-        read_study(tmp_path, told)
+        read_study(tmp_path, run)
 
 
 def reach_and_begin(shared: SharedStudy) -> None:
@@ -199,7 +199,7 @@ def test_what_the_server_refuses_is_one_line_at_once_without_the_password(server
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "reason"),
     [
         ("sqlite:///all.db", "own study.db"),
         ("mysql://me:pa55@host/db", "mysql://..."),
@@ -213,10 +213,10 @@ def test_what_the_server_refuses_is_one_line_at_once_without_the_password(server
         ("", "cannot be read"),
     ],
 )
-def test_an_address_that_is_none_is_refused_without_repeating_it(address: str, said: str) -> None:
+def test_an_address_that_is_none_is_refused_without_repeating_it(address: str, reason: str) -> None:
     with pytest.raises(InputError) as refusal:
         new_shared(address, Path("run"))
-    assert said in str(refusal.value)
+    assert reason in str(refusal.value)
     assert "pa55" not in str(refusal.value)
 
 
@@ -364,14 +364,14 @@ def test_an_outage_before_the_first_row_keeps_the_run(
     with serving() as server:
         begun = [*finished.flags, "--out", str(folder), "--storage", server.url(), "--quiet"]
 
-        def first_row(run: Run, trust: object, *, fresh: bool) -> RunResult:
+        def first_row(run: Run, check: object, *, fresh: bool) -> RunResult:
             if fresh:
                 assert len(server_studies(server)) == 1
                 server.kill()
             fill(run.study, rows(1))
             return RunResult("stopped", 3, "", folder, {})
 
-        def refused(run: Run, trust: object, *, fresh: bool) -> RunResult:
+        def refused(run: Run, check: object, *, fresh: bool) -> RunResult:
             assert len(server_studies(server)) == 1
             raise refuse("--steps", 1, "another number")
 

@@ -15,10 +15,11 @@ import torch
 from space_cases import random_arch
 from torch import nn
 
+from nas.export.arch_of_weights import checkpoint_context
 from nas.export.weights import weights_digest
 from nas.inherit.batchnorm import first_change, recalibrate
 from nas.inherit.importance import rank_units
-from nas.inherit.slice import checkpoint_context, inherit
+from nas.inherit.slice import inherit
 from space import Context, get_family
 from space.errors import InputError
 from space.family import Slice

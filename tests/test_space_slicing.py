@@ -22,7 +22,8 @@ from space_cases import (
     random_context,
 )
 
-from nas.inherit.slice import checkpoint_context, inherit
+from nas.export.arch_of_weights import checkpoint_context
+from nas.inherit.slice import inherit
 from space import Arch, Context
 from space.family import Family, Slice
 from space.slicing import bicubic, spread

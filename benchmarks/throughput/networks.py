@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nas.core.io import check_object, read_json
-from nas.export.load import CheckpointFile, ModelName, SavedNetwork, find_network
+from nas.export.load import CheckpointFile, HubFolder, ModelName, SavedNetwork, find_network
 from nas.measure.jobs import NetworkSpec
 from nas.report.read import read_run
 from space import Arch, Context, Family, get_family
@@ -92,10 +92,15 @@ def find_nets(names: Sequence[str], family: Family) -> list[Net]:
 
 def _find(name: str, family: Family) -> list[Net]:
     named = find_network(name, "--arch")
-    if os.path.isdir(named.path):  # unlike a Path's, it is false for an arch's JSON, too long for a name
-        return _pareto_set(named.path, family)
     path = Path(named.origin)
-    data: Any = read_json(path, "an arch") if isinstance(named, (SavedNetwork, CheckpointFile)) else {}
+    # os.path's tests are false for an arch's JSON, too long for a name, where a Path's fail.
+    if os.path.isfile(os.path.join(name, "run.json")):
+        return _pareto_set(named.path, family)
+    if isinstance(named, (HubFolder, CheckpointFile)) and not os.path.isfile(path):
+        saved = named.saved()
+        weights = saved.weights if isinstance(named, HubFolder) else None
+        return [Net(name, saved.family, saved.arch, weights=weights, trained_in=saved.context)]
+    data: Any = read_json(path, "an arch") if isinstance(named, SavedNetwork) else {}
     if isinstance(data, dict) and isinstance(data.get("finalists"), list):
         own = get_family(data.get("family", family.name))
         listed = [check_object(name, each, "the list of finalists", {"arch": dict}) for each in data["finalists"]]
@@ -115,8 +120,6 @@ def _find(name: str, family: Family) -> list[Net]:
 
 def _pareto_set(folder: Path, family: Family) -> list[Net]:
     """Return the scored archs of a run that no other one beats in size, speed and score."""
-    if not (folder / "run.json").is_file():
-        raise refuse("--arch", folder, "a run's folder (with a run.json)")
     from nas.search.study import read_study
 
     study = read_study(folder, read_run(folder).run)  # refuses a damaged one in its own words

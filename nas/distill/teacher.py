@@ -153,6 +153,7 @@ def make_teacher(
 def _notes(named: NamedNetwork, source: NetSource, settings: TrainSettings | None, dataset: Dataset) -> Iterator[str]:
     if isinstance(named, AutoTeacher):
         return
+    yield from (f"teacher {note}" for note in named.notes)
     if settings is None and not dataset.labelled:
         yield f"teacher {named.name}: its {source.num_classes} classes, for images without labels"
     elif settings is None:

@@ -1,9 +1,10 @@
 """Export a trained model of a run: `python -m nas.export RUN --to timm --out DIR`.
 
-SOURCE is the folder of a finished run, a model's JSON in it (best.json, family/02-7069321.json), or
-the weights beside one. `timm`: a folder in the Hugging Face hub's layout, which plain timm loads,
-as a classifier or as a backbone. `onnx`: a file for any number of images; `torch`: a program of
-torch.export. An export is read back and compared with the network before it is kept.
+SOURCE is the folder of a finished run or training, a model's JSON in it (best.json, models/02-7069321.json), the weights
+beside one, an exported folder, or another program's checkpoint: one that names a timm model of a family, or one of a
+published arch. `timm`: a folder in the Hugging Face hub's layout, which plain timm and transformers load, as a
+classifier or as a backbone. `onnx`: a file for any number of images; `torch`: a program of torch.export. An export is
+read back and compared with the network before it is kept.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
     from nas.export.load import find_network
 
     out = _check_out(given)
-    saved = find_network(given.source, "SOURCE").saved()
+    named = find_network(given.source, "SOURCE")
+    saved = named.saved()
     try:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as beside:
             result = _export(given, saved, Path(beside) / out.name)
@@ -92,7 +94,7 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
             os.replace(Path(beside) / out.name, out)
     except OSError as error:
         raise refuse("--out", given.out, "a place to write to", error.strerror or "") from error
-    result |= {"out": str(out)}
+    result |= {"out": str(out), "notes": list(named.notes)}
     if given.to == "onnx" and given.measure:
         result |= _measure(saved, out, given.batch)
     return result
@@ -200,6 +202,8 @@ def _measure(saved: SavedModel, out: Path, batch: int) -> dict[str, Any]:
 
 
 def _print_result(result: dict[str, Any]) -> None:
+    for note in result["notes"]:
+        print(note)
     print(f"{result['out']}: {result['params']:,} parameters")
     if "folded" in result:
         moved = f"logits moved by {result['folding_difference']:.1e}"

@@ -52,7 +52,7 @@ def export_timm(saved: SavedModel, out: Path) -> Path:
     out.mkdir()
     _, kwargs = saved.timm_call
     model = saved.build()
-    names = {"label_names": saved.classes}
+    names = {"label_names": saved.classes} if saved.classes else {}
     save_for_hf(model, str(out), model_config=names, model_args=kwargs, safe_serialization=True)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     described = {k: v for k, v in config["pretrained_cfg"].items() if k in _OWN}
@@ -60,7 +60,8 @@ def export_timm(saved: SavedModel, out: Path) -> Path:
     # timm and transformers take the number of classes from the root; transformers refuses a second one.
     del config["model_args"]["num_classes"]
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (out / CLASS_MAP).write_text("".join(f"{name}\n" for name in saved.classes), encoding="utf-8")
+    if saved.classes:
+        (out / CLASS_MAP).write_text("".join(f"{name}\n" for name in saved.classes), encoding="utf-8")
     (out / "README.md").write_text(card(saved, model, out), encoding="utf-8")
     return out
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.export.saved_model import SavedModel, read_saved_model
-from space import get_family
+from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Family
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from nas.export.state_dict import LoadedState
     from nas.export.teacher_net import NetSource
     from nas.export.weights import State
 
@@ -30,9 +31,10 @@ AUTO_KWARGS: Mapping[str, Any] = {"channels": (32, 64, 128, 256), "stem_width": 
 Convolutions learn small image sets quickly, which is all that is asked of it."""
 
 _PICKLED = (".pt", ".pth", ".bin", ".tar", ".ckpt")
-_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-_IN_FOLDER = ("model.safetensors", "best.safetensors", "weights.safetensors")
+_IN_FOLDER = (
+    *("model.safetensors", "best.safetensors", "weights.safetensors"),
+    *("model_best.pth.tar", "last.pth.tar", "pytorch_model.bin"),
+)
 _CONFIG = "timm's config.json of a model"
 _OF_RUN = ("best.json", "run.json", "train.json")
 
@@ -45,6 +47,8 @@ class NamedNetwork:
 
     def __init__(self, name: str, flag: str) -> None:
         self.name, self.flag, self.path = name, flag, Path(name).expanduser()
+        self.notes: tuple[str, ...] = ()
+        """What was decided on reading the weights, for the user."""
 
     def fits(self) -> bool:
         """Return whether the name has this form."""
@@ -79,6 +83,13 @@ class NamedNetwork:
     def _without(self, what: str) -> InputError:
         forms = [form.words for form in FORMS if getattr(form, what) is not getattr(NamedNetwork, what)]
         return refuse(self.flag, self.name, "; or ".join(forms))
+
+    def _read(self, path: Path) -> LoadedState:
+        from nas.export.state_dict import load_state
+
+        loaded = load_state(path, self.flag)
+        self.notes = loaded.notes
+        return loaded
 
     def _seed(self, family: str, name: str) -> tuple[Family, Arch]:
         found = get_family(family)
@@ -153,13 +164,14 @@ class SavedNetwork(NamedNetwork):
         return self._seed(str(own), str(path))
 
     def weights(self) -> State:
-        return _load_file(self.saved().weights, self.flag)
+        return self._read(self.saved().weights).state
 
     def teacher(self) -> NetSource:
         from nas.export.teacher_net import net_source
 
         saved = self.saved()
-        return net_source(*saved.timm_call, self.weights(), saved.context.num_classes, saved.preprocessing)
+        state = self._read(saved.weights).state if saved.state is None else saved.state
+        return net_source(*saved.timm_call, state, saved.context.num_classes, saved.preprocessing)
 
     def saved(self) -> SavedModel:
         return read_saved_model(self._json())
@@ -194,8 +206,37 @@ class HubFolder(NamedNetwork):
             raise refuse(self.flag, self.path, "a config.json naming an architecture", "see timm's hub")
         return config
 
+    @property
+    def file(self) -> Path:
+        """The file with the weights. Raises InputError."""
+        return _file_in(self.path, self.flag)
+
     def weights(self) -> State:
-        return _load_folder(self)
+        return self._read(self.file).state
+
+    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
+        saved = self.saved()
+        return saved.family, saved.arch
+
+    def saved(self) -> SavedModel:
+        from nas.export.arch_of_weights import arch_of_timm, checkpoint_context
+        from nas.export.saved_model import foreign_model
+
+        config = self.config()
+        seen: dict[str, Any] = {**config, **_preprocessing_of(config)}
+        given = config.get("model_args") or {}
+        try:
+            channels, size = int(seen["input_size"][0]), int(seen["input_size"][-1])
+            expected = Context(size, int(seen["num_classes"]), channels)
+        except (LookupError, TypeError, ValueError) as error:
+            raise refuse(
+                self.flag, f"{self.path} ({type(error).__name__}: {error})", _CONFIG, "see timm's hub"
+            ) from None
+        family, arch = arch_of_timm(config["architecture"].split(".")[0], given, size, name=self.flag)
+        state = self.weights()
+        context = checkpoint_context(family, arch, expected, state, name=self.flag)
+        classes = self.classes or ()
+        return foreign_model(self.file, state, family, arch, context, classes=classes, preprocessing=seen)
 
     def teacher(self) -> NetSource:
         from nas.export.teacher_net import build_teacher_net, net_source
@@ -214,20 +255,11 @@ class HubFolder(NamedNetwork):
         return source
 
 
-class WeightsFolder(NamedNetwork):
-    """Any other folder."""
-
-    words = f"a folder with {', '.join(_IN_FOLDER)}"
-
-    def fits(self) -> bool:
-        return self.path.is_dir()
-
-    def weights(self) -> State:
-        return _load_folder(self)
-
-
 class CheckpointFile(SavedNetwork):
-    """A file of weights; where a run or a training saved it, the model's JSON lies beside it."""
+    """A file of weights, with a model's JSON beside it where this toolkit wrote it.
+
+    Another program's is of the timm model that it names, or of the published arch that its tensors fit.
+    """
 
     words = f"a checkpoint ending in .safetensors, {', '.join(_PICKLED)}"
 
@@ -238,14 +270,74 @@ class CheckpointFile(SavedNetwork):
         return self.path.with_suffix(".json")
 
     def weights(self) -> State:
-        if self.path.suffix not in (".safetensors", *_PICKLED):
-            raise refuse(self.flag, self.name, self.words, "convert it with safetensors.torch.save_file")
-        return _load_file(self.path, self.flag)
+        return self._checkpoint().state
+
+    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
+        if self._json().is_file():
+            return super().arch(family)
+        found, arch, _ = self._recognised(self._checkpoint(), family)
+        return found, arch
 
     def teacher(self) -> NetSource:
-        if not self._json().is_file():
-            raise refuse(self.flag, self.name, ModelAndFile.words, "say which timm model it is")
-        return super().teacher()
+        import timm
+
+        if self._json().is_file():
+            return super().teacher()
+        loaded = self._checkpoint()
+        if not timm.is_model(loaded.model):
+            try:
+                return super().teacher()
+            except InputError:
+                raise refuse(self.flag, self.name, ModelAndFile.words, "say which timm model it is") from None
+        from nas.export.teacher_net import count_classes, net_source
+
+        given = loaded.args.get("model_kwargs") or {}
+        classes = count_classes(loaded.model, loaded.state, given)
+        return net_source(loaded.model, given, loaded.state, classes, loaded.preprocessing())
+
+    def saved(self) -> SavedModel:
+        from nas.export.saved_model import foreign_model
+
+        if self._json().is_file():
+            return super().saved()
+        loaded = self._checkpoint()
+        family, arch, context = self._recognised(loaded, RunConfig.family)
+        model, _ = family.timm_call(arch, context)
+        seen = loaded.preprocessing(model)
+        return foreign_model(self.path, loaded.state, family, arch, context, classes=(), preprocessing=seen)
+
+    def _checkpoint(self) -> LoadedState:
+        if self.path.suffix.lower() not in (".safetensors", *_PICKLED):
+            raise refuse(self.flag, self.name, self.words, "convert it with safetensors.torch.save_file")
+        return self._read(self.path)
+
+    def _recognised(self, loaded: LoadedState, family: str) -> tuple[Family, Arch, Context]:
+        """Find the arch and context of another program's weights."""
+        import timm
+
+        from nas.export.arch_of_weights import arch_of_state, arch_of_timm, checkpoint_context
+
+        size, channels = loaded.preprocessing()["input_size"][-1], int(loaded.args.get("in_chans") or 3)
+        context = Context(size, 1000, channels)
+        if not timm.is_model(loaded.model):
+            return arch_of_state(loaded.state, family, context, name=self.flag)
+        found, arch = arch_of_timm(loaded.model, loaded.args.get("model_kwargs") or {}, size, name=self.flag)
+        return found, arch, checkpoint_context(found, arch, context, loaded.state, name=self.flag)
+
+
+class WeightsFolder(CheckpointFile):
+    """Any other folder, such as the output of timm's training script."""
+
+    words = f"a folder with {', '.join(_IN_FOLDER)}"
+
+    def fits(self) -> bool:
+        if not self.path.is_dir():
+            return False
+        self._folder, self.path = self.path, next(filter(Path.is_file, map(self.path.joinpath, _IN_FOLDER)), self.path)
+        return True
+
+    def _checkpoint(self) -> LoadedState:
+        return self._read(_file_in(self._folder, self.flag))
 
 
 class ModelAndFile(NamedNetwork):
@@ -265,7 +357,7 @@ class ModelAndFile(NamedNetwork):
     def weights(self) -> State:
         if not self.path.is_file():
             raise refuse(self.flag, self.name, "a checkpoint file after the colon", "check the path")
-        return _load_file(self.path, self.flag)
+        return self._read(self.path).state
 
     def teacher(self) -> NetSource:
         import timm
@@ -273,7 +365,7 @@ class ModelAndFile(NamedNetwork):
         from nas.export.teacher_net import count_classes, net_source
 
         state = self.weights()
-        classes = count_classes(self.model, state)
+        classes = count_classes(self.model, state, {})
         found: Any = timm.get_pretrained_cfg(self.model, allow_unregistered=True)
         config = dict(found.to_dict()) if found is not None else {}
         return net_source(self.model, {}, state, classes, config, always_resize=False)
@@ -349,54 +441,9 @@ def _preprocessing_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _load_folder(named: NamedNetwork) -> State:
-    file = next((named.path / n for n in _IN_FOLDER if (named.path / n).is_file()), None)
+def _file_in(folder: Path, flag: str) -> Path:
+    """Find the weights in a folder. Raises InputError."""
+    file = next((folder / name for name in _IN_FOLDER if (folder / name).is_file()), None)
     if file is None:
-        raise refuse(named.flag, named.name, "a folder with model.safetensors", "name the file itself")
-    return _load_file(file, named.flag)
-
-
-def _load_file(path: Path, flag: str) -> State:
-    """Load the state dict of safetensors, or of a pickle with tensors only."""
-    from nas.export.weights import load_weights
-
-    content = load_weights(path, name=flag) if path.suffix == ".safetensors" else _load_pickle(path, flag)
-    return _state_dict(content, flag, path)
-
-
-def _load_pickle(path: Path, flag: str) -> object:
-    from pickle import UnpicklingError  # the exception alone: torch.load raises it
-
-    import torch
-
-    from nas.export.weights import unreadable
-
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        want = "tensors only (objects in pickles can run code)"
-        remedy = "save model.state_dict() alone, best as .safetensors"
-        raise refuse(flag, path, want, remedy) from error
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise unreadable(flag, path, error) from error
-
-
-def _state_dict(content: object, flag: str, path: Path) -> State:
-    """Unwrap a loaded checkpoint to its state dict, without the prefixes that wrappers leave."""
-    import torch
-
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    is_state = isinstance(content, Mapping) and all(
-        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
-    )
-    if not is_state or not content:
-        raise refuse(flag, path, 'a state dict, or one under "state_dict" or "model"', "save model.state_dict()")
-    assert isinstance(content, Mapping)
-    state: State = dict(content)
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
+        raise refuse(flag, folder, "a folder with model.safetensors", "name the file itself")
+    return file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from space.family import Arch, Family
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from nas.export.weights import State
 
 SAVED = {
     **{"family": str, "arch": dict, "img_size": int, "num_classes": int},
@@ -29,7 +31,8 @@ PREPROCESSING = ("crop_pct", "interpolation", "mean", "std")
 class SavedModel:
     """A model of a run or a training: its JSON (`record`), its weights, and the run's settings.
 
-    `run` is the `run.json` (or `train.json`) of its folder, empty if there is none.
+    `run` is the `run.json` (or `train.json`) of its folder, empty if there is none; `state` are the weights where
+    they are read already.
     """
 
     path: Path
@@ -39,10 +42,11 @@ class SavedModel:
     arch: Arch
     context: Context
     run: Mapping[str, Any]
+    state: State | None = None
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes."""
+        """The names of the classes; empty where the weights' program wrote none."""
         return [str(name) for name in self.record["classes"]]
 
     @property
@@ -69,7 +73,7 @@ class SavedModel:
         model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
         assert isinstance(model, torch.nn.Module)
         try:
-            model.load_state_dict(load_file(self.weights), strict=True)
+            model.load_state_dict(load_file(self.weights) if self.state is None else self.state, strict=True)
         except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             what = " ".join(str(error).split())[:160]
             raise refuse(str(self.weights), what, f"the weights of {self.path.name}") from None
@@ -95,6 +99,32 @@ def read_saved_model(path: Path) -> SavedModel:
         return SavedModel(path, weights, record, family, arch, context, _run_settings(path))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def foreign_model(
+    path: Path,
+    state: State,
+    family: Family,
+    arch: Arch,
+    context: Context,
+    *,
+    classes: Sequence[str],
+    preprocessing: Mapping[str, Any],
+) -> SavedModel:
+    """Describe a model that another program saved in `path`, as one of a training. Raises InputError."""
+    from nas.core.io import file_sha256
+    from nas.export.save import model_json
+
+    try:
+        given = {name: preprocessing.get(name) for name in PREPROCESSING}
+        seen = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+        _check_classes_and_preprocessing(list(classes) or [""] * context.num_classes, seen, context)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    record = model_json(
+        family, arch, context, classes=classes, sha256=file_sha256(path), score={}, throughput=None, preprocessing=seen
+    )
+    return SavedModel(path, path, record, family, arch, context, {}, state)
 
 
 def _check_classes_and_preprocessing(classes: Any, overlay: Any, context: Context) -> None:

@@ -58,9 +58,9 @@ def net_source(
     return NetSource(model, given, state, classes, mean, std, side)
 
 
-def count_classes(model: str, state: State) -> int:
+def count_classes(model: str, state: State, kwargs: Mapping[str, Any]) -> int:
     """Return the class count with which a timm model takes a checkpoint. Raises InputError."""
-    narrow, wide = (create_timm_model(model, {}, count).state_dict() for count in (2, 3))
+    narrow, wide = (create_timm_model(model, kwargs, count).state_dict() for count in (2, 3))
     for key, tensor in narrow.items():
         if tensor.shape != wide[key].shape and key in state and state[key].ndim == tensor.ndim:
             return max(1, int(state[key].shape[0]))

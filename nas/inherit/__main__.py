@@ -122,7 +122,7 @@ def _taken(slicing: Mapping[str, Slice], old: Sequence[str], new: Sequence[str])
 
 def _shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, Shape]:
     """Return the shapes of a state dict, in its order."""
-    from nas.inherit.slice import state_shapes
+    from nas.export.arch_of_weights import state_shapes
 
     return {k: tuple(v.shape) for k, v in state_shapes(family, arch, ctx).items()}
 

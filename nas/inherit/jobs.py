@@ -115,10 +115,11 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     import numpy as np
     import torch
 
+    from nas.export.arch_of_weights import checkpoint_context
     from nas.export.load import find_network
     from nas.export.weights import load_into, save_weights
     from nas.inherit.importance import rank_units
-    from nas.inherit.slice import checkpoint_context, inherit
+    from nas.inherit.slice import inherit
 
     family = get_family(job.family)
     parent, child = family.arch(job.parent), family.arch(job.child)

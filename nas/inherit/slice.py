@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from nas.export.load import find_network
-from nas.export.weights import State, drop_stale_caches, first_mismatch, save_weights
+from nas.export.arch_of_weights import checkpoint_context, class_dims
+from nas.export.load import NamedNetwork, find_network
+from nas.export.weights import State, drop_stale_caches, save_weights
 from space import Context
 from space.errors import InputError, refuse
 from space.family import Arch, Family, Slice
-
-_PUBLISHED_SIZES = (224, 384, 512, 256, 192, 160, 128, 96, 64, 48, 32)
-"""Image sizes that a checkpoint may have been made for, tried in this order."""
 
 
 @dataclass(frozen=True)
@@ -86,63 +84,19 @@ def is_whole(
     return same and all(np.array_equal(rows, np.arange(len(rows))) for rows in source.index)
 
 
-def state_shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, torch.Tensor]:
-    """Return the state dict of an arch on the meta device, without memory for weights."""
-    with torch.device("meta"):
-        return dict(family.build(arch, ctx).state_dict())
-
-
-def checkpoint_context(
-    family: Family, arch: Arch, ctx: Context, state: Mapping[str, torch.Tensor], *, name: str = "--seed-weights"
-) -> Context:
-    """Find the context in which `state` is a state dict of `arch`, to inherit from it.
-
-    Its classes are read off the tensor whose shape depends on them; image sizes are tried from `ctx`'s own over those
-    of published models. With equal classes the slicing keeps the head, with others the child's own stays. Raises
-    InputError about the flag `name` with the first mismatch.
-    """
-    classes = ctx.num_classes
-    for key, dim in _class_dims(family, arch, ctx):
-        if key in state and state[key].ndim > dim:
-            classes = max(1, state[key].shape[dim])
-            break
-    tried = ""
-    for size in dict.fromkeys((ctx.img_size, *_PUBLISHED_SIZES)):
-        candidate = replace(ctx, img_size=size, num_classes=classes)
-        if not family.fits(arch, candidate):
-            continue
-        mismatch = first_mismatch(state_shapes(family, arch, candidate), state)
-        if not mismatch:
-            return candidate
-        if mismatch == tried:
-            break  # the same difference at two sizes is not one of size
-        tried = tried or mismatch
-    raise refuse(name, tried, f"weights of {family.label(arch)}", "name a checkpoint of the seed's own arch")
-
-
-def _class_dims(family: Family, arch: Arch, ctx: Context) -> list[tuple[str, int]]:
-    """List the tensors that have a row for each class, and in which dimension."""
-    two, three = (state_shapes(family, arch, replace(ctx, num_classes=n)) for n in (2, 3))
-    return [
-        (key, dim)
-        for key, tensor in two.items()
-        for dim, (a, b) in enumerate(zip(tensor.shape, three[key].shape, strict=True))
-        if a != b
-    ]
-
-
 def load_seed_weights(family: Family, arch: Arch, ctx: Context, source: str, out: Path) -> tuple[Context, str]:
     """Load weights of `arch` by their name (`nas.export.load`) and keep it as `out` (safetensors).
 
     Returns its context and a note for the user. Raises InputError for weights of another arch.
     """
-    state = find_network(source, "--seed-weights").weights()
+    named = find_network(source, "--seed-weights")
+    state = named.weights()
     made_in = checkpoint_context(family, arch, ctx, state)
     save_weights(out, state)
     changes = _new_head(made_in, ctx)
     if made_in.img_size != ctx.img_size:
         changes.append(f"windows of {made_in.img_size} px carried over to {ctx.img_size} px")
-    return made_in, _note(source, changes)
+    return made_in, _note(named, changes)
 
 
 def load_initial_weights(
@@ -153,19 +107,20 @@ def load_initial_weights(
     Position tables of another image size are resized by the method `resize` (`Family.resizes`); with other classes the
     head stays fresh, or is mapped by the file `head_map`. Raises InputError for weights of another arch.
     """
-    state = find_network(source, "--init").weights()
+    named = find_network(source, "--init")
+    state = named.weights()
     made_in = checkpoint_context(family, arch, ctx, state, name="--init")
     if head_map is None:
         changes = _new_head(made_in, ctx)
     else:
-        keys = [key for key, _ in _class_dims(family, arch, made_in)]
+        keys = [key for key, _ in class_dims(family, arch, made_in)]
         state = map_head(state, keys, read_head_map(head_map, ctx.num_classes))
         changes = [f"{made_in.num_classes} classes mapped to {ctx.num_classes}"]
         made_in = replace(made_in, num_classes=ctx.num_classes)
     if made_in.img_size != ctx.img_size:
         changes.append(f"positions of {made_in.img_size} px resized to {ctx.img_size} px, {resize}")
     inherit(model, state, family.resized(arch, made_in, ctx, resize))
-    return _note(source, changes)
+    return _note(named, changes)
 
 
 def _new_head(made_in: Context, ctx: Context) -> list[str]:
@@ -174,8 +129,9 @@ def _new_head(made_in: Context, ctx: Context) -> list[str]:
     return [f"a new head ({made_in.num_classes} -> {ctx.num_classes} classes)"]
 
 
-def _note(source: str, changes: Sequence[str]) -> str:
-    return f"weights of {source}" + (f", {' and '.join(changes)}" if changes else "")
+def _note(named: NamedNetwork, changes: Sequence[str]) -> str:
+    text = f"weights of {named.name}" + (f", {' and '.join(changes)}" if changes else "")
+    return "; ".join((text, *named.notes))
 
 
 def read_head_map(path: Path, num_classes: int) -> list[int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from torch.nn import functional
 from nas.core.cli import default_cache
 from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
-from nas.data import DataSpec, Split
+from nas.data import Dataset, DataSpec, Split
 from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.data.augment.views import outputs
 from nas.data.prepare import prepared
 from nas.export.load import find_network
+from nas.export.saved_model import SavedModel
 from nas.export.weights import place
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.distributed import Ranks, world_of
@@ -34,6 +36,8 @@ from space.errors import refuse
 CLASS_COLUMNS = ("class", "n", "top1", "top1_se", "top5", "top5_se", "most_taken_for")
 SCORES = ("loss", "top1", "top1_se", "top5")
 """What a log keeps of `EvalResult.summary`."""
+CROP_DIFFERENCE = 0.01
+"""Of two shares that are cropped, from which on it is said."""
 ONE_PROCESS = Ranks(0, 1, "cpu")
 
 
@@ -119,6 +123,27 @@ def evaluate(
     return EvalResult(loss.astype(np.float32), rank.astype(np.int64), predicted.astype(np.int64), labels.numpy())
 
 
+def _assumptions(saved: SavedModel, dataset: Dataset) -> Iterator[str]:
+    """Note what evaluating takes for granted; refuse classes that may stand in another order."""
+    if abs(saved.preprocessing["crop_pct"] - dataset.crop_pct) > CROP_DIFFERENCE:
+        yield f"{saved.path.name}: made for a crop of {saved.preprocessing['crop_pct']:g}; here {dataset.crop_pct:.3f}"
+    if saved.classes:
+        return
+    many, names = saved.context.num_classes, list(dataset.classes)
+    if many != len(names):
+        raise refuse("--data", f"{len(names)} classes", f"the {many} of {saved.path}, which have no names")
+    if names != sorted(names, key=_natural):
+        remedy = "name the folders so that both orders agree (01, 02, 10)"
+        got = f"{saved.path}, whose classes have no names"
+        raise refuse("--evaluate", got, f"names: timm counts {', '.join(sorted(names, key=_natural)[:3])}, ...", remedy)
+    yield f"{saved.path.name} names no classes: its {many} outputs are taken in the order {', '.join(names[:3])}, ..."
+
+
+def _natural(name: str) -> list[Any]:
+    """Return the key by which timm sorts class folders."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
 def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     """Evaluate a saved model on a split of a data set, as `nas.train --evaluate` asks.
 
@@ -128,7 +153,8 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         raise refuse("--evaluate", "several processes", "one", "start it without torchrun")
     if given.data is None:
         raise refuse("--data", "nothing", "the data set to evaluate on")
-    saved = find_network(given.evaluate, "--evaluate").saved()
+    named = find_network(given.evaluate, "--evaluate")
+    saved = named.saved()
     size = saved.context.img_size
     if given.img_size not in (None, size):
         raise refuse("--img-size", given.img_size, f"the model's own {size}", "leave it out")
@@ -139,7 +165,9 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     data = DataSpec.of(given, given.data_seed, img_size=size, max_images=most)
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
     dataset = prepared(data, cache, console)
-    if list(dataset.classes) != saved.classes:
+    for note in (*named.notes, *_assumptions(saved, dataset)):
+        console.line(note)
+    if saved.classes and list(dataset.classes) != saved.classes:
         want, got = (", ".join(map(str, c[:3])) for c in (saved.classes, dataset.classes))
         want = f"the {len(saved.classes)} of {saved.path} ({want}, ...)"
         raise refuse("--data", f"{dataset.num_classes} classes ({got}, ...)", want)

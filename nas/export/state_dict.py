@@ -1,0 +1,145 @@
+"""State dicts out of weights files, whatever program wrote them; no code of a file is ever run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nas.export.weights import State, load_weights, unreadable
+from space.errors import refuse
+
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+_DERIVED = ("attention_bias_idxs", "n_averaged")
+"""What some programs save beside the weights, and timm's models compute or do not have."""
+
+_MICROSOFT = "patch_embed.seq.0.c.weight"
+_RENAMED = (
+    (r"^patch_embed\.seq\.0\.", "patch_embed.conv1."),
+    (r"^patch_embed\.seq\.2\.", "patch_embed.conv2."),
+    (r"^layers\.(\d+)\.downsample\.", lambda found: f"stages.{int(found[1]) + 1}.downsample."),
+    (r"^layers\.", "stages."),
+    (r"^norm_head\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"\.c\.weight$", ".conv.weight"),
+)
+"""TinyViT's authors' names (github.com/microsoft/Cream) into timm's, where a stage begins with its downsampling."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedState:
+    """A state dict in timm's names; what a training program wrote beside it.
+
+    `model` is the timm model that it names, "" for none, `args` its settings; `notes` are decisions to tell the user.
+    """
+
+    state: State
+    model: str = ""
+    args: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def preprocessing(self, model: str = "") -> dict[str, Any]:
+        """Return the preprocessing that the program names, over that of its timm model (or of `model`)."""
+        import timm
+
+        known = self.model or model
+        found: Any = timm.get_pretrained_cfg(known, allow_unregistered=True) if known else None
+        seen = {"input_size": (3, 224, 224), **(found.to_dict() if found is not None else {})}
+        seen |= {name: self.args[name] for name in ("mean", "std", "crop_pct", "interpolation") if self.args.get(name)}
+        size = self.args.get("img_size") or (self.args.get("input_size") or seen["input_size"])[-1]
+        return {**seen, "input_size": (int(self.args.get("in_chans") or 3), int(size), int(size))}
+
+
+class _PlainDict:
+    """Stands in for mappings of other libraries: reads as an ordinary dictionary."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return OrderedDict()
+
+
+class _Ignored:
+    """Stands in for values that no network needs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+_STAND_INS: tuple[Any, ...] = (
+    argparse.Namespace,
+    *((_PlainDict, name) for name in ("yacs.config.CfgNode", "config.CfgNode")),
+    *((_Ignored, f"{at}.multiarray.scalar") for at in ("numpy.core", "numpy._core")),
+    *((_Ignored, f"pathlib{at}.{kind}") for at in ("", "._local") for kind in ("PosixPath", "WindowsPath", "Path")),
+    (_Ignored, "numpy.dtype"),
+)
+"""What training programs save beside their weights; anything else in a pickle is refused."""
+
+
+def load_state(path: Path, flag: str) -> LoadedState:
+    """Load a weights file: safetensors, or a pickle with tensors and plain settings. Raises InputError about `flag`."""
+    suffix = path.suffix.lower()
+    content = load_weights(path, name=flag) if suffix == ".safetensors" else _load_pickle(path, flag)
+    state, notes = _state_dict(content, flag, path)
+    if _MICROSOFT in state:
+        state = {_renamed(key): value for key, value in state.items()}
+        notes = (*notes, f"{path.name}: the TinyViT authors' names of weights, read as timm's")
+    found = content if isinstance(content, Mapping) else {}
+    args = found.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, Mapping) else {}
+    model = found.get("arch") if isinstance(found.get("arch"), str) else args.get("model")
+    return LoadedState(state, str(model or "").split(".")[0], args, notes)
+
+
+def _load_pickle(path: Path, flag: str) -> object:
+    from pickle import UnpicklingError  # the exception alone: torch.load raises it
+
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(list(_STAND_INS)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        want = "tensors only (objects in pickles can run code)"
+        remedy = "save model.state_dict() alone, best as .safetensors"
+        raise refuse(flag, path, want, remedy) from error
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise unreadable(flag, path, error) from error
+
+
+def _state_dict(content: object, flag: str, path: Path) -> tuple[State, tuple[str, ...]]:
+    """Unwrap a loaded checkpoint to its state dict, without the prefixes that wrappers leave."""
+    import torch
+
+    notes: tuple[str, ...] = ()
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            others = [name for name in _WRAPPERS if name != wrapper and isinstance(content.get(name), Mapping)]
+            if others:
+                kind = "averaged weights" if wrapper in _AVERAGED else "weights"
+                notes = (f"{path.name}: its {kind} ({wrapper}) are taken, not its {others[0]}",)
+            content = content[wrapper]
+            break
+    is_state = isinstance(content, Mapping) and all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
+    )
+    if not is_state or not content:
+        raise refuse(flag, path, 'a state dict, or one under "state_dict" or "model"', "save model.state_dict()")
+    assert isinstance(content, Mapping)
+    state: State = {key: value for key, value in content.items() if not key.endswith(_DERIVED)}
+    for prefix in (*_PREFIXES, *_PREFIXES):  # one around another, as of a compiled net in DDP
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state, notes
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in _RENAMED:
+        key = re.sub(pattern, name, key)
+    return key

@@ -1,8 +1,8 @@
 """Export a trained model of a run: `python -m nas.export RUN --to timm --out DIR`.
 
-SOURCE is the folder of a finished run or training, a model's JSON in it (best.json, models/02-7069321.json), the weights
-beside one, an exported folder, or another program's checkpoint: one that names a timm model of a family, or one of a
-published arch. `timm`: a folder in the Hugging Face hub's layout, which plain timm and transformers load, as a
+SOURCE is the folder of a finished run or training, a model's JSON in it (best.json, models/02-7069321.json), the
+weights beside one, an exported folder, or another program's checkpoint: one that names a timm model of a family, or one
+of a published arch. `timm`: a folder in the Hugging Face hub's layout, which plain timm and transformers load, as a
 classifier or as a backbone. `onnx`: a file for any number of images; `torch`: a program of torch.export. An export is
 read back and compared with the network before it is kept.
 """

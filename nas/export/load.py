@@ -445,5 +445,5 @@ def _file_in(folder: Path, flag: str) -> Path:
     """Find the weights in a folder. Raises InputError."""
     file = next((folder / name for name in _IN_FOLDER if (folder / name).is_file()), None)
     if file is None:
-        raise refuse(flag, folder, "a folder with model.safetensors", "name the file itself")
+        raise refuse(flag, folder, f"{WeightsFolder.words}; or {SavedNetwork.words}", "name the file itself")
     return file

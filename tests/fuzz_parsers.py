@@ -29,6 +29,7 @@ from nas.contract.final import read_result
 from nas.contract.proxy_check import named_archs
 from nas.contract.replay import earlier_config, read_models
 from nas.core.config import RunConfig, parse_count
+from nas.core.dataclass_json import to_json
 from nas.core.io import digest_of, load_arrays
 from nas.core.requirement import Setting, parse_requirement, parse_setting
 from nas.core.settings import parse_share
@@ -296,7 +297,7 @@ def manifest_seeds() -> list[bytes]:
         json_of(
             {
                 "schema": store.SCHEMA,
-                "spec": spec.to_dict(),
+                "spec": to_json(spec),
                 "libraries": libraries,
                 "epochs": 1,
                 "shard_records": 512,

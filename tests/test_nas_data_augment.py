@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from timm.data.transforms_factory import create_transform
 
+from nas.core.dataclass_json import from_json
 from nas.data.augment import batched_engine
 from nas.data.augment.batched_engine import BatchedAugmenter, uniforms
 from nas.data.augment.spec import AugmentSpec, augmentation_code, augmentation_codes, borrowed_generators
@@ -130,7 +131,7 @@ def test_every_field_of_the_specification_is_in_its_digest() -> None:
     digests = {replace(spec, **{name: value}).digest() for name, value in others.items()}
     assert len(digests | {spec.digest()}) == 1 + len(others)
     assert {"posterize_zero", "version"} < set(spec.to_dict()), "they have one value so far"
-    assert AugmentSpec.from_dict(spec.to_dict()) == spec
+    assert from_json(AugmentSpec, spec.to_dict()) == spec
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -165,8 +166,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_what_cannot_be_replayed_is_refused_by_name(change: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         replace(PLAIN, **change)
-    with pytest.raises(InputError, match="mixup"):
-        AugmentSpec.from_dict({**PLAIN.to_dict(), "mixup": 0.8})
 
 
 def replayed(spec: AugmentSpec, side: int, count: int) -> torch.Tensor:

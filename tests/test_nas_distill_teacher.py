@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nas.core.dataclass_json import from_json, to_json
 from nas.data import Dataset
 from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
@@ -71,7 +72,7 @@ def test_auto_is_made_once_and_found_again(dataset: Dataset, tmp_path: Path, mon
     assert sum(ticks) == 2 * len(dataset.train)
     assert info.holdout_images == len(dataset.holdout)
     assert 0 <= info.holdout_top1 <= 1
-    assert TeacherInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
+    assert from_json(TeacherInfo, json.loads(json.dumps(to_json(info)))) == info
     monkeypatch.setattr(module, "train", None)  # a second training would fail
     ticks.clear()
     assert made(dataset, tmp_path, tick=ticks.append) == info

@@ -135,9 +135,8 @@ def _in_use(folder: Path) -> bool:
 
 
 def cache_report(cache_dir: Path) -> list[Mapping[str, Any]]:
-    """List the decoded data sets of a cache, least recently used first: name, bytes (files that
-    data sets share count in each), when it was last used (local time) and whether a living process
-    uses it."""
+    """List the decoded data sets of a cache, least recently used first: name, bytes (files that data sets share count
+    in each), when it was last used (local time) and whether a living process uses it."""
     return [
         {
             "name": folder.name,
@@ -150,11 +149,8 @@ def cache_report(cache_dir: Path) -> list[Mapping[str, Any]]:
 
 
 def clean_cache(cache_dir: Path, keep_bytes: int) -> int:
-    """Remove the least recently used data sets until `keep_bytes` are left, but none in use; and
-    what killed processes left half done.
-
-    Returns how many bytes were removed.
-    """
+    """Remove what killed processes left and the least recently used data sets that are not in use, until `keep_bytes`
+    are left; return how many bytes were removed."""
     _clear_leftovers(Path(cache_dir) / "data")
     folders = _by_age(Path(cache_dir))
     return _size(folders) - _remove_down_to(folders, lambda total: total <= keep_bytes)
@@ -210,8 +206,8 @@ def _clear_leftovers(data: Path) -> None:
 def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> None:
     """Make room for a data set that will take `stays` bytes, and `while_building` for a time.
 
-    Removes what was not used for longest, as much as the cap or the disk needs, and nothing
-    where even that would not do. Raises InputError then.
+    Removes what was not used for longest, no more than needed, or nothing where that would not do. Raises InputError
+    then.
     """
     cache = Path(cache_dir)
     data = cache / "data"
@@ -220,13 +216,9 @@ def make_room(cache_dir: Path, stays: int, while_building: int, what: str) -> No
     folders = _by_age(cache)
     total, fixed = _size(folders), _size(folder for folder in folders if _in_use(folder))
     if stays and fixed + stays > cap:
-        raise refuse(
-            "--data",
-            f"{what}, whose pixels take {stays / 1e9:.2f} GB",
-            f"at most {max(0, cap - fixed) / 1e9:.2f} GB, what the cache may hold beside the "
-            f"{fixed / 1e9:.2f} GB of data sets in use",
-            f"{_REMEDY}, or raise {CAP_VARIABLE}",
-        )
+        got, most = f"{what}, whose pixels take {stays / 1e9:.2f} GB", max(0, cap - fixed)
+        want = f"at most {most / 1e9:.2f} GB, what the cache may hold beside {fixed / 1e9:.2f} GB in use"
+        raise refuse("--data", got, want, f"{_REMEDY}, or raise {CAP_VARIABLE}")
     if _free(data) + total - fixed < while_building:
         raise _no_disk(what, while_building, _free(data) + total - fixed)
     _remove_down_to(folders, lambda t: t + stays <= cap and _free(data) >= while_building)
@@ -239,20 +231,15 @@ def _free(data: Path) -> int:
 
 
 def _no_disk(what: str, need: int, free: int) -> Exception:
-    return refuse(
-        "--data",
-        f"{what}, whose decoding takes {need / 1e9:.2f} GB",
-        f"at most the {free / 1e9:.2f} GB that can be freed on the cache's disk",
-        _REMEDY,
-    )
+    got, most = f"{what}, whose decoding takes {need / 1e9:.2f} GB", f"at most the {free / 1e9:.2f} GB"
+    return refuse("--data", got, f"{most} that can be freed on the cache's disk", _REMEDY)
 
 
 def open_dataset(folder: Path, verify: bool = False) -> Dataset:
-    """Open a cached data set; what grows with it stays on disk until it is used.
+    """Open a cached data set; it counts as in use until this process ends. Raises InputError for what is missing or
+    damaged.
 
-    Checks the description, every table's bytes, and every pixel file's size and header; with
-    `verify` its bytes too. It counts as in use until this process ends. Raises InputError for what
-    is missing or damaged.
+    Checks the description, every table's bytes, every pixel file's size and header, and with `verify` its bytes.
     """
     hold(Path(folder))
     return read_folder(Path(folder), verify)
@@ -331,20 +318,12 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
 def _check_broken(broken: int, total: int, most: float, examples: str) -> None:
     """Refuse a larger share of broken images than is tolerated."""
     if broken > most * total:
-        raise refuse(
-            "--data",
-            f"{broken} broken images of {total}, e.g. {examples}",
-            f"at most {most:.2%} broken",
-            "repair or remove them, or raise --max-corrupt",
-        )
+        got, remedy = f"{broken} broken images of {total}, e.g. {examples}", "repair them, or raise --max-corrupt"
+        raise refuse("--data", got, f"at most {most:.2%} broken", remedy)
 
 
 def cached(source: DataSource, random_seed: int, max_corrupt: float, cache_dir: Path, tick: Tick) -> Dataset:
-    """Open a source's folder in the cache, decoding it first if it is not there.
-
-    Safe against kills (built aside, then renamed) and against a second process (it waits).
-    Raises InputError.
-    """
+    """Open a source's folder in the cache, decoding it first if it is not there. Raises InputError."""
     folder = folder_of(source, random_seed, cache_dir)
 
     def make(draft: Path) -> None:
@@ -367,10 +346,9 @@ def cached(source: DataSource, random_seed: int, max_corrupt: float, cache_dir: 
 def relabelled(
     dataset: Dataset, cache_dir: Path, labels_by_side: Mapping[str, NDArray[np.int64]], classes: Sequence[str], by: str
 ) -> Dataset:
-    """Return a data set the classes of a teacher `by`: side -> int64 [n] in 0 .. len(classes) - 1.
+    """Give a data set the classes of a teacher `by`: side -> int64 [n] in 0 .. len(classes) - 1. Raises InputError.
 
-    Made once and found again; it shares the files of the first by hard links, where the file
-    system has them. Raises InputError.
+    Made once and found again; it shares the first one's files by hard links where the file system has them.
     """
     content = hashlib.blake2b(digest_size=16)
     for side in SIDES:

@@ -111,9 +111,8 @@ class NameTable(Sequence[str]):
 class Split:
     """Images of one side of a cut, sorted by key.
 
-    `keys` are 32 hex characters each, a hash of the image's content and unique in the whole
-    data set; `labels` int64 [n], -1 without ground truth; `pixels` uint8 [n, S, S, 3], usually
-    memory-mapped, or what decodes them on access; `names` are those that the user's files have.
+    `keys` hash the images' content (32 hex characters, unique in the data set); `labels` int64 [n], -1 without ground
+    truth; `pixels` uint8 [n, S, S, 3], mapped or decoded on access; `names` are those of the user's files.
     """
 
     keys: Sequence[str]
@@ -133,11 +132,9 @@ class Split:
 class Dataset:
     """Decoded images, cut into train, holdout and test.
 
-    `img_size` is what a model sees, `store_size` (S) what is stored: evaluation takes the centre.
-    `fingerprint` hashes all that decides the content, `preparation` only what decides the pixels of
-    an image of given content: it stays when images come and go. `broken` names images that were
-    left out; `notes` are lines for the user; `labelled_by` is the teacher whose classes stand for
-    the truth, None for ground truth.
+    `img_size` is what a model sees, `store_size` (S) what is stored: evaluation takes the centre. `fingerprint` hashes
+    all that decides the content, `preparation` only what decides the pixels of an image. `broken` names images that
+    were left out; `notes` are lines for the user; `labelled_by` is a teacher whose classes stand for the truth.
     """
 
     folder: Path

@@ -34,8 +34,8 @@ def store_size_of(img_size: int) -> int:
 def fitted(image: Image.Image, img_size: int, store_size: int) -> NDArray[np.uint8]:
     """Resize the shorter side to `store_size` (bicubic) and cut the centre: uint8 [S, S, 3].
 
-    The centre of `img_size` of it is the centre of `img_size` of the resized image, so stored
-    pixels evaluate as timm evaluates the file. Raises ValueError for slivers.
+    Stored pixels evaluate as timm evaluates the file: both share the centre of `img_size`. Raises ValueError for
+    slivers.
     """
     image = as_rgb(image)
     wide, high = image.size
@@ -57,10 +57,9 @@ def _start(side: int, img_size: int, store_size: int) -> int:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as timm and torchvision do, which do not turn by EXIF and drop transparency;
-    but 16 bits are scaled to 8, where Pillow cuts off at 255.
+    """Convert to RGB as timm does (no EXIF turn, no transparency, the first frame), but scale 16 bits to 8.
 
-    Of several frames the first. Raises ValueError for numbers without a known white.
+    Raises ValueError for numbers without a known white.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known white")

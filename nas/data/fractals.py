@@ -1,12 +1,10 @@
 """Formula-driven images: attractors of iterated function systems, one system per class.
 
-Every image is a class's system with its coefficients jittered, seen under a random similarity, in
-random colours, with a piece of another class's attractor in the way. The classes carry no natural
-image; the idea is Kataoka et al., "Pre-training without natural images" (ACCV 2020).
+An image is its class's system with jittered coefficients under a random similarity, in random colours, with a piece of
+another attractor in the way. Source: Kataoka et al., "Pre-training without natural images" (ACCV 2020).
 
-The pixels are the same on any machine: random numbers are raw draws of PCG64 (fixed by numpy for
-good), the rest is +, -, *, / and square roots of float32 (exact by IEEE 754) and integer counts.
-No sine, no logarithm, no sum of floats by a library.
+The pixels are the same on any machine: raw draws of PCG64, +, -, *, / and square roots of float32, integer counts; no
+sine, no logarithm, no library's sum of floats.
 """
 
 from __future__ import annotations
@@ -96,11 +94,8 @@ def _system(draws: _Draws) -> Floats:
 
 
 def class_systems() -> Floats:
-    """Draw the system of every class: float32 [100, 4, 6].
-
-    A drawn system is kept if its attractor is neither a speck nor a filled square: between 12 and
-    50 % of a 48-pixel frame, unjittered and in full view.
-    """
+    """Draw the system of every class, float32 [100, 4, 6], whose attractors fill between 12 and 50 % of a 48-pixel
+    frame."""
     kept: list[Floats] = []
     attempt = 0
     while len(kept) < CLASSES:
@@ -138,8 +133,7 @@ def _points(systems: Floats, octets: NDArray[np.uint8]) -> tuple[Floats, Floats]
 def _histogram(systems: Floats, octets: NDArray[np.uint8], views: Floats, turn: float, size: int) -> NDArray[np.int64]:
     """Count the points of every attractor that fall on every pixel: int64 [B, size, size].
 
-    `views` [B, 6] is (turn, mirror, scale, shift x, shift y, -) with the scale as a share of the
-    frame and the shifts in [-1, 1] of the room that is left.
+    `views` [B, 6]: turn, mirror, scale (a share of the frame), shifts x and y in [-1, 1] of the room that is left, -.
     """
     xs, ys = _points(systems, octets)
     one, half = np.float32(1), np.float32(0.5)

@@ -1,7 +1,6 @@
 """The files of one data set: decoded once to uint8, or decoded anew whenever they are read.
 
-`<cache>/data/<id>/` holds, for each side of the cut (train, holdout, test), rows in the order of
-their keys:
+`<cache>/data/<id>/` holds, for each side of the cut (train, holdout, test), rows in the order of their keys:
 
     train.npy         pixels, uint8 [n, S, S, 3] (not there without a pixel cache)
     train.keys.npy    keys, uint8 [n, 16]
@@ -133,11 +132,10 @@ def _checked(folder: Path, name: str, meta: Mapping[str, Any], *, verify: bool) 
 
 
 class DecodedFiles:
-    """Images of a folder as one array, uint8 [n, S, S, 3], decoded on access to the same bits as
-    cached ones. A file that is gone, damaged or replaced is refused by name when it is read.
+    """Images of a folder as one array, uint8 [n, S, S, 3], decoded on access to the same bits as cached ones.
 
-    The tables of `side` in the cache folder `at` hold the names, relative to `root`, and the keys
-    of the files' contents; a pickled copy maps them again.
+    The tables of `side` in the cache folder `at` hold names, relative to `root`, and content keys: a file that is gone,
+    damaged or replaced is refused by name. A pickled copy maps the tables again.
     """
 
     dtype = np.dtype(np.uint8)

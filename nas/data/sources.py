@@ -81,12 +81,11 @@ class ImagePool:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set that has been inspected but not decoded.
+    """A data set that has been inspected but not decoded; no `classes` means no ground truth.
 
-    `identity` is plain JSON that is cheap to find out and changes when the content does;
-    `decoding` names how pixels come about; `fill` decodes into a pool, ticking once an image;
-    `seeded`: the cut is still to be drawn; `root` is the folder of the named files if no pixels
-    are to be kept. No `classes` means no ground truth.
+    `identity` is plain JSON that changes when the content does; `decoding` names how pixels come about; `fill` decodes
+    into a pool, ticking once an image; `seeded`: the cut is still to be drawn; `root` is the folder of the files if no
+    pixels are kept.
     """
 
     name: str

@@ -44,8 +44,7 @@ def _order(ids: Sequence[str], salt: str) -> NDArray[np.uint64]:
 def choose(ids: Sequence[str], labels: NDArray[np.int64], count: int, salt: str, at_least: int = 1) -> Rows:
     """Choose `count` items by hash, in proportion to the classes, `at_least` of every class first.
 
-    Returns rows, rising: int64 [min(count, n)]. The choice depends on the set of (id, label), not
-    on its order.
+    Returns rows, rising: int64 [min(count, n)], which depend on the set of (id, label), not on its order.
     """
     n = len(ids)
     if count >= n:
@@ -76,11 +75,10 @@ def unique_rows(keys: Sequence[str], roles: Sequence[str]) -> Rows:
 def cut(
     keys: Sequence[str], labels: NDArray[np.int64], roles: Sequence[str], classes: Sequence[str], random_seed: int
 ) -> Mapping[str, Rows]:
-    """Cut unique images into {"train", "holdout", "test"}: rows in the order of their keys.
+    """Cut unique images into {"train", "holdout", "test"}: rows in the order of their keys, stratified by class.
 
-    The test side of "any" is fixed by content; the holdout side is drawn with `random_seed`. Both
-    are stratified by class, where there are `classes`. Raises InputError if a class, or an
-    unlabelled set, is too small to be on every side.
+    The test side of "any" is fixed by content; the holdout is drawn with `random_seed`. Raises InputError if a class,
+    or an unlabelled set, is too small to be on every side.
     """
     assert len(set(keys)) == len(keys), "equal contents must be dropped before a cut"
     role = np.array(roles, dtype=object)
@@ -111,12 +109,8 @@ def cut(
         if len(missing):
             named = ", ".join(repr(classes[c]) for c in missing[:3])
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise refuse(
-                "--data",
-                f"too few images of {named}{more} for the {side} side",
-                "images of every class for train, holdout and test",
-                "at least 3 images a class, or 2 in train/ and 1 in val/",
-            )
+            got, want = f"too few images of {named}{more} for the {side} side", "images of every class on every side"
+            raise refuse("--data", got, want, "at least 3 images a class, or 2 in train/ and 1 in val/")
     order = {key: at for at, key in enumerate(sorted(keys))}
     return {
         side: np.array(sorted(members, key=lambda r: order[keys[r]]), dtype=np.int64) for side, members in sides.items()

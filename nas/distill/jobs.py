@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from nas.core.dataclass_json import to_json
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.metrics import mean_se
 from nas.core.progress import Tick
@@ -147,7 +148,7 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
     )
     notes = "".join(f"; {note}" for note in info.notes)
     message = f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%}{notes}"
-    return {"info": info.to_dict(), "message": message}
+    return {"info": to_json(info), "message": message}
 
 
 def train(job: TrainJob, tick: Tick) -> Values:

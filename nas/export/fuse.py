@@ -16,12 +16,11 @@ _RANKS = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Linear: 2}
 
 
 def fuse_batch_norms(model: nn.Module, images: Tensor) -> int:
-    """Fold every batch norm that directly follows a layer into that layer, in place.
+    """Fold every batch norm that directly follows a layer into that layer, in place; return how many.
 
-    What follows what is seen on one pass of `images` `[n, c, h, w]`, not guessed from names: a norm
-    is folded when its input is the very tensor that a convolution or linear layer put out, when
-    nothing else uses or changes that tensor, and when both ran once. timm's norms with an
-    activation keep it. The model must be in eval mode. Returns how many were folded.
+    As seen on one pass of `images` [n, c, h, w] in eval mode: a norm is folded when its input is the very tensor that a
+    convolution or linear layer put out, nothing else uses that tensor, and both ran once. timm's norms keep their
+    activation.
     """
     assert not model.training, "norms can be folded in eval mode only"
     pairs = _observe(model, images)

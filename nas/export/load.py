@@ -431,8 +431,8 @@ def find_network(name: str | Path, flag: str) -> NamedNetwork:
     """Recognise what a user names under `flag`; nothing is loaded yet."""
     try:
         return next(named for named in (form(str(name), flag) for form in FORMS) if named.fits())
-    except OSError as error:  # no file may have such a long name, say
-        raise refuse(flag, name, "the name of a network", error.strerror or "") from None
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, no such user after "~"
+        raise refuse(flag, f"{name} ({error})", "the name of a network") from None
 
 
 def _preprocessing_of(config: Mapping[str, Any]) -> Mapping[str, Any]:

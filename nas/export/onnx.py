@@ -76,9 +76,7 @@ def export_onnx(
 ) -> Path:
     """Write a network in eval mode as `target`, for images of exactly this shape `[n, c, h, w]`.
 
-    With `any_batch` the number of images is left open (two or more are given). The input is called
-    `images`, the output `logits`. Weights are inside the file. What the exporter raises comes
-    through.
+    With `any_batch` the number of images is left open (two or more are given). What the exporter raises comes through.
     """
     aside = target.with_name(target.name + ".part")
     open_batch = ({0: torch.export.Dim("batch")},) if any_batch else None
@@ -104,10 +102,9 @@ def export_onnx(
 
 
 def quantize_onnx(source: Path, target: Path, calibration: Sequence[Images]) -> Path:
-    """Write an int8 version of an ONNX file by ONNX Runtime's static post-training quantisation.
+    """Write an int8 version of an ONNX file by ONNX Runtime's static quantisation, in QDQ form.
 
-    `calibration` are batches of the file's own shape. Weights are int8 a channel, activations
-    uint8 by the range seen, in QDQ form.
+    `calibration` are batches of the file's own shape. Weights are int8 a channel, activations uint8 by the range seen.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

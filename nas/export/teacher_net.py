@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nas.core.dataclass_json import from_json
 from nas.core.io import read_json
 from nas.export.weights import State, load_into, load_weights, place, weights_digest
 from space.errors import refuse
@@ -100,10 +101,9 @@ def build_teacher_net(source: NetSource, num_classes: int) -> nn.Module:
 class TeacherInfo:
     """A trained teacher as plain values.
 
-    `folder` holds weights.safetensors and info.json; `id` is its readable name, `digest` hashes its
-    weights; `model` and `kwargs` are the timm call; `mean`, `std`, `input_size` (None: as given)
-    describe its own inputs, `student_mean` and `student_std` those of the student. `holdout_top1`
-    is a share, with its standard error over `holdout_images` (none without ground truth).
+    `folder` holds weights.safetensors and info.json; `digest` hashes the weights; `model` and `kwargs` are the timm
+    call; `mean`, `std`, `input_size` (None: as given) describe its own inputs, `student_mean` and `student_std` the
+    student's. `holdout_top1` is a share, with its standard error over `holdout_images` (none without ground truth).
     """
 
     folder: str
@@ -123,16 +123,6 @@ class TeacherInfo:
     holdout_images: int
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON, the inverse of `from_dict`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> TeacherInfo:
-        """Read plain JSON."""
-        read: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
-        return TeacherInfo(**read)
-
 
 def read_teacher(folder: Path) -> TeacherInfo:
     """Read the `info.json` of a teacher's folder. Raises InputError."""
@@ -142,10 +132,10 @@ def read_teacher(folder: Path) -> TeacherInfo:
         schema = data.get("schema") if isinstance(data, dict) else None
         raise refuse(str(folder), f"schema {schema}", f"schema {SCHEMA}", "delete it")
     try:
-        return TeacherInfo.from_dict({**data["info"], "folder": str(folder)})
-    except (KeyError, TypeError, ValueError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise refuse(str(path), got, what, "delete the folder") from None
+        info: TeacherInfo = from_json(TeacherInfo, {**data["info"], "folder": str(folder)})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise refuse(str(path), f"{type(error).__name__}: {error}", what, "delete the folder") from None
+    return info
 
 
 class TeacherNet(nn.Module):
@@ -192,9 +182,8 @@ def load_teacher(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """Load a teacher as a function: student-normalised [B, 3, S, S] -> logits float32 [B, C].
 
-    The net is in eval mode. Logits go to the CPU, or with `stay` remain on the teacher's device;
-    `precision` "bfloat16" or "float16" runs the net under autocast. Raises InputError for weights
-    that are not those of `info`.
+    Logits go to the CPU, or `stay` on its device; `precision` "bfloat16" or "float16" is autocast. Raises InputError
+    for weights that are not those of `info`.
     """
     path = Path(info.folder) / "weights.safetensors"
     state = load_weights(path, name="teacher")

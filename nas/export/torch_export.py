@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 
 def export_program(model: nn.Module, images: Tensor, target: Path) -> Path:
-    """Write a network in eval mode as a `.pt2` archive, for any number of images of this size.
-
-    Two or more `images` `[n, c, h, w]` are given. `torch.export.load(file).module()` is the network
-    again. What torch raises comes through.
-    """
+    """Write a network in eval mode as a `.pt2` archive, for any number (two are given) of `images` [n, c, h, w]."""
     assert len(images) > 1, "one image would fix the number"
     shapes = ({0: torch.export.Dim("batch")},)
     with torch.no_grad():

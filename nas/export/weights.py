@@ -92,11 +92,7 @@ def first_mismatch(expected: Mapping[str, torch.Tensor], state: Mapping[str, tor
 
 
 def load_into(model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, name: str = "weights") -> None:
-    """Load weights strictly, in place. Raises InputError for those of another architecture.
-
-    timm's TinyViT caches attention biases in eval mode and does not notice new weights: a pass
-    through train() drops them. The mode stays as it was.
-    """
+    """Load weights strictly, in place; the mode stays. Raises InputError for those of another architecture."""
     mismatch = first_mismatch(model.state_dict(), state)
     if mismatch:
         raise refuse(name, mismatch, "weights of exactly this architecture", "use the checkpoint made for it")

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from nas.core.dataclass_json import to_json
 from nas.core.io import digest_of, file_sha256, remove_leftovers, write_atomic, write_json
 from nas.core.progress import Tick, no_tick
 from nas.core.table import Writer
@@ -101,25 +102,20 @@ def begin_store(
     named: bool,
     dropped: str | None = None,
 ) -> LabelStore:
-    """Write the manifest and key tables of a store, or find it begun; shards are built later.
+    """Write the manifest and key tables of a store, or find it begun; shards are built later. Safe in several
+    processes.
 
-    `place` is the store's folder if the user `named` it, else the folder of stores, where it gets
-    its id for a name. `made_by` is plain JSON by which the same data and teacher are found again,
-    `dropped` the table that `find_contradicted` returns. A store that is there grows to the epochs
-    of the request if it has fewer. Safe in several processes at once. Raises InputError, also for a
-    folder that holds another store.
+    `place` is the store's folder if the user `named` it, else the folder of stores, where its id names it. `made_by`
+    tells how the data and teacher are found again, `dropped` is the table of `find_contradicted`. A store that is there
+    grows to the epochs of the request. Raises InputError, also for a folder that holds another store.
     """
     train = np.sort(key_array(dataset.train.keys))
     if dropped:
         train = train[~np.isin(train, key_array(sorted(read_dropped(dropped.encode()))))]
     train = train[: request.limit]  # keys are hashes: the first are a random subset
     if not len(train):
-        raise refuse(
-            "--clean",
-            "no image left",
-            "images on which teacher and label agree",
-            "lower --clean, or take a better --teacher",
-        )
+        want = "images on which teacher and label agree"
+        raise refuse("--clean", "no image left", want, "lower --clean, or take a better --teacher")
     holdout = np.sort(key_array(dataset.holdout.keys))
     spec = StoreSpec(
         topk=default_topk(info.num_classes) if request.topk is None else request.topk,
@@ -142,7 +138,7 @@ def begin_store(
     manifest = {
         "schema": SCHEMA,
         "id": digest_of(identity(spec, libraries)),
-        "spec": spec.to_dict(),
+        "spec": to_json(spec),
         "libraries": libraries,
         "teacher_batch": TEACHER_BATCH,
         "temperature": TEMPERATURE,
@@ -178,12 +174,8 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise refuse(
-            "label store",
-            f"{folder} ({error})",
-            "a folder with room to write",
-            "what is finished is kept; build again to go on",
-        ) from error
+        want, remedy = "a folder with room to write", "build again to go on: what is finished is kept"
+        raise refuse("label store", f"{folder} ({error})", want, remedy) from error
 
 
 def shards_of_part(store: LabelStore, part: tuple[int, int]) -> list[Shard]:
@@ -222,12 +214,8 @@ def check_room(store: LabelStore, status: BuildStatus) -> None:
     """Reject a build that does not fit on the disk. Raises InputError."""
     free = shutil.disk_usage(store.folder).free
     if status.bytes + _SPARE_BYTES > free:
-        raise refuse(
-            f"label store {store.folder}",
-            f"{free / 1e9:.2f} GB free on its disk",
-            f"{(status.bytes + _SPARE_BYTES) / 1e9:.2f} GB",
-            "free some, choose another folder, or ask for fewer --epochs or a smaller --topk",
-        )
+        got, want = f"{free / 1e9:.2f} GB free on its disk", f"{(status.bytes + _SPARE_BYTES) / 1e9:.2f} GB"
+        raise refuse(store.title, got, want, "free some, or ask for fewer --epochs or a smaller --topk")
 
 
 def build_shards(
@@ -240,13 +228,11 @@ def build_shards(
     device: str = "cpu",
     tick: Tick = no_tick,
 ) -> None:
-    """Build the missing shards of one part of a store.
+    """Build the missing shards of one part of a store. Raises InputError.
 
-    A shard follows from the store's specification alone and is put in place whole: a killed build
-    goes on with the missing shards, and parts may be built by processes or machines that share
-    nothing (`merge_stores`). `batch_size` bounds the images held at a time, in whole batches of the
-    teacher, and changes no label. `tick` counts images, those of finished shards too. Raises
-    InputError.
+    A shard follows from the specification alone and is put in place whole: a killed build goes on, and parts may be
+    built by machines that share nothing (`merge_stores`). `batch_size` bounds the images held at a time and changes no
+    label. `tick` counts images, those of finished shards too.
     """
     shards = shards_of_part(store, part)
     drafts = store.folder / f".part-{part[0]}-{part[1]}"
@@ -327,12 +313,8 @@ def _rows_of(split: Split, keys: Keys, store: LabelStore) -> Rows:
     order = np.argsort(there, kind="stable")
     at = find_rows(there[order], keys)
     if (at < 0).any():
-        raise refuse(
-            f"label store {store.folder}",
-            f"{int((at < 0).sum())} images that are not in the data",
-            "the data that it was begun with",
-            "restore them, or build another store",
-        )
+        got = f"{int((at < 0).sum())} images that are not in the data"
+        raise refuse(store.title, got, "the data that it was begun with", "restore them, or build another store")
     return order[at]
 
 
@@ -372,11 +354,10 @@ def merge_stores(folder: Path, parts: Sequence[Path], tick: Tick = no_tick) -> L
 def find_contradicted(
     dataset: Dataset, logits: TeacherLogits, augment: AugmentSpec, ratio: float, tick: Tick = no_tick
 ) -> tuple[str, int]:
-    """List the training images whose given class gets less than `ratio` of the probability of the
-    teacher's best, on evaluation inputs.
+    """List the training images whose given class gets less than `ratio` of the probability of the teacher's best.
 
-    Returns a CSV table (`DROPPED_COLUMNS`, worst first) and its number of rows. The authors of
-    TinyViT cleaned ImageNet-22k in this manner. Raises InputError without ground truth.
+    Returns a CSV table (`DROPPED_COLUMNS`, worst first) and its number of rows; TinyViT's authors cleaned ImageNet-22k
+    so.
     """
     split = dataset.train
     if not dataset.labelled:

@@ -1,7 +1,7 @@
 """Soft labels in memory and as records of one size: the plain and the packed codec.
 
-Plain is exact. Packed takes about half of the 4 + 4K bytes of the official layout: a record of K
-classes out of C is one string of bits, lowest bit first, padded to whole bytes:
+Plain is exact. Packed takes about half of the 4 + 4K bytes of the official layout: a record of K classes out of C is
+one string of bits, lowest bit first, padded to whole bytes:
 
     upper   K + (C-K >> l)   class ids, Elias-Fano: ascending, id_i - i, all but its l low bits,
                              in unary; the one of class i stands at (id_i - i >> l) + i
@@ -9,10 +9,9 @@ classes out of C is one string of bits, lowest bit first, padded to whole bytes:
     scale   8                how codes are spaced: 64 ranges, 4 powers (none for K = 1)
     K times v + l            probability code of v bits, then the l low bits of id_i - i
 
-v is 6, or 7 for K > 128, or 0 for K = 1. A probability is the largest one times
-exp(-range * (code / (2**v - 1))**power), so that code 0 is the largest itself; range and power
-are those of least Kullback-Leibler divergence. Decoded probabilities are scaled to sum to
-1 - tail. With ids less i, dense labels (l = 0) turn into a plain bitmap.
+v is 6, or 7 for K > 128, or 0 for K = 1. A probability is the largest one times exp(-range * (code / (2**v -
+1))**power), so that code 0 is the largest itself; range and power are those of least Kullback-Leibler divergence.
+Decoded probabilities are scaled to sum to 1 - tail. With ids less i, dense labels (l = 0) turn into a plain bitmap.
 Source of the id code: Elias 1974, Fano 1971.
 """
 
@@ -65,10 +64,9 @@ class SoftLabels(NamedTuple):
 
 
 def top_labels(logits: torch.Tensor, topk: int) -> SoftLabels:
-    """Turn logits [B, C] of any floating type into labels, best class first.
+    """Turn logits [B, C] of any floating type into labels, best class first, through a softmax in float64.
 
-    The softmax and its tail are taken in float64, so that rounding to float32 is the only error
-    and the parts sum to 1. Raises InputError for a teacher that gives no finite number.
+    Raises InputError for a teacher that gives no finite number.
     """
     q = torch.softmax(logits.detach().double().cpu(), dim=1)
     if not bool(torch.isfinite(q).all()):
@@ -95,7 +93,7 @@ class Codec:
         """
         assert index.shape == prob.shape == (len(tail), self.topk), (index.shape, prob.shape)
         _check_labels(index, prob, tail, self.num_classes)
-        return self._encode(index, prob, tail)
+        return self._encode(SoftLabels(index, prob, tail))
 
     def decode(self, records: NDArray[np.uint8]) -> SoftLabels:
         """Turn any rows of a table of records into new contiguous arrays, ready for the loss.
@@ -106,7 +104,7 @@ class Codec:
         assert records.shape[1] == self.record_bytes, records.shape
         return self._decode(records)
 
-    def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def _encode(self, labels: SoftLabels) -> NDArray[np.uint8]:
         raise NotImplementedError
 
     def _decode(self, records: NDArray[np.uint8]) -> SoftLabels:
@@ -125,9 +123,9 @@ class PlainCodec(Codec):
         self._reals = 4 * topk + 4
         self.record_bytes = self._reals + topk * self._index.itemsize
 
-    def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
-        reals = np.column_stack([prob, tail]).astype("<f4")
-        fields = (reals, np.ascontiguousarray(index, dtype=self._index))
+    def _encode(self, labels: SoftLabels) -> NDArray[np.uint8]:
+        reals = np.column_stack([labels.prob, labels.tail]).astype("<f4")
+        fields = (reals, np.ascontiguousarray(labels.index, dtype=self._index))
         return np.hstack([field.view(np.uint8) for field in fields])
 
     def _decode(self, records: NDArray[np.uint8]) -> SoftLabels:
@@ -147,11 +145,8 @@ def _levels(bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the bits of a record are, and how the fields of a record are fetched.
-
-    `fetch` fields lie in a window of 8 bytes; a record has `windows` of them, every `phases`-th
-    of which starts `stride` bytes after the one before.
-    """
+    """Where the bits of a record are: `fetch` fields lie in each of `windows` windows of 8 bytes, every `phases`-th of
+    which starts `stride` bytes after the one before."""
 
     low: int
     value: int
@@ -193,8 +188,7 @@ def _layout(topk: int, classes: int) -> _Layout:
 class PackedCodec(Codec):
     """Records of about half the official size, as the module's text describes them.
 
-    Class ids come back exactly, ascending; probabilities and the tail within 1e-3 nats (mean
-    Kullback-Leibler divergence of a label). The other records of a table play no part.
+    Class ids come back exactly, ascending; probabilities and the tail within 1e-3 nats (mean divergence of a label).
     """
 
     name = "packed"
@@ -206,16 +200,14 @@ class PackedCodec(Codec):
         self._block = max(1, _AT_ONCE // topk)
         self._prepared: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
-    def _encode(self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]) -> NDArray[np.uint8]:
-        records = np.empty((len(tail), self.record_bytes), dtype=np.uint8)
+    def _encode(self, labels: SoftLabels) -> NDArray[np.uint8]:
+        records = np.empty((len(labels.tail), self.record_bytes), dtype=np.uint8)
         step = max(1, _AT_ONCE // (8 * self.record_bytes))
-        for rows in (slice(at, at + step) for at in range(0, len(tail), step)):
-            records[rows] = self._encode_block(index[rows], prob[rows], tail[rows])
+        for rows in (slice(at, at + step) for at in range(0, len(records), step)):
+            records[rows] = self._encode_block(*(part[rows] for part in labels))
         return records
 
-    def _encode_block(
-        self, index: NDArray[Any], prob: NDArray[np.float32], tail: NDArray[np.float32]
-    ) -> NDArray[np.uint8]:
+    def _encode_block(self, index: NDArray[Any], prob: NDArray[Any], tail: NDArray[Any]) -> NDArray[np.uint8]:
         at, n = self._at, len(tail)
         order = np.argsort(index, axis=1)
         ids = np.take_along_axis(index, order, axis=1).astype(np.int64)

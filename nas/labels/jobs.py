@@ -202,12 +202,9 @@ def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
     store = open_store(job.store, use=dataset)
     info = read_teacher(job.teacher)
     if info.digest != store.spec.teacher_hash:
-        raise refuse(
-            f"label store {store.folder}",
-            f"teacher {store.spec.teacher_id}, weights {store.spec.teacher_hash[:12]}",
-            f"{info.id}, weights {info.digest[:12]}",
-            "name the store's own with --teacher-model",
-        )
+        got = f"teacher {store.spec.teacher_id}, weights {store.spec.teacher_hash[:12]}"
+        want = f"{info.id}, weights {info.digest[:12]}"
+        raise refuse(store.title, got, want, "name the store's own with --teacher-model")
     logits = load_teacher(info, job.device, store.spec.precision)
     found = verify.compare_with_teacher(store, dataset, logits, job.records, job.random_seed, job.device, tick)
     return {**asdict(found), "good": found.good}

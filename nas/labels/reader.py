@@ -39,10 +39,9 @@ class Batch:
 
 
 def batch_sizes(n: int, batch_size: int) -> list[int]:
-    """Spread n images over batches that differ by at most one image, none of them alone.
+    """Spread n images over batches that differ by at most one image, none alone (batch norm needs two).
 
-    A net with batch norm cannot train on a batch of one; no image is dropped for that. At most
-    `batch_size` each (3 for batches of 2 and an odd n).
+    At most `batch_size` each (3 for batches of 2 and an odd n); no image is dropped.
     """
     count = -(-n // batch_size)
     while count > 1 and n // count < 2:
@@ -63,18 +62,14 @@ def epoch_order(split: Split, rows: Rows, random_seed: int, epoch: int) -> Rows:
 
 
 class LabelReader:
-    """Batches of stored labels and their inputs: the same for every training that reads them.
+    """Batches of stored labels and their inputs: the same for every training that reads them. Raises InputError.
 
-    `split` is a data set's train split, in any order, of which `subset` (rows) is used, or all.
-    Images that the store left out on purpose are skipped; other images without a label are an
-    error, or skipped with `missing` "skip". A mixed record is skipped in an epoch in which its
-    partner's image is not in the split. `notes` and `skipped` name what is skipped. Past the stored
-    epochs, labels and views start again from the first in a new order (`label_overflow` "cycle"),
-    or it is an error; `epochs` uses the first so many of them only, whatever a store has grown to.
-    `topk` reads fewer classes than are stored. The order of batches depends on keys, `random_seed`
-    and epoch alone; inputs are bit-identical for any order, `batch_size` (>= 2), subset and
-    `workers` (loader processes; none for the batched engine, which works on `device`). Raises
-    InputError.
+    `split` is a train split, in any order, of which `subset` (rows) is used, or all. Images that the store dropped are
+    skipped; others without a label are an error, or skipped with `missing` "skip", as is a mixed record in an epoch in
+    which its partner is not in the split; `notes` and `skipped` name them. Past the stored epochs (the first `epochs`
+    of them) labels and views start again in a new order (`label_overflow` "cycle") or it is an error. `topk` reads
+    fewer classes. The order depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any order,
+    `batch_size` (>= 2), subset and `workers` (loader processes; none for the batched engine, which works on `device`).
     """
 
     def __init__(
@@ -187,12 +182,8 @@ class LabelReader:
 
     def _stored(self, epoch: int) -> int:
         if epoch >= self._epochs and self._overflow == "error":
-            raise refuse(
-                f"label store {self._store.folder}",
-                f"{self._epochs} epochs",
-                f"epoch {epoch + 1}",
-                "build more epochs, or allow --label-overflow cycle",
-            )
+            remedy = "build more epochs, or allow --label-overflow cycle"
+            raise refuse(self._store.title, f"{self._epochs} epochs", f"epoch {epoch + 1}", remedy)
         return epoch % self._epochs
 
     def _planned(self, epoch: int) -> EpochPlan:
@@ -203,18 +194,13 @@ class LabelReader:
         return self._plan[1]
 
     def present(self, epoch: int) -> Rows:
-        """Return the rows of the split that an epoch trains on: those whose mixing partner's image
-        is there, too."""
+        """Return the rows of the split that an epoch trains on: those whose mixing partner's image is there, too."""
         if not self._spec.mixes:
             return self._rows
         found = self._rows[self._planned(epoch).whole()[self._at[self._rows]]]
         if len(found) < 2:
-            raise refuse(
-                f"label store {self._store.folder}",
-                f"{len(found)} of {len(self._rows)} images whose mixing partner is in the data",
-                "at least 2",
-                "train on the data that the store was built on",
-            )
+            got = f"{len(found)} of {len(self._rows)} images whose mixing partner is in the data"
+            raise refuse(self._store.title, got, "at least 2", "train on the data that the store was built on")
         return found
 
     def _count_steps(self) -> int:
@@ -254,12 +240,8 @@ def _usable(split: Split, store: LabelStore, at: Rows, chosen: Rows, missing: st
 
 
 def _no_label(store: LabelStore, split: Split, rows: Sequence[int], among: int) -> Exception:
-    return refuse(
-        f"label store {store.folder}",
-        f"no label for {len(rows)} of {among} images, e.g. {_image_name(split, rows[0])}",
-        "labels of every image",
-        "build a store for this data set",
-    )
+    got = f"no label for {len(rows)} of {among} images, e.g. {_image_name(split, rows[0])}"
+    return refuse(store.title, got, "labels of every image", "build a store for this data set")
 
 
 def _image_name(split: Split, row: int) -> str:

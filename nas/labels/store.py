@@ -7,10 +7,9 @@
     epoch-0000/00000.bin ...   shards: records of one size, then a sha256 of 32 bytes
     holdout/00000.bin ...      labels of the holdout's evaluation inputs
 
-A record holds the teacher's K best classes and nothing else: its row of the key table names the
-image, and the augmentation's code follows from key, epoch and the store's salt. A store's id hashes
-all that decides a record. The number of epochs does not: a store grows by whole shards, and
-existing ones never change.
+A record holds the teacher's K best classes and nothing else: its row of the key table names the image, and the
+augmentation's code follows from key, epoch and the store's salt. A store's id hashes all that decides a record. The
+number of epochs does not: a store grows by whole shards, and existing ones never change.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.dataclass_json import from_json, to_json
 from nas.core.io import digest_of, file_sha256, read_json
 from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, augmentation_codes
@@ -54,13 +54,11 @@ LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """All that decides the content of a store, except the number of epochs.
+    """All that decides the content of a store, except the number of epochs. Raises InputError.
 
-    Each label keeps `topk` of `num_classes` classes; `codec` is "plain" or "packed". `train_keys`
-    and `holdout_keys` are hashes of the sets of labelled images, `preparation` of how their pixels
-    are made, `teacher_hash` of the teacher's weights. `precision` is the type the teacher computes
-    in, `threads` are torch's in each process, `device` is "cpu" or "cuda": others give other last
-    bits. Raises InputError.
+    Labels keep `topk` of `num_classes` classes. `train_keys` and `holdout_keys` hash the sets of labelled images,
+    `preparation` how their pixels are made, `teacher_hash` the teacher's weights. `precision`, `threads` and `device`
+    ("cpu" or "cuda") are those of the teacher: others give other last bits.
     """
 
     topk: int
@@ -83,15 +81,6 @@ class StoreSpec:
         make_codec(self.codec, self.topk, self.num_classes)
         check_precision(self.precision, self.device)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON."""
-        return {**asdict(self), "augment": self.augment.to_dict()}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> StoreSpec:
-        """Read plain JSON, the inverse of `to_dict`."""
-        return StoreSpec(**{**value, "augment": AugmentSpec.from_dict(value["augment"])})
-
 
 def library_versions() -> dict[str, str]:
     """Return the versions of all libraries that take part in making a label or an input."""
@@ -101,18 +90,17 @@ def library_versions() -> dict[str, str]:
 def identity(spec: StoreSpec, libraries: Mapping[str, str]) -> dict[str, Any]:
     """Collect all that a store's id hashes, as plain JSON."""
     fixed = {"schema": SCHEMA, "teacher_batch": TEACHER_BATCH, "temperature": TEMPERATURE}
-    return {**fixed, **spec.to_dict(), "libraries": dict(libraries)}
+    return {**fixed, **to_json(spec), "libraries": dict(libraries)}
 
 
 def check_same(folder: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
     """Raise InputError that names both sides of every field in which two identities differ."""
     odd = [name for name in want if have.get(name) != want[name]]
     if odd:
+        got = "; ".join(f"{name} {_difference(have.get(name), want[name])}" for name in odd)
+        wanted = "; ".join(f"{name} {_difference(want[name], have.get(name))}" for name in odd)
         raise refuse(
-            f"label store {folder}",
-            "; ".join(f"{name} {_difference(have.get(name), want[name])}" for name in odd),
-            "; ".join(f"{name} {_difference(want[name], have.get(name))}" for name in odd),
-            "build another store, or leave --labels out to have a fitting one built",
+            f"label store {folder}", got, wanted, "build another store, or leave --labels out to have one built"
         )
 
 
@@ -245,7 +233,7 @@ class LabelStore:
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.spec = StoreSpec.from_dict(manifest["spec"])
+        self.spec: StoreSpec = from_json(StoreSpec, manifest["spec"])
         self.id: str = manifest["id"]
         self.epochs: int = manifest["epochs"]
         self.libraries: Mapping[str, str] = manifest["libraries"]
@@ -256,6 +244,11 @@ class LabelStore:
             self.holdout_keys = _map_keys(folder / HOLDOUT_KEYS, self.spec.holdout_images)
         except (OSError, ValueError) as error:
             raise damaged(folder, error) from error
+
+    @property
+    def title(self) -> str:
+        """How messages name the store."""
+        return f"label store {self.folder}"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -289,12 +282,9 @@ class LabelStore:
     def map(self, shard: Shard) -> NDArray[np.uint8]:
         """Map a shard's records. Raises InputError that names what is missing or damaged."""
         try:
-            path = self.folder / shard.name
-            return map_shard(path, shard, self.id, self.codec.record_bytes)
+            return map_shard(self.folder / shard.name, shard, self.id, self.codec.record_bytes)
         except FileNotFoundError:
-            raise refuse(
-                f"label store {self.folder}", f"no shard {shard.name}", "all its shards", "build it to the end"
-            ) from None
+            raise refuse(self.title, f"no shard {shard.name}", "all its shards", "build it to the end") from None
         except (OSError, ValueError) as error:
             raise damaged(self.folder, error) from error
 
@@ -328,12 +318,8 @@ class EpochLabels:
 
 def damaged(folder: Path, why: object) -> Exception:
     """Return the error of a store that is not as it was written."""
-    return refuse(
-        f"label store {folder}",
-        why,
-        "the files as they were written",
-        "delete what is damaged and build again; `nas.labels verify` lists it",
-    )
+    remedy = "delete what is damaged and build again; `nas.labels verify` lists it"
+    return refuse(f"label store {folder}", why, "the files as they were written", remedy)
 
 
 def load_store(folder: Path) -> LabelStore:
@@ -347,16 +333,12 @@ def load_store(folder: Path) -> LabelStore:
     manifest = read_json(path, "the manifest of a label store")
     try:
         if manifest["schema"] != SCHEMA:
-            raise refuse(
-                f"label store {folder}",
-                f"schema {manifest['schema']}",
-                f"schema {SCHEMA}, which this version reads",
-                "build it anew",
-            )
+            got = f"schema {manifest['schema']}"
+            raise refuse(f"label store {folder}", got, f"schema {SCHEMA}, which this version reads", "build it anew")
         odd = sorted(dict(manifest["files"]).keys() - {KEYS, HOLDOUT_KEYS, DROPPED})
         if odd:  # they are hashed and copied by name
             raise refuse(f"{path}: files", odd[0], f"{KEYS}, {HOLDOUT_KEYS} and {DROPPED} only")
-        spec = StoreSpec.from_dict(manifest["spec"])
+        spec = from_json(StoreSpec, manifest["spec"])
         if manifest["id"] != digest_of(identity(spec, manifest["libraries"])):
             raise ValueError("its id does not fit its content")
         for name in ("epochs", "shard_records"):
@@ -369,11 +351,10 @@ def load_store(folder: Path) -> LabelStore:
 
 
 def open_store(folder: Path, *, use: Dataset | None = None, epochs: int | None = None) -> LabelStore:
-    """Open a complete store: manifest, key tables and the presence of its shards are checked here,
-    a shard's bytes when it is read, everything by `nas.labels.verify`.
+    """Open a complete store; a shard's bytes are checked when it is read, all bytes by `nas.labels.verify`.
 
-    With `use`, it must fit that data set (`check_use`); with `epochs`, hold at least so many.
-    Raises InputError that names both sides of each mismatch, or what is damaged or missing.
+    With `use`, it must fit that data set (`check_use`); with `epochs`, hold at least so many. Raises InputError that
+    names both sides of each mismatch, or what is damaged or missing.
     """
     folder = Path(folder)
     store = load_store(folder)
@@ -383,12 +364,8 @@ def open_store(folder: Path, *, use: Dataset | None = None, epochs: int | None =
         if problem := table_problem(store, name):
             raise damaged(folder, problem)
     if epochs is not None and store.epochs < epochs:
-        raise refuse(
-            f"label store {folder}",
-            f"{store.epochs} epochs",
-            f"{epochs} epochs",
-            "build more, or let the labels start again (--label-overflow cycle)",
-        )
+        remedy = "build more, or let the labels start again (--label-overflow cycle)"
+        raise refuse(store.title, f"{store.epochs} epochs", f"{epochs} epochs", remedy)
     for shard in store.all_shards():
         if not (folder / shard.name).is_file():
             store.map(shard)  # raises

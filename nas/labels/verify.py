@@ -24,11 +24,9 @@ last bit that another batch of the teacher rounds another way."""
 
 
 def find_problems(folder: Path, tick: Tick = no_tick) -> Iterator[str]:
-    """Read every byte of a store and yield what is wrong, one line each.
+    """Read every byte of a store and yield what is wrong, one line each; `tick` counts bytes.
 
-    Finds every flipped bit of keys and labels, cut and missing files, shards of other stores or
-    places, and files that are no part of the store. Hidden files (locks, drafts of a killed
-    builder) do not count. `tick` counts bytes.
+    Finds flipped bits, cut and missing files, shards of other stores or places, and foreign files that are not hidden.
     """
     folder = Path(folder)
     try:

@@ -1,12 +1,9 @@
 """Augmentation of whole batches with torch, on the device that trains.
 
-Every random number of an image is a hash of its code and a position (splitmix64), so that an image
-looks the same whatever batch it comes in. Crop, resize and flip are two separable passes with
-bicubic weights, antialiased as Pillow computes them, inside the crop, on floats (Pillow rounds and
-clips between and after). They are sums of lines, tap by tap and elementwise: in a matrix product an
-image's last bits would depend on its place in the batch and on settings such as TF32. Colours
-follow in the order brightness, contrast, saturation, on [0, 255]; erasing puts normal noise into
-the normalised image, as timm does.
+Every random number of an image is a hash of its code and a position (splitmix64): an image looks the same in any batch.
+Crop, resize and flip are two passes with Pillow's bicubic, antialiased weights, in floats, as sums tap by tap: in a
+matrix product the last bits would depend on the batch and on TF32. Colours follow (brightness, contrast, saturation, on
+[0, 255]), then erasing with normal noise, as in timm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""mixup and CutMix between two images that are paired by their codes.
-
-The pairs follow from the set of codes of an epoch; lambda, kind and box from the two codes of a
-pair. Samplers, batches and processes play no part.
-"""
+"""mixup and CutMix between two images that are paired by their codes, whatever samplers and batches do."""
 
 from __future__ import annotations
 
@@ -24,11 +20,7 @@ _bbox_and_lam: Any = timm_mixup.cutmix_bbox_and_lam
 
 
 def partners(codes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Pair images by their codes, uint64 [n] -> int64 [n], an involution of rows.
-
-    Consecutive ranks of the sorted codes are partners; -1 for the one that is left over of an odd
-    number. The order of rows plays no part.
-    """
+    """Pair images by their codes, uint64 [n] -> int64 [n], an involution of rows; -1 for one left over."""
     order = np.argsort(codes, kind="stable")
     even = len(codes) // 2 * 2
     found = np.full(len(codes), -1, dtype=np.int64)
@@ -42,8 +34,8 @@ def mix(
 ) -> Tensor:
     """Mix views [n, 3, s, s] with their partners' [n, 3, s, s], each row alone, on their device.
 
-    A pair shares kind, lambda and box, which timm draws: mixup gives view * lambda + partner *
-    (1 - lambda) of the normalised views, CutMix puts the partner's box into the view.
+    timm draws kind, lambda and box of a pair: mixup blends the normalised views, CutMix puts the partner's box into
+    one.
     """
     mixed = views.clone()
     size = (int(views.shape[-2]), int(views.shape[-1]))

@@ -1,9 +1,7 @@
 """The specification of an augmentation, its named pipelines, and the code of each image and epoch.
 
-An input follows from the stored pixels, a specification and a 64-bit code. Engine "timm" runs
-timm's and torchvision's transforms, which draw from three module-global generators (random, numpy,
-torch): they are seeded with the code for one image and put back afterwards. Engine "batched":
-`nas.data.augment.batched_engine`. Mixing: `nas.data.augment.mixing`.
+An input follows from the stored pixels, a specification and a 64-bit code. timm's and torchvision's transforms draw
+from three global generators (random, numpy, torch), which are seeded with the code and put back afterwards.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 
+from nas.core.dataclass_json import to_json
 from nas.core.io import digest_of
 from nas.data import Dataset
 from space.errors import refuse
@@ -43,16 +42,14 @@ _CHOICES: Mapping[str, frozenset[Any]] = {
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """Everything that decides an input, given the stored pixels and a code.
+    """Everything that decides an input, given the stored pixels and a code. Raises InputError for what cannot be
+    replayed.
 
-    `scale` and `ratio` bound the random resized crop; `hflip`, `erase_prob`, `mix_prob` and
-    `mix_switch_prob` (CutMix where both are on) are probabilities; `policy` is a timm auto-augment
-    string or None; `color_jitter` a strength or None (timm leaves it out under a policy);
-    `erase_mode` and `erase_count` are as timm's RandomErasing takes them; the alphas are of the
-    beta distributions of mixup and CutMix, 0 for off. `engine` "timm" works image by image with
-    timm's own transforms, "batched" on whole batches with torch. `posterize_zero` names what
-    posterizing to 0 bits gives: "black", as in Pillow before 13, which raises instead. Raises
-    InputError for what does not exist or cannot be replayed.
+    `scale` and `ratio` bound the random resized crop; `hflip`, `erase_prob`, `mix_prob` and `mix_switch_prob` (CutMix
+    where both are on) are probabilities; `policy` is a timm auto-augment string, `color_jitter` a strength (timm leaves
+    it out under a policy); the alphas are of mixup's and CutMix's beta distributions, 0 for off. Engine "timm" works
+    image by image, "batched" on whole batches. `posterize_zero`: posterizing to 0 bits gives black, as in Pillow before
+    13.
     """
 
     img_size: int
@@ -84,22 +81,9 @@ class AugmentSpec:
         return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON, the inverse of `from_dict`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> AugmentSpec:
-        """Read plain JSON; raises InputError for unknown or missing fields."""
-        known = {f.name for f in fields(AugmentSpec)}
-        if set(value) != known:
-            odd = ", ".join(sorted(set(value) ^ known))
-            raise refuse("augmentation", f"unknown or missing {odd}", "this version's fields")
-        read: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
-        try:
-            return AugmentSpec(**read)
-        except (AttributeError, IndexError, TypeError) as error:
-            why = f"{type(error).__name__}: {error}"
-            raise refuse("augmentation", why, "this version's fields") from None
+        """Return plain JSON."""
+        found: dict[str, Any] = to_json(self)
+        return found
 
     def digest(self) -> str:
         """Hash all fields: 32 hex characters."""
@@ -162,20 +146,13 @@ def _check_policy(spec: AugmentSpec) -> None:
             timm_transforms(spec)[1](Image.new("RGB", (32, 32), (99, 150, 201)))
         except Exception as error:  # timm, torch and Pillow have their own kinds
             why = " ".join(str(error).split())[:80]
-            raise refuse(
-                "augmentation policy",
-                f"{spec.policy!r} ({type(error).__name__} {why})",
-                "a policy that timm reads, such as rand-m9-mstd0.5-inc1",
-            ) from error
+            got, want = f"{spec.policy!r} ({type(error).__name__} {why})", f"a policy such as {_OFFICIAL_POLICY}"
+            raise refuse("augmentation policy", got, want) from error
 
 
 def default_spec(dataset: Dataset) -> AugmentSpec:
-    """Choose the augmentation of a data set.
-
-    Digits keep most of the stroke (crops of 60 % and more) and are never mirrored; fractals are
-    cropped harder; photographs also get TinyViT's RandAugment. Random erasing is left to long
-    schedules.
-    """
+    """Choose the augmentation of a data set: digits keep most of the stroke and are never mirrored, fractals are
+    cropped harder, photographs also get TinyViT's RandAugment; erasing is left to long schedules."""
     mean, std = dataset.mean, dataset.std
     spec = AugmentSpec(dataset.img_size, mean, std, dataset.interpolation)
     changes: dict[str, Any] = {"hflip": 0.5 if dataset.hflip else 0.0}
@@ -187,13 +164,11 @@ def default_spec(dataset: Dataset) -> AugmentSpec:
 
 
 def preset_spec(name: str, dataset: Dataset) -> AugmentSpec:
-    """Return a named pipeline for a data set. Raises InputError.
+    """Return a named pipeline for a data set; data that must not be mirrored never is. Raises InputError.
 
-    `22k` (distillation on ImageNet-22k) and `finetune` (22k to 1k) are the official random resized
-    crop of 8 to 100 %, flip, RandAugment and erasing; `1k` (from scratch) adds mixup 0.8 and CutMix
-    1.0. Data that must not be mirrored never is. `batched` crops as the default does, jitters
-    colours where the default has a policy, and works on whole batches.
-    Source: the TinyViT repository's configurations.
+    `22k` and `finetune` are the official crop of 8 to 100 %, flip, RandAugment and erasing; `1k` adds mixup 0.8 and
+    CutMix 1.0; `batched` crops as the default does and jitters colours where the default has a policy. Source: the
+    TinyViT repository's configurations.
     """
     base = default_spec(dataset)
     if name == "default":
@@ -214,8 +189,7 @@ def augmentation_code(key: str, epoch: int, salt: int) -> int:
 
 
 def augmentation_codes(raw_keys: NDArray[np.uint8], epoch: int, salt: int) -> NDArray[np.uint64]:
-    """Derive the codes of keys given as bytes, uint8 [n, 16] -> uint64 [n], as `augmentation_code`
-    does of each."""
+    """Derive the codes of keys given as bytes, uint8 [n, 16] -> uint64 [n], as `augmentation_code` does of each."""
     text, end = np.ascontiguousarray(raw_keys).tobytes().hex().encode(), f"/{epoch}/{salt}".encode()
     digests = b"".join(
         hashlib.blake2b(text[at : at + 32] + end, digest_size=8).digest() for at in range(0, len(text), 32)
@@ -227,8 +201,7 @@ def augmentation_codes(raw_keys: NDArray[np.uint8], epoch: int, salt: int) -> ND
 def borrowed_generators() -> Iterator[None]:
     """Lend the three global generators to one thread at a time and put their states back.
 
-    Meanwhile posterizing to 0 bits gives black, as in Pillow before 13; timm calls it through
-    Pillow's module.
+    Meanwhile posterizing to 0 bits gives black, as in Pillow before 13.
     """
     with _LOCK:
         python, arrays, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()

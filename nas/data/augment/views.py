@@ -159,10 +159,9 @@ def outputs(
     rows: Rows | None = None,
     batch_size: int = EVAL_BATCH,
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """Evaluate a network on a split's images: rows int64 [n], outputs float32 [n, ...] on its
-    device, batch after batch.
+    """Evaluate a network on evaluation inputs of a split, of all rows or of those given, without gradients.
 
-    Evaluation inputs without gradients, of all rows or of those given. The caller sets the mode.
+    Yields rows int64 [n] and outputs float32 [n, ...] on its device, batch after batch. The caller sets the mode.
     """
     every = np.arange(len(split)) if rows is None else rows
     for start in range(0, len(every), batch_size):

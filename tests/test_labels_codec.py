@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nas.labels.codec import CODECS, make_codec
+from nas.labels.codec import CODECS, make_codec, top_labels
 from space.errors import InputError
 
 Label = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]
@@ -98,6 +99,32 @@ def test_packed_labels_stay_within_their_divergence(k: int, c: int) -> None:
 @pytest.mark.parametrize(("k", "c", "size"), [(10, 1000, 21), (100, 1000, 142), (10, 21841, 26), (100, 21841, 199)])
 def test_packed_records_take_half_of_the_official_size(k: int, c: int, size: int) -> None:
     assert make_codec("packed", k, c).record_bytes == size <= 0.6 * (4 + 4 * k)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize(("k", "c"), [(1, 2), (2, 3), (10, 100), (100, 1000), (200, 999)])
+def test_the_best_class_stays_the_best_alone(name: str, k: int, c: int) -> None:
+    """The decoded argmax is the teacher's, whatever lies how near it."""
+    rng, codec, n = np.random.default_rng(k), make_codec(name, k, c), 100
+    for spread in (0.0, 1.0, 5.0):
+        base = spread * rng.normal(size=(n, c))
+        for near in (0.0, 1e-9, 1e-7, 1e-5, 1e-3, 1e-1):
+            logits = base.copy()
+            rivals = rng.random((n, c)) < rng.choice([0.01, 0.3, 1.0], size=(n, 1))
+            top = logits.max(1, keepdims=True)
+            logits = np.where(rivals, top - near * rng.random((n, c)), logits)
+            if spread == 5.0:
+                logits = np.round(logits)  # exact ties
+            given = torch.from_numpy(logits)
+            exact = top_labels(given, k)
+            want = given.argmax(1).numpy()
+            assert (exact.index[:, 0] == want).all()
+            index, prob, _ = codec.decode(codec.encode(*exact))
+            found = np.take_along_axis(index, prob.argmax(1)[:, None], 1)[:, 0]
+            assert (found == want).all(), (name, spread, near, (found != want).mean())
+            if name == "packed" and k > 1:
+                ranked = np.sort(prob, 1)
+                assert (ranked[:, -1] > ranked[:, -2]).all(), "no other class ties with it"
 
 
 @settings(max_examples=150, deadline=None)

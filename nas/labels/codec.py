@@ -11,7 +11,8 @@ one string of bits, lowest bit first, padded to whole bytes:
 
 v is 6, or 7 for K > 128, or 0 for K = 1. A probability is the largest one times exp(-range * (code / (2**v -
 1))**power), so that code 0 is the largest itself; range and power are those of least Kullback-Leibler divergence.
-Decoded probabilities are scaled to sum to 1 - tail. With ids less i, dense labels (l = 0) turn into a plain bitmap.
+No other class has a code that decodes to the largest, so the best class stays the best. Decoded probabilities are
+scaled to sum to 1 - tail. With ids less i, dense labels (l = 0) turn into a plain bitmap.
 Source of the id code: Elias 1974, Fano 1971.
 """
 
@@ -68,10 +69,16 @@ def top_labels(logits: torch.Tensor, topk: int) -> SoftLabels:
 
     Raises InputError for a teacher that gives no finite number.
     """
-    q = torch.softmax(logits.detach().double().cpu(), dim=1)
+    exact = logits.detach().double().cpu()
+    q = torch.softmax(exact, dim=1)
     if not bool(torch.isfinite(q).all()):
         raise refuse("teacher", "outputs that are not finite", "finite logits")
     prob, index = q.topk(topk, dim=1)
+    # Of equal values `topk` takes any first: the teacher's class is the one of its largest logit.
+    best = exact.argmax(1, keepdim=True)
+    place = (index == best).to(torch.uint8).argmax(1, keepdim=True)
+    index.scatter_(1, place, index[:, :1].clone())
+    index[:, :1] = best
     tail = q.scatter(1, index, 0.0).sum(1)
     return SoftLabels(index.numpy(), prob.float().numpy(), tail.float().numpy())
 
@@ -143,6 +150,13 @@ def _levels(bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return depth.astype(np.float32), np.exp(-depth).astype(np.float32)
 
 
+@cache
+def _second(bits: int) -> NDArray[np.int64]:
+    """Tabulate [scale]: the least code that decodes below the largest, whatever is rounded."""
+    depth = _levels(bits)[0].reshape(len(RANGES) * len(POWERS), -1)
+    return (depth < 4 * np.finfo(np.float32).eps).sum(axis=1)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """Where the bits of a record are: `fetch` fields lie in each of `windows` windows of 8 bytes, every `phases`-th of
@@ -210,10 +224,11 @@ class PackedCodec(Codec):
     def _encode_block(self, index: NDArray[Any], prob: NDArray[Any], tail: NDArray[Any]) -> NDArray[np.uint8]:
         at, n = self._at, len(tail)
         order = np.argsort(index, axis=1)
+        best = (order == prob.argmax(axis=1)[:, None]).argmax(axis=1)
         ids = np.take_along_axis(index, order, axis=1).astype(np.int64)
         if bool((ids[:, 1:] == ids[:, :-1]).any()):
             raise refuse("label classes", "a class twice in one label", "distinct classes")
-        scale, codes = _quantised(np.take_along_axis(prob, order, axis=1), at.value)
+        scale, codes = _quantised(np.take_along_axis(prob, order, axis=1), best, at.value)
         less = ids - np.arange(self.topk)
         bits = np.zeros((n, 8 * self.record_bytes), dtype=np.uint8)
         np.put_along_axis(bits, (less >> at.low) + np.arange(self.topk), 1, axis=1)
@@ -319,10 +334,13 @@ def _tail_codes(tail: NDArray[np.float32]) -> NDArray[np.int64]:
     return np.where(tail > 0, codes, 0)
 
 
-def _quantised(prob: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _quantised(
+    prob: NDArray[np.float32], best: NDArray[np.int64], bits: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose scale int64 [n] and codes int64 [n, K] of `bits` for float32 [n, K] >= 0.
 
-    Tries all powers with a few ranges and takes the pair of least cross-entropy.
+    Tries all powers with a few ranges and takes the pair of least cross-entropy, where the class in the column `best`
+    [n] alone is the largest.
     """
     depths, ratios = _levels(bits)
     top = prob.max(axis=1, keepdims=True)
@@ -341,6 +359,8 @@ def _quantised(prob: NDArray[np.float32], bits: int) -> tuple[NDArray[np.int64],
         for number, power in enumerate(POWERS):
             tried = np.rint(np.exp(over / np.float32(power)) * ((1 << bits) - 1)).astype(np.int64)
             which = span * len(POWERS) + number
+            np.maximum(tried, _second(bits)[which][:, None], out=tried)
+            np.put_along_axis(tried, best[:, None], 0, axis=1)
             spot = tried + (which << bits)[:, None]
             cost = (weight * depths[spot]).sum(axis=1) + np.log(ratios[spot].sum(axis=1))
             better = cost < least

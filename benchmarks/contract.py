@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.estimates import Floats, Row, crossed, run_command, write_table
+from benchmarks.estimates import Floats, Row, crossed, few_discordant, run_command, write_table
 from benchmarks.pareto import pareto
 from nas.contract import contract
 from nas.contract.run import RunResult
@@ -90,7 +90,8 @@ def pooled_rows(data: str, given: argparse.Namespace, outcomes: Sequence[RunResu
     if len(finals) < 2:
         return []
     differences = np.stack([correctness_difference(folder, final) for folder, final in finals])
-    mean, lo, hi = crossed(differences)
+    mean, *bounds = crossed(differences)
+    lo, hi = few_discordant(differences, *bounds)
     row: Row = {
         **dict.fromkeys(COLUMNS),
         "data": data,

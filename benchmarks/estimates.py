@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from nas.core.cli import Parser, exit_status
 from nas.core.io import write_atomic
+from nas.core.metrics import paired_shares
 from nas.core.table import Writer
 from space.errors import refuse
 
@@ -32,6 +33,8 @@ COVERAGE = 0.95
 RESAMPLES = 2000
 POWER = 0.8
 """Probability with which a difference of `PairedDifference.detectable` excludes 0."""
+LEAST_DISCORDANT = 25
+"""Images on which two nets differ, from which on the normal interval of their difference holds."""
 MARGIN = 0.015
 """Difference in top-1 that "not worse" allows for."""
 
@@ -96,6 +99,19 @@ def crossed(table: npt.ArrayLike) -> Interval:
     return float(values.mean()), *_percentiles(np.einsum("ri,ri->r", rows @ values, columns))
 
 
+def few_discordant(difference: Floats, lo: float, hi: float) -> tuple[float, float]:
+    """Widen the bounds of a mean difference in correctness [seeds, images] where few images differ.
+
+    Below `LEAST_DISCORDANT` neither a normal interval nor resamples hold: the bounds are at least those of the score
+    interval of the mean counts.
+    """
+    above, below = ((side > 0).sum() / len(difference) for side in (difference, -difference))
+    if above + below >= LEAST_DISCORDANT:
+        return lo, hi
+    _, least, most = paired_shares(float(above), float(below), difference.shape[1])
+    return min(lo, least), max(hi, most)
+
+
 def _percentiles(drawn: Floats) -> tuple[float, float]:
     tail = 50 * (1 - COVERAGE)
     lo, hi = np.percentile(drawn, [tail, 100 - tail], method="closest_observation")
@@ -146,8 +162,11 @@ def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike) -> PairedDifference:
     wide = half(1 - (1 - COVERAGE) / 2)
     detectable = wide + float(special.ndtri(POWER)) * math.sqrt(image_part + seed_part)
     errors = math.sqrt(image_part), math.sqrt(seed_part)
-    bounds = value - wide, value + wide, value - half(COVERAGE)
-    return PairedDifference(value, *bounds, *errors, detectable, seeds, images)
+    lo, hi, lower = value - wide, value + wide, value - half(COVERAGE)
+    if np.isin([left, right], (0.0, 1.0)).all():
+        lo, hi = few_discordant(difference, lo, hi)
+        lower = min(lower, lo) if lo < value - wide else lower
+    return PairedDifference(value, lo, hi, lower, *errors, detectable, seeds, images)
 
 
 def verdict(found: PairedDifference) -> str:

@@ -211,11 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(given.out.with_suffix(".json"), summary)
         label = f"Kendall's tau with the truth ({summary['archs']} archs, {summary['seeds']} random seeds)"
         ceilings = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}
-        shown = [(r.name, (r.estimate, r.lo, r.hi)) for r in rows if r.name not in ceilings]
+        # A tau without an interval is drawn as a point.
+        spans = [(r.estimate, r.estimate if r.lo is None else r.lo, r.estimate if r.hi is None else r.hi) for r in rows]
+        shown = [(r.name, span) for r, span in zip(rows, spans, strict=True) if r.name not in ceilings]
         shown.sort(key=lambda named: -named[1][0])
         draw_intervals(given.out.with_suffix(".png"), shown, label, lines=ceilings)
         for row in rows:
-            line = f"{row.name:<36} tau {row.estimate:+.2f} [{row.lo:+.2f}, {row.hi:+.2f}]"
+            line = f"{row.name:<36} tau {row.tau.text('+.2f')}"
             if row.cost_share is not None:
                 line += f"  cost {row.cost_share:.0%} of the truth"
             if row.regret is not None:

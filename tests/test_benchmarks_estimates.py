@@ -17,6 +17,7 @@ from benchmarks.estimates import (
     bootstrap,
     crossed,
     draw_intervals,
+    few_discordant,
     paired_interval,
     share,
     verdict,
@@ -84,7 +85,7 @@ def test_one_seed_is_the_paired_t_interval_and_no_difference_has_no_width() -> N
     wanted = stats.ttest_rel(a[0], b[0]).confidence_interval(0.95)
     found = paired_interval(a, b)
     assert (found.lo, found.hi) == (pytest.approx(wanted.low), pytest.approx(wanted.high))
-    same = paired_interval(np.ones((3, 50)), np.ones((3, 50)))
+    same = paired_interval(np.full((3, 50), 0.5), np.full((3, 50), 0.5))
     assert (same.value, same.lo, same.hi, same.lower) == (0, 0, 0, 0)
 
 
@@ -129,6 +130,17 @@ def test_intervals_enclose_their_estimate_and_repeat(seeds: int, images: int, se
         assert low <= mid <= high
     assert share(0, 10)[1] == 0.0
     assert share(10, 10) == (1.0, pytest.approx(0.025 ** (1 / 10)), 1.0)
+
+
+def test_few_images_that_differ_leave_a_difference_in_correctness_open() -> None:
+    right = np.ones((3, 1000))
+    one = right.copy()
+    one[0, 0] = 0
+    for a, b in ((right, right), (right, one), (one, right)):
+        found = paired_interval(a, b)
+        assert found.lo <= -0.003 < 0 < 0.003 <= found.hi
+        assert found.lower <= found.value - 0.003
+    assert few_discordant(np.zeros((2, 400)), 0.0, 0.0) == pytest.approx((-0.0095, 0.0095), abs=1e-4)
 
 
 def test_seeds_that_disagree_widen_the_interval() -> None:

@@ -60,11 +60,26 @@ def test_tau_is_that_of_concordant_pairs() -> None:
         assert kendall(a, b) == pytest.approx(naive)
         found = kendall_interval(a, b, resamples=50, random_seed=1)
         assert found.value == kendall(a, b)
-        assert -1 <= found.lo <= found.value <= found.hi <= 1
-    order = np.arange(8.0)  # an arch that is drawn twice does not tie with itself
-    for scores, tau in ((order, 1), (-order, -1)):
-        found = kendall_interval(scores, order[None], random_seed=0)
-        assert (found.value, found.lo, found.hi) == pytest.approx((tau, tau, tau))
+        if n < 8:
+            assert (found.lo, found.hi) == (None, None)
+            assert found.text() == f"{found.value:.2f} ({n} archs: too few to tell)"
+        else:
+            assert found.lo is not None
+            assert found.hi is not None
+            assert -1 <= found.lo <= found.value <= found.hi <= 1
+
+
+@pytest.mark.parametrize("n", [3, 7, 8, 20])
+def test_archs_that_all_agree_are_no_proof_of_a_perfect_score(n: int) -> None:
+    order = np.arange(float(n))
+    up, down = (kendall_interval(scores, order[None], random_seed=0) for scores in (order, -order))
+    assert (up.value, down.value) == pytest.approx((1, -1))
+    if n < 8:
+        assert up.lo is up.hi is down.lo is None
+        assert "too few to tell" in up.text()
+    else:
+        assert (up.lo, up.hi, down.lo) == pytest.approx((-(down.hi or 0), 1, -1))
+        assert 0.7 < (up.lo or 0) < 0.99
 
 
 @pytest.mark.parametrize(("n", "link", "sd"), [(12, 0.6, 0.7), (24, 0.9, 0.7), (24, 0.0, 0.3)])

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from nas.core.metrics import METRICS, image_weights, paired, score
+from nas.core.metrics import METRICS, image_weights, paired, paired_shares, score
 from space.errors import InputError
 
 Ints = npt.NDArray[np.int64]
@@ -95,8 +95,39 @@ def test_paired_differences_cover_and_turn_their_sign(metric: str) -> None:
     assert covered / 200 >= 0.95 - 0.045
     there = paired(metric, a, b, truth, classes, random_seed=1)
     assert there == paired(metric, a, b, truth, classes, random_seed=1)
-    assert paired(metric, a, a, truth, classes) == (0.0, 0.0, 0.0)
+    if metric != "top1":
+        assert paired(metric, a, a, truth, classes) == (0.0, 0.0, 0.0)
     assert paired(metric, b, a, truth, classes)[0] == pytest.approx(-there[0])
+
+
+@pytest.mark.parametrize("n", [100, 1000, 5000])
+@pytest.mark.parametrize("discordant", [0.005, 0.01, 0.05, 0.2])
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
+def test_a_difference_of_top1_is_covered_where_few_images_differ(n: int, discordant: float, share: float) -> None:
+    only = discordant * share, discordant * (1 - share)
+    drawn = np.random.default_rng(0).multinomial(n, [*only, 1 - discordant], size=2000)[:, :2]
+    counts, times = np.unique(drawn, axis=0, return_counts=True)
+    covered = 0
+    for (a, b), many in zip(counts.tolist(), times.tolist(), strict=True):
+        value, lo, hi = paired_shares(a, b, n)
+        assert -1 <= lo < value < hi <= 1
+        assert paired_shares(b, a, n) == pytest.approx((-value, -hi, -lo))
+        covered += many * (lo <= only[0] - only[1] <= hi)
+    assert covered / 2000 >= 0.93
+
+
+def test_a_difference_of_top1_is_the_score_interval() -> None:
+    """At its bounds the score statistic, with the likeliest rest of the table by search, is the normal quantile's."""
+    for a, b, n in ((12, 2, 50), (0, 1, 30), (5, 5, 400), (30, 1, 90)):
+        for bound in paired_shares(a, b, n)[1:]:
+            q = np.linspace(max(0.0, -bound), (1 - bound) / 2, 2_000_001)[1:-1]  # right by b alone
+            likely = b * np.log(q) + (n - a - b) * np.log1p(-2 * q - bound)
+            likely += a * np.log(np.maximum(q + bound, 1e-300))
+            best = q[likely.argmax()]
+            statistic = (a - b - n * bound) ** 2 / (n * (2 * best + bound * (1 - bound)))
+            assert statistic == pytest.approx(1.96**2, rel=2e-3)
+    assert paired_shares(0, 0, 50)[2] == pytest.approx(1.96**2 / (50 + 1.96**2), rel=1e-3)
+    assert paired_shares(7, 0, 7)[2] == 1.0
 
 
 def test_weights_make_classes_alike_and_keep_the_sum() -> None:

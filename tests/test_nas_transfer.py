@@ -40,7 +40,7 @@ from nas.transfer.probes import (
     neighbour_classes,
     pooled,
 )
-from nas.transfer.rows import bootstrapped, confusion, mean_iou, paired_bootstrap, paired_shares, pixel_accuracy
+from nas.transfer.rows import bootstrapped, confusion, mean_iou, paired_bootstrap, pixel_accuracy
 from nas.transfer.segmentation import KINDS, Scenes, maps_of, masked_images, segment, settings_of
 
 FEW = ("TRAIN_IMAGES", 24), ("TEST_IMAGES", 12)
@@ -162,33 +162,6 @@ def test_overlap_is_scikit_learns(data: st.DataObject) -> None:
     assert float(pixel_accuracy(counts.sum(0))) == pytest.approx(float((truth == said).mean()))
     for at in range(n):
         assert float(mean_iou(counts)[at]) == pytest.approx(sklearns_iou(truth[at], said[at]))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(2, 300), st.floats(0, 1), st.floats(0, 1), st.integers(0, 10_000))
-def test_a_difference_lies_in_its_interval_and_turns_with_its_sides(
-    n: int, p: float, q: float, random_seed: int
-) -> None:
-    rng = np.random.default_rng(random_seed)
-    a, b = rng.random(n) < p, rng.random(n) < q
-    difference, lo, hi = paired_shares(a, b)
-    assert difference == pytest.approx(a.mean() - b.mean())
-    assert -1 <= lo <= difference <= hi <= 1
-    assert lo < hi  # also where no image tells them apart
-    assert paired_shares(b, a) == pytest.approx((-difference, -hi, -lo))
-
-
-def test_intervals_of_differences_cover_what_they_say() -> None:
-    rng = np.random.default_rng(0)
-    for n, p_both, p_a, p_b in ((40, 0.6, 0.1, 0.05), (300, 0.5, 0.2, 0.2), (100, 0.9, 0.05, 0.0)):
-        hits = 0
-        for _ in range(1000):
-            u = rng.random(n)
-            a = u < p_both + p_a
-            b = (u < p_both) | ((u >= p_both + p_a) & (u < p_both + p_a + p_b))
-            _, lo, hi = paired_shares(a, b)
-            hits += lo <= p_a - p_b <= hi
-        assert hits / 1000 >= 0.93
 
 
 def test_bootstrap_errors_of_a_plain_mean_are_those_of_the_formula() -> None:

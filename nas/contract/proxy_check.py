@@ -25,7 +25,7 @@ from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.core.config import RunConfig
 from nas.core.io import read_object, write_atomic, write_json
 from nas.core.per_image import losses_of
-from nas.core.stats import describe_tied, kendall_interval, noise_ceiling, regret, tied_with_best
+from nas.core.stats import Estimate, describe_tied, kendall_interval, noise_ceiling, regret, tied_with_best
 from nas.core.table import Writer
 from nas.data import Dataset
 from nas.distill.jobs import ZeroCostJob, zero_cost
@@ -48,7 +48,7 @@ ZERO_COST_IMAGES = 64
 
 @dataclass(frozen=True)
 class ProxyCheckRow:
-    """One score against the truth: Kendall's tau with its interval over `n` archs.
+    """One score against the truth: Kendall's tau with its interval over `n` archs, or alone where they are too few.
 
     `cost_share` is its training cost relative to one training of the truth; `regret` is how far its pick is behind the
     best in nats of the truth, with an interval, and whether that is within one standard deviation of a random seed. The
@@ -57,14 +57,19 @@ class ProxyCheckRow:
 
     name: str
     estimate: float
-    lo: float
-    hi: float
+    lo: float | None
+    hi: float | None
     n: int
     cost_share: float | None = None
     regret: float | None = None
     regret_lo: float | None = None
     regret_hi: float | None = None
     within_one_sd: bool | None = None
+
+    @property
+    def tau(self) -> Estimate:
+        """Kendall's tau."""
+        return Estimate(self.estimate, self.lo, self.hi, self.n)
 
 
 def compare_scores(
@@ -215,9 +220,8 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
         "regret": own.regret,
         "message": (
             f"over {len(archs)} archs of the last band, trained {LONGER} times longer on {SEEDS} random seeds, the "
-            f"proxy{start} ranks with tau {own.estimate:.2f} [{own.lo:.2f}, {own.hi:.2f}] where noise permits "
-            f"{limit.estimate:.2f} [{limit.lo:.2f}, {limit.hi:.2f}]; its pick is {own.regret:.4f} nats behind the "
-            f"best, {verdict} one standard deviation of a random seed; "
+            f"proxy{start} ranks with tau {own.tau.text()} where noise permits {limit.tau.text()}; its pick is "
+            f"{own.regret:.4f} nats behind the best, {verdict} one standard deviation of a random seed; "
             f"{describe_tied(tied_with_best(by_arch), by_arch)}{gone}"
         ),
     }

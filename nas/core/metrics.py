@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,8 @@ Floats = npt.NDArray[np.float64]
 
 METRICS = ("top1", "balanced_accuracy", "macro_f1")
 RESAMPLES = 1000
+Z95 = 1.959963984540054
+"""The quantile of a two-sided normal interval of 95 %."""
 
 
 def mean_se(values: npt.NDArray[Any]) -> tuple[float, float]:
@@ -76,14 +77,16 @@ def paired(
 ) -> tuple[float, float, float]:
     """Return the metric of a less that of b on the same images, and its 95 % interval.
 
-    Percentile bootstrap over images, both computed on each resample; see `score` for the metrics.
+    "top1" by `paired_shares`; the others by percentile bootstrap over images, both computed on each resample. See
+    `score` for the metrics.
     """
     _known(metric)
     a, b, true = _labels(classes, predicted_a, predicted_b, truth)
+    if metric == "top1":
+        right_a, right_b = a == true, b == true
+        return paired_shares((right_a & ~right_b).sum(), (right_b & ~right_a).sum(), len(true))
     counts, (true, a, b) = _cells(true, a, b)
-    of: Mapping[str, Callable[..., Floats]]
-    of = {"top1": _top1, "balanced_accuracy": partial(_mean_share, f1=False), "macro_f1": _macro_f1}
-    measure = of[metric]
+    measure = partial(_mean_share, f1=metric == "macro_f1")
 
     def difference(counts: Floats) -> Floats:
         return measure(counts, true, a, classes) - measure(counts, true, b, classes)
@@ -92,6 +95,33 @@ def paired(
     drawn = difference(_draws(counts, resamples, random_seed))
     lo, hi = (float(v) for v in np.percentile(drawn, [tail, 100 - tail]))
     return float(difference(counts[None, :])[0]), lo, hi
+
+
+def paired_shares(only_a: float, only_b: float, n: int) -> tuple[float, float, float]:
+    """Return the share that is right by a less that by b, on the same n images, and its 95 % score interval.
+
+    `only_a` images are right by a alone, `only_b` by b alone. The interval holds the differences that a score test does
+    not reject, with the rest of the table at its likeliest: it covers with 94 % or more from 100 images and 0.5 % of
+    discordant images on (the normal interval: 39 %), and images that all agree leave +-3.8/n. Source: Tango,
+    Statistics in Medicine 17, 1998.
+    """
+    value = (only_a - only_b) / n
+
+    def accepted(difference: float) -> bool:
+        linear = (2 * n - only_a + only_b) * difference - only_a - only_b
+        square = linear * linear + 8 * n * only_b * difference * (1 - difference)
+        rest = (math.sqrt(max(square, 0.0)) - linear) / (4 * n)
+        variance = n * (2 * rest + difference * (1 - difference))
+        return (n * (value - difference)) ** 2 <= Z95**2 * max(variance, 0.0)
+
+    bounds = []
+    for far in (-1.0, 1.0):
+        near = value
+        for _ in range(60):
+            middle = (near + far) / 2
+            near, far = (middle, far) if accepted(middle) else (near, middle)
+        bounds.append(near)
+    return value, bounds[0], bounds[1]
 
 
 def image_weights(metric: str, truth: npt.ArrayLike) -> Floats:
@@ -129,10 +159,6 @@ def _by_class(counts: Floats, where: Ints, classes: int) -> Floats:
     found = np.zeros((classes, len(counts)))
     np.add.at(found, where, counts.T)
     return found.T
-
-
-def _top1(counts: Floats, truth: Ints, said: Ints, classes: int) -> Floats:
-    return np.asarray(counts[:, truth == said].sum(axis=1) / counts.sum(axis=1), dtype=np.float64)
 
 
 def _mean_share(counts: Floats, truth: Ints, said: Ints, classes: int, *, f1: bool) -> Floats:

@@ -6,7 +6,6 @@ more (`nas.core.metrics.image_weights`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ import numpy.typing as npt
 from nas.core.io import load_arrays
 from nas.core.metrics import image_weights, mean_se, paired, score
 from space.errors import refuse
-
-Z95 = 1.959963984540054
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,7 @@ def with_metric(values: Mapping[str, Any], folder: Path, metric: str, classes: i
 
 
 def paired_difference(a: Path, b: Path, metric: str, classes: int) -> dict[str, float]:
-    """Compare two trainings image by image on the test split, by the metric, with 95 %.
-
-    Top-1: the normal interval on per-image differences; others by bootstrap over images.
-    """
+    """Compare two trainings image by image on the test split, by the metric, with 95 % (`nas.core.metrics.paired`)."""
     one, other = per_image(a, "test"), per_image(b, "test")
-    n = len(one.truth)
-    if metric != "top1":
-        found = paired(metric, one.predicted, other.predicted, one.truth, classes)
-        return dict(zip(("difference", "lo", "hi"), found, strict=True)) | {"n": float(n)}
-    right = [(each.predicted == each.truth).astype(np.float64) for each in (one, other)]
-    difference = right[0] - right[1]
-    mean = float(difference.mean())
-    half = Z95 * float(difference.std(ddof=1)) / math.sqrt(n) if n > 1 else 1.0
-    return {"difference": mean, "lo": mean - half, "hi": mean + half, "n": float(n)}
+    found = paired(metric, one.predicted, other.predicted, one.truth, classes)
+    return dict(zip(("difference", "lo", "hi"), found, strict=True)) | {"n": float(len(one.truth))}

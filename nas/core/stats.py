@@ -25,14 +25,24 @@ DRAWS = 20_000
 """Random draws behind a critical value: the second decimal of a quantile near 3 is sure."""
 
 
+LEAST_RANKED = 8
+"""Archs from which on a tau has an interval."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, from `n` archs."""
+    """A value with its 95 % interval, from `n` archs; without an interval where they are too few to tell."""
 
     value: float
-    lo: float
-    hi: float
+    lo: float | None
+    hi: float | None
     n: int
+
+    def text(self, form: str = ".2f") -> str:
+        """Return `0.83 [0.61, 0.94]`, or `1.00 (3 archs: too few to tell)`."""
+        if self.lo is None or self.hi is None:
+            return f"{self.value:{form}} ({self.n} archs: too few to tell)"
+        return f"{self.value:{form}} [{self.lo:{form}}, {self.hi:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,9 @@ def kendall_interval(
     percentile bootstrap. An arch is drawn together with all its random seeds, so the noise of the truth is in the
     spread already; drawing random seeds once more within the arch would count it twice, and lower every tau besides
     (Davison and Hinkley, Bootstrap Methods, 1997, 3.8: of nested data, resample the outer level only). An arch that is
-    drawn c times does not tie with itself: only pairs of distinct archs count, c_i c_j times each. Raises InputError.
+    drawn c times does not tie with itself: only pairs of distinct archs count, c_i c_j times each. Archs that all agree
+    agree in every resample too: there the interval ends where that of Bonett and Wright (Psychometrika 65, 2000) does
+    for one pair of archs that disagrees. Fewer than 8 archs have no interval. Raises InputError.
     """
     given, true = _scores_and_truth(scores, truth)
     taus = resampled(given, true.mean(axis=0), resamples, random_seed)
@@ -267,6 +279,12 @@ def _resampled(product: Floats, a: Floats, b: Floats, resamples: int, random_see
 
 
 def _percentiles(value: float, drawn: Floats, n: int) -> Estimate:
+    if n < LEAST_RANKED:
+        return Estimate(value, None, None, n)
+    if abs(value) > 1 - 1e-9:
+        nearly = math.atanh(1 - 4 / (n * (n - 1)))
+        least = math.tanh(nearly - 1.96 * math.sqrt(0.437 / (n - 4)))
+        return Estimate(value, *((least, value) if value > 0 else (value, -least)), n)
     kept = drawn[np.isfinite(drawn)]
     if not len(kept):
         return Estimate(value, -1.0, 1.0, n)

@@ -154,7 +154,8 @@ def _levels(bits: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 def _second(bits: int) -> NDArray[np.int64]:
     """Tabulate [scale]: the least code that decodes below the largest, whatever is rounded."""
     depth = _levels(bits)[0].reshape(len(RANGES) * len(POWERS), -1)
-    return (depth < 4 * np.finfo(np.float32).eps).sum(axis=1)
+    least: NDArray[np.int64] = (depth < 4 * np.finfo(np.float32).eps).sum(axis=1)
+    return least
 
 
 @dataclass(frozen=True)

@@ -187,8 +187,9 @@ def _weights(seed: int | None) -> str:
 
 def _probed(name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int, console: Console) -> list[TransferRow]:
     """Probe the features of both networks."""
+    from nas.core.metrics import paired_shares
     from nas.transfer.probes import knn_probe, linear_probe
-    from nas.transfer.rows import pair, paired_shares
+    from nas.transfer.rows import pair
 
     if name == "probe":
         console.describe("linear probe")
@@ -198,7 +199,8 @@ def _probed(name: str, features: Sequence[tuple[FeatureSet, ...]], classes: int,
         found = [knn_probe(train, holdout, test, classes) for train, holdout, test in features]
     trained, random = found
     values = [mean_se(one.right) for one in found]
-    difference = paired_shares(trained.right, random.right)
+    only_trained, only_random = trained.right & ~random.right, random.right & ~trained.right
+    difference = paired_shares(int(only_trained.sum()), int(only_random.sum()), len(random.right))
     return pair(name, "top1", values, len(trained.right), difference, [p.chosen for p in found])
 
 

@@ -5,14 +5,11 @@ Every error is over the test images of one training: another random seed's is no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from nas.core.per_image import Z95
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -65,21 +62,6 @@ def cells(row: TransferRow) -> tuple[str, ...]:
         difference = f"{100 * row.difference:+.1f} [{', '.join(shown)}]"
     value = f"{100 * row.value:.1f} +- {100 * row.se:.1f} %"
     return row.check, row.model, row.metric, value, difference, str(row.n), row.chosen
-
-
-def paired_shares(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Interval:
-    """Compare two shares of the same images [n]: that of a less that of b.
-
-    Half an image is added to each of the four outcomes: where few images or none differ, the plain interval shrinks to
-    a point. Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions"
-    (Statistics in Medicine, 2005).
-    """
-    n = len(a)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    total, up, down = n + 2.0, only_a + 0.5, only_b + 0.5
-    middle = (up - down) / total
-    half = Z95 * math.sqrt((up + down) - (up - down) ** 2 / total) / total
-    return (only_a - only_b) / n, max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def confusion(truth: NDArray[np.uint8], predicted: NDArray[np.uint8], classes: int) -> Ints:

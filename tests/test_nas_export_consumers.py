@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nas.export.__main__ import main
 from nas.export.load import find_network
 from nas.export.onnx import OPSET, RECIPE, opsets
 from nas.export.save import preprocessing_of
+from nas.train.__main__ import main as train
 from tests.test_nas_export import TINY, VIT, alone, write_run
 
 NAMES = ("1", "10", "2")
@@ -116,9 +118,8 @@ def folder(case: Case) -> Path:
     return out
 
 
-def test_timms_validation_sees_the_same_classes_inputs_and_accuracy(case: Case, folder: Path) -> None:
-    """The method of timm's validate.py, on its own reader, with the flag that the card states."""
-    assert f"--class-map {folder.name}/class_map.txt" in (folder / "README.md").read_text("utf-8")
+def validated(case: Case, folder: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Return files, logits and classes by the method of timm's validate.py, on its own reader."""
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_data_config({}, model=model, use_test_size=True)
     root, names = str(case.images / "val"), str(folder / "class_map.txt")
@@ -138,9 +139,55 @@ def test_timms_validation_sees_the_same_classes_inputs_and_accuracy(case: Case, 
     with torch.no_grad():
         both = [(model(x), y) for x, y in loader]
     logits, truth = (torch.cat(part) for part in zip(*both, strict=True))
-    files = [str(name) for name in data.filenames(basename=True)]
+    return [str(name) for name in data.filenames(basename=True)], logits, truth
+
+
+def test_timms_validation_sees_the_same_classes_inputs_and_accuracy(case: Case, folder: Path) -> None:
+    assert f"--class-map {folder.name}/class_map.txt" in (folder / "README.md").read_text("utf-8")
+    files, logits, truth = validated(case, folder)
     case.check(dict(zip(files, logits, strict=True)))
     assert [NAMES[y] for y in truth.tolist()] == [name.split("-")[0] for name in files]
+
+
+def evaluated(
+    case: Case, model: Path, capsys: pytest.CaptureFixture[str], *more: str
+) -> tuple[int, dict[str, Any], str]:
+    data = ["--data", str(case.images), "--cache-dir", str(case.images.parent / "cache")]
+    status = train(["--evaluate", str(model), *data, "--split", "test", "--json", *more])
+    told = capsys.readouterr()
+    return status, json.loads(told.out.splitlines()[-1]) if status == 0 else {}, told.err
+
+
+@pytest.mark.parametrize("mean", [None, [0.5, 0.4, 0.3]])
+def test_evaluation_of_an_exported_folder_normalises_as_the_folder_says(
+    case: Case, folder: Path, tmp_path: Path, mean: list[float] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if mean is not None:
+        edit(copy, lambda config: config["pretrained_cfg"].update(mean=mean, std=[0.3, 0.2, 0.1]))
+    _, logits, truth = validated(case, copy)
+    status, found, _ = evaluated(case, copy, capsys)
+    assert status == 0
+    assert found["n"] == len(truth)
+    assert found["top1"] == pytest.approx(float((logits.argmax(1) == truth).float().mean()), abs=1e-6)
+    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, truth)), rel=1e-4)
+
+
+def test_classes_without_names_are_taken_in_order_and_said_or_refused(
+    case: Case, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit(copy, lambda config: config.pop("label_names"))
+    status, _, told = evaluated(case, copy, capsys)
+    assert status == 2
+    assert "timm counts 1, 2, 10" in told
+    assert told.count("\n") == 1 or told.splitlines()[-1].startswith("error: --evaluate: got ")
+    two = shutil.copytree(case.images, tmp_path / "images")
+    for old, new in (("1", "a"), ("10", "b"), ("2", "c")):
+        for side in ("train", "val"):
+            (two / side / old).rename(two / side / new)
+    assert train(["--evaluate", str(copy), "--data", str(two), "--cache-dir", str(tmp_path), "--split", "test"]) == 0
+    assert "taken in the order a, b, c" in "".join(capsys.readouterr())
 
 
 def test_transformers_is_given_each_argument_once_and_the_names_of_the_classes(folder: Path) -> None:

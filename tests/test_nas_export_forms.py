@@ -192,6 +192,18 @@ def test_the_head_of_21841_classes_is_replaced_and_said(tmp_path: Path) -> None:
     )
 
 
+def test_deits_own_checkpoint_and_a_folder_of_transformers(forms: Forms, tmp_path: Path) -> None:
+    """DeiT's `input_size` is a number; transformers puts `timm_model.` before each name."""
+    family = get_family("vit")
+    state = family.build(family.seed("deit_tiny"), Context(224, 4)).state_dict()
+    args = argparse.Namespace(model="deit_tiny_patch16_224", input_size=224, nb_classes=4, output_dir=Path("out"))
+    torch.save({"model": state, "epoch": 3, "scaler": {}, "args": args}, tmp_path / "best.pth")
+    assert find_network(tmp_path / "best.pth", "--evaluate").saved().context == Context(224, 4)
+    hub = shutil.copytree(forms.hub, tmp_path / "hub")
+    save_file({f"timm_model.{key}": value for key, value in forms.state.items()}, hub / "model.safetensors")
+    assert weights_digest(find_network(hub, "--evaluate").saved().build().state_dict()) == weights_digest(forms.state)
+
+
 def test_a_vit_keeps_its_heads_its_patches_and_its_token(tmp_path: Path) -> None:
     family = get_family("vit")
     for arch_dict in (VIT, {**VIT, "dist_token": False, "head_dim": 16, "patch_size": 8}):

@@ -107,7 +107,7 @@ class RunConfig(DataConfig):
     )
     family: str = setting("tinyvit", "kind of model")
     teacher: str = setting(
-        "auto", "auto, a timm name with pretrained weights, or MODEL:FILE", group="teacher and labels", metavar="MODEL"
+        "auto", "auto, a timm name, MODEL:FILE, a checkpoint, a folder", group="teacher and labels", metavar="MODEL"
     )
     labels: str | None = setting(None, "use this soft-label store", metavar="STORE")
     label_epochs: int | None = setting(
@@ -140,7 +140,10 @@ class RunConfig(DataConfig):
         choices=("sparse", "soft", "hard", "token"),
     )
     seed_weights: str | None = setting(
-        None, "start the seed from a checkpoint or a timm tag", metavar="FILE|TAG", default_text="from scratch"
+        None,
+        "start the seed from a checkpoint, a folder or a timm tag",
+        metavar="FILE|TAG",
+        default_text="from scratch",
     )
     effort: str = setting(
         "normal", "sets what names the efforts as its defaults", group="how hard to look", choices=EFFORTS

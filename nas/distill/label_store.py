@@ -32,7 +32,9 @@ RETRIES = 2
 class BuildOptions(DataConfig):
     """The settings of a label build beside its `LabelRequest`. Raises InputError."""
 
-    teacher: str = setting("auto", "auto, a timm name, or MODEL:FILE", group="teacher and build", metavar="MODEL")
+    teacher: str = setting(
+        "auto", "auto, a timm name, MODEL:FILE, a folder", group="teacher and build", metavar="MODEL"
+    )
     teacher_epochs: int = setting(15, "epochs of the auto teacher", metavar="N", low=1, high=100_000)
     random_seed: int = setting(0, "of every draw", metavar="N", low=0, high=2**31 - 1)
     processes: int = setting(1, "parts that are built side by side", metavar="N", low=1, high=MOST_AT_ONCE)

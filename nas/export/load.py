@@ -291,7 +291,7 @@ class CheckpointFile(SavedNetwork):
                 raise refuse(self.flag, self.name, ModelAndFile.words, "say which timm model it is") from None
         from nas.export.teacher_net import count_classes, net_source
 
-        given = loaded.args.get("model_kwargs") or {}
+        given = loaded.model_args
         classes = count_classes(loaded.model, loaded.state, given)
         return net_source(loaded.model, given, loaded.state, classes, loaded.preprocessing())
 
@@ -321,7 +321,7 @@ class CheckpointFile(SavedNetwork):
         context = Context(size, 1000, channels)
         if not timm.is_model(loaded.model):
             return arch_of_state(loaded.state, family, context, name=self.flag)
-        found, arch = arch_of_timm(loaded.model, loaded.args.get("model_kwargs") or {}, size, name=self.flag)
+        found, arch = arch_of_timm(loaded.model, loaded.model_args, size, name=self.flag)
         return found, arch, checkpoint_context(found, arch, context, loaded.state, name=self.flag)
 
 

@@ -15,7 +15,7 @@ from space.errors import refuse
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
 _WRAPPERS = (*_AVERAGED, "state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.")
 _DERIVED = ("attention_bias_idxs", "n_averaged")
 """What some programs save beside the weights, and timm's models compute or do not have."""
 
@@ -52,8 +52,18 @@ class LoadedState:
         found: Any = timm.get_pretrained_cfg(known, allow_unregistered=True) if known else None
         seen = {"input_size": (3, 224, 224), **(found.to_dict() if found is not None else {})}
         seen |= {name: self.args[name] for name in ("mean", "std", "crop_pct", "interpolation") if self.args.get(name)}
-        size = self.args.get("img_size") or (self.args.get("input_size") or seen["input_size"])[-1]
-        return {**seen, "input_size": (int(self.args.get("in_chans") or 3), int(size), int(size))}
+        sizes = (self.args.get("img_size"), self.model_args.get("img_size"), self.args.get("input_size"))
+        size = next(filter(None, (*sizes, seen["input_size"])))
+        size = size[-1] if isinstance(size, (list, tuple)) else size
+        if type(size) is not int:
+            raise refuse("weights", f"a checkpoint made for images of {size!r} pixels", "a number of pixels")
+        return {**seen, "input_size": (int(self.args.get("in_chans") or 3), size, size)}
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        """The arguments that the program gave to the timm model."""
+        found = self.args.get("model_kwargs")
+        return found if isinstance(found, Mapping) else {}
 
 
 class _PlainDict:
@@ -94,7 +104,8 @@ def load_state(path: Path, flag: str) -> LoadedState:
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     args = args if isinstance(args, Mapping) else {}
     model = found.get("arch") if isinstance(found.get("arch"), str) else args.get("model")
-    return LoadedState(state, str(model or "").split(".")[0], args, notes)
+    # A hub's name or a tag may stand around it: timm/tiny_vit_5m_224.dist_in22k.
+    return LoadedState(state, str(model or "").rpartition("/")[-1].split(".")[0], args, notes)
 
 
 def _load_pickle(path: Path, flag: str) -> object:

@@ -7,7 +7,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,8 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     network = model = place(saved.build(), device)
     if given.fusion != "logits" and has_token(model):
         network = lambda inputs: fuse(both_heads(model, inputs), given.fusion)  # noqa: E731
-    spec, classes = preset_spec("default", dataset), dataset.num_classes
+    own = {name: tuple(saved.preprocessing[name]) for name in ("mean", "std")}  # the model's, whatever the data's are
+    spec, classes = replace(preset_spec("default", dataset), **own), dataset.num_classes
     with console.bar(float(len(split)), "images"):
         result = evaluate(network, split, spec, num_classes=classes, device=device, tick=console.advance)
     table = result.by_class(dataset.classes)

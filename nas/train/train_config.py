@@ -44,7 +44,7 @@ class TrainConfig(DataConfig):
         metavar="STORE",
     )
     missing: str = setting("error", "images without a label", choices=("error", "skip"))
-    teacher: str | None = setting(None, "ask a teacher while training: auto, a timm name, MODEL:FILE", metavar="NET")
+    teacher: str | None = setting(None, "ask a teacher while training: as in nas.contract", metavar="NET")
     teacher_epochs: int = setting(15, "of the auto teacher", metavar="N", low=1)
     init: str = setting("scratch", "scratch, a file, or a timm tag", metavar="WEIGHTS")
     resize: str = setting(

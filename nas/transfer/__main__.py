@@ -105,6 +105,8 @@ def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Con
 
     with tempfile.TemporaryDirectory(prefix="transfer-") as scratch:
         backbone = open_backbone(config.source, config.img_size, Path(scratch))
+        for note in backbone.notes:
+            console.line(note)
         mean, std = ((v[0], v[1], v[2]) for v in (backbone.mean, backbone.std))
         spec = AugmentSpec(backbone.img_size, mean, std)
         dataset = _read(config, backbone, cache_dir or default_cache(), console) if config.on_data else None

@@ -6,7 +6,7 @@ A run's model is exported to a folder first: it and its export are the same netw
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Backbone:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sized: bool
+    notes: tuple[str, ...] = ()
 
     def classifier(self, random_seed: int | None) -> nn.Module:
         """Build the whole network in eval mode; fresh weights with a seed, its own with None."""
@@ -91,7 +92,7 @@ def open_backbone(source: Path, img_size: int | None, scratch: Path) -> Backbone
         folder = export_timm(saved, scratch / "model")
     found = _described(folder, source, img_size)
     _tried(found, source)
-    return found
+    return replace(found, notes=named.notes)
 
 
 def _described(folder: Path, source: Path, img_size: int | None) -> Backbone:

@@ -140,10 +140,7 @@ class RunConfig(DataConfig):
         choices=("sparse", "soft", "hard", "token"),
     )
     seed_weights: str | None = setting(
-        None,
-        "start the seed from a checkpoint, a folder or a timm tag",
-        metavar="FILE|TAG",
-        default_text="from scratch",
+        None, "start the seed from a file, a folder or a timm tag", metavar="FILE|TAG", default_text="from scratch"
     )
     effort: str = setting(
         "normal", "sets what names the efforts as its defaults", group="how hard to look", choices=EFFORTS

@@ -155,7 +155,9 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         raise refuse("--data", "nothing", "the data set to evaluate on")
     named = find_network(given.evaluate, "--evaluate")
     saved = named.saved()
-    size = saved.context.img_size
+    size, channels = saved.context.img_size, saved.context.in_chans
+    if channels != 3:
+        raise refuse("--evaluate", f"input of {channels} channels", "3, as images here are RGB")
     if given.img_size not in (None, size):
         raise refuse("--img-size", given.img_size, f"the model's own {size}", "leave it out")
     device = given.device or "cpu"
@@ -176,8 +178,9 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     network = model = place(saved.build(), device)
     if given.fusion != "logits" and has_token(model):
         network = lambda inputs: fuse(both_heads(model, inputs), given.fusion)  # noqa: E731
-    own = {name: tuple(saved.preprocessing[name]) for name in ("mean", "std")}  # the model's, whatever the data's are
-    spec, classes = replace(preset_spec("default", dataset), **own), dataset.num_classes
+    # The model's own, whatever the data's are.
+    mean, std = ((v[0], v[1], v[2]) for v in (saved.preprocessing[name] for name in ("mean", "std")))
+    spec, classes = replace(preset_spec("default", dataset), mean=mean, std=std), dataset.num_classes
     with console.bar(float(len(split)), "images"):
         result = evaluate(network, split, spec, num_classes=classes, device=device, tick=console.advance)
     table = result.by_class(dataset.classes)

@@ -289,7 +289,7 @@ of_file("bundle", "networks.json", lambda: [json_of({"networks": PAIR})])(lambda
 
 def manifest_seeds() -> list[bytes]:
     augment = AugmentSpec(img_size=16, mean=THIRD, std=THIRD)
-    own = {"topk": 2, "augment": augment, "codec": "plain", "num_classes": 5}
+    own = {"topk": 2, "augment": augment, "codec": "plain", "classes": tuple("abcde")}
     own |= {"train_images": 3, "holdout_images": 2}
     spec = store.StoreSpec(**any_values(store.StoreSpec, **own))
     libraries = store.library_versions()
@@ -339,7 +339,7 @@ of_file("order", "order.json", lambda: [ORDER])(load_order)
 
 
 def teacher_seeds() -> list[bytes]:
-    own = {"model": "test_vit", "kwargs": {}, "num_classes": 3, "notes": (), "input_size": None}
+    own = {"model": "test_vit", "kwargs": {}, "classes": tuple("abc"), "notes": (), "input_size": None}
     own |= dict.fromkeys(("mean", "std", "student_mean", "student_std"), THIRD)
     info = teacher_net.TeacherInfo(**any_values(teacher_net.TeacherInfo, **own))
     return [json_of({"schema": teacher_net.SCHEMA, "recipe": {}, "info": asdict(info)})]

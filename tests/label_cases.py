@@ -37,7 +37,7 @@ def toy_for(dataset: Dataset, classes: int = 10, fail_after: float = float("inf"
 def teacher_info(classes: int = 10, **changes: Any) -> TeacherInfo:
     values: dict[str, Any] = {
         **{"folder": "", "id": "toy", "digest": "abc", "model": "toy", "kwargs": {}},
-        **{"num_classes": classes, "mean": (0.0,), "std": (1.0,), "input_size": None},
+        **{"classes": tuple(map(str, range(classes))), "mean": (0.0,), "std": (1.0,), "input_size": None},
         **{"student_mean": (0.0,), "student_std": (1.0,), "epochs": 0, "holdout_top1": 0.0},
         **{"holdout_top1_se": 0.0, "holdout_images": 0, "notes": ()},
         **changes,

@@ -136,7 +136,7 @@ CHANGES: list[tuple[dict[str, Any], str, str]] = [
     ({"limit": 100}, "train_images 3", "train_images 100"),
     ({"changes": {"erase_prob": 0.5}}, "'erase_prob': 0.0", "'erase_prob': 0.5"),
     ({"changes": {"mixup_alpha": 0.5}}, "'mixup_alpha': 0.0", "'mixup_alpha': 0.5"),
-    ({"classes": 12}, "num_classes 10", "num_classes 12"),
+    ({"classes": 12}, "classes 10", "classes 12, number 10 '10'"),
 ]
 
 
@@ -157,7 +157,7 @@ def test_a_use_must_fit_in_all_that_makes_inputs_and_labels_right(
     for change, have, want in (
         ({"preparation": "x"}, f"preparation {dataset.preparation}", "preparation x"),
         ({"img_size": 20}, "resolution 16", "resolution 20"),
-        ({"classes": tuple("abc")}, "num_classes 10", "num_classes 3"),
+        ({"classes": tuple("abc")}, "10 classes, class 0 '0'", "3 classes of the data, class 0 'a'"),
         ({"mean": (0.0, 0.0, 0.0)}, "mean [0.485", "mean [0.0"),
     ):
         other: Dataset = replace(dataset, **change)  # type: ignore[arg-type]

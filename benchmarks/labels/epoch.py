@@ -72,7 +72,7 @@ def label_stores(cache: Path, dataset: Dataset, epochs: int = 2) -> dict[str, La
         digest="0" * 32,
         model="linear",
         kwargs={},
-        num_classes=dataset.num_classes,
+        classes=dataset.classes,
         input_size=None,
         notes=(),
     )

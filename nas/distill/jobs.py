@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +187,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     arch = family.arch(job.arch)
     dataset = open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
-    parent, notes = _parent_of(job, part)
+    parent, notes = _parent_of(job, part, dataset.classes)
     checkpoint = None
     if job.checkpoint or rung is not None or before is not None:
         checkpoint = part / CHECKPOINT
@@ -273,7 +273,7 @@ def label_reader(job: TrainJob | ScoreJob, dataset: Dataset, store: LabelStore) 
     )
 
 
-def _parent_of(job: TrainJob, part: Path) -> tuple[ParentNetwork | None, list[str]]:
+def _parent_of(job: TrainJob, part: Path, classes: Sequence[str]) -> tuple[ParentNetwork | None, list[str]]:
     """Return the network whose weights a training starts from, and notes for the user."""
     from nas.distill.student import ParentNetwork
     from nas.inherit.slice import load_seed_weights
@@ -282,8 +282,8 @@ def _parent_of(job: TrainJob, part: Path) -> tuple[ParentNetwork | None, list[st
     if init == "file":
         family, weights = get_family(job.family), part / "adopted.safetensors"
         arch = family.arch(job.arch)
-        made_in, note = load_seed_weights(family, arch, job.context, source, weights)
-        return ParentNetwork(arch=arch, weights=weights, context=made_in), [note]
+        made_in, rows, note = load_seed_weights(family, arch, job.context, source, weights, classes)
+        return ParentNetwork(arch=arch, weights=weights, context=made_in, class_rows=rows), [note]
     if init == "scratch":
         return None, []
     assert job.parent is not None, "inheriting takes a parent"

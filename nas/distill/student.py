@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nas.core.metrics import mean_se
 from nas.core.progress import Tick, no_tick
 from nas.export.weights import load_weights, save_weights
 from nas.inherit.batchnorm import recalibrate
-from nas.inherit.slice import inherit
+from nas.inherit.slice import head_slices, inherit
 from nas.labels.reader import Batch, LabelReader
 from nas.train.loop import History, TrainSettings, train
 from nas.train.losses import DistillLoss, TeacherTargets, set_token_training, sparse_soft_cross_entropy
@@ -66,13 +66,14 @@ class ParentNetwork:
     """A trained network whose weights a student takes over.
 
     `context` None: the student's own. `order` ranks its units and blocks, most wanted first (`Family.slicing`); None:
-    as they stand.
+    as they stand. `class_rows`: the row of its head for each class, -1 for none; None: its classes are the student's.
     """
 
     arch: Arch
     weights: Path
     context: Context | None = None
     order: Mapping[str, Array] | None = None
+    class_rows: Sequence[int] | None = None
 
 
 def start_model(
@@ -97,7 +98,9 @@ def start_model(
     if parent is None:
         return model, 0
     there = parent.context or ctx
-    slicing = family.slicing(parent.arch, arch, there, ctx, parent.order)
+    slicing = dict(family.slicing(parent.arch, arch, there, ctx, parent.order))
+    if parent.class_rows is not None:
+        slicing |= head_slices(family, arch, ctx, parent.class_rows)
     state = load_weights(parent.weights, name="parent weights")
     found = inherit(model, state, slicing)
     if inputs is not None:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import nn
 from torch.nn import functional
 
+from nas.core.class_match import ClassMatch, match_classes, match_head
 from nas.core.io import digest_of, get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
@@ -40,6 +42,8 @@ TUNE_SETTINGS = TrainSettings(epochs=5, lr=3e-4, min_lr=1e-6, weight_decay=0.05,
 """How a pretrained teacher with other classes is fine-tuned first; at most so many epochs."""
 LABEL_SMOOTHING = 0.1
 EVAL_BATCH = 128
+FEWEST_JUDGED = 50
+"""Holdout images from which a teacher at chance is refused."""
 _SALT = 0x7EAC
 
 
@@ -57,10 +61,11 @@ def make_teacher(
     """Make the teacher of a data set, or find it in the cache, under `<cache>/teachers/`.
 
     `auto` trains for `epochs` epochs on the train split with its augmentation, hard labels smoothed by 0.1. A
-    pretrained net keeps its head where the number of classes agrees; otherwise it gets a new one and min(epochs, 5)
-    epochs of fine-tuning. The cache's fingerprint covers data, net, starting weights, epochs, augmentation, random
-    seed, threads, device kind and library versions. `tick` counts training images; a killed training continues at its
-    last epoch. Raises InputError.
+    pretrained net keeps its head where it has the data's classes, by name, in whatever order; otherwise the rows of
+    shared names are kept, the others start fresh, and it gets min(epochs, 5) epochs of fine-tuning. The cache's
+    fingerprint covers data, net, starting weights, class names, epochs, augmentation, random seed, threads, device kind
+    and library versions. `tick` counts training images; a killed training continues at its last epoch. Raises
+    InputError, also for a teacher that cannot tell the data's classes apart (`check_accuracy`).
     """
     augment = default_spec(dataset)
     if not dataset.labelled and isinstance(named, AutoTeacher):
@@ -74,17 +79,23 @@ def make_teacher(
     if source.state is None:
         source = replace(source, num_classes=dataset.num_classes, mean=dataset.mean, std=dataset.std)
     # Without ground truth the classes are the teacher's own.
-    classes = dataset.num_classes or source.num_classes
+    names = named.classes
+    wanted = dataset.classes or names or tuple(map(str, range(source.num_classes)))
+    own = names is None and dataset.labelled_by is not None and source.num_classes == len(wanted)
+    match = match_classes(wanted, wanted)
+    if source.state is not None and not own:
+        match = match_head(named, source.num_classes, wanted)
     settings: TrainSettings | None = None  # the weights serve as they are
     if source.state is None:
         settings = replace(AUTO_SETTINGS, epochs=epochs)
-    elif source.num_classes != classes:
+    elif not match.whole:
         settings = replace(TUNE_SETTINGS, epochs=min(epochs, TUNE_SETTINGS.epochs))
     recipe = {
         "schema": SCHEMA,
         "model": source.model,
         "kwargs": {k: list(v) if isinstance(v, tuple) else v for k, v in source.kwargs.items()},
         "start": weights_digest(source.state) if source.state is not None else None,
+        "classes": [*map(list, (wanted, match.rows)), None if names is None else list(names)],
         "input": [list(source.mean), list(source.std), source.input_size],
         "settings": asdict(settings) if settings is not None else None,
         "label_smoothing": LABEL_SMOOTHING,
@@ -102,7 +113,7 @@ def make_teacher(
         progress = folder / "training.safetensors"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(random_seed)
-            inner = build_teacher_net(source, classes)
+            inner = build_teacher_net(source, len(wanted), match.rows)
             net = TeacherNet(inner, (dataset.mean, dataset.std), (source.mean, source.std), source.input_size)
             if settings is not None:
                 batches = _Batches(dataset.train, augment, settings.batch_size, random_seed)
@@ -129,7 +140,7 @@ def make_teacher(
             "digest": digest,
             "model": source.model,
             "kwargs": recipe["kwargs"],
-            "num_classes": classes,
+            "classes": list(wanted),
             "mean": list(source.mean),
             "std": list(source.std),
             "input_size": source.input_size,
@@ -139,7 +150,7 @@ def make_teacher(
             "holdout_top1": top1,
             "holdout_top1_se": math.sqrt(top1 * (1 - top1) / max(1, len(correct))),
             "holdout_images": len(correct),
-            "notes": list(_notes(named, source, settings, dataset)),
+            "notes": list(_notes(named, source, settings, dataset, match)),
         }
         write_json(folder / "info.json", {"schema": SCHEMA, "recipe": recipe, "info": info})
         progress.unlink(missing_ok=True)
@@ -147,21 +158,58 @@ def make_teacher(
     folder = cache_dir / "teachers" / fingerprint
     if not get_or_make(folder, make, resumable=True) and settings is not None:
         tick(float(settings.epochs * len(dataset.train)))
-    return read_teacher(folder)
+    info = read_teacher(folder)
+    return info if dataset.labelled_by is not None else check_accuracy(info, named, match)
 
 
-def _notes(named: NamedNetwork, source: NetSource, settings: TrainSettings | None, dataset: Dataset) -> Iterator[str]:
+def check_accuracy(info: TeacherInfo, named: NamedNetwork, match: ClassMatch) -> TeacherInfo:
+    """Refuse a teacher that is hardly better than chance on the holdout; add a note to one that may be.
+
+    It is refused where the upper end of its 95 % interval (Wilson's) is below three times chance, 1.5 times at up to
+    five classes, on at least `FEWEST_JUDGED` images. Raises InputError.
+    """
+    if not info.holdout_images:
+        return info
+    chance = 1 / info.num_classes
+    bound = chance * (1.5 if info.num_classes <= 5 else 3.0)
+    right = round(info.holdout_top1 * info.holdout_images)
+    low, high = binomtest(right, info.holdout_images).proportion_ci(method="wilson")
+    found = (
+        f"top-1 {info.holdout_top1:.1%} [{low:.1%}, {high:.1%}] on {info.holdout_images} holdout images, where "
+        f"chance is {chance:.1%}"
+    )
+    if isinstance(named, AutoTeacher):
+        why = "too few --teacher-epochs, or images that do not show their classes"
+    elif info.epochs:
+        why = "its features do not fit these images, or too few --teacher-epochs to fine-tune a new head"
+    elif match.named:
+        why = "its images were prepared in another way, or it is another net's weights"
+    else:
+        why = "it carries no class names, and its classes probably stand in another order than the data's folders"
+    if high < bound and info.holdout_images >= FEWEST_JUDGED:
+        want = f"a teacher above {bound:.1%}"
+        raise refuse("--teacher", f"{named.name} with {found}", want, f"the likely reason: {why}")
+    if low >= bound:
+        return info
+    return replace(info, notes=(*info.notes, f"warning: teacher {named.name} is weak, {found}; if so: {why}"))
+
+
+def _notes(
+    named: NamedNetwork, source: NetSource, settings: TrainSettings | None, dataset: Dataset, match: ClassMatch
+) -> Iterator[str]:
     if isinstance(named, AutoTeacher):
         return
     yield from (f"teacher {note}" for note in named.notes)
     if settings is None and not dataset.labelled:
         yield f"teacher {named.name}: its {source.num_classes} classes, for images without labels"
     elif settings is None:
-        yield f"teacher {named.name}: its head of {source.num_classes} classes is kept"
+        how = match.describe()
+        yield f"teacher {named.name}: its head of {source.num_classes} classes is kept" + (how and f"; {how}")
     else:
+        epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
         yield (
-            f"teacher {named.name}: its head of {source.num_classes} classes does not fit the "
-            f"data's {dataset.num_classes}; new head, fine-tuned for {settings.epochs} epochs"
+            f"teacher {named.name}: its head of {source.num_classes} classes does not fit the data's "
+            f"{dataset.num_classes}; {match.describe()}; fine-tuned for {epochs}"
         )
     if source.input_size is not None and source.input_size != dataset.img_size:
         yield f"teacher {named.name}: images are resized to {source.input_size} px for it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,15 +25,19 @@ def state_shapes(family: Family, arch: Arch, ctx: Context) -> dict[str, torch.Te
         return dict(family.build(arch, ctx).state_dict())
 
 
-def class_dims(family: Family, arch: Arch, ctx: Context) -> list[tuple[str, int]]:
-    """List the tensors that have a row for each class, and in which dimension."""
-    two, three = (state_shapes(family, arch, replace(ctx, num_classes=n)) for n in (2, 3))
-    return [
-        (key, dim)
+def class_dims(build: Callable[[int], torch.nn.Module]) -> dict[str, int]:
+    """Find the tensors with a row for each class, whatever heads a net has: their names, and in which dimension.
+
+    `build` makes the net for a number of classes; nothing is allocated.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        two, three = (build(count).state_dict() for count in (2, 3))
+    return {
+        key: dim
         for key, tensor in two.items()
         for dim, (a, b) in enumerate(zip(tensor.shape, three[key].shape, strict=True))
         if a != b
-    ]
+    }
 
 
 def checkpoint_context(
@@ -46,7 +50,8 @@ def checkpoint_context(
     InputError about the flag `name` with the first mismatch.
     """
     classes = ctx.num_classes
-    for key, dim in class_dims(family, arch, ctx):
+    heads = class_dims(lambda count: family.build(arch, replace(ctx, num_classes=count)))
+    for key, dim in heads.items():
         if key in state and state[key].ndim > dim:
             classes = max(1, state[key].shape[dim])
             break

@@ -415,14 +415,8 @@ class ModelName(NamedNetwork):
 
 
 FORMS: tuple[type[NamedNetwork], ...] = (
-    AutoTeacher,
-    InlineArch,
-    SavedNetwork,
-    HubFolder,
-    WeightsFolder,
-    CheckpointFile,
-    ModelAndFile,
-    ModelName,
+    *(AutoTeacher, InlineArch, SavedNetwork, HubFolder),
+    *(WeightsFolder, CheckpointFile, ModelAndFile, ModelName),
 )
 """Every form that a name may have; the first that fits is taken."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from nas.core.dataclass_json import from_json
 from nas.core.io import read_json
+from nas.export.arch_of_weights import class_dims
 from nas.export.weights import State, load_into, load_weights, place, weights_digest
 from space.errors import refuse
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +62,9 @@ def net_source(
 
 def count_classes(model: str, state: State, kwargs: Mapping[str, Any]) -> int:
     """Return the class count with which a timm model takes a checkpoint. Raises InputError."""
-    narrow, wide = (create_timm_model(model, kwargs, count).state_dict() for count in (2, 3))
-    for key, tensor in narrow.items():
-        if tensor.shape != wide[key].shape and key in state and state[key].ndim == tensor.ndim:
-            return max(1, int(state[key].shape[0]))
+    for key, dim in class_dims(lambda count: create_timm_model(model, kwargs, count)).items():
+        if key in state and state[key].ndim > dim:
+            return max(1, int(state[key].shape[dim]))
     raise refuse("--teacher", model, f"weights of timm's {model}", "name its own model")
 
 
@@ -81,18 +81,23 @@ def create_timm_model(model: str, kwargs: Mapping[str, Any], num_classes: int) -
     return net
 
 
-def build_teacher_net(source: NetSource, num_classes: int) -> nn.Module:
-    """Build a net for `num_classes` with the source's weights; another head starts fresh.
+def build_teacher_net(source: NetSource, num_classes: int, rows: Sequence[int] | None = None) -> nn.Module:
+    """Build a net for `num_classes` with the source's weights; raises InputError.
 
-    Raises InputError.
+    `rows` are those of the source's heads that each class has, -1 to start fresh; None: all in order.
     """
     net = create_timm_model(source.model, source.kwargs, num_classes)
     if source.state is None:
         return net
-    state = source.state
-    if source.num_classes != num_classes:
-        shapes = create_timm_model(source.model, source.kwargs, source.num_classes).state_dict()
-        state = {k: state[k] if k in state and shapes[k].shape == v.shape else v for k, v in net.state_dict().items()}
+    state = dict(source.state)
+    if rows is not None and list(rows) != list(range(source.num_classes)):
+        fresh, index = net.state_dict(), torch.tensor(rows)
+        for key, dim in class_dims(lambda count: create_timm_model(source.model, source.kwargs, count)).items():
+            if key not in state or state[key].ndim <= dim or state[key].shape[dim] != source.num_classes:
+                raise refuse("--teacher", f"{key} without {source.num_classes} rows", f"weights of {source.model}")
+            known = (index >= 0).view([-1 if d == dim else 1 for d in range(state[key].ndim)])
+            taken = state[key].index_select(dim, index.clamp(min=0))
+            state[key] = torch.where(known, taken, fresh[key].to(taken.dtype))
     load_into(net, state, name="--teacher")
     return net
 
@@ -102,8 +107,9 @@ class TeacherInfo:
     """A trained teacher as plain values.
 
     `folder` holds weights.safetensors and info.json; `digest` hashes the weights; `model` and `kwargs` are the timm
-    call; `mean`, `std`, `input_size` (None: as given) describe its own inputs, `student_mean` and `student_std` the
-    student's. `holdout_top1` is a share, with its standard error over `holdout_images` (none without ground truth).
+    call; `classes` names its logits in order: the data's classes, or its own where the data has none; `mean`, `std`,
+    `input_size` (None: as given) describe its own inputs, `student_mean` and `student_std` the student's.
+    `holdout_top1` is a share, with its standard error over `holdout_images` (none without ground truth).
     """
 
     folder: str
@@ -111,7 +117,7 @@ class TeacherInfo:
     digest: str
     model: str
     kwargs: Mapping[str, Any]
-    num_classes: int
+    classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: int | None
@@ -122,6 +128,11 @@ class TeacherInfo:
     holdout_top1_se: float
     holdout_images: int
     notes: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
 
 
 def read_teacher(folder: Path) -> TeacherInfo:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from nas.export.arch_of_weights import checkpoint_context, class_dims
+from nas.core.class_match import ClassMatch, match_head
+from nas.export.arch_of_weights import checkpoint_context, class_dims, state_shapes
 from nas.export.load import NamedNetwork, find_network
 from nas.export.weights import State, drop_stale_caches, save_weights
 from space import Context
@@ -84,49 +85,78 @@ def is_whole(
     return same and all(np.array_equal(rows, np.arange(len(rows))) for rows in source.index)
 
 
-def load_seed_weights(family: Family, arch: Arch, ctx: Context, source: str, out: Path) -> tuple[Context, str]:
-    """Load weights of `arch` by their name (`nas.export.load`) and keep it as `out` (safetensors).
+def _class_dims(family: Family, arch: Arch, ctx: Context) -> dict[str, int]:
+    """Find the tensors that have a row for each class, and in which dimension."""
+    return class_dims(lambda count: family.build(arch, replace(ctx, num_classes=count)))
 
-    Returns its context and a note for the user. Raises InputError for weights of another arch.
+
+def load_seed_weights(
+    family: Family, arch: Arch, ctx: Context, source: str, out: Path, classes: Sequence[str]
+) -> tuple[Context, tuple[int, ...], str]:
+    """Load weights of `arch` by their name (`nas.export.load`) and keep them as `out` (safetensors).
+
+    Returns their context, the row of their head for each of the data's `classes` (`head_slices`), and a note for the
+    user. Raises InputError for weights of another arch.
     """
     named = find_network(source, "--seed-weights")
     state = named.weights()
     made_in = checkpoint_context(family, arch, ctx, state)
+    match = match_head(named, made_in.num_classes, classes)
     save_weights(out, state)
-    changes = _new_head(made_in, ctx)
+    changes = _head_changes(match)
     if made_in.img_size != ctx.img_size:
         changes.append(f"windows of {made_in.img_size} px carried over to {ctx.img_size} px")
-    return made_in, _note(named, changes)
+    return made_in, match.rows, _note(named, changes)
 
 
 def load_initial_weights(
-    model: nn.Module, family: Family, arch: Arch, ctx: Context, source: str, *, resize: str, head_map: Path | None
+    model: nn.Module,
+    family: Family,
+    arch: Arch,
+    ctx: Context,
+    source: str,
+    classes: Sequence[str],
+    *,
+    resize: str,
+    head_map: Path | None,
 ) -> str:
     """Load weights by their name (`nas.export.load`) into `model`, in place; returns a note.
 
-    Position tables of another image size are resized by the method `resize` (`Family.resizes`); with other classes the
-    head stays fresh, or is mapped by the file `head_map`. Raises InputError for weights of another arch.
+    Position tables of another image size are resized by the method `resize` (`Family.resizes`). Rows of the head go
+    to the data's `classes` of the same names, other classes start fresh; or they are mapped by the file `head_map`.
+    Raises InputError for weights of another arch.
     """
     named = find_network(source, "--init")
     state = named.weights()
     made_in = checkpoint_context(family, arch, ctx, state, name="--init")
+    heads: dict[str, Slice] = {}
     if head_map is None:
-        changes = _new_head(made_in, ctx)
+        match = match_head(named, made_in.num_classes, classes)
+        heads, changes = head_slices(family, arch, ctx, match.rows), _head_changes(match)
     else:
-        keys = [key for key, _ in class_dims(family, arch, made_in)]
+        keys = list(_class_dims(family, arch, made_in))
         state = map_head(state, keys, read_head_map(head_map, ctx.num_classes))
         changes = [f"{made_in.num_classes} classes mapped to {ctx.num_classes}"]
         made_in = replace(made_in, num_classes=ctx.num_classes)
     if made_in.img_size != ctx.img_size:
         changes.append(f"positions of {made_in.img_size} px resized to {ctx.img_size} px, {resize}")
-    inherit(model, state, family.resized(arch, made_in, ctx, resize))
+    inherit(model, state, {**family.resized(arch, made_in, ctx, resize), **heads})
     return _note(named, changes)
 
 
-def _new_head(made_in: Context, ctx: Context) -> list[str]:
-    if made_in.num_classes == ctx.num_classes:
-        return []
-    return [f"a new head ({made_in.num_classes} -> {ctx.num_classes} classes)"]
+def head_slices(family: Family, arch: Arch, ctx: Context, rows: Sequence[int]) -> dict[str, Slice]:
+    """Slice every head of an arch for classes that have the given rows of a head of the same arch; -1 starts fresh."""
+    shapes = state_shapes(family, arch, replace(ctx, num_classes=len(rows)))
+    index = np.array(rows, dtype=np.int64)
+    return {
+        key: Slice(key, tuple(index if at == dim else np.arange(n) for at, n in enumerate(shapes[key].shape)))
+        for key, dim in _class_dims(family, arch, ctx).items()
+    }
+
+
+def _head_changes(match: ClassMatch) -> list[str]:
+    found = match.describe()
+    return [found] if found else []
 
 
 def _note(named: NamedNetwork, changes: Sequence[str]) -> str:
@@ -134,14 +164,17 @@ def _note(named: NamedNetwork, changes: Sequence[str]) -> str:
     return "; ".join((text, *named.notes))
 
 
-def read_head_map(path: Path, num_classes: int) -> list[int]:
-    """Read the old class that each new one starts from: a line each, -1 for none. Raises InputError."""
-    want = f"{num_classes} lines, each the number of an old class or -1"
+def read_head_map(path: Path, num_classes: int | None) -> list[int]:
+    """Read the old class that each new one starts from: a line each, -1 for none. Raises InputError.
+
+    `num_classes` None takes any number of lines.
+    """
+    want = f"{'' if num_classes is None else f'{num_classes} '}lines, each the number of an old class or -1"
     try:
         rows = [int(line) for line in path.read_text(encoding="utf-8").split()]
     except (OSError, ValueError) as error:
         raise refuse("--head-map", f"{path} ({error})", want) from None
-    if len(rows) != num_classes:
+    if not rows or (num_classes is not None and len(rows) != num_classes):
         raise refuse("--head-map", f"{path} with {len(rows)} lines", want)
     if min(rows) < -1 or max(rows) < 0:
         raise refuse("--head-map", f"{path} with {min(rows)} to {max(rows)}", want)

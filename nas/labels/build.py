@@ -129,7 +129,7 @@ def begin_store(
         holdout_images=len(holdout),
         teacher_id=info.id,
         teacher_hash=info.digest,
-        num_classes=info.num_classes,
+        classes=info.classes,
         threads=request.threads,
         device=request.device.split(":")[0],
         precision=request.precision,

@@ -110,8 +110,7 @@ def relabel(job: RelabelJob, tick: Tick) -> Values:
     info = read_teacher(job.teacher)
     logits = load_teacher(info, job.device)
     labels = teacher_classes(dataset, logits, default_spec(dataset), tick)
-    classes = tuple(str(number) for number in range(info.num_classes))
-    made = relabelled(dataset, job.cache, labels, classes, info.id)
+    made = relabelled(dataset, job.cache, labels, info.classes, info.id)
     return {"folder": str(made.folder)}
 
 

@@ -110,6 +110,8 @@ class LabelReader:
         self._table[self._at[labelled]] = labelled
         chosen = np.arange(len(split)) if subset is None else np.array(sorted(set(subset)))
         self._rows, self.notes = _usable(split, store, self._at, chosen.astype(np.int64), missing)
+        if store.class_order is not None:
+            self.notes = (f"the {store.spec.num_classes} classes stand in another order: matched by name", *self.notes)
         if not len(self._rows):
             raise refuse("training images", 0, "at least one with a label")
         self._plan: tuple[int, EpochPlan] | None = None

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.class_match import check_same_classes
 from nas.core.dataclass_json import from_json, to_json
 from nas.core.io import digest_of, file_sha256, read_json
 from nas.data import Dataset
@@ -39,7 +40,7 @@ Rows = NDArray[np.int64]
 Keys = NDArray[np.bytes_]
 """Keys of images, 16 bytes each: dtype S16."""
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST, DROPPED = "manifest.json", "dropped.csv"
 KEYS, HOLDOUT_KEYS = "keys.bin", "holdout-keys.bin"
 HOLDOUT_EPOCH = -1
@@ -56,9 +57,9 @@ LIBRARIES = ("numpy", "pillow", "timm", "torch", "torchvision")
 class StoreSpec:
     """All that decides the content of a store, except the number of epochs. Raises InputError.
 
-    Labels keep `topk` of `num_classes` classes. `train_keys` and `holdout_keys` hash the sets of labelled images,
-    `preparation` how their pixels are made, `teacher_hash` the teacher's weights. `precision`, `threads` and `device`
-    ("cpu" or "cuda") are those of the teacher: others give other last bits.
+    Labels keep `topk` of the named `classes`, in the order of the teacher's logits. `train_keys` and `holdout_keys`
+    hash the sets of labelled images, `preparation` how their pixels are made, `teacher_hash` the teacher's weights.
+    `precision`, `threads` and `device` ("cpu" or "cuda") are those of the teacher: others give other last bits.
     """
 
     topk: int
@@ -72,7 +73,7 @@ class StoreSpec:
     holdout_images: int
     teacher_id: str
     teacher_hash: str
-    num_classes: int
+    classes: tuple[str, ...]
     threads: int
     device: str = "cpu"
     precision: str = "float32"
@@ -80,6 +81,11 @@ class StoreSpec:
     def __post_init__(self) -> None:
         make_codec(self.codec, self.topk, self.num_classes)
         check_precision(self.precision, self.device)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
 
 
 def library_versions() -> dict[str, str]:
@@ -105,27 +111,36 @@ def check_same(folder: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -
 
 
 def _difference(value: object, other: object) -> object:
-    """Return a field, or only the differing entries of a table."""
+    """Return a field, or only the differing entries of a table, the first one of a list of names."""
     if isinstance(value, dict) and isinstance(other, dict):
         return {k: v for k, v in value.items() if other.get(k) != v}
+    if isinstance(value, list) and isinstance(other, list) and isinstance(value[0], str):
+        at = next((i for i, (a, b) in enumerate(zip(value, other, strict=False)) if a != b), len(other))
+        return f"{len(value)}" + (f", number {at} {value[at]!r}" if at < len(value) else "")
     return value
 
 
-def check_use(store: LabelStore, dataset: Dataset) -> None:
+def check_use(store: LabelStore, dataset: Dataset) -> Rows | None:
     """Reject a store whose labels or inputs would be wrong on this data set or installation.
 
-    The images may differ: which of them have labels is asked key by key. Raises InputError.
+    The images may differ: which of them have labels is asked key by key. Classes are matched by name: those in
+    another order are no mismatch, and the data's number of each of the store's classes is returned, int64 [C]; else
+    None. Raises InputError.
     """
     spec = store.spec
     pairs = {
         "preparation": (spec.preparation, dataset.preparation),
         "resolution": (spec.augment.img_size, dataset.img_size),
-        "num_classes": (spec.num_classes, dataset.num_classes or spec.num_classes),
         "mean": (list(spec.augment.mean), list(dataset.mean)),
         "std": (list(spec.augment.std), list(dataset.std)),
         "libraries": (dict(store.libraries), library_versions()),
     }
     check_same(store.folder, *({name: pair[side] for name, pair in pairs.items()} for side in (0, 1)))
+    if not dataset.labelled:
+        return None
+    remedy = "rename the data's folders, build another store, or leave --labels out to have a fitting one built"
+    match = check_same_classes(spec.classes, dataset.classes, f"label store {store.folder}", remedy)
+    return None if match.in_order else np.argsort(np.array(match.rows, dtype=np.int64))
 
 
 def key_array(keys: Any) -> Keys:
@@ -228,7 +243,10 @@ def map_shard(path: Path, shard: Shard, store_id: str, record_bytes: int) -> NDA
 
 class LabelStore:
     """An opened store. Records are mapped, and a shard's bytes are checked when it is mapped:
-    memory does not grow with the number of images."""
+    memory does not grow with the number of images. `class_order` is the number of each of the store's
+    classes in the data that it is opened for, int64 [C]; None: its own."""
+
+    class_order: Rows | None = None
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         self.folder = folder
@@ -293,7 +311,7 @@ class EpochLabels:
     """The labels of one epoch, or of the holdout; rows are those of the store's key table."""
 
     def __init__(self, store: LabelStore, epoch: int) -> None:
-        self._codec = store.codec
+        self._codec, self._order = store.codec, store.class_order
         self._size = store.shard_records
         self._maps = [store.map(shard) for shard in store.shards(epoch)]
 
@@ -312,8 +330,9 @@ class EpochLabels:
         return out
 
     def __getitem__(self, rows: Rows) -> SoftLabels:
-        """Decode the labels of rows in any order."""
-        return self._codec.decode(self.records(np.asarray(rows, dtype=np.int64)))
+        """Decode the labels of rows in any order, with the classes of the data that the store is opened for."""
+        found = self._codec.decode(self.records(np.asarray(rows, dtype=np.int64)))
+        return found if self._order is None else found._replace(index=self._order[found.index])
 
 
 def damaged(folder: Path, why: object) -> Exception:
@@ -353,13 +372,13 @@ def load_store(folder: Path) -> LabelStore:
 def open_store(folder: Path, *, use: Dataset | None = None, epochs: int | None = None) -> LabelStore:
     """Open a complete store; a shard's bytes are checked when it is read, all bytes by `nas.labels.verify`.
 
-    With `use`, it must fit that data set (`check_use`); with `epochs`, hold at least so many. Raises InputError that
-    names both sides of each mismatch, or what is damaged or missing.
+    With `use`, it must fit that data set (`check_use`), whose class numbers its labels then have; with `epochs`, hold
+    at least so many. Raises InputError that names both sides of each mismatch, or what is damaged or missing.
     """
     folder = Path(folder)
     store = load_store(folder)
     if use is not None:
-        check_use(store, use)
+        store.class_order = check_use(store, use)
     for name in store.manifest["files"]:
         if problem := table_problem(store, name):
             raise damaged(folder, problem)

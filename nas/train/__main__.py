@@ -104,6 +104,7 @@ def _train(
                     session.arch,
                     session.ctx,
                     config.init,
+                    dataset.classes,
                     resize=config.resize,
                     head_map=head_map,
                 )

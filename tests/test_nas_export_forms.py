@@ -298,6 +298,11 @@ def test_a_checkpoint_of_another_kind_of_net_is_refused_by_its_name(tmp_path: Pa
         (lambda c: c["model_args"].update(num_heads=[1, 1, 1, 2]), "one head dim"),
         (lambda c: c["model_args"].update(depths=[1, 1, 2, 1]), "missing"),
         (lambda c: c["model_args"].update(use_rope=True), "with use_rope"),
+        (lambda c: c["model_args"].update(embed_dims="wide"), "arguments that cannot be"),
+        (lambda c: c["model_args"].update(num_heads=[0, 0, 0, 0]), "arguments that cannot be"),
+        (lambda c: c["model_args"].update(num_heads=2), "num_heads [2], want 4 of them"),
+        (lambda c: c["model_args"].update(window_sizes=[2]), "window_sizes"),
+        (lambda c: c.update(model_args=3), "its arguments by name"),
         (lambda c: c["pretrained_cfg"].update(interpolation="lanczos"), "interpolation"),
         (lambda c: c["pretrained_cfg"].update(input_size="wide"), "config.json"),
         (lambda c: c.update(architecture="resnet18"), "timm's resnet18"),
@@ -312,6 +317,12 @@ def test_a_config_that_does_not_fit_its_weights_is_refused(
     change(config)
     (hub / "config.json").write_text(json.dumps(config))
     assert words in refusal(hub, "--evaluate")
+
+
+@pytest.mark.parametrize("args", [{"img_size": "48"}, {"in_chans": "rgb"}, {"mean": "grey"}, {"model_kwargs": [1]}])
+def test_settings_of_a_training_that_cannot_be_are_refused(forms: Forms, tmp_path: Path, args: dict[str, Any]) -> None:
+    path = timm_checkpoint(tmp_path / "c.pth.tar", forms.state, **{"model": "tiny_vit_5m_224", **args})
+    refusal(path, "--evaluate")
 
 
 def test_names_of_the_authors_come_back_whole(forms: Forms) -> None:

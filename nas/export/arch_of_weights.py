@@ -91,10 +91,18 @@ def arch_of_timm(model: str, given: Mapping[str, Any], img_size: int, *, name: s
         if model not in (published.name, *published.aliases):
             continue
         values = family.to_dict(published.arch)
+        if not isinstance(given, Mapping):
+            raise refuse(name, f"{model} with {given!r}", "its arguments by name", "as nas.export writes them")
         unknown = sorted(k for k in given if k not in values and k not in _HARMLESS and not k.endswith("_rate"))
         if unknown:
             raise refuse(name, f"{model} with {unknown[0]}", f"only {', '.join(values)}", "as nas.export writes them")
-        return family, family.arch(_with_arguments(values, given, img_size, name))
+        try:
+            return family, family.arch(_with_arguments(values, given, img_size, name))
+        except InputError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            got = f"{model} with arguments that cannot be ({type(error).__name__}: {error})"
+            raise refuse(name, got, "what nas.export writes") from None
     raise refuse(name, f"timm's {model}", f"a model of a family ({', '.join(family_names())})", "name its arch")
 
 

@@ -317,7 +317,7 @@ class CheckpointFile(SavedNetwork):
 
         from nas.export.arch_of_weights import arch_of_state, arch_of_timm, checkpoint_context
 
-        size, channels = loaded.preprocessing()["input_size"][-1], int(loaded.args.get("in_chans") or 3)
+        channels, size, _ = loaded.preprocessing()["input_size"]
         context = Context(size, 1000, channels)
         if not timm.is_model(loaded.model):
             return arch_of_state(loaded.state, family, context, name=self.flag)

@@ -55,9 +55,10 @@ class LoadedState:
         sizes = (self.args.get("img_size"), self.model_args.get("img_size"), self.args.get("input_size"))
         size = next(filter(None, (*sizes, seen["input_size"])))
         size = size[-1] if isinstance(size, (list, tuple)) else size
-        if type(size) is not int:
-            raise refuse("weights", f"a checkpoint made for images of {size!r} pixels", "a number of pixels")
-        return {**seen, "input_size": (int(self.args.get("in_chans") or 3), size, size)}
+        channels = self.args.get("in_chans") or 3
+        if type(size) is not int or type(channels) is not int:
+            raise refuse("weights", f"a checkpoint made for {size!r} pixels and {channels!r} channels", "whole numbers")
+        return {**seen, "input_size": (channels, size, size)}
 
     @property
     def model_args(self) -> Mapping[str, Any]:

@@ -109,6 +109,7 @@ def init(path: Path, state: State, arch: Any, ctx: Context, out: Path) -> None:
 
 def arch_flag(path: Path, state: State, arch: Any, ctx: Context, out: Path) -> None:
     family, found = find_network(path, "--arch").arch()
+    assert Path(find_network(path, "--arch").origin).exists()
     assert family.name == "tinyvit"
     assert family.key(found, ctx) == family.key(arch, ctx)
 
@@ -130,6 +131,9 @@ def export_flag(path: Path, state: State, arch: Any, ctx: Context, out: Path) ->
     again = find_network(out / "model", "SOURCE")
     assert weights_digest(again.weights()) == weights_digest(state)
     assert again.classes == find_network(path, "SOURCE").classes
+    card = (out / "model" / "README.md").read_text("utf-8")
+    named = again.classes is not None
+    assert (out / "model" / "class_map.txt").is_file() == ("class_map.txt" in card) == ("label_names" in card) == named
 
 
 def transfer(path: Path, state: State, arch: Any, ctx: Context, out: Path) -> None:

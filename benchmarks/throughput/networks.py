@@ -96,7 +96,7 @@ def _find(name: str, family: Family) -> list[Net]:
     # os.path's tests are false for an arch's JSON, too long for a name, where a Path's fail.
     if os.path.isfile(os.path.join(name, "run.json")):
         return _pareto_set(named.path, family)
-    if isinstance(named, (HubFolder, CheckpointFile)) and not os.path.isfile(path):
+    if isinstance(named, HubFolder) or (isinstance(named, CheckpointFile) and path.suffix != ".json"):
         saved = named.saved()
         weights = saved.weights if isinstance(named, HubFolder) else None
         return [Net(name, saved.family, saved.arch, weights=weights, trained_in=saved.context)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
     config, throughput, score = (value if isinstance(value, dict) else {} for value in values)
     maps = dict.fromkeys((f["reduction"], f["num_chs"]) for f in model.feature_info)
     strides, channels = ([pair[at] for pair in maps] for at in (0, 1))
+    # Another program's weights may name no classes.
+    usage = USAGE if saved.classes else re.sub(r"print\(.*\)", "print(best)", USAGE)
     lines = [
         "---",
         "library_name: timm",
@@ -87,14 +90,13 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
         *_bullets("Lineage", _lineage(saved, config)),
         "## A prediction",
         "",
-        USAGE.format(folder=out.name),
+        usage.format(folder=out.name),
         "",
         "With transformers:",
         "",
         TRANSFORMERS.format(folder=out.name),
         "",
-        TIMM_VALIDATION.format(folder=out.name),
-        "",
+        *((TIMM_VALIDATION.format(folder=out.name), "") if saved.classes else ()),
         "## As a backbone",
         "",
         BACKBONE.format(folder=out.name, strides=strides, channels=channels),

@@ -269,6 +269,10 @@ class CheckpointFile(SavedNetwork):
     def _json(self) -> Path:
         return self.path.with_suffix(".json")
 
+    @property
+    def origin(self) -> str:
+        return super().origin if self._json().is_file() else str(self.path.resolve())
+
     def weights(self) -> State:
         return self._checkpoint().state
 

@@ -31,20 +31,30 @@ def refuse(name: str, got: object, want: str, remedy: str = "") -> InputError:
 
 
 _USER = re.compile(r"(\b[\w.+-]+://[^\s:/?#@]*):(?:(?!\d+(?:[/?]|$)).*|\S*)@", re.DOTALL)
-_KEY = re.compile(r"[?&]([\w.%+-]+)=(?!\.\.\.)")
+_KEY = re.compile(r"[?&]([^=?&@]+)=(?!\.\.\.)")
+_SECRET = r"passw|passphrase|pwd|secret|token|api_?key"
+_PAIR = re.compile(rf"(?<![-\w?&])(\w*(?:{_SECRET})\w*\s*=\s*)(?!\.\.\.)('[^']*'|\"[^\"]*\"|[^\s'\"]+)", re.IGNORECASE)
 
 
 def without_passwords(text: str) -> str:
     """Return a text with the passwords of its addresses taken out: `postgresql://me:x@host/db`.
 
-    A password may hold blanks, so everything up to the last @ goes, and a password in a query up to the next &.
+    A password may hold blanks, so everything up to the last @ goes, and a secret in a query up to the next &; so does
+    what follows `password=` in a text of pairs.
     """
     text = _USER.sub(r"\1@", text)
     for match in reversed(list(_KEY.finditer(text))):
-        if "password" in unquote(match[1]).lower():
+        if re.search(_SECRET, _decoded(match[1]), re.IGNORECASE):
             end = text.find("&", match.end())
             text = text[: match.end()] + "..." + (text[end:] if end >= 0 else "")
-    return text
+    return _PAIR.sub(r"\1...", text)
+
+
+def _decoded(key: str) -> str:
+    """Undo percent signs, however often they were applied, and drop blanks."""
+    while (plain := unquote(key)) != key:
+        key = plain
+    return re.sub(r"[\s+]", "", key)
 
 
 def refuse_multiple(name: str, got: int, unit: int, unit_name: str = "") -> InputError:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nas.core.io import write_json
 from nas.search.study import StepRow, Study, Trial
+from space import get_family
 
 SEED_KEY = "d96-192-384-576_seed"
 
@@ -124,7 +125,8 @@ def make_run(folder: Path, *, steps: int = 4, status: str | None = "reached") ->
             "published": {**side, "name": "5M", "params": 5_082_000, "top1": 0.911, "top1_se": 0.015},
             "paired": {"difference": 0.02, "lo": -0.004, "hi": 0.044, "n": 359.0},
         }
-        best: dict[str, Any] = {"family": "tinyvit", "arch": {"embed_dims": [64, 128, 160, 320]}}
+        family = get_family("tinyvit")
+        best: dict[str, Any] = {"family": "tinyvit", "arch": family.to_dict(family.seed("5M"))}
         best |= {"params": winner["params"], "macs": winner["macs"], "img_size": 48, "num_classes": 10}
         best |= {"throughput": {"images_per_s": winner["images_per_s"]}, "score": {"top1": 0.931}}
         best |= {"classes": [str(i) for i in range(10)]}

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from timm.data.transforms_factory import create_transform
 
+from nas.core.config import RunConfig, with_effort
 from nas.data import Dataset, DataSpec, prepare
 from nas.data.augment.spec import AugmentSpec
 from nas.data.augment.timm_engine import eval_batch
@@ -203,3 +205,21 @@ def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "listdir", denied)
     with pytest.raises(InputError, match="Permission denied"):
         ready(root, tmp_path)
+
+
+def test_the_default_number_of_images_grows_with_the_classes(tmp_path: Path) -> None:
+    """What a smoke run asks for by itself is never refused; what the user asks for is."""
+    root = tree(tmp_path / "many", [f"c{number:02d}" for number in range(12)])
+    spec = DataSpec(str(root), img_size=16, max_images=20, images_may_grow=True)
+    dataset = prepare(spec, tmp_path / "cache")
+    assert len(dataset.train) + len(dataset.holdout) >= 36
+    assert any("48 images instead of 20: 12 classes" in note for note in dataset.notes)
+    assert DataSpec(**spec.to_dict()).images_may_grow
+    with pytest.raises(InputError, match="at least 24"):
+        prepare(DataSpec(str(root), img_size=16, max_images=20), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("given", "grows"), [({}, True), ({"max_images": 700}, False), ({"effort": "normal"}, False)])
+def test_only_the_effort_s_own_number_of_images_grows(given: dict[str, Any], grows: bool) -> None:
+    config = RunConfig(seed="21M", target_params=5_000_000, **with_effort(str(given.get("effort", "smoke")), given))
+    assert config.images_may_grow is grows

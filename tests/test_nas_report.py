@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from synthetic_run import CONFIG, SEED_KEY, as_saved_by_a_spreadsheet, make_run
+from synthetic_run import CONFIG, RUN, SEED_KEY, as_saved_by_a_spreadsheet, make_run
 
-from nas.report import final_table, status, write_report
+from nas.contract.checks import make_config, with_absolute_paths
+from nas.contract.flags import build_parser as contract_parser
+from nas.core.config import RunConfig
+from nas.core.settings import parsed
+from nas.export.load import find_network
+from nas.report import final_table, next_commands, status, write_report
 from nas.report.charts import run_chart
 from nas.report.figure import Point, Series, draw, front, png_bytes, svg_bytes
 from nas.report.read import read_run
 from nas.report.tables import duration, markdown, percent, plain, short_count, with_interval
 from nas.report.text import stop_counts
 from nas.search.study import Study
+from nas.train.train_flags import read_flags
 from space import InputError
 
 FILES = ("report.md", "pareto.png", "pareto.svg")
@@ -74,7 +82,8 @@ def test_what_to_do_next_names_a_family_that_is_not_the_default(tmp_path: Path, 
     edit(run / "run.json", config={**CONFIG, "family": "vit"})
     edit(run / "result.json", status=status)
     write_report(run)
-    assert "python -m nas.contract --family vit --seed " in (run / "report.md").read_text()
+    (command,) = (line for line in (run / "report.md").read_text().splitlines() if "nas.contract --seed" in line)
+    assert " --family vit" in command
 
 
 @pytest.mark.parametrize(
@@ -189,7 +198,108 @@ def test_chart_holds_every_scored_arch_once_with_its_interval(tmp_path: Path) ->
     counts = stop_counts(run, most=3)
     assert sum(count for _, count in counts) == len(run.trials) - 1
     assert counts[-1][0] == "other reasons"
-    assert counts[1] == ("throughput (pruned): not surely as fast as #x the seed (required): # [# #]", 12)
+    words = "throughput (pruned): not surely as fast as 1.100 to 1.400x the seed (required): 1.013 to 1.213 [1.0, 1.9]"
+    assert counts[1] == (words, 12)
+
+
+@pytest.mark.parametrize("ended", ["reached", "stopped"])
+def test_images_per_s_of_a_table_are_of_one_moment(tmp_path: Path, ended: str) -> None:
+    """The machine was five times slower when the seed was timed first: every row is the ratio times one pace."""
+    run = make_run(tmp_path / "run", status=ended)
+    files = read_run(run)
+    timed = files.path[-1]
+    if ended == "reached":
+        final = files.result["final"]
+        for side, slower in (("winner", 1), ("published", 3)):
+            final[side] |= {name: final[side][name] / slower for name in final[side] if name.startswith("images_per_s")}
+        edit(run / "result.json", final=final)
+    rows = [
+        line.split("  ") for line in final_table(run).splitlines()[1:4] if line.startswith(("seed", "win", "pub", "be"))
+    ]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    seed_pace = float(cells[0][3])
+    assert seed_pace == pytest.approx((timed.images_per_s or 0) / (timed.ratio or 1), rel=0.01)
+    for row in cells[1:]:
+        speed, ratio = (float(row[at].split()[0]) for at in (3, 4))
+        assert speed == pytest.approx(seed_pace * ratio, rel=0.02)
+
+
+ODD_NAMES = ("a b", "-x", "ünï", "it's", "5M", "{}", "a;b$c", "~me", "auto", "x:y")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("ended", ["reached", "stuck", "stopped", "unverified", None])
+def test_what_to_do_next_is_a_command_that_parses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, ended: str | None
+) -> None:
+    """Whatever the folders are called, with the data and the settings of the run."""
+    monkeypatch.chdir(tmp_path)
+    folder, data = Path(name), tmp_path / "data" / name
+    data.mkdir(parents=True)
+    make_run(folder, status=ended)
+    (folder / "best.safetensors").write_bytes(b"")
+    set_by_user = {"data": str(data), "img_size": 64, "max_images": 120, "max_corrupt": 0.2, "pixel_cache": False}
+    set_by_user |= {"racing": False, "freeze": ["window_sizes"], "beam": 1, "require": ["latency_ms<=900@cpu:b1"]}
+    edit(
+        folder / "run.json",
+        config={**CONFIG, "random_seed": 3, **set_by_user},
+        dataset={**RUN["dataset"], "classes": 10},
+    )
+    commands = next_commands(folder)
+    assert any(shlex.split(command)[2] == "nas.contract" for command in commands)
+    for command in commands:
+        python, dash_m, module, *argv = shlex.split(command)
+        assert (python, dash_m) == ("python", "-m")
+        if module == "nas.train":
+            given = read_flags(argv)
+            assert find_network(given.arch, "--arch").origin == str((folder / "best.json").resolve())
+            planned = (
+                given.data,
+                given.img_size,
+                given.max_images,
+                given.max_corrupt,
+                given.pixel_cache,
+                given.data_seed,
+            )
+            assert planned == (str(data), 48, 120, 0.2, False, 3)
+            assert Path(given.init).exists()
+            assert not Path(given.out).exists()
+        elif module == "nas.contract":
+            parsed_flags = vars(contract_parser().parse_args(argv))
+            if "resume" in parsed_flags or "status" in parsed_flags:
+                assert Path(parsed_flags.get("resume", parsed_flags.get("status"))).resolve() == folder.resolve()
+                continue
+            named = [field.name for field in fields(RunConfig)]
+            flags = {key: value for key, value in parsed_flags.items() if key in named}
+            config = make_config(parsed(RunConfig, with_absolute_paths(flags)))
+            assert (config.data, config.max_images, config.max_corrupt) == (str(data), 120, 0.2)
+            assert (config.racing, config.pixel_cache, config.beam, config.freeze) == (
+                False,
+                False,
+                1,
+                ("window_sizes",),
+            )
+            assert config.require == ("latency_ms<=900@cpu:b1",)
+            assert config.random_seed == 3
+        elif module == "nas.export":
+            assert Path(argv[0]).resolve() == folder.resolve()
+            assert not argv[0].startswith("-")
+
+
+def test_what_to_do_next_can_be_done(tmp_path: Path) -> None:
+    """No full training without true classes, no target below what a contraction can reach, images for every class."""
+    run = make_run(tmp_path / "run")
+    assert len(next_commands(run)) == 3
+    edit(run / "run.json", dataset={**RUN["dataset"], "labelled_by": "resnet18"})
+    assert not any("nas.train" in command for command in next_commands(run))
+    edit(
+        run / "run.json",
+        dataset={**RUN["dataset"], "classes": 1000},
+        config={**CONFIG, "effort": "smoke", "max_images": 800},
+    )
+    assert all("--max-images 4000" in command for command in next_commands(run)[1:])
+    edit(run / "run.json", config={**CONFIG, "target_params": 1000})
+    assert len(next_commands(run)) == 2
 
 
 def test_the_figure_is_legible_at_800_px(tmp_path: Path) -> None:

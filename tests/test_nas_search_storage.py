@@ -21,6 +21,7 @@ from nas.contract.__main__ import main
 from nas.contract.replay import read_earlier
 from nas.contract.run import RunResult
 from nas.contract.state import Run
+from nas.core.cli import recorded_command
 from nas.search.storage import SharedStudy, StudyUnavailable, check_reachable, new_shared, resumed_shared
 from nas.search.study import StepRow, Study, Trial, open_study, read_study
 from space import get_family
@@ -185,9 +186,8 @@ def test_what_the_server_refuses_is_one_line_at_once_without_the_password(server
         server.url(database="nowhere"): "does not exist",
         guest.replace("/runs", "/other"): "permission denied",
         server.url() + "?sslmode=require": "SSL",
-        server.url() + "?foo=bar": "foo",
         server.url() + "?port=1&port=2": "ports",
-        server.url() + "?prepare_threshold=x": "TypeError",
+        server.url() + "?connect_timeout=x": "connect_timeout",
     }.items():
         with pytest.raises(InputError) as refusal:
             reach_and_begin(new_shared(url, tmp_path))
@@ -211,6 +211,13 @@ def test_what_the_server_refuses_is_one_line_at_once_without_the_password(server
         ("postgresql://me@host/db?sslpassword=pa55", "sslpassword"),
         ("postgresql://me@host/db?ssl%70assword=pa55", "sslpassword"),
         ("", "cannot be read"),
+        *(
+            (f"postgresql://me@host/db?{key}=pa55", "an option")
+            for key in ("passwd", "Pass%20word", "p%2561ssword", "token")
+        ),
+        ("postgresql://host/db?options=-c%20password%3Dpa55", "a secret in options"),
+        ("postgresql://host/db&password=pa55", "with = before its ?"),
+        ("host=h user=me password=pa55", "cannot be read"),
     ],
 )
 def test_an_address_that_is_none_is_refused_without_repeating_it(address: str, reason: str) -> None:
@@ -260,6 +267,11 @@ def test_refusals_and_records_tell_no_passwords() -> None:
         ):
             assert "pa55" not in without_passwords(text)
             assert "pa55" not in str(refuse(text, text + " " * 200 + text, "x"))
+        address = f"postgresql://host/db?pass%2577 ord={secret}"
+        for words in (["--storage", address], [f"--storage={address}"]):
+            assert "pa55" not in recorded_command(["contract", *words, "--seed", "5M"])
+    for pairs in ("host=h password=pa55 user=me", "password = 'a pa55'", "PGPASSWORD=pa55", "api_key=pa55"):
+        assert "pa55" not in without_passwords(pairs)
     for plain in (
         "--data images@home --seed 21M",
         "file:///a/b@c",

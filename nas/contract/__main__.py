@@ -70,10 +70,8 @@ def _print_summary(outcome: RunResult, seconds: float) -> None:
     """Print the final table, the paths and the next commands."""
     from nas.report import final_table, next_commands
 
-    pace = outcome.result.get("seed_images_per_s")
-    pace_text = "" if pace is None else f" (the seed measured {pace:.0f} images/s here)"
     print(final_table(outcome.folder))
-    print(f"finished in {seconds / 60:.1f} minutes{pace_text}")
+    print(f"finished in {seconds / 60:.1f} minutes")
     print(f"run folder: {outcome.folder}\nreport:     {outcome.folder / 'report.md'}")
     print("next:", *next_commands(outcome.folder), sep="\n  ")
 

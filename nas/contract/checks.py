@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nas.core.cli import usable_cpus
+from nas.core.cli import recorded_command, usable_cpus
 from nas.core.config import ROUNDS, RunConfig, config_from_dict, flag, steps_of, with_effort
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
@@ -32,7 +32,7 @@ from nas.search.storage import SharedStudy
 from nas.search.strategies import get_strategy
 from nas.train.jobs import HeadsJob, heads
 from space import get_family
-from space.errors import InputError, refuse, without_passwords
+from space.errors import InputError, refuse
 from space.family import Arch, Family
 from space.freeze import freeze
 
@@ -128,7 +128,7 @@ def read_lent_measurements(config: RunConfig, *, needed: bool) -> list[Measureme
 
 def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
     """Read and cache the data, and print what it is."""
-    return prepared(DataSpec.of(config, config.random_seed), cache, console)
+    return prepared(DataSpec.of(config, config.random_seed, images_may_grow=config.images_may_grow), cache, console)
 
 
 def teacher_settings(config: RunConfig) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def run_json(
     """Return what `run.json` records of a new run."""
     return {
         "config": config.to_dict(),
-        "command": " ".join(map(without_passwords, sys.argv)),
+        "command": recorded_command(sys.argv),
         **({} if shared is None else {"storage": shared.to_json()}),
         "git": git_commit(),
         "versions": versions(),

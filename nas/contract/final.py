@@ -16,6 +16,7 @@ from nas.contract.race import with_order
 from nas.contract.state import MORE, Incumbent, Run, Task, derived_seed
 from nas.contract.step import THROUGHPUT, band_text
 from nas.contract.timing import interval_text, verdict_text
+from nas.core.cli import path_argument, resume_flags, shell_command
 from nas.core.io import read_object, write_json
 from nas.core.per_image import losses_of, paired_difference
 from nas.jobs.job import Result
@@ -296,12 +297,19 @@ def _unverified(run: Run, finalists: Sequence[Incumbent]) -> str:
         listed.append({**named, "predicted_images_per_s": speed, "predicted_ratio": ratio})
     write_json(path, {"family": family.name, "finalists": listed})
     setting = table.setting
+    flags = {
+        "arch": path_argument(path),
+        "reference": run.config.seed,
+        **{name: getattr(setting, name) for name in ("device", "runtime", "dtype", "batch")},
+        "img-size": run.context.img_size,
+        "num-classes": run.context.num_classes,
+        "out": "finalists.csv",
+    }
+    measure = shell_command("benchmarks.throughput", *(part for k, v in flags.items() for part in (f"--{k}", v)))
     return (
         f"unverified: {len(finalists)} finalists meet the requirements by prediction only; measure them on their "
-        f"device: python -m benchmarks.throughput --arch {path} --reference {run.config.seed} --device "
-        f"{setting.device} --runtime {setting.runtime} --dtype {setting.dtype} --batch {setting.batch} --img-size "
-        f"{run.context.img_size} --num-classes {run.context.num_classes} --out finalists.csv; then continue here with: "
-        f"python -m nas.contract --resume {run.folder.path} --final-measurements finalists.csv"
+        f"device: {measure}; then continue here with: python -m nas.contract {resume_flags(run.folder.path)} "
+        "--final-measurements finalists.csv"
     )
 
 

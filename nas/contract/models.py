@@ -14,7 +14,7 @@ from nas.export.save import write_model
 from nas.measure.measurement import Measurement
 
 COUNTS = ("key", "params", "params_1000", "macs")
-PACE = ("images_per_s", "images_per_s_lo", "images_per_s_hi", "ratio", "ratio_lo", "ratio_hi")
+PACE = ("ratio", "ratio_lo", "ratio_hi")  # images/s of different moments do not compare
 LOSS = ("soft_loss", "soft_loss_se")
 SCORE = (*LOSS, "top1", "top1_se", "metric", "metric_se", "epochs")
 MODELS_COLUMNS = ("file", "kind", "step", *COUNTS, *PACE, *SCORE)

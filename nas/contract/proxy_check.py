@@ -22,6 +22,7 @@ import numpy.typing as npt
 from nas.contract.flags import LEAST_CHECKED
 from nas.contract.race import with_order
 from nas.contract.state import Incumbent, Run, Work, derived_seed
+from nas.core.cli import resume_flags
 from nas.core.config import RunConfig
 from nas.core.io import read_object, write_atomic, write_json
 from nas.core.per_image import losses_of
@@ -299,7 +300,7 @@ def check_proxy_in_time(run: Run, seed: Incumbent, number: int) -> dict[str, Any
         return report
     except OutOfTime:
         console.line(
-            f"proxy check: out of time (--max-hours); --resume {run.folder.path} --check-proxy {number} continues"
+            f"proxy check: out of time (--max-hours); {resume_flags(run.folder.path)} --check-proxy {number} continues"
         )
         return None
     finally:

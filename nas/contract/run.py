@@ -49,7 +49,9 @@ from nas.contract.run_folder import RunFolder, default_folder
 from nas.contract.seed import best_so_far, expected_cost, prepare_seed, print_config, remove_intermediate_weights
 from nas.contract.state import Incumbent, Run
 from nas.contract.step import begin_step, end_step, meets_requirements, propose, rank, select, stuck_message
+from nas.core.cli import path_argument, resume_flags, shell_command
 from nas.core.config import parse_count
+from nas.core.executor_config import ExecutorConfig
 from nas.core.io import write_json
 from nas.core.progress import Console
 from nas.jobs.executor import make_executor
@@ -88,8 +90,9 @@ def contract(
 ) -> RunResult:
     """Contract `seed` to `target_params` and leave everything in the run folder `out`.
 
-    `options` are the fields of `Session` and of `nas.core.config.RunConfig` (`min_speedup=1.5`, `effort="smoke"`, ...);
-    settings that are not given follow the effort. With `resume`, `out` is an earlier run's folder and only settings
+    `options` are the fields of `Session`, of `ExecutorConfig` (`workers=2`) and of `nas.core.config.RunConfig`
+    (`min_speedup=1.5`, `effort="smoke"`, ...); settings that are not given follow the effort. Workers are programs of
+    their own, so a script needs no `__main__` guard. With `resume`, `out` is an earlier run's folder and only settings
     that equal its own may be given. Raises `InputError` (a `ValueError` of one line) on bad input. A run that ends
     stuck or out of time is a result, not an error.
     """
@@ -131,9 +134,14 @@ def plan(seed: str | None = None, target_params: str | int | None = None, **opti
 
 def _asked(seed: str | None, target: str | int | None, options: Mapping[str, Any]) -> tuple[Session, dict[str, Any]]:
     """Return the options of the process, and the settings that the user named, with absolute paths."""
-    of_session = {field.name for field in dataclasses.fields(Session)} & options.keys()
-    session = Session(**{name: options[name] for name in of_session})
-    given = {name: value for name, value in options.items() if name not in of_session}
+    of_executor, of_session = ({f.name for f in dataclasses.fields(kind)} for kind in (ExecutorConfig, Session))
+    named = {name: options[name] for name in of_session & options.keys()}
+    if chosen := {name: options[name] for name in of_executor & options.keys()}:
+        if "executor_config" in named or "executor" in named:
+            raise refuse("executor_config", f"{', '.join(sorted(chosen))} beside it", "one of the two")
+        named["executor_config"] = ExecutorConfig(**chosen)
+    session = Session(**named)
+    given = {name: value for name, value in options.items() if name not in of_session | of_executor}
     if seed is not None:
         given["seed"] = seed
     if target is not None:
@@ -268,7 +276,8 @@ def open_run(
     except (KeyboardInterrupt, SystemExit):
         console.stop()
         if folder.run_json.exists():
-            console.line(f"interrupted; continue with: python -m nas.contract --resume {out}")
+            command = shell_command("nas.contract", "--resume", path_argument(out))
+            console.line(f"interrupted; continue with: {command}")
         else:
             folder.discard()
             console.line("interrupted before the run began; nothing was kept")
@@ -296,7 +305,7 @@ def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResu
         where = f"at step {taken + 1} of {run.config.steps}"
         if taken == run.config.steps:
             where = "in the final comparison"
-        progress.message = f"out of time (--max-hours): stopped {where}; --resume {folder.path} continues"
+        progress.message = f"out of time (--max-hours): stopped {where}; {resume_flags(folder.path)} continues"
         progress.best = best_so_far(run, taken)
     finally:
         console.stop()
@@ -312,7 +321,7 @@ def execute(run: Run, check_proxy: int | None = None, *, fresh: bool) -> RunResu
     elif check_proxy is not None:
         note = f"proxy check: no report is made of a run that is {status}"
         if status == "stopped":
-            note += f"; --resume {folder.path} --check-proxy {check_proxy} continues"
+            note += f"; {resume_flags(folder.path)} --check-proxy {check_proxy} continues"
         console.line(note)
     if status not in ("stopped", "unverified"):
         remove_intermediate_weights(run)

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from nas.core.cli import resume_flags
 from nas.core.io import read_json, remove_leftovers, write_json
 from nas.jobs.job import LOGS, RECORD, WORKER_LOG
 from space.errors import refuse
@@ -51,7 +52,7 @@ class RunFolder:
     def check_new(self) -> None:
         """Refuse a folder that holds a run already."""
         if self.run_json.exists():
-            remedy = f"it holds a run: continue it with --resume {self.path}, or name another folder"
+            remedy = f"it holds a run: continue it with {resume_flags(self.path)}, or name another folder"
             raise refuse("--out", self.path, "a new or empty folder", remedy)
 
     def create(self) -> None:

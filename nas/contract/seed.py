@@ -246,7 +246,10 @@ def _own_store(run: Run, info: Mapping[str, Any], epochs: int, asked: Mapping[st
         device=config.device,
         threads=config.threads,
     )
-    made_by = {"data": DataSpec.of(config, config.random_seed).to_dict(), **asked}
+    made_by = {
+        "data": DataSpec.of(config, config.random_seed, images_may_grow=config.images_may_grow).to_dict(),
+        **asked,
+    }
     begun = labels.begin(run.do, data, info, request, run.cache / "labels", named=False, made_by=made_by)
     job = labels.build_job(begun, data, info, part=(1, 1), device=config.device)
     built = run.do(job, cost=job.units / 3 * teacher_cost(run))

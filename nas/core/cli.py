@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nas.core.io import disk_refusal
 from space.errors import InputError, read_int, without_passwords
@@ -23,9 +25,50 @@ stacks."""
 class Parser(argparse.ArgumentParser):
     """An argument parser whose refusals are one line (rule 2 of the design)."""
 
+    def parse_known_args(self, *args: Any, **named: Any) -> Any:
+        """Parse, where help and refusals may be printed."""
+        escape_unprintable()
+        return super().parse_known_args(*args, **named)
+
     def error(self, message: str) -> NoReturn:
         """End with one line and exit status 2."""
         self.exit(EXIT_BAD_INPUT, f"error: {without_passwords(message)} (see --help)\n")
+
+
+def escape_unprintable() -> None:
+    """Let this process print any text: characters that its terminal cannot show are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+
+def path_argument(path: object) -> str:
+    """Return a path as an argument that no command takes for a flag, a name, a home or JSON: `./5M`."""
+    text = str(path)
+    if text.startswith("~"):
+        return str(Path(text).absolute())
+    return f"./{text}" if text.startswith(("-", "{")) or "/" not in text else text
+
+
+def shell_command(module: str, *arguments: object) -> str:
+    """Return a command for a POSIX shell, quoted where that is needed."""
+    return shlex.join(["python", "-m", module, *map(str, arguments)])
+
+
+def recorded_command(argv: Sequence[str]) -> str:
+    """Return a command line for the record, without passwords and without the value of `--storage`."""
+    words = list(argv)
+    for at, word in enumerate(words):
+        if word.startswith("--storage="):
+            words[at] = "--storage=..."
+        elif word == "--storage" and at + 1 < len(words):
+            words[at + 1] = "..."
+    return " ".join(map(without_passwords, words))
+
+
+def resume_flags(folder: object) -> str:
+    """Return the flags that continue a run or training, for a POSIX shell."""
+    return shlex.join(["--resume", path_argument(folder)])
 
 
 def default_cache() -> Path:
@@ -41,6 +84,7 @@ def exit_status(work: Callable[[], int]) -> int:
     """Do a command's work; returns its exit status. Bad input, and a disk that is full or may not be written to, is one
     line on standard error and 2, Ctrl-C 130; SIGTERM leaves through `SystemExit` with 143, so that what is open is
     closed. A second signal ends the process at once: whatever is on disk is whole at any moment."""
+    escape_unprintable()
     signalled = False
 
     def leave(signum: int, frame: FrameType | None) -> NoReturn:

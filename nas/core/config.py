@@ -232,6 +232,11 @@ class RunConfig(DataConfig):
     def __post_init__(self) -> None:
         check_config(self)
 
+    @property
+    def images_may_grow(self) -> bool:
+        """Whether `max_images` is the effort's default, which grows with the classes."""
+        return self.max_images is not None and self.max_images == effort_defaults(self.effort)["max_images"]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON, the inverse of `config_from_dict`."""
         return {

@@ -6,6 +6,13 @@ from dataclasses import MISSING, dataclass
 
 from nas.core.settings import parse_share, setting
 
+IMAGES_PER_CLASS = 4
+
+
+def grown_images(images: int, classes: int) -> int:
+    """Return a default number of images, or four for each class if that is more."""
+    return max(images, IMAGES_PER_CLASS * classes)
+
 
 @dataclass(frozen=True)
 class DataConfig:

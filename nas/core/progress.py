@@ -35,11 +35,17 @@ class Console:
         """Print one line (above the bar, where there is one)."""
         if self._quiet:
             return
+        text = self._printable(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
+
+    def _printable(self, text: str) -> str:
+        """Escape what the stream cannot show, such as a name in another alphabet."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def start(self, total: float, unit: str | None = None) -> None:
         """Show the bar, on a terminal; with the pace where `total` is in a `unit` of its own."""
@@ -59,12 +65,14 @@ class Console:
     def _show(self, **options: Any) -> None:
         self._done = 0.0
         if not self._quiet and self._stream.isatty():
+            if "desc" in options:
+                options["desc"] = self._printable(options["desc"])
             self._bar = tqdm(file=self._stream, leave=False, **options)
 
     def describe(self, text: str) -> None:
         """Say beside the bar what runs now."""
         if self._bar is not None:
-            self._bar.set_description_str(text[:40])
+            self._bar.set_description_str(self._printable(text[:40]))
 
     @contextmanager
     def bar(self, total: float, unit: str | None = None) -> Iterator[None]:

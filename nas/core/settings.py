@@ -155,6 +155,26 @@ def parsed(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def as_flags(cls: type, values: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that set what differs from the `usual` value, or else the default: the parser's inverse."""
+    found: list[str] = []
+    for field in settings_of(cls):
+        default = usual.get(field.name, field.default)
+        value = values.get(field.name, default)
+        if value == default or (field.kind is tuple and tuple(value) == default):
+            continue
+        if field.kind is bool:
+            off = field.optional and not value
+            found.append(f"--no-{field.flag[2:]}" if off else field.flag)
+        elif field.kind is tuple and field.about.many:
+            found += [field.flag, *map(str, value)]
+        elif value is not None:
+            for each in value if field.kind is tuple else [value]:
+                text = str(each)
+                found += [f"{field.flag}={text}"] if text.startswith("-") else [field.flag, text]
+    return found
+
+
 def check_settings(values: Any) -> None:
     """Refuse a setting of another type, outside its range or choices. Raises InputError."""
     for field in settings_of(type(values)):

@@ -82,7 +82,7 @@ def claim(folder: Path) -> None:
 
 def _locked(path: Path, how: int, *, create: bool) -> int:
     """Open a file and lock it until it is closed; returns its handle. Raises OSError."""
-    handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+    handle = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
     try:
         fcntl.flock(handle, how)
     except OSError:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.data_config import DataConfig
+from nas.core.data_config import DataConfig, grown_images
 from nas.core.settings import check_settings, setting
 from space import Context
 from space.errors import refuse
@@ -25,9 +25,13 @@ EMBEDDED = ("digits", "fractals")
 
 @dataclass(frozen=True)
 class DataSpec(DataConfig):
-    """A request for a data set; `random_seed` decides which images are taken and held out. Raises InputError."""
+    """A request for a data set; `random_seed` decides which images are taken and held out. Raises InputError.
+
+    With `images_may_grow` the number `max_images` is a default, which grows with the classes.
+    """
 
     random_seed: int = setting(0, "of the images taken and held out", low=0)
+    images_may_grow: bool = False
 
     def __post_init__(self) -> None:
         if not self.data.strip():
@@ -44,7 +48,13 @@ class DataSpec(DataConfig):
         """Return what decides the data, as plain JSON: a folder by its absolute path."""
         path = Path(self.data).expanduser()
         place = self.data if self.data in EMBEDDED or not path.is_dir() else str(path.resolve())
-        return {k: v for k, v in {**asdict(self), "data": place}.items() if k != "pixel_cache"}
+        left_out = {"pixel_cache"} if self.images_may_grow else {"pixel_cache", "images_may_grow"}
+        return {k: v for k, v in {**asdict(self), "data": place}.items() if k not in left_out}
+
+    def images_for(self, classes: int) -> int | None:
+        """Return `max_images` for so many classes."""
+        grows = self.images_may_grow and self.max_images is not None
+        return grown_images(self.max_images or 0, classes) if grows else self.max_images
 
 
 class KeyTable(Sequence[str]):

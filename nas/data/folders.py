@@ -55,7 +55,7 @@ def folder(spec: DataSpec) -> DataSource:
         notes.append("no class folders: images without ground truth, labelled by the teacher")
         if len(files) < 3:
             raise refuse("--data", f"{spec.data}, {len(files)} images", "at least 3", _LAYOUT)
-    used, note = _proxy(files, max(1, len(classes)), spec.max_images, test is not None)
+    used, note = _proxy(files, max(1, len(classes)), spec.images_for(len(classes)), test is not None)
     notes += note
     if test is not None:
         tested = _test_side(root, test, classes)

@@ -37,6 +37,10 @@ def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
     if not spec.pixel_cache and source.root is None:
         # Not among the stored notes: the folder does not depend on it.
         dataset = replace(dataset, notes=(*dataset.notes, _KEPT_ANYWAY))
+    images = spec.images_for(dataset.num_classes)
+    if images != spec.max_images:
+        grown = f"up to {images:,} images instead of {spec.max_images:,}: {dataset.num_classes:,} classes, four of each"
+        dataset = replace(dataset, notes=(*dataset.notes, grown))
     return dataset
 
 

@@ -188,7 +188,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
     else:
         sides["test"] = _side(test)
     classes = _classes(train, next(iter(sides.values())), spec.data)
-    wanted = _wanted(sides, len(classes), spec.max_images, notes)
+    wanted = _wanted(sides, len(classes), spec.images_for(len(classes)), notes)
     img_size = spec.img_size
     if img_size is None:
         role = next(iter(sides))

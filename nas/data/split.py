@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.data_config import grown_images
 from space.errors import refuse
 
 ROLES = ("test", "holdout", "fit", "train", "any")
@@ -125,5 +126,5 @@ def proxy_limit(classes: int, asked: int | None, split: bool) -> int:
     if asked is not None and asked < 2 * classes:
         want = f"at least {2 * classes}, two for each of {classes} classes"
         raise refuse("--max-images", asked, want)
-    limit = max(DEFAULT_PROXY_IMAGES, 4 * classes) if asked is None else asked
+    limit = grown_images(DEFAULT_PROXY_IMAGES, classes) if asked is None else asked
     return limit if split else max(round(limit / 0.8), 3 * classes)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nas.core.cli import resume_flags
 from nas.core.config import RunConfig
 from nas.core.io import read_json
 from nas.export.saved_model import SavedModel, read_saved_model
@@ -154,7 +155,7 @@ class SavedNetwork(NamedNetwork):
             return self.path / "best.json" if self.path.is_dir() else self.path
         remedy = "name a model of its models/ instead"
         if (self.path / "run.json").is_file():
-            remedy = f"finish it (python -m nas.contract --resume {self.name}), or {remedy}"
+            remedy = f"finish it (python -m nas.contract {resume_flags(self.name)}), or {remedy}"
         raise refuse(self.flag, f"{self.name}, with no best.json in it", "the folder of a finished run", remedy)
 
     def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:

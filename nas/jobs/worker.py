@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from nas.core.cli import escape_unprintable
 from nas.core.progress import Tick
 from nas.jobs.job import decode_job, run_job
 
@@ -142,6 +143,7 @@ def main(modules: Sequence[str] = ()) -> int:
     send, lines = open_pipes()
     options = lines.get()
     assert options is not None
+    escape_unprintable()  # what libraries print goes to a log
     cores, every = options["cores"], usable_cores()
     _pin(cores)
     limit_memory(options["memory_bytes"])

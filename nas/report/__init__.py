@@ -24,7 +24,7 @@ def write_report(run: Path) -> None:
     figure = draw(run_chart([files]))
     write_atomic(run / "pareto.png", png_bytes(figure))
     write_atomic(run / "pareto.svg", svg_bytes(figure))
-    write_atomic(run / "report.md", report(files).encode())
+    write_atomic(run / "report.md", report(files).encode("utf-8", "backslashreplace"))
 
 
 def final_table(run: Path) -> str:
@@ -43,6 +43,6 @@ def status(run: Path) -> str:
 
 def next_commands(run: Path) -> tuple[str, ...]:
     """Return the commands that make most sense after this run, the first first."""
-    from nas.report import text
+    from nas.report import following
 
-    return text.next_commands(read_run(run))
+    return following.next_commands(read_run(run))

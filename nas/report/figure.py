@@ -87,7 +87,8 @@ def draw(chart: Chart) -> Figure:
     legend_rows = _legend(figure, chart)
     bottom = 0.125 + 0.042 * legend_rows + 0.034 * len(_wrapped(chart.notes))
     figure.subplots_adjust(left=0.095, right=0.985, top=0.92, bottom=bottom, wspace=0.06)
-    figure.suptitle(chart.title, x=0.095, y=0.975, ha="left", fontsize=11, weight="bold")
+    title = chart.title.encode("utf-8", "backslashreplace").decode()  # names of files may be no text
+    figure.suptitle(title, x=0.095, y=0.975, ha="left", fontsize=11, weight="bold")
     notes = "\n".join(_wrapped(chart.notes))
     figure.text(0.095, 0.015, notes, fontsize=7.5, color="#444444", va="bottom", linespacing=1.35)
     for axes, by_params in ((left, True), (right, False)):

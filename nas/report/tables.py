@@ -94,19 +94,27 @@ FINAL_HEADER = ("model", "params", "MACs", "images/s", "x seed", "test top-1", "
 
 
 def final_rows(run: RunFiles) -> list[list[str]]:
-    """Rows under `FINAL_HEADER`: the seed, the winner and the published arch nearest in size."""
-    rows = []
-    if run.seed:
-        rows.append([f"seed {run.seed_name}", *_of_trial(run.seed)])
+    """Rows under `FINAL_HEADER`: the seed, the winner and the published arch nearest in size.
+
+    Images/s of different moments do not compare: shown are those of the seed beside the winner, times each ratio.
+    """
     final = section(run.result, "final")
-    for role in ("winner", "published"):
-        values = section(final, role)
-        if values:
-            name = values.get("name") or values.get("key") or NONE
-            rows.append([f"{role} {name}" if role != name else role, *_of_final(values)])
+    named = {role: section(final, role) for role in ("winner", "published") if section(final, role)}
+    rows = [(f"{role} {name}" if (name := _name(one)) != role else role, one) for role, one in named.items()]
     if not final and run.path and run.path[-1].step > 0:
-        rows.append([f"best so far {run.path[-1].name}", *_of_trial(run.path[-1])])
-    return rows
+        rows = [(f"best so far {run.path[-1].name}", _untested(run.path[-1]))]
+    pace = None
+    if rows:
+        speed, ratio = number(rows[0][1], "images_per_s"), number(rows[0][1], "ratio")
+        pace = speed / ratio if speed and ratio else None
+    if run.seed:
+        pace = run.seed.images_per_s if not rows else pace
+        rows.insert(0, (f"seed {run.seed_name}", {**_untested(run.seed), "ratio": 1, "ratio_lo": None}))
+    return [[name, *_of_final(values, pace)] for name, values in rows]
+
+
+def _name(values: Mapping[str, Any]) -> str:
+    return str(values.get("name") or values.get("key") or NONE)
 
 
 _COUNTS = ("contractions", "shortlisted", "too slow", "not selected", "failed", "scored", "kept")
@@ -149,21 +157,24 @@ def lineage_rows(run: RunFiles) -> list[list[str]]:
     ]
 
 
-def _of_trial(row: Trial) -> list[str]:
-    # No test top-1: the test set is used once, for the final two.
-    ratio = {"ratio": 1, "ratio_lo": None, "ratio_hi": None} if row.step == 0 else {}
-    return _of_final({**asdict(row), **ratio, "top1": None, "soft_loss": None})
+def _untested(row: Trial) -> Mapping[str, Any]:
+    """Return a trial's values without scores: the test set is used once, for the final two."""
+    return {**asdict(row), "top1": None, "soft_loss": None}
 
 
-def _of_final(values: Mapping[str, Any]) -> list[str]:
+def _of_final(values: Mapping[str, Any], pace: float | None) -> list[str]:
+    """Return the cells of a row; `pace` are the seed's images/s in the table's moment."""
+
     def get(name: str) -> float | None:
         return number(values, name)
 
+    ratio, lo, hi = get("ratio"), get("ratio_lo"), get("ratio_hi")
+    speed, least, most = (None if value is None or pace is None else pace * value for value in (ratio, lo, hi))
     return [
         whole(get("params")),
         short_count(get("macs")),
-        with_interval(get("images_per_s"), get("images_per_s_lo"), get("images_per_s_hi")),
-        with_interval(get("ratio"), get("ratio_lo"), get("ratio_hi")),
+        with_interval(speed, least, most),
+        with_interval(ratio, lo, hi),
         percent(get("top1"), get("top1_se")),
         decimal(get("soft_loss")),
     ]

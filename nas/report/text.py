@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nas.core.config import RunConfig
 from nas.report.charts import conditions_line, counted
+from nas.report.following import next_commands
 from nas.report.read import RunFiles, number, section
 from nas.report.tables import (
     FINAL_HEADER,
@@ -139,49 +138,33 @@ def status_lines(run: RunFiles) -> str:
     return "\n".join(lines)
 
 
-def next_commands(run: RunFiles) -> tuple[str, ...]:
-    """Return the commands that make most sense after this run, the first first."""
-    config, status, quote = run.config, run.result.get("status"), shlex.quote
-    folder, contract = quote(str(run.folder)), "python -m nas.contract"
-    family = str(config.get("family", RunConfig.family))
-    again = contract if family == RunConfig.family else f"{contract} --family {quote(family)}"
-    target = number(config, "target_params") or 0
-    if status == "reached":
-        data = f"--data {quote(str(config.get('data', 'digits')))}"
-        if config.get("img_size"):
-            data += f" --img-size {config['img_size']}"
-        out, trained = (quote(f"{run.folder.name}-{end}") for end in ("timm", "trained"))
-        best = quote(str(run.folder / "best.json"))
-        further = f"{again} --seed {best} --target-params {short_count(target * 0.8)} {data}"
-        if config.get("teacher", "auto") != "auto":
-            further += f" --teacher {quote(str(config['teacher']))}"
-        return (
-            f"python -m nas.export {folder} --to timm --out {out}",
-            f"python -m nas.train --arch {folder} {data} --init {folder}/best.safetensors --out {trained}",
-            further,
-        )
-    if status == "stuck":
-        seed, bound = quote(str(config.get("seed", "21M"))), number(config, "min_speedup")
-        again += f" --seed {seed} --target-params {short_count(target)} --effort high"
-        if bound is not None:
-            again += f" --min-speedup {1 + (bound - 1) / 2:.3g}"
-        return again, f"python -m benchmarks.pareto {folder}"
-    more = " --final-measurements finalists.csv" if status == "unverified" else ""
-    return f"{contract} --resume {folder}{more}", f"{contract} --status {folder}"
-
-
 def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
-    """Count candidates by stage, state and reason, the numbers in reasons left out."""
-    found: Counter[str] = Counter()
+    """Count candidates by stage, state and reason; numbers that differ are shown from the least to the largest."""
+    found: dict[str, list[str]] = {}
     for row in run.trials:
-        if row.step == 0:
-            continue
-        reason = re.sub(r"\d[\d.,]*", "#", row.reason)
-        what = f"{row.stage} ({row.state})"
-        found[f"{what}: {reason}" if reason else what] += 1
-    ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    rest = sum(count for _, count in ranked[most:])
-    return ranked[:most] + ([("other reasons", rest)] if rest else [])
+        if row.step > 0:
+            what = f"{row.stage} ({row.state})" + (f": {row.reason}" if row.reason else "")
+            found.setdefault(_NUMBER.sub("#", what), []).append(what)
+    ranked = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
+    rest = sum(len(alike) for _, alike in ranked[most:])
+    shown = [(_spanned(alike), len(alike)) for _, alike in ranked[:most]]
+    return shown + ([("other reasons", rest)] if rest else [])
+
+
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]?\d+)?")
+
+
+def _spanned(alike: Sequence[str]) -> str:
+    """Write texts that differ in their numbers as one, each number as the span of its values."""
+    texts = iter(_NUMBER.split(alike[0]))
+    made = next(texts)
+    for values in zip(*map(_NUMBER.findall, alike), strict=True):
+        try:
+            ends = sorted(set(values), key=lambda text: float(text.replace(",", "")))
+        except ValueError:  # a version or a date
+            ends = sorted(set(values))
+        made += (ends[0] if len(ends) == 1 else f"{ends[0]} to {ends[-1]}") + next(texts)
+    return made
 
 
 def caveats(run: RunFiles) -> list[str]:
@@ -298,7 +281,8 @@ def _treatment(run: RunFiles) -> str:
     return (
         f"Winner and published arch had the same treatment ({counted(epochs, 'epoch')}, {how.get(str(start), start)}), "
         "and the test set was used once for each. `x seed` is the throughput ratio to the seed, timed in alternating "
-        "blocks."
+        "blocks; `images/s` is that ratio times what the seed ran at beside the winner, so that the column is of one "
+        "moment."
     )
 
 

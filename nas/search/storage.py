@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from space.errors import InputError, refuse
+from space.errors import InputError, refuse, without_passwords
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -21,6 +21,13 @@ TRY_S = 6
 """Seconds to wait for a lock or a server; Optuna tries five times to add a trial."""
 
 _ADDRESS = "postgresql://USER@HOST:PORT/DATABASE"
+_OPTIONS = (
+    *("password", "user", "host", "hostaddr", "port", "dbname", "service", "passfile", "connect_timeout", "options"),
+    *("application_name", "keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+    *("tcp_user_timeout", "sslmode", "sslnegotiation", "sslcert", "sslkey", "sslrootcert", "sslcrl", "sslsni"),
+    *("channel_binding", "require_auth", "gssencmode", "krbsrvname", "target_session_attrs", "load_balance_hosts"),
+)
+"""Options of an address that hold no secret but the password, which is taken out."""
 _SCHEMES = ("postgresql", "postgres", "postgresql+psycopg", "postgresql+psycopg2")
 RESTORE = "restore the database or start a new run in another folder"
 
@@ -94,10 +101,15 @@ def _split_password(text: str) -> tuple[str, str | None]:
         bad, remedy = f"{url.drivername[:40]}://...", "a run without --storage has its own study.db"
     elif "@" in f"{url.host}{url.database}":
         bad = "an address with more than one @"
+    elif "=" in f"{url.host}{url.database}":
+        bad, remedy = "an address with = before its ?", "write options as ?NAME=VALUE&NAME=VALUE"
     elif not url.database and "service" not in url.query:
         bad, remedy = "an address without a database", ""
-    elif hidden := [k for k in url.query if k != "password" and "password" in k.lower()]:
-        bad, remedy = f"a secret in {hidden[0]}", "use a service file"
+    elif odd := [k for k in url.query if k not in _OPTIONS]:
+        bad = "an option that no address may have" + (f" ({odd[0]})" if odd[0].isalpha() else "")
+        remedy = f"the options are {', '.join(_OPTIONS)}; use a service file for others"
+    elif without_passwords(shown := str(url.query.get("options", ""))) != shown:
+        bad, remedy = "a secret in options", "use a service file"
     if bad is not None:
         raise refuse("--storage", bad, _ADDRESS, remedy)
     secret = url.query.get("password") if url.password is None else url.password

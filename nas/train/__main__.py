@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.core.cli import EXIT_BAD_INPUT, default_cache, exit_status
+from nas.core.cli import EXIT_BAD_INPUT, default_cache, exit_status, path_argument, shell_command
 from nas.core.io import read_json
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
@@ -167,7 +167,8 @@ def _print_result(result: Mapping[str, Any], folder: str, quiet: bool) -> None:
             "best epoch {epoch} ({weights} weights): test top-1 {test_top1:.2%} +- {test_top1_se:.2%}, top-5 "
             "{test_top5:.2%} on {test_n} images; {params:,} parameters".format(**result)
         )
-        print(f"export it with: python -m nas.export {folder} --to timm --out DIR")
+        command = shell_command("nas.export", path_argument(folder), "--to", "timm", "--out", "DIR")
+        print(f"export it with: {command}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

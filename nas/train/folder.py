@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nas.core.cli import resume_flags
 from nas.core.io import read_object, remove_leftovers, write_atomic, write_json
 from nas.core.table import Writer
 from nas.train.evaluate import SCORES
@@ -44,7 +45,7 @@ class TrainFolder:
         if used or (self.path.exists() and not self.path.is_dir()):
             remedy = "name another folder"
             if (self.path / SETTINGS).is_file():
-                remedy = f"go on with it: --resume {self.path}; or {remedy}"
+                remedy = f"go on with it: {resume_flags(self.path)}; or {remedy}"
             raise refuse("--out", self.path, "a folder that is new or empty", remedy)
 
     def write_settings(self, settings: Mapping[str, Any]) -> None:

@@ -91,15 +91,31 @@ def test_stored_pixels_evaluate_as_timm_evaluates_the_file(tmp_path: Path) -> No
             assert torch.equal(eval_batch(ours[None], spec)[0], timms(image)), (wide, high)
 
 
-def test_copies_do_not_straddle_the_cut(tmp_path: Path) -> None:
-    tree(tmp_path / "d" / "train")
-    tree(tmp_path / "d" / "val", each=2, seed=5)
-    shutil.copy(tmp_path / "d/val/a/0.png", tmp_path / "d/train/a/leak.png")
-    shutil.copy(tmp_path / "d/train/a/1.png", tmp_path / "d/train/b/twin.png")
-    dataset = ready(tmp_path / "d", tmp_path)
+def test_copies_by_pixels_do_not_straddle_the_cut(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d" / "train").parent
+    tree(root / "val", each=2, seed=5)
+    shutil.copy(root / "val/a/0.png", root / "train/a/leak.png")
+    Image.open(root / "val/b/0.png").save(root / "train/b/leak.bmp")
+    Image.open(root / "train/b/0.png").save(root / "train/b/twin.tif")
+    dataset = ready(root, tmp_path)
     assert len(dataset.train) + len(dataset.holdout) == 18
     assert len(dataset.test) == 6
-    assert any("2 images are copies" in note for note in dataset.notes)
+    assert any("3 images are copies of others by decoded pixels" in note for note in dataset.notes)
+
+
+def test_equal_pictures_of_two_classes_are_named_and_refused_over_a_share(tmp_path: Path) -> None:
+    root = tree(tmp_path / "d" / "train", each=8).parent
+    tree(root / "val", each=3, seed=5)
+    Image.open(root / "train/a/1.png").save(root / "train/b/twin.bmp")
+    Image.open(root / "val/a/1.png").save(root / "train/c/other.webp", lossless=True)
+    with pytest.raises(InputError, match=r"4 broken .* train/a/1.png \(the picture of train/b/twin.bmp, of class b\)"):
+        ready(root, tmp_path)
+    for pixel_cache in (True, False):
+        kept = ready(root, tmp_path, max_corrupt=0.2, pixel_cache=pixel_cache)
+        assert set(kept.broken) == {"train/a/1.png", "train/b/twin.bmp", "val/a/1.png", "train/c/other.webp"}
+        assert (len(kept.train) + len(kept.holdout), len(kept.test)) == (23, 8)
+    with pytest.raises(InputError, match="4 broken images"):  # decoded before, under another limit
+        ready(root, tmp_path)
 
 
 def test_images_that_are_not_chosen_are_never_read(tmp_path: Path) -> None:
@@ -122,7 +138,7 @@ def test_images_that_are_not_chosen_are_never_read(tmp_path: Path) -> None:
 def test_the_default_bites_at_ten_thousand_images() -> None:
     from nas.data.folders import _File
 
-    files = [_File(Path(f"{at}"), f"{at}.jpg", at % 10, "train") for at in range(20_000)]
+    files = [_File(f"{at}.jpg", at % 10, "train") for at in range(20_000)]
     used, notes = _proxy(files, 10, None, True)
     assert len(used) == 10_000
     assert np.bincount([f.label for f in used]).tolist() == [1000] * 10

@@ -96,7 +96,7 @@ def with_absolute_paths(given: Mapping[str, Any]) -> dict[str, Any]:
     if unknown:
         raise refuse("setting", ", ".join(unknown), f"one of {', '.join(sorted(names))}")
     found = dict(given)
-    for name in ("data", "labels", "measurements", "replay", "seed_weights"):
+    for name in ("data", "annotations", "labels", "measurements", "replay", "seed_weights"):
         value = found.get(name)
         # An embedded data set keeps its name even where a folder is called like it.
         if isinstance(value, str) and not (name == "data" and value in EMBEDDED):

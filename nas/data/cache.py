@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from nas.core.io import digest_of, get_or_make, read_json
 from nas.core.progress import Tick
 from nas.data.dataset import MEAN, STD, Dataset, KeyTable, NameTable
+from nas.data.decode import shown_name
 from nas.data.layout import FORMAT, SIDES, file_of, read_folder, write_meta, write_pixels, write_table
 from nas.data.sources import DataSource, ImagePool
-from nas.data.split import cut, unique_rows
+from nas.data.split import contradicting, cut, unique_rows
 from space.errors import refuse
 
 CAP_VARIABLE = "VISION_CONTRACTION_CACHE_CAP"
@@ -32,7 +33,7 @@ DEFAULT_CAP = 100 * 10**9
 """Bytes of decoded pixels kept, unless 80 % of the disk is less or the variable says otherwise."""
 _SPARE = 64 << 20
 _REMEDY = "lower --max-images, or decode as you go with --no-pixel-cache"
-_LEFT_OUT = "broken images left out"
+_LEFT_OUT = "images left out"
 _ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
 _held: dict[str, int] = {}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -265,19 +266,27 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
     pool_path = folder / "pool.raw" if source.root is None else None
     pool = ImagePool(pool_path, source.store_size)
     source.fill(pool, tick)
-    _check_broken(len(pool.broken), len(pool.keys) + len(pool.broken), max_corrupt, pool.examples(3))
+    total = len(pool.keys) + len(pool.broken)
+    odd = contradicting(pool.pictures, pool.labels) if source.classes else {}
+    for row, other in odd.items():
+        name = source.classes[pool.labels[other]]
+        pool.lose(pool.names[row], f"the picture of {shown_name(pool.names[other])}, of class {name}")
+    _check_broken(len(pool.broken), total, max_corrupt, pool.examples(3))
     pixels = pool.pixels()
-    kept = unique_rows(pool.keys, pool.roles)
+    usable = np.array([row for row in range(len(pool.keys)) if row not in odd], dtype=np.int64)
+    pictures, roles = ([column[r] for r in usable] for column in (pool.pictures, pool.roles))
+    kept = usable[unique_rows(pictures, roles)]
     keys, roles = ([column[r] for r in kept] for column in (pool.keys, pool.roles))
     labels = np.array(pool.labels, dtype=np.int64)[kept]
-    sides = cut(keys, labels, roles, source.classes, random_seed)
+    sides = cut(keys, labels, roles, source.classes, random_seed, source.given)
     notes = list(source.notes)
-    if len(kept) < len(pool.keys):
-        dropped = len(pool.keys) - len(kept)
+    if len(kept) < len(usable):
+        dropped = len(usable) - len(kept)
         noun = "image is a copy" if dropped == 1 else "images are copies"
-        notes.append(f"{dropped} {noun} of others by content and left out")
+        notes.append(f"{dropped} {noun} of others by decoded pixels and left out")
     if pool.broken:
-        notes.append(f"{len(pool.broken)} {_LEFT_OUT}, e.g. {pool.examples(1)}")
+        both = "broken or contradicting" if odd else "broken"
+        notes.append(f"{len(pool.broken)} {both} {_LEFT_OUT}, e.g. {pool.examples(1)}")
     meta: dict[str, Any] = {
         "format": FORMAT,
         "name": source.name,
@@ -318,8 +327,11 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
 def _check_broken(broken: int, total: int, most: float, examples: str) -> None:
     """Refuse a larger share of broken images than is tolerated."""
     if broken > most * total:
-        got, remedy = f"{broken} broken images of {total}, e.g. {examples}", "repair them, or raise --max-corrupt"
-        raise refuse("--data", got, f"at most {most:.2%} broken", remedy)
+        got, remedy = (
+            f"{broken} broken images of {total}, e.g. {examples}",
+            "repair or remove them, or raise --max-corrupt",
+        )
+        raise refuse("--data", got, f"at most {most:.2%} broken or of two classes", remedy)
 
 
 def cached(source: DataSource, random_seed: int, max_corrupt: float, cache_dir: Path, tick: Tick) -> Dataset:

@@ -27,11 +27,13 @@ EMBEDDED = ("digits", "fractals")
 class DataSpec(DataConfig):
     """A request for a data set; `random_seed` decides which images are taken and held out. Raises InputError.
 
-    With `images_may_grow` the number `max_images` is a default, which grows with the classes.
+    With `images_may_grow` the number `max_images` is a default, which grows with the classes. With `test_only` a folder
+    is read for its test set alone: the one that it gives, else all its images.
     """
 
     random_seed: int = setting(0, "of the images taken and held out", low=0)
     images_may_grow: bool = False
+    test_only: bool = False
 
     def __post_init__(self) -> None:
         if not self.data.strip():
@@ -45,11 +47,14 @@ class DataSpec(DataConfig):
         return cls(**{**values, "random_seed": random_seed, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what decides the data, as plain JSON: a folder by its absolute path."""
+        """Return what decides the data, as plain JSON: a folder and a file by its absolute path."""
         path = Path(self.data).expanduser()
         place = self.data if self.data in EMBEDDED or not path.is_dir() else str(path.resolve())
         left_out = {"pixel_cache"} if self.images_may_grow else {"pixel_cache", "images_may_grow"}
-        return {k: v for k, v in {**asdict(self), "data": place}.items() if k not in left_out}
+        found = {k: v for k, v in {**asdict(self), "data": place}.items() if k not in left_out}
+        if self.annotations is not None and Path(self.annotations).is_file():
+            found["annotations"] = str(Path(self.annotations).resolve())
+        return found
 
     def images_for(self, classes: int) -> int | None:
         """Return `max_images` for so many classes."""

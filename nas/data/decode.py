@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from nas.data.split import content_key
 
@@ -18,8 +21,8 @@ CROP = 0.875
 """Share of the stored side that evaluation crops (timm's default)."""
 SIZES = (48, 96, 224)
 _NARROWEST = 100
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is decoded, by content. Not all that Pillow reads: it runs Ghostscript on EPS."""
+_NOT_READ = frozenset(("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FITS", "IMT", "IPTC", "SPIDER"))
+"""What Pillow would have Ghostscript run or cannot decode by itself, or finds in any file."""
 MOST_PIXELS = 89_478_485
 """Of an image, as in Pillow, which by itself only warns below twice as many."""
 MOST_BYTES = 1 << 30
@@ -31,13 +34,48 @@ def store_size_of(img_size: int) -> int:
     return round(img_size / CROP)
 
 
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return the formats that are decoded, by content: Pillow's and those of an installed pillow-heif."""
+    with suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - _NOT_READ))
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return the endings of names, such as ".jpg", that are taken for images."""
+    known = formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file of any name is an image, by its first bytes and its header."""
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            head = file.read(32)
+        signed = [f for f in formats() if (accept := Image.OPEN[f][1]) is not None and accept(head) is True]
+        if not signed:
+            return False
+        with Image.open(path, formats=signed):
+            return True
+    except Exception:  # whatever is wrong, it is no image that could be used
+        return False
+
+
 def fitted(image: Image.Image, img_size: int, store_size: int) -> NDArray[np.uint8]:
     """Resize the shorter side to `store_size` (bicubic) and cut the centre: uint8 [S, S, 3].
 
     Stored pixels evaluate as timm evaluates the file: both share the centre of `img_size`. Raises ValueError for
     slivers.
     """
-    image = as_rgb(image)
+    return _window(as_rgb(image), img_size, store_size)
+
+
+def _window(image: Image.Image, img_size: int, store_size: int) -> NDArray[np.uint8]:
     wide, high = image.size
     short, long = min(wide, high), max(wide, high)
     if long > _NARROWEST * short:
@@ -57,31 +95,55 @@ def _start(side: int, img_size: int, store_size: int) -> int:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as timm does (no EXIF turn, no transparency, the first frame), but scale 16 bits to 8.
+    """Turn upright by EXIF and convert to RGB, of several frames the first; transparency is dropped, as in timm.
 
     Raises ValueError for numbers without a known white.
     """
+    image.load()  # a TIFF is turned by this, and says so afterwards
+    with suppress(Exception):  # damaged EXIF raises almost anything
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known white")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)
-        if values.size and (values.min() < 0 or values.max() > 0xFFFF):
-            raise ValueError("32-bit pixels have no known white")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.int64)))
     return image.convert("RGB")
+
+
+def _eight_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Scale grey levels of 16 or 32 bits to 0..255: white is 2^b - 1, b the least of 8, 12, 16, ... that holds them.
+
+    So 12 bits in a 16-bit file use the whole range. The exported snippet (`nas.export.hub`) does the same.
+    """
+    if values.min() < 0:
+        raise ValueError("negative pixels have no known black")
+    white = next(2**bits - 1 for bits in range(8, 33, 4) if values.max() < 2**bits)
+    grey: NDArray[np.uint8] = ((values * 255 + white // 2) // white).astype(np.uint8)
+    return grey
 
 
 def read_image(path: Path, img_size: int, store_size: int) -> tuple[str, NDArray[np.uint8]]:
     """Read one file: its key (a hash of its bytes) and its pixels. Raises whatever is wrong."""
+    key, rgb = _opened(path)
+    return key, _window(rgb, img_size, store_size)
+
+
+def read_picture(path: Path, img_size: int, store_size: int) -> tuple[str, str, NDArray[np.uint8]]:
+    """Read one file as `read_image` does: its key, a hash of all its decoded pixels, and those that are kept."""
+    key, rgb = _opened(path)
+    return key, as_rgb_key(rgb), _window(rgb, img_size, store_size)
+
+
+def _opened(path: Path) -> tuple[str, Image.Image]:
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device has no end
         raise ValueError("not a file")
     if about.st_size > MOST_BYTES:
         raise ValueError(f"{about.st_size:,} bytes are too many")
     data = path.read_bytes()
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
         refuse_bomb(image)
-        return content_key(data), fitted(image, img_size, store_size)
+        return content_key(data), as_rgb(image)
 
 
 def refuse_bomb(image: Image.Image) -> None:
@@ -126,7 +188,7 @@ def header_size(path: Path) -> tuple[int, int] | None:
     try:
         if not path.is_file():
             return None
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=formats()) as image:
             return image.size
     except Exception:  # whatever is wrong is named when the image is decoded
         return None

@@ -28,7 +28,7 @@ from nas.data.decode import read_image
 from nas.data.split import Rows
 from space.errors import refuse
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout and of the cuts; another one is another folder."""
 SIDES = ("train", "holdout", "test")
 _TABLES = ("keys", "labels", "names", "ends")

@@ -46,18 +46,20 @@ class ImagePool:
         self._path = path
         self.store_size = store_size
         self.keys: list[str] = []
+        self.pictures: list[str] = []  # hashes of decoded pixels
         self.labels: list[int] = []
         self.roles: list[str] = []
         self.names: list[str] = []
         self.broken: dict[str, str] = {}  # names with reasons
 
-    def add(self, key: str, label: int, role: str, pixels: NDArray[np.uint8], name: str) -> None:
-        """Append one image, uint8 [S, S, 3], under its name for users."""
+    def add(self, key: str, label: int, role: str, pixels: NDArray[np.uint8], name: str, picture: str = "") -> None:
+        """Append one image, uint8 [S, S, 3], under its name for users; `picture` hashes what is decoded of it."""
         assert pixels.shape == (self.store_size, self.store_size, 3), pixels.shape
         assert pixels.dtype == np.uint8, pixels.dtype
         if self._file is not None:
             self._file.write(np.ascontiguousarray(pixels).data)
         self.keys.append(key)
+        self.pictures.append(picture or key)
         self.labels.append(label)
         self.roles.append(role)
         self.names.append(name)
@@ -85,7 +87,7 @@ class DataSource:
 
     `identity` is plain JSON that changes when the content does; `decoding` names how pixels come about; `fill` decodes
     into a pool, ticking once an image; `seeded`: the cut is still to be drawn; `root` is the folder of the files if no
-    pixels are kept.
+    pixels are kept; `given` are the sides, "holdout" or "test", that the user gave: they may lack classes.
     """
 
     name: str
@@ -100,6 +102,7 @@ class DataSource:
     notes: tuple[str, ...] = ()
     seeded: bool = True
     root: Path | None = None
+    given: frozenset[str] = frozenset()
 
 
 def digits(spec: DataSpec) -> DataSource:
@@ -188,7 +191,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
     else:
         sides["test"] = _side(test)
     classes = _classes(train, next(iter(sides.values())), spec.data)
-    wanted = _wanted(sides, len(classes), spec.images_for(len(classes)), notes)
+    wanted = _wanted(sides, len(classes), spec.images_for(len(classes)), spec.max_test_images, notes)
     img_size = spec.img_size
     if img_size is None:
         role = next(iter(sides))
@@ -300,12 +303,14 @@ def _checked_label(label: Any, classes: int, name: str) -> int:
     return number
 
 
-def _wanted(sides: dict[str, _Side], classes: int, asked: int | None, notes: list[str]) -> dict[str, list[int]]:
+def _wanted(
+    sides: dict[str, _Side], classes: int, asked: int | None, most_test: int | None, notes: list[str]
+) -> dict[str, list[int]]:
     """Choose which numbers are read, stratified where the reader lists labels."""
     split = "test" in sides
     limits = {role: proxy_limit(classes, asked, split) for role in sides}
     if split:
-        limits["test"] = max(TEST_IMAGES, classes)
+        limits["test"] = max(TEST_IMAGES, classes) if most_test is None else most_test
     wanted: dict[str, list[int]] = {}
     for role, side in sides.items():
         labels = np.zeros(side.count, dtype=np.int64) if side.labels is None else side.labels
@@ -314,7 +319,7 @@ def _wanted(sides: dict[str, _Side], classes: int, asked: int | None, notes: lis
         wanted[role] = rows.tolist()
         if len(rows) < side.count:
             what = "test" if role == "test" else "training"
-            flag = "" if role == "test" else " (--max-images)"
+            flag = " (--max-test-images)" if role == "test" else " (--max-images)"
             notes.append(f"{len(rows):,} of {side.count:,} {what} images used{flag}")
     return wanted
 

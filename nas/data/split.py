@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,13 +73,28 @@ def unique_rows(keys: Sequence[str], roles: Sequence[str]) -> Rows:
     return np.array(sorted(row for _, row in best.values()), dtype=np.int64)
 
 
+def contradicting(pictures: Sequence[str], labels: Sequence[int]) -> dict[int, int]:
+    """Find equal pictures of different classes: each such row with the row of another class."""
+    groups: dict[str, list[int]] = {}
+    for row, picture in enumerate(pictures):
+        groups.setdefault(picture, []).append(row)
+    odd = (rows for rows in groups.values() if len({labels[row] for row in rows}) > 1)
+    return {row: next(r for r in rows if labels[r] != labels[row]) for rows in odd for row in rows}
+
+
 def cut(
-    keys: Sequence[str], labels: NDArray[np.int64], roles: Sequence[str], classes: Sequence[str], random_seed: int
+    keys: Sequence[str],
+    labels: NDArray[np.int64],
+    roles: Sequence[str],
+    classes: Sequence[str],
+    random_seed: int,
+    given: Collection[str] = (),
 ) -> Mapping[str, Rows]:
     """Cut unique images into {"train", "holdout", "test"}: rows in the order of their keys, stratified by class.
 
-    The test side of "any" is fixed by content; the holdout is drawn with `random_seed`. Raises InputError if a class,
-    or an unlabelled set, is too small to be on every side.
+    The test side of "any" is fixed by content; the holdout is drawn with `random_seed`. Sides that were `given` may
+    lack classes, and beside a given test set alone the others are empty. Raises InputError if a class, or an unlabelled
+    set, is too small to be on every other side.
     """
     assert len(set(keys)) == len(keys), "equal contents must be dropped before a cut"
     role = np.array(roles, dtype=object)
@@ -103,9 +118,15 @@ def cut(
         "holdout": np.concatenate([part("holdout"), holdout]),
         "test": np.concatenate([part("test"), test]),
     }
+    alone = "test" in given and set(roles) <= {"test"}
+    for side in given:
+        if not len(sides[side]):
+            raise refuse("--data", f"no usable image of the given {side} side", "at least one", "see what was left out")
     if not classes and any(not len(members) for members in sides.values()):
         raise refuse("--data", f"{len(keys)} images without copies", "images for train, holdout and test", "at least 3")
     for side, members in sides.items():
+        if alone or side in given:
+            continue
         missing = np.flatnonzero(np.bincount(labels[members], minlength=len(classes)) == 0)
         if len(missing):
             named = ", ".join(repr(classes[c]) for c in missing[:3])

@@ -11,14 +11,19 @@ from nas.export.saved_model import SavedModel
 
 USAGE = """\
 ```python
-import json, timm
-from PIL import Image
+import json, numpy as np, timm
+from PIL import Image, ImageOps
+image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as in training
+if image.mode[0] == "I":  # 16 or 32 bits: white is the top of the fewest bits, 8, 12, 16, ..., that hold the picture
+    grey = np.asarray(image).astype(int)
+    white = 2 ** max(8, -(-int(grey.max()).bit_length() // 4) * 4) - 1
+    image = Image.fromarray((grey * 255 / white).round().astype("uint8"))
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-best = model(transform(Image.open("photo.jpg").convert("RGB"))[None]).argmax().item()
+best = model(transform(image.convert("RGB"))[None]).argmax().item()
 print(json.load(open("{folder}/config.json"))["label_names"][best])
 ```"""
-"""A prediction on an image file; `{folder}` is the export's folder, or a hub's name."""
+"""A prediction on an image file, read as `nas.data.decode.as_rgb` does; `{folder}` is the export's folder."""
 
 BACKBONE = """\
 ```python
@@ -30,7 +35,9 @@ maps = backbone(images)   # strides: {strides}; channels: {channels}
 TIMM_VALIDATION = """\
 timm's own validation script sorts class folders by another rule (1, 2, 10), so it is given the order of the classes:
 `python validate.py --model local-dir:{folder} --pretrained --class-map {folder}/class_map.txt --data-dir IMAGES`
-(with `--input-key ".jpg;.png;.webp"` for files of other endings than .jpg, .jpeg and .png, which it leaves out)"""
+(with `--input-key ".jpg;.png;.webp"` for files of other endings than .jpg, .jpeg and .png, which it leaves out).
+It does
+not turn pictures by EXIF and cuts off more than 8 bits, as transformers does the latter."""
 
 TRANSFORMERS = """\
 ```python

@@ -27,11 +27,13 @@ OPSET = 20
 """Old enough for the runtimes of deployed boards (ONNX Runtime 1.17 and later)."""
 
 RECIPE = """\
-import json, numpy as np, onnxruntime; from PIL import Image
+import json, numpy as np, onnxruntime; from PIL import Image, ImageOps
 net = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"]); about = \
 net.get_modelmeta().custom_metadata_map; size, side, mean, std, classes = (json.loads(about[name]) \
 for name in ("img_size", "resize", "mean", "std", "classes"))
-image = Image.open("photo.jpg").convert("RGB"); image = image.resize([side * n // min(image.size) for n in \
+image = ImageOps.exif_transpose(Image.open("photo.jpg")); grey = np.asarray(image).astype(float); image = (image if \
+image.mode[0] != "I" else Image.fromarray((grey * 255 / (2 ** max(8, -(-int(grey.max()).bit_length() // 4) * 4) - 1))\
+.round().astype("uint8"))).convert("RGB"); image = image.resize([side * n // min(image.size) for n in \
 image.size], Image.Resampling[about["interpolation"].upper()]); image = image.crop([round((n - size) / 2) + more \
 for more in (0, size) for n in image.size])
 best = net.run(None, {{"images": np.float32((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)[None]}})[0]\

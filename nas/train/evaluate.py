@@ -61,12 +61,13 @@ class EvalResult:
         values |= {"loss": float(self.loss.mean(dtype=np.float64)), "n": len(self.truth)}
         return {f"{prefix}{name}": value for name, value in values.items()}
 
-    def by_class(self, classes: Sequence[str]) -> str:
-        """Return a table by class, as CSV with `CLASS_COLUMNS`."""
+    def by_class(self, classes: Sequence[str], only: Sequence[int] | None = None) -> str:
+        """Return a table by class, or of some classes by number, as CSV with `CLASS_COLUMNS`."""
         out = io.StringIO()
         writer = Writer(out)
         writer.writerow(CLASS_COLUMNS)
-        for number, name in enumerate(classes):
+        for number in range(len(classes)) if only is None else only:
+            name = classes[number]
             at = self.truth == number
             wrong = self.predicted[at & (self.predicted != number)]
             most = classes[int(np.bincount(wrong).argmax())] if len(wrong) else ""
@@ -144,6 +145,25 @@ def _natural(name: str) -> list[Any]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
 
 
+def _is_fresh(saved: SavedModel, data: str) -> bool:
+    """Return whether a folder is another one than the model's run held images out of."""
+    config = saved.run.get("config")
+    known = config.get("data") if isinstance(config, dict) else None
+    return known is None or Path(str(known)).expanduser().resolve() != Path(data).expanduser().resolve()
+
+
+def _in_order(classes: Sequence[str], dataset: Dataset, split: Split, saved: SavedModel) -> Split:
+    """Number a split's images by the model's classes, of which there may be some. Raises InputError."""
+    number = {name: at for at, name in enumerate(classes)}
+    unknown = [name for name in dataset.classes if name not in number]
+    if unknown or not dataset.classes:
+        got = f"{len(unknown)} classes ({', '.join(unknown[:3])}) that the model does not have"
+        want = f"classes of the {len(classes)} of {saved.path} ({', '.join(classes[:3])}, ...)"
+        raise refuse("--data", got if unknown else "images without classes", want)
+    own = np.array([number[name] for name in dataset.classes], dtype=np.int64)
+    return replace(split, labels=own[split.labels])
+
+
 def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     """Evaluate a saved model on a split of a data set, as `nas.train --evaluate` asks.
 
@@ -163,27 +183,35 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     device = given.device or "cpu"
     take_fingerprint(device, 1)  # refuses a device that is not there
     console = Console(quiet=given.quiet)
-    most = ALL_IMAGES if given.max_images is None else given.max_images
-    data = DataSpec.of(given, given.data_seed, img_size=size, max_images=most)
+    fresh = _is_fresh(saved, given.data)
+    data = DataSpec.of(
+        given,
+        given.data_seed,
+        img_size=size,
+        max_images=ALL_IMAGES if given.max_images is None else given.max_images,
+        max_test_images=ALL_IMAGES if given.max_test_images is None else given.max_test_images,
+        test_only=fresh and given.split == "test",
+    )
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
     dataset = prepared(data, cache, console)
     for note in (*named.notes, *_assumptions(saved, dataset)):
         console.line(note)
-    if saved.classes and list(dataset.classes) != saved.classes:
-        want, got = (", ".join(map(str, c[:3])) for c in (saved.classes, dataset.classes))
-        want = f"the {len(saved.classes)} of {saved.path} ({want}, ...)"
-        raise refuse("--data", f"{dataset.num_classes} classes ({got}, ...)", want)
-    split = getattr(dataset, given.split)
+    classes = saved.classes or list(dataset.classes)
+    split = _in_order(classes, dataset, getattr(dataset, given.split), saved)
+    present = sorted(set(split.labels.tolist()))
+    if len(present) < len(classes):
+        names = ", ".join(classes[number] for number in present[:3]) + (", ..." if len(present) > 3 else "")
+        console.line(f"images of {len(present)} of the model's {len(classes)} classes ({names}), told from all of them")
     network: Callable[[Tensor], Tensor]
     network = model = place(saved.build(), device)
     if given.fusion != "logits" and has_token(model):
         network = lambda inputs: fuse(both_heads(model, inputs), given.fusion)  # noqa: E731
     # The model's own, whatever the data's are.
     mean, std = ((v[0], v[1], v[2]) for v in (saved.preprocessing[name] for name in ("mean", "std")))
-    spec, classes = replace(preset_spec("default", dataset), mean=mean, std=std), dataset.num_classes
+    spec, many = replace(preset_spec("default", dataset), mean=mean, std=std), len(classes)
     with console.bar(float(len(split)), "images"):
-        result = evaluate(network, split, spec, num_classes=classes, device=device, tick=console.advance)
-    table = result.by_class(dataset.classes)
+        result = evaluate(network, split, spec, num_classes=many, device=device, tick=console.advance)
+    table = result.by_class(classes, present)
     if given.out is not None:
         try:
             Path(given.out).write_text(table, encoding="utf-8")

@@ -36,6 +36,7 @@ class TrainConfig(DataConfig):
     recipe: Recipe
     img_size: int | None = changed_setting(DataConfig, "img_size", default_text="the recipe's, or the data's")
     max_images: int | None = changed_setting(DataConfig, "max_images", low=20, default_text="all")
+    max_test_images: int | None = changed_setting(DataConfig, "max_test_images", default_text="all")
     data_seed: int = setting(0, "of the images held out; a store's or a run's --random-seed", metavar="N", low=0)
     labels: str | None = setting(
         None,
@@ -100,6 +101,7 @@ class TrainConfig(DataConfig):
             self.data_seed,
             img_size=self.recipe.img_size if self.img_size is None else self.img_size,
             max_images=ALL_IMAGES if self.max_images is None else self.max_images,
+            max_test_images=ALL_IMAGES if self.max_test_images is None else self.max_test_images,
         )
 
 

@@ -104,7 +104,7 @@ def make_config(given: argparse.Namespace) -> TrainConfig:
         raise refuse("--family", given.family, f"{family.name}, the family of --arch {given.arch}")
     values = {field.name: getattr(given, field.name) for field in settings_of(TrainConfig)}
     values["data"] = given.data if given.data in EMBEDDED else _path(given.data)
-    for file in ("labels", "init", "head_map"):
+    for file in ("labels", "init", "head_map", "annotations"):
         if values[file] not in (None, "scratch"):
             values[file] = _path(values[file])
     if values["resize"] is None:

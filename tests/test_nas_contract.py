@@ -22,6 +22,7 @@ from run_cases import settings, table
 
 from nas.contract import contract
 from nas.contract.__main__ import main
+from nas.core.executor_config import ExecutorConfig
 from nas.core.table import table_columns
 from nas.measure.measurement_table import MeasurementRow, MeasurementTable, read_measurements
 from nas.search.study import Trial
@@ -33,6 +34,23 @@ FAMILY = get_family("tinyvit")
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def test_workers_are_asked_for_by_name_from_python_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--workers"):
+        contract("21M", "5M", out=tmp_path / "run", workers=0)
+    with pytest.raises(InputError, match="one of the two"):
+        contract("21M", "5M", out=tmp_path / "run", workers=2, executor_config=ExecutorConfig())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_script_without_a_main_guard_runs_with_workers(finished: Finished, tmp_path: Path) -> None:
+    asked = settings(finished, cache_dir=str(finished.cache), out=str(tmp_path / "run"), workers=2)
+    script = tmp_path / "script.py"
+    script.write_text(f"from nas.contract import contract\nprint(contract(**{asked!r}).status)\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.stdout.split() == ["reached"], done.stderr
 
 
 def test_a_run_leaves_every_file_it_promises(finished: Finished) -> None:

@@ -87,6 +87,32 @@ def test_stopped_at_random_steps_it_ends_in_the_same_weights(
         assert whole_log == log
 
 
+def test_a_finished_training_is_extended_and_a_kill_does_not_matter(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arch, whole, out = arch_file(tmp_path), tmp_path / "whole", tmp_path / "out"
+    for each in (whole, out):
+        assert train.main(flags(cache, arch, each)) == 0
+    before, epochs = weights(whole, "last"), len(rows(whole))
+    go_on = ["--cache-dir", str(cache), "--quiet"]
+    assert train.main(["--resume", str(whole), "--extend", "2", *go_on]) == 0
+    assert len(rows(whole)) == epochs + 2
+    result = json.loads((whole / "result.json").read_text())
+    assert (result["status"], result["epochs"]) == ("finished", epochs + 2)
+    assert not equal(before, weights(whole, "last"))
+    assert float(rows(whole)[-1]["lr"]) == pytest.approx(float(rows(whole)[-2]["lr"]))
+    with monkeypatch.context() as patch:  # in the middle of the epochs added
+        stop_at(patch, epochs * (int(float(rows(out)[0]["images"])) // 32) + 2)
+        with pytest.raises(Stop):
+            train.main(["--resume", str(out), "--extend", "2", *go_on])
+    assert train.main(["--resume", str(out), "--extend", "2", *go_on]) == 2
+    assert "has not ended" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), *go_on]) == 0
+    assert equal(weights(whole, "last"), weights(out, "last"))
+    assert train.main([*flags(cache, arch, tmp_path / "new"), "--extend", "2"]) == 2
+    assert "a new training" in capsys.readouterr().err
+
+
 def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: float) -> None:
     """Kill -9 some time after the first checkpoint, then go on."""
     with subprocess.Popen(

@@ -24,9 +24,9 @@ from nas.data.dataset import dataset_card
 from nas.data.prepare import prepared
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.train_config import TrainConfig, read_config
-from nas.train.train_flags import check_only_machine, describe, make_config, make_machine, read_flags
+from nas.train.train_flags import check_only_machine, describe, extended, make_config, make_machine, read_flags
 from space import Context
-from space.errors import InputError
+from space.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from nas.train.folder import TrainFolder
@@ -65,8 +65,15 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         config = read_config(before["config"])
         result = folder.read_result()
         if result is not None and result["status"] == "finished":
-            return result
+            if given.extend is None:
+                return result
+            config = extended(config, given.extend)
+            folder.forget_result()  # a kill from here on continues with --resume
+        elif given.extend is not None:
+            raise refuse("--extend", "a training that has not ended", "a finished one", "end it with --resume alone")
     else:
+        if given.extend is not None:
+            raise refuse("--extend", "a new training", "the --resume DIR of a finished one", "give it more --epochs")
         config = make_config(given)
         folder = TrainFolder(Path(given.out))
         folder.check_new()
@@ -138,7 +145,7 @@ def _train(
         console.line("machine: " + ", ".join(f"{k}={v}" for k, v in used.items()))
         console.line(f"augmentation: {json.dumps(session.spec.to_dict())}")
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
-        with console.bar(float(images * config.recipe.epochs), "images"):
+        with console.bar(float(images * config.epochs), "images"):
             return session.train(console.advance, _throughput(config, session.ctx))
 
 

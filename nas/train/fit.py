@@ -155,7 +155,7 @@ class _Loop:
         return layer_lr_scales(self._model, blocks, decay)
 
     def run(self, report: Report) -> list[Row]:
-        """Train to the end of the recipe."""
+        """Train to the end of the recipe, and as far as it was extended."""
         args = self._args
         with args.ranks.raise_on_all_ranks():
             epoch, start, seconds = self._resume()
@@ -164,7 +164,7 @@ class _Loop:
         if args.machine.compile:
             self._model.compile()
         network = args.ranks.wrap(self._model)
-        while epoch < self._recipe.epochs:
+        while epoch < self._args.config.epochs:
             row = self._train_epoch(network, epoch, start, seconds)
             weights = self._evaluate(row)
             self._rows.append(row)

@@ -71,6 +71,11 @@ class TrainFolder:
             raise refuse(str(path), "another format", "what nas.train wrote", "remove it, and --resume")
         return result
 
+    def forget_result(self) -> None:
+        """Remove `result.json`: the training goes on."""
+        with self.lock():
+            (self.path / RESULT).unlink(missing_ok=True)
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Be the only process that writes here. Raises InputError if another one does."""

@@ -266,7 +266,7 @@ class TrainSession:
                 self.log('log: no TensorBoard here; pip install -e ".[train]"')
         self._board.add(row)
         self.folder.write_log(rows)
-        self.log(format_epoch(row, self.recipe.epochs, best is not None))
+        self.log(format_epoch(row, self.config.epochs, best is not None))
 
 
 def format_epoch(row: Row, epochs: int, best: bool) -> str:

@@ -26,8 +26,8 @@ class TrainConfig(DataConfig):
 
     `arch` is one of `family`, `arch_from` the user's name of it; `labels` a store and `teacher` a net that teaches
     online (one of them at most); `init` "scratch" or weights, their position tables resized by `resize`; `head_map` a
-    file of old classes. `random_seed` decides weights, order and views, `data_seed` the images held out. Raises
-    InputError.
+    file of old classes. `random_seed` decides weights, order and views, `data_seed` the images held out. `extend`
+    epochs follow the recipe's, at its least rate. Raises InputError.
     """
 
     family: str
@@ -56,6 +56,7 @@ class TrainConfig(DataConfig):
     )
     head_map: str | None = setting(None, "for each class the old one it starts from, -1 for none", metavar="FILE")
     random_seed: int = setting(0, "of weights, order and views", metavar="N", low=0)
+    extend: int = 0
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -92,6 +93,11 @@ class TrainConfig(DataConfig):
         """The family and the arch."""
         family = get_family(self.family)
         return family, family.arch(self.arch)
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of the recipe, and those that a finished training was extended by."""
+        return self.recipe.epochs + self.extend
 
     @property
     def data_spec(self) -> DataSpec:

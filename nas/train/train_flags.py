@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ class TrainProcess:
 
     out: str | None = setting(None, "a new folder", group="the run", metavar="DIR")
     resume: str | None = setting(None, "continue a training", metavar="DIR")
+    extend: int | None = setting(
+        None,
+        "with --resume: train a finished training N epochs further, at its least learning rate",
+        metavar="N",
+        low=1,
+        high=100_000,
+    )
     plan: bool = setting(False, "print every value, and stop")
     evaluate: str | None = setting(None, "evaluate a model of a run or training on --data", metavar="MODEL")
     split: str = setting("test", "for --evaluate", choices=("test", "holdout"))
@@ -160,17 +167,25 @@ def describe(config: TrainConfig, world: int) -> list[str]:
         for name, value in recipe.to_dict().items()
     }
     values = ", ".join(f"{name}={value}" for name, value in shown.items() if name != "name")
+    further = f"; then {config.extend} at the least rate" if config.extend else ""
     return [
         f"arch: {family.name} {family.label(arch)} (of {config.arch_from})",
-        f"recipe {recipe.name}: {values}",
+        f"recipe {recipe.name}: {values}{further}",
         f"rates for whole batches of {recipe.batch_size}: peak {peak:g}, least {least:g}, "
         f"first {first:g}; {world} process{'es' if world > 1 else ''}",
     ]
 
 
+def extended(config: TrainConfig, epochs: int) -> TrainConfig:
+    """Return the configuration of a training that goes on; a recipe that ends at a rate of 0 is refused."""
+    if config.recipe.rates()[1] <= 0:
+        raise refuse("--extend", f"{config.recipe.name}, whose rate ends at 0", "a least rate above 0", "start anew")
+    return replace(config, extend=config.extend + epochs)
+
+
 def check_only_machine(given: argparse.Namespace) -> None:
     """Refuse flags beside --resume that would change what was asked."""
-    free = {"resume", "cache_dir", "quiet", "json"} | {f.name for f in settings_of(Machine)}
+    free = {"resume", "extend", "cache_dir", "quiet", "json"} | {f.name for f in settings_of(Machine)}
     flags = {field.name: field.flag for group in GROUPS for field in settings_of(group)}
     for name in sorted(given.given - free):
         raise refuse(

@@ -122,6 +122,7 @@ def test_usual_layouts_have_the_classes_that_people_mean(layout: str, tmp_path: 
         ("train/{a,b}*2 extra/{a,b}*2", "extra/ beside train/"),
         ("train*2 test*2 bus*2", "bus/ beside test/, train/"),
         ("{pictures2,test}*3", "pictures2/ beside test/"),
+        ("images*3 annotations/trimaps*3", "annotations/ beside images/"),
         ("{train,Training}/{a,b}*2 test/{a,b}*2", "train/, Training/|Training/, train/"),
         ("val/{a,b}*2 test/{a,b}*2", "want a folder to train on"),
         ("train*3 test/{a,b}*1", "class folders in test/ but none in train/"),
@@ -245,8 +246,13 @@ def test_annotations_hold_splits_and_subsets_and_serve_a_flat_val(tmp_path: Path
     assert any("2 images of the folder not named in labels.csv" in n for n in found.notes)
     assert {int(Path(name).stem) % 3 for name in found.holdout.names} == {1}
     net = lay(tmp_path / "net", "train/{n1,n2}*4 val*4")
-    csv = kaggle(net, "val/0,n1 val/1,n2 val/2,n1", "ImageId,class")
-    assert tops(ready(net, annotations=str(csv))) == {"cut": {"train": 8}, "holdout": {"train": 2}, "test": {"val": 3}}
+    want = {"cut": {"train": 8}, "holdout": {"train": 2}, "test": {"val": 3}}
+    for name, rows_of in {
+        "val.csv": "val/0,n1 val/1,n2 val/2,n1",
+        "val/names.csv": "0.png,n1 1.png,n2 2.png,n1",
+    }.items():
+        csv = kaggle(net, rows_of, "ImageId,class", name)
+        assert tops(ready(net, annotations=str(csv))) == want
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,9 @@ class _Finder:
         last = name.rpartition("/")[2]
         found = self._ends.get(last, [])
         if "/" not in name:
-            return found
+            # Beside the CSV file rather than elsewhere, where that is a folder of the tree.
+            near = f"{self._beside}/"
+            return [path for path in found if plain_name(path).startswith(near)] or found
         # Some of the path may be of another machine: as much of its end as fits.
         parts = name.split("/")[:-1]
         for depth in range(len(parts), 0, -1):

@@ -69,6 +69,8 @@ def folder(spec: DataSpec) -> DataSource:
     elif not any(side.role == "train" for side in sides):
         shown = ", ".join(f"{side.shown} ({side.role})" for side in sides)
         raise refuse("--data", f"{spec.data}: {shown}", "a folder to train on", "--splits 'train=FOLDER,test=FOLDER'")
+    unused = Counter(os.path.dirname(path) for path in tree.images(""))
+    unused -= Counter(os.path.dirname(path) for side in sides for path in side.paths())
     if any(side.classes for side in sides if side.role == "train" or spec.test_only):
         sides = _with_truth(sides, notes)
         classes = _class_names(spec, tree, sides, notes)
@@ -77,8 +79,6 @@ def folder(spec: DataSpec) -> DataSource:
         _check_unlabelled(spec, tree, sides)
         notes.append(f"no class folders: images without ground truth, labelled by the teacher ({_CSV})")
     sides = _named_sides(sides, notes)
-    unused = Counter(os.path.dirname(path) for path in tree.images(""))
-    unused -= Counter(os.path.dirname(path) for side in sides for path in side.paths())
     if unused and annotated is None:
         shown = ", ".join(f"{n:,} in {at or '.'}/" for at, n in unused.most_common(4))
         notes.append(f"{counted(unused.total(), 'loose image')} outside the class folders left out: {shown}")
@@ -188,7 +188,7 @@ def _class_names(spec: DataSpec, tree: Tree, sides: Sequence[_SideImages], notes
             raise refuse("--data", got, f"the same classes in {first.shown} and {side.shown}", "rename or remove them")
         if missing:
             more = ", ..." if len(missing) > 3 else ""
-            notes.append(f"{side.shown} has no images of {len(missing)} classes: {', '.join(missing[:3])}{more}")
+            notes.append(f"{side.shown} has no images of {len(missing)} of the classes: {', '.join(missing[:3])}{more}")
     return classes
 
 
@@ -206,7 +206,7 @@ def _named_sides(sides: Sequence[_SideImages], notes: list[str]) -> list[_SideIm
     elif len(roles) == 3:
         final["train"] = "fit"
     for side in sides:
-        groups = f" in {len(side.classes):,} classes" if side.classes else ""
+        groups = f" in {len(side.classes):,} class{'es' * (len(side.classes) > 1)}" if side.classes else ""
         notes.append(f"{side.shown} {purpose[side.role]}: {counted(len(side.paths()), 'image')}{groups}")
     return [replace(side, role=final[side.role]) for side in sides]
 

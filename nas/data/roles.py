@@ -133,6 +133,10 @@ def find_parts(tree: Tree, *, ask: bool = True) -> list[Part]:
     parts = [Part(role, joined(top, name)) for name, role in roles.items()]
     whole = [Part("train", top)]
     if not roles:
+        holds = [name for name in names if name.lower() in ("image", "images", "img", "imgs")]
+        if ask and holds and len(names) > 1:  # beside masks/, say
+            rest = [name for name in names if name not in holds]
+            raise _question(tree, top, rest, dict.fromkeys(holds, "train"))
         return _splits_in_classes(tree, top, names) or whole
     if "train" in by_role and len(by_role) > 1:
         flat = not held[by_role["train"][0]]

@@ -34,7 +34,7 @@ _LAYOUT = "train/CLASS/IMAGE with val/CLASS/IMAGE, or CLASS/IMAGE, or images wit
 _CSV = "--annotations FILE.csv gives them classes"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     name: str  # relative to the root, with forward slashes
     label: int

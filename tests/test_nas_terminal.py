@@ -17,6 +17,7 @@ from synthetic_run import CONFIG, make_run
 from nas.contract.__main__ import main
 from nas.core.io import get_or_make, write_atomic, write_json
 from nas.core.progress import Console
+from nas.search.study import Study
 
 COMMANDS = ("contract", "train", "labels", "export", "inherit", "transfer")
 ODD = "Grüße, Ω, 图, \udcff"
@@ -97,6 +98,7 @@ def test_files_and_folders_follow_the_umask(tmp_path: Path, umask: int, mode: in
         get_or_make(cache / "teachers" / "one", lambda draft: write_json(draft / "a.json", [1]))
         write_atomic(cache / "b", b"1")
         write_atomic(cache / "b", b"2")
+        Study(cache / "study.db", create=True).close()
     finally:
         os.umask(before)
     for path in cache.rglob("*"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping
@@ -143,6 +144,8 @@ def open_storage(where: Path | SharedStudy, *, create: bool) -> RDBStorage:
     for library in ("alembic", "sqlalchemy"):  # errors are reported in our own line
         logging.getLogger(library).setLevel(logging.CRITICAL)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if create and isinstance(where, Path):  # SQLite itself would not let a group write, whatever the umask
+        os.close(os.open(where, os.O_RDWR | os.O_CREAT, 0o666))
     url, options = _engine(where)
     # Optuna formats the address, so braces are doubled.
     text = url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")

@@ -239,6 +239,7 @@ def test_what_to_do_next_is_a_command_that_parses(
     make_run(folder, status=ended)
     (folder / "best.safetensors").write_bytes(b"")
     set_by_user = {"data": str(data), "img_size": 64, "max_images": 120, "max_corrupt": 0.2, "pixel_cache": False}
+    set_by_user |= {"splits": "train=a b,test=c", "classes": "leaf", "annotations": str(data / "list.csv")}
     set_by_user |= {"racing": False, "freeze": ["window_sizes"], "beam": 1, "require": ["latency_ms<=900@cpu:b1"]}
     edit(
         folder / "run.json",
@@ -262,6 +263,8 @@ def test_what_to_do_next_is_a_command_that_parses(
                 given.data_seed,
             )
             assert planned == (str(data), 48, 120, 0.2, False, 3)
+            assert (given.splits, given.classes) == ("train=a b,test=c", "leaf")
+            assert given.annotations == str(data / "list.csv")
             assert Path(given.init).exists()
             assert not Path(given.out).exists()
         elif module == "nas.contract":
@@ -280,7 +283,8 @@ def test_what_to_do_next_is_a_command_that_parses(
                 ("window_sizes",),
             )
             assert config.require == ("latency_ms<=900@cpu:b1",)
-            assert config.random_seed == 3
+            assert (config.random_seed, config.splits, config.classes) == (3, "train=a b,test=c", "leaf")
+            assert config.annotations == str(data / "list.csv")
         elif module == "nas.export":
             assert Path(argv[0]).resolve() == folder.resolve()
             assert not argv[0].startswith("-")

@@ -203,6 +203,20 @@ def test_what_is_no_image_is_counted_as_broken_with_its_reason(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_a_picture_in_its_transparency_alone_is_broken_and_a_blank_one_is_not(mode: str, tmp_path: Path) -> None:
+    shape = Image.fromarray(RGB[:, :, 0])
+    for name, alpha in (("shape", shape), ("blank", Image.new("L", shape.size, 7))):
+        picture = Image.new("LA", shape.size)
+        picture.putalpha(alpha)
+        if mode == "P":
+            picture = picture.convert("RGBA").quantize(64, method=Image.Quantize.FASTOCTREE)
+        picture.convert(mode).save(tmp_path / f"{name}.png")
+    read_image(tmp_path / "blank.png", SIZE, STORE)
+    with pytest.raises(ValueError, match="transparency alone"):
+        read_image(tmp_path / "shape.png", SIZE, STORE)
+
+
 def test_a_bomb_is_refused_by_its_header_alone(tmp_path: Path) -> None:
     """No pixel is decoded, whatever limit somebody gave Pillow."""
     path = tmp_path / "bomb.png"

@@ -97,7 +97,7 @@ def _start(side: int, img_size: int, store_size: int) -> int:
 def as_rgb(image: Image.Image) -> Image.Image:
     """Turn upright by EXIF and convert to RGB, of several frames the first; transparency is dropped, as in timm.
 
-    Raises ValueError for numbers without a known white.
+    Raises ValueError for numbers without a known white, and for a picture that is nothing but transparency.
     """
     image.load()  # a TIFF is turned by this, and says so afterwards
     with suppress(Exception):  # damaged EXIF raises almost anything
@@ -107,7 +107,15 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no known white")
     if image.mode == "I" or image.mode.startswith("I;16"):
         image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.int64)))
-    return image.convert("RGB")
+    rgb = image.convert("RGB")
+    if image.has_transparency_data and _one_colour(rgb) and not _one_colour(image.convert("RGBA")):
+        raise ValueError("its picture is in its transparency alone, which is dropped: flatten it")
+    return rgb
+
+
+def _one_colour(image: Image.Image) -> bool:
+    pixels = np.asarray(image)
+    return bool((pixels == pixels[0, 0]).all())
 
 
 def _eight_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:

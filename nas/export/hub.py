@@ -36,8 +36,7 @@ TIMM_VALIDATION = """\
 timm's own validation script sorts class folders by another rule (1, 2, 10), so it is given the order of the classes:
 `python validate.py --model local-dir:{folder} --pretrained --class-map {folder}/class_map.txt --data-dir IMAGES`
 (with `--input-key ".jpg;.png;.webp"` for files of other endings than .jpg, .jpeg and .png, which it leaves out).
-It does
-not turn pictures by EXIF and cuts off more than 8 bits, as transformers does the latter."""
+It does not turn pictures by EXIF and cuts off more than 8 bits; transformers does the latter too."""
 
 TRANSFORMERS = """\
 ```python

@@ -15,20 +15,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from label_cases import built
-from train_cases import TINY, VIT
+from train_cases import TINY, VIT, arch_file, evaluation, flags
 
+from nas.contract.checks import check_files
 from nas.core.class_match import check_same_classes, match_classes
-from nas.data import Dataset
+from nas.core.config import RunConfig
+from nas.data import Dataset, DataSpec, prepare
 from nas.distill.student import ParentNetwork, start_model
 from nas.distill.teacher import make_teacher
 from nas.export.load import find_network
+from nas.export.save import write_model
 from nas.export.teacher_net import load_teacher
-from nas.export.weights import save_weights
+from nas.export.weights import save_weights, weights_bytes
 from nas.inherit.slice import load_initial_weights, load_seed_weights
+from nas.labels import __main__ as labels
 from nas.labels.reader import LabelReader, holdout_batches
 from nas.labels.store import open_store
+from nas.train import __main__ as train
 from space import Context, get_family
 from space.errors import InputError
+from tests._inline import InlineExecutor
 
 NAMES = tuple("abcdefghij")
 ORDER = (3, 0, 2, 1, 9, 8, 7, 6, 5, 4)
@@ -169,7 +175,7 @@ def hub(folder: Path, model: str, names: tuple[str, ...], dataset: Dataset) -> P
     return folder
 
 
-@pytest.mark.parametrize("model", ["test_resnet", "swiftformer_xs"])
+@pytest.mark.parametrize("model", ["test_resnet", "mobilenetv3_small_050"])
 def test_a_teacher_follows_the_names_of_its_classes(model: str, dataset: Dataset, tmp_path: Path) -> None:
     """Permuted heads are kept and permuted; shared rows are kept and fine-tuned; another head is new."""
     named = replace(dataset, classes=NAMES)
@@ -218,3 +224,107 @@ def test_a_teacher_at_chance_is_refused_with_the_likely_reason(
     with pytest.raises(InputError, match=r"a teacher above 75.0%"):
         check_accuracy(few, named, unnamed)
     assert check_accuracy(replace(few, holdout_top1=0.9), named, unnamed).holdout_top1 == 0.9
+
+
+def model_of(folder: Path, dataset: Dataset, classes: tuple[str, ...], rows: tuple[int, ...]) -> Path:
+    """Save one random net whose outputs have the given rows of its head, under these class names."""
+    family = get_family("vit")
+    arch, ctx = family.arch(VIT), Context(32, len(classes))
+    torch.manual_seed(0)
+    state = dict(family.build(arch, Context(32, 12)).state_dict())
+    state |= {key: state[key][list(rows)] for key in ("head.weight", "head.bias")}
+    named = replace(dataset, classes=classes)
+    about: dict[str, Any] = {"family": family, "arch": arch, "ctx": ctx, "dataset": named}
+    write_model(folder / "best", weights_bytes(state, {}), **about, score={}, throughput=None)
+    return folder / "best.json"
+
+
+def test_evaluation_follows_the_names_of_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = prepare(DataSpec("digits", img_size=32, max_images=200), tmp_path)
+    ten = dataset.classes
+    swapped = tuple(ten[at] for at in ORDER)
+    cases = {
+        "same": (ten, tuple(range(10))),
+        "permuted": (swapped, ORDER),
+        "more": (("x", *ten, "y"), (10, *range(10), 11)),
+    }
+    found = {}
+    for name, (classes, rows) in cases.items():
+        (tmp_path / name).mkdir()
+        model = model_of(tmp_path / name, dataset, classes, rows)
+        assert train.main([word for word in evaluation(model, tmp_path) if word != "--quiet"]) == 0
+        out, err = capsys.readouterr()
+        found[name] = json.loads(out.splitlines()[-1])
+        assert ("another order" in err) == (name == "permuted")
+        assert ("10 of the model's 12 classes" in err) == (name == "more")
+    assert found["permuted"] == pytest.approx(found["same"])
+    assert found["more"]["loss"] > found["same"]["loss"], "told from all"
+    (tmp_path / "other").mkdir()
+    model = model_of(tmp_path / "other", dataset, (*ten[:8], "EIGHT", "nine"), tuple(range(10)))
+    assert train.main(evaluation(model, tmp_path)) == 2
+    assert "--data: got 2 classes (8, 9) that the model does not have" in capsys.readouterr().err
+
+
+def damaged_files(folder: Path, dataset: Dataset) -> dict[str, str]:
+    family = get_family("vit")
+    (folder / "cut.safetensors").write_bytes(b"no weights")
+    other = family.build(family.arch({**VIT, "depth": 3}), Context(40, 7)).state_dict()
+    save_weights(folder / "other.safetensors", other)
+    (folder / "map.txt").write_text("one")
+    save_weights(folder / "good.safetensors", family.build(family.arch(VIT), Context(40, 7)).state_dict())
+    store = built(folder / "store", dataset, epochs=1).folder
+    (store / "keys.bin").write_bytes(b"")
+    return {name: str(folder / name) for name in ("cut.safetensors", "other.safetensors", "map.txt", "store")}
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (("--init", "cut.safetensors"), "--init"),
+        (("--init", "other.safetensors"), "--init: got blocks.2"),
+        (("--init", "good.safetensors", "--head-map", "map.txt"), "--head-map"),
+        (("--teacher", "test_vit:cut.safetensors"), "--teacher"),
+        (("--labels", "store"), "label store"),
+    ],
+)
+def test_a_training_opens_its_files_before_any_data(
+    words: tuple[str, ...],
+    flag: str,
+    dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged_files(tmp_path, dataset)
+    monkeypatch.setattr(train, "prepared", None)  # data would fail
+    monkeypatch.chdir(tmp_path)
+    assert train.main(flags(tmp_path / "cache", arch_file(tmp_path), tmp_path / "out", *words)) == 2
+    assert flag in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_and_labels_open_their_files_before_any_data(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = damaged_files(tmp_path, dataset)
+    monkeypatch.setattr("nas.contract.checks.LocalExecutor", lambda **_: InlineExecutor())
+    monkeypatch.setattr("nas.distill.label_store.LocalExecutor", lambda **_: InlineExecutor())
+    monkeypatch.setattr("nas.distill.label_store.prepared", None)
+    family = get_family("vit")
+    seed = family.arch(VIT)
+    config = RunConfig(seed="x", target_params=1, family="vit")
+    check_files(config, family, seed, None)
+    good = replace(config, seed_weights=str(tmp_path / "good.safetensors"))
+    check_files(good, family, seed, None)
+    check_files(good, family, seed, Context(40, 10), InlineExecutor())
+    for wrong in (
+        {"seed_weights": files["cut.safetensors"]},
+        {"seed_weights": files["other.safetensors"]},
+        {"seed_weights": str(tmp_path / "nowhere.safetensors")},
+        {"teacher": f"test_vit:{files['cut.safetensors']}"},
+        {"labels": files["store"]},
+    ):
+        with pytest.raises(InputError, match=r"--seed-weights|--teacher|label store"):
+            check_files(replace(config, **wrong), family, seed, None)
+    with pytest.raises(InputError, match="--teacher"):
+        labels.build("digits", teacher=f"test_vit:{files['cut.safetensors']}", cache_dir=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from nas.data import Dataset, DataSpec, open_dataset
 from nas.data.dataset import EMBEDDED, dataset_card
 from nas.data.prepare import prepared
 from nas.distill.label_store import teach
+from nas.inherit import jobs as inherit_jobs
+from nas.inherit.jobs import CheckFilesJob
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from nas.jobs.queue import Executor
@@ -31,7 +34,7 @@ from nas.search.constraints import band_at, requirements_of, settings_of
 from nas.search.storage import SharedStudy
 from nas.search.strategies import get_strategy
 from nas.train.jobs import HeadsJob, heads
-from space import get_family
+from space import Context, get_family
 from space.errors import InputError, refuse
 from space.family import Arch, Family
 from space.freeze import freeze
@@ -255,6 +258,31 @@ def read_fingerprints(config: RunConfig, worker: Executor, table: DeviceTable | 
             raise refuse(named, device, "a device that works", result.reason or "")
         found[device] = result.values["fingerprint"]
     return found
+
+
+def check_files(
+    config: RunConfig, family: Family, seed: Arch, context: Context | None, worker: Executor | None = None
+) -> None:
+    """Open the weights, the teacher and the label store that the run will need, and match them.
+
+    Before the data are known (`context` None) a worker of this machine does, if there is anything to open.
+    """
+    teacher = config.teacher if config.labels is None and config.teacher != "auto" else None
+    if config.seed_weights is None and (context is not None or (teacher is None and config.labels is None)):
+        return
+    job = CheckFilesJob(
+        family=family.name,
+        arch=family.to_dict(seed),
+        context=context,
+        weights=config.seed_weights,
+        teacher=teacher if context is None else None,
+        store=config.labels if context is None else None,
+    )
+    with contextlib.ExitStack() as stack:
+        executor = worker or stack.enter_context(LocalExecutor(threads=1))
+        result = executor.run(Job(inherit_jobs.check_files, job, "check-files"))
+    if not result.ok:
+        raise InputError(result.reason if result.values.get("input_error") else f"its files: {result.reason}")
 
 
 def check_token(config: RunConfig, worker: Executor, family: Family, seed: Arch, dataset: Dataset) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from nas.contract.checks import (
     DEVICE_ROWS,
     add_final_measurements,
+    check_files,
     check_possible,
     check_requirements,
     check_same_data,
@@ -210,6 +211,8 @@ def open_run(
             shared = None if session.storage is None else new_shared(session.storage, out)
             if shared is not None:
                 check_reachable(shared)
+        if saved is None:
+            check_files(config, family, seed_arch, None)
         dataset = with_classes(config, read_data(config, cache, console), cache, console)
         if saved is not None:
             check_same_data(config, saved["dataset"]["fingerprint"], dataset)
@@ -242,6 +245,7 @@ def open_run(
             check_same_device(saved["fingerprints"], fingerprints)
         else:
             check_token(config, worker, family, seed_arch, dataset)
+            check_files(config, family, seed_arch, dataset.context, worker)
             if table is not None:
                 write_rows(out / DEVICE_ROWS, table.rows)
             if keep:

@@ -86,7 +86,10 @@ def print_config(run: Run, *, fresh: bool) -> None:
 
 def prepare_seed(run: Run) -> Incumbent:
     """Measure and train the seed, write its trial, and return it as the first incumbent."""
-    measured, teacher = measure_seed(run), _labels(run)
+    named = run.config.labels is not None  # such a store is matched before anything is timed
+    teacher = _labels(run) if named else None
+    measured = measure_seed(run)
+    teacher = teacher if named else _labels(run)
     weights, cached = run.config.seed_weights, run.cache / "seeds"
     init = "scratch" if weights is None else f"file:{weights}"
     task = run.training(run.seed_arch, "seed", out=cached, epochs=run.config.seed_epochs, init=init)

@@ -337,16 +337,25 @@ class Run:
         """Return a key of everything that decides a cached training, this machine included."""
         places = ("dataset", "store", "out", "checkpoint", "shared")
         kind, _, checkpoint = job.init.partition(":")
-        named = kind == "file" and Path(checkpoint).is_file()
         whole = {
             **{k: v for k, v in to_json(job).items() if k not in places},
             "dataset": self.dataset.fingerprint,
             "threads": self.config.threads,
             "fingerprint": self.fingerprint["id"],
-            "started_from": file_sha256(Path(checkpoint)) if named else None,  # its content may change
+            "started_from": _content_of(checkpoint) if kind == "file" else None,  # it may change
         }
         if job.label_epochs is not None:  # more labels than a training comes to change nothing
             whole["label_epochs"] = min(job.label_epochs, job.first_epoch + job.epochs)
         if self.config.metric != "top1":
             whole["metric"] = self.config.metric
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _content_of(source: str) -> list[str] | None:
+    """Hash the files of named weights, and the JSON beside them, which holds the names of their classes."""
+    paths = [Path(source), Path(source.partition(":")[2] or source)]
+    path = next((each for each in paths if each.exists()), None)
+    if path is None:
+        return None
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_suffix(".json")]
+    return [file_sha256(each) for each in files if each.is_file()]

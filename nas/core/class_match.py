@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from space.errors import InputError, refuse
+from space.errors import refuse
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,15 @@ class ClassMatch:
             return f"its {wanted} classes are the data's in another order: rows permuted by name"
         if not self.kept:
             why = f", as none of its {self.had} class names is one of the data's" if self.named else ""
-            return f"a new head ({self.had} -> {wanted} classes){why}{self._near_names()}"
+            return f"a new head ({self.had} -> {wanted} classes){why}{self.near_names()}"
         fresh = f", {len(self.fresh)} start fresh ({_some([*map(repr, self.fresh)])})" if self.fresh else ""
         return (
             f"the head's rows of {self.kept} of the data's {wanted} classes are kept by name (of its {self.had})"
-            f"{fresh}{self._near_names()}"
+            f"{fresh}{self.near_names()}"
         )
 
-    def _near_names(self) -> str:
+    def near_names(self) -> str:
+        """Return which names are not taken for the same, as the end of a sentence; "" for none."""
         pairs = [f"{a!r} and {b!r}" for a, b in self.near]
         return f"; not taken for the same: {_some(pairs)} (case, blanks or dashes differ)" if pairs else ""
 
@@ -118,12 +119,6 @@ def check_same_classes(have: Sequence[str], want: Sequence[str], name: str, reme
     got = f"{len(had)} classes{_first(had, wanted)}"
     near = f" ({match.near[0][0]!r} differs in case, blanks or dashes only)" if match.near else ""
     raise refuse(name, got, f"the {len(wanted)} classes of the data{_first(wanted, had)}{near}", remedy)
-
-
-def classes_error(flag: str, missing: Sequence[str], of: int, remedy: str) -> InputError:
-    """Return the refusal of data with classes that a model of `of` classes does not know."""
-    got = f"{len(missing)} classes that the model does not know ({_some([*map(repr, missing)])})"
-    return refuse(flag, got, f"some of the model's {of} classes", remedy)
 
 
 def _first(side: Sequence[str], other: Sequence[str]) -> str:

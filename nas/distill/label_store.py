@@ -15,6 +15,7 @@ from nas.core.settings import check_settings, setting
 from nas.data import Dataset, DataSpec
 from nas.data.prepare import prepared
 from nas.distill.jobs import TeacherJob, train_teacher
+from nas.inherit.jobs import CheckFilesJob, check_files
 from nas.jobs.executor import make_executor
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
@@ -98,9 +99,11 @@ def build(
         "device": device,
         "threads": threads,
     }
-    dataset = prepared(options.data_spec, cache, console)
     with LocalExecutor(threads=threads, workers=options.processes, retries=RETRIES) as worker:
         do = _doer(worker, console)
+        if options.teacher != "auto":  # before anything is made for it
+            api.job_values(do(Job(check_files, CheckFilesJob(teacher=options.teacher), "check-files")), "--teacher")
+        dataset = prepared(options.data_spec, cache, console)
         api.check(do, dataset, request)
         with console.bar(float(len(dataset.train) * options.teacher_epochs)):
             taught = teach(do, dataset, cache, **taught_by)

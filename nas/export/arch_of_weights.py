@@ -49,12 +49,7 @@ def checkpoint_context(
     of published models. With equal classes the slicing keeps the head, with others the child's own stays. Raises
     InputError about the flag `name` with the first mismatch.
     """
-    classes = ctx.num_classes
-    heads = class_dims(lambda count: family.build(arch, replace(ctx, num_classes=count)))
-    for key, dim in heads.items():
-        if key in state and state[key].ndim > dim:
-            classes = max(1, state[key].shape[dim])
-            break
+    classes = _count_classes(family, arch, ctx, state)
     tried = ""
     for size in dict.fromkeys((ctx.img_size, *_PUBLISHED_SIZES)):
         candidate = replace(ctx, img_size=size, num_classes=classes)
@@ -67,6 +62,25 @@ def checkpoint_context(
             break  # the same difference at two sizes is not one of size
         tried = tried or mismatch
     raise refuse(name, tried, f"weights of {family.label(arch)}", "name a checkpoint of the seed's own arch")
+
+
+def check_arch(family: Family, arch: Arch, state: Mapping[str, torch.Tensor], *, name: str) -> None:
+    """Refuse weights of another arch by all that depends neither on image size nor on classes. Raises InputError."""
+    classes = _count_classes(family, arch, Context(_PUBLISHED_SIZES[0], 1000), state)
+    fitting = sorted(s for s in _PUBLISHED_SIZES if family.fits(arch, Context(s, classes)))
+    shapes = [state_shapes(family, arch, Context(s, classes)) for s in {*fitting[:1], *fitting[-1:]}]
+    known = {key: shape for one in shapes for key, shape in one.items()}
+    fixed = {key: tensor for key, tensor in known.items() if all(tensor.shape == one[key].shape for one in shapes)}
+    mismatch = first_mismatch(fixed, {key: tensor for key, tensor in state.items() if key in fixed or key not in known})
+    if shapes and mismatch:
+        raise refuse(name, mismatch, f"weights of {family.label(arch)}", "name a checkpoint of the seed's own arch")
+
+
+def _count_classes(family: Family, arch: Arch, ctx: Context, state: Mapping[str, torch.Tensor]) -> int:
+    """Read the number of classes off the tensors whose shape depends on it; else it is the context's."""
+    heads = class_dims(lambda count: family.build(arch, replace(ctx, num_classes=count)))
+    sizes = (state[key].shape[dim] for key, dim in heads.items() if key in state and state[key].ndim > dim)
+    return max(1, next(sizes, ctx.num_classes))
 
 
 def arch_of_state(

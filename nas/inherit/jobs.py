@@ -56,6 +56,35 @@ class InheritJob:
     out: Path
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckFilesJob:
+    """The files that a command will need, None for none: first weights of an arch (as JSON), a teacher, a label store.
+
+    `context` is None before the data are known.
+    """
+
+    family: str = ""
+    arch: Mapping[str, Any] = field(default_factory=dict)
+    context: Context | None = None
+    weights: str | None = None
+    teacher: str | None = None
+    store: str | None = None
+
+
+def check_files(job: CheckFilesJob, tick: Tick) -> Values:
+    """Open and match the files that a command will need, before anything costly."""
+    from nas.inherit.check_files import check_store, check_teacher, check_weights
+
+    if job.weights is not None:
+        family = get_family(job.family)
+        check_weights(family, family.arch(job.arch), job.context, job.weights, "--seed-weights")
+    if job.teacher not in (None, "auto"):
+        check_teacher(str(job.teacher))
+    if job.store is not None:
+        check_store(job.store)
+    return {}
+
+
 def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
     """Rank a parent's units and blocks, and write `out`: `{"criterion": ..., "order": {...}}`.
 

@@ -101,6 +101,7 @@ def _train(
     torch.set_num_threads(machine.threads)
     with init_distributed(machine.device) as ranks, contextlib.ExitStack() as stack:
         with ranks.raise_on_all_ranks():
+            _check_files(config, started=folder.checkpoint.exists())
             dataset = prepared(config.data_spec, cache, console)
             session = TrainSession(config, machine, dataset, folder, ranks, console.line)
             if config.init != "scratch" and not folder.checkpoint.exists():  # which has the weights
@@ -147,6 +148,21 @@ def _train(
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
         with console.bar(float(images * config.epochs), "images"):
             return session.train(console.advance, _throughput(config, session.ctx))
+
+
+def _check_files(config: TrainConfig, *, started: bool) -> None:
+    """Open and match what the training will need, before any data are prepared."""
+    from nas.inherit.check_files import check_store, check_teacher, check_weights
+    from nas.inherit.slice import read_head_map
+
+    if config.init != "scratch" and not started:
+        check_weights(*config.family_and_arch, None, config.init, "--init")
+    if config.head_map is not None and not started:
+        read_head_map(Path(config.head_map), None)
+    if config.teacher not in (None, "auto"):
+        check_teacher(str(config.teacher))
+    if config.labels is not None:
+        check_store(config.labels)
 
 
 def _throughput(config: TrainConfig, ctx: Context) -> Any:

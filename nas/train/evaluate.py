@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nas.core.class_match import match_classes
 from nas.core.cli import default_cache
 from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
@@ -154,14 +155,13 @@ def _is_fresh(saved: SavedModel, data: str) -> bool:
 
 def _in_order(classes: Sequence[str], dataset: Dataset, split: Split, saved: SavedModel) -> Split:
     """Number a split's images by the model's classes, of which there may be some. Raises InputError."""
-    number = {name: at for at, name in enumerate(classes)}
-    unknown = [name for name in dataset.classes if name not in number]
-    if unknown or not dataset.classes:
-        got = f"{len(unknown)} classes ({', '.join(unknown[:3])}) that the model does not have"
+    match = match_classes(classes, dataset.classes)
+    if match.fresh or not dataset.classes:
+        unknown = ", ".join(match.fresh[:3])
+        got = f"{len(match.fresh)} classes ({unknown}) that the model does not have{match.near_names()}"
         want = f"classes of the {len(classes)} of {saved.path} ({', '.join(classes[:3])}, ...)"
-        raise refuse("--data", got if unknown else "images without classes", want)
-    own = np.array([number[name] for name in dataset.classes], dtype=np.int64)
-    return replace(split, labels=own[split.labels])
+        raise refuse("--data", got if match.fresh else "images without classes", want)
+    return replace(split, labels=np.array(match.rows, dtype=np.int64)[split.labels])
 
 
 def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
@@ -198,6 +198,8 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         console.line(note)
     classes = saved.classes or list(dataset.classes)
     split = _in_order(classes, dataset, getattr(dataset, given.split), saved)
+    if sorted(classes) == sorted(dataset.classes) and classes != list(dataset.classes):
+        console.line(f"{saved.path.name}: its {len(classes)} classes stand in another order than the data's: by name")
     present = sorted(set(split.labels.tolist()))
     if len(present) < len(classes):
         names = ", ".join(classes[number] for number in present[:3]) + (", ..." if len(present) > 3 else "")

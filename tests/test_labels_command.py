@@ -145,7 +145,7 @@ BAD: list[tuple[list[str], str]] = [
     (["build", "--clean", "5"], "--clean: got 5"),
     (["build", "--processes", "99999"], "--processes: got 99999"),
     (["build", "--threads", "99999"], "--threads: got 99999"),
-    (["build", "--mixup", "-1"], "mixup_alpha"),
+    (["build", "--mixup", "-1"], "--mixup"),
     (["build", "--policy", "no-such"], "policy"),
     (["build", "--precision", "float16"], "--precision"),
     (["info", "nowhere"], "label store: got nowhere"),

@@ -23,7 +23,7 @@ from nas.labels.store import LabelStore, find_rows, key_array
 from space.errors import InputError
 
 HARD = {"policy": "rand-m9-mstd0.5-inc1", "erase_prob": 0.3}
-MIXED = {**HARD, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+MIXED = {**HARD, "mixup": 0.8, "cutmix": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def store(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, request: p
     folder = tmp_path_factory.mktemp("stores") / "s"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_module, "MIN_RECORDS", 64)
-        return built(folder, dataset, changes=changes, codec="plain")
+        return built(folder, dataset, **changes, codec="plain")
 
 
 def replay(dataset: Dataset, store: LabelStore, **changes: object) -> LabelReader:
@@ -105,7 +105,7 @@ def test_true_classes_are_mixed_as_the_images_are(dataset: Dataset, store: Label
 
 
 def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path) -> None:
-    store = built(tmp_path / "s", dataset, changes=HARD)
+    store = built(tmp_path / "s", dataset, **HARD)
     augmenter = TimmAugmenter(store.spec.augment)
     for batch in replay(dataset, store).epoch(1):
         rows = batch.rows.numpy()

@@ -61,10 +61,10 @@ def test_labels_are_the_teachers_of_the_augmented_inputs(dataset: Dataset, tmp_p
 @pytest.mark.parametrize("parts", [2, 3])
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
 def test_parts_in_any_order_make_the_same_bytes(dataset: Dataset, tmp_path: Path, parts: int, mixup: float) -> None:
-    changes = {"mixup_alpha": mixup, "cutmix_alpha": mixup}
-    whole = built(tmp_path / "whole", dataset, changes=changes)
+    changes = {"mixup": mixup, "cutmix": mixup}
+    whole = built(tmp_path / "whole", dataset, **changes)
     assert len(whole.all_shards()) >= 9
-    store = begun(tmp_path / "parts", dataset, changes=changes)
+    store = begun(tmp_path / "parts", dataset, **changes)
     for at in reversed(range(1, parts + 1)):
         build_shards(store, dataset, toy_for(dataset), part=(at, parts), batch_size=200)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -134,8 +134,8 @@ CHANGES: list[tuple[dict[str, Any], str, str]] = [
     ({"codec": "plain"}, "codec packed", "codec plain"),
     ({"threads": 2}, "threads 1", "threads 2"),
     ({"limit": 100}, "train_images 3", "train_images 100"),
-    ({"changes": {"erase_prob": 0.5}}, "'erase_prob': 0.0", "'erase_prob': 0.5"),
-    ({"changes": {"mixup_alpha": 0.5}}, "'mixup_alpha': 0.0", "'mixup_alpha': 0.5"),
+    ({"erase_prob": 0.5}, "'erase_prob': 0.0", "'erase_prob': 0.5"),
+    ({"mixup": 0.5}, "'mixup_alpha': 0.0", "'mixup_alpha': 0.5"),
     ({"classes": 12}, "classes 10", "classes 12, number 10 '10'"),
 ]
 
@@ -230,7 +230,7 @@ def test_missing_stale_and_foreign_files_are_named(dataset: Dataset, tmp_path: P
 
 @pytest.mark.parametrize("codec", ["plain", "packed"])
 def test_a_teacher_with_other_labels_is_found(dataset: Dataset, tmp_path: Path, codec: str) -> None:
-    store = built(tmp_path / codec, dataset, codec=codec, changes={"cutmix_alpha": 1.0})
+    store = built(tmp_path / codec, dataset, codec=codec, cutmix=1.0)
     toy = toy_for(dataset)
     found = compare_with_teacher(store, dataset, toy, 50, 0)
     assert found.good
@@ -288,8 +288,8 @@ def test_the_status_counts_every_byte(dataset: Dataset, tmp_path: Path) -> None:
 def test_impossible_requests_are_refused_and_leave_nothing(dataset: Dataset, tmp_path: Path) -> None:
     bad: list[dict[str, Any]] = [
         *({"topk": 10}, {"topk": 0}, {"epochs": 0}, {"codec": "zip"}, {"augment": "2k"}),
-        *({"limit": 1}, {"clean": 2.0}, {"precision": "float16"}, {"changes": {"mixup": 1.0}}),
-        *({"changes": {"mixup_alpha": -1.0}}, {"changes": {"policy": "no-such-policy"}}),
+        *({"limit": 1}, {"clean": 2.0}, {"precision": "float16"}, {"mixup": float("inf")}),
+        *({"mixup": -1.0}, {"policy": "no-such-policy"}),
     ]
     for request in bad:
         with pytest.raises(InputError):

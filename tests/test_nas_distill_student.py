@@ -189,8 +189,8 @@ def test_a_net_that_has_lost_its_token_learns_hard(run: Run) -> None:
 def test_of_mixed_images_the_classes_of_both_are_learnt(
     dataset: Dataset, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-    mixed = built(tmp_path / "s", dataset, changes=changes, epochs=2, topk=4)
+    changes = {"mixup": 0.8, "cutmix": 1.0}
+    mixed = built(tmp_path / "s", dataset, **changes, epochs=2, topk=4)
     seen: list[torch.Tensor] = []
     learns = DistillLoss.__call__
 

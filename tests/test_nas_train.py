@@ -188,8 +188,8 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
 
 
 def test_labels_of_mixed_images_teach_with_true_labels_mixed_alike(cache: Path, tmp_path: Path) -> None:
-    changes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0}
-    store = toy_store(tmp_path / "mixed", cache, changes=changes)
+    changes = {"mixup": 0.8, "cutmix": 1.0}
+    store = toy_store(tmp_path / "mixed", cache, **changes)
     found = []
     for alpha in ("0", "1"):
         more = ["--labels", str(store), "--distill", "hard", "--set", f"distill_alpha={alpha}"]

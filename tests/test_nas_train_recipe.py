@@ -49,7 +49,7 @@ def test_presets_have_the_published_values(name: str) -> None:
         assert (r.epochs, r.batch_size) == (int(want["epochs"]), int(want["batch"]))
         rates = [float(want[rate]) for rate in ("peak", "least", "first")]
         assert r.rates() == pytest.approx(rates, rel=1e-12)
-        found = (r.warmup_epochs, r.weight_decay, r.layer_decay, r.drop_path, r.mixup, r.cutmix)
+        found = (r.warmup_epochs, r.weight_decay, r.layer_decay, r.drop_path, r.mixup or 0.0, r.cutmix or 0.0)
         names = ("warm", "wd", "layer")
         numbers = [*(want[n] for n in names), drop, want["mixup"], want["cutmix"]]
         assert list(found) == [number(text) for text in numbers]
@@ -153,10 +153,12 @@ def test_a_saved_recipe_reads_back_and_every_value_can_be_overridden(name: str, 
     for field in fields(Recipe):
         value = getattr(recipe, field.name)
         none = "default" if field.name in PIPELINE else "none"
-        text = f"{field.name}={none if value is None else value}"
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        text = f"{field.name}={none if value is None else shown}"
         assert find_recipe(name, M21, [text]) == recipe, text
     off = find_recipe(name, M21, [f"{key}=none" for key in PIPELINE])
-    assert (off.least_crop, off.policy, off.color_jitter, off.erase_prob) == (1.0, "none", 0.0, 0.0)
+    assert (off.hflip, off.policy, off.color_jitter, off.erase_prob, off.mixes) == (0.0, "none", 0.0, 0.0, False)
+    assert off.crop_scale == off.crop_ratio == (1.0, 1.0)
     short = recipe.to_dict()
     del short["epochs"]
     with pytest.raises(InputError, match="epochs"):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.cli import recorded_command, usable_cpus
 from nas.core.config import ROUNDS, RunConfig, config_from_dict, flag, steps_of, with_effort
 from nas.core.executor_config import ExecutorConfig
@@ -25,6 +26,7 @@ from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from nas.jobs.queue import Executor
 from nas.labels import api as labels
+from nas.labels.request import LabelRequest
 from nas.measure import jobs as measure_jobs
 from nas.measure.device_table import DeviceTable, read_rows, write_rows
 from nas.measure.jobs import FingerprintJob
@@ -137,7 +139,31 @@ def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
 def teacher_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide a run's teacher."""
     names = ("teacher", "teacher_epochs", "random_seed", "device", "threads")
-    return {name: getattr(config, name) for name in names}
+    return {**{name: getattr(config, name) for name in names}, "augment": AugmentConfig.of(config).given}
+
+
+def label_request(config: RunConfig, epochs: int) -> LabelRequest:
+    """Return the request for a run's own labels, of so many epochs."""
+    augment = {f.name: getattr(config, f.name) for f in dataclasses.fields(AugmentConfig)}
+    return LabelRequest(
+        **augment,
+        epochs=epochs,
+        topk=config.topk,
+        codec=config.codec,
+        augment=config.augment,
+        salt=config.random_seed,
+        device=config.device,
+        threads=config.threads,
+    )
+
+
+def check_augmentation(config: RunConfig, worker: Executor, dataset: Dataset, console: Console) -> dict[str, Any]:
+    """Refuse an augmentation that does not exist or that contradicts `--labels`; print and return what it is."""
+    request = label_request(config, config.label_epochs or 1)
+    checked = dict(labels.check(worker.run, dataset, request, config.labels))
+    for line in (f"augmentation: {checked['augmentation']}", *checked["notes"]):
+        console.line(line)
+    return checked
 
 
 def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Console) -> Dataset:
@@ -155,6 +181,7 @@ def with_classes(config: RunConfig, dataset: Dataset, cache: Path, console: Cons
     if config.labels is not None:
         made_by = labels.made_by(Path(config.labels))
         asked.update({name: made_by[name] for name in ("teacher", "teacher_epochs", "random_seed")})
+        asked["augment"] = made_by.get("augment", {})
     console.count("asking the teacher for classes")
     try:
         with LocalExecutor(threads=config.threads) as worker:
@@ -347,7 +374,11 @@ def add_final_measurements(out: Path, table: DeviceTable | None, finalists: str 
 
 
 def run_json(
-    config: RunConfig, dataset: Dataset, fingerprints: Mapping[str, Mapping[str, Any]], shared: SharedStudy | None
+    config: RunConfig,
+    dataset: Dataset,
+    fingerprints: Mapping[str, Mapping[str, Any]],
+    shared: SharedStudy | None,
+    augmentation: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what `run.json` records of a new run."""
     return {
@@ -359,4 +390,5 @@ def run_json(
         "fingerprint": dict(fingerprints[config.device]),
         "fingerprints": {name: dict(of) for name, of in fingerprints.items()},
         "dataset": dataset_card(dataset),
+        **augmentation,
     }

@@ -14,6 +14,7 @@ from typing import Any
 from nas.contract.checks import (
     DEVICE_ROWS,
     add_final_measurements,
+    check_augmentation,
     check_files,
     check_possible,
     check_requirements,
@@ -246,10 +247,11 @@ def open_run(
         else:
             check_token(config, worker, family, seed_arch, dataset)
             check_files(config, family, seed_arch, dataset.context, worker)
+            augmentation = check_augmentation(config, worker, dataset, console)
             if table is not None:
                 write_rows(out / DEVICE_ROWS, table.rows)
             if keep:
-                folder.write_run(run_json(config, dataset, fingerprints, shared))
+                folder.write_run(run_json(config, dataset, fingerprints, shared, augmentation))
         run = Run(
             config=config,
             family=family,

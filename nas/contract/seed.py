@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from nas.contract.checks import teacher_settings
+from nas.contract.checks import label_request, teacher_settings
 from nas.contract.state import Incumbent, Run
 from nas.contract.step import SCORES, THROUGHPUT
 from nas.contract.timing import MEASURE_COST, interval_text
@@ -17,7 +17,6 @@ from nas.data import DataSpec
 from nas.distill.label_store import teach
 from nas.jobs.job import Result
 from nas.labels import api as labels
-from nas.labels.request import LabelRequest
 from nas.measure.measurement import Measurement
 from nas.search.constraints import PACE, bench_setting, requirements_of
 from nas.search.study import Trial
@@ -240,15 +239,7 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
 def _own_store(run: Run, info: Mapping[str, Any], epochs: int, asked: Mapping[str, Any]) -> str:
     """Return the folder of the run's own store in the cache, built if missing, by the teacher that was asked for."""
     config, data = run.config, run.dataset
-    request = LabelRequest(
-        epochs=epochs,
-        topk=config.topk,
-        codec=config.codec,
-        augment=config.augment,
-        salt=config.random_seed,
-        device=config.device,
-        threads=config.threads,
-    )
+    request = label_request(config, epochs)
     made_by = {
         "data": DataSpec.of(config, config.random_seed, images_may_grow=config.images_may_grow).to_dict(),
         **asked,

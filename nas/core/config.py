@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.cli import MOST_AT_ONCE
 from nas.core.data_config import DataConfig
 from nas.core.requirement import parse_requirement
@@ -49,7 +50,7 @@ def parse_count(name: str, text: str | int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(DataConfig):
+class RunConfig(AugmentConfig, DataConfig):
     """Everything that decides the answer of a run.
 
     Two runs of equal configuration, measurements and threads end with the same arch, score and weights. Settings with
@@ -257,8 +258,9 @@ def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
             "start a new run in another folder",
         )
     settings = dict(data)
-    for name in ("require", "device_table", "freeze"):
-        settings[name] = tuple(settings.get(name, ()))
+    for each in settings_of(RunConfig):
+        if each.kind is tuple and settings.get(each.name) is not None:
+            settings[each.name] = tuple(settings[each.name])
     return RunConfig(**settings)
 
 

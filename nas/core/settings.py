@@ -115,7 +115,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, efforts: tuple[str,
             options["action"] = "store_false" if field.default is True else "store_true"
         else:
             options["metavar"] = about.metavar
-            if field.kind is tuple:
+            if field.kind is tuple and about.parse is None:
                 options |= {"nargs": "+"} if about.many else {"action": "append"}
             elif about.const is not None:
                 options |= {"nargs": "?", "const": about.const}
@@ -169,7 +169,8 @@ def as_flags(cls: type, values: Mapping[str, Any], usual: Mapping[str, Any]) -> 
         elif field.kind is tuple and field.about.many:
             found += [field.flag, *map(str, value)]
         elif value is not None:
-            for each in value if field.kind is tuple else [value]:
+            each_of = [value] if field.kind is not tuple else [",".join(map(str, value))] if field.about.parse else value
+            for each in each_of:
                 text = str(each)
                 found += [f"{field.flag}={text}"] if text.startswith("-") else [field.flag, text]
     return found
@@ -186,6 +187,8 @@ def check_settings(values: Any) -> None:
             legal, want = value in about.choices, f"one of {', '.join(about.choices)}"
         elif field.kind is bool:
             legal, want = isinstance(value, bool), "true or false"
+        elif field.kind is tuple and about.parse is not None:
+            legal, want = about.parse(field.flag, value) == value, "a pair of numbers"
         elif field.kind is tuple:
             legal = not isinstance(value, str) and all(isinstance(each, str) for each in value)
             want = "a list"

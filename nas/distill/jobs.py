@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.dataclass_json import to_json
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.metrics import mean_se
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherJob:
-    """A teacher by its name (`nas.export.load`), to be made for a data set."""
+    """A teacher by its name (`nas.export.load`), to be made for a data set; `augment` replaces parts of its
+    augmentation."""
 
     dataset: Path
     cache: Path
@@ -39,6 +41,7 @@ class TeacherJob:
     random_seed: int
     device: str
     threads: int
+    augment: AugmentConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
         epochs=job.epochs,
         device=job.device,
         threads=job.threads,
+        augment=job.augment,
         tick=tick,
     )
     notes = "".join(f"; {note}" for note in info.notes)

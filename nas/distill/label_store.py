@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from nas.core.augment_config import AugmentConfig, read_augment
 from nas.core.cli import MOST_AT_ONCE, default_cache, usable_cpus
 from nas.core.data_config import DataConfig
 from nas.core.executor_config import ExecutorConfig
@@ -98,13 +100,16 @@ def build(
         "random_seed": options.random_seed,
         "device": device,
         "threads": threads,
+        "augment": AugmentConfig.of(request).given,
     }
     with LocalExecutor(threads=threads, workers=options.processes, retries=RETRIES) as worker:
         do = _doer(worker, console)
         if options.teacher != "auto":  # before anything is made for it
             api.job_values(do(Job(check_files, CheckFilesJob(teacher=options.teacher), "check-files")), "--teacher")
         dataset = prepared(options.data_spec, cache, console)
-        api.check(do, dataset, request)
+        checked = api.check(do, dataset, request)
+        for line in (f"augmentation: {checked['augmentation']}", *checked["notes"]):
+            console.line(line)
         with console.bar(float(len(dataset.train) * options.teacher_epochs)):
             taught = teach(do, dataset, cache, **taught_by)
         console.line(f"teacher: {taught['message']}")
@@ -200,8 +205,12 @@ def teach(
     random_seed: int,
     device: str,
     threads: int,
+    augment: Mapping[str, Any] = MappingProxyType({}),
 ) -> Mapping[str, Any]:
-    """Make the teacher of a data set in a worker: its `info` and a line, `message`. Raises InputError."""
+    """Make the teacher of a data set in a worker: its `info` and a line, `message`.
+
+    `augment` holds the settings that replace parts of its augmentation (`AugmentConfig.given`). Raises InputError.
+    """
     job = TeacherJob(
         dataset=dataset.folder,
         cache=cache,
@@ -210,6 +219,7 @@ def teach(
         random_seed=random_seed,
         device=device,
         threads=threads,
+        augment=read_augment(augment),
     )
     units = float(len(dataset.train) * teacher_epochs)
     return api.job_values(do(Job(train_teacher, job, "teacher", units)), f"--teacher {teacher}")

@@ -14,11 +14,12 @@ from scipy.stats import binomtest
 from torch import nn
 from torch.nn import functional
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.class_match import ClassMatch, match_classes, match_head
 from nas.core.io import digest_of, get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
-from nas.data.augment.spec import AugmentSpec, augmentation_code, default_spec
+from nas.data.augment.spec import AugmentSpec, augmentation_code, changed_spec, default_spec
 from nas.data.augment.timm_engine import TimmAugmenter
 from nas.data.augment.views import outputs
 from nas.export.load import AutoTeacher, NamedNetwork
@@ -44,7 +45,16 @@ LABEL_SMOOTHING = 0.1
 EVAL_BATCH = 128
 FEWEST_JUDGED = 50
 """Holdout images from which a teacher at chance is refused."""
+KEPT = AugmentConfig()
 _SALT = 0x7EAC
+
+
+def teacher_spec(dataset: Dataset, settings: AugmentConfig) -> AugmentSpec:
+    """Return the augmentation that a teacher of a data set trains with: its default, less what the user replaced."""
+    base = default_spec(dataset)
+    if base.policy is not None and settings.policy is None:
+        settings = replace(settings, color_jitter=None)  # another pipeline's: timm jitters no colours under a policy
+    return changed_spec(base, settings, mixing=False)
 
 
 def make_teacher(
@@ -56,18 +66,20 @@ def make_teacher(
     epochs: int,
     device: str,
     threads: int,
+    augment: AugmentConfig = KEPT,
     tick: Tick = no_tick,
 ) -> TeacherInfo:
     """Make the teacher of a data set, or find it in the cache, under `<cache>/teachers/`.
 
-    `auto` trains for `epochs` epochs on the train split with its augmentation, hard labels smoothed by 0.1. A
+    `auto` trains for `epochs` epochs on the train split with its augmentation, of which `augment` replaces parts
+    (teachers mix no images), hard labels smoothed by 0.1. A
     pretrained net keeps its head where it has the data's classes, by name, in whatever order; otherwise the rows of
     shared names are kept, the others start fresh, and it gets min(epochs, 5) epochs of fine-tuning. The cache's
     fingerprint covers data, net, starting weights, class names, epochs, augmentation, random seed, threads, device kind
     and library versions. `tick` counts training images; a killed training continues at its last epoch. Raises
     InputError, also for a teacher that cannot tell the data's classes apart (`check_accuracy`).
     """
-    augment = default_spec(dataset)
+    spec = teacher_spec(dataset, augment)
     if not dataset.labelled and isinstance(named, AutoTeacher):
         raise refuse(
             "--teacher",
@@ -100,7 +112,7 @@ def make_teacher(
         "settings": asdict(settings) if settings is not None else None,
         "label_smoothing": LABEL_SMOOTHING,
         "dataset": dataset.fingerprint,
-        "augment": augment.digest(),
+        "augment": spec.digest(),
         "random_seed": random_seed,
         "device": device.split(":")[0],
         "threads": threads,
@@ -116,7 +128,7 @@ def make_teacher(
             inner = build_teacher_net(source, len(wanted), match.rows)
             net = TeacherNet(inner, (dataset.mean, dataset.std), (source.mean, source.std), source.input_size)
             if settings is not None:
-                batches = _Batches(dataset.train, augment, settings.batch_size, random_seed)
+                batches = _Batches(dataset.train, spec, settings.batch_size, random_seed)
                 train(
                     net,
                     batches.epoch,
@@ -130,7 +142,7 @@ def make_teacher(
         correct = np.zeros(0, dtype=bool)
         if dataset.labelled:
             place(net, device).eval()
-            batched = outputs(net, dataset.holdout, augment, device=device, batch_size=EVAL_BATCH)
+            batched = outputs(net, dataset.holdout, spec, device=device, batch_size=EVAL_BATCH)
             predicted = np.concatenate([logits.argmax(1).cpu().numpy() for _, logits in batched])
             correct = predicted == dataset.holdout.labels
         digest = save_weights(folder / "weights.safetensors", inner.state_dict())

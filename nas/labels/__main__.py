@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,6 @@ __all__ = ["build", "info", "main", "merge", "verify"]
 
 
 @dataclass(frozen=True)
-class AugmentChanges:
-    """The fields of the augmentation that flags override."""
-
-    mixup_alpha: float | None = setting(None, "override the pipeline's mixup", metavar="ALPHA", spelling="--mixup")
-    cutmix_alpha: float | None = setting(None, "override the pipeline's CutMix", metavar="ALPHA", spelling="--cutmix")
-    erase_prob: float | None = setting(None, "override random erasing", metavar="PROB", spelling="--erase")
-    policy: str | None = setting(None, "override RandAugment: a timm string, or none")
-    color_jitter: float | None = setting(None, "override colour jitter", metavar="X")
-
-
-@dataclass(frozen=True)
 class BuildPlace:
     """Where a store is built; changes no label."""
 
@@ -46,7 +35,7 @@ class BuildPlace:
     )
 
 
-GROUPS = (BuildOptions, LabelRequest, AugmentChanges, BuildPlace)
+GROUPS = (BuildOptions, LabelRequest, BuildPlace)
 
 
 def build_parser() -> Parser:
@@ -76,23 +65,15 @@ def build_parser() -> Parser:
     return parser
 
 
-def _taken(given: dict[str, Any], cls: type) -> dict[str, Any]:
-    """Move the settings of a dataclass out of what was given."""
-    return {f.name: given.pop(f.name) for f in fields(cls) if f.name in given}
-
-
 def _build(given: dict[str, Any], console: Console) -> Mapping[str, Any]:
     for group in GROUPS:
         given = parsed(group, given)
     if "data" not in given:
         raise refuse("--data", "nothing", "what nas.labels build --help says of --data")
-    changes = _taken(given, AugmentChanges)
-    if changes.get("policy") == "none":
-        changes["policy"] = None
     workers = max(1, min(given.get("processes", 1), usable_cpus()))
     named = {k: given.pop(k) for k in ("executor", "ray_address") if k in given}
     executor = ExecutorConfig(**named, workers=workers)
-    made = build(**given, changes=changes, executor_config=executor, console=console)
+    made = build(**given, executor_config=executor, console=console)
     console.line(f"store: {made['folder']} ({made['bytes_per_record']:.1f} bytes a record)")
     return made
 

@@ -53,10 +53,13 @@ def classes_from_teacher(do: Do, dataset: Dataset, cache: Path, info: Mapping[st
     return Path(made["folder"])
 
 
-def check(do: Do, dataset: Dataset, request: LabelRequest) -> None:
-    """Refuse, before there is a teacher, what could not be labelled as asked. Raises InputError."""
-    job = CheckLabelsJob(dataset=dataset.folder, request=request)
-    job_values(do(Job(jobs.check_labels, job, "check-labels")), "soft labels")
+def check(do: Do, dataset: Dataset, request: LabelRequest, store: str | None = None) -> Mapping[str, Any]:
+    """Refuse, before there is a teacher, what could not be labelled as asked, or contradicts a `store` that is there.
+
+    Gives the `augmentation` in a line, and `notes`. Raises InputError.
+    """
+    job = CheckLabelsJob(dataset=dataset.folder, request=request, store=None if store is None else Path(store))
+    return job_values(do(Job(jobs.check_labels, job, "check-labels")), "soft labels")
 
 
 def begin(

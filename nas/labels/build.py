@@ -7,7 +7,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from nas.core.io import digest_of, file_sha256, remove_leftovers, write_atomic, 
 from nas.core.progress import Tick, no_tick
 from nas.core.table import Writer
 from nas.data import Dataset, Split
-from nas.data.augment.spec import AugmentSpec, preset_spec
+from nas.data.augment.spec import AugmentSpec, changed_spec, preset_spec
 from nas.data.augment.timm_engine import eval_batch
 from nas.data.augment.views import EpochPlan, Inputs, make_plan
 from nas.export.teacher_net import TeacherInfo
@@ -74,22 +74,30 @@ class BuildStatus:
 
 def resolve_augment(request: LabelRequest, dataset: Dataset) -> AugmentSpec:
     """Return the augmentation of a request. Raises InputError."""
-    spec = preset_spec(request.augment, dataset)
-    unknown = set(request.changes) - {f.name for f in fields(AugmentSpec)}
-    if unknown:
-        raise refuse("augmentation", ", ".join(sorted(unknown)), "fields of an augmentation")
-    changes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in request.changes.items()}
-    return replace(spec, **changes)
+    return changed_spec(preset_spec(request.augment, dataset), request)
 
 
-def check_request(request: LabelRequest, dataset: Dataset) -> None:
-    """Reject what can be rejected before there is a teacher, whose training may take long."""
-    resolve_augment(request, dataset)
+def stored_augment(request: LabelRequest, dataset: Dataset, folder: Path) -> AugmentSpec:
+    """Return the augmentation of stored labels. Raises InputError where the request asks for another one."""
+    spec = load_store(folder).spec.augment
+    request.check_stored(spec.to_dict(), folder)
+    if request.augment != LabelRequest.augment:
+        asked = resolve_augment(request, dataset)
+        same = replace(asked, img_size=spec.img_size, mean=spec.mean, std=spec.std) == spec
+        if not same:
+            raise refuse("--augment", request.augment, f"that of the labels in {folder}: {spec.text}", "drop --augment")
+    return spec
+
+
+def check_request(request: LabelRequest, dataset: Dataset) -> AugmentSpec:
+    """Reject what can be rejected before there is a teacher, whose training may take long; return the augmentation."""
+    spec = resolve_augment(request, dataset)
     if request.clean is not None and not dataset.labelled:
         raise refuse("--clean", "images without labels", "labels that a teacher can contradict")
     if dataset.labelled:
         classes = dataset.num_classes
         make_codec(request.codec, request.topk or default_topk(classes), classes)
+    return spec
 
 
 def begin_store(

@@ -25,10 +25,11 @@ class RelabelJob:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckLabelsJob:
-    """A request for labels of a data set."""
+    """A request for labels of a data set, or the labels in a store to be used instead."""
 
     dataset: Path = field(metadata=READS)
     request: LabelRequest
+    store: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +116,15 @@ def relabel(job: RelabelJob, tick: Tick) -> Values:
 
 
 def check_labels(job: CheckLabelsJob, tick: Tick) -> Values:
-    """Refuse what can be refused before there is a teacher."""
+    """Refuse what can be refused before there is a teacher: `{"augmentation": line, "notes": [...]}`."""
     from nas.data import open_dataset
-    from nas.labels.build import check_request
+    from nas.data.augment.mirror import mirror_notes
+    from nas.labels.build import check_request, stored_augment
 
-    check_request(job.request, open_dataset(job.dataset))
-    return {}
+    dataset = open_dataset(job.dataset)
+    asked, store = job.request, job.store
+    spec = check_request(asked, dataset) if store is None else stored_augment(asked, dataset, store)
+    return {"augmentation": spec.text, "notes": mirror_notes(dataset, spec)}
 
 
 def begin_labels(job: BeginLabelsJob, tick: Tick) -> Values:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.config import choices_of
 from nas.core.settings import check_settings, parse_share, setting
 from space.errors import refuse
@@ -16,11 +15,10 @@ CLEAN_RATIO = "0.01"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelRequest:
+class LabelRequest(AugmentConfig):
     """The choices of a user that decide a label store, besides data and teacher.
 
-    `changes` overrides fields of the augmentation (`nas.data.augment.spec.AugmentSpec`); `threads`
-    are torch's, in each process. Raises InputError.
+    `threads` are torch's, in each process. Raises InputError.
     """
 
     epochs: int = setting(10, "views of each image", metavar="N", low=1)
@@ -32,7 +30,6 @@ class LabelRequest:
         metavar="PRESET",
         choices=choices_of("augment"),
     )
-    changes: Mapping[str, Any] = field(default_factory=dict)
     salt: int = setting(0, "another number: other views", metavar="N")
     limit: int | None = setting(None, "label N images only", metavar="N", low=2)
     clean: float | None = setting(

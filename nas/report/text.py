@@ -184,6 +184,9 @@ def caveats(run: RunFiles) -> list[str]:
             f"Trainings learned half from the true labels and half from the teacher (`--distill {distill}`); scores "
             "are the soft loss against the teacher's labels all the same."
         )
+    if run.run.get("augmentation"):
+        lines.append(f"Training images were augmented: {run.run['augmentation']}.")
+    lines += [_sentence(str(note)) for note in run.run.get("notes") or ()]
     for part, what in (("proxy_check", "Put to the test (`proxy_check.csv`)"), ("reused", "A replay")):
         message = section(result, part).get("message")
         lines += [f"{what}: {message}."] if message else []

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.cli import EXIT_BAD_INPUT, default_cache, exit_status, path_argument, shell_command
 from nas.core.io import read_json
 from nas.core.progress import Console
@@ -127,6 +128,7 @@ def _train(
                         epochs=config.teacher_epochs,
                         device=ranks.device,
                         threads=machine.threads,
+                        augment=AugmentConfig.of(config.recipe),
                         tick=console.advance,
                     )
                 session.use_teacher(info)
@@ -144,7 +146,8 @@ def _train(
         steps, images = session.source.steps_per_epoch, session.source.images_per_epoch
         used = {k: v for k, v in dataclasses.asdict(machine).items() if v is not None}
         console.line("machine: " + ", ".join(f"{k}={v}" for k, v in used.items()))
-        console.line(f"augmentation: {json.dumps(session.spec.to_dict())}")
+        for line in (f"augmentation: {session.spec.text}", *session.notes):
+            console.line(line)
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
         with console.bar(float(images * config.epochs), "images"):
             return session.train(console.advance, _throughput(config, session.ctx))

@@ -132,8 +132,8 @@ class _Loop:
         if recipe.mixes:
             make: Any = timm_mixup.Mixup  # has no types
             self._mixup = make(
-                mixup_alpha=recipe.mixup,
-                cutmix_alpha=recipe.cutmix,
+                mixup_alpha=recipe.mixup or 0.0,
+                cutmix_alpha=recipe.cutmix or 0.0,
                 prob=recipe.mix_prob,
                 switch_prob=recipe.mix_switch_prob,
                 mode=recipe.mix_mode,

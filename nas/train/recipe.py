@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.io import read_json
+from nas.core.settings import check_settings, settings_of
 from space.errors import refuse
 
 CHOICES: Mapping[str, tuple[Any, ...]] = {
@@ -28,28 +30,27 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 
 _BELOW_ONE = ("label_smoothing", "drop_path", "drop_rate", "beta1", "beta2")
-_RATES = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps", "mixup", "cutmix", "clip_norm")
+_RATES = ("lr", "min_lr", "warmup_lr", "warmup_epochs", "weight_decay", "eps", "clip_norm")
 _SHARES = ("mix_prob", "mix_switch_prob", "distill_alpha", "layer_decay", "ema_decay")
-_AUGMENTATION = ("erase_prob", "color_jitter", "least_crop")
 _RANGES = (
     (("epochs", "repeats", "lr_batch"), 1, math.inf),
     (("batch_size",), 2, math.inf),
     (("img_size",), 16, 1024),
     ((*_RATES, "temperature"), 0, math.inf),
-    ((*_SHARES, *_BELOW_ONE, *_AUGMENTATION), 0, 1),
+    ((*_SHARES, *_BELOW_ONE), 0, 1),
 )
 """Names of values, and the least and largest that each may have."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(AugmentConfig):
     """The hyperparameters of a full training: AdamW, a linear warm-up, then a cosine.
 
     `lr` is the peak rate for a whole batch of `lr_batch` images (None: of any); with `lr_scales` "all" the two ends of
     the schedule scale with it. `schedule`: rates change with every "step" or "epoch". `layer_decay` gives earlier
     blocks smaller rates. `bn` "eval" leaves batch norms' statistics as they are. `augment` "default" is the data's
-    own, "official" that of TinyViT and DeiT, "batched" works on whole batches; `least_crop` (a share of the area) to
-    `erase_prob` override it. `repeats` shows an image so many times an epoch, each view another. `ema_decay` averages
+    own, "official" that of TinyViT and DeiT, "batched" works on whole batches; what `AugmentConfig` names replaces its
+    parts. `repeats` shows an image so many times an epoch, each view another. `ema_decay` averages
     weights. None is off, or the data's own. Raises InputError.
     """
 
@@ -75,12 +76,6 @@ class Recipe:
     label_smoothing: float = 0.1
     img_size: int | None = None
     augment: str = "official"
-    least_crop: float | None = None
-    policy: str | None = None
-    color_jitter: float | None = None
-    erase_prob: float | None = None
-    mixup: float = 0.0
-    cutmix: float = 0.0
     mix_prob: float = 1.0
     mix_switch_prob: float = 0.5
     mix_mode: str = "batch"
@@ -94,6 +89,7 @@ class Recipe:
     token_loss: str = "hard"
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise refuse(name, getattr(self, name), f"one of {', '.join(choices)}")
@@ -114,7 +110,7 @@ class Recipe:
     @property
     def mixes(self) -> bool:
         """Whether images of a batch are mixed with each other."""
-        return self.mix_prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+        return self.mix_prob > 0 and bool(self.mixup or self.cutmix)
 
     def rates(self) -> tuple[float, float, float]:
         """Return the peak, least and first rate for this batch size."""
@@ -158,8 +154,8 @@ _DROP_PATH: Mapping[str, tuple[float, float, float]] = {
 }
 """Published for 5M, 11M and 21M parameters; a net takes the value of the nearest size."""
 WARMUP_SHARE = 0.2
-PIPELINE = ("least_crop", "policy", "color_jitter", "erase_prob")
-"""Values that override the augmentation's own: None, or "default", keeps it; "none" is off."""
+PIPELINE = {each.name: each for each in settings_of(AugmentConfig)}
+"""Values that replace the augmentation's own: None, or "default", keeps it; "none" is off."""
 _SIZES = (5_392_764, 10_996_972, 21_198_568)
 
 
@@ -228,13 +224,11 @@ def _known(key: str) -> str:
 def _typed(key: str, value: Any) -> Any:
     """Return a value as its field's type; "none" means off where a field allows it."""
     kind = next(str(f.type) for f in fields(Recipe) if f.name == key)
-    if key in PIPELINE and isinstance(value, str):
-        if value.lower() == "default":
+    if key in PIPELINE:
+        if isinstance(value, str) and value.lower() == "default":
             return None
-        if key == "policy":
-            return value  # of which "none" is one
-        if value.lower() in ("none", "off"):
-            return 1.0 if key == "least_crop" else 0.0
+        parse = PIPELINE[key].about.parse
+        return value if parse is None or value is None else parse(key, value)
     none = value is None or (isinstance(value, str) and value.lower() in ("none", "off"))
     if none and "None" in kind:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
-from nas.data.augment.spec import AugmentSpec, preset_spec
+from nas.data.augment.mirror import mirror_notes
+from nas.data.augment.spec import AugmentSpec, changed_spec, preset_spec
 from nas.export.save import write_model
 from nas.export.teacher_net import TeacherInfo, load_teacher
 from nas.export.weights import load_into, load_weights, read_metadata, weights_bytes
@@ -36,14 +37,7 @@ from space.errors import refuse
 def augment_spec(recipe: Recipe, dataset: Dataset) -> AugmentSpec:
     """Return a recipe's augmentation of single images. Raises InputError."""
     name = {"official": "finetune"}.get(recipe.augment, recipe.augment)
-    changes: dict[str, Any] = {
-        key: getattr(recipe, key) for key in ("color_jitter", "erase_prob") if getattr(recipe, key) is not None
-    }
-    if recipe.least_crop is not None:
-        changes["scale"] = (recipe.least_crop, 1.0)
-    if recipe.policy is not None:
-        changes["policy"] = None if recipe.policy == "none" else recipe.policy
-    return replace(preset_spec(name, dataset), **changes)
+    return changed_spec(preset_spec(name, dataset), recipe, mixing=False)
 
 
 class TrainSession:
@@ -72,6 +66,7 @@ class TrainSession:
         self._teacher_digest: str | None = None
         self._store_id: str | None = None
         self.source = self._open_source()
+        self.notes = mirror_notes(dataset, self.spec)
         self._throughput: Mapping[str, Any] | None = None
         self._board: TensorBoardLog | None = None
 
@@ -114,6 +109,7 @@ class TrainSession:
                 device=device,
             )
         store = open_store(Path(self.config.labels), use=self.dataset)
+        recipe.check_stored(store.spec.augment.to_dict(), store.folder)
         self.spec, self._store_id = store.spec.augment, store.id
         reader = LabelReader(
             train, store, recipe.batch_size, random_seed, machine.workers, missing=self.config.missing, device=device
@@ -138,7 +134,12 @@ class TrainSession:
 
     def settings(self) -> dict[str, Any]:
         """Return the part of `train.json` that the configuration decides."""
-        return {"config": self.config.to_dict(), "machine": asdict(self.machine), "augment": self.spec.to_dict()}
+        return {
+            "config": self.config.to_dict(),
+            "machine": asdict(self.machine),
+            "augment": self.spec.to_dict(),
+            "notes": self.notes,
+        }
 
     def train(self, tick: Tick, throughput: Mapping[str, Any] | None) -> dict[str, Any]:
         """Train, keep the best weights by the holdout, test them once; return `result.json`.

@@ -78,8 +78,8 @@ class TrainConfig(DataConfig):
         if self.head_map is not None and self.init == "scratch":
             raise refuse("--head-map", f"{self.head_map} with --init scratch", "weights to map", "--init FILE")
         if self.labels is not None and self.recipe.mixes:
-            got = f"beside the recipe's mixup={self.recipe.mixup:g} and cutmix={self.recipe.cutmix:g}"
-            raise refuse("--labels", got, "no mixing but the store's own", "--set mixup=0 --set cutmix=0")
+            got = f"beside the recipe's mixup={self.recipe.mixup or 0:g} and cutmix={self.recipe.cutmix or 0:g}"
+            raise refuse("--labels", got, "no mixing but the store's own", "--mixup 0 --cutmix 0")
         if self.labels is not None and self.recipe.repeats > 1:
             got = f"beside the recipe's repeats={self.recipe.repeats}"
             raise refuse("--labels", got, "an image once an epoch, as stored", "--set repeats=1")

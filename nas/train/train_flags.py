@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.cli import Parser, usable_cpus
 from nas.core.config import RunConfig
 from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
@@ -64,7 +65,7 @@ class TrainProcess:
     json: bool = setting(False, "end with one line of JSON")
 
 
-GROUPS = (TrainOptions, TrainConfig, Machine, TrainProcess)
+GROUPS = (TrainOptions, TrainConfig, AugmentConfig, Machine, TrainProcess)
 
 
 def build_parser(description: str | None = None) -> Parser:
@@ -124,11 +125,12 @@ def _fitted(given: argparse.Namespace, params: int) -> Recipe:
     """Find the recipe, with the short flags in it and what stored labels decide."""
     short = {name: getattr(given, name) for name in ("epochs", "batch_size", "distill")}
     overrides = [*given.set, *(f"{name}={value}" for name, value in short.items() if value is not None)]
-    recipe = find_recipe(given.recipe, params, overrides)
-    named = {text.partition("=")[0].strip().replace("-", "_") for text in overrides}
+    augment = AugmentConfig.of(given).given
+    recipe = changed(find_recipe(given.recipe, params, overrides), augment)
+    named = augment.keys() | {text.partition("=")[0].strip().replace("-", "_") for text in overrides}
     changes: dict[str, Any] = {}
     if given.labels is not None:  # what is stored is augmented and mixed already
-        changes = {"mixup": 0.0, "cutmix": 0.0, "repeats": 1}
+        changes = {"mixup": None, "cutmix": None, "repeats": 1}
     if recipe.distill == "none" and (given.labels is not None or given.teacher is not None):
         changes["distill"] = "sparse" if given.labels is not None else "soft"
     return changed(recipe, {name: value for name, value in changes.items() if name not in named})
@@ -163,7 +165,7 @@ def describe(config: TrainConfig, world: int) -> list[str]:
     family, arch = config.family_and_arch
     peak, least, first = recipe.rates()
     shown = {
-        name: ("default" if name in PIPELINE else "none") if value is None else value
+        name: ("default" if name in PIPELINE.keys() - {"mixup", "cutmix"} else "none") if value is None else value
         for name, value in recipe.to_dict().items()
     }
     values = ", ".join(f"{name}={value}" for name, value in shown.items() if name != "name")

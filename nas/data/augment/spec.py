@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment
 from timm.data.transforms_factory import create_transform
 
+from nas.core.augment_config import AugmentConfig
 from nas.core.dataclass_json import to_json
 from nas.core.io import digest_of
 from nas.data import Dataset
@@ -79,6 +80,22 @@ class AugmentSpec:
     def mixes(self) -> bool:
         """Return whether images are mixed with partners."""
         return self.mix_prob > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
+
+    @property
+    def text(self) -> str:
+        """The augmentation in one line."""
+        low, high = self.scale
+        parts = [f"random crops of {100 * low:g} to {100 * high:g} % of the area" if low < 1 else "no random crop"]
+        if self.ratio != (1.0, 1.0):
+            parts[0] += f", {self.ratio[0]:.3g} to {self.ratio[1]:.3g} times as wide as high"
+        parts.append(f"mirrored with probability {self.hflip:g}" if self.hflip else "never mirrored")
+        parts.append(f"policy {self.policy}" if self.policy else "no policy")
+        if self.color_jitter:
+            parts.append(f"colours jittered by {self.color_jitter:g}")
+        parts.append(f"erased with probability {self.erase_prob:g}" if self.erase_prob else "no erasing")
+        if self.mixes:
+            parts.append(f"mixup {self.mixup_alpha:g}, CutMix {self.cutmix_alpha:g}")
+        return "; ".join(parts) + ("; batched engine" if self.engine == "batched" else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -180,6 +197,21 @@ def preset_spec(name: str, dataset: Dataset) -> AugmentSpec:
         raise refuse("--augment", name, f"one of {', '.join(PRESETS)}")
     official = replace(base, scale=(0.08, 1.0), policy=_OFFICIAL_POLICY, color_jitter=None, erase_prob=0.25)
     return replace(official, mixup_alpha=0.8, cutmix_alpha=1.0) if name == "1k" else official
+
+
+def changed_spec(spec: AugmentSpec, settings: AugmentConfig, *, mixing: bool = True) -> AugmentSpec:
+    """Return an augmentation with the parts that the user set; without `mixing`, images stay unmixed.
+
+    Raises InputError, also for colour jitter that timm would leave out.
+    """
+    changes = settings.changes()
+    if not mixing:
+        changes = {name: value for name, value in changes.items() if name not in ("mixup_alpha", "cutmix_alpha")}
+    made = replace(spec, **changes)
+    if changes.get("color_jitter") and made.policy is not None and "3a" not in made.policy:
+        got = f"{made.color_jitter:g} beside the policy {made.policy}"
+        raise refuse("--color-jitter", got, "one of them, as timm leaves it out", "add --policy none")
+    return made
 
 
 def augmentation_code(key: str, epoch: int, salt: int) -> int:

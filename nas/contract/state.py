@@ -340,6 +340,7 @@ class Run:
         whole = {
             **{k: v for k, v in to_json(job).items() if k not in places},
             "dataset": self.dataset.fingerprint,
+            "batch_norms": "settled",
             "threads": self.config.threads,
             "fingerprint": self.fingerprint["id"],
             "started_from": _content_of(checkpoint) if kind == "file" else None,  # it may change

@@ -185,6 +185,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     from nas.measure.macs import fvcore_macs
     from nas.train.evaluate import evaluate as evaluate_split
     from nas.train.losses import DistillLoss
+    from nas.train.norms import settle
 
     started = time.monotonic()
     family, context, rung, before = get_family(job.family), job.context, job.rung, job.continue_from
@@ -223,6 +224,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
         stop_after=rung,
         tick=tick,
     )
+    settle(model, dataset.train, store.spec.augment, updates=reader.steps_per_epoch, device=job.device)
     held = holdout_batches(dataset, store, EVAL_BATCH, job.missing)
     scored = evaluate(model, held, dataset.holdout.labels, job.device, tick)
     scored.save(part / "holdout.safetensors")

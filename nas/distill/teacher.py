@@ -35,6 +35,7 @@ from nas.export.teacher_net import (
 from nas.export.weights import place, save_weights, weights_digest
 from nas.labels.reader import batch_sizes, epoch_order
 from nas.train.loop import TrainSettings, train
+from nas.train.norms import RULE, settle
 from space.errors import refuse
 
 AUTO_SETTINGS = TrainSettings(epochs=15, lr=6e-3, min_lr=1e-5, weight_decay=0.05, warmup_epochs=1.0, batch_size=32)
@@ -111,6 +112,7 @@ def make_teacher(
         "input": [list(source.mean), list(source.std), source.input_size],
         "settings": asdict(settings) if settings is not None else None,
         "label_smoothing": LABEL_SMOOTHING,
+        "batch_norms": RULE,
         "dataset": dataset.fingerprint,
         "augment": spec.digest(),
         "random_seed": random_seed,
@@ -139,6 +141,7 @@ def make_teacher(
                     steps_per_epoch=batches.steps_per_epoch,
                     checkpoint=progress,
                 )
+                settle(net, dataset.train, spec, updates=batches.steps_per_epoch, device=device)
         correct = np.zeros(0, dtype=bool)
         if dataset.labelled:
             place(net, device).eval()

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nas.export.weights import drop_stale_caches, place
 from nas.inherit.slice import is_whole
 from nas.labels.reader import LabelReader
+from nas.train.norms import estimate
 from space.family import Slice
 
 BATCHES = 8
@@ -31,9 +31,8 @@ def recalibrate(
 
     `model` holds what `slicing` took from `parent_state` (only its shapes are read). `batches`: inputs float32 [B, C,
     S, S]; none is drawn where nothing changed, and then the model is left alone. `new_input` (images of another size,
-    say) counts as a change before the first layer. Averages are cumulative over the batches, without gradients,
-    everything else in eval mode; the mode is left as it was. Moves the model to `device` as training does. Modules
-    must be declared in the order of the forward pass, as in `first_change`.
+    say) counts as a change before the first layer. `nas.train.norms.estimate` does the rest. Modules must be declared
+    in the order of the forward pass, as in `first_change`.
     """
     keys = list(model.state_dict())
     start = 0 if new_input else first_change(model.state_dict(), parent_state, slicing)
@@ -46,25 +45,7 @@ def recalibrate(
     ]
     if not norms:
         return 0
-    place(model, device)
-    was_training, momenta = model.training, [norm.momentum for norm in norms]
-    model.train().eval()  # drops what eval mode may have cached of older weights
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    seen = 0
-    try:
-        with torch.no_grad():
-            for inputs in batches:
-                model(inputs.to(device, memory_format=torch.channels_last))
-                seen += 1
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        model.train(was_training)
-        drop_stale_caches(model)
-    assert seen, "statistics of no batches"
+    estimate(model, norms, batches, device)
     return len(norms)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nas.data import Split
 from nas.data.augment.spec import AugmentSpec, augmentation_codes
 from nas.data.augment.views import Inputs, ViewSpec, stream
-from nas.labels.reader import LabelReader, epoch_order
+from nas.labels.reader import LabelReader, batch_sizes, epoch_order
 from nas.labels.store import key_array, key_bytes
 from nas.train.losses import TeacherTargets
 from space.errors import refuse
@@ -46,6 +46,9 @@ class RankShard:
 
     def __str__(self) -> str:
         return f"{self.world} processes x {self.accumulation_steps} accumulation steps"
+
+
+ALONE = RankShard(0, 1, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,11 @@ def repeated(order: Rows, repeats: int) -> tuple[Rows, NDArray[np.int64]]:
 
 
 class LiveBatches:
-    """Augmented training images with their true classes; an incomplete last batch is dropped, as the authors do."""
+    """Augmented training images with their true classes, all of them in each epoch.
+
+    Batches differ by one image at most. With `mixing` each of the `shard`'s micro-batches is made of pairs: batches
+    differ by a pair for each, and fewer images than that are left over.
+    """
 
     def __init__(
         self,
@@ -106,20 +113,24 @@ class LiveBatches:
         random_seed: int,
         workers: int,
         device: str,
+        shard: RankShard = ALONE,
+        mixing: bool = False,
     ) -> None:
         assert not spec.mixes, "a full training mixes micro-batches itself"
         if batch_size > len(split):
             want = f"at most the {len(split)} training images"
             raise refuse("batch_size", batch_size, want, "--set batch_size=N; the rate scales with it")
-        self._split, self._batch = split, batch_size
+        self._split = split
         self._repeats, self._seed = repeats, random_seed
         batched = spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, spec, device if batched else "cpu")
         self._raw = key_bytes(key_array(split.keys))
         self._rows = np.arange(len(split))
-        self.steps_per_epoch = len(split) // batch_size
-        self.images_per_epoch = self.steps_per_epoch * batch_size
+        unit = 2 * shard.micro_batches if mixing else 1
+        self._ends = np.cumsum(batch_sizes(len(split) // unit, batch_size // unit)) * unit
+        self.steps_per_epoch, self.images_per_epoch = len(self._ends), int(self._ends[-1])
+        _check_least(int(np.diff(self._ends, prepend=0).min()), shard)
 
     def draws(self, epoch: int) -> tuple[Rows, NDArray[np.int64]]:
         """Return an epoch's rows in order, and the number of each row's copy."""
@@ -130,8 +141,7 @@ class LiveBatches:
     def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
         """Return a process's micro-batches of each step, from step `start` on."""
         rows, copies = self.draws(epoch)
-        starts = range(start * self._batch, len(rows), self._batch)
-        mine = divide([np.arange(at, at + self._batch) for at in starts], shard)
+        mine = divide(np.split(np.arange(len(rows)), self._ends[:-1])[start:], shard)
         recipes = [ViewSpec(rows[at], self._codes(rows[at], copies[at], epoch)) for _, _, at in mine]
         made = zip(mine, stream(self._inputs, recipes, self._workers), strict=True)
         labels = np.asarray(self._split.labels, dtype=np.int64)[rows]
@@ -153,9 +163,7 @@ class ReplayBatches:
     def __init__(self, reader: LabelReader, shard: RankShard) -> None:
         self._reader = reader
         self.steps_per_epoch, self.images_per_epoch = reader.steps_per_epoch, reader.images
-        least, want = min(len(rows) for rows in reader.batch_rows(0)), 2 * shard.micro_batches
-        if least < want:
-            raise refuse("batch_size", f"batches of {least} images", f"{want}, for {shard}")
+        _check_least(min(len(rows) for rows in reader.batch_rows(0)), shard)
 
     def steps(self, epoch: int, start: int, shard: RankShard) -> Iterator[list[MicroBatch]]:
         """Return a process's micro-batches of each step, from step `start` on."""
@@ -168,6 +176,13 @@ class ReplayBatches:
                 yield MicroBatch(batch.inputs, self._reader.truth(epoch, rows), targets, number, whole)
 
         return _by_step(parts(), shard)
+
+
+def _check_least(images: int, shard: RankShard) -> None:
+    """Refuse batches of which a micro-batch has one image: batch norm needs two."""
+    want = 2 * shard.micro_batches
+    if images < want:
+        raise refuse("batch_size", f"batches of {images} images", f"{want}, for {shard}")
 
 
 def _by_step(found: Iterator[MicroBatch], shard: RankShard) -> Iterator[list[MicroBatch]]:

@@ -27,11 +27,14 @@ from nas.train.distributed import Ranks
 from nas.train.evaluate import SCORES, evaluate
 from nas.train.loop import Diverged, Stepper
 from nas.train.losses import DistillLoss, TeacherTargets
+from nas.train.norms import settle, settled
 from nas.train.optim import layer_lr_scales, make_optimizer, rate_at
 from nas.train.train_config import Machine, TrainConfig
 from space.errors import refuse
 
 Row = dict[str, Any]
+NEVER_LAGS = 1 << 62
+"""Updates of batch norms that are frozen."""
 AMP = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -171,6 +174,8 @@ class _Loop:
             epoch, start, seconds = epoch + 1, 0, 0.0
             report(self._rows, weights, row["best_of"] if best_of(self._rows) is row else None)
             self._save(epoch, 0, 0.0, 0, 0.0)
+        args.ranks.broadcast_buffers(self._model)
+        settle(self._model, args.dataset.train, args.spec, **self._updates(epoch, "raw"))  # as it was evaluated
         return self._rows
 
     def _train_epoch(self, network: nn.Module, epoch: int, start: int, before: float) -> Row:
@@ -212,21 +217,36 @@ class _Loop:
         args, models = self._args, {"raw": self._model}
         if self._ema is not None:
             models["ema"] = self._ema.module
-        merits = {}
+        merits, buffers = {}, {}
         for which, model in models.items():
             args.ranks.broadcast_buffers(model)
             classes, device = args.dataset.num_classes, args.ranks.device
-            result = evaluate(
-                model, args.dataset.holdout, args.spec, num_classes=classes, device=device, ranks=args.ranks
-            )
+            with settled(model, args.dataset.train, args.spec, **self._updates(row["epoch"], which)):
+                result = evaluate(
+                    model, args.dataset.holdout, args.spec, num_classes=classes, device=device, ranks=args.ranks
+                )
+                buffers[which] = {name: buffer.clone() for name, buffer in model.named_buffers()}
             scores = result.summary()
             prefix = "" if which == "raw" else "ema_"
             row |= {f"{prefix}holdout_{name}": scores[name] for name in SCORES}
             if not math.isfinite(scores["loss"]):
                 raise Diverged(row["epoch"] * args.source.steps_per_epoch - 1, scores["loss"])
             merits[which] = scores["top1"], -scores["loss"]
-        row["best_of"] = max(merits, key=lambda which: merits[which])
-        return models[row["best_of"]].state_dict
+        best = row["best_of"] = max(merits, key=lambda which: merits[which])
+        state = models[best].state_dict
+        return lambda: {name: buffers[best].get(name, value) for name, value in state().items()}
+
+    def _updates(self, epochs: int, which: str) -> dict[str, Any]:
+        """Return what decides whether batch norms lag after so many epochs; frozen ones never do.
+
+        Averaged weights have averaged statistics, in which the first ones keep a share of decay^steps.
+        """
+        args, steps, device = self._args, self._args.source.steps_per_epoch, self._args.ranks.device
+        if self._recipe.bn == "eval":
+            return {"updates": NEVER_LAGS, "device": device}
+        decay = self._recipe.ema_decay or 0.0 if which == "ema" else 0.0
+        updates = steps * args.machine.accumulation_steps
+        return {"updates": updates, "device": device, "first": decay ** (epochs * steps)}
 
     def _checked_sums(self, step: int) -> tuple[float, int]:
         """Return the sum of losses and the images of this epoch, over all processes.

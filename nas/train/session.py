@@ -98,6 +98,7 @@ class TrainSession:
         """Open the data set's images, or those of a label store with its augmentation."""
         recipe, machine, train = self.recipe, self.machine, self.dataset.train
         random_seed, device = self.config.random_seed, self.ranks.device
+        shard = RankShard(self.ranks.rank, self.ranks.world, machine.accumulation_steps)
         if self.config.labels is None:
             return LiveBatches(
                 train,
@@ -107,6 +108,8 @@ class TrainSession:
                 random_seed=random_seed,
                 workers=machine.workers,
                 device=device,
+                shard=shard,
+                mixing=recipe.mixes,
             )
         store = open_store(Path(self.config.labels), use=self.dataset)
         recipe.check_stored(store.spec.augment.to_dict(), store.folder)
@@ -117,7 +120,7 @@ class TrainSession:
         for note in reader.notes:
             self.log(f"labels: {note}")
         self.log(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
-        return ReplayBatches(reader, RankShard(self.ranks.rank, self.ranks.world, machine.accumulation_steps))
+        return ReplayBatches(reader, shard)
 
     def use_teacher(self, info: TeacherInfo) -> None:
         """Load the teacher that is asked while training."""

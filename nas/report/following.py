@@ -53,7 +53,11 @@ def _after_success(run: RunFiles, folder: str) -> Iterator[str]:
         data = {name: config.get(name) for name in (f.name for f in fields(DataConfig)) if name in config} | data
         chosen = ["--arch", folder, *as_flags(RunConfig, data, {"max_images": None}), "--init"]
         seed = config.get("random_seed") or 0
-        chosen += [f"{folder}/best.safetensors", *as_flags(AugmentConfig, config, {}), *(["--data-seed", str(seed)] if seed else [])]
+        chosen += [
+            f"{folder}/best.safetensors",
+            *as_flags(AugmentConfig, config, {}),
+            *(["--data-seed", str(seed)] if seed else []),
+        ]
         if "--data" not in chosen:
             chosen += ["--data", str(config.get("data", RunConfig.data))]
         yield shell_command("nas.train", *chosen, "--out", _free(run, "trained"))

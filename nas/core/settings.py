@@ -169,10 +169,9 @@ def as_flags(cls: type, values: Mapping[str, Any], usual: Mapping[str, Any]) -> 
         elif field.kind is tuple and field.about.many:
             found += [field.flag, *map(str, value)]
         elif value is not None:
-            each_of = (
-                [value] if field.kind is not tuple else [",".join(map(str, value))] if field.about.parse else value
-            )
-            for each in each_of:
+            if field.kind is tuple and field.about.parse is not None:
+                value = [",".join(map(str, value))]
+            for each in value if field.kind is tuple else [value]:
                 text = str(each)
                 found += [f"{field.flag}={text}"] if text.startswith("-") else [field.flag, text]
     return found

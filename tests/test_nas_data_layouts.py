@@ -73,8 +73,8 @@ def test_the_second_of_two_splits_is_the_test_set_and_the_holdout_is_cut_from_tr
     found = ready(lay(tmp_path / "d", f"{train}/{{a,b}}*5 {test}/{{a,b}}*2"))
     assert found.classes == ("a", "b")
     assert tops(found) == {"cut": {train: 10}, "holdout": {train: 2}, "test": {test: 4}}
-    assert f"{train}/ trains, and the holdout is cut from it: 10 images in 2 classes" in found.notes
-    assert f"{test}/ is the test set: 4 images in 2 classes" in found.notes
+    assert f"{train}/: for training, and the holdout is cut from it, 10 images in 2 classes" in found.notes
+    assert f"{test}/: the test set, 4 images in 2 classes" in found.notes
 
 
 @pytest.mark.parametrize("names", ["train val test", "Train Valid Test", "x_training x_validation x_testing"])

@@ -94,16 +94,22 @@ FORMS = ("run", "training", "best.json", "weights", "hub", "timm", "microsoft")
 Check = Callable[[Path, State, Any, Context, Path], None]
 
 
+def names(path: Path, ctx: Context) -> tuple[str, ...]:
+    """Return the class names that a form carries, or some where it has none."""
+    return find_network(path, "--init").classes or tuple(f"class {number}" for number in range(ctx.num_classes))
+
+
 def seed_weights(path: Path, state: State, arch: Any, ctx: Context, out: Path) -> None:
-    made_in, note = load_seed_weights(TINYVIT, arch, ctx, str(path), out / "w.safetensors")
+    made_in, rows, note = load_seed_weights(TINYVIT, arch, ctx, str(path), out / "w.safetensors", names(path, ctx))
     assert made_in == ctx
+    assert rows == tuple(range(ctx.num_classes))
     assert weights_digest(load_file(out / "w.safetensors")) == weights_digest(state)
     assert ("averaged weights (state_dict_ema) are taken" in note) == path.name.endswith(".pth.tar")
 
 
 def init(path: Path, state: State, arch: Any, ctx: Context, out: Path) -> None:
     model = TINYVIT.build(arch, ctx)
-    load_initial_weights(model, TINYVIT, arch, ctx, str(path), resize="own", head_map=None)
+    load_initial_weights(model, TINYVIT, arch, ctx, str(path), names(path, ctx), resize="own", head_map=None)
     assert weights_digest(model.state_dict()) == weights_digest(state)
 
 
@@ -188,7 +194,8 @@ def test_the_head_of_21841_classes_is_replaced_and_said(tmp_path: Path) -> None:
     state = TINYVIT.build(arch, there).state_dict()
     torch.save({"model": microsoft_names(state)}, tmp_path / "m.pth")
     model = TINYVIT.build(arch, here)
-    note = load_initial_weights(model, TINYVIT, arch, here, str(tmp_path / "m.pth"), resize="own", head_map=None)
+    source, classes = str(tmp_path / "m.pth"), ("a", "b", "c")
+    note = load_initial_weights(model, TINYVIT, arch, here, source, classes, resize="own", head_map=None)
     assert "a new head (21841 -> 3 classes)" in note
     assert "the TinyViT authors' names" in note
     assert torch.equal(

@@ -100,7 +100,7 @@ def _sides(spec: DataSpec, tree: Tree, annotated: Annotations | None) -> list[_S
     sides: dict[str, _SideImages] = {}
     if annotated is not None and annotated.with_splits:
         for path, (label, role) in annotated.rows.items():
-            side = sides.setdefault(str(role), _SideImages(str(role), f"the {role} lines"))
+            side = sides.setdefault(str(role), _SideImages(str(role), f"rows of {role}"))
             side.classes.setdefault(label, []).append(path)
         return [*sides.values()]
     parts = parts_by_hand(tree, spec.splits) if spec.splits is not None else find_parts(tree, ask=annotated is None)
@@ -196,18 +196,18 @@ def _named_sides(sides: Sequence[_SideImages], notes: list[str]) -> list[_SideIm
     """Give the sides the roles of `nas.data.split.ROLES`, and name each with its role and count."""
     roles = {side.role for side in sides}
     final = {role: role for role in roles}
-    purpose = {"train": "trains", "holdout": "is the holdout", "test": "is the test set"}
+    purpose = {"train": "for training", "holdout": "the holdout", "test": "the test set"}
     if roles == {"train"}:
         final["train"] = "any"
-        purpose["train"] = "is cut into train, holdout and test"
+        purpose["train"] = "cut into train, holdout and test"
     elif len(roles) == 2:
         final = {role: "train" if role == "train" else "test" for role in roles}
-        purpose["train"], purpose["holdout"] = "trains, and the holdout is cut from it", purpose["test"]
+        purpose["train"], purpose["holdout"] = "for training, and the holdout is cut from it", purpose["test"]
     elif len(roles) == 3:
         final["train"] = "fit"
     for side in sides:
         groups = f" in {len(side.classes):,} class{'es' * (len(side.classes) > 1)}" if side.classes else ""
-        notes.append(f"{side.shown} {purpose[side.role]}: {counted(len(side.paths()), 'image')}{groups}")
+        notes.append(f"{side.shown}: {purpose[side.role]}, {counted(len(side.paths()), 'image')}{groups}")
     return [replace(side, role=final[side.role]) for side in sides]
 
 

@@ -240,7 +240,7 @@ def test_every_form_of_a_name_gives_what_it_holds(tmp_path: Path) -> None:
         str(run): (SavedNetwork, "arch weights teacher saved"),
         str(run / "best.json"): (SavedNetwork, "arch weights teacher saved"),
         str(run / "best.safetensors"): (CheckpointFile, "arch weights teacher saved"),
-        str(tmp_path / "hub"): (HubFolder, "weights teacher"),
+        str(tmp_path / "hub"): (HubFolder, "arch weights teacher saved"),
         str(tmp_path): (WeightsFolder, "weights"),
         str(tmp_path / "weights.safetensors"): (CheckpointFile, "weights"),
         f"test_vit:{tmp_path / 'weights.safetensors'}": (ModelAndFile, "weights"),

@@ -185,7 +185,7 @@ def test_a_store_names_its_own_three_files_only(name: str, digits: Path, tmp_pat
 
 def test_a_teacher_lies_where_it_is_found(tmp_path: Path) -> None:
     """Its info.json cannot send a reader to other weights."""
-    info = {"folder": "/elsewhere", "id": "t", "digest": "d", "model": "m", "kwargs": {}, "num_classes": 2}
+    info = {"folder": "/elsewhere", "id": "t", "digest": "d", "model": "m", "kwargs": {}, "classes": ["a", "b"]}
     info |= {"mean": [0.0], "std": [1.0], "student_mean": [0.0], "student_std": [1.0], "input_size": None, "notes": []}
     info |= {"epochs": 1, "holdout_top1": 0.5, "holdout_top1_se": 0.1, "holdout_images": 4}
     write_json(tmp_path / "info.json", {"schema": SCHEMA, "info": info})

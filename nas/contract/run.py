@@ -137,6 +137,8 @@ def plan(seed: str | None = None, target_params: str | int | None = None, **opti
 def _asked(seed: str | None, target: str | int | None, options: Mapping[str, Any]) -> tuple[Session, dict[str, Any]]:
     """Return the options of the process, and the settings that the user named, with absolute paths."""
     of_executor, of_session = ({f.name for f in dataclasses.fields(kind)} for kind in (ExecutorConfig, Session))
+    # Both have an `executor`: the name of a kind, or one that is made already.
+    (of_session if isinstance(options.get("executor"), str) else of_executor).discard("executor")
     named = {name: options[name] for name in of_session & options.keys()}
     if chosen := {name: options[name] for name in of_executor & options.keys()}:
         if "executor_config" in named or "executor" in named:

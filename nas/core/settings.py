@@ -24,7 +24,8 @@ class SettingSpec:
     `group` opens a heading of the help that the following settings belong to. Numbers lie in [`low`, `high`], or above
     `above`. `parse` reads a text that the type does not: (flag, text) to a value. `want` describes a legal value.
     `default_text` stands for the default in the help; `efforts` are the defaults by effort, in the order of
-    `nas.core.config.EFFORTS`. A tuple is given by repeating its flag, or with `many` by listing values behind one flag.
+    `nas.core.config.EFFORTS`. A tuple is given by repeating its flag, or with `many` by listing values behind one flag;
+    one with `parse` is one text, or with `repeats` a list of texts.
     `const` is the value of the flag alone, `spelling` replaces the flag that follows from the name.
     """
 
@@ -40,6 +41,7 @@ class SettingSpec:
     default_text: str | None = None
     efforts: tuple[Any, ...] = ()
     many: bool = False
+    repeats: bool = False
     const: str | None = None
     spelling: str | None = None
 
@@ -115,7 +117,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, efforts: tuple[str,
             options["action"] = "store_false" if field.default is True else "store_true"
         else:
             options["metavar"] = about.metavar
-            if field.kind is tuple and about.parse is None:
+            if field.kind is tuple and (about.parse is None or about.repeats):
                 options |= {"nargs": "+"} if about.many else {"action": "append"}
             elif about.const is not None:
                 options |= {"nargs": "?", "const": about.const}

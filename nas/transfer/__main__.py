@@ -49,7 +49,7 @@ class TransferConfig:
 
     source: Path
     data: str | None = setting(None, "as in nas.contract, with classes; not needed for segment")
-    checks: tuple[str, ...] = setting(CHECKS, "some of them", parse=_names, default_text=",".join(CHECKS))
+    checks: tuple[str, ...] = setting(CHECKS, "some of them", parse=_names, repeats=True, default_text=",".join(CHECKS))
     img_size: int | None = setting(
         None, "of all checks", metavar="PX", low=16, high=1024, default_text="the model's own"
     )

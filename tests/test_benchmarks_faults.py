@@ -25,6 +25,7 @@ def rows_of(tmp_path: Path) -> list[dict[str, Any]]:
     return pd.read_csv(tmp_path / "faults.csv").to_dict("records")
 
 
+@pytest.mark.slow
 def test_a_killed_training_is_survived_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(References, "train_epochs", 3)
     assert run(tmp_path, "--only", QUICK, "--tries", "1", "--jobs", "1") == 0

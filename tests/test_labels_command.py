@@ -106,7 +106,8 @@ def test_damage_ends_in_a_line_each_and_status_2(
         assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
 def test_processes_make_the_same_bytes(cache: Path, store: Path, tmp_path: Path, processes: int) -> None:
     build("digits", out=tmp_path / "s", processes=processes, cache_dir=cache, **SIZES)
     assert contents(tmp_path / "s") == contents(store)
@@ -244,6 +245,7 @@ def kill_and_resume(cache: Path, tmp_path: Path, kills: int, epochs: int) -> Non
     assert not [p for p in out.rglob("*") if p.name.startswith(".part")]
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes_to_the_same_bytes(cache: Path, tmp_path: Path) -> None:
     kill_and_resume(cache, tmp_path, 2, 4)
 

@@ -201,6 +201,7 @@ def test_a_run_killed_inside_a_step_resumes_to_the_same_answer(finished: Finishe
     assert_same_answer(folder, finished.folder)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_takes_measurements_over_takes_the_rest(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,8 @@ def test_the_folder_is_a_backbone_with_four_maps(tmp_path: Path) -> None:
     assert "strides: [4, 8, 16, 32]; channels: [32, 32, 64, 64]" in card
 
 
-@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", [False, True])
 def test_onnx_runtime_alone_runs_any_number_of_images(
     run: Path, tmp_path: Path, fused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -366,6 +366,7 @@ def test_a_whole_run_in_a_shared_database(
         assert not any(secret.encode() in content for content in files)
 
 
+@pytest.mark.slow
 @needs_server
 def test_an_outage_before_the_first_row_keeps_the_run(
     tmp_path: Path, finished: Finished, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -47,6 +47,7 @@ def good(path: Path) -> bool:
     return all(bool(torch.isfinite(v).all()) for v in load_file(path).values() if v.is_floating_point())
 
 
+@pytest.mark.slow
 def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     drop = sets(drop_path=0.2, repeats=3, mixup=0.8)

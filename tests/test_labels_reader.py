@@ -113,6 +113,7 @@ def test_unmixed_inputs_are_the_augmenters_own(dataset: Dataset, tmp_path: Path)
         assert torch.equal(batch.inputs, augmenter.batch(dataset.train.pixels[rows], codes.tolist()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["mixed"], indirect=True)
 def test_loader_workers_change_nothing(dataset: Dataset, store: LabelStore) -> None:
     torch.manual_seed(3)

@@ -253,6 +253,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_prints_the_command(finished: Finished
     assert (folder / "study.db").exists()
 
 
+@pytest.mark.slow
 def test_max_hours_stops_in_time_naming_it_and_resumes(finished: Finished, tmp_path: Path) -> None:
     folder, started = tmp_path / "run", time.monotonic()
     more = ["--final-epochs", "2", "--json", "--max-hours", str(7 / 3600)]

@@ -221,6 +221,7 @@ def held(path: Path, seconds: float) -> subprocess.Popen[str]:
     return holder
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_and_one_that_stays_ends_in_one_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with held(path, 1.0):
         assert rows_of(path) == TRIALS

@@ -132,7 +132,8 @@ def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: floa
     assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
 
 
-@pytest.mark.parametrize("trial", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))])
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(10))
 def test_killed_at_any_moment_it_ends_in_the_same_weights(trial: int, cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     more = ["--batch-size", "8", "--save-steps", "2", "--set", "drop_path=0.1", "--epochs", "8"]

@@ -230,7 +230,8 @@ def _winner_words(run: RunFiles, winner: Mapping[str, Any]) -> str:
     words = f"The winner has {whole(params)} parameters"
     if run.seed and run.seed.params and params:
         words += f", {run.seed.params / params:.2f}x fewer than the seed"
-    speed, ratio = _interval(winner, "images_per_s"), _interval(winner, "ratio", "x")
+    # The interval of the ratio alone: the table's images/s are that ratio's, too.
+    speed, ratio = _interval(winner, "images_per_s").partition(" [")[0], _interval(winner, "ratio", "x")
     words += f", and runs at {speed} images/s, {ratio} the seed"
     words += f"; its test top-1 is {percent(number(winner, 'top1'), number(winner, 'top1_se'))}"
     if number(winner, "metric") is not None:

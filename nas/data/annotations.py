@@ -114,9 +114,12 @@ def _columns(table: Any, given: str) -> tuple[str, str, str | None]:
 
     file = first(FILE_NAMES)
     split = first(SPLIT_NAMES)
-    if split is not None and not all(word_role(text) for text in set(table[split])):
-        if split.lower() in ("split", "subset"):
-            raise _odd_split(next(text for text in table[split] if not word_role(text)), given)
+    odd = [] if split is None else [text for text in table[split] if not word_role(text)]
+    if split is not None and odd:
+        # Ignoring some of the splits would train on test images.
+        if split.lower() in ("split", "subset") or len(odd) < len(table):
+            got = f"{split} {odd[0]!r} in {given} ({counted(len(odd), 'line')})"
+            raise refuse(_FLAG, got, "train, val or test in each line", "fill it in, or rename the column")
         split = None  # a fold by number, a data set by name
     labels = [plain[name] for name in CLASS_NAMES if name in plain and plain[name] != file]
     rest = [str(name) for name in table.columns if name not in (file, split) and not str(name).startswith("Unnamed")]
@@ -132,10 +135,6 @@ def _columns(table: Any, given: str) -> tuple[str, str, str | None]:
             raise refuse(_FLAG, got, "one column of classes", "rename the other")
     named = [name for name in labels if not all(text.strip().isdigit() for text in set(table[name]))]
     return file, (named or labels)[0], split
-
-
-def _odd_split(text: str, given: str) -> Exception:
-    return refuse(_FLAG, f"the split {text!r} in {given}", "train, val or test in each line")
 
 
 class _Finder:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,7 +41,7 @@ _CONFIG = "timm's config.json of a model"
 _OF_RUN = ("best.json", "run.json", "train.json")
 
 
-class NamedNetwork:
+class NamedNetwork(ABC):
     """A network by the name that a user gave to `flag`. Its methods raise InputError about the flag."""
 
     words: ClassVar[str]
@@ -51,9 +52,9 @@ class NamedNetwork:
         self.notes: tuple[str, ...] = ()
         """What was decided on reading the weights, for the user."""
 
+    @abstractmethod
     def fits(self) -> bool:
         """Return whether the name has this form."""
-        raise NotImplementedError
 
     @property
     def origin(self) -> str:

@@ -18,6 +18,7 @@ Source of the id code: Elias 1974, Fano 1971.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -83,7 +84,7 @@ def top_labels(logits: torch.Tensor, topk: int) -> SoftLabels:
     return SoftLabels(index.numpy(), prob.float().numpy(), tail.float().numpy())
 
 
-class Codec:
+class Codec(ABC):
     """Turns labels of K out of C classes into records of `record_bytes` each, and back."""
 
     name = ""
@@ -111,11 +112,11 @@ class Codec:
         assert records.shape[1] == self.record_bytes, records.shape
         return self._decode(records)
 
-    def _encode(self, labels: SoftLabels) -> NDArray[np.uint8]:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, labels: SoftLabels) -> NDArray[np.uint8]: ...
 
-    def _decode(self, records: NDArray[np.uint8]) -> SoftLabels:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode(self, records: NDArray[np.uint8]) -> SoftLabels: ...
 
 
 class PlainCodec(Codec):

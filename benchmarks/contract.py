@@ -20,7 +20,7 @@ from benchmarks.estimates import Floats, Row, crossed, few_discordant, run_comma
 from benchmarks.pareto import pareto
 from nas.contract import contract
 from nas.contract.run import RunResult
-from nas.core.cli import Parser
+from nas.core.cli import Parser, shell_command
 from nas.core.io import load_arrays
 from nas.core.progress import Console
 from nas.report.read import read_run
@@ -42,9 +42,14 @@ def correctness_difference(folder: Path, final: Mapping[str, Any]) -> Floats:
     return winner - published
 
 
+def stem(data: str, given: argparse.Namespace) -> str:
+    """Begin the names of what is kept of a data set; its own may be a path."""
+    return f"{data.replace('/', '_')}-{given.effort}"
+
+
 def run_or_resume(data: str, random_seed: int, given: argparse.Namespace) -> RunResult:
     """Run the main job, or resume it in its folder."""
-    folder = Path(given.runs) / f"{data}-{given.effort}-{random_seed}"
+    folder = Path(given.runs) / f"{stem(data, given)}-{random_seed}"
     common: dict[str, Any] = {"out": folder, "cache_dir": given.cache_dir, "console": Console()}
     if (folder / "run.json").exists():
         return contract(resume=True, **common)
@@ -59,6 +64,8 @@ def run_row(data: str, random_seed: int, given: argparse.Namespace, of: RunResul
     found = read_run(of.folder)
     assert found.seed is not None
     images = found.run["config"]["max_images"]
+    flags = {"seed": "21M", "target-params": "5M", "min-speedup": given.min_speedup, "data": data}
+    flags |= {"effort": given.effort, "random-seed": random_seed} | ({"max-images": images} if images else {})
     row: Row = {
         **dict.fromkeys(COLUMNS),
         "data": data,
@@ -68,9 +75,7 @@ def run_row(data: str, random_seed: int, given: argparse.Namespace, of: RunResul
         "seed_images_per_s": found.seed.images_per_s,
         "minutes": round(of.result.get("seconds", 0.0) / 60, 1),
         "fingerprint": found.run["fingerprint"]["id"],
-        "command": "python -m nas.contract --seed 21M --target-params 5M "
-        f"--min-speedup {given.min_speedup} --data {data} --effort {given.effort} "
-        f"--random-seed {random_seed}" + (f" --max-images {images}" if images else ""),
+        "command": shell_command("nas.contract", *(part for k, v in flags.items() for part in (f"--{k}", v))),
     }
     final = of.result.get("final")
     if not final:
@@ -140,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 outcomes.append(outcome)
                 rows.append(run_row(data, random_seed, given, outcome))
             rows += pooled_rows(data, given, outcomes)
-            pareto([each.folder for each in outcomes], None, given.out / f"pareto-{data}-{given.effort}.png")
+            pareto([each.folder for each in outcomes], None, given.out / f"pareto-{stem(data, given)}.png")
         write_table(table, rows)
         return {"table": str(table), "lines": len(rows)}
 

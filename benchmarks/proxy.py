@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.estimates import check_at_least, draw_intervals, run_command
+from benchmarks.estimates import check_at_least, draw_intervals, run_command, write_table
 from benchmarks.trainings import CRITERION, PROXY_SEED, Trained, Training, TrainingPool, add_short_flags, open_pool
-from nas.contract.proxy_check import ProxyCheckRow, compare_scores, training_free_scores, write_rows
+from nas.contract.proxy_check import ProxyCheckRow, compare_scores, training_free_scores
 from nas.contract.state import derived_seed
 from nas.core.cli import Parser
 from nas.core.io import read_json, write_json
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work(given: argparse.Namespace) -> dict[str, Any]:
         check_at_least(given, seeds=2, archs=LEAST)  # before anything is named or trained
         rows, summary = rank(given, Console())
-        write_rows(given.out, rows, command=given.command)
+        write_table(given.out, rows, command=given.command)
         write_json(given.out.with_suffix(".json"), summary)
         label = f"Kendall's tau with the truth ({summary['archs']} archs, {summary['seeds']} random seeds)"
         ceilings = {r.name: r.estimate for r in rows if r.name.startswith("ceiling")}

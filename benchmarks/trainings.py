@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.estimates import Floats
 from nas.contract.checks import make_config, read_data, read_fingerprints, saved_config, with_absolute_paths
+from nas.contract.plan import training_pace
 from nas.contract.race import with_order
 from nas.contract.run_folder import RunFolder
 from nas.contract.seed import prepare_seed
@@ -30,7 +31,6 @@ from nas.core.progress import Console
 from nas.distill.jobs import ScoreJob, TrainJob, score
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
-from nas.train.jobs import PaceJob, pace
 from space import get_family
 from space.errors import InputError, refuse
 from space.family import Arch
@@ -149,24 +149,15 @@ class TrainingPool:
 
     def pace(self, arch: Arch) -> float:
         """Return how many images a second train on this machine, all workers together (rough)."""
-        run, config = self.run, self.run.config
-        job = PaceJob(
-            family=run.family.name,
-            arch=run.family.to_dict(arch),
-            context=run.context,
-            batch_size=config.batch_size,
-            seconds=8.0,
-            device=config.device,
-        )
-        result = run.do(Job(pace, job, "pace"))
-        run.executor.close()  # its threads would only be in the way
+        result = training_pace(self.run, arch, 8.0)
+        self.run.executor.close()  # its threads would only be in the way
         return float(result.values["images_per_s"]) if result.ok else 50.0
 
     def _task(self, of: Training) -> Task:
         """Return the job of a training; of one with 0 epochs, the job that scores its parent."""
         name = self._name(of)
         settings = {f.name: getattr(of, f.name) for f in fields(of) if f.name != "recalibrate"}
-        training = self.run.training(**settings, name=name, out=self.run.folder.job_folder(name))
+        training = self.run.training(**settings, name=name)
         if of.epochs:
             return training
         job: TrainJob = training.job.argument

@@ -56,6 +56,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of data and teachers for all tests that do not look into it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def digits(cache: Path) -> Dataset:
+    """Two hundred digits at 32 px, as `train_cases.flags` asks for them."""
+    from nas.data import DataSpec, prepare
+
+    return prepare(DataSpec("digits", img_size=32, max_images=200), cache)
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Eighty digits at 32 px."""
     from nas.data import DataSpec, prepare

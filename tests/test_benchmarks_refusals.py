@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from benchmarks import contract
 
 TABLE = str(Path("results/search_efficiency_table.csv").resolve())
 OUT = ["--out", "t.csv"]
@@ -65,6 +68,17 @@ def test_bad_input_is_one_line(
     assert said in error
     assert error.count("\n") == 1
     assert not {"t.csv", "w"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_data_set_that_is_a_path_is_run_below_the_folder_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Path] = {}
+    monkeypatch.setattr(contract, "contract", lambda *_, **settings: asked.update(settings))
+    given = Namespace(runs=tmp_path, effort="smoke", cache_dir=None, max_images=None, min_speedup=1.5)
+    for data in ("/data/my pictures", "torch/CIFAR10"):
+        contract.run_or_resume(data, 3, given)
+        assert asked["out"].parent == tmp_path
 
 
 @pytest.mark.parametrize("module", FLAGS)

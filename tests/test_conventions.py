@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from nas.core.config import EFFORTS, RunConfig
-from nas.core.settings import settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [p for top in ("space", "nas", "benchmarks") for p in (ROOT / top).rglob("*.py")]
@@ -64,13 +62,21 @@ def test_the_formatter_decides() -> None:
     assert skips <= 15
 
 
+FOREIGN = {"--nproc-per-node", "--class-map", "--address", "--resources"}
+"""Flags of other tools that the documents name."""
+
+
 def test_every_flag_that_the_documents_name_exists() -> None:
-    """Of `nas.contract`; commands with flags of their own stand on lines that name them."""
-    known = {field.flag for field in settings_of(RunConfig)}
-    table = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert EFFORTS
-    assert "--train-per-step" in known
-    assert "--proxied" not in table
+    known = set(FOREIGN)
+    for node in (n for path in SOURCES for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):
+            known.add(node.value)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+            name = ast.unparse(node.target).replace("_", "-")
+            known |= {f"--{name}", f"--no-{name}"} if ast.unparse(node.value.func).endswith("setting") else set()
+    for page in (ROOT / "README.md", *PAGES):
+        named = re.findall(r"(?<![\w-])--[a-z0-9]+(?:-[a-z0-9]+)*(?![\w-])", page.read_text(encoding="utf-8"))
+        assert set(named) <= known, page.name
 
 
 def test_nothing_large_is_tracked() -> None:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from nas.contract.checks import make_config, with_steps
 from nas.contract.flags import build_parser
 from nas.core.config import (
-    EFFORTS,
     MOST_STEPS,
     ROUNDS,
     STEP_KEEPS,
@@ -28,7 +27,7 @@ from nas.core.config import (
     steps_of,
     with_effort,
 )
-from nas.core.settings import settings_of, table_of
+from nas.core.settings import EFFORTS, settings_of
 from nas.search.strategies import get_strategy, strategy_names
 from nas.train.optim import INHERIT_LR, SCRATCH_LR, SCRATCH_PARAMS, peak_lr
 from space import Context, get_family
@@ -82,7 +81,7 @@ BAD: dict[str, tuple[object, ...]] = {
     "beam": (1000,),
     "proxy_init": ("magic",),
     "bench_dtype": ("int8",),
-    "device": ("tpu", "cuda:x", "cpu:"),
+    "device": ("tpu", "cuda:x", "cpu:", "cuda:", "cuda:\u00b2"),
     "racing": ("no", 0, 1),
 }
 
@@ -137,12 +136,10 @@ def test_bad_shares_are_refused(text: str) -> None:
         parse_share("--max-corrupt", text)
 
 
-def test_every_setting_has_one_flag_and_the_table_lists_them_all() -> None:
+def test_every_setting_has_one_flag() -> None:
     flags = {action.dest: action for action in build_parser()._actions}
-    table = table_of(RunConfig, EFFORTS)
     for field in settings_of(RunConfig):
         assert flags[field.name].option_strings == [field.flag]
-        assert f"| `{field.flag}` |" in table
     undescribed = {f.name for f in dataclasses.fields(RunConfig)} - {f.name for f in settings_of(RunConfig)}
     assert undescribed == {"seed_arch"}
 
@@ -156,11 +153,6 @@ def test_wide_nets_start_slower_and_small_ones_all_alike(params: int, factor: in
     else:
         assert large == pytest.approx(small / math.sqrt(factor))
     assert peak_lr("inherit", params) == INHERIT_LR
-
-
-def test_a_rate_is_for_a_known_start() -> None:
-    with pytest.raises(InputError, match="--proxy-init"):
-        peak_lr("magic", 1)
 
 
 @pytest.mark.parametrize("strategy", strategy_names())

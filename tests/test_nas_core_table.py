@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nas.core.table import Writer, guard, read_table, table_columns, unguard, write_table
-from nas.data import DataSpec, prepare
-from nas.data.augment.spec import preset_spec
-from nas.labels.build import find_contradicted
+from nas.core.table import guard, read_table, table_columns, unguard, write_table
 from space.errors import InputError
 from tests.test_architecture import modules
-from tests.test_nas_data_folders import tree
 
 RUN = ("=", "+", "-", "@", "\t", "\r", "\n")
 TEXTS = st.text(st.one_of(st.sampled_from("=+-@\t\r\n',\";ab1 "), st.characters(codec="utf-8")))
@@ -39,21 +34,6 @@ def test_a_guarded_text_is_no_formula_and_reads_back(text: str) -> None:
 @given(st.one_of(st.integers(), st.floats(), st.none(), st.booleans()))
 def test_numbers_stay_as_they_are(value: object) -> None:
     assert guard(value) is value
-
-
-@given(st.lists(st.tuples(TEXTS, TEXTS, st.integers()), max_size=5))
-def test_a_table_reads_back_and_holds_no_formula(rows: list[tuple[str, str, int]]) -> None:
-    out = io.StringIO(newline="")
-    writer = Writer(out, ("one", "two", "n"))
-    writer.writeheader()
-    writer.writerows(rows)
-    header, *lines = csv.reader(io.StringIO(out.getvalue(), newline=""))
-    assert header == ["one", "two", "n"]
-    assert not any(cell.startswith(RUN) for line in lines for cell in line[:2])
-    assert [(unguard(a), unguard(b), int(n)) for a, b, n in lines] == rows
-    again = io.StringIO(newline="")
-    Writer(again, ("one", "two", "n")).writerows(dict(zip(("one", "two", "n"), row, strict=True)) for row in rows)
-    assert out.getvalue().endswith(again.getvalue())
 
 
 @dataclass(frozen=True)
@@ -129,22 +109,6 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path: Path, text: str, want: str
     assert "\n" not in str(refused.value)
     with pytest.raises(InputError, match="No such file"):
         read_table(tmp_path / "absent.csv", Line)
-
-
-def test_names_of_images_and_classes_are_guarded_in_the_table_of_find_contradicted(tmp_path: Path) -> None:
-    import torch
-
-    root = tree(tmp_path / "d", each=6)
-    (root / "a").rename(root / "=cmd()")
-    (root / "b").rename(root / "@b")
-    dataset = prepare(DataSpec(str(root), img_size=16), tmp_path / "cache")
-    spec = preset_spec("default", dataset)
-    logits = torch.tensor([[30.0, -30.0, 0.0]])
-    table, count = find_contradicted(dataset, lambda x: logits.repeat(len(x), 1), spec, 0.5)
-    rows = list(csv.reader(io.StringIO(table)))
-    assert count == len(rows) - 1 > 0
-    assert any(cell.startswith(("'@b", "'=cmd")) for row in rows for cell in row)
-    assert not any(cell.startswith(RUN) for row in rows for cell in row)
 
 
 def test_nothing_writes_a_table_but_the_one_writer() -> None:

@@ -235,12 +235,13 @@ def test_what_a_training_learns_is_in_its_key(tmp_path: Path) -> None:
     run.store, run.folder = {"folder": "store", "id": "s", "use_epochs": 3}, SimpleNamespace(path=tmp_path)
 
     def asked(distill: str, **more: Any) -> TrainJob:
-        run.config = RunConfig(seed="small", target_params=300_000, distill=distill)
+        run.config = RunConfig(seed="small", target_params=300_000, distill=distill, proxy_init="scratch")
         arch = FAMILY.arch(SMALL_ARCH)
-        job: TrainJob = run.training(arch, "a", out=tmp_path / "a", epochs=2, init="scratch", **more).job.argument
+        job: TrainJob = run.training(arch, "a", out=tmp_path / "a", epochs=2, **more).job.argument
         return job
 
     before = asked("sparse")
+    assert before.init == "scratch", "as the run's proxies start"
     digests = {run.training_digest(before)}
     for kind in ("soft", "hard", "token"):
         job = asked(kind)

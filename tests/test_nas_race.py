@@ -94,8 +94,8 @@ class MadeUpRun(Run):
     def _drop(self, name: str) -> None:
         (self.root / name / "weights.safetensors").unlink(missing_ok=True)
 
-    def training(self, arch: Any, name: str, *, out: Path, **more: Any) -> Task:
-        return Task(Job(train, {"key": str(arch), **more}, name), out, 0.0)
+    def training(self, arch: Any, name: str, **more: Any) -> Task:
+        return Task(Job(train, {"key": str(arch), **more}, name), self.root / name, 0.0)
 
     def train_all(self, tasks: Any, **options: Any) -> list[Result]:
         """Do the jobs one by one."""

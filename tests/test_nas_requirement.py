@@ -39,12 +39,6 @@ REQUIREMENTS = st.one_of(
 )
 
 
-@given(SETTINGS, st.sampled_from(DTYPES), st.integers(1, 64))
-@LAW
-def test_a_setting_reads_back_whatever_the_defaults(setting: Setting, dtype: str, batch: int) -> None:
-    assert parse_setting("--x", setting.text, dtype=dtype, batch=batch) == setting
-
-
 @given(SETTINGS, st.permutations([0, 1, 2]), st.sets(st.integers(0, 2)))
 @LAW
 def test_parts_come_in_any_order_and_absent_ones_take_the_defaults(
@@ -61,15 +55,9 @@ def test_parts_come_in_any_order_and_absent_ones_take_the_defaults(
     assert parse_setting("--x", text, dtype="bfloat16", batch=7) == wanted
 
 
-@given(REQUIREMENTS)
-@LAW
-def test_a_requirement_reads_back_exactly(required: Requirement) -> None:
-    assert parse_requirement(required.text, dtype="float16", batch=3) == required
-
-
 @given(REQUIREMENTS, st.lists(st.sampled_from([" ", "  ", ""]), min_size=4, max_size=4))
 @LAW
-def test_spaces_around_the_signs_mean_nothing(required: Requirement, blank: list[str]) -> None:
+def test_a_requirement_reads_back_whatever_the_spaces(required: Requirement, blank: list[str]) -> None:
     text = required.text
     for sign in ("<=", ">=", "@"):
         text = text.replace(sign, blank[0] + sign + blank[1])

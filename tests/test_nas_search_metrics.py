@@ -10,10 +10,12 @@ import numpy.typing as npt
 import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from nas.core.metrics import METRICS, image_weights, paired, paired_shares, score
+from nas.core.config import choices_of
+from nas.core.metrics import image_weights, paired, paired_shares, score
 from space.errors import InputError
 
 Ints = npt.NDArray[np.int64]
+METRICS = choices_of("metric")
 
 
 def sample(rng: np.random.Generator, n: int, classes: int, right: float = 0.7) -> tuple[Ints, Ints]:
@@ -157,7 +159,6 @@ def test_a_weighted_mean_of_hits_is_the_balanced_accuracy() -> None:
 @pytest.mark.parametrize(
     ("metric", "predicted", "truth", "want"),
     [
-        ("accuracy", [0], [0], "--metric"),
         ("top1", [0, 1], [0], "one per image"),
         ("top1", [2], [0], "0 to 1"),
         ("macro_f1", [0], [-1], "at least one image"),

@@ -15,21 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from nas.core.io import read_json
+from nas.data import Dataset
 from nas.train import __main__ as train
-from nas.train.train_flags import make_config, read_flags
+from nas.train.train_flags import make_config, read_flags, read_values
+from space.errors import InputError
 from tests.conftest import Finished
-from tests.train_cases import arch_file, evaluation, flags, rows, sets, toy_store, weights
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def trained(cache: Path, out: Path, *more: str) -> Path:
-    """Train the small ViT; return the folder."""
-    assert train.main(flags(cache, arch_file(out.parent), out, *more)) == 0
-    return out
+from tests.train_cases import arch_file, evaluation, flags, resume, rows, sets, toy_store, trained, weights
 
 
 def test_a_training_leaves_models_log_curve_and_board(
@@ -58,7 +49,7 @@ def test_a_training_leaves_models_log_curve_and_board(
     wanted = [(int(r["epoch"]), float(r["train_loss"])) for r in rows(out)]
     assert losses == [(step, pytest.approx(value)) for step, value in wanted]
     # A finished training has nothing to do, and says the same.
-    assert train.main(["--resume", str(out), "--quiet", "--json"]) == 0
+    assert resume(cache, out, "--json") == 0
     assert json.loads(capsys.readouterr().out) == result
     # Its best model, evaluated again from its files, is what was told.
     table = tmp_path / "classes.csv"
@@ -78,10 +69,8 @@ def test_the_same_whole_batch_gives_the_same_curve(finished: Finished, tmp_path:
     more = [*init, *sets(bn="eval", layer_decay=0.8, lr=3e-4)]
     found = []
     for turns in ("1", "2", "4"):
-        out = tmp_path / turns
-        arguments = flags(finished.cache, finished.folder, out, *more, "--accumulate", turns)
-        assert train.main(arguments) == 0
-        found.append(rows(out))
+        turned = [*more, "--accumulate", turns]
+        found.append(rows(trained(finished.cache, tmp_path / turns, *turned, arch=finished.folder)))
     for other in found[1:]:
         for a, b in zip(found[0], other, strict=True):
             for name in ("train_loss", "holdout_loss"):
@@ -112,12 +101,9 @@ def test_averaged_weights_follow_the_formula(cache: Path, tmp_path: Path) -> Non
     assert len(trace) > 4
 
 
-def test_what_is_not_a_number_is_wrong_and_ties_are_not(cache: Path) -> None:
-    from nas.data import DataSpec, prepare
+def test_what_is_not_a_number_is_wrong_and_ties_are_not(digits: Dataset) -> None:
     from nas.data.augment.spec import default_spec
     from nas.train.evaluate import evaluate
-
-    digits = prepare(DataSpec("digits", 32, 200), cache, lambda _: None)
 
     def constant(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda inputs: torch.full((len(inputs), 10), value)
@@ -173,8 +159,7 @@ def test_every_kind_of_distillation_trains_from_a_store_and_from_a_teacher(
         ("store", ["--labels", str(store)]),
         ("online", ["--teacher", "auto", "--teacher-epochs", "1"]),
     ):
-        out = tmp_path / name
-        assert train.main(flags(cache, arch, out, *source, "--distill", kind)) == 0, name
+        out = trained(cache, tmp_path / name, *source, "--distill", kind, arch=arch)
         assert float(rows(out)[-1]["train_loss"]) < 5
         if kind == "token":
             assert {"dist_token", "head_dist.weight"} <= weights(out).keys()
@@ -220,21 +205,33 @@ def test_python_users_get_what_the_command_does(cache: Path, tmp_path: Path) -> 
         threads=1,
         cache_dir=cache,
         set=["lr=1e-4", "erase_prob=none"],
+        hflip=0,
     )
     assert result["status"] == "finished"
     told = json.loads((tmp_path / "out" / "train.json").read_text())
     assert told["config"]["recipe"]["lr"] == 1e-4
-    assert told["augment"]["erase_prob"] == 0.0
+    assert (told["augment"]["erase_prob"], told["augment"]["hflip"]) == (0.0, 0.0)
+
+
+def test_a_flag_given_from_python_is_what_the_command_line_reads() -> None:
+    words = "--hflip 0 --crop-scale 0.5,0.9 --crop-ratio 1 --erase 0.2 --set lr=1 --workers 0 --no-pixel-cache"
+    want = read_flags([*words.split(), "--no-compile", "--json", "--random-seed", "0"])
+    values: dict[str, Any] = {"hflip": 0, "crop_scale": (0.5, 0.9), "crop_ratio": 1, "erase": 0.2, "set": ["lr=1"]}
+    values |= {"workers": 0, "pixel_cache": False, "compile": False, "json": True, "random_seed": 0, "epochs": None}
+    assert read_values(**values) == want
+    assert read_values(erase_prob=0.2).given == {"erase_prob"}
+    for name, value, said in (("epoch", 3, "epoch: got 3, want one of arch"), ("epochs", 2.5, "want an integer")):
+        with pytest.raises(InputError, match=said):
+            read_values(**{name: value})
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_trains_in_half_precision_and_goes_on(cache: Path, tmp_path: Path) -> None:
-    arch, out = arch_file(tmp_path), tmp_path / "out"
     more = ["--device", "cuda", "--amp", "fp16", "--save-steps", "2", "--set", "ema_decay=0.9"]
-    assert train.main(flags(cache, arch, out, *more)) == 0
+    out = trained(cache, tmp_path / "out", *more)
     (out / "result.json").unlink()
-    assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
+    assert resume(cache, out) == 0
     assert json.loads((out / "train.json").read_text())["machine"]["device"] == "cuda"
 
 
@@ -252,9 +249,8 @@ def test_a_runs_winner_trained_on_is_exported_and_read_back(
 ) -> None:
     from nas.export import __main__ as export
 
-    out = tmp_path / "out"
     init = ["--init", str(finished.folder / "best.safetensors")]
-    assert train.main(flags(finished.cache, finished.folder, out, *init)) == 0
+    out = trained(finished.cache, tmp_path / "out", *init, arch=finished.folder)
     assert export.main([str(out), "--to", "timm", "--out", str(tmp_path / "hub"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["difference"] == 0
     card = (tmp_path / "hub" / "README.md").read_text()
@@ -267,6 +263,4 @@ def test_a_runs_winner_trained_on_is_exported_and_read_back(
     planned = make_config(read_flags(said))
     assert planned.init == str(finished.folder / "best.safetensors")
     # What was exported teaches.
-    taught = tmp_path / "taught"
-    more = ["--teacher", str(tmp_path / "hub"), "--distill", "hard"]
-    assert train.main(flags(finished.cache, arch_file(tmp_path), taught, *more)) == 0
+    trained(finished.cache, tmp_path / "taught", "--teacher", str(tmp_path / "hub"), "--distill", "hard")

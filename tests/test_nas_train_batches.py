@@ -11,16 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.data.distributed_sampler import RepeatAugSampler
 
-from nas.data import Dataset, DataSpec, prepare
+from nas.data import Dataset
 from nas.data.augment.spec import default_spec
 from nas.train.batches import LiveBatches, RankShard, check_batch_size, divide, repeated
 from space.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    spec = DataSpec("digits", 32, 200)
-    return prepare(spec, tmp_path_factory.mktemp("cache"), lambda _: None)
 
 
 def live(digits: Dataset, **options: int) -> LiveBatches:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from nas.core.config import choices_of
 from nas.train.losses import (
-    DISTILL,
     DistillLoss,
     TeacherTargets,
     both_heads,
@@ -26,6 +24,7 @@ from nas.train.losses import (
     set_token_training,
     sparse_soft_cross_entropy,
 )
+from nas.train.recipe import CHOICES
 from space import Context, get_family
 from space.errors import InputError
 from tests.train_cases import VIT as SMALL
@@ -78,22 +77,16 @@ def test_retempered_labels_are_those_of_softened_logits(classes: int, topk: int,
     assert impossible[1].tolist() == [0.0]
 
 
-def test_the_divergence_is_zero_for_the_teacher_itself_and_finite_for_certain_ones() -> None:
-    _, index, prob, tail = problem(6, 30, 5, 0)
-    targets = TeacherTargets(index=index, prob=prob, tail=tail)
-    itself = dense_target(index, prob, tail, 30).log()
-    assert targets.divergence(itself, 1.0).abs().max() < 1e-5
+def test_the_divergence_of_certain_teachers_is_finite() -> None:
     certain = torch.tensor([[1.0, 0.0]])
     far = torch.tensor([[200.0, -200.0, -200.0]])
     assert float(sparse_soft_cross_entropy(far, torch.tensor([[0]]), torch.ones(1, 1), torch.zeros(1))) == 0.0
     assert label_entropy(certain, torch.tensor([0.0]), 30).tolist() == [0.0]
     sure = TeacherTargets(index=torch.tensor([[3, 4]]), prob=certain, tail=torch.zeros(1))
     assert torch.isfinite(sure.divergence(torch.zeros(1, 30), 2.0)).all()
-    with pytest.raises(InputError):
-        retemper(torch.ones(1, 1), torch.zeros(1), 3, -1.0)
 
 
-VIT = get_family("vit")
+VIT, KINDS = get_family("vit"), CHOICES["distill"]
 BATCH, CLASSES = 8, 12
 
 
@@ -280,54 +273,9 @@ def test_autocast_lowers_no_kind(loss: DistillLoss) -> None:
         assert torch.equal(found, want)
 
 
-def test_each_head_learns_from_its_own_teacher_alone() -> None:
-    """Under hard distillation with a token: the class head knows no teacher, the other no truth."""
-    outputs, target = heads(3), classes_of(3)
-    grads = []
-    for truth, seed in ((target, 1), (target, 2), (target.flip(0), 1)):
-        taught = TeacherTargets(logits=drawn(seed, BATCH, CLASSES))
-        _, found = learned(lambda *o, y=truth, t=taught: DistillLoss("token")(o, y, t).mean(), outputs)
-        grads.append(found)
-    same, other_teacher, other_truth = grads
-    assert torch.equal(same[0], other_teacher[0])
-    assert not torch.equal(same[1], other_teacher[1])
-    assert torch.equal(same[1], other_truth[1])
-    assert not torch.equal(same[0], other_truth[0])
-
-
-def test_what_a_loss_needs_is_asserted() -> None:
-    outputs, known = heads(6), classes_of(6)
-    with pytest.raises(AssertionError, match="need their class"):
-        DistillLoss("none")(outputs, torch.full_like(known, -1), None)
-    for kind in DISTILL[1:]:
-        with pytest.raises(AssertionError, match="takes a teacher"):
-            DistillLoss(kind)(outputs, known, None)
-    with pytest.raises(AssertionError, match="two heads"):
-        DistillLoss("token")(outputs[0], known, TeacherTargets(logits=outputs[0]))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"kind": "mse"}, "--distill: got mse, want one of none, sparse"),
-        ({"alpha": 1.5}, "--distill-alpha"),
-        ({"alpha": math.nan}, "--distill-alpha"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"temperature": math.inf}, "--temperature"),
-        ({"reduction": "mean"}, "--kl-reduction"),
-        ({"token_loss": "none"}, "--token-loss"),
-        ({"label_smoothing": 1.0}, "--label-smoothing"),
-        ({"hard_weight": 1.5}, "--hard-weight"),
-    ],
-)
-def test_losses_that_do_not_exist_are_refused(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        DistillLoss(**change)
-
-
 def test_the_choices_of_a_run_are_kinds_that_learn_from_a_teacher() -> None:
-    assert choices_of("distill") == DISTILL[1:]
-    assert [kind for kind in DISTILL if not DistillLoss(kind).needs_truth] == ["sparse"]
+    assert choices_of("distill") == KINDS[1:]
+    assert [kind for kind in KINDS if not DistillLoss(kind).needs_truth] == ["sparse"]
 
 
 def small(token: bool = True) -> nn.Module:
@@ -370,8 +318,6 @@ def test_late_fusion_is_the_mean_of_softmaxes_and_may_choose_otherwise() -> None
     assert int(fuse(sure, "softmax").argmax()) == 0, "one head is sure, the other does not mind"
     assert int(fuse(sure, "logits").argmax()) == 2
     assert fuse((one.bfloat16(), other.bfloat16()), "softmax").dtype == torch.float32
-    with pytest.raises(InputError, match="--fusion: got mean"):
-        fuse(sure, "mean")
 
 
 def test_a_net_without_a_token_is_refused_or_learns_on_its_one_head() -> None:
@@ -383,7 +329,7 @@ def test_a_net_without_a_token_is_refused_or_learns_on_its_one_head() -> None:
         with pytest.raises(InputError, match=r"--distill: got token .*; hard distils") as refusal:
             act()
         assert "\n" not in str(refusal.value)
-    for kind in DISTILL:
+    for kind in KINDS:
         loss = DistillLoss(kind, 0.3, 2.0)
         assert loss.on(net) == loss
         assert loss.on(plain) == (replace(loss, kind="hard") if kind == "token" else loss)

@@ -13,11 +13,9 @@ from torch import nn
 from nas.data import Dataset
 from nas.data.augment.spec import default_spec
 from nas.data.augment.timm_engine import eval_batch
-from nas.train import __main__ as train
 from nas.train.batches import LiveBatches, RankShard
-from nas.train.fit import _Loop
 from nas.train.norms import lags, settle, settled
-from tests.train_cases import TINY, equal, flags, rows, sets, weights
+from tests.train_cases import TINY, Stop, equal, resume, rows, sets, stop_at, trained, weights
 
 
 def small_net() -> nn.Module:
@@ -65,37 +63,24 @@ def test_training_goes_on_with_its_own_statistics(dataset: Dataset) -> None:
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def test_what_was_graded_is_saved_and_a_resumed_training_ends_alike(cache: Path, tmp_path: Path) -> None:
+def test_what_was_graded_is_saved_and_a_resumed_training_ends_alike(
+    cache: Path, digits: Dataset, tmp_path: Path
+) -> None:
     arch = tmp_path / "arch.json"
     arch.write_text(json.dumps({"family": "tinyvit", "arch": TINY}))
     more = [*sets(ema_decay=0.9), "--batch-size", "32"]
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert train.main(flags(cache, arch, whole, *more)) == 0
-    take = _Loop._take
-
-    def failing(self: _Loop, *args: object) -> None:
-        if args[-1] == 7:
-            raise KeyError
-        take(self, *args)  # type: ignore[arg-type]
-
+    whole, cut = trained(cache, tmp_path / "whole", *more, arch=arch), tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Loop, "_take", failing)
-        with pytest.raises(KeyError):
-            train.main(flags(cache, arch, cut, *more, "--save-steps", "2"))
-    assert train.main(["--resume", str(cut), "--cache-dir", str(cache), "--quiet"]) == 0
+        stop_at(patch, 7)
+        with pytest.raises(Stop):
+            trained(cache, cut, *more, "--save-steps", "2", arch=arch)
+    assert resume(cache, cut) == 0
     for name in ("last", "best"):
         assert equal(weights(whole, name), weights(cut, name)), name
     # A saved model scores what its epoch was given.
-    from nas.data import DataSpec, prepare
     from nas.export.load import find_network
     from nas.train.evaluate import evaluate
 
-    digits = prepare(DataSpec("digits", 32, 200), cache, lambda _: None)
     log = {int(row["epoch"]): row for row in rows(whole)}
     for name in ("last", "best"):
         saved = find_network(str(whole / f"{name}.json"), "--evaluate").saved()

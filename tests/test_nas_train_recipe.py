@@ -135,11 +135,6 @@ def test_a_damaged_recipe_is_one_line(saved: Any, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(InputError, match="did you mean tinyvit-1k"):
-        find_recipe("tinyvit1k", M5)
-
-
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_saved_recipe_reads_back_and_every_value_can_be_overridden(name: str, tmp_path: Path) -> None:
     recipe = find_recipe(name, M21)

@@ -12,12 +12,7 @@ from label_cases import built
 from nas.core.io import read_json, write_json
 from nas.data import DataSpec, prepare
 from nas.train import __main__ as train
-from tests.train_cases import arch_file, flags
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+from tests.train_cases import arch_file, flags, resume, trained
 
 
 @pytest.mark.parametrize(
@@ -31,7 +26,6 @@ def test_a_damaged_account_is_one_line(damage: Any, tmp_path: Path, capsys: pyte
 
 
 BAD: list[tuple[list[str], str]] = [
-    (["--set", "weigth_decay=0.1"], "did you mean weight_decay?"),
     (["--recipe", "tinyvit-2k"], "did you mean tinyvit-1k?"),
     (["--recipe", "tinyvit-22k-distill"], "--labels STORE or --teacher NET"),
     (["--batch-size", "33", "--accumulate", "2"], "multiple of 2"),
@@ -66,8 +60,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_weights_of_another_arch_and_labels_of_other_images_are_refused(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = tmp_path / "first"
-    assert train.main(flags(cache, arch_file(tmp_path), first, "--epochs", "1")) == 0
+    first = trained(cache, tmp_path / "first", "--epochs", "1")
     wide = arch_file(tmp_path, embed_dim=64)
     more = ["--init", str(first / "best.safetensors")]
     assert train.main(flags(cache, wide, tmp_path / "a", *more)) == 2
@@ -102,11 +95,10 @@ def test_a_folder_of_something_else_and_processes_that_do_not_divide_are_refused
 def test_data_that_changed_under_a_training_is_refused(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    assert train.main(flags(cache, arch_file(tmp_path), out, "--save-steps", "1")) == 0
+    out = trained(cache, tmp_path / "out", "--save-steps", "1")
     (out / "result.json").unlink()
     told = read_json(out / "train.json", "a training")
     told["config"]["max_images"] = 150
     write_json(out / "train.json", told)
-    assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 2
+    assert resume(cache, out) == 2
     assert "of other settings (data" in capsys.readouterr().err

@@ -18,28 +18,7 @@ from safetensors.torch import load_file
 from nas.train import __main__ as train
 from nas.train.fit import _Loop
 from nas.train.recipe import find_recipe
-from tests.train_cases import arch_file, equal, flags, rows, run, sets, weights
-
-
-class Stop(Exception):
-    """The power fails."""
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the power fail before a step."""
-    take = _Loop._take
-
-    def failing(self: Any, *args: Any) -> None:
-        if args[-1] == step:
-            raise Stop
-        take(self, *args)
-
-    patch.setattr(_Loop, "_take", failing)
+from tests.train_cases import Stop, arch_file, equal, flags, resume, rows, run, sets, stop_at, trained, weights
 
 
 def good(path: Path) -> bool:
@@ -51,8 +30,7 @@ def good(path: Path) -> bool:
 def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(cache: Path, tmp_path: Path) -> None:
     arch = arch_file(tmp_path)
     drop = sets(drop_path=0.2, repeats=3, mixup=0.8)
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert train.main(flags(cache, arch, one, *drop, "--accumulate", "2")) == 0
+    one, two = trained(cache, tmp_path / "one", *drop, "--accumulate", "2"), tmp_path / "two"
     done = run(*flags(cache, arch, two, *drop), torchrun=2)
     assert done.returncode == 0, done.stderr
     assert equal(weights(one), weights(two))
@@ -63,11 +41,8 @@ def test_one_process_in_two_turns_and_two_processes_end_in_the_same_bits(cache: 
 def test_stopped_at_random_steps_it_ends_in_the_same_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arch = arch_file(tmp_path)
     more = [*sets(drop_path=0.2, ema_decay=0.9, mixup=0.8), "--batch-size", "16"]
-    whole = tmp_path / "whole"
-    assert train.main(flags(cache, arch, whole, *more)) == 0
-
+    whole = trained(cache, tmp_path / "whole", *more)
     rng = random.Random(0)
     steps = 2 * (int(float(rows(whole)[0]["images"])) // 16)
     for trial in range(6):
@@ -77,8 +52,8 @@ def test_stopped_at_random_steps_it_ends_in_the_same_weights(
         with monkeypatch.context() as patch:
             stop_at(patch, fatal)
             with pytest.raises(Stop):
-                train.main(flags(cache, arch, out, *more, *save))
-        assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
+                trained(cache, out, *more, *save)
+        assert resume(cache, out) == 0
         for name in ("last", "best"):
             assert equal(weights(whole, name), weights(out, name)), (trial, fatal)
         passing = ("seconds", "images_per_s", "peak_mem_bytes")
@@ -91,12 +66,9 @@ def test_stopped_at_random_steps_it_ends_in_the_same_weights(
 def test_a_finished_training_is_extended_and_a_kill_does_not_matter(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arch, whole, out = arch_file(tmp_path), tmp_path / "whole", tmp_path / "out"
-    for each in (whole, out):
-        assert train.main(flags(cache, arch, each)) == 0
+    whole, out = trained(cache, tmp_path / "whole"), trained(cache, tmp_path / "out")
     before, epochs = weights(whole, "last"), len(rows(whole))
-    go_on = ["--cache-dir", str(cache), "--quiet"]
-    assert train.main(["--resume", str(whole), "--extend", "2", *go_on]) == 0
+    assert resume(cache, whole, "--extend", "2") == 0
     assert len(rows(whole)) == epochs + 2
     result = json.loads((whole / "result.json").read_text())
     assert (result["status"], result["epochs"]) == ("finished", epochs + 2)
@@ -105,12 +77,12 @@ def test_a_finished_training_is_extended_and_a_kill_does_not_matter(
     with monkeypatch.context() as patch:  # in the middle of the epochs added
         stop_at(patch, epochs * (int(float(rows(out)[0]["images"])) // 32) + 2)
         with pytest.raises(Stop):
-            train.main(["--resume", str(out), "--extend", "2", *go_on])
-    assert train.main(["--resume", str(out), "--extend", "2", *go_on]) == 2
+            resume(cache, out, "--extend", "2")
+    assert resume(cache, out, "--extend", "2") == 2
     assert "has not ended" in capsys.readouterr().err
-    assert train.main(["--resume", str(out), *go_on]) == 0
+    assert resume(cache, out) == 0
     assert equal(weights(whole, "last"), weights(out, "last"))
-    assert train.main([*flags(cache, arch, tmp_path / "new"), "--extend", "2"]) == 2
+    assert train.main(flags(cache, arch_file(tmp_path), tmp_path / "new", "--extend", "2")) == 2
     assert "a new training" in capsys.readouterr().err
 
 
@@ -129,18 +101,16 @@ def killed_and_resumed(arguments: list[str], out: Path, cache: Path, delay: floa
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not (out / "result.json").exists()
-    assert train.main(["--resume", str(out), "--cache-dir", str(cache), "--quiet"]) == 0
+    assert resume(cache, out) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(10))
 def test_killed_at_any_moment_it_ends_in_the_same_weights(trial: int, cache: Path, tmp_path: Path) -> None:
-    arch = arch_file(tmp_path)
     more = ["--batch-size", "8", "--save-steps", "2", "--set", "drop_path=0.1", "--epochs", "8"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert train.main(flags(cache, arch, whole, *more)) == 0
+    whole, out = trained(cache, tmp_path / "whole", *more), tmp_path / "out"
     delay = random.Random(trial).uniform(0.0, 1.0)
-    killed_and_resumed(flags(cache, arch, out, *more), out, cache, delay)
+    killed_and_resumed(flags(cache, arch_file(tmp_path), out, *more), out, cache, delay)
     assert equal(weights(whole), weights(out))
     assert equal(weights(whole, "best"), weights(out, "best"))
 
@@ -210,20 +180,18 @@ def test_sums_over_processes_are_taken_on_ones_own_device(monkeypatch: pytest.Mo
 def test_a_resume_takes_machine_flags_only_and_needs_no_first_weights(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arch, first, out = arch_file(tmp_path), tmp_path / "first", tmp_path / "out"
-    assert train.main(flags(cache, arch, first, "--epochs", "1")) == 0
+    first, out = trained(cache, tmp_path / "first", "--epochs", "1"), tmp_path / "out"
     more = ["--init", str(first / "best.safetensors"), "--amp", "bf16", "--save-steps", "1"]
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
         with pytest.raises(Stop):
-            train.main(flags(cache, arch, out, *more))
+            trained(cache, out, *more)
     (first / "best.safetensors").unlink()
-    resume = ["--resume", str(out), "--cache-dir", str(cache), "--quiet"]
     for flag in ("--epochs 9", "--set lr=1", "--data fractals", "--no-pixel-cache"):
-        assert train.main([*resume, *flag.split()]) == 2
+        assert resume(cache, out, *flag.split()) == 2
         assert "beside --resume" in capsys.readouterr().err
     assert json.loads((out / "train.json").read_text())["machine"]["amp"] == "bf16"
-    assert train.main([*resume, "--amp", "none", "--accumulate", "2"]) == 0
+    assert resume(cache, out, "--amp", "none", "--accumulate", "2") == 0
     told = json.loads((out / "train.json").read_text())["machine"]
     assert (told["amp"], told["accumulation_steps"], told["save_steps"]) == ("none", 2, 1)
     assert find_recipe(str(out / "train.json"), 1).epochs == 2
@@ -238,4 +206,4 @@ def test_two_processes_do_not_write_one_folder(cache: Path, tmp_path: Path, caps
     err = capsys.readouterr().err
     assert "no other process" in err
     assert err.count("\n") == 1
-    assert train.main(flags(cache, arch_file(tmp_path), out)) == 0
+    trained(cache, out)

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from label_cases import built
 from safetensors.torch import load_file
 
 from nas.data import DataSpec, prepare
+from nas.train.__main__ import main
+from nas.train.fit import _Loop
 from tests.conftest import SMALL_ARCH
 
 VIT = {**{"embed_dim": 32, "depth": 2, "head_dim": 16}, **{"mlp_ratio": 2.0, "patch_size": 8, "dist_token": False}}
@@ -33,6 +36,33 @@ def flags(cache: Path, arch: Path | str, out: Path, *more: str) -> list[str]:
         *("--epochs", "2", "--threads", "1", "--cache-dir", str(cache), "--out", str(out)),
         *("--quiet", *more),
     ]
+
+
+def trained(cache: Path, out: Path, *more: str, arch: Path | str | None = None) -> Path:
+    """Train an arch, the small ViT by default; return the folder."""
+    assert main(flags(cache, arch or arch_file(out.parent), out, *more)) == 0
+    return out
+
+
+def resume(cache: Path, out: Path, *more: str) -> int:
+    """Continue a training; return the exit status."""
+    return main(["--resume", str(out), "--cache-dir", str(cache), "--quiet", *more])
+
+
+class Stop(Exception):
+    """The power fails."""
+
+
+def stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the power fail before a step."""
+    take = _Loop._take
+
+    def failing(self: Any, *args: Any) -> None:
+        if args[-1] == step:
+            raise Stop
+        take(self, *args)
+
+    patch.setattr(_Loop, "_take", failing)
 
 
 def sets(**values: object) -> list[str]:

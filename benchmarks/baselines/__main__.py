@@ -23,9 +23,10 @@ from benchmarks.baselines.compare import compare
 from benchmarks.estimates import MARGIN, check_at_least, draw_intervals, run_command, write_table
 from benchmarks.trainings import add_flags
 from nas.core.cli import Parser
-from nas.core.config import EFFORTS, choices_of, effort_defaults, parse_count
+from nas.core.config import choices_of, effort_defaults, parse_count
 from nas.core.io import write_json
 from nas.core.progress import Console
+from nas.core.settings import EFFORTS
 from nas.search.strategies import strategy_names
 from space.errors import refuse
 

@@ -79,7 +79,7 @@ def run_all(given: argparse.Namespace, console: Console) -> list[FaultRow]:
         if name not in FAULTS:
             raise refuse("--only", name, f"one of {', '.join(FAULTS)}")
     references = References(given.folder, console.line)
-    undisturbed = {name: references.of(FAULTS[name].kind(references))[1] for name in names}
+    undisturbed = {name: references.of(FAULTS[name].make(references, random.Random(0)))[1] for name in names}
     done: dict[str, list[Try]] = {name: [] for name in names}
     rows: dict[str, FaultRow] = {}
     writing = threading.Lock()
@@ -95,7 +95,8 @@ def run_all(given: argparse.Namespace, console: Console) -> list[FaultRow]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
-            outcome = FAULTS[name].do(references, folder, random.Random(f"{given.random_seed}/{name}/{number}"))
+            rng = random.Random(f"{given.random_seed}/{name}/{number}")
+            outcome = FAULTS[name].do(references, FAULTS[name].make(references, rng), folder, rng)
         except Exception as error:  # an error of ours counts as a loss
             outcome = Try([f"{type(error).__name__}: {error}"])
         with writing:

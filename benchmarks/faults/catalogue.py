@@ -44,32 +44,31 @@ class Try:
     took_s: float | None = None
 
 
-Do = Callable[[References, Path, random.Random], Try]
-Make = Callable[[References, random.Random], Kind]
+Do = Callable[[References, Kind, Path, random.Random], Try]
 Act = Callable[[Started, random.Random], list[str]]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A way to disturb; `tries` of it by default. `solo`: nothing else runs meanwhile."""
+    """A way to disturb a kind; `tries` of it by default. `solo`: nothing else runs meanwhile."""
 
     tries: int
-    kind: Callable[[References], Kind]
+    make: Callable[[References, random.Random], Kind]
     do: Do
     solo: bool = False
 
 
-def small_run(references: References, rng: random.Random | None = None) -> Kind:
+def small_run(references: References, rng: random.Random) -> Kind:
     """Return a small contraction, with one worker or two as it is drawn."""
-    return references.contract(*(["--workers", str(rng.choice([1, 2]))] if rng else []))
+    return references.contract("--workers", str(rng.choice([1, 2])))
 
 
-def builders(references: References, rng: random.Random | None = None) -> Kind:
+def builders(references: References, rng: random.Random) -> Kind:
     """Return the building of labels, by one process or two as it is drawn."""
-    return references.labels(*(["--processes", str(rng.choice([1, 2]))] if rng else []))
+    return references.labels("--processes", str(rng.choice([1, 2])))
 
 
-def trainer(references: References, rng: random.Random | None = None) -> Kind:
+def trainer(references: References, rng: random.Random) -> Kind:
     """Return a full training."""
     return references.training()
 
@@ -86,14 +85,13 @@ def finished(process: Started, references: References, kind: Kind, folder: Path,
     return Try(wrong or ended(kind, references.of(kind)[0], folder), took)
 
 
-def disturbed(make: Make, act: Act, *, continues: bool = False) -> Do:
+def disturbed(act: Act, *, continues: bool = False) -> Do:
     """Return a try: begin, act at a random instant, and resume unless it `continues` by itself.
 
     A warm kind finds data, teacher, labels and the trained seed in its cache.
     """
 
-    def do(references: References, folder: Path, rng: random.Random) -> Try:
-        kind = make(references, rng)
+    def do(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
         _, seconds = references.of(kind)
         if kind.warm:
             shutil.copytree(references.folder / kind.name / "cache", folder / "cache")
@@ -187,22 +185,20 @@ def remount(place: Path, how: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True, capture_output=True)
 
 
-def disk_full(references: References, folder: Path, rng: random.Random) -> Try:
+def disk_full(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
     """Run out of disk at some write, be given room, and go on."""
-    kind = references.contract()
-    references.of(kind)
     whole = sum(p.stat().st_size for p in (references.folder / kind.name).rglob("*") if p.is_file())
     disk = folder / "disk"
     with small_disk(disk, max(65536, int(rng.uniform(0.02, 1.1) * whole))):
         return _refused_then_on(references, kind, disk, lambda: remount(disk, "size=2g"))
 
 
-def read_only(references: References, folder: Path, rng: random.Random) -> Try:
+def read_only(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
     """Begin on a disk that may not be written to, be allowed to, and go on."""
     disk = folder / "disk"
     with small_disk(disk, 2 << 30):
         remount(disk, "ro")
-        return _refused_then_on(references, references.contract(), disk, lambda: remount(disk, "rw"))
+        return _refused_then_on(references, kind, disk, lambda: remount(disk, "rw"))
 
 
 def _refused_then_on(references: References, kind: Kind, disk: Path, mend: Callable[[], None]) -> Try:
@@ -214,9 +210,8 @@ def _refused_then_on(references: References, kind: Kind, disk: Path, mend: Calla
     return Try(wrong + resumed(references, kind, disk, time.monotonic()).wrong)
 
 
-def locked(references: References, folder: Path, rng: random.Random) -> Try:
+def locked(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
     """Have another process hold the study's lock for long, let go, and go on."""
-    kind = references.contract()
     _, seconds = references.of(kind)
     study = folder / "out" / "study.db"
     process = start(kind.begin(folder), folder / "first.log")
@@ -229,10 +224,8 @@ def locked(references: References, folder: Path, rng: random.Random) -> Try:
     return Try(wrong + resumed(references, kind, folder, time.monotonic()).wrong)
 
 
-def clock_back(references: References, folder: Path, rng: random.Random) -> Try:
+def clock_back(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
     """Let the wall clock jump back again and again, in driver and workers."""
-    kind = references.contract("--workers", "2")
-    references.of(kind)
     place = folder / "clock"
     place.mkdir()
     (place / "sitecustomize.py").write_text(CLOCK.format(seed=rng.randrange(1 << 30)))
@@ -241,12 +234,11 @@ def clock_back(references: References, folder: Path, rng: random.Random) -> Try:
     return finished(process, references, kind, folder, process.since)
 
 
-def damaged(references: References, folder: Path, rng: random.Random) -> Try:
+def damaged(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
     """Kill a run, damage one of its files, resume; if that is refused, restore it and resume.
 
     Any file is cut short; bytes are changed in weights, which carry a checksum.
     """
-    kind = references.contract()
     expected, seconds = references.of(kind)
     out, kept = folder / "out", folder / "kept"
     process = start(kind.begin(folder), folder / "first.log")
@@ -276,8 +268,7 @@ def damaged(references: References, folder: Path, rng: random.Random) -> Try:
 def cluster(act: str) -> Do:
     """Return a try on a Ray cluster of three nodes, in a network of its own (loopback only)."""
 
-    def do(references: References, folder: Path, rng: random.Random) -> Try:
-        kind = references.contract()
+    def do(references: References, kind: Kind, folder: Path, rng: random.Random) -> Try:
         expected, seconds = references.of(kind)
         order = {
             "act": act,
@@ -303,7 +294,12 @@ def cluster(act: str) -> Do:
     return do
 
 
-def published(references: References, rng: random.Random | None = None) -> Kind:
+def cluster_run(references: References, rng: random.Random) -> Kind:
+    """Return a small contraction whose workers are the cluster's."""
+    return references.contract()
+
+
+def published(references: References, rng: random.Random) -> Kind:
     """Return the headline contraction: TinyViT-21M to 5M, effort smoke, on a quarter of its images.
 
     Its cache is warm: what a kill does to data, teacher, labels and the seed is for the small runs.
@@ -311,23 +307,22 @@ def published(references: References, rng: random.Random | None = None) -> Kind:
     return references.contract(seed="21M", size="--target-params 5M --max-images 200", warm=True)
 
 
-BUILD_WORKER = disturbed(builders, kill_worker, continues=True)
 FAULTS: dict[str, Fault] = {
-    "kill -9 of the driver": Fault(15, small_run, disturbed(small_run, kill_driver)),
-    "kill -9 of a worker": Fault(12, small_run, disturbed(small_run, kill_worker, continues=True)),
-    "kill -9 of everything at once": Fault(10, small_run, disturbed(small_run, kill_all)),
-    "kill -9 of the label builder": Fault(18, builders, disturbed(builders, either)),
-    "kill -9 of a worker that builds labels": Fault(8, builders, BUILD_WORKER),
-    "kill -9 of the trainer": Fault(27, trainer, disturbed(trainer, kill_driver)),
-    "SIGTERM, then SIGKILL after 5 s": Fault(5, small_run, disturbed(small_run, terminate)),
-    "Ctrl-C twice": Fault(5, small_run, disturbed(small_run, interrupt_twice)),
+    "kill -9 of the driver": Fault(15, small_run, disturbed(kill_driver)),
+    "kill -9 of a worker": Fault(12, small_run, disturbed(kill_worker, continues=True)),
+    "kill -9 of everything at once": Fault(10, small_run, disturbed(kill_all)),
+    "kill -9 of the label builder": Fault(18, builders, disturbed(either)),
+    "kill -9 of a worker that builds labels": Fault(8, builders, disturbed(kill_worker, continues=True)),
+    "kill -9 of the trainer": Fault(27, trainer, disturbed(kill_driver)),
+    "SIGTERM, then SIGKILL after 5 s": Fault(5, small_run, disturbed(terminate)),
+    "Ctrl-C twice": Fault(5, small_run, disturbed(interrupt_twice)),
     "the clock jumps back": Fault(3, small_run, clock_back),
     "the disk is full": Fault(6, small_run, disk_full),
     "the disk is read-only": Fault(1, small_run, read_only),
     "the database is locked": Fault(3, small_run, locked),
     "a file of the run is damaged": Fault(8, small_run, damaged),
-    "Ray: a node removed in every step": Fault(2, small_run, cluster("node"), solo=True),
-    "Ray: the driver killed": Fault(2, small_run, cluster("driver"), solo=True),
-    "Ray: the head lost": Fault(2, small_run, cluster("head"), solo=True),
-    "kill -9 of the driver, TinyViT-21M": Fault(10, published, disturbed(published, kill_driver), solo=True),
+    "Ray: a node removed in every step": Fault(2, cluster_run, cluster("node"), solo=True),
+    "Ray: the driver killed": Fault(2, cluster_run, cluster("driver"), solo=True),
+    "Ray: the head lost": Fault(2, cluster_run, cluster("head"), solo=True),
+    "kill -9 of the driver, TinyViT-21M": Fault(10, published, disturbed(kill_driver), solo=True),
 }

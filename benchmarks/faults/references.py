@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +271,7 @@ class References:
         if cache is not None:
             shutil.copytree(cache, folder / "cache")
         self.report(f"undisturbed: {kind.name}")
-        begun = start(kind.begin(folder), self.folder / f"{kind.name}.log")
+        begun = start(replace(kind, more=()).begin(folder), self.folder / f"{kind.name}.log")
         code = begun.end()
         if code:
             last = begun.output().strip().splitlines()[-1:]

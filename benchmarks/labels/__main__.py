@@ -35,8 +35,7 @@ from nas.measure.fingerprint import take_fingerprint
 
 def build_parser() -> Parser:
     """Return the parser."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m benchmarks.labels", description=__doc__, formatter_class=raw)
+    parser = Parser("python -m benchmarks.labels", description=__doc__)
     parts = parser.add_subparsers(dest="part", required=True)
     add = parts.add_parser("storage").add_argument
     add("--records", type=int, default=262_144, help="records of a table to read")

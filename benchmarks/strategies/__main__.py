@@ -40,8 +40,9 @@ from benchmarks.strategies.replay import (
     replay_all,
 )
 from nas.core.cli import Parser, usable_cpus
-from nas.core.config import EFFORTS, ROUNDS, choices_of, effort_defaults
+from nas.core.config import ROUNDS, choices_of, effort_defaults
 from nas.core.io import read_json, write_json
+from nas.core.settings import EFFORTS
 from nas.search.strategies import get_strategy, strategy_names
 from space.errors import InputError, refuse
 
@@ -178,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--free", default=FREE, help="slots that change in the table (default %(default)s)")
     add("--img-size", type=int, default=64, help="of the table (default %(default)s)")
     add("--num-classes", type=int, default=100, help="of the table (default %(default)s)")
-    add("--effort", choices=tuple(EFFORTS), default="normal", help="whose sizes a search has")
+    add("--effort", choices=EFFORTS, default="normal", help="whose sizes a search has")
     add("--steps", type=int, help="of contraction (default: those of the effort)")
     add("--candidates-per-step", type=int, help="archs listed a step (default: the effort's)")
     add("--train-per-step", type=int, help="of them scored, 0: all (default: the effort's)")

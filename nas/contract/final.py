@@ -73,13 +73,10 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     second: dict[str, float] = {}
     tasks = []
     for each in finalists:
-        out = run.folder.job_folder(f"s{each.step}-{each.key}-again")
         task = run.training(
             each.arch,
-            out.name,
-            out=out,
+            f"s{each.step}-{each.key}-again",
             epochs=config.proxy_epochs,
-            init=config.proxy_init,
             parent=None if each.parent is None else with_order(run, each.parent),
             first_epoch=run.first_epoch(each.step),
             random_seed=derived_seed(config.random_seed, "again"),
@@ -151,11 +148,8 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
 
 def final_training(run: Run, arch: Arch, seed: Incumbent) -> Task:
     """Describe a training of the final comparison: from the seed's weights (or scratch), longer."""
-    out, config = run.folder.job_folder(f"final-{run.key(arch)}"), run.config
-    parent = with_order(run, seed)
-    return run.training(
-        arch, out.name, out=out, epochs=config.final_epochs, init=config.proxy_init, parent=parent, test=True
-    )
+    name, epochs = f"final-{run.key(arch)}", run.config.final_epochs
+    return run.training(arch, name, epochs=epochs, parent=with_order(run, seed), test=True)
 
 
 def nearest_published(run: Run, params: int) -> tuple[str, Arch]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nas.core.cli import Parser, default_cache
-from nas.core.config import EFFORTS, RunConfig
+from nas.core.config import RunConfig
 from nas.core.executor_config import ExecutorConfig
 from nas.core.progress import Console
 from nas.core.settings import add_settings, check_settings, setting
@@ -85,15 +85,11 @@ class Session:
 
 def build_parser() -> Parser:
     """Return the parser. Flags that are not given are absent, so that an effort can set them."""
-    parser = Parser(
-        prog="python -m nas.contract",
-        description="Contract a seed model step by step to a parameter budget and a measured throughput; leaves a "
-        "plain timm model in the run folder.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+    description = (
+        "Contract a seed model step by step to a parameter budget and a measured throughput;\n"
+        "leaves a plain timm model in the run folder."
     )
-    add_settings(parser, RunConfig, EFFORTS)
-    add_settings(parser, ExecutorConfig)
-    add_settings(parser, CommandOptions)
-    add_settings(parser, Session)
+    parser = Parser("python -m nas.contract", description=description, argument_default=argparse.SUPPRESS)
+    for group in (RunConfig, ExecutorConfig, CommandOptions, Session):
+        add_settings(parser, group)
     return parser

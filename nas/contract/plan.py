@@ -172,22 +172,26 @@ def _sample(run: Run, band: Band, number: int, purpose: str, step: int) -> list[
     return sample_band(run.family, run.seed_arch, run.context, band, number, random_seed=random_seed)
 
 
+def training_pace(run: Run, arch: Arch, seconds: float) -> Result:
+    """Train an arch on this device for so many seconds; see `nas.train.jobs.pace`."""
+    job = PaceJob(
+        family=run.family.name,
+        arch=run.family.to_dict(arch),
+        context=run.context,
+        batch_size=run.config.batch_size,
+        seconds=seconds,
+        device=run.config.device,
+    )
+    return run.do(Job(train_pace, job, f"pace-{run.key(arch)}"))
+
+
 def _trained_gmacs(run: Run, arch: Arch, seconds: float) -> float:
     """Measure the GMACs a second of training an arch."""
-    config, family = run.config, run.family
-    job = PaceJob(
-        family=family.name,
-        arch=family.to_dict(arch),
-        context=run.context,
-        batch_size=config.batch_size,
-        seconds=seconds,
-        device=config.device,
-    )
-    result = run.do(Job(train_pace, job, f"pace-{run.key(arch)}"))
+    result = training_pace(run, arch, seconds)
     if not result.ok:
         error = str(result.reason).partition(" (see ")[0]  # a plan's log goes away with its folder
-        reason = f"{family.label(arch)} cannot be trained: {error}"
-        raise refuse("--batch-size", config.batch_size, "a batch that trains here", reason)
+        reason = f"{run.family.label(arch)} cannot be trained: {error}"
+        raise refuse("--batch-size", run.config.batch_size, "a batch that trains here", reason)
     return float(result.values["images_per_s"]) * run.image_cost(arch)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +22,10 @@ from nas.contract.race import with_order
 from nas.contract.state import Incumbent, Run, Work, derived_seed
 from nas.core.cli import resume_flags
 from nas.core.config import RunConfig
-from nas.core.io import read_object, write_atomic, write_json
+from nas.core.io import read_object, write_json
 from nas.core.per_image import losses_of
 from nas.core.stats import Estimate, describe_tied, kendall_interval, noise_ceiling, regret, tied_with_best
-from nas.core.table import Writer
+from nas.core.table import write_table
 from nas.data import Dataset
 from nas.distill.jobs import ZeroCostJob, zero_cost
 from nas.jobs.job import Job, Result
@@ -90,17 +88,6 @@ def compare_scores(
     for what, found in (("one truth against another", limit.pairwise), ("the noise-free truth", limit.perfect)):
         rows.append(ProxyCheckRow(f"ceiling: {what}", found.value, found.lo, found.hi, n))
     return rows
-
-
-def write_rows(path: Path, rows: Sequence[ProxyCheckRow], **more: str) -> None:
-    """Write the table as CSV; `more` are further columns, the same in every row."""
-    out = io.StringIO()
-    writer = Writer(out, (*(f.name for f in dataclasses.fields(ProxyCheckRow)), *more))
-    writer.writeheader()
-    for row in rows:
-        values = {k: round(v, 5) if isinstance(v, float) else v for k, v in dataclasses.asdict(row).items()}
-        writer.writerow({**values, **more})
-    write_atomic(path, out.getvalue().encode())
 
 
 def check_band(number: int | None, config: RunConfig, family: Family, seed: Arch, dataset: Dataset) -> None:
@@ -202,7 +189,7 @@ def check_proxy(run: Run, seed: Incumbent, number: int) -> dict[str, Any]:
     }
     scores |= {name: (values, 0.0) for name, values in training_free_scores(run, archs).items()}
     rows = compare_scores(scores, [[float(values.mean()) for values in losses] for losses in truth])
-    write_rows(run.folder.path / "proxy_check.csv", rows)
+    write_table(run.folder.path / "proxy_check.csv", rows)
     by_arch = {run.key(arch): np.array([losses[i] for losses in truth]) for i, arch in enumerate(archs)}
     own, limit = rows[0], rows[-1]
     # Proxies of a check start from the seed; a run of several steps has nearer parents.
@@ -246,18 +233,8 @@ class _Training:
         """Train archs as the run's proxies are; return those that failed, with the reasons."""
         tasks = []
         for arch in archs:
-            out = self.folder(arch)
-            task = self.run.training(
-                arch,
-                out.name,
-                out=out,
-                epochs=self.epochs,
-                init=self.run.config.proxy_init,
-                parent=parent,
-                random_seed=self.random_seed,
-                hard_weight=self.hard,
-            )
-            tasks.append(task)
+            more: dict[str, Any] = {"epochs": self.epochs, "random_seed": self.random_seed, "hard_weight": self.hard}
+            tasks.append(self.run.training(arch, self.folder(arch).name, parent=parent, **more))
         results = self.run.train_all(tasks, remember=True)
         for task in tasks:
             self.run.folder.drop_weights(task.out.name)

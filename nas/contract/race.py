@@ -55,13 +55,10 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
     for rung in rungs:
         tasks = []
         for each in racing:
-            folder = _folder(run, step, each, rung)
             task = run.training(
                 each.arch,
-                folder.name,
-                out=folder,
+                _folder(run, step, each, rung).name,
                 epochs=epochs,
-                init=config.proxy_init,
                 parent=parents[step.parent_of(each).key],
                 first_epoch=run.first_epoch(step.number),
                 rung=None if rung == epochs else rung,
@@ -122,11 +119,10 @@ def _train_on_saved_epochs(
     tasks = []
     for each in through:
         folder = run.trial_folder(trials[each.key])
-        out, weights = folder.with_name(f"{folder.name}{MORE}"), folder / "weights.safetensors"
-        parent = parents[step.parent_of(each).key]
+        parent, weights = parents[step.parent_of(each).key], folder / "weights.safetensors"
         own = replace(parent, arch=each.arch, key=each.key, weights=weights, order=None)
         options: dict[str, Any] = {"epochs": length, "init": "inherit", "parent": own, "first_epoch": first_epoch}
-        tasks.append(run.training(each.arch, out.name, out=out, **options))
+        tasks.append(run.training(each.arch, f"{folder.name}{MORE}", **options))
     results = run.train_all(tasks, remember=True)
     if not all(result.ok for result in results):
         return {}  # all keep their first scores, equally long

@@ -271,9 +271,9 @@ class Run:
         arch: Arch,
         name: str,
         *,
-        out: Path,
         epochs: int,
-        init: str,
+        out: Path | None = None,
+        init: str | None = None,
         parent: Incumbent | None = None,
         before: tuple[int, Path] | None = None,
         images: int | None = None,
@@ -282,10 +282,12 @@ class Run:
     ) -> Task:
         """Return the task of training an arch on the stored labels and scoring it on the holdout.
 
+        Without `out` it is kept in the run's folder under its name; without `init` it starts as the run's proxies do.
         `before` continues an earlier rung: its epochs and its folder; a `hard_weight` replaces the run's `--distill`.
         `more` are fields of `nas.distill.jobs.TrainJob`.
         """
         config, family = self.config, self.family
+        out, init = out or self.folder.job_folder(name), init or config.proxy_init
         each = len(self.dataset.train.labels)
         images = None if images is None or images >= each else images
         done = 0 if before is None else before[0]

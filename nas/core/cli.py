@@ -23,7 +23,11 @@ stacks."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose refusals are one line (rule 2 of the design)."""
+    """An argument parser of whole flags, whose refusals are one line and whose description is printed as it is."""
+
+    def __init__(self, prog: str | None = None, **options: Any) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, **{"allow_abbrev": False, "formatter_class": raw, **options})
 
     def parse_known_args(self, *args: Any, **named: Any) -> Any:
         """Parse, where help and refusals may be printed."""

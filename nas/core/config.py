@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from decimal import Decimal, InvalidOperation
@@ -13,12 +14,8 @@ from nas.core.augment_config import AugmentConfig
 from nas.core.cli import MOST_AT_ONCE
 from nas.core.data_config import DataConfig
 from nas.core.requirement import parse_requirement
-from nas.core.settings import changed_setting, check_settings, parse_share, setting, settings_of
+from nas.core.settings import EFFORTS, changed_setting, check_settings, parse_share, setting, settings_of
 from space.errors import refuse
-
-EFFORTS = ("smoke", "normal", "high")
-"""Smoke: the whole job on digits in about a minute and a half on two quiet cores; normal: the README's run, about ten
-minutes; high: a night, or a GPU."""
 
 STEP_KEEPS: Mapping[str, float] = {"smoke": 0.5, "normal": 0.7, "high": 0.8}
 """What share of the parameters a step keeps, roughly, by effort: 21M to 5M in 2, 4 or 6 steps."""
@@ -231,7 +228,28 @@ class RunConfig(AugmentConfig, DataConfig):
     random_seed: int = setting(0, "of every draw", metavar="N", low=0, high=2**31 - 1)
 
     def __post_init__(self) -> None:
-        check_config(self)
+        check_settings(self)
+        if self.bench_max_blocks < self.bench_blocks:
+            want = f"an integer >= --bench-blocks={self.bench_blocks}"
+            raise refuse("--bench-max-blocks", self.bench_max_blocks, want)
+        if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
+            raise refuse("--device", self.device, "cpu, cuda or cuda:N")
+        for text in self.require:
+            parse_requirement(text, dtype=self.bench_dtype, batch=self.bench_batch)
+        for name in ("params_tolerance", "max_corrupt"):
+            if getattr(self, name) >= 1.0:
+                raise refuse(flag(name), getattr(self, name), "a share in [0, 1), such as 0.01 or 1%")
+        for name, most in (("train_per_step", "candidates_per_step"), ("beam", "train_per_step")):
+            value, limit = getattr(self, name), getattr(self, most)
+            if value > limit:
+                raise refuse(flag(name), value, f"at most {flag(most)}={limit}", "lower one or raise the other")
+        if self.labels is not None and self.teacher != "auto":
+            raise refuse(
+                "--labels with --teacher",
+                f"{self.labels} and {self.teacher}",
+                "one of the two, as a store already holds its teacher's labels",
+                "drop --teacher",
+            )
 
     @property
     def images_may_grow(self) -> bool:
@@ -295,31 +313,3 @@ def steps_of(effort: str, params: int, target_params: int) -> int:
 def flag(name: str) -> str:
     """Return the command-line spelling of a setting: `target_params` -> `--target-params`."""
     return next(field.flag for field in settings_of(RunConfig) if field.name == name)
-
-
-def check_config(config: RunConfig) -> None:
-    """Refuse a configuration that could not run, naming the flag."""
-    check_settings(config)
-    if config.bench_max_blocks < config.bench_blocks:
-        want = f"an integer >= --bench-blocks={config.bench_blocks}"
-        raise refuse(flag("bench_max_blocks"), config.bench_max_blocks, want)
-    kind, _, index = config.device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or config.device == "cpu:":
-        raise refuse("--device", config.device, "cpu, cuda or cuda:N")
-    for text in config.require:
-        parse_requirement(text, dtype=config.bench_dtype, batch=config.bench_batch)
-    for name in ("params_tolerance", "max_corrupt"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise refuse(flag(name), getattr(config, name), "a share in [0, 1), such as 0.01 or 1%")
-    for name, most in (("train_per_step", "candidates_per_step"), ("beam", "train_per_step")):
-        value, limit = getattr(config, name), getattr(config, most)
-        if value > limit:
-            want = f"at most {flag(most)}={limit}"
-            raise refuse(flag(name), value, want, "lower one or raise the other")
-    if config.labels is not None and config.teacher != "auto":
-        raise refuse(
-            "--labels with --teacher",
-            f"{config.labels} and {config.teacher}",
-            "one of the two, as a store already holds its teacher's labels",
-            "drop --teacher",
-        )

@@ -15,7 +15,6 @@ from space.errors import refuse
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-METRICS = ("top1", "balanced_accuracy", "macro_f1")
 RESAMPLES = 1000
 Z95 = 1.959963984540054
 """The quantile of a two-sided normal interval of 95 %."""
@@ -47,7 +46,6 @@ def score(
     one image adds none); macro F1, which is no mean over images, as the spread of a seeded bootstrap over images.
     Raises InputError.
     """
-    _known(metric)
     said, true = _labels(classes, predicted, truth)
     right = (said == true).astype(np.float64)
     if metric == "top1":
@@ -80,7 +78,6 @@ def paired(
     "top1" by `paired_shares`; the others by percentile bootstrap over images, both computed on each resample. See
     `score` for the metrics.
     """
-    _known(metric)
     a, b, true = _labels(classes, predicted_a, predicted_b, truth)
     if metric == "top1":
         right_a, right_b = a == true, b == true
@@ -128,9 +125,8 @@ def image_weights(metric: str, truth: npt.ArrayLike) -> Floats:
     """Return weights [n] of images, summing to n, under which a mean loss suits the metric.
 
     Ones for top1; otherwise each class that occurs weighs alike, n / (classes * n_c) per image. Images whose class is
-    unknown (-1) keep the weight 1. Raises InputError.
+    unknown (-1) keep the weight 1.
     """
-    _known(metric)
     true = np.asarray(truth, dtype=np.int64)
     weights = np.ones(len(true), dtype=np.float64)
     known = true >= 0
@@ -172,11 +168,6 @@ def _mean_share(counts: Floats, truth: Ints, said: Ints, classes: int, *, f1: bo
 
 
 _macro_f1 = partial(_mean_share, f1=True)
-
-
-def _known(metric: str) -> None:
-    if metric not in METRICS:
-        raise refuse("--metric", metric, f"one of {', '.join(METRICS)}")
 
 
 def _labels(classes: int, *series: npt.ArrayLike) -> list[Ints]:

@@ -1,6 +1,6 @@
 """Settings: one dataclass field holds the name, default, range and help of a setting.
 
-The parser, the checks and the table of the documentation are made from the fields. tyro and jsonargparse do this too;
+The parser, its help and the checks are made from the fields. tyro and jsonargparse do this too;
 neither keeps a refusal in one line, nor a default that depends on another setting.
 """
 
@@ -16,6 +16,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from space.errors import refuse
 
+EFFORTS = ("smoke", "normal", "high")
+"""Smoke: the whole job on digits in about a minute and a half on two quiet cores; normal: the README's run, about ten
+minutes; high: a night, or a GPU."""
+
 
 @dataclass(frozen=True)
 class SettingSpec:
@@ -24,7 +28,7 @@ class SettingSpec:
     `group` opens a heading of the help that the following settings belong to. Numbers lie in [`low`, `high`], or above
     `above`. `parse` reads a text that the type does not: (flag, text) to a value. `want` describes a legal value.
     `default_text` stands for the default in the help; `efforts` are the defaults by effort, in the order of
-    `nas.core.config.EFFORTS`. A tuple is given by repeating its flag, or with `many` by listing values behind one flag;
+    `EFFORTS`. A tuple is given by repeating its flag, or with `many` by listing values behind one flag;
     one with `parse` is one text, or with `repeats` a list of texts.
     `const` is the value of the flag alone, `spelling` replaces the flag that follows from the name.
     """
@@ -103,14 +107,14 @@ def settings_of(cls: type) -> Iterator[Field]:
             yield Field(field.name, kind, optional, field.default, field.metadata["setting"])
 
 
-def add_settings(parser: argparse.ArgumentParser, cls: type, efforts: tuple[str, ...] = ()) -> None:
+def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
     """Add a flag for every setting of a dataclass."""
     group: Any = parser
     for field in settings_of(cls):
         about = field.about
         if about.group:
             group = parser.add_argument_group(about.group)
-        options: dict[str, Any] = {"dest": field.name, "help": help_of(field, efforts)}
+        options: dict[str, Any] = {"dest": field.name, "help": help_of(field)}
         if field.kind is bool and field.optional:
             options["action"] = argparse.BooleanOptionalAction
         elif field.kind is bool:
@@ -126,24 +130,16 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, efforts: tuple[str,
         group.add_argument(field.flag, **options)
 
 
-def default_of(field: Field, efforts: tuple[str, ...] = ()) -> str:
-    """Return the default in words; empty where there is none."""
-    about = field.about
-    if about.default_text is not None:
-        return about.default_text
-    if about.efforts:
-        return ", ".join(f"{e} {v}" for e, v in zip(efforts, about.efforts, strict=True))
-    if field.default in (None, (), dataclasses.MISSING) or field.kind is bool:
-        return ""
-    return str(field.default)
-
-
-def help_of(field: Field, efforts: tuple[str, ...] = ()) -> str:
+def help_of(field: Field) -> str:
     """Return the help of a flag, with its choices and default."""
-    about, default = field.about, default_of(field, efforts)
-    text = about.help
+    about = field.about
+    text, default = about.help, about.default_text
     if about.choices:
         text += f": {', '.join(about.choices[:-1])} or {about.choices[-1]}"
+    if default is None and about.efforts:
+        default = ", ".join(f"{effort} {value}" for effort, value in zip(EFFORTS, about.efforts, strict=True))
+    elif default is None and field.kind is not bool and field.default not in (None, (), dataclasses.MISSING):
+        default = str(field.default)
     return (text + (f" (default: {default})" if default else "")).replace("%", "%%")
 
 
@@ -208,12 +204,3 @@ def check_settings(values: Any) -> None:
             legal = legal and (high is None or value <= high)
         if not legal:
             raise refuse(field.flag, value, about.want or want)
-
-
-def table_of(cls: type, efforts: tuple[str, ...] = ()) -> str:
-    """Return the settings as a Markdown table: flag, default, meaning."""
-    lines = ["| flag | default | meaning |", "| --- | --- | --- |"]
-    for field in settings_of(cls):
-        cells = (f"`{field.flag}`", default_of(field, efforts), field.about.help)
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    return "\n".join(lines) + "\n"

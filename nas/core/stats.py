@@ -55,20 +55,13 @@ class Ceiling:
 
 @dataclass(frozen=True)
 class Regret:
-    """The cost of trusting the scores, in units of the truth; see `regret`.
-
-    `pick` and `best` are positions: of the lowest score, of the lowest mean truth. `plain` is the difference of their
-    mean truths, which is too high by the winner's curse.
-    """
+    """The cost of trusting the scores, in units of the truth; see `regret`."""
 
     value: float
     lo: float
     hi: float
     seed_sd: float
     within_one_sd: bool
-    pick: int
-    best: int
-    plain: float
 
 
 def kendall(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
@@ -143,8 +136,7 @@ def regret(scores: npt.ArrayLike, truth: npt.ArrayLike, *, random_seed: int = 0)
 
     The lowest of noisy means is lower than what that arch is worth (the winner's curse), so the best is chosen on all
     random seeds but one and compared with the pick on that one, for each of them in turn; `value` is the mean of these
-    s differences, held inside the interval. Some of the choices are not the best arch: `value` errs a little low where
-    `plain` errs high.
+    s differences, held inside the interval. Some of the choices are not the best arch: `value` errs a little low.
 
     Interval: regret is max(0, max over rivals of pick - rival); all these differences are enclosed at once (Dunnett's
     two-sided bands), hence their maximum (Hsu, Annals of Statistics 9, 1981). Covers with at least 95 %, more where
@@ -155,7 +147,6 @@ def regret(scores: npt.ArrayLike, truth: npt.ArrayLike, *, random_seed: int = 0)
     given, true = _scores_and_truth(scores, truth, at_least=2)
     s, n = true.shape
     means, pick = true.mean(axis=0), int(np.argmin(given))
-    best = int(np.argmin(means))
     held_out = []
     for k in range(s):
         chosen = int(np.argmin(np.delete(true, k, axis=0).mean(axis=0)))
@@ -165,23 +156,20 @@ def regret(scores: npt.ArrayLike, truth: npt.ArrayLike, *, random_seed: int = 0)
     furthest = float(means[pick] - np.delete(means, pick).min())
     lo, hi = max(0.0, furthest - reach), max(0.0, furthest + reach)
     value = float(min(hi, max(lo, np.mean(held_out))))
-    plain = float(means[pick] - means[best])
-    return Regret(value, lo, hi, seed_sd, value <= seed_sd, pick, best, plain)
+    return Regret(value, lo, hi, seed_sd, value <= seed_sd)
 
 
-def tied_with_best(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) -> tuple[str, ...]:
+def tied_with_best(losses: Mapping[str, npt.ArrayLike]) -> tuple[str, ...]:
     """Return the archs that cannot be told apart from the best, by mean loss, best first.
 
     `losses`: per arch [s, images] (or [images]), the same images in the same order for all. The best arch is among them
-    with probability 1 - alpha: an arch is left out when a one-sided test against the best-looking one says that it is
-    worse at the level alpha / (n - 1), so that the true best would have to lose to one of its n - 1 rivals by chance
+    with 95 %: an arch is left out when a one-sided test against the best-looking one says that it is worse at the
+    level 5 % / (n - 1), so that the true best would have to lose to one of its n - 1 rivals by chance
     (Bonferroni). The variance of a difference is that over images, paired and averaged over random seeds, and that of
     the random seeds, pooled over all archs (two or three say too little of one pair); what both contain is counted
     once. Degrees of freedom: Satterthwaite. With one random seed only the images speak. An arch with losses that are
     not finite is left out. Raises InputError.
     """
-    if not 0 < alpha < 1:
-        raise refuse("alpha", alpha, "a probability between 0 and 1")
     table = {key: _per_image(key, value) for key, value in losses.items()}
     if len({values.shape for values in table.values()}) > 1:
         shapes = ", ".join(sorted({str(v.shape) for v in table.values()}))
@@ -204,7 +192,7 @@ def tied_with_best(losses: Mapping[str, npt.ArrayLike], alpha: float = 0.05) -> 
         own = max(0.0, seed_variance - shared)
         mean = float(over_images.mean())
         p = _p_above(mean, image_variance, images - 1, own, seed_dof)
-        if p > alpha / (len(order) - 1):
+        if p > (1 - COVERAGE) / (len(order) - 1):
             kept.append(key)
     return tuple(kept)
 

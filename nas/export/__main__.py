@@ -37,9 +37,7 @@ BATCH = 16
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(
-        prog="python -m nas.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("python -m nas.export", description=__doc__)
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a run's folder, a model's JSON, or its weights")
     add("--to", required=True, choices=("timm", "onnx", "torch"), help="the form")

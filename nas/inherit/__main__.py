@@ -174,7 +174,7 @@ def table(layers: Sequence[Layer], params: tuple[int, int]) -> list[str]:
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(prog="python -m nas.inherit", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m nas.inherit", description=__doc__)
     parser.add_argument("parent", metavar="PARENT", help="5M, 11M, 21M, or a JSON file")
     parser.add_argument("child", metavar="CHILD", help="likewise; nothing of it need be smaller")
     parser.add_argument("--family", default=RunConfig.family, help="kind of model")

@@ -40,7 +40,7 @@ GROUPS = (BuildOptions, LabelRequest, BuildPlace)
 
 def build_parser() -> Parser:
     """Return the parser; flags of a build that are not given are absent."""
-    parser = Parser(prog="python -m nas.labels", description=__doc__, allow_abbrev=False)
+    parser = Parser("python -m nas.labels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     make = commands.add_parser("build", help="make a store, or continue one", argument_default=argparse.SUPPRESS)
     for group in GROUPS:

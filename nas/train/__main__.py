@@ -25,7 +25,15 @@ from nas.data.dataset import dataset_card
 from nas.data.prepare import prepared
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.train_config import TrainConfig, read_config
-from nas.train.train_flags import check_only_machine, describe, extended, make_config, make_machine, read_flags
+from nas.train.train_flags import (
+    check_only_machine,
+    describe,
+    extended,
+    make_config,
+    make_machine,
+    read_flags,
+    read_values,
+)
 from space import Context
 from space.errors import InputError, refuse
 
@@ -39,15 +47,10 @@ EXIT_FINISHED, EXIT_DIVERGED = 0, 3
 def train(arch: str, data: str, out: str | Path, **flags: Any) -> dict[str, Any]:
     """Train an arch on a data set into a new folder, as the command does, without output.
 
-    `flags` are the command's, by name: `recipe="tinyvit-1k"`, `set=["lr=1e-4"]`, `compile=True`.
-    Returns what `result.json` holds. Raises InputError.
+    `flags` are the command's, by name: `recipe="tinyvit-1k"`, `set=["lr=1e-4"]`, `hflip=0`, `pixel_cache=False`; None
+    is not given. Returns what `result.json` holds. Raises InputError.
     """
-    argv = ["--arch", arch, "--data", data, "--out", str(out), "--quiet"]
-    for name, value in flags.items():
-        flag = f"--{name.replace('_', '-')}"
-        for each in value if isinstance(value, (list, tuple)) else [value]:
-            argv += [flag] if each is True else [] if each in (None, False) else [flag, str(each)]
-    return run(read_flags(argv, __doc__))
+    return run(read_values(arch=arch, data=data, out=out, **{"quiet": True, **flags}))
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:

@@ -21,7 +21,6 @@ from nas.core.progress import Tick, no_tick
 from nas.export.weights import place
 from nas.train.checkpoint import Position, load_checkpoint_into, save_checkpoint
 from nas.train.optim import lr_at, make_optimizer
-from space.errors import refuse
 
 B = TypeVar("B")
 
@@ -34,7 +33,7 @@ class TrainSettings:
     """The settings of a teacher's or proxy's training: AdamW, cosine after a linear warm-up.
 
     `epochs` is the length of the schedule; `lr` its peak; `warmup_epochs` may be a fraction; `clip_norm` None means
-    off; `amp` asks for mixed precision where the device has it (CUDA). Raises InputError.
+    off; `amp` asks for mixed precision where the device has it (CUDA).
     """
 
     epochs: int
@@ -45,17 +44,6 @@ class TrainSettings:
     clip_norm: float | None = 5.0
     batch_size: int = 32
     amp: bool = True
-
-    def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 2)):
-            if getattr(self, name) < low:
-                raise refuse(name, getattr(self, name), f"an integer >= {low}")
-        for name in ("lr", "min_lr", "weight_decay", "warmup_epochs"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise refuse(name, value, "a finite number >= 0")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise refuse("clip_norm", self.clip_norm, "a number > 0, or None for off")
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,6 @@ from torch.nn import functional
 
 from space.errors import refuse
 
-DISTILL = ("none", "sparse", "soft", "hard", "token")
-TOKEN_LOSSES = ("hard", "soft")
-REDUCTIONS = ("batchmean", "numel")
-FUSIONS = ("logits", "softmax")
-
 Heads = tuple[Tensor, Tensor]
 """The logits of the class head and of the distillation head, each [B, C]."""
 
@@ -51,10 +46,8 @@ def label_entropy(prob: Tensor, tail: Tensor, num_classes: int) -> Tensor:
 def retemper(prob: Tensor, tail: Tensor, num_classes: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Soften stored labels by T: prob [B, K] and tail [B] of p^(1/T), normalised, float32.
 
-    Exact for the kept classes relative to each other and for a tail that is spread evenly. Raises InputError.
+    Exact for the kept classes relative to each other and for a tail that is spread evenly.
     """
-    if not temperature > 0:
-        raise refuse("temperature", temperature, "a number > 0")
     prob, tail = prob.float(), tail.float()
     if temperature == 1:
         return prob, tail
@@ -125,7 +118,7 @@ class TeacherTargets:
 
 @dataclass(frozen=True)
 class DistillLoss:
-    """A loss of each image, from its true label and its teacher's. Raises InputError.
+    """A loss of each image, from its true label and its teacher's.
 
     `kind` "none": the true labels alone; "sparse": the teacher's labels (TinyViT), with true labels for the share
     `hard_weight`; "soft", "hard" and "token" weigh the teacher's part by `alpha` and the true labels by the rest: the
@@ -141,22 +134,6 @@ class DistillLoss:
     token_loss: str = "hard"
     label_smoothing: float = 0.0
     hard_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value, choices in (
-            ("--distill", self.kind, DISTILL),
-            ("--kl-reduction", self.reduction, REDUCTIONS),
-            ("--token-loss", self.token_loss, TOKEN_LOSSES),
-        ):
-            if value not in choices:
-                raise refuse(name, value, f"one of {', '.join(choices)}")
-        for name, share in (("--distill-alpha", self.alpha), ("--hard-weight", self.hard_weight)):
-            if not 0 <= share <= 1:
-                raise refuse(name, share, "a share from 0 to 1")
-        if not 0 < self.temperature < math.inf:
-            raise refuse("--temperature", self.temperature, "a number > 0")
-        if not 0 <= self.label_smoothing < 1:
-            raise refuse("--label-smoothing", self.label_smoothing, "a share from 0 to below 1")
 
     @property
     def needs_truth(self) -> bool:
@@ -240,8 +217,6 @@ def fuse(outputs: Heads, how: str) -> Tensor:
     `how` "logits" is the mean of the heads (the code of DeiT, and timm in evaluation), "softmax" the logarithm,
     float32, of the mean of both softmaxes (the paper's late fusion).
     """
-    if how not in FUSIONS:
-        raise refuse("--fusion", how, f"one of {', '.join(FUSIONS)}")
     one, other = outputs
     if how == "logits":
         return (one + other) / 2

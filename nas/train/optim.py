@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from space.errors import refuse
-
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -22,7 +20,6 @@ SCRATCH_LR = 1e-3
 SCRATCH_PARAMS = 5_400_000
 INHERIT_LR = 5e-4
 """From a parent's sliced weights."""
-INITS = ("scratch", "inherit")
 
 
 def peak_lr(init: str, params: int) -> float:
@@ -31,8 +28,6 @@ def peak_lr(init: str, params: int) -> float:
     From scratch it falls with the root of the parameters, which is about the width: wider layers bear less of it
     (Yang et al. 2022, Tensor Programs V, scale Adam's with 1 / width).
     """
-    if init not in INITS:
-        raise refuse("--proxy-init", init, f"one of {', '.join(INITS)}")
     return INHERIT_LR if init == "inherit" else SCRATCH_LR * min(1.0, math.sqrt(SCRATCH_PARAMS / params))
 
 

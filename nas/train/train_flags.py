@@ -70,13 +70,7 @@ GROUPS = (TrainOptions, TrainConfig, AugmentConfig, Machine, TrainProcess)
 
 def build_parser(description: str | None = None) -> Parser:
     """Return the parser of `python -m nas.train`; flags that are not given are absent."""
-    parser = Parser(
-        prog="python -m nas.train",
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m nas.train", description=description, argument_default=argparse.SUPPRESS)
     for group in GROUPS:
         add_settings(parser, group)
     return parser
@@ -87,7 +81,11 @@ def read_flags(argv: Sequence[str] | None, description: str | None = None) -> ar
 
     `given` holds the names of what was given. Raises InputError.
     """
-    found = vars(build_parser(description).parse_args(argv))
+    return _complete(vars(build_parser(description).parse_args(argv)))
+
+
+def _complete(found: dict[str, Any]) -> argparse.Namespace:
+    """Parse texts, add defaults and check what becomes no configuration."""
     for group in GROUPS:
         found = parsed(group, found)
     usual = {
@@ -99,6 +97,19 @@ def read_flags(argv: Sequence[str] | None, description: str | None = None) -> ar
     for group in (TrainOptions, TrainProcess):
         check_settings(group(**{f.name: found.get(f.name, f.default) for f in settings_of(group)}))
     return argparse.Namespace(**{**usual, **found, "given": frozenset(found)})
+
+
+def read_values(**values: Any) -> argparse.Namespace:
+    """Take settings by name, or by that of their flag, as a command line gives them; None is not given.
+
+    Raises InputError.
+    """
+    fields = [field for group in GROUPS for field in settings_of(group)]
+    names = {f.name: f.name for f in fields} | {f.flag[2:]: f.name for f in fields if f.about.spelling is not None}
+    for name, value in values.items():
+        if name not in names:
+            raise refuse(name, value, f"one of {', '.join(names)}")
+    return _complete({names[k]: str(v) if isinstance(v, Path) else v for k, v in values.items() if v is not None})
 
 
 def make_config(given: argparse.Namespace) -> TrainConfig:

@@ -9,7 +9,6 @@ difference is what training bought. Errors and intervals are over test images, o
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -257,15 +256,9 @@ class _Process:
 
 def build_parser() -> Parser:
     """Return the parser."""
-    parser = Parser(
-        prog="python -m nas.transfer",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "source", type=Path, metavar="SOURCE", help="a run's folder, a model's JSON, weights, or an export"
-    )
+    parser = Parser("python -m nas.transfer", description=__doc__)
+    source = "a run's folder, a model's JSON, weights, or an export"
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=source)
     add_settings(parser, TransferConfig)
     add_settings(parser, _Process)
     return parser

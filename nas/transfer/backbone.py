@@ -40,20 +40,17 @@ class Backbone:
     sized: bool
     notes: tuple[str, ...] = ()
 
-    def classifier(self, random_seed: int | None) -> nn.Module:
-        """Build the whole network in eval mode; fresh weights with a seed, its own with None."""
-        return self._create(random_seed)
-
     def pyramid(self, random_seed: int | None) -> nn.Module:
         """Build what gives feature maps [B, C, H, W], finest first, likewise; see `levels`."""
         with torch.device("meta"):
-            info: Any = getattr(self._create(0), "feature_info", None)
+            info: Any = getattr(self.classifier(0), "feature_info", None)
         if not info:
             raise refuse("--checks", "segment", "a network with feature maps (timm's features_only)", "leave it out")
         indices = levels([int(f["reduction"]) for f in info])
-        return self._create(random_seed, features_only=True, out_indices=indices)
+        return self.classifier(random_seed, features_only=True, out_indices=indices)
 
-    def _create(self, random_seed: int | None, **kwargs: Any) -> nn.Module:
+    def classifier(self, random_seed: int | None, **kwargs: Any) -> nn.Module:
+        """Build the whole network in eval mode; fresh weights with a seed, its own with None."""
         import timm
 
         if self.sized:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -73,39 +74,33 @@ def test_training_learns_and_reports():
     assert model.training
 
 
-@pytest.mark.parametrize("stop", [1, 2])
-def test_stopped_and_resumed_equals_undisturbed_to_the_bit(tmp_path, stop):
+def test_stopped_and_resumed_equals_undisturbed_to_the_bit(tmp_path):
+    """Between epochs, or inside one: that one starts again."""
     path, ticks = tmp_path / "position.safetensors", []
-    with torch.random.fork_rng(devices=[]):  # dropout draws from the generator
-        torch.manual_seed(5)
-        history = run(whole := make_model(drop_rate=0.2))
-        torch.manual_seed(5)
-        run(make_model(drop_rate=0.2), checkpoint=path, stop_after=stop)
-        torch.manual_seed(99)
-        # Another random start: everything that matters must come from the file.
-        resumed = make_model(random_seed=7, drop_rate=0.2)
-        again = run(resumed, checkpoint=path, tick=ticks.append)
-    assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
-    assert [e.loss for e in again.epochs] == [e.loss for e in history.epochs]
-    assert sum(ticks) == 3 * IMAGES
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-def test_killed_inside_an_epoch_resumes_at_its_start(tmp_path):
-    path = tmp_path / "position.safetensors"
 
     def breaking(epoch):
         for at, batch in enumerate(batches(epoch)):
-            if epoch == 1 and at == 2:
+            if (epoch, at) == (1, 2):
                 raise KeyboardInterrupt
             yield batch
 
-    with pytest.raises(KeyboardInterrupt):
-        run(make_model(), batches=breaking, checkpoint=path)
-    resumed, whole = make_model(random_seed=7), make_model()
-    run(resumed, checkpoint=path)
-    run(whole)
-    assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict())
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the generator
+        torch.manual_seed(5)
+        history = run(whole := make_model(drop_rate=0.2))
+        for stop in (1, 2, None):
+            path.unlink(missing_ok=True)
+            torch.manual_seed(5)
+            with contextlib.nullcontext() if stop else pytest.raises(KeyboardInterrupt):
+                run(make_model(drop_rate=0.2), batches=batches if stop else breaking, checkpoint=path, stop_after=stop)
+            ticks.clear()
+            torch.manual_seed(99)
+            # Another random start: everything that matters must come from the file.
+            resumed = make_model(random_seed=7, drop_rate=0.2)
+            again = run(resumed, checkpoint=path, tick=ticks.append)
+            assert weights_digest(resumed.state_dict()) == weights_digest(whole.state_dict()), stop
+            assert [e.loss for e in again.epochs] == [e.loss for e in history.epochs]
+            assert sum(ticks) == 3 * IMAGES
+            assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_foreign_and_damaged_checkpoints_are_refused(tmp_path):

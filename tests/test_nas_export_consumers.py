@@ -178,6 +178,8 @@ def test_classes_without_names_are_taken_in_order_and_said_or_refused(
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     edit(copy, lambda config: config.pop("label_names"))
+    assert find_network(copy, "MODEL").classes == NAMES, "class_map.txt"
+    (copy / "class_map.txt").unlink()
     status, _, told = evaluated(case, copy, capsys)
     assert status == 2
     assert "timm counts 1, 2, 10" in told

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from benchmarks.throughput.flags import ThroughputPlan, parse_flags, plan_of
 from benchmarks.throughput.networks import Net
+from nas.core.class_match import match_head
 from nas.core.cli import default_cache, exit_status
 from nas.core.progress import Console, Tick
 from nas.core.requirement import Setting
@@ -184,21 +185,27 @@ class DeviceBenchmark:
             weighed = self.do(jobs.peak_memory, f"{net.name} memory", job, fresh=True)
         return weighed.values["peak_mem_bytes"] if weighed.ok else None
 
-    def _accuracy(self, net: Net, timing: TimingJob) -> dict[str, Any]:
-        from nas.data import DataSpec
+    def match_data(self, net: Net, ctx: Context) -> tuple[Path, tuple[int, ...]]:
+        """Read `--accuracy-data` and match its classes to a net's; its folder, and the output of each class."""
+        from nas.data import DataSpec, open_dataset
         from nas.data.prepare import prepared
 
-        size, classes = timing.context.img_size, timing.context.num_classes
+        size, classes = ctx.img_size, ctx.num_classes
         if size not in self._datasets:
-            data = prepared(DataSpec(str(self.config.accuracy_data), img_size=size), default_cache(), self.console)
-            if len(data.classes) != classes:
-                got = f"{data.name} with {len(data.classes)} classes"
-                remedy = "name the data that they were trained on"
-                raise refuse("--accuracy-data", got, f"--num-classes {classes}", remedy)
-            self._datasets[size] = data.folder
-        job = AccuracyJob(
-            network=timing.network, context=timing.context, setting=timing.setting, dataset=self._datasets[size]
-        )
+            spec = DataSpec.of(self.config, 0, data=str(self.config.accuracy_data), img_size=size)
+            self._datasets[size] = prepared(spec, default_cache(), self.console).folder
+        names = open_dataset(self._datasets[size]).classes
+        match = match_head(net, classes, names)
+        if match.fresh or not match.kept:
+            odd = f", of which the net has no {match.fresh[0]!r}" if match.fresh else ""
+            got, remedy = f"{len(names)} classes{odd}", "name the data that it was trained on"
+            raise refuse("--accuracy-data", got, f"classes of the {classes} of {net.name}", remedy)
+        return self._datasets[size], match.rows
+
+    def _accuracy(self, net: Net, timing: TimingJob) -> dict[str, Any]:
+        dataset, rows = self.match_data(net, timing.context)
+        same = {name: getattr(timing, name) for name in ("network", "context", "setting")}
+        job = AccuracyJob(**same, dataset=dataset, class_rows=rows)
         found = self.do(jobs.accuracy, f"{net.name} accuracy", job)
         if not found.ok:
             return {"reason": f"no accuracy: {found.reason}"}
@@ -225,6 +232,10 @@ def throughput(nets: Sequence[Net], plan: ThroughputPlan, console: Console) -> l
     try:
         for setting in plan.settings:
             bench.device(setting.device)
+        for ctx in (Context(size, plan.config.num_classes) for size in plan.sizes):
+            for net in nets if plan.config.accuracy_data is not None else ():
+                if net.trained(ctx):
+                    bench.match_data(net, ctx)
         console.line(HEADING)
         console.start(float(len(nets) * len(plan.settings) * len(plan.sizes)))
         for row in bench.rows(nets, known):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from benchmarks.throughput.networks import Net, find_nets, sample
 from nas.core.cli import Parser, read_threads, usable_cpus
 from nas.core.config import parse_count
+from nas.core.data_config import DataConfig
 from nas.core.requirement import Setting
-from nas.core.settings import add_settings, check_settings, parsed, setting
+from nas.core.settings import add_settings, changed_setting, check_settings, parsed, setting
 from nas.measure.runtimes import find_runtime
 from space import Context, get_family
 from space.errors import refuse
@@ -64,8 +65,15 @@ class ThroughputConfig:
     accuracy_data: str | None = setting(
         None, "test nets that have weights (best.json) on this data, in each runtime", metavar="DATA"
     )
-    random_seed: int = setting(0, "of what is drawn", metavar="N")
-    out: str | None = setting(None, "the table as CSV", group="results", metavar="FILE")
+    max_images: int | None = changed_setting(DataConfig, "max_images", group="which images of --accuracy-data")
+    max_test_images: int | None = changed_setting(DataConfig, "max_test_images")
+    splits: str | None = changed_setting(DataConfig, "splits")
+    classes: str | None = changed_setting(DataConfig, "classes")
+    annotations: str | None = changed_setting(DataConfig, "annotations")
+    max_corrupt: float = changed_setting(DataConfig, "max_corrupt")
+    pixel_cache: bool = changed_setting(DataConfig, "pixel_cache")
+    random_seed: int = setting(0, "of what is drawn", group="results", metavar="N")
+    out: str | None = setting(None, "the table as CSV", metavar="FILE")
     resume: bool = setting(False, "take over the rows of --out")
     figure: str | None = setting(None, "to draw", metavar="FILE", default_text="beside --out, .png")
     bundle: str | None = setting(

@@ -32,7 +32,7 @@ class Net:
     """A network to measure: the user's name for it, and what a worker builds it from.
 
     `arch` is None for a plain timm model, `weights` a safetensors file beside a `best.json`, which fits the context
-    that it was trained in (`trained_in`); `found`: by a search.
+    that it was trained in (`trained_in`), with the names of its `classes`, if it carries any; `found`: by a search.
     """
 
     name: str
@@ -42,6 +42,8 @@ class Net:
     weights: Path | None = None
     found: bool = False
     trained_in: Context | None = None
+    classes: tuple[str, ...] | None = None
+    flag: str = "--arch"
 
     def trained(self, ctx: Context) -> bool:
         """Return whether the net has weights for a context."""
@@ -99,7 +101,8 @@ def _find(name: str, family: Family) -> list[Net]:
     if isinstance(named, HubFolder) or (isinstance(named, CheckpointFile) and path.suffix != ".json"):
         saved = named.saved()
         weights = saved.weights if isinstance(named, HubFolder) else None
-        return [Net(name, saved.family, saved.arch, weights=weights, trained_in=saved.context)]
+        names = named.classes if weights is not None else None
+        return [Net(name, saved.family, saved.arch, weights=weights, trained_in=saved.context, classes=names)]
     data: Any = read_json(path, "an arch") if isinstance(named, SavedNetwork) else {}
     if isinstance(data, dict) and isinstance(data.get("finalists"), list):
         own = get_family(data.get("family", family.name))
@@ -115,7 +118,8 @@ def _find(name: str, family: Family) -> list[Net]:
     trained = weights if "timm" in data and weights.is_file() else None
     sizes = [data.get(each) for each in ("img_size", "num_classes")]
     made = Context(*sizes) if all(type(size) is int for size in sizes) else None
-    return [Net(name, own, arch, weights=trained, found="timm" in data, trained_in=made)]
+    classes = named.classes if trained is not None else None
+    return [Net(name, own, arch, weights=trained, found="timm" in data, trained_in=made, classes=classes)]
 
 
 def _pareto_set(folder: Path, family: Family) -> list[Net]:

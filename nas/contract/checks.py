@@ -17,8 +17,9 @@ from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
 from nas.core.requirement import COUNTED
 from nas.data import Dataset, DataSpec, open_dataset
-from nas.data.dataset import EMBEDDED, dataset_card
+from nas.data.dataset import EMBEDDED, check_card_classes, dataset_card
 from nas.data.prepare import prepared
+from nas.data.sources import DataSource
 from nas.distill.label_store import teach
 from nas.inherit import jobs as inherit_jobs
 from nas.inherit.jobs import CheckFilesJob
@@ -131,9 +132,30 @@ def read_lent_measurements(config: RunConfig, *, needed: bool) -> list[Measureme
     return list(read_measurements(Path(config.measurements)))
 
 
-def read_data(config: RunConfig, cache: Path, console: Console) -> Dataset:
-    """Read and cache the data, and print what it is."""
-    return prepared(DataSpec.of(config, config.random_seed, images_may_grow=config.images_may_grow), cache, console)
+def read_data(
+    config: RunConfig,
+    cache: Path,
+    console: Console,
+    card: Mapping[str, Any] | None = None,
+    table: DeviceTable | None = None,
+) -> Dataset:
+    """Read and cache the data, and print what it is.
+
+    Before an image is decoded its classes are matched to those of the run that it resumes or replays (`card`, its
+    record of the data), of the device table and of the label store.
+    """
+
+    def check(source: DataSource) -> None:
+        if not source.classes:
+            return
+        check_card_classes(card or {}, source.classes, "the run")
+        if table is not None:
+            table.check_context(Context(source.img_size, len(source.classes)))
+        if config.labels is not None:
+            labels.check_source(config.labels, source)
+
+    spec = DataSpec.of(config, config.random_seed, images_may_grow=config.images_may_grow)
+    return prepared(spec, cache, console, check)
 
 
 def teacher_settings(config: RunConfig) -> dict[str, Any]:
@@ -288,11 +310,17 @@ def read_fingerprints(config: RunConfig, worker: Executor, table: DeviceTable | 
 
 
 def check_files(
-    config: RunConfig, family: Family, seed: Arch, context: Context | None, worker: Executor | None = None
+    config: RunConfig,
+    family: Family,
+    seed: Arch,
+    context: Context | None,
+    worker: Executor | None = None,
+    classes: tuple[str, ...] = (),
 ) -> None:
     """Open the weights, the teacher and the label store that the run will need, and match them.
 
-    Before the data are known (`context` None) a worker of this machine does, if there is anything to open.
+    Before the data are known (`context` None, no `classes`) a worker of this machine does, if there is anything to
+    open.
     """
     teacher = config.teacher if config.labels is None and config.teacher != "auto" else None
     if config.seed_weights is None and (context is not None or (teacher is None and config.labels is None)):
@@ -301,6 +329,7 @@ def check_files(
         family=family.name,
         arch=family.to_dict(seed),
         context=context,
+        classes=classes,
         weights=config.seed_weights,
         teacher=teacher if context is None else None,
         store=config.labels if context is None else None,
@@ -327,7 +356,7 @@ def check_token(config: RunConfig, worker: Executor, family: Family, seed: Arch,
 
 
 def read_device_table(
-    config: RunConfig, paths: Sequence[Path], family: Family, seed: Arch, dataset: Dataset
+    config: RunConfig, paths: Sequence[Path], family: Family, seed: Arch
 ) -> tuple[RunConfig, DeviceTable | None]:
     """Read `--device-table`; return the configuration with its setting, and the table.
 
@@ -335,13 +364,16 @@ def read_device_table(
     """
     if not paths:
         return config, None
-    table = DeviceTable(paths, family, dataset.context, seed)
+    table = DeviceTable(paths, family, None, seed)
     setting = {f"bench_{name}": value for name, value in dataclasses.asdict(table.setting).items()}
     return dataclasses.replace(config, **setting), table
 
 
-def check_same_data(config: RunConfig, known: str, dataset: Dataset) -> None:
-    """Refuse to resume a run on other data than its own."""
+def check_same_data(config: RunConfig, card: Mapping[str, Any], dataset: Dataset) -> None:
+    """Refuse to resume a run on other data than its own, of which `card` is the record."""
+    if dataset.labelled_by is None:
+        check_card_classes(card, dataset.classes, "the run")
+    known = card["fingerprint"]
     if dataset.fingerprint != known:
         got = f"{config.data} with fingerprint {dataset.fingerprint}"
         raise refuse("--data", got, f"the run's own data, {known}", "restore the data or start a new run")

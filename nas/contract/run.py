@@ -41,6 +41,7 @@ from nas.contract.proxy_check import check_band, check_proxy_in_time, named_arch
 from nas.contract.race import race
 from nas.contract.replay import (
     describe_reuse,
+    earlier_config,
     load_earlier,
     replayed_config,
     reuse_scores,
@@ -216,28 +217,34 @@ def open_run(
                 check_reachable(shared)
         if saved is None:
             check_files(config, family, seed_arch, None)
-        dataset = with_classes(config, read_data(config, cache, console), cache, console)
+        tables = [Path(path) for path in config.device_table]
+        before: Mapping[str, Any] | None = saved
+        if before is None and config.replay is not None:
+            before = earlier_config(Path(config.replay))[1]
+        if tables and before is not None:
+            tables = [(out if resume else Path(str(config.replay))) / DEVICE_ROWS]
+        config, table = read_device_table(config, tables, family, seed_arch)
+        if resume:
+            add_final_measurements(out, table, session.final_measurements)
+        card = {} if before is None else before.get("dataset", {})
+        dataset = with_classes(config, read_data(config, cache, console, card, table), cache, console)
+        if table is not None:
+            table.check_context(dataset.context)
         if saved is not None:
-            check_same_data(config, saved["dataset"]["fingerprint"], dataset)
+            check_same_data(config, saved["dataset"], dataset)
         elif "replay" not in given:
             config = with_steps(config, given, family, seed_arch, dataset)
         check_possible(config, family, seed_arch, dataset)
         if session.check_proxy is not None and not (resume and named_archs(out, session.check_proxy)):
             check_band(session.check_proxy, config, family, seed_arch, dataset)
         earlier = load_earlier(config, family, dataset)
-        tables = [Path(path) for path in config.device_table]
-        if tables and (resume or earlier is not None):
-            tables = [(out if resume or earlier is None else earlier.folder) / DEVICE_ROWS]
         if earlier is not None:
             measured = earlier.folder / "measurements.csv"
             if not tables and measured.is_file():
                 rows += read_measurements(measured)
             if not resume and "steps" not in given:
                 config = replace(config, steps=steps_to_target(earlier, config, family, dataset))
-        config, table = read_device_table(config, tables, family, seed_arch, dataset)
-        if resume:
-            add_final_measurements(out, table, session.final_measurements)
-        else:
+        if not resume:
             check_requirements(config, family, seed_arch, dataset, table)
             folder.create()
         worker = worker or make_executor(
@@ -248,7 +255,7 @@ def open_run(
             check_same_device(saved["fingerprints"], fingerprints)
         else:
             check_token(config, worker, family, seed_arch, dataset)
-            check_files(config, family, seed_arch, dataset.context, worker)
+            check_files(config, family, seed_arch, dataset.context, worker, dataset.classes)
             augmentation = check_augmentation(config, worker, dataset, console)
             if table is not None:
                 write_rows(out / DEVICE_ROWS, table.rows)

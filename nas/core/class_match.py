@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from space.errors import refuse
 
@@ -16,9 +17,9 @@ class ClassMatch:
     """Where each wanted class is found among those that are had.
 
     `rows`: for each wanted class the number of the one with its name, -1 for none; `had`: how many there are. `named`
-    is False where a side has no names: equal numbers of classes are then taken for equal classes. `fresh` holds the
-    wanted names without a row, `near` pairs (had, wanted) that differ in case, blanks or dashes only: these are not
-    taken for the same.
+    is False where a side has no names: equal numbers of classes are then taken for equal classes, in the `order` shown.
+    `fresh` holds the wanted names without a row, `near` pairs (had, wanted) that differ in case, blanks or dashes only:
+    these are not taken for the same.
     """
 
     rows: tuple[int, ...]
@@ -26,6 +27,7 @@ class ClassMatch:
     named: bool
     fresh: tuple[str, ...] = ()
     near: tuple[tuple[str, str], ...] = ()
+    order: str = ""
 
     @property
     def kept(self) -> int:
@@ -46,8 +48,7 @@ class ClassMatch:
         """Return what is done with the rows of a head, for a note; "" where nothing is."""
         wanted = len(self.rows)
         if self.in_order:
-            order = f"its {wanted} classes carry no names: taken to be the data's, in their order"
-            return "" if self.named else order
+            return "" if self.named else f"its {wanted} classes carry no names: taken in the order {self.order}"
         if self.whole:
             return f"its {wanted} classes are the data's in another order: rows permuted by name"
         if not self.kept:
@@ -74,7 +75,8 @@ def match_classes(have: Sequence[str] | None, want: Sequence[str] | None, count:
     if have is None or want is None:
         had = len(have) if have is not None else count or 0
         wanted = len(want) if want is not None else had
-        return ClassMatch(tuple(range(wanted)) if had == wanted else (-1,) * wanted, had, named=False)
+        rows = tuple(range(wanted)) if had == wanted else (-1,) * wanted
+        return ClassMatch(rows, had, named=False, order=_some(want or have or ()))
     had_names, names = ([unicodedata.normalize("NFC", name) for name in side] for side in (have, want))
     if had_names == names:
         return ClassMatch(tuple(range(len(names))), len(names), named=True)
@@ -90,8 +92,13 @@ def match_classes(have: Sequence[str] | None, want: Sequence[str] | None, count:
 class Headed(Protocol):
     """A network that a user gave as `name` to `flag`, and the names of its head's classes, if it carries any."""
 
-    name: str
-    flag: str
+    @property
+    def name(self) -> str:
+        """As the user wrote it."""
+
+    @property
+    def flag(self) -> str:
+        """That messages are about."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -99,18 +106,36 @@ class Headed(Protocol):
 
 
 def match_head(network: Headed, count: int, classes: Sequence[str]) -> ClassMatch:
-    """Match a network's head of `count` rows to the data's classes, by the names that it carries. Raises InputError."""
+    """Match a network's head of `count` rows to the data's classes, by the names that it carries.
+
+    A head without names is taken in the data's order, unless the data's names stand in the order of their letters and
+    timm would count them in another one (1, 2, 10; a, B): either may be meant, which is refused. Raises InputError.
+    """
     names = network.classes
     if names is not None and len(names) != count:
         got = f"{network.name}: {len(names)} class names for a head of {count}"
-        raise refuse(network.flag, got, "a name for each class", "restore the JSON beside the weights")
-    return match_classes(names, classes, count)
+        raise refuse(network.flag, got, "a name for each class", "correct the file of names beside the weights")
+    match = match_classes(names, classes, count)
+    natural = sorted(classes, key=_natural)
+    if names is None and match.whole and list(classes) == sorted(classes) != natural:
+        got = f"{network.name}, whose {count} classes have no names, for data that count {_some(classes)}"
+        remedy = f"write class_map.txt beside the weights, a name a line in the order of the {count} outputs"
+        raise refuse(network.flag, got, f"names: timm counts {_some(natural)}", remedy)
+    return match
 
 
-def check_same_classes(have: Sequence[str], want: Sequence[str], name: str, remedy: str) -> ClassMatch:
+def _natural(name: str) -> list[Any]:
+    """Return the key by which timm sorts class folders."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def check_same_classes(
+    have: Sequence[str], want: Sequence[str], name: str, remedy: str, whose: str = "the data"
+) -> ClassMatch:
     """Match two sides that must have the same classes, in whatever order; returns the match.
 
-    Raises InputError about `name` that names the first class of each side that the other has not.
+    Raises InputError about `name` that names the first class of each side that the other has not; `whose` are those
+    that are wanted.
     """
     match = match_classes(have, want)
     if match.whole:
@@ -118,7 +143,16 @@ def check_same_classes(have: Sequence[str], want: Sequence[str], name: str, reme
     had, wanted = ([unicodedata.normalize("NFC", each) for each in side] for side in (have, want))
     got = f"{len(had)} classes{_first(had, wanted)}"
     near = f" ({match.near[0][0]!r} differs in case, blanks or dashes only)" if match.near else ""
-    raise refuse(name, got, f"the {len(wanted)} classes of the data{_first(wanted, had)}{near}", remedy)
+    raise refuse(name, got, f"the {len(wanted)} classes of {whose}{_first(wanted, had)}{near}", remedy)
+
+
+def check_unchanged_classes(have: Sequence[str], want: Sequence[str], name: str, whose: str, remedy: str) -> None:
+    """Refuse classes that are not, or not in the order, that they were; the first that differs is named."""
+    match = check_same_classes(have, want, name, remedy, whose)
+    if not match.in_order:
+        at = next(at for at, row in enumerate(match.rows) if row != at)
+        got = f"class {at} {have[at]!r}, of the same classes in another order"
+        raise refuse(name, got, f"class {at} {want[at]!r}, as {whose} has", remedy)
 
 
 def _first(side: Sequence[str], other: Sequence[str]) -> str:

@@ -41,6 +41,16 @@ class Annotations:
         return any(role is not None for _, role in self.rows.values())
 
 
+def open_annotations(given: str, root: Path) -> tuple[Path, Any]:
+    """Read the table of annotations of a folder, with its path; nothing else of the folder. Raises InputError."""
+    path = Path(os.path.expanduser(given))
+    if not path.is_file():
+        path = root / path
+    table = _read(path, given)
+    _columns(table, given)
+    return path, table
+
+
 def read_annotations(given: str, tree: Tree, most_missing: float) -> Annotations:
     """Read the classes of a tree's images.
 
@@ -48,10 +58,7 @@ def read_annotations(given: str, tree: Tree, most_missing: float) -> Annotations
     that are not there, and of images of two classes, a share of `most_missing` is tolerated: they are left out, and
     named. Raises InputError.
     """
-    path = Path(os.path.expanduser(given))
-    if not path.is_file():
-        path = tree.root / path
-    table = _read(path, given)
+    path, table = open_annotations(given, tree.root)
     file, label, split = _columns(table, given)
     names = [plain_name(text.strip().replace("\\", "/")) for text in table[file]]
     labels = [plain_name(text.strip()) for text in table[label]]

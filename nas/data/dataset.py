@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.class_match import check_unchanged_classes
 from nas.core.data_config import DataConfig, grown_images
 from nas.core.settings import check_settings, setting
 from space import Context
@@ -43,8 +44,8 @@ class DataSpec(DataConfig):
     @classmethod
     def of(cls, config: object, random_seed: int, **changes: Any) -> DataSpec:
         """Take the settings of a command (a `DataConfig`, or parsed flags with its names), some of them changed."""
-        values = {f.name: getattr(config, f.name) for f in fields(DataConfig)}
-        return cls(**{**values, "random_seed": random_seed, **changes})
+        values = {f.name: getattr(config, f.name) for f in fields(DataConfig) if f.name not in changes}
+        return cls(**values, random_seed=random_seed, **changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what decides the data, as plain JSON: a folder and a file by its absolute path."""
@@ -201,12 +202,23 @@ def subset_by_key(split: Split, images: int | None) -> list[int] | None:
     return sorted(range(len(split)), key=lambda row: split.keys[row])[:images]
 
 
+def check_card_classes(card: Mapping[str, Any], classes: Sequence[str], whose: str) -> None:
+    """Refuse data whose classes are not those of a `dataset_card`, naming the first that differs. Raises InputError.
+
+    Cards without names, and those of classes that a teacher gave, are passed.
+    """
+    known = card.get("class_names")
+    if isinstance(known, list) and known and card.get("labelled_by") is None:
+        check_unchanged_classes(classes, known, "--data", whose, "restore the data, or start anew in another folder")
+
+
 def dataset_card(dataset: Dataset) -> dict[str, Any]:
     """Summarise a data set as plain JSON, for `run.json` and reports."""
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "classes": len(dataset.classes),
+        "class_names": list(dataset.classes),
         "labelled_by": dataset.labelled_by,
         "img_size": dataset.img_size,
         "train": len(dataset.train.labels),

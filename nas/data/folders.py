@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nas.core.io import digest_of
 from nas.core.progress import Tick
-from nas.data.annotations import Annotations, read_annotations
+from nas.data.annotations import Annotations, open_annotations, read_annotations
 from nas.data.dataset import DataSpec
 from nas.data.decode import chosen_img_size, header_size, read_picture, store_size_of, why_broken
 from nas.data.roles import classes_in, find_parts, opened, parts_by_hand
@@ -57,6 +57,8 @@ class _SideImages:
 def folder(spec: DataSpec) -> DataSource:
     """List an image folder and choose which images are used. Raises InputError."""
     root = _existing(spec.data)
+    if spec.annotations is not None:
+        open_annotations(spec.annotations, root)  # refused before a large folder is listed
     tree = walk(root)
     notes = tree.left_out()
     annotated = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from nas.core.class_names import check_class_names
 from nas.core.progress import Console, Tick, no_tick
 from nas.data.cache import cached
 from nas.data.dataset import Dataset, DataSpec
@@ -15,6 +17,9 @@ from space.errors import refuse
 
 _KEPT_ANYWAY = "pixels are kept all the same: only a folder's images can be decoded as one goes"
 
+Check = Callable[[DataSource], object]
+"""Matches what a data set is found to be with other files. Raises InputError."""
+
 
 def find_source(spec: DataSpec, cache_dir: Path) -> DataSource:
     """Inspect a data set without decoding it. Raises InputError."""
@@ -23,16 +28,21 @@ def find_source(spec: DataSpec, cache_dir: Path) -> DataSource:
     if spec.data == "fractals":
         return fractals(spec)
     if spec.data.partition("/")[0] in PREFIXES and not Path(spec.data).exists():
-        return reader(spec, cache_dir)
-    return folder(spec)
+        source = reader(spec, cache_dir)
+    else:
+        source = folder(spec)
+    check_class_names(source.classes, spec.data)
+    return source
 
 
-def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
+def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick, check: Check | None = None) -> Dataset:
     """Decode a data set into the cache, or open it if that was done before.
 
-    `tick` counts images. Raises InputError for data that cannot be used.
+    `tick` counts images; `check` is called before any is decoded. Raises InputError for data that cannot be used.
     """
     source = find_source(spec, Path(cache_dir))
+    if check is not None:
+        check(source)
     dataset = cached(source, spec.random_seed, spec.max_corrupt, Path(cache_dir), tick)
     if not spec.pixel_cache and source.root is None:
         # Not among the stored notes: the folder does not depend on it.
@@ -44,15 +54,15 @@ def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick) -> Dataset:
     return dataset
 
 
-def prepared(spec: DataSpec, cache: Path, console: Console) -> Dataset:
-    """Prepare a data set under a progress bar, and print its notes and sizes."""
+def prepared(spec: DataSpec, cache: Path, console: Console, check: Check | None = None) -> Dataset:
+    """Prepare a data set under a progress bar, and print its notes and sizes; `check` as in `prepare`."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise refuse("--cache-dir", cache, "a folder to write in", str(error)) from None
     console.count("reading images")
     try:
-        dataset = prepare(spec, cache, console.advance)
+        dataset = prepare(spec, cache, console.advance, check)
     finally:
         console.stop()
     for note in dataset.notes:

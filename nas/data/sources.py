@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from nas.core.progress import Tick
 from nas.data.dataset import DataSpec
 from nas.data.decode import as_rgb_key, chosen_img_size, fitted, refuse_bomb, shown_name, store_size_of, why_broken
 from nas.data.split import TEST_IMAGES, choose, content_key, proxy_limit
+from nas.data.tree import plain_name
 from space.errors import refuse
 
 DIGITS_IMG_SIZE = 48
@@ -190,7 +192,7 @@ def reader(spec: DataSpec, cache_dir: Path) -> DataSource:
         sides = {"any": sides["train"]}
     else:
         sides["test"] = _side(test)
-    classes = _classes(train, next(iter(sides.values())), spec.data)
+    classes = _apart(_classes(train, next(iter(sides.values())), spec.data), notes)
     wanted = _wanted(sides, len(classes), spec.images_for(len(classes)), spec.max_test_images, notes)
     img_size = spec.img_size
     if img_size is None:
@@ -278,7 +280,7 @@ def _classes(items: Any, side: _Side, name: str) -> tuple[str, ...]:
     table = getattr(items, "class_to_idx", None) or getattr(getattr(items, "reader", None), "class_to_idx", None)
     listed = getattr(items, "classes", None)
     if listed:
-        names = [str(entry) for entry in listed]
+        names = [", ".join(map(str, e)) if isinstance(e, (list, tuple)) else str(e) for e in listed]
     elif table:
         names = [str(key) for key, _ in sorted(table.items(), key=lambda pair: int(pair[1]))]
     elif side.labels is not None and len(side.labels):
@@ -289,6 +291,15 @@ def _classes(items: Any, side: _Side, name: str) -> tuple[str, ...]:
         names = [str(number) for number in range(last + 1)]
     if len(names) < 2:
         raise refuse("--data", f"{name}, which has one class only", "at least two classes")
+    return tuple(names)
+
+
+def _apart(classes: tuple[str, ...], notes: list[str]) -> tuple[str, ...]:
+    """Add its number to a name that several classes have, as two of ImageNet's are called crane."""
+    times = Counter(plain_name(name) for name in classes)
+    names = [f"{name} ({at})" if times[plain_name(name)] > 1 else name for at, name in enumerate(classes)]
+    if added := [name for name, before in zip(names, classes, strict=True) if name != before]:
+        notes.append(f"classes of one name are told apart by their numbers: {', '.join(added[:4])}")
     return tuple(names)
 
 

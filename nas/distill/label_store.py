@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,10 +13,12 @@ from nas.core.augment_config import AugmentConfig, read_augment
 from nas.core.cli import MOST_AT_ONCE, default_cache, usable_cpus
 from nas.core.data_config import DataConfig
 from nas.core.executor_config import ExecutorConfig
+from nas.core.io import read_json
 from nas.core.progress import Console
 from nas.core.settings import check_settings, setting
 from nas.data import Dataset, DataSpec
 from nas.data.prepare import prepared
+from nas.data.sources import DataSource
 from nas.distill.jobs import TeacherJob, train_teacher
 from nas.inherit.jobs import CheckFilesJob, check_files
 from nas.jobs.executor import make_executor
@@ -106,7 +109,13 @@ def build(
         do = _doer(worker, console)
         if options.teacher != "auto":  # before anything is made for it
             api.job_values(do(Job(check_files, CheckFilesJob(teacher=options.teacher), "check-files")), "--teacher")
-        dataset = prepared(options.data_spec, cache, console)
+        begun_before = out is not None and (place / "manifest.json").is_file()
+
+        def check(source: DataSource) -> None:
+            if begun_before:
+                api.check_source(place, source, continued=True)
+
+        dataset = prepared(options.data_spec, cache, console, check)
         checked = api.check(do, dataset, request)
         for line in (f"augmentation: {checked['augmentation']}", *checked["notes"]):
             console.line(line)
@@ -241,14 +250,15 @@ def _ask(
         given["data"] = data
     if teacher_model is not None:
         asked["teacher"] = teacher_model
-    dataset = prepared(DataSpec(**given), cache, console)
+    spec = api.read_manifest(folder)["spec"]
+    dataset = prepared(DataSpec(**given), cache, console, lambda source: api.check_source(folder, source))
     with LocalExecutor(threads=int(asked["threads"])) as worker:
         do = _doer(worker, console)
-        taught = teach(do, dataset, cache, **asked)["info"]
+        own = _kept_teacher(cache, spec) if teacher_model is None else None
         job = AskTeacherJob(
             store=folder,
             dataset=dataset.folder,
-            teacher=Path(taught["folder"]),
+            teacher=own or Path(teach(do, dataset, cache, **asked)["info"]["folder"]),
             device=asked["device"],
             records=records,
             random_seed=random_seed,
@@ -256,10 +266,24 @@ def _ask(
         found = do(Job(jobs.ask_teacher, job, "ask-teacher", float(records)))
     if not found.ok:
         raise InputError(found.reason)
+    for note in found.values["notes"]:
+        console.line(f"labels: {note}")
     line = "teacher: {records} records asked again, KL {mean_kl:.2g} nats on average, {worst_kl:.2g} at worst"
     line = line.format(**found.values)
     console.line(line)
     return [] if found.values["good"] else [f"the teacher says something else: {line}"]
+
+
+def _kept_teacher(cache: Path, spec: Mapping[str, Any]) -> Path | None:
+    """Find a store's own teacher in the cache by the digest of its weights, whatever data it is asked about."""
+    wanted = (spec.get("teacher_hash"), spec.get("classes"))
+    for path in sorted((cache / "teachers").glob("*/info.json")):
+        with contextlib.suppress(InputError):
+            value = read_json(path, "a teacher of this toolkit")
+            info = value.get("info") if isinstance(value, dict) else None
+            if isinstance(info, dict) and (info.get("digest"), info.get("classes")) == wanted:
+                return path.parent
+    return None
 
 
 def _announce(begun: Mapping[str, Any], console: Console) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +19,12 @@ from nas.core.class_match import ClassMatch, match_classes, match_head
 from nas.core.io import digest_of, get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
+from nas.data.augment.mirror import mirror_notes
 from nas.data.augment.spec import AugmentSpec, augmentation_code, changed_spec, default_spec
 from nas.data.augment.timm_engine import TimmAugmenter
 from nas.data.augment.views import outputs
-from nas.export.load import AutoTeacher, NamedNetwork
+from nas.export.load import AutoTeacher
+from nas.export.named_network import NamedNetwork
 from nas.export.teacher_net import (
     SCHEMA,
     NetSource,
@@ -174,14 +176,19 @@ def make_teacher(
     if not get_or_make(folder, make, resumable=True) and settings is not None:
         tick(float(settings.epochs * len(dataset.train)))
     info = read_teacher(folder)
-    return info if dataset.labelled_by is not None else check_accuracy(info, named, match)
+    if dataset.labelled_by is not None:
+        return info
+    return check_accuracy(info, named, match, lambda: _mirrored(dataset, spec, settings))
 
 
-def check_accuracy(info: TeacherInfo, named: NamedNetwork, match: ClassMatch) -> TeacherInfo:
+def check_accuracy(
+    info: TeacherInfo, named: NamedNetwork, match: ClassMatch, mirrored: Callable[[], Sequence[str]] = tuple
+) -> TeacherInfo:
     """Refuse a teacher that is hardly better than chance on the holdout; add a note to one that may be.
 
     It is refused where the upper end of its 95 % interval (Wilson's) is below three times chance, 1.5 times at up to
-    five classes, on at least `FEWEST_JUDGED` images. Raises InputError.
+    five classes, on at least `FEWEST_JUDGED` images. `mirrored` tells whether mirrored images hide the classes. Raises
+    InputError.
     """
     if not info.holdout_images:
         return info
@@ -201,12 +208,21 @@ def check_accuracy(info: TeacherInfo, named: NamedNetwork, match: ClassMatch) ->
         why = "its images were prepared in another way, or it is another net's weights"
     else:
         why = "it carries no class names, and its classes probably stand in another order than the data's folders"
+    if low < bound and mirrored():
+        trained = isinstance(named, AutoTeacher) or info.epochs > 0
+        how = "its training mirrors images: --hflip 0" if trained else "its own training mirrored images, as most do"
+        why = f"left and right tell the classes apart, and {how}; or {why}"
     if high < bound and info.holdout_images >= FEWEST_JUDGED:
         want = f"a teacher above {bound:.1%}"
         raise refuse("--teacher", f"{named.name} with {found}", want, f"the likely reason: {why}")
     if low >= bound:
         return info
     return replace(info, notes=(*info.notes, f"warning: teacher {named.name} is weak, {found}; if so: {why}"))
+
+
+def _mirrored(dataset: Dataset, spec: AugmentSpec, settings: TrainSettings | None) -> list[str]:
+    """Return a warning where mirroring hides the classes: as the teacher trains here, or trained elsewhere."""
+    return mirror_notes(dataset, spec if settings is not None else replace(spec, hflip=0.5))
 
 
 def _notes(

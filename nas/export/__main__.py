@@ -92,7 +92,8 @@ def export(given: argparse.Namespace) -> dict[str, Any]:
             os.replace(Path(beside) / out.name, out)
     except OSError as error:
         raise refuse("--out", given.out, "a place to write to", error.strerror or "") from error
-    result |= {"out": str(out), "notes": list(named.notes)}
+    unnamed = f"its {saved.context.num_classes} classes carry no names, and the export names none"
+    result |= {"out": str(out), "notes": [*named.notes, *([] if saved.classes else [unnamed])]}
     if given.to == "onnx" and given.measure:
         result |= _measure(saved, out, given.batch)
     return result

@@ -7,14 +7,15 @@
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from nas.core.class_names import names_beside, names_in
 from nas.core.cli import resume_flags
 from nas.core.config import RunConfig
 from nas.core.io import read_json
+from nas.export.named_network import NamedNetwork
 from nas.export.saved_model import SavedModel, read_saved_model
 from space import Context, get_family
 from space.errors import InputError, refuse
@@ -39,66 +40,8 @@ _IN_FOLDER = (
 )
 _CONFIG = "timm's config.json of a model"
 _OF_RUN = ("best.json", "run.json", "train.json")
-
-
-class NamedNetwork(ABC):
-    """A network by the name that a user gave to `flag`. Its methods raise InputError about the flag."""
-
-    words: ClassVar[str]
-    """How the form is described to users."""
-
-    def __init__(self, name: str, flag: str) -> None:
-        self.name, self.flag, self.path = name, flag, Path(name).expanduser()
-        self.notes: tuple[str, ...] = ()
-        """What was decided on reading the weights, for the user."""
-
-    @abstractmethod
-    def fits(self) -> bool:
-        """Return whether the name has this form."""
-
-    @property
-    def origin(self) -> str:
-        """The file that the arch is read from, or the name."""
-        return self.name
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """The names of the classes of its head, in order; None where it carries none. Raises InputError."""
-        return None
-
-    def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
-        """Return the arch, of `family` unless a file names its own."""
-        raise self._without("arch")
-
-    def weights(self) -> State:
-        """Load the weights alone."""
-        raise self._without("weights")
-
-    def teacher(self) -> NetSource:
-        """Load the net to make a teacher of."""
-        raise self._without("teacher")
-
-    def saved(self) -> SavedModel:
-        """Read and check the model of a run or a training."""
-        raise self._without("saved")
-
-    def _without(self, what: str) -> InputError:
-        forms = [form.words for form in FORMS if getattr(form, what) is not getattr(NamedNetwork, what)]
-        return refuse(self.flag, self.name, "; or ".join(forms))
-
-    def _read(self, path: Path) -> LoadedState:
-        from nas.export.state_dict import load_state
-
-        loaded = load_state(path, self.flag)
-        self.notes = loaded.notes
-        return loaded
-
-    def _seed(self, family: str, name: str) -> tuple[Family, Arch]:
-        found = get_family(family)
-        try:
-            return found, found.seed(name)
-        except InputError as error:
-            raise InputError(str(error).replace("--seed", self.flag, 1)) from None
+_RECORD = ("family", "arch", "timm", "sha256")
+"""What tells a model's JSON from names of classes beside weights."""
 
 
 class AutoTeacher(NamedNetwork):
@@ -163,16 +106,16 @@ class SavedNetwork(NamedNetwork):
         path = self._json()
         value = read_json(path, "an arch") if path.is_file() else None
         own = value.get("family", family) if isinstance(value, dict) else family
-        return self._seed(str(own), str(path))
+        return self.seed(str(own), str(path))
 
     def weights(self) -> State:
-        return self._read(self.saved().weights).state
+        return self.read(self.saved().weights).state
 
     def teacher(self) -> NetSource:
         from nas.export.teacher_net import net_source
 
         saved = self.saved()
-        state = self._read(saved.weights).state if saved.state is None else saved.state
+        state = self.read(saved.weights).state if saved.state is None else saved.state
         return net_source(*saved.timm_call, state, saved.context.num_classes, saved.preprocessing)
 
     def saved(self) -> SavedModel:
@@ -190,16 +133,10 @@ class HubFolder(NamedNetwork):
     @property
     def classes(self) -> tuple[str, ...] | None:
         config = self.config()
-        names = next((at["label_names"] for at in (config, _preprocessing_of(config)) if at.get("label_names")), None)
-        if names is None:
-            return None
-        if isinstance(names, dict):  # by the number of the class
-            names = [names.get(str(number)) for number in range(len(names))]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise refuse(self.flag, f"{self.path / 'config.json'}: label_names", "a name for each class in order")
-        if len(names) != config.get("num_classes", len(names)):
+        names = names_in(config, str(self.path / "config.json"), self.flag)
+        if names is not None and len(names) != config.get("num_classes", len(names)):
             raise refuse(self.flag, f"{len(names)} label_names in {self.path}", f"num_classes: {config['num_classes']}")
-        return tuple(names)
+        return names_beside(self.path / "model.safetensors", self.flag) if names is None else names
 
     def config(self) -> dict[str, Any]:
         """Read `config.json`. Raises InputError."""
@@ -214,7 +151,7 @@ class HubFolder(NamedNetwork):
         return _file_in(self.path, self.flag)
 
     def weights(self) -> State:
-        return self._read(self.file).state
+        return self.read(self.file).state
 
     def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
         saved = self.saved()
@@ -241,7 +178,7 @@ class HubFolder(NamedNetwork):
         return foreign_model(self.file, state, family, arch, context, classes=classes, preprocessing=seen)
 
     def teacher(self) -> NetSource:
-        from nas.export.teacher_net import build_teacher_net, net_source
+        from nas.export.teacher_net import check_fits, net_source
 
         path, config, state = self.path / "config.json", self.config(), self.weights()
         name = config["architecture"]
@@ -253,7 +190,7 @@ class HubFolder(NamedNetwork):
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             got = f"{path} ({type(error).__name__}: {error})"
             raise refuse(self.flag, got, _CONFIG, "see timm's hub") from None
-        build_teacher_net(source, classes)
+        check_fits(source)
         return source
 
 
@@ -271,15 +208,26 @@ class CheckpointFile(SavedNetwork):
     def _json(self) -> Path:
         return self.path.with_suffix(".json")
 
+    def _has_record(self) -> bool:
+        """Return whether a model's JSON stands beside the file, and not names of its classes alone."""
+        if not self._json().is_file():
+            return False
+        value = read_json(self._json(), "a model's JSON")
+        return isinstance(value, dict) and any(name in value for name in _RECORD)
+
     @property
     def origin(self) -> str:
-        return super().origin if self._json().is_file() else str(self.path.resolve())
+        return super().origin if self._has_record() else str(self.path.resolve())
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self._checkpoint().classes or names_beside(self.path, self.flag)
 
     def weights(self) -> State:
         return self._checkpoint().state
 
     def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
-        if self._json().is_file():
+        if self._has_record():
             return super().arch(family)
         found, arch, _ = self._recognised(self._checkpoint(), family)
         return found, arch
@@ -287,7 +235,7 @@ class CheckpointFile(SavedNetwork):
     def teacher(self) -> NetSource:
         import timm
 
-        if self._json().is_file():
+        if self._has_record():
             return super().teacher()
         loaded = self._checkpoint()
         if not timm.is_model(loaded.model):
@@ -304,18 +252,20 @@ class CheckpointFile(SavedNetwork):
     def saved(self) -> SavedModel:
         from nas.export.saved_model import foreign_model
 
-        if self._json().is_file():
+        if self._has_record():
             return super().saved()
         loaded = self._checkpoint()
         family, arch, context = self._recognised(loaded, RunConfig.family)
         model, _ = family.timm_call(arch, context)
         seen = loaded.preprocessing(model)
-        return foreign_model(self.path, loaded.state, family, arch, context, classes=(), preprocessing=seen)
+        return foreign_model(
+            self.path, loaded.state, family, arch, context, classes=self.classes or (), preprocessing=seen
+        )
 
     def _checkpoint(self) -> LoadedState:
         if self.path.suffix.lower() not in (".safetensors", *_PICKLED):
             raise refuse(self.flag, self.name, self.words, "convert it with safetensors.torch.save_file")
-        return self._read(self.path)
+        return self.read(self.path)
 
     def _recognised(self, loaded: LoadedState, family: str) -> tuple[Family, Arch, Context]:
         """Find the arch and context of another program's weights."""
@@ -343,7 +293,7 @@ class WeightsFolder(CheckpointFile):
         return True
 
     def _checkpoint(self) -> LoadedState:
-        return self._read(_file_in(self._folder, self.flag))
+        return self.read(_file_in(self._folder, self.flag))
 
 
 class ModelAndFile(NamedNetwork):
@@ -360,10 +310,22 @@ class ModelAndFile(NamedNetwork):
 
         return timm.is_model(self.model)
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        if not self.path.is_file():
+            return None
+        return self.read(self.path).classes or names_beside(self.path, self.flag)
+
     def weights(self) -> State:
+        from nas.export.teacher_net import in_timms_names
+
         if not self.path.is_file():
             raise refuse(self.flag, self.name, "a checkpoint file after the colon", "check the path")
-        return self._read(self.path).state
+        loaded = self.read(self.path)
+        state = in_timms_names(self.model, loaded.state)
+        if state is not loaded.state:
+            self.notes = (*loaded.notes, f"{self.path.name}: names of weights changed by timm's rule for {self.model}")
+        return state
 
     def teacher(self) -> NetSource:
         import timm
@@ -385,8 +347,19 @@ class ModelName(NamedNetwork):
     def fits(self) -> bool:
         return True
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """WordNet's ids, as timm counts ImageNet's classes, where its weights have as many."""
+        if self._model is None:
+            return None
+        from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
+        subset = infer_imagenet_subset(self._model)
+        info: Any = None if subset is None else ImageNetInfo(subset)
+        return None if info is None else tuple(info.label_names())
+
     def arch(self, family: str = RunConfig.family) -> tuple[Family, Arch]:
-        return self._seed(family, self.name)
+        return self.seed(family, self.name)
 
     def weights(self) -> State:
         return dict(self._load().state_dict())
@@ -400,8 +373,11 @@ class ModelName(NamedNetwork):
         return net_source(self.name, {}, dict(model.state_dict()), classes, config)
 
     def _load(self) -> nn.Module:
-        """Load a timm model with its pretrained weights."""
+        """Load a timm model with its pretrained weights, once."""
         import timm
+
+        if self._model is not None:
+            return self._model
 
         tag = self.name
         if self.path.suffix in (".safetensors", *_PICKLED) or len(self.path.parts) > 1:
@@ -417,6 +393,7 @@ class ModelName(NamedNetwork):
             want = "a timm model whose pretrained weights can be fetched"
             remedy = "check the tag and the network, or name a downloaded file"
             raise refuse(self.flag, got, want, remedy) from error
+        self._model = model
         return model
 
 
@@ -424,7 +401,7 @@ FORMS: tuple[type[NamedNetwork], ...] = (
     *(AutoTeacher, InlineArch, SavedNetwork, HubFolder),
     *(WeightsFolder, CheckpointFile, ModelAndFile, ModelName),
 )
-"""Every form that a name may have; the first that fits is taken."""
+NamedNetwork.forms = FORMS
 
 
 def find_network(name: str | Path, flag: str) -> NamedNetwork:

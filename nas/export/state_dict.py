@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nas.core.class_names import names_in
 from nas.export.weights import State, load_weights, unreadable
 from space.errors import refuse
 
 _AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict")
-_WRAPPERS = (*_AVERAGED, "state_dict", "model")
+_WRAPPERS = (*_AVERAGED, "state_dict", "model", "model_state_dict", "model_state", "net", "module")
+_DEEPEST = 3
+"""Wrappers inside one another."""
 _PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.")
-_DERIVED = ("attention_bias_idxs", "n_averaged")
+_DERIVED = ("attention_bias_idxs", "n_averaged", "total_ops", "total_params")
 """What some programs save beside the weights, and timm's models compute or do not have."""
+_BESIDE = ("ema.", "model_ema.", "ema_model.", "criterion.", "loss_fn.", "loss.")
+"""Modules of a training that hold its net as `model.` beside them."""
 
 _MICROSOFT = "patch_embed.seq.0.c.weight"
 _RENAMED = (
@@ -36,13 +42,15 @@ _RENAMED = (
 class LoadedState:
     """A state dict in timm's names; what a training program wrote beside it.
 
-    `model` is the timm model that it names, "" for none, `args` its settings; `notes` are decisions to tell the user.
+    `model` is the timm model that it names, "" for none, `args` its settings, `classes` the names of its classes, if it
+    has any; `notes` are decisions to tell the user. Tensors are mapped: a file is read where they are used.
     """
 
     state: State
     model: str = ""
     args: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
 
     def preprocessing(self, model: str = "") -> dict[str, Any]:
         """Return the preprocessing that the program names, over that of its timm model (or of `model`)."""
@@ -82,12 +90,18 @@ class _Ignored:
     def __setstate__(self, _: Any) -> None: ...
 
 
+_DICTS = (
+    *("yacs.config.CfgNode", "config.CfgNode", "easydict.EasyDict", "addict.addict.Dict"),
+    *(f"{at}.utilities.parsing.AttributeDict" for at in ("pytorch_lightning", "lightning.pytorch")),
+    *(f"{at}.utilities.data.AttributeDict" for at in ("lightning_fabric", "lightning.fabric")),
+)
+_OF_ARRAYS = ("scalar", "_reconstruct")
 _STAND_INS: tuple[Any, ...] = (
-    argparse.Namespace,
-    *((_PlainDict, name) for name in ("yacs.config.CfgNode", "config.CfgNode")),
-    *((_Ignored, f"{at}.multiarray.scalar") for at in ("numpy.core", "numpy._core")),
+    *(argparse.Namespace, (argparse.Namespace, "types.SimpleNamespace")),
+    *((_PlainDict, name) for name in _DICTS),
+    *((_Ignored, f"{at}.multiarray.{kind}") for at in ("numpy.core", "numpy._core") for kind in _OF_ARRAYS),
     *((_Ignored, f"pathlib{at}.{kind}") for at in ("", "._local") for kind in ("PosixPath", "WindowsPath", "Path")),
-    (_Ignored, "numpy.dtype"),
+    *((_Ignored, name) for name in ("numpy.dtype", "numpy.ndarray", "datetime.datetime", "datetime.timedelta")),
 )
 """What training programs save beside their weights; anything else in a pickle is refused."""
 
@@ -106,7 +120,8 @@ def load_state(path: Path, flag: str) -> LoadedState:
     args = args if isinstance(args, Mapping) else {}
     model = found.get("arch") if isinstance(found.get("arch"), str) else args.get("model")
     # A hub's name or a tag may stand around it: timm/tiny_vit_5m_224.dist_in22k.
-    return LoadedState(state, str(model or "").rpartition("/")[-1].split(".")[0], args, notes)
+    model = str(model or "").rpartition("/")[-1].split(".")[0]
+    return LoadedState(state, model, args, notes, names_in(found, str(path), flag))
 
 
 def _load_pickle(path: Path, flag: str) -> object:
@@ -114,14 +129,25 @@ def _load_pickle(path: Path, flag: str) -> object:
 
     import torch
 
+    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
-        with torch.serialization.safe_globals(list(_STAND_INS)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(_STAND_INS)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is refused is refused in one line
+            try:
+                return torch.load(path, mmap=True, **options)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, **options)  # saved before torch 1.6
     except UnpicklingError as error:
         want = "tensors only (objects in pickles can run code)"
         remedy = "save model.state_dict() alone, best as .safetensors"
-        raise refuse(flag, path, want, remedy) from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise refuse(flag, f"{path} with a {named[1]}" if named else path, want, remedy) from error
     except Exception as error:  # a damaged pickle raises almost anything
+        if "TorchScript" in str(error):
+            want, remedy = "the weights of a network", "save model.state_dict()"
+            raise refuse(flag, f"{path}, a TorchScript program", want, remedy) from error
         raise unreadable(flag, path, error) from error
 
 
@@ -130,14 +156,15 @@ def _state_dict(content: object, flag: str, path: Path) -> tuple[State, tuple[st
     import torch
 
     notes: tuple[str, ...] = ()
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            others = [name for name in _WRAPPERS if name != wrapper and isinstance(content.get(name), Mapping)]
-            if others:
-                kind = "averaged weights" if wrapper in _AVERAGED else "weights"
-                notes = (f"{path.name}: its {kind} ({wrapper}) are taken, not its {others[0]}",)
-            content = content[wrapper]
+    for _ in range(_DEEPEST):
+        inside = content if isinstance(content, Mapping) else {}
+        found = [name for name in _WRAPPERS if isinstance(inside.get(name), Mapping) and inside[name]]
+        if not found:
             break
+        if len(found) > 1:
+            kind = "averaged weights" if found[0] in _AVERAGED else "weights"
+            notes = (*notes, f"{path.name}: its {kind} ({found[0]}) are taken, not its {found[1]}")
+        content = inside[found[0]]
     is_state = isinstance(content, Mapping) and all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()
     )
@@ -145,6 +172,10 @@ def _state_dict(content: object, flag: str, path: Path) -> tuple[State, tuple[st
         raise refuse(flag, path, 'a state dict, or one under "state_dict" or "model"', "save model.state_dict()")
     assert isinstance(content, Mapping)
     state: State = {key: value for key, value in content.items() if not key.endswith(_DERIVED)}
+    beside = {key for key in state if key.startswith(_BESIDE)}
+    if beside and all(key.startswith("model.") for key in state.keys() - beside):
+        notes = (*notes, f"{path.name}: {len(beside)} tensors beside its model. are left out ({min(beside)}, ...)")
+        state = {key: value for key, value in state.items() if key not in beside}
     for prefix in (*_PREFIXES, *_PREFIXES):  # one around another, as of a compiled net in DDP
         if state and all(key.startswith(prefix) for key in state):
             state = {key[len(prefix) :]: value for key, value in state.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nas.core.class_match import match_classes
 from nas.core.dataclass_json import from_json
 from nas.core.io import read_json
 from nas.export.arch_of_weights import class_dims
-from nas.export.weights import State, load_into, load_weights, place, weights_digest
-from space.errors import refuse
+from nas.export.weights import State, check_state, load_into, load_weights, place, weights_digest
+from space.errors import InputError, refuse
 
 SCHEMA = 2
 
@@ -79,6 +81,39 @@ def create_timm_model(model: str, kwargs: Mapping[str, Any], num_classes: int) -
         got = f"{model} ({type(error).__name__}: {str(error)[:80]})"
         raise refuse("--teacher", got, "a model that timm can build", "check its name") from error
     return net
+
+
+def check_fits(source: NetSource) -> None:
+    """Refuse weights of another net by their names and shapes; no weight is read. Raises InputError."""
+    if source.state is None:
+        return
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                net = create_timm_model(source.model, source.kwargs, source.num_classes)
+        except InputError:  # a few of timm's models compute while they are built
+            net = create_timm_model(source.model, source.kwargs, source.num_classes)
+    check_state(net, source.state, name="--teacher")
+
+
+def in_timms_names(model: str, state: State) -> State:
+    """Rename the weights of a model's authors by timm's own rule for it, where the names are not timm's already.
+
+    Swin's authors' and DINO's are such. Returns `state` itself where nothing changes or timm has no rule.
+    """
+    import timm
+
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        net = create_timm_model(model, {}, 2)
+    wanted = net.state_dict().keys()
+    rule = getattr(sys.modules[timm.models.model_entrypoint(model).__module__], "checkpoint_filter_fn", None)
+    if rule is None or state.keys() == wanted:
+        return state
+    try:
+        found = rule(dict(state), net)
+    except Exception:  # a rule for other weights than these raises almost anything
+        return state
+    return dict(found) if len(found.keys() ^ wanted) < len(state.keys() ^ wanted) else state
 
 
 def build_teacher_net(source: NetSource, num_classes: int, rows: Sequence[int] | None = None) -> nn.Module:
@@ -147,6 +182,21 @@ def read_teacher(folder: Path) -> TeacherInfo:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise refuse(str(path), f"{type(error).__name__}: {error}", what, "delete the folder") from None
     return info
+
+
+def in_class_order(info: TeacherInfo, classes: Sequence[str]) -> tuple[str, list[int] | None]:
+    """Return the digest of a teacher's weights with its classes in another order, and the row of each of them.
+
+    Its own digest and None where they stand in this order, or are others.
+    """
+    match = match_classes(info.classes, classes)
+    if match.in_order or not match.whole:
+        return info.digest, None
+    state = load_weights(Path(info.folder) / "weights.safetensors", name="teacher")
+    source = NetSource(info.model, info.kwargs, state, info.num_classes)
+    with torch.random.fork_rng(devices=[]):
+        net = build_teacher_net(source, len(classes), match.rows)
+    return weights_digest(net.state_dict()), list(match.rows)
 
 
 class TeacherNet(nn.Module):

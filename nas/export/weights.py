@@ -91,11 +91,16 @@ def first_mismatch(expected: Mapping[str, torch.Tensor], state: Mapping[str, tor
     return ", ".join(parts)
 
 
-def load_into(model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, name: str = "weights") -> None:
-    """Load weights strictly, in place; the mode stays. Raises InputError for those of another architecture."""
+def check_state(model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, name: str = "weights") -> None:
+    """Refuse weights of another architecture, by names and shapes alone. Raises InputError."""
     mismatch = first_mismatch(model.state_dict(), state)
     if mismatch:
         raise refuse(name, mismatch, "weights of exactly this architecture", "use the checkpoint made for it")
+
+
+def load_into(model: torch.nn.Module, state: Mapping[str, torch.Tensor], *, name: str = "weights") -> None:
+    """Load weights strictly, in place; the mode stays. Raises InputError for those of another architecture."""
+    check_state(model, state, name=name)
     model.load_state_dict(dict(state), strict=True)
     drop_stale_caches(model)
 

@@ -60,12 +60,13 @@ class InheritJob:
 class CheckFilesJob:
     """The files that a command will need, None for none: first weights of an arch (as JSON), a teacher, a label store.
 
-    `context` is None before the data are known.
+    `context` is None, and `classes` empty, before the data are known.
     """
 
     family: str = ""
     arch: Mapping[str, Any] = field(default_factory=dict)
     context: Context | None = None
+    classes: tuple[str, ...] = ()
     weights: str | None = None
     teacher: str | None = None
     store: str | None = None
@@ -77,9 +78,9 @@ def check_files(job: CheckFilesJob, tick: Tick) -> Values:
 
     if job.weights is not None:
         family = get_family(job.family)
-        check_weights(family, family.arch(job.arch), job.context, job.weights, "--seed-weights")
+        check_weights(family, family.arch(job.arch), job.context, job.weights, "--seed-weights", job.classes)
     if job.teacher not in (None, "auto"):
-        check_teacher(str(job.teacher))
+        check_teacher(str(job.teacher), job.classes)
     if job.store is not None:
         check_store(job.store)
     return {}

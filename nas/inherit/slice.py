@@ -12,7 +12,8 @@ from torch import nn
 
 from nas.core.class_match import ClassMatch, match_head
 from nas.export.arch_of_weights import checkpoint_context, class_dims, state_shapes
-from nas.export.load import NamedNetwork, find_network
+from nas.export.load import find_network
+from nas.export.named_network import NamedNetwork
 from nas.export.weights import State, drop_stale_caches, save_weights
 from space import Context
 from space.errors import InputError, refuse

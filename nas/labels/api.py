@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nas.core.class_match import check_unchanged_classes
 from nas.core.io import read_json
 from nas.data import Dataset
+from nas.data.sources import DataSource
 from nas.jobs.job import Job, Result
 from nas.jobs.local import LocalExecutor
 from nas.labels import jobs
 from nas.labels.jobs import BeginLabelsJob, BuildLabelsJob, CheckLabelsJob, MergeLabelsJob, OpenLabelsJob, RelabelJob
-from nas.labels.request import LabelRequest
+from nas.labels.request import LabelRequest, match_store_classes
 from space.errors import InputError, refuse
 
 Do = Callable[[Job], Result]
@@ -43,6 +45,25 @@ def read_manifest(store: Path) -> Mapping[str, Any]:
     if not (isinstance(found, dict) and isinstance(found.get("spec"), dict)):
         raise refuse(f"label store {store}", "a manifest without `spec`", "the file as written")
     return found
+
+
+def check_source(store: str | Path, source: DataSource, *, continued: bool = False) -> None:
+    """Refuse a store of other classes or another resolution than the data's, before any image is decoded.
+
+    The classes of a store that is `continued` must stand in their order, too. Raises InputError.
+    """
+    spec = read_manifest(Path(store))["spec"]
+    known, size = spec.get("classes"), spec.get("augment", {}).get("img_size")
+    if not source.classes or not isinstance(known, list):
+        return
+    if continued:
+        remedy = "build another store, or restore the data"
+        check_unchanged_classes(source.classes, known, f"label store {store}", "the store", remedy)
+    else:
+        match_store_classes(store, known, source.classes)
+    if size != source.img_size:
+        remedy = f"--img-size {size}, or another store"
+        raise refuse(f"label store {store}", f"resolution {size}", f"resolution {source.img_size}", remedy)
 
 
 def classes_from_teacher(do: Do, dataset: Dataset, cache: Path, info: Mapping[str, Any], device: str) -> Path:

@@ -195,22 +195,29 @@ def verify_labels(job: VerifyLabelsJob, tick: Tick) -> Values:
 
 
 def ask_teacher(job: AskTeacherJob, tick: Tick) -> Values:
-    """Run a store's teacher again on random records and compare."""
+    """Run a store's teacher again on random records and compare, both in the store's order of the classes."""
     from nas.data import open_dataset
-    from nas.export.teacher_net import load_teacher, read_teacher
+    from nas.export.teacher_net import in_class_order, load_teacher, read_teacher
     from nas.labels import verify
+    from nas.labels.build import TeacherLogits
     from nas.labels.store import open_store
 
     dataset = open_dataset(job.dataset)
     store = open_store(job.store, use=dataset)
+    notes = []
+    if store.class_order is not None:
+        notes.append(f"the {store.spec.num_classes} classes stand in another order than the data's: matched by name")
+        store.class_order = None
     info = read_teacher(job.teacher)
-    if info.digest != store.spec.teacher_hash:
+    digest, rows = in_class_order(info, store.spec.classes)
+    if digest != store.spec.teacher_hash:
         got = f"teacher {store.spec.teacher_id}, weights {store.spec.teacher_hash[:12]}"
         want = f"{info.id}, weights {info.digest[:12]}"
         raise refuse(store.title, got, want, "name the store's own with --teacher-model")
-    logits = load_teacher(info, job.device, store.spec.precision)
+    asked = load_teacher(info, job.device, store.spec.precision)
+    logits: TeacherLogits = asked if rows is None else lambda inputs: asked(inputs)[:, rows]
     found = verify.compare_with_teacher(store, dataset, logits, job.records, job.random_seed, job.device, tick)
-    return {**asdict(found), "good": found.good}
+    return {**asdict(found), "good": found.good, "notes": notes}
 
 
 def merge_labels(job: MergeLabelsJob, tick: Tick) -> Values:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nas.core.augment_config import AugmentConfig
+from nas.core.class_match import ClassMatch, check_same_classes
 from nas.core.config import choices_of
 from nas.core.settings import check_settings, parse_share, setting
 from space.errors import refuse
@@ -63,3 +65,9 @@ def check_precision(precision: str, device: str) -> None:
 def default_topk(num_classes: int) -> int:
     """Return 10 classes, 100 of more than 10,000, or all but one: the paper's choice."""
     return min(100 if num_classes > 10_000 else 10, num_classes - 1)
+
+
+def match_store_classes(folder: object, have: Sequence[str], want: Sequence[str]) -> ClassMatch:
+    """Match the classes of the label store in a folder to the data's, in whatever order. Raises InputError."""
+    remedy = "rename the data's folders, build another store, or leave --labels out to have a fitting one built"
+    return check_same_classes(have, want, f"label store {folder}", remedy)

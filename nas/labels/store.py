@@ -27,13 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.class_match import check_same_classes
 from nas.core.dataclass_json import from_json, to_json
 from nas.core.io import digest_of, file_sha256, read_json
 from nas.data import Dataset
 from nas.data.augment.spec import AugmentSpec, augmentation_codes
 from nas.labels.codec import SoftLabels, make_codec
-from nas.labels.request import check_precision
+from nas.labels.request import check_precision, match_store_classes
 from space.errors import InputError, read_int, refuse
 
 Rows = NDArray[np.int64]
@@ -138,8 +137,7 @@ def check_use(store: LabelStore, dataset: Dataset) -> Rows | None:
     check_same(store.folder, *({name: pair[side] for name, pair in pairs.items()} for side in (0, 1)))
     if not dataset.labelled:
         return None
-    remedy = "rename the data's folders, build another store, or leave --labels out to have a fitting one built"
-    match = check_same_classes(spec.classes, dataset.classes, f"label store {store.folder}", remedy)
+    match = match_store_classes(store.folder, spec.classes, dataset.classes)
     return None if match.in_order else np.argsort(np.array(match.rows, dtype=np.int64))
 
 

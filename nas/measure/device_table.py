@@ -15,10 +15,11 @@ from nas.core.requirement import Setting
 from nas.core.table import read_table, table_columns, write_table
 from nas.measure.fingerprint import Fingerprint
 from nas.measure.measurement import Measurement, Throughput, measured_under
+from space import Context
 from space.errors import refuse
 
 if TYPE_CHECKING:
-    from space import Arch, Context, Family
+    from space import Arch, Family
 
 OK, FAILED = "ok", "failed"
 
@@ -141,10 +142,10 @@ class DeviceTable:
     """Measurements of one device under one setting, and a predictor fitted to them.
 
     Of several rows of a network the last one counts. Ratios are to the seed, which must be among the rows. Refuses
-    tables of another family, resolution, number of classes, or several fingerprints.
+    tables of another family, context (`ctx` None: that of the first row) or several fingerprints.
     """
 
-    def __init__(self, paths: Sequence[Path], family: Family, ctx: Context, seed: Arch) -> None:
+    def __init__(self, paths: Sequence[Path], family: Family, ctx: Context | None, seed: Arch) -> None:
         from nas.measure.predict import fit_predictor
 
         shown, flag = ", ".join(str(path) for path in paths), "--device-table"
@@ -152,7 +153,9 @@ class DeviceTable:
         if not self.rows:
             raise refuse(flag, f"{shown} without a measured {family.name}", "measured networks")
         self.fingerprint = one_fingerprint(self.rows, shown)
-        self.family, self.ctx, self.setting = family, ctx, self.rows[0].setting
+        first = self.rows[0]
+        self.shown, self.family, self.setting = shown, family, first.setting
+        self.ctx = ctx = Context(first.img_size, first.num_classes) if ctx is None else ctx
         self._rows = {self._key(row, shown): row for row in self.rows}
         self._finalists: dict[str, DeviceRow] = {}
         seed_key = family.key(seed, ctx)
@@ -163,16 +166,21 @@ class DeviceTable:
         archs = [family.arch(json.loads(row.spec)) for row in self._rows.values()]
         self.predictor = fit_predictor(family, ctx, archs, [self._images_per_s(r) for r in self._rows.values()])
 
+    def check_context(self, ctx: Context, row: DeviceRow | None = None, shown: str = "") -> None:
+        """Refuse a table, or a row of a file, of another resolution or number of classes than a run's."""
+        row = self.rows[0] if row is None else row
+        if (row.img_size, row.num_classes) != (ctx.img_size, ctx.num_classes):
+            got = f"{shown or self.shown} at {row.img_size} px and {row.num_classes} classes"
+            want = f"{ctx.img_size} px and {ctx.num_classes} classes, as this run has"
+            remedy = f"measure with --img-size {ctx.img_size} --num-classes {ctx.num_classes}"
+            raise refuse("--device-table", got, want, remedy)
+
     def _key(self, row: DeviceRow, shown: str) -> str:
         """Return the key of a row's network; a row of another space or context is refused."""
         flag, ctx = "--device-table", self.ctx
         if row.family != self.family.name:
             raise refuse(flag, f"{shown} of {row.family}", f"networks of {self.family.name}")
-        if (row.img_size, row.num_classes) != (ctx.img_size, ctx.num_classes):
-            got = f"{shown} at {row.img_size} px and {row.num_classes} classes"
-            want = f"{ctx.img_size} px and {ctx.num_classes} classes, as this run has"
-            remedy = f"measure with --img-size {ctx.img_size} --num-classes {ctx.num_classes}"
-            raise refuse(flag, got, want, remedy)
+        self.check_context(ctx, row, shown)
         key = self.family.key(self.family.arch(json.loads(row.spec)), ctx)
         if key != row.key:
             raise refuse(flag, f"{shown}: key {row.key}", f"{key}, which its factors give")

@@ -97,9 +97,13 @@ class MemoryJob(NetworkJob):
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyJob(NetworkJob):
-    """A trained network to compare with eager float32 on the test images of a data set."""
+    """A trained network to compare with eager float32 on the test images of a data set.
+
+    `class_rows`: the output of each of the data's classes.
+    """
 
     dataset: Path = field(metadata=READS)
+    class_rows: tuple[int, ...]
 
 
 def fingerprint(job: FingerprintJob, tick: Tick) -> Values:
@@ -270,7 +274,7 @@ def accuracy(job: AccuracyJob, tick: Tick) -> Values:
             wanted.append(eager(torch.from_numpy(images)).argmax(1).numpy())
         tick(float(batch))
     guess, own = np.concatenate(found), np.concatenate(wanted)
-    truth = np.asarray(split.labels[: len(guess)])
+    truth = np.array(job.class_rows, dtype=np.int64)[split.labels[: len(guess)]]
     made.ready.close()
     return {
         "top1": float((guess == truth).mean()),

@@ -21,8 +21,9 @@ from nas.core.cli import EXIT_BAD_INPUT, default_cache, exit_status, path_argume
 from nas.core.io import read_json
 from nas.core.progress import Console
 from nas.core.provenance import git_commit, versions
-from nas.data.dataset import dataset_card
+from nas.data.dataset import check_card_classes, dataset_card
 from nas.data.prepare import prepared
+from nas.labels.api import check_source
 from nas.measure.fingerprint import take_fingerprint
 from nas.train.train_config import TrainConfig, read_config
 from nas.train.train_flags import (
@@ -38,6 +39,7 @@ from space import Context
 from space.errors import InputError, refuse
 
 if TYPE_CHECKING:
+    from nas.data.sources import DataSource
     from nas.train.folder import TrainFolder
     from nas.train.train_config import Machine
 
@@ -105,8 +107,10 @@ def _train(
     torch.set_num_threads(machine.threads)
     with init_distributed(machine.device) as ranks, contextlib.ExitStack() as stack:
         with ranks.raise_on_all_ranks():
-            _check_files(config, started=folder.checkpoint.exists())
-            dataset = prepared(config.data_spec, cache, console)
+            started = folder.checkpoint.exists()
+            _check_files(config, started=started)
+            card = before.get("dataset", {})
+            dataset = prepared(config.data_spec, cache, console, lambda source: _match(config, source, card, started))
             session = TrainSession(config, machine, dataset, folder, ranks, console.line)
             if config.init != "scratch" and not folder.checkpoint.exists():  # which has the weights
                 head_map = None if config.head_map is None else Path(config.head_map)
@@ -169,6 +173,23 @@ def _check_files(config: TrainConfig, *, started: bool) -> None:
         check_teacher(str(config.teacher))
     if config.labels is not None:
         check_store(config.labels)
+
+
+def _match(config: TrainConfig, source: DataSource, card: Mapping[str, Any], started: bool) -> None:
+    """Match the data's classes to those of an earlier start, of first weights and of labels, before any is decoded."""
+    from nas.inherit.check_files import check_weights
+    from nas.inherit.slice import read_head_map
+
+    if not source.classes:
+        return
+    check_card_classes(card, source.classes, "the training")
+    if config.labels is not None:
+        check_source(config.labels, source)
+    if config.head_map is not None and not started:
+        read_head_map(Path(config.head_map), len(source.classes))
+    elif config.init != "scratch" and not started:
+        context = Context(source.img_size, len(source.classes))
+        check_weights(*config.family_and_arch, context, config.init, "--init", source.classes)
 
 
 def _throughput(config: TrainConfig, ctx: Context) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.core.class_match import match_classes
+from nas.core.class_match import ClassMatch, match_head
 from nas.core.cli import default_cache
 from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
-from nas.data import Dataset, DataSpec, Split
+from nas.data import DataSpec, Split
 from nas.data.augment.spec import AugmentSpec, preset_spec
 from nas.data.augment.views import outputs
 from nas.data.prepare import prepared
 from nas.export.load import find_network
+from nas.export.named_network import NamedNetwork
 from nas.export.saved_model import SavedModel
 from nas.export.weights import place
 from nas.measure.fingerprint import take_fingerprint
@@ -125,27 +125,6 @@ def evaluate(
     return EvalResult(loss.astype(np.float32), rank.astype(np.int64), predicted.astype(np.int64), labels.numpy())
 
 
-def _assumptions(saved: SavedModel, dataset: Dataset) -> Iterator[str]:
-    """Note what evaluating takes for granted; refuse classes that may stand in another order."""
-    if abs(saved.preprocessing["crop_pct"] - dataset.crop_pct) > CROP_DIFFERENCE:
-        yield f"{saved.path.name}: made for a crop of {saved.preprocessing['crop_pct']:g}; here {dataset.crop_pct:.3f}"
-    if saved.classes:
-        return
-    many, names = saved.context.num_classes, list(dataset.classes)
-    if many != len(names):
-        raise refuse("--data", f"{len(names)} classes", f"the {many} of {saved.path}, which have no names")
-    if names != sorted(names, key=_natural):
-        remedy = "name the folders so that both orders agree (01, 02, 10)"
-        got = f"{saved.path}, whose classes have no names"
-        raise refuse("--evaluate", got, f"names: timm counts {', '.join(sorted(names, key=_natural)[:3])}, ...", remedy)
-    yield f"{saved.path.name} names no classes: its {many} outputs are taken in the order {', '.join(names[:3])}, ..."
-
-
-def _natural(name: str) -> list[Any]:
-    """Return the key by which timm sorts class folders."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
-
-
 def _is_fresh(saved: SavedModel, data: str) -> bool:
     """Return whether a folder is another one than the model's run held images out of."""
     config = saved.run.get("config")
@@ -153,15 +132,18 @@ def _is_fresh(saved: SavedModel, data: str) -> bool:
     return known is None or Path(str(known)).expanduser().resolve() != Path(data).expanduser().resolve()
 
 
-def _in_order(classes: Sequence[str], dataset: Dataset, split: Split, saved: SavedModel) -> Split:
-    """Number a split's images by the model's classes, of which there may be some. Raises InputError."""
-    match = match_classes(classes, dataset.classes)
-    if match.fresh or not dataset.classes:
+def _match(named: NamedNetwork, saved: SavedModel, classes: Sequence[str]) -> ClassMatch:
+    """Match the data's classes to those of the model, of which there may be some. Raises InputError."""
+    many, shown = saved.context.num_classes, ", ".join(saved.classes[:3])
+    match = match_head(named, many, classes)
+    if match.fresh or not classes:
         unknown = ", ".join(match.fresh[:3])
         got = f"{len(match.fresh)} classes ({unknown}) that the model does not have{match.near_names()}"
-        want = f"classes of the {len(classes)} of {saved.path} ({', '.join(classes[:3])}, ...)"
+        want = f"classes of the {many} of {saved.path}" + (f" ({shown}, ...)" if shown else "")
         raise refuse("--data", got if match.fresh else "images without classes", want)
-    return replace(split, labels=np.array(match.rows, dtype=np.int64)[split.labels])
+    if not match.kept:
+        raise refuse("--data", f"{len(classes)} classes", f"the {many} of {saved.path}, which have no names")
+    return match
 
 
 def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
@@ -193,13 +175,18 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         test_only=fresh and given.split == "test",
     )
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
-    dataset = prepared(data, cache, console)
-    for note in (*named.notes, *_assumptions(saved, dataset)):
+    dataset = prepared(data, cache, console, lambda source: _match(named, saved, source.classes))
+    match = _match(named, saved, dataset.classes)
+    crop_pct = saved.preprocessing["crop_pct"]
+    notes = [*named.notes]
+    if abs(crop_pct - dataset.crop_pct) > CROP_DIFFERENCE:
+        notes.append(f"{saved.path.name}: made for a crop of {crop_pct:g}; here {dataset.crop_pct:.3f}")
+    if match.whole and match.describe():
+        notes.append(f"{saved.path.name}: {match.describe()}")
+    for note in notes:
         console.line(note)
-    classes = saved.classes or list(dataset.classes)
-    split = _in_order(classes, dataset, getattr(dataset, given.split), saved)
-    if sorted(classes) == sorted(dataset.classes) and classes != list(dataset.classes):
-        console.line(f"{saved.path.name}: its {len(classes)} classes stand in another order than the data's: by name")
+    classes, split = saved.classes or list(dataset.classes), getattr(dataset, given.split)
+    split = replace(split, labels=np.array(match.rows, dtype=np.int64)[split.labels])
     present = sorted(set(split.labels.tolist()))
     if len(present) < len(classes):
         names = ", ".join(classes[number] for number in present[:3]) + (", ..." if len(present) > 3 else "")

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nas.core.cli import Parser, default_cache, exit_status
+from nas.core.data_config import DataConfig
 from nas.core.metrics import mean_se
 from nas.core.progress import Console
-from nas.core.settings import add_settings, check_settings, parsed, setting, settings_of
+from nas.core.settings import add_settings, changed_setting, check_settings, parsed, setting, settings_of
 from nas.core.table import write_table
 from nas.data import Dataset, DataSpec
 from nas.data.prepare import prepared
+from nas.data.sources import DataSource
 from space.errors import refuse
 
 if TYPE_CHECKING:
@@ -57,6 +59,13 @@ class TransferConfig:
     epochs: int | None = setting(None, "of the segmentation", metavar="N", low=1, default_text="12; 5 with --finetune")
     finetune: bool = setting(False, "segment: train the backbone, too")
     out: str | None = setting(None, "write the rows, as shares", metavar="FILE.csv")
+    max_images: int | None = changed_setting(DataConfig, "max_images", group="which images of --data")
+    max_test_images: int | None = changed_setting(DataConfig, "max_test_images")
+    splits: str | None = changed_setting(DataConfig, "splits")
+    classes: str | None = changed_setting(DataConfig, "classes")
+    annotations: str | None = changed_setting(DataConfig, "annotations")
+    max_corrupt: float = changed_setting(DataConfig, "max_corrupt")
+    pixel_cache: bool = changed_setting(DataConfig, "pixel_cache")
 
     def __post_init__(self) -> None:
         from nas.measure.fingerprint import take_fingerprint
@@ -141,12 +150,13 @@ def transfer(config: TransferConfig, cache_dir: Path | None = None, console: Con
 def _read(config: TransferConfig, backbone: Backbone, cache: Path, console: Console) -> Dataset:
     """Read the data set of the probes; it needs classes."""
     assert config.data is not None
-    spec = DataSpec(config.data, img_size=backbone.img_size, random_seed=config.random_seed)
-    dataset = prepared(spec, cache, console)
-    if dataset.num_classes < 2:
-        got = f"{config.data}, {'one class' if dataset.labelled else 'images without classes'}"
-        raise refuse("--data", got, "a folder a class, two at least", "or --checks segment")
-    return dataset
+
+    def check(source: DataSource) -> None:
+        if len(source.classes) < 2:
+            got = f"{config.data}, {'one class' if source.classes else 'images without classes'}"
+            raise refuse("--data", got, "a folder a class, two at least", "or --checks segment")
+
+    return prepared(DataSpec.of(config, config.random_seed, img_size=backbone.img_size), cache, console, check)
 
 
 def _units(config: TransferConfig, dataset: Dataset | None) -> float:

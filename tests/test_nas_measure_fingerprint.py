@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,9 @@ case "$1" in
   --query-gpu=driver_version) echo "550.54.15" ;;
   --query-gpu=clocks.max.sm) echo "1980" ;;
   --query-gpu=clocks.sm) echo "$SMI_CLOCK" ;;
+  --query-gpu=clocks_event_reasons.active) [ "$SMI_DRIVER" = new ] && echo 0x1 ;;
+  --query-gpu=clocks_throttle_reasons.active) [ "$SMI_DRIVER" != none ] && echo 0x1 ;;
+  --query-gpu=clocks.sm,clocks_*_reasons.active) while :; do printf "$SMI_LOOKS"; sleep 0.02; done ;;
   --query-compute-apps=pid) printf "%s\\n" $SMI_PIDS ;;
   *) exit 9 ;;
 esac
@@ -173,10 +177,11 @@ def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     log = tmp_path / "log"
     log.touch()
     path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
-    for name, value in {"PATH": path, "SMI_LOG": str(log), "SMI_CLOCK": "1755", "SMI_PIDS": ""}.items():
+    answers = {"SMI_CLOCK": "1755", "SMI_PIDS": "", "SMI_DRIVER": "new", "SMI_LOOKS": "1755, 0x0\\n"}
+    for name, value in {"PATH": path, "SMI_LOG": str(log), **answers}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    cached = (watch.gpu_driver, watch.gpu_nominal_mhz)
+    cached = (watch.gpu_driver, watch.gpu_nominal_mhz, watch.gpu_has)
     for each in cached:
         each.cache_clear()
     yield log
@@ -190,10 +195,52 @@ def test_the_drivers_tool_is_read(smi: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert (watch.gpu_driver("cuda"), watch.gpu_nominal_mhz("cuda")) == ("550.54.15", 1980.0)
         assert watch.gpu_clock_mhz("cuda") == float(clock), "a condition is asked anew"
     assert smi.read_text().count("driver_version") == 1, "identity is asked once"
-    for pids, others in ((f"{os.getpid()} 999999 888888", 2), (f"{os.getpid()}", 0)):
+    # In a container the tool lists numbers of the host: one of them is this process.
+    own = os.getpid()
+    for pids, others in ((f"{own} 999999 888888", 2), (f"{own}", 0), ("999999 888888", 1), ("999999", 0), ("", 0)):
         monkeypatch.setenv("SMI_PIDS", pids)
         now = conditions("cuda")
         assert (now.clock_mhz, now.gpu_others) == (900.0, others), "this process is no other process"
+
+
+@pytest.mark.parametrize("driver", ["new", "old", "none"])
+@pytest.mark.parametrize(
+    ("looks", "words", "clock"),
+    [
+        ("1755, 0x0000000000000000", "", 1755.0),
+        ("1755, 0x2", "", 1755.0),  # a user's setting: recorded by its clock, no disturbance
+        (
+            "1400, 0x4\\n210, 0x1\\n1400, 0x5",
+            "throttled by the power limit 100% of the time",
+            1400.0,
+        ),  # idle moments do not count
+        ("1900, 0x0\\n1300, 0x60", "the clock went from 1900 to 1300 MHz; throttled by temperature ", 1600.0),
+        ("[N/A], [N/A]", "", None),
+    ],
+)
+def test_throttling_is_seen_while_the_gpu_works(
+    looks: str, words: str, clock: float | None, driver: str, smi: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looks are taken beside the measurement, under the name that the driver has; nothing is set, none goes on."""
+    monkeypatch.setenv("SMI_LOOKS", looks + "\\n")
+    monkeypatch.setenv("SMI_DRIVER", driver)
+    monkeypatch.setattr(watch, "_counters", lambda: None)
+    started = Watch("cuda")
+    assert started._samples is not None
+    process = started._samples._process
+    time.sleep(0.15)
+    found = started.read()
+    if driver == "none":
+        assert (process, found) == (None, watch.Disturbance(None, ""))
+        return
+    assert found.text.startswith(words)
+    assert bool(found.text) == bool(words)
+    assert found.clock_mhz == (clock if clock is None else pytest.approx(clock, abs=300.0))
+    assert process is not None
+    assert process.poll() is not None
+    asked = smi.read_text()
+    assert ("clocks_throttle_reasons" in asked) == (driver == "old")
+    assert not {"-lgc", "-ac", "-pm", "-pl"} & set(asked.split())
 
 
 @pytest.mark.parametrize(

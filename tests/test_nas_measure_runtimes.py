@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from nas.core.requirement import Setting
 from nas.export.fuse import fuse_batch_norms
 from nas.measure.runtimes import PreparedModel, Runtime, RuntimeRequest, check_setting, find_runtime, runtimes
+from nas.measure.runtimes.eager import cuda_timer
 from nas.measure.throughput import Prepared, difference, prepare, private_copy
 from space import Context, InputError, get_family
 
@@ -199,6 +201,56 @@ def test_compiled_network_is_the_same() -> None:
         found = made.ready.logits(images(1).numpy())
         assert difference(found, truth(model, images(1))) <= 1e-4
         assert len(made.ready.timer(2)) == 2
+
+
+def test_no_timed_pass_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither because timm's attention keeps its biases from the first pass on, nor for the images of a comparison."""
+    name, graphs, compile_with = "compile-cudagraphs", [], torch.compile
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda net, mode, **given: compile_with(net, backend=backend, **given))
+    model = private_copy(tiny_vit(), "cpu")
+    request = RuntimeRequest(model, images(0), Setting(runtime=name, batch=2), 1, tmp_path)
+    ready = find_runtime(name).prepare(request)
+    assert len(graphs) == 1
+    ready.timer(2)
+    assert difference(ready.logits(images(1).numpy()), truth(tiny_vit(), images(1))) <= 1e-4
+    assert len(graphs) == 1
+    assert "compiled in " in ready.done
+
+
+def test_events_mark_the_work_of_the_device_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the current one: `cuda:1` beside a current `cuda:0` would seem to take no time."""
+    current, marks = ["cuda:0"], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            marks.append(current[-1])
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other: Event) -> float:
+            return 8.0
+
+    @contextlib.contextmanager
+    def device(name: str) -> Iterator[None]:
+        current.append(name)
+        yield
+        current.pop()
+
+    for name, fake in {"Event": Event, "device": device, "synchronize": lambda: None}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for batch, pieces in ((1, 4), (8, 1)):
+        ran: list[str] = []
+        assert cuda_timer(lambda to=ran: to.append(current[-1]), Setting("cuda:1", batch=batch))(4) == [0.008] * pieces
+        assert ran == ["cuda:1"] * 4
+    assert set(marks) == {"cuda:1"}
 
 
 # Folding batch norms.

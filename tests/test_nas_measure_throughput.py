@@ -14,6 +14,7 @@ from nas.core.requirement import Setting
 from nas.measure.fingerprint import take_fingerprint
 from nas.measure.interference import Disturbance
 from nas.measure.interleave import TimingPlan
+from nas.measure.memory import peak_memory_bytes
 from nas.measure.throughput import difference, measure, measure_prepared, prepare, private_copy
 from space import Context, InputError, get_family
 
@@ -188,12 +189,22 @@ def test_difference_is_a_share_of_the_largest_and_never_nan() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_on_a_gpu(dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("runtime", "dtype"),
+    [
+        *(("eager", dtype) for dtype in ("float32", "bfloat16", "float16")),
+        *((runtime, "bfloat16") for runtime in ("compile", "compile-cudagraphs")),
+    ],
+)
+def test_on_a_gpu(runtime: str, dtype: str) -> None:
     model = tiny_vit()
-    setting = Setting("cuda", "eager", dtype, 8)
+    setting = Setting("cuda", runtime, dtype, 8)
+    peak = peak_memory_bytes(tiny_vit, ctx=SMALL, setting=setting, staged=None)
+    assert 0 < peak < 1e9
     found = measure(model, model, ctx=SMALL, setting=setting, plan=TimingPlan(6, 6))
     assert found.ratio == pytest.approx(1.0, rel=0.5)
     assert found.agrees == 1
     assert next(model.parameters()).device.type == "cpu"
     assert take_fingerprint("cuda").cuda == torch.version.cuda
+    assert found.clock_mhz is not None
+    assert found.clock_mhz > 100

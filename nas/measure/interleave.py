@@ -162,6 +162,8 @@ def measure_rounds(
             break
     # Undisturbed beats disturbed, whatever it was: a clock drifts without anyone waiting.
     best = min(found, key=lambda of: (bool(of.disturbance.text), of.disturbance.waited or 0.0))
+    # An idle GPU's clock, before all, is not that of the passes.
+    began = replace(began, clock_mhz=best.disturbance.clock_mhz or began.clock_mhz)
     return replace(best, attempts=len(found), seconds=time.perf_counter() - started, began=began)
 
 

@@ -22,9 +22,9 @@ def peak_memory_bytes(build: Callable[[], nn.Module], *, ctx: Context, setting: 
     """Return the bytes that a network needs while it is loaded and run, libraries left out.
 
     On a CPU that is how far the process's resident memory rises above where it stood before the network was there: call
-    it in a fresh process, as what was freed earlier hides growth. On a GPU it is what torch allocated at most; for
-    other runtimes, what the device has less free afterwards. `staged` is the runtime's own file (see `Runtime.stage`),
-    loaded instead of building and exporting here.
+    it in a fresh process, as what was freed earlier hides growth. On a GPU it is what torch allocated at most, with a
+    CUDA graph's own memory; for other runtimes, what the device has less free afterwards. `staged` is the runtime's own
+    file (see `Runtime.stage`), loaded instead of building and exporting here.
     """
     runtime = check_setting(setting)
     # What is imported and what torch sets up once is not the network's.
@@ -48,12 +48,18 @@ def peak_memory_bytes(build: Callable[[], nn.Module], *, ctx: Context, setting: 
     # highest value on request; elsewhere the preparation counts too.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(setting.device)
     ready.timer(5)
     if not cuda:
         return max(0, highest_resident_bytes() - before)
     torch.cuda.synchronize(setting.device)
+    if runtime.executes != ("torch",):
+        return int(max(0, free - torch.cuda.mem_get_info(setting.device)[0]))
     by_torch = torch.cuda.max_memory_allocated(setting.device) - base
-    return int(max(by_torch, free - torch.cuda.mem_get_info(setting.device)[0]))
+    torch.cuda.empty_cache()  # what stays reserved is in use, or a CUDA graph's
+    return int(max(by_torch, torch.cuda.memory_reserved(setting.device) - base))
 
 
 def highest_resident_bytes() -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nas.core.requirement import Setting
 from nas.measure.runtimes.runtime import PreparedModel, Runtime, RuntimeRequest
@@ -36,13 +36,14 @@ class Eager(Runtime):
         if self._channels_last:
             model = model.to(memory_format=torch.channels_last)
             done.append("channels last")
-        forward = self.wrap(model, done)
 
         def put(images: Tensor) -> Tensor:
             images = images.to(device=device, dtype=dtype)
             return images.contiguous(memory_format=torch.channels_last) if self._channels_last else images
 
         bound = put(request.images)
+        with torch.inference_mode():
+            forward = self.wrap(model, bound, done)
 
         def once() -> None:
             forward(bound)
@@ -54,22 +55,25 @@ class Eager(Runtime):
                 return timer(passes)
 
         def logits(images: Images) -> Images:
+            shown = put(torch.from_numpy(images))  # a tensor made in inference mode would compile anew
             with torch.inference_mode():
-                found: Images = forward(put(torch.from_numpy(images))).float().cpu().numpy()
+                found: Images = forward(shown).float().cpu().numpy()
             return found
 
         return PreparedModel(timed, logits, "; ".join(done))
 
-    def wrap(self, model: nn.Module, done: list[str]) -> Callable[[Any], Any]:
-        """Return what is called with images; adds to what was done."""
+    def wrap(self, model: nn.Module, images: Tensor, done: list[str]) -> Callable[[Any], Any]:
+        """Return what is called with images like these; adds to what was done."""
         return model
 
 
 class Compile(Eager):
     """`torch.compile` by its default backend, the whole network in one graph."""
 
-    def wrap(self, model: nn.Module, done: list[str]) -> Callable[[Any], Any]:
-        """Compile; a network that would fall back to eager in parts raises instead."""
+    mode: ClassVar[str | None] = None
+
+    def wrap(self, model: nn.Module, images: Tensor, done: list[str]) -> Callable[[Any], Any]:
+        """Compile, so that no timed pass does; a network that would fall back to eager in parts raises instead."""
         import torch
         import torch._dynamo
 
@@ -77,8 +81,29 @@ class Compile(Eager):
         # torch would give up.
         torch._dynamo.config.recompile_limit = 1_000_000
         torch._dynamo.config.accumulated_recompile_limit = 1_000_000
-        done.append("inductor, one graph, static shapes")
-        compiled: Callable[[Any], Any] = torch.compile(model, fullgraph=True, dynamic=False)
+        # timm's attention keeps its biases from the first pass on: compiled at once, the second pass would compile
+        # anew, and a CUDA graph would own what is kept and write over it.
+        model(images)
+        compiled: Callable[[Any], Any] = torch.compile(model, fullgraph=True, dynamic=False, mode=self.mode)
+        started = time.perf_counter()
+        compiled(images)
+        took = time.perf_counter() - started
+        done.append(f"inductor, one graph, static shapes; compiled in {took:.0f} s")
+        return compiled
+
+
+class CudaGraphs(Compile):
+    """`torch.compile` whose kernels are launched together, as one CUDA graph: at small batches launches cost most."""
+
+    devices = ("cuda",)
+    mode = "reduce-overhead"
+
+    def wrap(self, model: nn.Module, images: Tensor, done: list[str]) -> Callable[[Any], Any]:
+        """Compile and record the graph; the call that compiled was a trial in the graph's memory."""
+        compiled = super().wrap(model, images, done)
+        for _ in range(2):  # records, replays
+            compiled(images)
+        done.append("CUDA graph")
         return compiled
 
 
@@ -99,7 +124,8 @@ def cpu_timer(once: Callable[[], object]) -> Callable[[int], list[float]]:
 def cuda_timer(once: Callable[[], object], setting: Setting) -> Callable[[int], list[float]]:
     """Clock with CUDA events; batch 1 waits for each pass, larger batches for the block.
 
-    Passes of a throughput follow one another as in deployment; a latency is of a pass alone.
+    Passes of a throughput follow one another as in deployment; a latency is of a pass alone. Events are of the
+    setting's device: by default they would mark the work of the current one, which may be another.
     """
     import torch
 
@@ -107,15 +133,16 @@ def cuda_timer(once: Callable[[], object], setting: Setting) -> Callable[[int], 
 
     def run(passes: int) -> list[float]:
         durations = []
-        torch.cuda.synchronize(setting.device)
-        for _ in range(passes if alone else 1):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            for _ in range(1 if alone else passes):
-                once()
-            stop.record()
-            stop.synchronize()
-            durations.append(start.elapsed_time(stop) / 1e3)
+        with torch.cuda.device(setting.device):
+            torch.cuda.synchronize()
+            for _ in range(passes if alone else 1):
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                start.record()
+                for _ in range(1 if alone else passes):
+                    once()
+                stop.record()
+                stop.synchronize()
+                durations.append(start.elapsed_time(stop) / 1e3)
         return durations
 
     return run
@@ -127,4 +154,5 @@ RUNTIMES = (
     Eager("eager-channels-last", channels_last=True),
     Eager("eager-fused-channels-last", fused=True, channels_last=True),
     Compile("compile"),
+    CudaGraphs("compile-cudagraphs"),
 )

@@ -93,7 +93,6 @@ class Size:
     epoch: tuple[str, ...]
     labels: tuple[str, ...]
     contract: tuple[str, ...]
-    require: str
 
 
 FULL = Size(
@@ -103,8 +102,10 @@ FULL = Size(
     timing=(),
     epoch=("--students", "5M"),
     labels=("--data", "digits", "--img-size", "64", "--precision", "bfloat16"),
-    contract=("--seed", "21M", "--target-params", "5M", "--effort", "smoke", "--data", "digits"),
-    require="speedup>=1.3@{device}:eager:bfloat16:b1024",  # at 48 px a smaller batch waits for launches
+    contract=(
+        *("--seed", "21M", "--target-params", "5M", "--effort", "smoke", "--data", "digits"),
+        *("--require", "speedup>=1.3@{device}:eager:bfloat16:b1024"),  # at 48 px a smaller batch waits for launches
+    ),
 )
 TINY_SEED = {
     **{"embed_dims": [32, 48, 64, 96], "depths": [1, 1, 2, 1], "window_sizes": [7, 14, 7]},
@@ -114,16 +115,18 @@ TINY = Size(
     archs=("test_vit", "test_vit2"),
     pairs=(("test_vit", "test_vit2"),),
     batches=(1, 2),
-    timing=("--reference", "test_vit2", "--img-size", "160", "--threads", "1"),
+    timing=(
+        *("--reference", "test_vit2", "--img-size", "160", "--threads", "1"),
+        *("--blocks", "6", "--max-blocks", "6"),
+    ),
     epoch=("--students", "small", "--teacher", "small", "--img-size", "32", "--blocks", "6", "--threads", "1"),
     labels=("--data", "digits", "--img-size", "32", "--max-images", "200", "--epochs", "1", "--teacher-epochs", "1"),
     contract=(
-        *("--seed", json.dumps(TINY_SEED), "--target-params", "200K", "--effort", "smoke", "--data", "digits"),
+        *("--seed", "{out}/seed.json", "--target-params", "200K", "--effort", "smoke", "--data", "digits"),
         *("--steps", "1", "--candidates-per-step", "2", "--train-per-step", "1", "--img-size", "32"),
         *("--max-images", "200", "--teacher-epochs", "1", "--seed-epochs", "1", "--final-epochs", "1"),
-        *("--threads", "1", "--no-baselines"),
+        *("--threads", "1", "--no-baselines", "--require", "speedup>=0.5@{device}:eager:b4"),
     ),
-    require="speedup>=0.5@{device}:eager:b4",
 )
 
 
@@ -196,7 +199,8 @@ def parts_of(size: Size, device: str, out: Path) -> list[Part]:
         name = f"{runtime}-{batch}"
         words = ("benchmarks.throughput", "--arch", *size.archs, "--runtime", runtime, "--dtype", "bfloat16")
         where = ("--batch", str(batch), "--device", device, "--out", str(out / f"{name}.csv"))
-        return Part(name, share, (*words, *where, *size.timing))
+        once = () if batch == small else ("--latency-passes", "0")  # latencies are of the batch of 1
+        return Part(name, share, (*words, *where, *once, *size.timing))
 
     cache = ("--cache-dir", str(out / "cache"))
     of_labels = ("nas.labels", "build", "--device", device, "--out", str(out / "labels"), *cache, "--json")
@@ -208,7 +212,7 @@ def parts_of(size: Size, device: str, out: Path) -> list[Part]:
         timing(0.20, "compile", large),
         Part("labels", 0.06, (*of_labels, *size.labels)),
         Part("epoch", 0.12, (*of_epoch, *size.epoch)),
-        Part("contract", 0.20, (*of_contract, *size.contract, "--require", size.require.format(device=device))),
+        Part("contract", 0.20, (*of_contract, *(word.format(device=device, out=out) for word in size.contract))),
         timing(0.06, "eager", small),
         timing(0.12, "compile", small),
     ]
@@ -362,6 +366,8 @@ def run_benchmark(given: argparse.Namespace) -> dict[str, Any]:
     parts = [part for part in parts if given.only is None or part.name in given.only]
     machine = fingerprint_of_device(given.device)
     out.mkdir(parents=True, exist_ok=True)
+    if given.tiny:
+        write_json(out / "seed.json", TINY_SEED)
     ended: list[PartResult] = []
     results, ratios = ended, list[RatioRow]()
     for result in run_parts(parts, given.minutes, out, device=given.device):

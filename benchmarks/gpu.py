@@ -42,7 +42,7 @@ LAST_LINES = 3
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedSpeeds:
     """Images/s of models on one GPU, as published for a runtime, all at one large batch; only ratios compare."""
 
     source: str
@@ -52,13 +52,13 @@ class Published:
 
 
 PUBLISHED = (
-    Published(
+    PublishedSpeeds(
         "TinyViT's README at microsoft/Cream 4a13c409 (traced, float16 by autocast)",
         "NVIDIA V100",
         "eager",
         {"5M": 3060, "11M": 2468, "21M": 1571},
     ),
-    Published(
+    PublishedSpeeds(
         "timm 90cae8c results/benchmark-infer-amp-nchw-pt291-cu130-pro6000maxq.csv (float16 by autocast, batch 2048)",
         "NVIDIA RTX PRO 6000 Max-Q",
         "eager",
@@ -68,7 +68,7 @@ PUBLISHED = (
             **{"test_vit": 268105.47, "test_vit2": 210746.16},
         },
     ),
-    Published(
+    PublishedSpeeds(
         "timm 90cae8c results/benchmark-infer-bf16-nchw-pt291-cu130-pro6000maxq-dynamo.csv (bfloat16, batch 2048)",
         "NVIDIA RTX PRO 6000 Max-Q",
         "compile",
@@ -131,7 +131,7 @@ TINY = Size(
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuPart:
     """One command (`python -m WORDS`), and its share of the time."""
 
     name: str
@@ -190,35 +190,35 @@ def build_parser() -> Parser:
     return parser
 
 
-def parts_of(size: Size, device: str, out: Path) -> list[Part]:
+def parts_of(size: Size, device: str, out: Path) -> list[GpuPart]:
     """Return all parts, in their order."""
     small, large = size.batches
     gpu_tests = sorted(str(p) for p in ROOT.glob("tests/test_*.py") if "mark.gpu" in p.read_text(encoding="utf-8"))
 
-    def timing(share: float, runtime: str, batch: int) -> Part:
+    def timing(share: float, runtime: str, batch: int) -> GpuPart:
         name = f"{runtime}-{batch}"
         words = ("benchmarks.throughput", "--arch", *size.archs, "--runtime", runtime, "--dtype", "bfloat16")
         where = ("--batch", str(batch), "--device", device, "--out", str(out / f"{name}.csv"))
         once = () if batch == small else ("--latency-passes", "0")  # latencies are of the batch of 1
-        return Part(name, share, (*words, *where, *once, *size.timing))
+        return GpuPart(name, share, (*words, *where, *once, *size.timing))
 
     cache = ("--cache-dir", str(out / "cache"))
     of_labels = ("nas.labels", "build", "--device", device, "--out", str(out / "labels"), *cache, "--json")
     of_epoch = ("benchmarks.labels", "epoch", "--device", device, "--out", str(out / "epoch.csv"), *cache)
     of_contract = ("nas.contract", "--device", device, "--out", str(out / "contract"), *cache, "--json")
     return [
-        Part("tests", 0.14, ("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *gpu_tests)),
+        GpuPart("tests", 0.14, ("pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *gpu_tests)),
         timing(0.10, "eager", large),
         timing(0.20, "compile", large),
-        Part("labels", 0.06, (*of_labels, *size.labels)),
-        Part("epoch", 0.12, (*of_epoch, *size.epoch)),
-        Part("contract", 0.20, (*of_contract, *(word.format(device=device, out=out) for word in size.contract))),
+        GpuPart("labels", 0.06, (*of_labels, *size.labels)),
+        GpuPart("epoch", 0.12, (*of_epoch, *size.epoch)),
+        GpuPart("contract", 0.20, (*of_contract, *(word.format(device=device, out=out) for word in size.contract))),
         timing(0.06, "eager", small),
         timing(0.12, "compile", small),
     ]
 
 
-def run_part(part: Part, log: Path, limit_s: float, *, device: str = "cpu") -> PartResult:
+def run_part(part: GpuPart, log: Path, limit_s: float, *, device: str = "cpu") -> PartResult:
     """Run a part's command into a log, for so long at most; its process group ends with it."""
     command = [sys.executable, "-m", *part.words]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -266,7 +266,7 @@ def last_json(lines: Sequence[str]) -> Any:
     return None
 
 
-def failure(part: Part, code: int | None, lines: Sequence[str], found: Any, device: str) -> str:
+def failure(part: GpuPart, code: int | None, lines: Sequence[str], found: Any, device: str) -> str:
     """Explain why a part did not end well; empty if it did."""
     if code is None:
         return "its share of the minutes was over"
@@ -280,7 +280,7 @@ def failure(part: Part, code: int | None, lines: Sequence[str], found: Any, devi
     return ""
 
 
-def run_parts(parts: Sequence[Part], minutes: float, out: Path, *, device: str = "cpu") -> Iterator[PartResult]:
+def run_parts(parts: Sequence[GpuPart], minutes: float, out: Path, *, device: str = "cpu") -> Iterator[PartResult]:
     """Run parts one after the other, each within its share of the time that is left."""
     until = time.monotonic() + 60.0 * minutes - 2 * GRACE_S
     for number, part in enumerate(parts):

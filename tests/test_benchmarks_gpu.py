@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import FULL, PUBLISHED, TINY, Part, memory_result, parts_of, ratio_rows, run_part, run_parts
+from benchmarks.gpu import FULL, PUBLISHED, TINY, GpuPart, memory_result, parts_of, ratio_rows, run_part, run_parts
 from nas.core.requirement import Setting
 from nas.measure.device_table import OK, DeviceRow, fingerprint_columns
 from nas.measure.fingerprint import Fingerprint
@@ -43,9 +43,9 @@ def row(arch: str, ratio: float, batch: int = 256, runtime: str = "eager") -> De
 ENDS = (("", 1.0), ("_lo", 0.98), ("_hi", 1.02))
 
 
-def code(text: str, name: str = "part", share: float = 1.0) -> Part:
+def code(text: str, name: str = "part", share: float = 1.0) -> GpuPart:
     """A part that runs a line of Python."""
-    return Part(name, share, ("timeit", "-n", "1", "-r", "1", text))
+    return GpuPart(name, share, ("timeit", "-n", "1", "-r", "1", text))
 
 
 def test_a_part_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
@@ -62,8 +62,10 @@ def test_what_fails_is_explained_and_the_next_part_goes_on(tmp_path: Path) -> No
     """By exit status, and by the rows that a table's summary counts; a part's last JSON line is kept."""
     for name, failed in (("some", 1), ("none", 0)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": 2, "failed": failed}))
-    shown = [Part(name, 1.0, ("json.tool", "--compact", str(tmp_path / f"{name}.json"))) for name in ("some", "none")]
-    found = list(run_parts([code("1/0"), *shown, Part("lost", 1.0, ("no_such",))], 1.0, tmp_path))
+    shown = [
+        GpuPart(name, 1.0, ("json.tool", "--compact", str(tmp_path / f"{name}.json"))) for name in ("some", "none")
+    ]
+    found = list(run_parts([code("1/0"), *shown, GpuPart("lost", 1.0, ("no_such",))], 1.0, tmp_path))
     assert [each.state for each in found] == ["failed", "failed", "ok", "failed"]
     assert found[0].reason.startswith("exit status 1: ")
     assert "ZeroDivisionError" in found[0].reason
@@ -74,7 +76,7 @@ def test_what_fails_is_explained_and_the_next_part_goes_on(tmp_path: Path) -> No
 
 
 def test_on_a_gpu_its_tests_must_run() -> None:
-    part = Part("tests", 1.0, ("pytest",))
+    part = GpuPart("tests", 1.0, ("pytest",))
     assert gpu.failure(part, 0, ["2 skipped in 1.00s"], None, "cuda") == "no test ran"
     assert not gpu.failure(part, 0, ["2 skipped in 1.00s"], None, "cpu")
     assert not gpu.failure(part, 0, ["2 passed in 1.00s"], None, "cuda")

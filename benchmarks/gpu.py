@@ -117,7 +117,7 @@ TINY = Size(
     batches=(1, 2),
     timing=(
         *("--reference", "test_vit2", "--img-size", "160", "--threads", "1"),
-        *("--blocks", "6", "--max-blocks", "6"),
+        *("--visits", "4", "--max-visits", "4"),
     ),
     epoch=("--students", "small", "--teacher", "small", "--img-size", "32", "--blocks", "6", "--threads", "1"),
     labels=("--data", "digits", "--img-size", "32", "--max-images", "200", "--epochs", "1", "--teacher-epochs", "1"),

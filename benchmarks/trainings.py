@@ -40,7 +40,7 @@ PROXY_SEED = 1
 """Random seed of the first short training."""
 CRITERION = "l1"
 """Importance by which units are inherited, but where criteria are compared."""
-LOOSE = ("target_params", "bench_max_blocks", "selection")
+LOOSE = ("target_params", "max_visits", "selection")
 """Settings that no training depends on: benchmarks that share a folder may differ in them."""
 
 
@@ -215,7 +215,7 @@ def open_pool(given: argparse.Namespace, console: Console) -> Iterator[TrainingP
         "threads": max(1, given.workers),
         "max_images": None,
         "effort": "smoke",
-        "bench_max_blocks": 120,
+        "max_visits": 16,
         "steps": 1,
     }
     config = make_config(with_absolute_paths(settings))

@@ -235,7 +235,7 @@ def measurement_seeds() -> list[bytes]:
     shape = {"img_size": 32, "num_classes": 3, "in_chans": 3, "batch": 16, "threads": 1}
     how = {"dtype": "float32", "runtime": "eager", "device": "cpu", "fingerprint": "f" * 12}
     own = {"ratio": 1.0, "images_per_s_lo": 0.9, "images_per_s_hi": 1.1, "ratio_lo": 0.9, "ratio_hi": 1.1}
-    when = {"when": "2025-01-01T00:00:00", "coverage": 0.95, "blocks": 10}
+    when = {"when": "2025-01-01T00:00:00", "coverage": 0.95, "blocks": 10, "visits": 4}
     one = Measurement(**any_values(Measurement, **shape, **how, **own, **when))
     rows = [MeasurementRow("gate", f"k{at}", "a, b", "seed", one) for at in range(2)]
     return [format_table(rows, MeasurementRow).encode()]

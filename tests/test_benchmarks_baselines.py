@@ -28,6 +28,7 @@ from nas.jobs.queue import OutOfTime
 from space import Context, get_family
 from space.family import Published
 from tests.conftest import SMALL_ARCH as SMALL
+from tests.test_nas_measure_table import MEASUREMENT
 
 
 def _target(most: int = 5_000_000) -> Target:
@@ -57,7 +58,7 @@ def test_flags_hold_what_a_training_pool_reads() -> None:
     assert (found.truth_epochs, found.proxy_epochs, found.target_params) == (7, 1, "5M")
 
 
-def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
+def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedVisitJob], list[jobs.PrunedTrainJob]]:
     here = folder / "none"  # what no stand-in reads
     common: dict[str, Any] = {
         "family": "tinyvit",
@@ -72,37 +73,26 @@ def _jobs(folder: Path) -> tuple[jobs.PruneJob, list[jobs.PrunedTrainJob]]:
         "recalibrate": True,
         "label_overflow": "cycle",
     }
-    pruning = jobs.PruneJob(
-        **common,
-        random_seed=0,
-        variant=jobs.VARIANTS[2],
-        budget=1000,
-        setting=Setting(),
-        threads=1,
-        blocks=6,
-        max_blocks=6,
-        out=folder / "pruned",
-    )
-    seeds = range(2)
-    return pruning, [
-        jobs.PrunedTrainJob(**common, random_seed=s, pruned=here, epochs=1, out=folder / f"r{s}") for s in seeds
-    ]
+    pruning = jobs.PruneJob(**common, random_seed=0, variant=jobs.VARIANTS[2], budget=1000, out=folder / "pruned")
+    same: dict[str, Any] = {**common, "pruned": here}
+    visits = [jobs.PrunedVisitJob(**same, random_seed=0, setting=Setting(), out=folder / f"v{n}") for n in range(4)]
+    return pruning, visits, [jobs.PrunedTrainJob(**same, random_seed=s, epochs=1, out=folder / f"r{s}") for s in (0, 1)]
 
 
 def _row(work: Any, folder: Path) -> BaselineRow:
-    return pruned_row(BaselineRow("5M: x", params=1000), *_jobs(folder), np.ones((2, 40)), 1, work)
+    return pruned_row(BaselineRow("5M: x", params=1000), *_jobs(folder), np.ones((2, 40)), 1, 1, work)
 
 
 def _stand_in(params: int, hit: float) -> Any:
     """Work that prunes to `params` and hits a share of 40 test images."""
 
     def work(asked: list[Job], workers: int, threads: int) -> list[Result]:
-        ratios = dict.fromkeys(("seed_ratio", "seed_ratio_lo", "seed_ratio_hi"), 1.5)
+        timed = {**MEASUREMENT.to_dict(), "ratio": 1.5, "ratio_lo": None, "ratio_hi": None}
         for job in asked:
             job.argument.out.mkdir()
             correct = (torch.arange(40) < 40 * hit).to(torch.uint8)
             save_weights(job.argument.out / "test.safetensors", {"correct": correct})
-        return [Result(j.key, True, {"params": params, "loads": False, **ratios}) for j in asked]
+        return [Result(j.key, True, {"params": params, "loads": False, **timed}) for j in asked]
 
     return work
 
@@ -128,7 +118,7 @@ def test_a_tool_that_crashes_is_an_outcome(tmp_path: Path) -> None:
 
 def test_what_the_hours_do_not_suffice_for_is_left_for_the_next_call(tmp_path: Path) -> None:
     def late(asked: list[Job], workers: int, threads: int) -> list[Result]:
-        if asked[0].key == "prune":
+        if asked[0].key == "prune" or asked[0].timed:
             return _stand_in(1000, 0.5)(asked, workers, threads)
         raise OutOfTime("r0")
 
@@ -138,9 +128,10 @@ def test_what_the_hours_do_not_suffice_for_is_left_for_the_next_call(tmp_path: P
 
 def test_a_worker_process_runs_the_jobs(tmp_path: Path) -> None:
     """A data set that is not there is refused in one line, by the job itself."""
-    pruning, trainings = _jobs(tmp_path)
+    pruning, visits, trainings = _jobs(tmp_path)
     with LocalExecutor(threads=1, command=jobs.WORKER) as executor:
-        for function, argument in ((jobs.prune, pruning), (jobs.train_pruned, trainings[0])):
+        arguments = (pruning, trainings[0], visits[0])
+        for function, argument in zip((jobs.prune, jobs.train_pruned, jobs.visit_pruned), arguments, strict=True):
             found = executor.run(Job(function, argument, "job"))  # type: ignore[arg-type]
             assert not found.ok
             assert str(tmp_path / "none") in str(found.reason)

@@ -28,12 +28,12 @@ pytest.importorskip("onnxscript")
 
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 32, 32, 64]})
 PLAN = ThroughputPlan(
-    ThroughputConfig(num_classes=4, blocks=6, max_blocks=6, precision=0.0),
+    ThroughputConfig(num_classes=4, visits=4, max_visits=4, precision=0.0),
     settings=(Setting(runtime="onnxruntime", batch=1),),
     sizes=(32,),
     reference=None,
 )
-QUICK = ["--blocks", "6", "--max-blocks", "6", "--precision", "0", "--threads", "1"]
+QUICK = ["--visits", "4", "--max-visits", "4", "--precision", "0", "--threads", "1"]
 
 
 def nets(*names: str) -> list[Net]:
@@ -113,8 +113,8 @@ def test_bad_input_is_one_line_and_status_2(bundle: Path, tmp_path: Path, capsys
         ([*out, "--networks", str(empty)], "networks.json"),
         *[([*out, "--networks", str(tmp_path / f"list{n}")], "networks.json") for n in range(5)],
         ([*out, "--networks", str(tmp_path / "list5")], "no such file"),
-        ([*out, "--blocks", "5"], "--blocks"),
-        ([*out, "--blocks", "9", "--max-blocks", "8"], "--blocks"),
+        ([*out, "--visits", "3"], "--visits"),
+        ([*out, "--visits", "9", "--max-visits", "8"], "--visits"),
         ([*out, "--precision", "-1"], "--precision"),
         ([*out, "--device", "tpu"], "--device"),
         ([*out, "--threads", "-1"], "--threads"),

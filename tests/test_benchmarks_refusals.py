@@ -23,7 +23,7 @@ FLAGS = {
     "proxy": [*OUT, "--work", "w"],
     "strategies.__main__": OUT,
     "throughput.__main__": [],
-    "timing": [],
+    "timing.__main__": [],
 }
 CASES = [
     ("baselines.__main__", "--targets 5M 5M", "--targets"),
@@ -51,8 +51,8 @@ CASES = [
     ("strategies.__main__", "--table none.csv", "--table: got"),
     ("strategies.__main__", f"--table {TABLE} --free depth", "--free: got"),
     ("strategies.__main__", "--replays 1", "--replays: got"),
-    ("timing", "gate --recorded 10", "--recorded: got 10"),
-    ("timing", "predictor none.csv", "TABLE"),
+    ("timing.__main__", "gate --visits 3", "--visits: got 3"),
+    ("timing.__main__", "predictor none.csv", "TABLE"),
 ]
 
 

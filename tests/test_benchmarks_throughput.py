@@ -29,8 +29,8 @@ FACTORS = {
 SMALL = json.dumps(FACTORS)
 LARGE = json.dumps({**FACTORS, "embed_dims": [32, 64, 64, 64]}, indent=1)
 QUICK = [
-    *("--img-size", "32", "--num-classes", "4", "--batch", "2", "--threads", "1", "--blocks", "6"),
-    *("--max-blocks", "6", "--precision", "0", "--latency-passes", "10", "--no-memory"),
+    *("--img-size", "32", "--num-classes", "4", "--batch", "2", "--threads", "1", "--visits", "4"),
+    *("--max-visits", "4", "--precision", "0", "--latency-passes", "10", "--no-memory"),
 ]
 
 
@@ -48,13 +48,13 @@ def refused(capsys: pytest.CaptureFixture[str], says: str) -> None:
 
 
 def check_row(row: DeviceRow, factors: str, reference: str) -> None:
-    """Check that a row is of an arch, measured, in 6 blocks beside a reference."""
+    """Check that a row is of an arch, measured, in 4 visits beside a reference."""
     arch = FAMILY.arch(json.loads(factors))
     assert row.state == OK, row.reason
     assert (row.family, row.key) == ("tinyvit", FAMILY.key(arch, CTX))
     assert json.loads(row.spec) == FAMILY.to_dict(arch)
     assert (row.params, row.macs) == (FAMILY.count_params(arch, CTX), FAMILY.count_macs(arch, CTX))
-    assert (row.reference, row.measured.blocks) == (reference, 6)
+    assert (row.reference, row.measured.visits) == (reference, 4)
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,8 @@ BAD: list[tuple[Sequence[str], str]] = [
     (["--img-size", "0"], "--img-size"),
     (["--num-classes", "0"], "--num-classes"),
     (["--threads", "0"], "--threads"),
-    (["--blocks", "5"], "--blocks"),
-    (["--blocks", "8", "--max-blocks", "7"], "--max-blocks"),
+    (["--visits", "3"], "--visits"),
+    (["--visits", "8", "--max-visits", "7"], "--max-visits"),
     (["--precision", "1"], "--precision"),
     (["--precision", "nan"], "--precision"),
     (["--latency-passes", "-1"], "--latency-passes"),

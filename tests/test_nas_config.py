@@ -69,7 +69,7 @@ BAD: dict[str, tuple[object, ...]] = {
     "steps": (0, True, 2.0),
     "candidates_per_step": (-1,),
     "seed_epochs": (0,),
-    "bench_blocks": (1,),
+    "visits": (1,),
     "batch_size": (1,),
     "random_seed": (-1,),
     "img_size": (3,),

@@ -50,6 +50,38 @@ def ends(pid: int) -> bool:
     return not alive(pid)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a forked job is a fresh one")
+def test_forked_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    """Each in a new one with the asked threads; a killed one fails alone, and a used worker is not forked from."""
+    with LocalExecutor(threads=1, log=tmp_path / "worker.log", command=WORKER) as executor:
+
+        def run(function: Any, key: str, argument: Any, **how: bool) -> Any:
+            return executor.run(Job(function, argument, key, **how))
+
+        ticks: list[float] = []
+        first = executor.run(Job(_worker.echo, {"ticks": 2}, "a", forked=True), tick=ticks.append)
+        second = run(_worker.echo, "b", {}, forked=True)
+        assert (first.ok, second.ok, first.values["threads"], sum(ticks)) == (True, True, 1, 2.0)
+        assert first.values["pid"] != second.values["pid"]
+        assert all(ends(of.values["pid"]) for of in (first, second))
+        killed, ended = (run(_worker.die, f"die-{how}", {"how": how}, forked=True) for how in ("kill", "exit"))
+        assert (killed.ok, killed.reason) == (False, "the process was killed by SIGKILL")
+        assert (ended.ok, ended.reason) == (False, "the process ended with status 7")
+        assert not run(_worker.fail, "fail", {"what": "runtime"}, forked=True).ok
+        plain = run(_worker.echo, "c", {})
+        after = run(_worker.echo, "d", {}, forked=True)
+        assert len({of.values["pid"] for of in (first, second, plain, after)}) == 4
+        assert ends(plain.values["pid"]), "its process ran a job, so that another is forked from"
+
+
+def test_a_forked_job_ends_with_its_driver(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    job = Job(_worker.sleep, {"pid_file": str(pid_file), "seconds": 60}, "s", forked=True)
+    with LocalExecutor(threads=1, command=WORKER) as executor, pytest.raises(OutOfTime):
+        executor.run(job, deadline=time.monotonic() + 10)
+    assert ends(int(pid_file.read_text()))
+
+
 def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: LocalExecutor) -> None:
     ticks: list[float] = []
     job = Job(_worker.echo, {"say": "häß\n", "ticks": 5}, "a")

@@ -1,7 +1,8 @@
-"""Intervals cover as stated: over distributions, quantiles, several looks, and drift."""
+"""Intervals cover as stated: over distributions, quantiles, visits, several looks, and drift."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -9,8 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.measure.interleave import planned_looks
-from nas.measure.intervals import MIN_BLOCKS, effective_count, median_interval, quantile, quantile_interval, verdict
+from benchmarks.timing.simulate import simulate
+from nas.measure.intervals import (
+    MIN_BLOCKS,
+    MIN_VISITS,
+    median_interval,
+    planned_looks,
+    quantile,
+    quantile_interval,
+    t_quantile,
+    verdict,
+    visit_interval,
+)
 
 LAW = settings(derandomize=True, deadline=None, max_examples=60)
 VALUES = st.lists(st.floats(0.1, 1e6), min_size=1, max_size=60)
@@ -60,76 +71,65 @@ def test_quantile_coverage_by_simulation(q: float, n: int) -> None:
     assert hits == pytest.approx(found[0].coverage, abs=0.02)
 
 
-def test_sequential_looks_together_keep_their_coverage() -> None:
-    """Stopping at the first look that decides is wrong in at most 5 % of trials, at the bound."""
-    rng = random.Random(1)
-    looks = planned_looks(6, 48)
-    share = 1 - 0.05 / len(looks)
-    wrong = 0
-    for _ in range(2000):
-        values = [rng.gauss(1, 0.2) for _ in range(48)]
-        for n in looks:
-            found = median_interval(values[:n], share)
-            decided = verdict(found.lo, found.hi, 1.0)
-            if decided != "undecided":
-                wrong += 1
-                break
-    # Six values cannot reach the share of one of four looks: their 3.1 % is what is spent there.
-    assert wrong / 2000 <= 0.031 + 0.0375
-
-
-def autoregressive(rho: float, n: int, trials: int) -> np.ndarray:
-    """Series whose neighbours resemble each other; the median of each value is 0."""
-    rng = np.random.default_rng(11)
-    noise = rng.standard_normal((trials, n))
-    out = np.empty_like(noise)
-    out[:, 0] = noise[:, 0]
-    for t in range(1, n):
-        out[:, t] = rho * out[:, t - 1] + np.sqrt(1 - rho**2) * noise[:, t]
-    return out
-
-
-@pytest.mark.parametrize("rho", [0.3, 0.6])
-@pytest.mark.parametrize("n", [20, 48])
-def test_drift_does_not_cost_coverage(rho: float, n: int) -> None:
-    """With neighbours alike (AR(1)) at least 93 % are enclosed; without `drift`, far fewer."""
-    series = autoregressive(rho, n, 2000).tolist()
-    with_drift = [median_interval(s, drift=True) for s in series]
-    without = [median_interval(s) for s in series]
-    hits = np.mean([f.lo <= 0.0 <= f.hi for f in with_drift])
-    naive = np.mean([f.lo <= 0.0 <= f.hi for f in without])
-    assert hits >= 0.93
-    assert naive < hits
-    if rho == 0.6:
-        assert naive < 0.88
-
-
-def test_independent_values_are_worth_nearly_their_number() -> None:
-    rng = np.random.default_rng(5)
-    worth = [effective_count(row) for row in rng.standard_normal((300, 48)).tolist()]
-    assert np.median(worth) > 0.7 * 48
-    assert max(worth) <= 48
-    alternating = [float(i % 2) for i in range(48)]
-    assert effective_count(alternating) == 48, "what alternates is not taken for knowledge"
-    assert effective_count([float(i) for i in range(48)]) < 6, "a trend is one long drift"
-
-
-@given(VALUES, QUANTILES, st.booleans(), st.randoms(use_true_random=False))
+@given(VALUES, QUANTILES, st.randoms(use_true_random=False))
 @LAW
-def test_an_interval_is_of_the_sample_and_drift_only_widens_it(
-    values: list[float], q: float, drift: bool, rng: random.Random
-) -> None:
-    found, calm = quantile_interval(values, q, drift=drift), quantile_interval(values, q)
-    assert min(values) <= found.lo <= calm.lo <= calm.hi <= found.hi <= max(values)
+def test_an_interval_is_of_the_sample(values: list[float], q: float, rng: random.Random) -> None:
+    found = quantile_interval(values, q)
+    assert min(values) <= found.lo <= found.hi <= max(values)
     assert min(values) <= found.median <= max(values)
     assert {found.lo, found.hi} <= set(values)
     assert 0.0 <= found.coverage <= 1.0
-    assert 0.0 < found.count <= len(values)
     shuffled = list(values)
     rng.shuffle(shuffled)
-    assert quantile_interval(shuffled, q) == calm
+    assert quantile_interval(shuffled, q) == found
     middle = median_interval(values)
     assert middle.lo <= middle.median <= middle.hi
+
+
+# Intervals over visits.
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 8, 15, 30])
+def test_students_quantiles_are_scipys(df: int) -> None:
+    from scipy.stats import t
+
+    for p in (0.6, 0.9, 0.975, 0.9875, 0.999):
+        assert t_quantile(p, df) == pytest.approx(t.ppf(p, df), rel=1e-8)
+
+
+@given(st.lists(st.floats(0.5, 2.0), min_size=MIN_VISITS, max_size=20), st.floats(0.1, 100.0))
+@LAW
+def test_a_visit_interval_scales_and_encloses_students(values: list[float], factor: float) -> None:
+    """Units do not matter, the middle is the geometric mean, and resemblance only widens."""
+    from scipy.stats import t
+
+    found = visit_interval(values)
+    scaled = visit_interval([factor * value for value in values])
+    assert [scaled.lo, scaled.median, scaled.hi] == pytest.approx(
+        [factor * v for v in (found.lo, found.median, found.hi)]
+    )
+    logs = np.log(values)
+    assert found.median == pytest.approx(np.exp(logs.mean()))
+    half = t.ppf(0.975, len(values) - 1) * logs.std(ddof=1) / np.sqrt(len(values))
+    assert np.log(found.hi / found.median) >= half * (1 - 1e-6) - 1e-12
+    assert found.lo * found.hi == pytest.approx(found.median**2)
+
+
+@pytest.mark.parametrize("noise", ["blocks 0.9", "blocks two-state", "walk 0.25", "walk 1", "visits 0.0", "visits 0.5"])
+@pytest.mark.parametrize(("visits", "most"), [(MIN_VISITS, MIN_VISITS), (MIN_VISITS, 8)])
+def test_all_looks_together_keep_their_coverage(noise: str, visits: int, most: int) -> None:
+    """From the fewest visits on: 93 % at least, whatever blocks do in visits, and where visits drift or resemble."""
+    (row,) = simulate(visits, most, 1500, 1, [noise])
+    assert row["coverage"] >= 0.93
+    assert row["wrong"] <= 0.07, "a bound at the truth is decided by chance only"
+
+
+@given(st.integers(4, 60), st.integers(0, 200))
+@LAW
+def test_looks_double_up_to_the_maximum(visits: int, more: int) -> None:
+    looks = planned_looks(visits, visits + more)
+    assert (looks[0], looks[-1]) == (visits, visits + more)
+    assert all(b == min(2 * a, visits + more) for a, b in itertools.pairwise(looks))
 
 
 @given(VALUES, st.floats(0.5, 0.95), st.floats(0.95, 0.9999))

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nas.core.requirement import parse_requirement
-from nas.measure.measurement import Measurement
-from nas.measure.measurement_table import HEADER, MeasurementCache, MeasurementRow, MeasurementTable, read_measurements
+from nas.measure.intervals import visit_interval
+from nas.measure.measurement import Measurement, calmest, combined, visits_needed
+from nas.measure.measurement_table import (
+    HEADER,
+    MOST_VISITS,
+    MeasurementCache,
+    MeasurementRow,
+    MeasurementTable,
+    read_measurements,
+)
 from space import InputError
 
 MEASUREMENT = Measurement(
@@ -31,7 +41,7 @@ def row(arch: str = "a", **changes: Any) -> MeasurementRow:
     return MeasurementRow("gate", arch, f"label of {arch}", "seed", of)
 
 
-def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None:
+def test_appended_rows_are_found_by_key_the_oldest_first(tmp_path: Path) -> None:
     path = tmp_path / "measurements.csv"
     table = MeasurementTable(path)
     assert (table.rows, path.exists()) == ((), False)
@@ -39,8 +49,8 @@ def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None
         table.append(each)
     for opened in (table, MeasurementTable(path)):
         assert [each.arch_key for each in opened.rows] == ["a", "b", "a"]
-        assert opened.find(row("a").key) == replace(MEASUREMENT, blocks=24)
-        assert opened.find(row("b").key) == MEASUREMENT
+        assert opened.find(row("a").key) == [row("a"), row("a", blocks=24)]
+        assert opened.find(row("b").key) == [row("b")]
     assert read_measurements(path) == table.rows
     assert path.read_text().splitlines()[0] == HEADER
 
@@ -48,10 +58,10 @@ def test_appended_rows_are_found_by_key_the_newest_first(tmp_path: Path) -> None
 def test_every_part_of_the_key_counts(tmp_path: Path) -> None:
     table = MeasurementTable(tmp_path / "m.csv")
     table.append(row("a"))
-    assert table.find(row("a").key) is not None
+    assert table.find(row("a").key)
     for name, value in vars(row("a").key).items():
         other = value + 1 if isinstance(value, int) else f"{value}x"
-        assert table.find(replace(row("a").key, **{name: other})) is None, name
+        assert table.find(replace(row("a").key, **{name: other})) == [], name
 
 
 def test_torn_anywhere_keeps_whole_rows_and_goes_on(tmp_path: Path) -> None:
@@ -87,7 +97,7 @@ def test_bad_values_are_refused_naming_line_and_column(tmp_path: Path) -> None:
         (",12,3,", ",12.5,3,", "line 2: blocks"),
         (",90.25,", ",nan,", "line 2"),
         (",90.25,", ",900.0,", "line 2"),
-        ("gate,", "gate,x,", "line 2: got 44 cells"),
+        ("gate,", "gate,x,", "line 2: got 45 cells"),
     ):
         path.write_text(text.replace(old, new, 1))
         for read in (MeasurementTable, read_measurements):
@@ -138,59 +148,122 @@ def test_a_table_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 # The cache of earlier runs.
 
 
-def test_a_measurement_is_found_again_by_anyone(tmp_path: Path) -> None:
-    first = MeasurementCache(tmp_path / "m")
-    assert first.find(row().key) is None
-    first.add(row())
+def now(**changes: Any) -> str:
+    return (datetime.now(timezone.utc) - timedelta(**changes)).isoformat(timespec="seconds")
+
+
+def young(arch: str = "a", **changes: Any) -> MeasurementRow:
+    return row(arch, **{"when": now(), **changes})
+
+
+def test_a_visit_is_found_again_by_anyone(tmp_path: Path) -> None:
+    first, kept = MeasurementCache(tmp_path / "m"), young()
+    assert MeasurementCache(tmp_path / "m").find(kept.key) == []
+    first.add(kept)
     second = MeasurementCache(tmp_path / "m")
-    assert first.find(row().key) == second.find(row().key) == row()
-    assert second.find(row("b").key) is None
-    assert second.find(replace(row().key, fingerprint="f" * 12)) is None
+    assert first.find(kept.key) == second.find(kept.key) == [kept]
+    assert second.find(young("b").key) == []
+    assert second.find(replace(kept.key, fingerprint="f" * 12)) == []
 
 
-def test_the_newest_counts_and_several_writers_lose_nothing(tmp_path: Path) -> None:
+def test_only_young_visits_count_and_not_too_many(tmp_path: Path) -> None:
+    cache = MeasurementCache(tmp_path)
+    rows = [young(seconds=float(n)) for n in range(MOST_VISITS + 4)]
+    for each in (young(when=now(days=8)), young(when=""), young(when=now(days=6)), *rows):
+        cache.add(each)
+    assert MeasurementCache(tmp_path).find(rows[0].key) == rows[-MOST_VISITS:]
+    other = MeasurementCache(tmp_path / "old")
+    other.add(young(when=now(days=8)))
+    assert other.find(rows[0].key) == []
+
+
+def test_several_writers_lose_nothing(tmp_path: Path) -> None:
     caches = [MeasurementCache(tmp_path) for _ in range(2)]
     for number in range(6):
-        caches[number % 2].add(row(str(number)))
-    caches[0].add(row("0", seconds=9.0))
+        caches[number % 2].add(young(str(number)))
+    caches[0].add(young("0", seconds=9.0))
     fresh = MeasurementCache(tmp_path)
-    assert all(fresh.find(row(str(n)).key) is not None for n in range(6))
-    assert fresh.find(row("0").key) == row("0", seconds=9.0)
+    assert [len(fresh.find(young(str(n)).key)) for n in range(6)] == [2, 1, 1, 1, 1, 1]
 
 
 def test_disturbed_measurements_are_not_kept(tmp_path: Path) -> None:
     cache = MeasurementCache(tmp_path / "m")
-    cache.add(row(disturbed="waited 40% of the time for a core"))
-    assert cache.find(row().key) is None
-    assert MeasurementCache(tmp_path / "m").find(row().key) is None
+    cache.add(young(disturbed="waited 40% of the time for a core"))
+    assert cache.find(young().key) == []
+    assert MeasurementCache(tmp_path / "m").find(young().key) == []
 
 
 @pytest.mark.parametrize("damage", [b"other,columns\n", b"\xff\x00", b""])
 def test_a_damaged_table_is_set_aside_and_measuring_goes_on(damage: bytes, tmp_path: Path) -> None:
-    first = MeasurementCache(tmp_path)
-    first.add(row())
+    MeasurementCache(tmp_path).add(young())
     (path,) = tmp_path.glob("*.csv")
     path.write_bytes(damage or path.read_bytes().replace(b",12,", b",x,"))
     second = MeasurementCache(tmp_path)
-    assert second.find(row().key) is None
+    assert second.find(young().key) == []
     assert [p.suffix for p in tmp_path.iterdir() if p.suffix != ".lock"] == [".damaged"]
-    second.add(row("b"))
-    third = MeasurementCache(tmp_path)
-    assert third.find(row("b").key) == row("b")
+    kept = young("b")
+    second.add(kept)
+    assert MeasurementCache(tmp_path).find(kept.key) == [kept]
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = MeasurementCache(tmp_path / "file" / "m")
-    cache.add(row())
-    assert cache.find(row().key) is None
+    cache.add(young())
+    assert cache.find(young().key) == []
     if os.geteuid() != 0:  # root writes everywhere
-        MeasurementCache(tmp_path / "m").add(row())
+        MeasurementCache(tmp_path / "m").add(young())
         (tmp_path / "m").chmod(0o500)
         cache = MeasurementCache(tmp_path / "m")
-        cache.add(row("b"))
-        cache.find(row().key)
+        cache.add(young("b"))
+        cache.find(young().key)
         (tmp_path / "m").chmod(0o700)
+
+
+# Visits.
+
+
+def visit(ratio: float, **changes: Any) -> Measurement:
+    single = dict.fromkeys(("images_per_s_lo", "images_per_s_hi", "ratio_lo", "ratio_hi"))
+    return replace(MEASUREMENT, **single, **{"images_per_s": 50 * ratio, "ratio": ratio, "visits": 1, **changes})
+
+
+def test_visits_combine_to_an_interval_over_visits() -> None:
+    visits = [visit(x, when=str(n)) for n, x in enumerate((2.0, 2.1, 1.9, 2.05))]
+    found = combined(visits)
+    of = visit_interval([each.ratio for each in visits if each.ratio is not None])
+    assert (found.ratio, found.ratio_lo, found.ratio_hi) == (of.median, of.lo, of.hi)
+    assert (found.visits, found.blocks, found.passes, found.seconds) == (4, 48, 12, 6.0)
+    assert (found.when, found.coverage) == ("3", 0.95)
+    wider = combined(visits, looks=3)
+    assert wider.half_width > found.half_width, "several looks share what may go wrong"
+    few = combined(visits[:3])
+    assert (few.ratio_lo, few.coverage, few.half_width) == (None, 0.0, math.inf)
+    assert few.verdict_of(parse_requirement("speedup>=1@cpu", dtype="float32", batch=32)) == "undecided"
+
+
+def test_a_percentile_has_an_interval_where_there_were_passes_enough() -> None:
+    visits = [visit(2.0, latency_ms_p50=5.0 + n, latency_ms_p90=9.0, latency_ms_p99=9.9, passes=20) for n in range(4)]
+    found = combined(visits)
+    assert None not in (found.latency_ms_p50_lo, found.latency_ms_p90_lo)
+    assert (found.latency_ms_p99, found.latency_ms_p99_lo) == (pytest.approx(9.9), None)
+
+
+def test_disturbed_visits_count_only_where_there_are_no_others() -> None:
+    calm, loud = [visit(2.0)] * 4, [visit(9.0, disturbed="waited")] * 3
+    assert calmest([*loud, *calm], 4) == calm
+    assert calmest([*loud, *calm[:3]], 4) == [*loud, *calm[:3]]
+
+
+def test_the_visits_that_would_decide_are_told() -> None:
+    required = parse_requirement("speedup>=1.99@cpu", dtype="float32", batch=32)
+    visits = [visit(x) for x in (2.0, 2.1, 1.9, 2.05)]
+    found = combined(visits)
+    assert found.verdict_of(required) == "undecided"
+    needed = visits_needed(found, required)
+    assert needed is not None
+    assert needed > 4
+    assert visits_needed(combined([visit(1.99), visit(1.99), visit(1.98), visit(2.0)]), required) is None
 
 
 # Verdicts.
@@ -224,8 +297,10 @@ def test_measurement_round_trip_and_nonsense() -> None:
         {"images_per_s": float("nan")},
         {"images_per_s_lo": 101.0},
         {"ratio_lo": None},
+        {"ratio": None},
         {"ratio": -1.0},
         {"blocks": 0},
+        {"visits": 0},
         {"batch": 0},
         {**LATENCY, "latency_ms_p50_hi": 7.5},
     )

@@ -319,7 +319,7 @@ def test_a_plan_trains_nothing_and_foretells_the_counted_work(
 ) -> None:
     executor = Counting()
     made, text = plan(**settings(finished, beam=2), check_proxy=4, executor=executor)
-    assert {job.__name__ for job, _ in executor.jobs} <= {"check_labels", "fingerprint", "measure", "pace"}
+    assert {job.__name__ for job, _ in executor.jobs} <= {"check_labels", "fingerprint", "visit", "pace"}
     work = json.loads((original / "result.json").read_text())["work"]
     assert made.check_proxy is not None
     assert (made.check_proxy.timings, made.check_proxy.trainings) == (4, 20)

@@ -75,6 +75,7 @@ class MadeUpRun(Run):
         more = {"proxy_init": "inherit", "importance": "prefix", "metric": "top1", "steps": 3}
         self.config = same(racing=racing, proxy_epochs=epochs, beam=keep, **more)
         self.strategy = same(stepwise=stepwise)
+        self.settings = ()
         self.store = {"use_epochs": stored}
         self.folder = same(job_folder=lambda name: self.root / name, drop_weights=self._drop)
         self.family = same(

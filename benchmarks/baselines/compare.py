@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,11 +15,13 @@ from benchmarks.baselines.jobs import (
     VARIANTS,
     WORKER,
     PrunedTrainJob,
+    PrunedVisitJob,
     PruneJob,
     SeedJob,
     not_installed,
     prune,
     train_pruned,
+    visit_pruned,
 )
 from benchmarks.estimates import Floats, Interval, paired_interval, verdict
 from benchmarks.trainings import Training, TrainingPool, open_pool
@@ -30,15 +31,12 @@ from nas.core.progress import Console
 from nas.core.requirement import Requirement
 from nas.jobs.job import Job, Result
 from nas.jobs.queue import OutOfTime
+from nas.measure.measurement import Measurement, combined
 
 FIRST_SEED = 2000
 """Random seed of the first equal training."""
 INITS = ("inherit", "scratch")
 LEAST_TEST_IMAGES = 2000
-BLOCKS = 30
-"""Blocks of a timing that compares two archs, at least."""
-PROCESSES = 5
-"""Processes that time them, one after the other."""
 SLACK = 0.05
 """A pruned net reaches its budget at most this share below it, and not above."""
 LIMIT_S = 7200.0
@@ -162,28 +160,13 @@ def train_equally(
 
 
 def relative_throughput(pool: TrainingPool, own: Side, rival: Side) -> Interval | None:
-    """Return the contracted arch's throughput relative to a rival's, and the range over processes.
-
-    A process has a layout in memory and a moment of its own, which its interval does not include: hence the median of
-    several processes' ratios, from the lowest bound of an interval to the highest. Each is timed longer than in a
-    search, and longer still while its interval straddles 1, as the gate of a run does.
-    """
+    """Return the contracted arch's throughput relative to a rival's: more visits while its interval straddles 1."""
     run = pool.run
     if own.arch is None or rival.arch is None or run.key(own.arch) == run.key(rival.arch):
         return None
-    longer = copy.copy(run.timings)
-    longer.config = replace(run.config, bench_blocks=BLOCKS)
     faster = Requirement("speedup", 1.0, run.timings.primary)
-    found: list[Any] = []
-    for number in range(PROCESSES):
-        role = f"compare-{number}" if number else "compare"
-        measured = longer.measure(own.arch, role, reference=rival.arch, requirements=[faster])
-        run.executor.close()  # the next one is another process
-        if isinstance(measured, Result):
-            return None
-        found.append((measured.ratio, measured.ratio_lo, measured.ratio_hi))
-    ratios, los, his = zip(*found, strict=True)
-    return float(np.median(ratios)), min(los), max(his)
+    measured = run.timings.measure(own.arch, "compare", reference=rival.arch, requirements=[faster])
+    return None if isinstance(measured, Result) else measured.interval("speedup")
 
 
 def base_row(
@@ -290,16 +273,18 @@ def pruned_rows(
             continue
         folder = run.folder.path / "pruned" / base.target / f"{number}-of-{base.params}"
         pruning = PruneJob(
-            **common,
-            random_seed=config.random_seed,
-            variant=variant,
-            budget=base.params,
-            setting=run.primary,
-            threads=config.threads,
-            blocks=config.bench_blocks,
-            max_blocks=config.bench_max_blocks,
-            out=folder / "pruned",
+            **common, random_seed=config.random_seed, variant=variant, budget=base.params, out=folder / "pruned"
         )
+        visits = [
+            PrunedVisitJob(
+                **common,
+                random_seed=config.random_seed,
+                pruned=folder / "pruned" / "pruned.safetensors",
+                setting=run.primary,
+                out=folder / f"visit-{number}",
+            )
+            for number in range(config.visits)
+        ]
         trainings = [
             PrunedTrainJob(
                 **common,
@@ -310,26 +295,38 @@ def pruned_rows(
             )
             for seed in range(FIRST_SEED, FIRST_SEED + given.seeds)
         ]
-        rows.append(pruned_row(row, pruning, trainings, own, pool.workers, work))
+        rows.append(pruned_row(row, pruning, visits, trainings, own, pool.workers, config.threads, work))
     return rows
 
 
 def pruned_row(
-    base: BaselineRow, pruning: PruneJob, trainings: Sequence[PrunedTrainJob], own: Floats, workers: int, work: Work
+    base: BaselineRow,
+    pruning: PruneJob,
+    visits: Sequence[PrunedVisitJob],
+    trainings: Sequence[PrunedTrainJob],
+    own: Floats,
+    workers: int,
+    threads: int,
+    work: Work,
 ) -> BaselineRow:
-    """Prune, train on every random seed, and compare."""
+    """Prune, time beside the seed, train on every random seed, and compare."""
     row = base
     try:
-        (pruned,) = work([Job(prune, pruning, "prune")], 1, pruning.threads)
+        (pruned,) = work([Job(prune, pruning, "prune")], 1, threads)
         if not pruned.ok:
             return replace(row, reached=False, outcome=f"failed: {pruned.reason}")
         params = int(pruned.values["params"])
+        found = work([Job(visit_pruned, job, job.out.name, timed=True, fresh=True) for job in visits], 1, threads)
+        timed = [Measurement.from_dict(each.values) for each in found if each.ok]
+        ratio, lo, hi = combined(timed).interval("speedup") if len(timed) == len(visits) else (None, None, None)
         row = replace(
             row,
             params_rival=params,
             reached=(1 - SLACK) * pruning.budget <= params <= pruning.budget,
             loads=pruned.values["loads"],
-            **{k: pruned.values[k] for k in ("seed_ratio", "seed_ratio_lo", "seed_ratio_hi")},
+            seed_ratio=ratio,
+            seed_ratio_lo=lo,
+            seed_ratio_hi=hi,
         )
         done = work([Job(train_pruned, job, job.out.name) for job in trainings], workers, 1)
     except OutOfTime:

@@ -88,14 +88,18 @@ class SeedJob(ScoreJob):
 
 @dataclass(frozen=True, kw_only=True)
 class PruneJob(SeedJob):
-    """The seed to prune to at most `budget` parameters, and how it is timed."""
+    """The seed to prune to at most `budget` parameters."""
 
     variant: Variant
     budget: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedVisitJob(SeedJob):
+    """A pruned network to time beside the seed in one visit; `pruned` holds its weights."""
+
+    pruned: Path
     setting: Setting
-    threads: int
-    blocks: int
-    max_blocks: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class PrunedTrainJob(SeedJob):
 
 
 def prune(job: PruneJob, tick: Tick) -> Values:
-    """Prune the seed, keep `pruned.safetensors`, time it beside the seed, load it in timm."""
+    """Prune the seed, keep `pruned.safetensors`, load it in timm."""
     import torch
 
     from benchmarks.baselines import prune as tools
@@ -116,8 +120,6 @@ def prune(job: PruneJob, tick: Tick) -> Values:
     from nas.export.weights import load_weights, save_weights
     from nas.inherit.batchnorm import first_inputs
     from nas.labels.reader import holdout_batches
-    from nas.measure.interleave import TimingPlan
-    from nas.measure.throughput import measure
 
     torch.set_num_threads(1)  # the same bits whatever the machine
     started, part = time.monotonic(), empty_part(job.out)
@@ -151,15 +153,27 @@ def prune(job: PruneJob, tick: Tick) -> Values:
         pruned.train()
         pruned.eval()
         assert torch.allclose(again(example), pruned(example), atol=1e-4), "it is not rebuilt"
-    plan = TimingPlan(job.blocks, job.max_blocks)
-    timed = measure(again, seed, ctx=ctx, setting=job.setting, threads=job.threads, plan=plan)
     family = get_family(job.family)
     values = {
         "params": tools.count(again),
         "pruning_ratio": ratio,
         "loads": tools.loads_in_timm(family.timm_call(family.arch(job.arch), ctx), state),
-        **{f"seed_{name}": getattr(timed, name) for name in ("ratio", "ratio_lo", "ratio_hi")},
     }
+    finish_folder(job.out, part, values, started)
+    return values
+
+
+def visit_pruned(job: PrunedVisitJob, tick: Tick) -> Values:
+    """Time a pruned network beside the seed: a `nas.measure.measurement.Measurement` as JSON."""
+    from benchmarks.baselines.prune import rebuild
+    from nas.export.weights import load_weights
+    from nas.measure.interleave import keep_freed_memory
+    from nas.measure.throughput import measure
+
+    started, part = time.monotonic(), empty_part(job.out)
+    keep_freed_memory()
+    pruned = rebuild(job.network(), load_weights(job.pruned, name="pruned weights"))
+    values = measure(pruned, job.network(), ctx=job.context, setting=job.setting).to_dict()
     finish_folder(job.out, part, values, started)
     return values
 

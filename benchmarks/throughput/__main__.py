@@ -1,9 +1,9 @@
 """Measure networks on this device: `python -m benchmarks.throughput --arch 5M 11M 21M`.
 
-Every network is timed in blocks that alternate with a reference's, under each asked combination of runtime, dtype,
-batch and resolution; what is out of memory, not installed or otherwise fails is a row too. Latency is that of batch 1,
-peak memory that of a process that does nothing else. Writes `--out` (CSV), a figure beside it, and ends with one line
-of JSON.
+Every network is timed in several fresh processes (visits), in blocks that alternate with a reference's, under each
+asked combination of runtime, dtype, batch and resolution; what is out of memory, not installed or otherwise fails is a
+row too. Latency is that of batch 1, peak memory that of a process that does nothing else. Writes `--out` (CSV), a
+figure beside it, and ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,16 +28,16 @@ from nas.jobs.local import LocalExecutor
 from nas.measure import jobs
 from nas.measure.device_table import FAILED, OK, DeviceRow, fingerprint_columns, read_rows, write_rows
 from nas.measure.fingerprint import Fingerprint
-from nas.measure.interleave import Bounds, TimingPlan
-from nas.measure.jobs import AccuracyJob, CountJob, ExportJob, FingerprintJob, MemoryJob, NetworkJob, TimingJob
-from nas.measure.measurement import Measurement, Throughput
+from nas.measure.interleave import TimingPlan
+from nas.measure.intervals import planned_looks
+from nas.measure.jobs import GROUP, AccuracyJob, CountJob, ExportJob, FingerprintJob, MemoryJob, NetworkJob, VisitJob
+from nas.measure.measurement import Measurement, Throughput, combined
 from nas.measure.runtimes import check_setting, find_runtime
 from space import Context
 from space.errors import InputError, refuse
 
 A = TypeVar("A")
 
-LATENCY_BLOCKS = 10
 HEADING = (
     f"{'arch':<30} {'runtime':<16} {'dtype':<8} {'batch':>4} {'px':>4}  images/s [interval]  x reference [interval]  "
     "latency p50/p90/p99 at batch 1  peak memory  parameters  MACs"
@@ -49,20 +49,22 @@ class DeviceBenchmark:
 
     def __init__(self, plan: ThroughputPlan, console: Console) -> None:
         self.plan, self.config, self.console = plan, plan.config, console
-        self._worker = LocalExecutor(threads=plan.threads)
+        self._worker, self._visits = (LocalExecutor(threads=plan.threads) for _ in range(2))
         self._devices: dict[str, Fingerprint] = {}
         self._datasets: dict[int, Path] = {}
 
     def close(self) -> None:
-        """End the worker."""
+        """End the workers."""
         self._worker.close()
+        self._visits.close()
 
     def do(self, function: Callable[[A, Tick], Values], key: str, argument: A, *, fresh: bool = False) -> Result:
         """Run a job, in a process of its own if `fresh`; a failure is a result."""
         self.console.describe(key)
-        job = Job(function, argument, re.sub(r"[^\w.-]", "_", key)[:80])
+        job = Job(function, argument, re.sub(r"[^\w.-]", "_", key)[:80], timed=True, forked=function is jobs.visit)
         if not fresh:
-            return self._worker.run(job, heartbeat=self.console.refresh)
+            worker = self._visits if job.forked else self._worker
+            return worker.run(job, heartbeat=self.console.refresh)
         with LocalExecutor(threads=self.plan.threads) as worker:
             return worker.run(job, heartbeat=self.console.refresh)
 
@@ -82,29 +84,73 @@ class DeviceBenchmark:
         for size in self.plan.sizes:
             ctx = Context(img_size=size, num_classes=self.config.num_classes)
             for setting in self.plan.settings:
-                for net in nets:
-                    empty = self._empty(net, ctx, setting)
-                    held = None if self.plan.auto else done.get(empty.conditions)
-                    yield held or self._row(net, ctx, setting, empty)
-                    self.console.advance(1.0)
+                for first in range(0, len(nets), GROUP):
+                    group = nets[first : first + GROUP]
+                    empties = [self._empty(net, ctx, setting) for net in group]
+                    held = [None if self.plan.auto else done.get(empty.conditions) for empty in empties]
+                    timed = self._timed([n for n, h in zip(group, held, strict=True) if h is None], ctx, setting)
+                    for net, row, empty in zip(group, held, empties, strict=True):
+                        yield row or self._row(net, ctx, setting, empty, timed)
+                        self.console.advance(1.0)
 
-    def _row(self, net: Net, ctx: Context, setting: Setting, empty: DeviceRow) -> DeviceRow:
+    def _timed(self, nets: Sequence[Net], ctx: Context, setting: Setting) -> dict[str, Throughput | Result]:
+        """Time networks in the same visits, by name; none where each has its own batch, or nothing can run."""
+        try:
+            check_setting(setting)
+        except InputError:
+            return {}
+        if self.plan.auto or not nets:
+            return {}
+        found = self._visited(nets, ctx, setting)
+        # What fails beside others may have room alone.
+        for net in nets if len(nets) > 1 else ():
+            if isinstance(found[net.name], Result):
+                found |= self._visited([net], ctx, setting)
+        return found
+
+    def _visited(self, nets: Sequence[Net], ctx: Context, setting: Setting) -> dict[str, Throughput | Result]:
+        visits: dict[str, list[Measurement]] = {net.name: [] for net in nets}
+        looks = planned_looks(
+            self.config.visits, self.config.max_visits if self.config.precision else self.config.visits
+        )
+        found: dict[str, Throughput | Result] = {}
+        for look in looks:
+            due = [net for net in nets if net.name not in found]
+            while due := [net for net in due if net.name not in found and len(visits[net.name]) < look]:
+                name = f"{due[0].name} and {len(due) - 1} more {setting.text}"
+                result = self.do(jobs.visit, name, self._visit_job(due, ctx, setting))
+                for at, net in enumerate(due):
+                    values = result.values["visits"][at] if result.ok else {"reason": result.reason}
+                    if result.ok and "reason" not in values:
+                        visits[net.name].append(Measurement.from_dict(values))
+                    else:
+                        found[net.name] = replace(result, ok=False, reason=values["reason"])
+            for net in nets:
+                if net.name not in found:
+                    timed = combined(visits[net.name], len(looks))
+                    if timed.half_width <= self.config.precision or look == looks[-1]:
+                        found[net.name] = timed.throughput
+        return found
+
+    def _row(
+        self, net: Net, ctx: Context, setting: Setting, empty: DeviceRow, known: Mapping[str, Throughput | Result]
+    ) -> DeviceRow:
         try:
             check_setting(setting)
         except InputError as error:  # not installed, or not for this device or dtype
             return replace(empty, reason=str(error))
         if self.plan.auto:
             job = NetworkJob(network=net.spec(ctx), context=ctx, setting=setting)
-            found = self.do(jobs.fastest_batch, f"{net.name} batch", job)
-            if not found.ok:
-                return self._failed(empty, found)
-            setting = replace(setting, batch=found.values["batch"])
+            batch = self.do(jobs.fastest_batch, f"{net.name} batch", job)
+            if not batch.ok:
+                return self._failed(empty, batch)
+            setting = replace(setting, batch=batch.values["batch"])
             empty = self._empty(net, ctx, setting)
-        timing = self._timing(net, ctx, setting)
-        measured = self.do(jobs.measure, f"{net.name} {setting.text}", timing)
-        if not measured.ok:
-            return self._failed(empty, measured)
-        timed = Measurement.from_dict(measured.values).throughput
+            known = self._visited([net], ctx, setting)
+        found = known[net.name]
+        if isinstance(found, Result):
+            return self._failed(empty, found)
+        timed, timing = found, self._visit_job([net], ctx, setting)
         alone, passes = self._latency(net, timing, timed)
         timed = timed.with_latency(alone)
         if self.config.memory:
@@ -136,16 +182,15 @@ class DeviceBenchmark:
         named = self.config.reference_runtime
         return setting if named is None else replace(setting, runtime=named, dtype="float32")
 
-    def _timing(self, net: Net, ctx: Context, setting: Setting) -> TimingJob:
-        config, reference = self.config, self.plan.reference
-        return TimingJob(
-            network=net.spec(ctx),
+    def _visit_job(self, nets: Sequence[Net], ctx: Context, setting: Setting) -> VisitJob:
+        reference = self.plan.reference
+        return VisitJob(
+            networks=tuple(net.spec(ctx) for net in nets),
             reference=None if reference is None else reference.spec(ctx),
             context=ctx,
             setting=setting,
             reference_setting=self._beside(setting),
-            plan=TimingPlan(config.blocks, config.max_blocks, bounds=Bounds(precision=config.precision or None)),
-            random_seed=config.random_seed,
+            random_seed=self.config.random_seed,
         )
 
     def _failed(self, empty: DeviceRow, result: Result) -> DeviceRow:
@@ -153,30 +198,31 @@ class DeviceBenchmark:
             raise InputError(result.reason)
         return replace(empty, reason=result.reason or "failed")
 
-    def _latency(self, net: Net, timing: TimingJob, throughput: Throughput) -> tuple[Throughput | None, int | None]:
+    def _latency(self, net: Net, timing: VisitJob, throughput: Throughput) -> tuple[Throughput | None, int | None]:
         """Measure the latencies at batch 1; also returns the passes, at least as many as asked."""
-        least, passes = self.config.latency_passes, throughput.passes * throughput.blocks
+        least, visits = self.config.latency_passes, self.config.visits
         if least == 0:
             return None, None
-        if timing.setting.batch == 1 and passes >= least:
-            return throughput, passes
+        if timing.setting.batch == 1 and throughput.passes >= least:
+            return throughput, throughput.passes
+        plan = TimingPlan()
         alone = replace(
             timing,
             setting=replace(timing.setting, batch=1),
             reference=None,
             reference_setting=None,
-            plan=TimingPlan(blocks=LATENCY_BLOCKS, max_blocks=LATENCY_BLOCKS, min_passes=-(-least // LATENCY_BLOCKS)),
+            plan=replace(plan, min_passes=-(-least // (visits * plan.blocks))),
         )
-        found = self.do(jobs.measure, f"{net.name} latency", alone)
-        if not found.ok:
+        found = [self.do(jobs.visit, f"{net.name} latency", alone) for _ in range(visits)]
+        if not all(each.ok and "reason" not in each.values["visits"][0] for each in found):
             return None, None
-        measured = Measurement.from_dict(found.values)
-        return measured, measured.blocks * measured.passes
+        measured = combined([Measurement.from_dict(each.values["visits"][0]) for each in found])
+        return measured, measured.passes
 
-    def _peak_memory(self, net: Net, timing: TimingJob) -> int | None:
+    def _peak_memory(self, net: Net, timing: VisitJob) -> int | None:
         """Return the peak memory of a process that only loads and runs the net."""
-        names = ("network", "context", "setting", "random_seed")
-        same: dict[str, Any] = {name: getattr(timing, name) for name in names}
+        same: dict[str, Any] = {name: getattr(timing, name) for name in ("context", "setting", "random_seed")}
+        same["network"] = timing.networks[0]
         with tempfile.TemporaryDirectory(prefix="weigh-") as folder:
             exported = self.do(jobs.export_model, f"{net.name} export", ExportJob(**same, out=Path(folder)))
             if not exported.ok:
@@ -202,10 +248,10 @@ class DeviceBenchmark:
             raise refuse("--accuracy-data", got, f"classes of the {classes} of {net.name}", remedy)
         return self._datasets[size], match.rows
 
-    def _accuracy(self, net: Net, timing: TimingJob) -> dict[str, Any]:
+    def _accuracy(self, net: Net, timing: VisitJob) -> dict[str, Any]:
         dataset, rows = self.match_data(net, timing.context)
-        same = {name: getattr(timing, name) for name in ("network", "context", "setting")}
-        job = AccuracyJob(**same, dataset=dataset, class_rows=rows)
+        same: dict[str, Any] = {"context": timing.context, "setting": timing.setting}
+        job = AccuracyJob(**same, network=timing.networks[0], dataset=dataset, class_rows=rows)
         found = self.do(jobs.accuracy, f"{net.name} accuracy", job)
         if not found.ok:
             return {"reason": f"no accuracy: {found.reason}"}

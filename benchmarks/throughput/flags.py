@@ -51,11 +51,11 @@ class ThroughputConfig:
     device: tuple[str, ...] = setting(("cpu",), "cpu, cuda or cuda:N", metavar="NAME", many=True, default_text="cpu")
     num_classes: int = setting(1000, "of the head", metavar="N", low=1)
     threads: int | None = setting(None, "of a process", group="how long", metavar="N", default_text="the usable CPUs")
-    blocks: int = setting(12, "at least", metavar="N", low=6)
-    max_blocks: int = setting(96, "at most", metavar="N")
+    visits: int = setting(4, "fresh processes that time a network, at least", metavar="N", low=4)
+    max_visits: int = setting(16, "at most", metavar="N")
     precision: float = setting(
         0.03,
-        "time on until half the interval is this share; 0: --blocks suffice",
+        "make visits until half the interval is this share; 0: --visits suffice",
         metavar="SHARE",
         low=0.0,
         want="a share in [0, 1)",
@@ -113,8 +113,8 @@ def plan_of(given: argparse.Namespace) -> tuple[list[Net], ThroughputPlan]:
     check_settings(config)
     family = get_family(config.space or "tinyvit")
     threads = usable_cpus() if config.threads is None else read_threads(config.threads)
-    if config.max_blocks < config.blocks:
-        raise refuse("--max-blocks", config.max_blocks, f"an integer >= {config.blocks}")
+    if config.max_visits < config.visits:
+        raise refuse("--max-visits", config.max_visits, f"an integer >= {config.visits}")
     if config.precision >= 1:
         raise refuse("--precision", config.precision, "a share in [0, 1)")
     if (config.space is None) != (config.sample is None):

@@ -20,7 +20,7 @@ from nas.core.cli import path_argument, resume_flags, shell_command
 from nas.core.io import read_object, write_json
 from nas.core.per_image import losses_of, paired_difference
 from nas.jobs.job import Result
-from nas.measure.measurement import Measurement
+from nas.measure.measurement import Measurement, visits_needed
 from nas.report import write_report
 from nas.search.constraints import requirements_of
 from nas.search.selection import paired_error, rank
@@ -54,11 +54,12 @@ def finish(run: Run, seed: Incumbent, progress: RunProgress) -> None:
         progress.status, progress.message = "unverified", _unverified(run, picked)
     elif isinstance(picked, str):
         progress.status, progress.message = "stuck", picked
-    elif isinstance(compared := compare(run, seed, *picked), str):
+    elif isinstance(compared := compare(run, seed, picked), str):
         progress.status, progress.message = "stuck", compared
     else:
-        progress.best, progress.final = picked[0], compared
-        progress.status, progress.message = "reached", _reached(run, compared)
+        progress.best, progress.final = picked.of, compared
+        progress.status = "undecided" if picked.undecided else "reached"
+        progress.message = _outcome(run, compared, picked.undecided)
 
 
 def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
@@ -99,34 +100,42 @@ def confirm(run: Run, finalists: Sequence[Incumbent]) -> list[Incumbent]:
     return [replace(by_key[key], second_loss=second[key]) for key in rank(scored, paired_error(losses.__getitem__))]
 
 
-def pick_winner(
-    run: Run, ranked: Sequence[Incumbent]
-) -> tuple[Incumbent, Measurement, tuple[str, ...]] | list[Incumbent] | str:
-    """Time the finalists again, best first; return the first that no requirement rejects.
+@dataclass(frozen=True)
+class Finalist:
+    """A finalist timed afresh: its primary timing, every requirement's verdict, and those left open, in words."""
 
-    It comes with its primary timing and every requirement's verdict. Otherwise the finalists that a device table only
-    predicts, and does not rule out; without any, a sentence with how much the last one missed.
+    of: Incumbent
+    measured: Measurement
+    verdicts: tuple[str, ...] = ()
+    undecided: str = ""
+
+
+def pick_winner(run: Run, ranked: Sequence[Incumbent]) -> Finalist | list[Incumbent] | str:
+    """Time the finalists again, best first; return the first that meets all requirements.
+
+    Otherwise the first that `--max-visits` leaves undecided; otherwise the finalists that a device table only predicts,
+    and does not rule out; without any, a sentence with how much the last one missed.
     """
-    text, likely = "", []
-    for finalist in ranked:
-        missed, primary, guessed, verdicts = _fresh(run, finalist)
+    text, likely, undecided = "", list[Incumbent](), list[Finalist]()
+    for incumbent in ranked:
+        missed, finalist, guessed = _fresh(run, incumbent)
         if missed:
-            text = f"{run.family.label(finalist.arch)}, timed afresh, {missed}"
+            text = f"{run.family.label(incumbent.arch)}, timed afresh, {missed}"
         elif guessed:
-            likely.append(finalist)
+            likely.append(incumbent)
         else:
-            assert primary is not None
-            return finalist, primary, verdicts
-    return likely or text
+            assert finalist is not None
+            if not finalist.undecided:
+                return finalist
+            undecided.append(finalist)
+    return undecided[0] if undecided else likely or text
 
 
-def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool, tuple[str, ...]]:
-    """Time a finalist under every setting.
-
-    Returns what it missed, its primary timing, whether any of it is a guess, and all verdicts.
-    """
+def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Finalist | None, bool]:
+    """Time a finalist under every setting: what it missed, how it was timed, and whether any of it is a guess."""
     primary, guessed, missed = None, False, ""
     verdicts: tuple[str, ...] = ()
+    still_open: list[str] = []
     for setting in run.settings:
         required = tuple(r for r in requirements_of(run.config) if r.setting == setting)
         if missed or not (required or setting == run.primary):
@@ -143,7 +152,15 @@ def _fresh(run: Run, finalist: Incumbent) -> tuple[str, Measurement | None, bool
         failed = [one for one in required if measured.verdict_of(one) == "fail"]
         if failed:
             missed = f"misses {failed[0].text}: {interval_text(measured, failed[0].metric)}"
-    return missed, primary, guessed, verdicts
+        for one in required:
+            if measured.verdict_of(one) == "undecided":
+                needed = visits_needed(measured, one)
+                what = "no number of visits" if needed is None else f"about {needed} visits"
+                value = interval_text(measured, one.metric)
+                still_open.append(f"{one.text} at {value} after {measured.visits} visits; {what} would decide it")
+    if primary is None:
+        return missed, None, guessed
+    return missed, Finalist(finalist, primary, verdicts, "; ".join(still_open)), guessed
 
 
 def final_training(run: Run, arch: Arch, seed: Incumbent) -> Task:
@@ -189,13 +206,12 @@ def _side(run: Run, name: str, arch: Arch, measured: Measurement, values: Mappin
     }
 
 
-def compare(
-    run: Run, seed: Incumbent, winner: Incumbent, measured: Measurement, verdicts: Sequence[str] = ()
-) -> dict[str, Any] | str:
+def compare(run: Run, seed: Incumbent, picked: Finalist) -> dict[str, Any] | str:
     """Train and test the winner beside the published seed nearest in size, treated alike.
 
     Returns the `final` part of `result.json`, or a sentence when the winner's training failed.
     """
+    winner, measured = picked.of, picked.measured
     name, arch = nearest_published(run, run.family.count_params(winner.arch, run.context))
     itself = run.key(arch) == winner.key
     timed = None if itself else run.timings.measure(arch, "final", reference=run.seed_arch)
@@ -209,7 +225,7 @@ def compare(
         "metric": run.config.metric,
         "epochs": run.config.final_epochs,
         "winner": _side(run, "winner", winner.arch, measured, trained.values),
-        "requirements": list(verdicts),
+        "requirements": list(picked.verdicts),
         "fvcore_macs": trained.values.get("fvcore_macs"),
     }
     if timed is None:
@@ -257,11 +273,11 @@ def write_result(run: Run, progress: RunProgress, seconds: float) -> dict[str, A
     return result
 
 
-def _reached(run: Run, final: Mapping[str, Any]) -> str:
+def _outcome(run: Run, final: Mapping[str, Any], undecided: str) -> str:
     winner = final["winner"]
     band = run.band(run.config.steps)
     text = (
-        f"reached: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
+        f"{'undecided' if undecided else 'reached'}: {winner['params']:,} parameters in {band_text(band.lo, band.hi)}, "
         f"{winner['ratio']:.2f}x the seed's throughput "
         f"[{winner['ratio_lo']:.2f}, {winner['ratio_hi']:.2f}], "
         f"test top-1 {winner['top1']:.1%} +- {winner['top1_se']:.1%}"
@@ -269,9 +285,8 @@ def _reached(run: Run, final: Mapping[str, Any]) -> str:
     if final["metric"] != "top1" and winner["metric"] is not None:
         name = final["metric"].replace("_", " ")
         text += f", {name} {winner['metric']:.1%} +- {winner['metric_se']:.1%}"
-    for verdict in final["requirements"]:
-        if ": undecided at " in verdict:
-            text += f"; the fresh interval straddles {verdict.replace(': undecided', '')}"
+    if undecided:
+        text += f"; {undecided} (--max-visits)"
     if run.timings.reused:
         text += f"; {run.timings.reused} measurements were taken from the cache of earlier runs"
     return text

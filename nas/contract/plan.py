@@ -147,7 +147,7 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
             if len(drawn) <= turn:
                 continue
             before = time.monotonic()
-            measured = run.timings.measure(drawn[turn], "plan", reference=run.seed_arch)
+            measured = run.timings.measure(drawn[turn], "plan", reference=run.seed_arch, visits=1)
             spent, timings = spent + time.monotonic() - before, timings + 1
             if not isinstance(measured, Result) and measured.ratio is not None:
                 points.append((drawn[turn], measured.ratio))

@@ -249,12 +249,12 @@ def training_free_scores(run: Run, archs: Sequence[Arch]) -> dict[str, list[floa
     slower arch of the same size.
     """
     found: dict[str, list[float]] = {}
-    for arch in archs:
+    timed = run.timings.measure_together(archs, "gate", reference=run.seed_arch)
+    for arch, measured in zip(archs, timed, strict=True):
         values = {
             "parameters": -float(run.family.count_params(arch, run.context)),
             "MACs": -float(run.family.count_macs(arch, run.context)),
         }
-        measured = run.timings.measure(arch, "gate", reference=run.seed_arch)
         if not isinstance(measured, Result):
             values["throughput (slower is better)"] = float(measured.images_per_s)
         images = min(ZERO_COST_IMAGES, len(run.dataset.train.labels))

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nas.contract.gate import settle
 from nas.contract.state import MORE, RUNG, Incumbent, Run, Task
-from nas.contract.step import SCORES, Step, places, trial_of
+from nas.contract.step import SCORES, THROUGHPUT, Step, places, trial_of
 from nas.core.per_image import losses_of
 from nas.inherit.jobs import ImportanceJob, rank_by_importance
 from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, keep_failure, log_of
@@ -72,6 +73,7 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
             racing[at] = each = replace(each, seconds=each.seconds + result.seconds)
             trials[each.key] = _trial(run, step, each, task, result, rung)
         racing = [each for each in racing if trials[each.key].state != "failed"]
+        racing = _settled(run, step, racing, trials, last=rung == epochs)
         if rung == epochs or not racing:
             break
         folders = {each.key: _folder(run, step, each, rung) for each in racing}
@@ -86,6 +88,27 @@ def race(run: Run, step: Step, selected: Sequence[Candidate]) -> list[Trial]:
     if run.strategy.stepwise:
         trials |= _train_on_saved_epochs(run, step, racing, parents, trials)
     return [trials[each.key] for each in selected]
+
+
+def _settled(
+    run: Run, step: Step, racing: Sequence[Candidate], trials: dict[str, Trial], *, last: bool
+) -> list[Candidate]:
+    """Time provisional candidates further, between trainings; those that miss a requirement leave the race."""
+    left = []
+    for each in racing:
+        candidate, missed = settle(run, step, each, last=last)
+        trials[each.key] = trial = replace(trials[each.key], **_timing_of(candidate))
+        if not missed:
+            left.append(candidate)
+            continue
+        reason, violation = "; ".join(text for text, _ in missed), max(v for _, v in missed)
+        trials[each.key] = replace(trial, stage="throughput", state="pruned", reason=reason, violation=violation)
+    return left
+
+
+def _timing_of(candidate: Candidate) -> dict[str, Any]:
+    values = {name: getattr(candidate, name) for name in THROUGHPUT}
+    return {**values, "basis": candidate.basis, "requirements": "; ".join(candidate.requirements)}
 
 
 def _folder(run: Run, step: Step, candidate: Candidate, rung: int) -> Path:

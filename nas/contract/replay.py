@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from nas.contract.checks import saved_config, usual_steps
+from nas.contract.gate import meet_requirements, missed_trial, settle
 from nas.contract.run_folder import read_run_json
 from nas.contract.seed import requirement_value
 from nas.contract.state import MORE, Earlier, Incumbent, Run
-from nas.contract.step import SCORES, Step, add_trial, meets_requirements, places, trial_of
+from nas.contract.step import SCORES, Step, add_trial, places, trial_of
 from nas.core.config import RunConfig, flag
 from nas.core.io import read_json
 from nas.core.per_image import losses_of
@@ -165,7 +166,8 @@ def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]
     if not any(r.metric in ("speedup", "images_per_s") for r in bounds.requirements):
         bounds = replace(bounds, least_ratio=None)
     here = Step(step, seed, [seed], [seed], {seed.key: bounds})
-    passed: dict[str, tuple[Trial, Candidate]] = {}
+    rows: dict[str, Trial] = {}
+    candidates: list[Candidate] = []
     folders: dict[str, Path] = {}
     for of in lineage(earlier):
         for row, arch in scores_in_band(of, bounds.band):
@@ -174,9 +176,15 @@ def reuse_scores(run: Run, earlier: Earlier, seed: Incumbent) -> list[Incumbent]
                 continue
             folders[row.key] = folder
             (candidate,) = describe_candidates(run.family, [run.seed_arch], [(None, arch)], run.context)
-            measured = meets_requirements(run, here, candidate)
-            if measured is not None:
-                passed[row.key] = (row, measured)
+            rows[row.key] = row
+            candidates.append(candidate)
+    passed: dict[str, tuple[Trial, Candidate]] = {}
+    for candidate in meet_requirements(run, here, candidates):
+        settled, missed = settle(run, here, candidate, last=True)
+        if missed:
+            add_trial(run, missed_trial(run, here, settled, missed), settled.arch)
+        else:
+            passed[settled.key] = (rows[settled.key], settled)
     values = [replace(row, ratio=candidate.ratio) for row, candidate in passed.values()]
     order = rank(values, paired_error(lambda key: losses_of(folders[key], run.config.metric)))
     kept = order[: places(run, step)]

@@ -35,6 +35,7 @@ from nas.contract.checks import (
 )
 from nas.contract.final import RunProgress, finish, read_result, write_result
 from nas.contract.flags import Session
+from nas.contract.gate import meet_requirements
 from nas.contract.models import write_milestone
 from nas.contract.plan import Plan, make_plan, plan_text
 from nas.contract.proxy_check import check_band, check_proxy_in_time, named_archs
@@ -51,7 +52,7 @@ from nas.contract.replay import (
 from nas.contract.run_folder import RunFolder, default_folder
 from nas.contract.seed import best_so_far, expected_cost, prepare_seed, print_config, remove_intermediate_weights
 from nas.contract.state import Incumbent, Run
-from nas.contract.step import begin_step, end_step, meets_requirements, propose, rank, select, stuck_message
+from nas.contract.step import begin_step, end_step, propose, rank, select, stuck_message
 from nas.core.cli import path_argument, resume_flags, shell_command
 from nas.core.config import parse_count
 from nas.core.executor_config import ExecutorConfig
@@ -71,9 +72,9 @@ from space.errors import InputError, refuse
 class RunResult:
     """How a run ended.
 
-    `status` is `reached`, `stuck`, `unverified` (the finalists are only predicted to meet the requirements) or
-    `stopped` (out of time); `exit_code` 0 or 3; `message` one sentence; `folder` the run's; `result` the content of
-    `result.json`.
+    `status` is `reached`, `stuck`, `undecided` (the winner's requirements still are, after `--max-visits`),
+    `unverified` (the finalists are only predicted to meet the requirements) or `stopped` (out of time); `exit_code` 0
+    or 3; `message` one sentence; `folder` the run's; `result` the content of `result.json`.
     """
 
     status: str
@@ -241,7 +242,8 @@ def open_run(
         if earlier is not None:
             measured = earlier.folder / "measurements.csv"
             if not tables and measured.is_file():
-                rows += read_measurements(measured)
+                # The end of a run is always timed afresh.
+                rows += [row for row in read_measurements(measured) if row.role != "final"]
             if not resume and "steps" not in given:
                 config = replace(config, steps=steps_to_target(earlier, config, family, dataset))
         if not resume:
@@ -371,9 +373,7 @@ def contract_steps(run: Run, start: Incumbent, rows: list[StepRow]) -> tuple[lis
         step = begin_step(run, number, start, path[-1])
         kept: list[Incumbent] = []
         for draw in range(run.config.max_draws):
-            candidates = propose(run, step, draw)
-            measured = [meets_requirements(run, step, candidate) for candidate in candidates]
-            fast_enough = [candidate for candidate in measured if candidate is not None]
+            fast_enough = meet_requirements(run, step, propose(run, step, draw))
             kept = rank(run, step, race(run, step, select(run, step, fast_enough)))
             if kept:
                 break

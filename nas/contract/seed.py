@@ -123,9 +123,8 @@ def measure_seed(run: Run) -> Measurement:
     if isinstance(measured, Result):
         raise _untimed(run, run.primary, measured)
     run.console.line(
-        f"seed: {measured.images_per_s:.1f} images/s "
-        f"[{measured.images_per_s_lo:.1f}, {measured.images_per_s_hi:.1f}] at batch "
-        f"{measured.batch}, {measured.dtype}, {run.context.img_size} px"
+        f"seed: {interval_text(measured, 'images_per_s')} at batch {measured.batch}, {measured.dtype}, "
+        f"{run.context.img_size} px"
     )
     start_values: dict[Requirement, float] = {}
     for required in requirements_of(run.config):

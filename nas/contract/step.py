@@ -1,4 +1,4 @@
-"""One step of a search: propose candidates, check requirements, select some to train, rank them.
+"""One step of a search: propose candidates, select some to train, rank them.
 
 Everything here is a function of the configuration, the measurements and the jobs' results, so a resumed run repeats
 itself: finished work is reused and no trial is written twice.
@@ -15,11 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.contract.state import Incumbent, Run, derived_seed
-from nas.contract.timing import MEASURE_COST, interval_text, verdict_text
+from nas.contract.timing import MEASURE_COST
 from nas.core.per_image import losses_of
 from nas.core.requirement import Requirement
-from nas.jobs.job import Result, log_of
-from nas.measure.measurement import Measurement
 from nas.search import selection
 from nas.search.constraints import PACE, StepBounds, bounds_at
 from nas.search.strategies import SearchState
@@ -199,82 +197,6 @@ def add_trial(run: Run, trial: Trial, arch: Arch) -> None:
     run.study.add(trial, run.family.to_dict(arch), violations)
 
 
-# Requirements
-
-
-def meets_requirements(run: Run, step: Step, candidate: Candidate) -> Candidate | None:
-    """Time a candidate under every setting, the primary one first, and return it as measured.
-
-    A candidate that misses a bound becomes a trial, is not measured further, and gives None.
-    """
-    if run.study.failed(step.number, candidate.key, "throughput"):
-        return None
-    arch, bounds = candidate.arch, step.bounds[step.parent_of(candidate).key]
-    for setting in run.settings:
-        primary = setting == run.primary
-        required = bounds.under(setting)
-        if not required and not primary:
-            continue
-        measured = run.timings.measure(
-            arch, "gate", reference=run.seed_arch, requirements=required, setting=setting, step=step.number
-        )
-        candidate = replace(candidate, seconds=candidate.seconds + measured.seconds)
-        if isinstance(measured, Result):
-            reason = measured.reason or "failed"
-            if not primary:
-                reason = f"{setting.text}: {reason}"
-            log = log_of(f"gate-{candidate.key}")
-            trial = trial_of(run, step.number, candidate, stage="throughput", state="failed", reason=reason, log=log)
-            add_trial(run, trial, arch)
-            return None
-        if primary:
-            values = {name: getattr(measured, name) for name in THROUGHPUT}
-            candidate = replace(candidate, **values, basis=run.timings.basis(arch))
-        texts = (verdict_text(measured, one) for one in required)
-        candidate = replace(candidate, requirements=(*candidate.requirements, *texts))
-        guessed = run.timings.predicts(setting, arch)
-        missed = _missed(measured, required, guessed)
-        if primary and bounds.least_ratio is not None:
-            missed = [*_slower(measured, bounds.least_ratio), *missed]
-        if missed:
-            reason, violation = "; ".join(text for text, _ in missed), max(v for _, v in missed)
-            trial = trial_of(run, step.number, candidate, stage="throughput", reason=reason)
-            add_trial(run, replace(trial, violation=violation), arch)
-            return None
-    return candidate
-
-
-def _slower(measured: Measurement, least_ratio: float) -> list[tuple[str, float]]:
-    """Return the text and share by which a candidate is slower than its parent; else nothing.
-
-    The median decides: on a noisy machine no interval would clear a bound so near to 1.
-    """
-    ratio, lo, hi = measured.interval("speedup")
-    if ratio >= least_ratio:
-        return []
-    text = f"slower than {least_ratio:.3f}x the seed (its parent less 2 %): "
-    return [(f"{text}{ratio:.3f} [{lo:.3f}, {hi:.3f}]", least_ratio / ratio - 1)]
-
-
-def _missed(measured: Measurement, required: Sequence[Requirement], guessed: bool) -> list[tuple[str, float]]:
-    """Return the text and share of each missed requirement.
-
-    A measurement must meet a requirement with its whole interval; a prediction misses it only with its whole interval,
-    as the device is measured later.
-    """
-    found = []
-    for one in required:
-        verdict = measured.verdict_of(one)
-        if verdict == "pass" or (guessed and verdict == "undecided"):
-            continue
-        word = "misses" if verdict == "fail" else "does not surely meet"
-        _, lo, hi = measured.interval(one.metric)
-        violation = one.bound / lo - 1 if one.sense == ">=" else hi / one.bound - 1
-        text = f"{word} {one.text}: {interval_text(measured, one.metric)}"
-        found.append((text, min(violation, 1e6)))
-    return found
-
-
 # Selecting and ranking
 
 
@@ -316,7 +238,7 @@ def rank(run: Run, step: Step, raced: Sequence[Trial]) -> list[Incumbent]:
     for trial in raced:
         if trial.state == "failed":
             add_trial(run, trial, step.candidates[trial.key].arch)
-    through = {trial.key: trial for trial in scored if trial.stage != "race"}
+    through = {trial.key: trial for trial in scored if trial.stage not in ("race", "throughput")}
     older: dict[str, Incumbent] = {}
     if scored and not run.strategy.stepwise:
         older = {i.key: i for i in step.incumbents if i is not step.start and i.key not in through}

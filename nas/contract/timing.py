@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +11,14 @@ from typing import Any
 
 from nas.core.config import RunConfig
 from nas.core.progress import Console
-from nas.core.requirement import LATENCIES, Requirement, Setting
+from nas.core.requirement import Requirement, Setting
 from nas.jobs.job import Job, Result
 from nas.measure import jobs
 from nas.measure.device_table import DeviceTable
 from nas.measure.fingerprint import Fingerprint
-from nas.measure.interleave import Bounds, TimingPlan
-from nas.measure.jobs import ExportJob, MemoryJob, NetworkSpec, TimingJob
-from nas.measure.measurement import Measurement
+from nas.measure.intervals import planned_looks
+from nas.measure.jobs import GROUP, ExportJob, MemoryJob, NetworkSpec, VisitJob
+from nas.measure.measurement import Measurement, calmest, combined
 from nas.measure.measurement_table import MeasurementCache, MeasurementKey, MeasurementRow, MeasurementTable
 from nas.measure.runtimes import find_runtime
 from nas.search.constraints import primary_setting, settings_of
@@ -27,7 +28,6 @@ from space.family import Arch, Family
 
 MEASURE_COST = 250.0
 """A timing's share of the progress bar, in GMACs of training (about 3 s on two cores)."""
-
 
 UNITS = {"speedup": "x the seed", "images_per_s": " images/s", "peak_mem_mb": " MB"}
 
@@ -53,7 +53,7 @@ class Timings:
         """Open the run's own table and the cache of all runs."""
         self.primary = primary_setting(self.config)
         self.rows = MeasurementTable(self.folder / "measurements.csv")
-        self.kept = MeasurementCache(self.cache / "measurements")
+        self.kept = MeasurementCache(self.cache / "visits")
         self.asked: set[MeasurementKey] = set()
         self.reused = 0
 
@@ -65,66 +65,114 @@ class Timings:
         reference: Arch | None,
         requirements: Sequence[Requirement] = (),
         setting: Setting | None = None,
-        step: int | None = None,
+        visits: int | None = None,
     ) -> Measurement | Result:
-        """Time an arch, interleaved with the reference, or take the stored measurement.
+        """Time an arch until the requirements are decided or `--max-visits` is reached; see `measure_together`."""
+        options: dict[str, Any] = {"reference": reference, "setting": setting}
+        for look in self.looks if visits is None else [visits]:
+            found = self.measure_together([arch], role, requirements=[requirements], visits=look, **options)[0]
+            if isinstance(found, Result) or found.meets(requirements) != "undecided":
+                break
+        return found
 
-        `setting` is the run's primary one unless it is given. A stored measurement that leaves a requirement open is
-        made once more for a `step`, unless it was as long as allowed. The measurement is in `measurements.csv` before
-        it is returned. A failure (out of memory, say) is returned as the failed `Result`. Under the setting of a device
-        table, nothing is timed.
+    def measure_together(
+        self,
+        archs: Sequence[Arch],
+        role: str,
+        *,
+        reference: Arch | None,
+        requirements: Sequence[Sequence[Requirement]] = (),
+        setting: Setting | None = None,
+        visits: int | None = None,
+    ) -> list[Measurement | Result]:
+        """Bring archs to a number of visits (`--visits`), and return their measurements in order.
+
+        A visit is one fresh process, in which all archs that lack one are interleaved with the reference. `setting` is
+        the run's primary one unless it is given. Visits in `measurements.csv`, and for roles other than `final` those
+        of earlier runs, count. A visit is in `measurements.csv` before it is used. A failure (out of memory, say) is
+        returned as the failed `Result`. Under the setting of a device table, nothing is timed.
         """
         setting = self.primary if setting is None else setting
         if self.table is not None and setting == self.table.setting:
-            self.console.advance(MEASURE_COST)
-            return self.table.measurement(arch, final=role == "final")
-        weigh = any(r.metric == "peak_mem_mb" for r in requirements)
-        asked = self._measurement_key(arch, role, reference, setting)
-        self.asked.add(asked)
-        roles = [role] if step is None else [f"{role}-s{step}", role]
-        for each in roles:
-            known = self._known(replace(asked, role=each))
-            open_still = known is not None and (
-                (weigh and known.peak_mem_bytes is None)
-                or (
-                    step is not None
-                    and each == role
-                    and known.blocks < self.config.bench_max_blocks
-                    and known.meets(requirements) == "undecided"
-                )
-            )
-            if known is not None and not open_still:
-                self.console.advance(MEASURE_COST)
-                return known
-            if open_still:
-                role = roles[0]
-        job = TimingJob(
-            network=self._network(arch),
+            self.console.advance(MEASURE_COST * len(archs))
+            return [self.table.measurement(arch, final=role == "final") for arch in archs]
+        keys = [self._measurement_key(arch, role, reference, setting) for arch in archs]
+        new = {key for key in keys if key not in self.asked}
+        self.asked |= new
+        self.console.advance(MEASURE_COST * len(new))
+        of = {key.arch_key: arch for key, arch in zip(keys, archs, strict=True)}
+        failed: dict[MeasurementKey, Result] = {}
+        visits = self.looks[0] if visits is None else visits
+        while due := [k for k in dict.fromkeys(keys) if k not in failed and self._lacks(k, visits)]:
+            group = due[:GROUP]
+            result = self._visit([of[key.arch_key] for key in group], group, reference, setting)
+            for key, outcome in zip(group, result, strict=True):
+                # What fails beside others may have room alone.
+                if isinstance(outcome, Result) and len(group) > 1:
+                    outcome = self._visit([of[key.arch_key]], [key], reference, setting)[0]
+                if isinstance(outcome, Result):
+                    failed[key] = outcome
+                    continue
+                label = self.family.label(of[key.arch_key])
+                row = MeasurementRow(role, key.arch_key, label, key.reference_key, outcome)
+                self.rows.append(row)
+                self.kept.add(row)
+        weighed = requirements or [()] * len(archs)
+        return [failed.get(key) or self._found(key, of[key.arch_key], w) for key, w in zip(keys, weighed, strict=True)]
+
+    @property
+    def looks(self) -> list[int]:
+        """The counts of visits at which an undecided requirement is looked at."""
+        return planned_looks(self.config.visits, self.config.max_visits)
+
+    def _found(self, key: MeasurementKey, arch: Arch, requirements: Sequence[Requirement]) -> Measurement | Result:
+        """Return a key's visits as one measurement, weighed where a requirement bounds memory."""
+        found = combined(calmest(self._visits(key), self.looks[0]), len(self.looks))
+        weigh = next((r for r in requirements if r.metric == "peak_mem_mb"), None)
+        if weigh is None or weigh.setting is None:
+            return found
+        memory = replace(key, role=f"{key.role}-memory")
+        known = self._visits(memory)
+        if not known:
+            weighed = self._measure_memory(f"{key.role}-{key.arch_key}", arch, weigh.setting)
+            if not weighed.ok:
+                return weighed
+            last = self.rows.find(key)[-1]
+            row = replace(last, role=memory.role, measurement=replace(last.measurement, **weighed.values))
+            self.rows.append(row)
+            self.kept.add(row)
+            known = [row.measurement]
+        return replace(found, peak_mem_bytes=known[-1].peak_mem_bytes)
+
+    def _visit(
+        self, archs: Sequence[Arch], keys: Sequence[MeasurementKey], reference: Arch | None, setting: Setting
+    ) -> list[Measurement | Result]:
+        """Make one visit; where it fails as a whole, every arch failed."""
+        job = VisitJob(
+            networks=tuple(self._network(arch) for arch in archs),
             reference=None if reference is None else self._network(reference),
             context=self.context,
             setting=setting,
-            plan=TimingPlan(self.config.bench_blocks, self.config.bench_max_blocks, bounds=_bounds(requirements)),
             random_seed=self.config.random_seed,
         )
-        name = f"{role}-{asked.arch_key}"
-        result = self.do(Job(jobs.measure, job, name, timed=True), cost=MEASURE_COST)
+        first = keys[0]
+        name = f"{first.role}-{first.arch_key}{f'-and-{len(keys) - 1}' if len(keys) > 1 else ''}"
+        result = self.do(Job(jobs.visit, job, f"{name}-v{len(self._visits(first)) + 1}", timed=True, forked=True))
         if not result.ok:
-            return result
-        measured = Measurement.from_dict(result.values)
-        if weigh:
-            weighed = self._measure_memory(name, arch, setting)
-            if not weighed.ok:
-                return weighed
-            measured = replace(measured, **weighed.values)
-        if measured.fingerprint != asked.fingerprint:
-            raise InputError(
-                f"{setting.device}: the device or its software changed during the run, from "
-                f"{asked.fingerprint} to {measured.fingerprint}; start a new run"
-            )
-        row = MeasurementRow(role, asked.arch_key, self.family.label(arch), asked.reference_key, measured)
-        self.rows.append(row)
-        self.kept.add(row)
-        return measured
+            return [result for _ in keys]
+        found: list[Measurement | Result] = []
+        for values in result.values["visits"]:
+            if "reason" in values:
+                found.append(Result(result.key, False, {}, values["reason"], result.seconds))
+                continue
+            measured = Measurement.from_dict(values)
+            if measured.fingerprint != first.fingerprint:
+                raise InputError(
+                    f"{setting.device}: the device or its software changed during the run, from "
+                    f"{first.fingerprint} to {measured.fingerprint}; start a new run"
+                )
+            found.append(measured)
+        return found
 
     def import_rows(self, rows: Sequence[MeasurementRow], *, named: bool) -> None:
         """Add another run's measurements that were made under a setting of this run.
@@ -178,16 +226,20 @@ class Timings:
             fingerprint=self.fingerprint_under(setting),
         )
 
-    def _known(self, key: MeasurementKey) -> Measurement | None:
-        """Look a measurement up in this run's table, then in the cache of earlier runs."""
-        known = self.rows.find(key)
-        if known is None and self.config.measurement_cache:
-            cached = self.kept.find(key)
-            if cached is not None and cached.measurement.blocks >= self.config.bench_blocks:
-                self.rows.append(cached)
-                self.reused += 1
-                known = cached.measurement
-        return known
+    def _visits(self, key: MeasurementKey) -> list[Measurement]:
+        """Return the visits of this run's table; where there are none, those of earlier runs are added to it first."""
+        rows = self.rows.find(key)
+        if not rows and self.config.measurement_cache and key.role != "final":
+            rows = self.kept.find(key)
+            for row in rows:
+                self.rows.append(row)
+            self.reused += bool(rows)
+        return [row.measurement for row in rows]
+
+    def _lacks(self, key: MeasurementKey, visits: int) -> bool:
+        """Return whether a key lacks visits; disturbed ones are made again, up to twice as many in all."""
+        made = self._visits(key)
+        return len(made) < 2 * visits and sum(not visit.disturbed for visit in made) < visits
 
     def fingerprint_under(self, setting: Setting) -> str:
         """Return the fingerprint id of a number measured under a setting in this run."""
@@ -211,19 +263,12 @@ class Timings:
         return NetworkSpec(family=self.family.name, arch=self.family.to_dict(arch))
 
 
-def _bounds(requirements: Sequence[Requirement]) -> Bounds:
-    """Return the bounds that a timing is to decide."""
-    most = {r.metric: r.bound for r in sorted(requirements, key=lambda r: r.bound)}
-    latencies = [(LATENCIES[r.metric], r.bound) for r in requirements if r.metric in LATENCIES]
-    return Bounds(most.get("speedup"), most.get("images_per_s"), tuple(latencies))
-
-
 def interval_text(measured: Measurement, metric: str) -> str:
     """Write a measured value with its interval: `1.93 [1.90, 1.97]x the seed`."""
     value, lo, hi = measured.interval(metric)
     digits = 3 if metric == "speedup" else 1
     unit = UNITS.get(metric, " ms")
-    if lo == hi:
+    if lo == hi or hi == math.inf:
         return f"{value:.{digits}f}{unit}"
     return f"{value:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]{unit}"
 

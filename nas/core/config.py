@@ -217,8 +217,12 @@ class RunConfig(AugmentConfig, DataConfig):
         True, "time everything anew instead of taking what earlier runs measured on this device"
     )
     bench_dtype: str = setting("float32", "their arithmetic", choices=("float32", "bfloat16", "float16"))
-    bench_blocks: int = setting(10, "timed blocks at least", metavar="N", low=6, high=10_000, efforts=(6, 10, 20))
-    bench_max_blocks: int = setting(30, "timed blocks at most", metavar="N", low=6, high=100_000, efforts=(12, 30, 160))
+    visits: int = setting(
+        4, "fresh processes that time a network, at least", metavar="N", low=4, high=1_000, efforts=(4, 4, 6)
+    )
+    max_visits: int = setting(
+        8, "at most, while a requirement is undecided", metavar="N", low=4, high=1_000, efforts=(8, 8, 24)
+    )
     measurements: str | None = setting(
         None, "reuse the measurements of equal fingerprint from another run's measurements.csv", metavar="FILE"
     )
@@ -229,9 +233,8 @@ class RunConfig(AugmentConfig, DataConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.bench_max_blocks < self.bench_blocks:
-            want = f"an integer >= --bench-blocks={self.bench_blocks}"
-            raise refuse("--bench-max-blocks", self.bench_max_blocks, want)
+        if self.max_visits < self.visits:
+            raise refuse("--max-visits", self.max_visits, f"an integer >= --visits={self.visits}")
         if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", self.device):
             raise refuse("--device", self.device, "cpu, cuda or cuda:N")
         for text in self.require:

@@ -188,16 +188,16 @@ def _difference(model: nn.Module, again: Callable[[Tensor], Tensor], images: Ten
 
 
 def _measure(saved: SavedModel, out: Path, batch: int) -> dict[str, Any]:
-    """Time the exported file, interleaved with the network in eager mode."""
+    """Time the exported file, interleaved with the network in eager mode: one visit, without an interval."""
     from nas.core.requirement import Setting
-    from nas.measure.throughput import measure_prepared, prepare
+    from nas.measure.throughput import prepare, time_prepared
 
     model, ctx = saved.build(), saved.context
     file = prepare(model, ctx=ctx, setting=Setting("cpu", "onnxruntime", batch=batch), staged=out)
     eager = prepare(model, ctx=ctx, setting=Setting("cpu", "eager", batch=batch))
-    measured = measure_prepared(file, eager)
-    intervals = [f"{name}{end}" for name in ("images_per_s", "ratio") for end in ("", "_lo", "_hi")]
-    return {"throughput": {n: getattr(measured, n) for n in (*intervals, "batch", "threads", "fingerprint")}}
+    measured = time_prepared([file], eager)[0]
+    names = ("images_per_s", "ratio", "batch", "threads", "fingerprint")
+    return {"throughput": {name: getattr(measured, name) for name in names}}
 
 
 def _print_result(result: dict[str, Any]) -> None:
@@ -211,9 +211,8 @@ def _print_result(result: dict[str, Any]) -> None:
     pace = result.get("throughput")
     if pace is not None:
         print(
-            f"ONNX Runtime: {pace['images_per_s']:.1f} images/s [{pace['images_per_s_lo']:.1f}, "
-            f"{pace['images_per_s_hi']:.1f}] at batch {pace['batch']}, {pace['ratio']:.2f} "
-            f"[{pace['ratio_lo']:.2f}, {pace['ratio_hi']:.2f}] times eager"
+            f"ONNX Runtime: {pace['images_per_s']:.1f} images/s at batch {pace['batch']}, {pace['ratio']:.2f} times "
+            "eager, in this one process; python -m benchmarks.throughput gives an interval"
         )
     if result["to"] == "onnx":
         from nas.export.onnx import RECIPE

@@ -50,8 +50,8 @@ class Job:
     """A call of `function` with `argument` in a worker.
 
     `key` is unique within a run and safe as a file name; `units` is the expected work, for progress. A `timed` job has
-    the measured device to itself; a `fresh` one gets a new process; a `driver_only` one runs on the driver's machine,
-    never on a cluster.
+    the measured device to itself; a `fresh` one gets a new process; a `forked` one a copy of a process that loaded its
+    libraries and did nothing else; a `driver_only` one runs on the driver's machine, never on a cluster.
     """
 
     function: JobFunction
@@ -60,6 +60,7 @@ class Job:
     units: float = 0.0
     timed: bool = False
     fresh: bool = False
+    forked: bool = False
     driver_only: bool = False
 
     if TYPE_CHECKING:  # a type checker compares the function's argument with what it is given
@@ -72,6 +73,7 @@ class Job:
             units: float = 0.0,
             timed: bool = False,
             fresh: bool = False,
+            forked: bool = False,
             driver_only: bool = False,
         ) -> None: ...
 
@@ -105,7 +107,7 @@ class Result:
     seconds: float = 0.0
 
 
-_PLAIN = ("key", "units", "timed", "fresh")
+_PLAIN = ("key", "units", "timed", "fresh", "forked")
 
 
 def encode_job(job: Job) -> dict[str, Any]:

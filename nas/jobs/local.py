@@ -20,7 +20,7 @@ from typing import Any
 import nas
 from nas.jobs.job import Job, Result, encode_job
 from nas.jobs.queue import Ended, Event, Executor, Lost, Progress
-from nas.jobs.worker import Message, usable_cores
+from nas.jobs.worker import FORKS, Message, usable_cores
 from space.errors import refuse
 
 START_S, EXIT_S = 300.0, 5.0
@@ -223,7 +223,7 @@ class LocalBackend:
         idle = [worker for worker in self._workers if worker.task is None]
         # A running one has its libraries loaded; timed jobs share one worker and so one device.
         worker = idle[0] if job.timed else next((w for w in idle if w.alive), idle[0])
-        if job.fresh:
+        if job.fresh or (job.forked and worker.used):
             worker.end()
         worker.take(_Task(job, attempt, time.monotonic()))
 
@@ -288,7 +288,7 @@ _Incoming = tuple["_Worker", Child, Message | None]
 
 
 class _Worker:
-    """One process that runs one job at a time."""
+    """One process that runs one job at a time; `used` where it ran one itself, so that it cannot be forked from."""
 
     def __init__(
         self, name: str, options: WorkerOptions, cores: list[int], gpu: int | None, messages: Queue[_Incoming]
@@ -296,7 +296,7 @@ class _Worker:
         self.name = name
         self.task: _Task | None = None
         self.child: Child | None = None
-        self.ready = False
+        self.ready = self.used = False
         self._options, self._cores, self._gpu, self._messages = options, cores, gpu, messages
 
     @property
@@ -312,7 +312,9 @@ class _Worker:
             log.parent.mkdir(parents=True, exist_ok=True)
         more = {"attempt": task.attempt, "log": log and str(log)}
         # `poll` notices a worker that is dead already.
-        self._running().send({**encode_job(task.job), **more})
+        child = self._running()
+        self.used = self.used or not (task.job.forked and FORKS)
+        child.send({**encode_job(task.job), **more})
 
     def _log_of(self, job: Job) -> Path | None:
         logs = self._options.logs
@@ -352,7 +354,7 @@ class _Worker:
         self._end()
         options = self._options
         gpu = {} if self._gpu is None else {"CUDA_VISIBLE_DEVICES": str(self._gpu)}
-        self.ready = False
+        self.ready = self.used = False
         self.child = Child(
             options.command,
             lambda child, message: self._messages.put((self, child, message)),

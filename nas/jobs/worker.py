@@ -7,6 +7,8 @@ standard error.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import json
 import os
 import signal
@@ -22,10 +24,18 @@ from typing import Any
 
 from nas.core.cli import escape_unprintable
 from nas.core.progress import Tick
-from nas.jobs.job import decode_job, run_job
+from nas.jobs.job import Result, decode_job, run_job
 
 TICK_S = 0.2
 """Seconds between reports of progress."""
+
+PRELOADED = ("torch", "timm")
+"""Libraries that a process loads before it forks."""
+
+FORKS = sys.platform == "linux"
+"""Whether a process that loaded torch may fork; elsewhere a forked job is a fresh one."""
+
+PR_SET_PDEATHSIG = 1
 
 Message = dict[str, Any]
 Send = Callable[[Message], None]
@@ -138,6 +148,25 @@ def _serve(message: Message, send: Send, modules: Sequence[str]) -> None:
     send({**which, "result": asdict(result)})
 
 
+def _serve_forked(message: Message, send: Send, serve: Callable[[], None]) -> None:
+    """Run a job in a fork of this process, which ends with it; a fork that is killed is a failed job."""
+    for library in PRELOADED:
+        importlib.import_module(library)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == parent:  # else it died before we asked to die with it
+            serve()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        why = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        result = Result(message["key"], False, {}, f"the process was {why}" if status < 0 else f"the process {why}")
+        send({"key": message["key"], "attempt": message["attempt"], "result": asdict(result)})
+
+
 def main(modules: Sequence[str] = ()) -> int:
     """Serve jobs until standard input ends; `modules` are more modules with job functions."""
     send, lines = open_pipes()
@@ -149,12 +178,19 @@ def main(modules: Sequence[str] = ()) -> int:
     limit_memory(options["memory_bytes"])
     import torch
 
-    torch.set_num_threads(int(options["threads"]))
     send({"ready": os.getpid()})
     while (message := lines.get()) is not None:
         if cores:
             _pin(every if message["timed"] else cores)  # a timed job has all cores
-        _serve(message, send, modules)
+
+        def serve(message: Message = message) -> None:
+            torch.set_num_threads(int(options["threads"]))
+            _serve(message, send, modules)
+
+        if message.get("forked") and FORKS:
+            _serve_forked(message, send, serve)
+        else:
+            serve()
     return 0
 
 

@@ -228,11 +228,9 @@ class DeviceTable:
             if self.setting.batch != 1:  # the row's latencies are at batch 1
                 found = found.with_latency(None)
         if self.setting.batch == 1 and found.latency_ms_p50 is None:
+            middle, lo, hi = found.interval("images_per_s")
             found = replace(
-                found,
-                latency_ms_p50=1e3 / found.images_per_s,
-                latency_ms_p50_lo=1e3 / found.images_per_s_hi,
-                latency_ms_p50_hi=1e3 / found.images_per_s_lo,
+                found, latency_ms_p50=1e3 / middle, latency_ms_p50_lo=1e3 / hi, latency_ms_p50_hi=1e3 / max(lo, 1e-9)
             )
         found = replace(found, reference_images_per_s=self._seed.measured.images_per_s, seconds=0.0)
         return measured_under(found, self.setting, self.ctx, self._seed.threads, self.fingerprint)
@@ -248,6 +246,7 @@ class DeviceTable:
             ratio_lo=guess.lo / base,
             ratio_hi=guess.hi / base,
             coverage=0.95,
+            visits=seed.visits,
             blocks=seed.blocks,
             passes=seed.passes,
             seconds=0.0,

@@ -1,7 +1,8 @@
-"""Distribution-free intervals of series that may drift; standard library only."""
+"""Intervals of timings: over visits (fresh processes), and of quantiles; standard library only."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,14 @@ from typing import Literal
 
 Verdict = Literal["pass", "fail", "undecided"]
 
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+"""The reported latencies, by name."""
+
 MIN_BLOCKS = 6
 """Fewest blocks of which the extremes enclose the median with 95 %: 1 - 2 * 0.5**6 = 0.969."""
+
+MIN_VISITS = 4
+"""Fewest visits (fresh processes) of which an interval is taken; one process tells nothing of the next."""
 
 COVERAGE = 0.95
 """Least probability with which an interval encloses the true value, over all its looks."""
@@ -19,51 +26,15 @@ COVERAGE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A quantile of a sample (the median, mostly) with a distribution-free interval.
+    """The middle of a sample (or another quantile) with its interval.
 
-    `coverage` is the probability with which the interval encloses it, given `count` independent values: the length of
-    the series, or less where neighbours resemble each other.
+    `coverage` is the probability with which the interval encloses it, given independent values.
     """
 
     median: float
     lo: float
     hi: float
     coverage: float
-    count: float
-
-
-def effective_count(values: Sequence[float], q: float = 0.5) -> float:
-    """Return how many independent values a series in time order is worth for its quantile.
-
-    On a machine that drifts neighbouring values are alike, and n of them tell less than n independent ones. The
-    variance of the share of values below the quantile grows by 1 + 2 sum (1 - k/n) r_k, r_k the autocorrelation of
-    "below or not" at distance k, summed while neighbouring pairs of terms stay positive (Geyer, "Practical Markov Chain
-    Monte Carlo", 1992) and no further than n/3. Never more than n: what alternates is not taken for knowledge.
-    """
-    n = len(values)
-    if n < 4:
-        return float(n)
-    middle = quantile(values, q)
-    signs = [(value > middle) - (value < middle) for value in values]
-    mean = sum(signs) / n
-    centred = [sign - mean for sign in signs]
-    power = sum(c * c for c in centred)
-    if power == 0.0:  # all values equal: nothing to tell apart
-        return float(n)
-
-    def correlation(k: int) -> float:
-        # Divided by the number of terms, and freed of the bias that the estimated mean brings in.
-        product = sum(a * b for a, b in zip(centred, centred[k:], strict=False))
-        return min(1.0, product / power * n / (n - k) + 1.0 / n)
-
-    inflation, k, furthest = 1.0, 1, max(1, n // 3)
-    while k <= furthest:
-        pair = [(1.0 - j / n) * correlation(j) for j in (k, k + 1) if j <= furthest]
-        if sum(pair) <= 0.0:
-            break
-        inflation += 2.0 * sum(pair)
-        k += 2
-    return n / max(1.0, inflation)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -87,40 +58,92 @@ def _tails(n: int, q: float) -> tuple[float, ...]:
     return tuple(sums)
 
 
-def quantile_interval(
-    values: Sequence[float], q: float = 0.5, coverage: float = COVERAGE, *, drift: bool = False
-) -> Interval:
+def quantile_interval(values: Sequence[float], q: float = 0.5, coverage: float = COVERAGE) -> Interval:
     """Enclose a quantile of the values' distribution by two of the order statistics.
 
     The i-th and j-th smallest of n independent values enclose the q-quantile with probability P(i <= Binomial(n, q) <
     j), whatever the distribution; the narrowest with at most half the missing probability on either side is taken, or
     the extremes where none reaches `coverage` (the result's own `coverage` is then less). Source: David and Nagaraja,
     Order Statistics, 7.1.
-
-    With `drift`, the values are a series in time and n is its `effective_count`: the same ranks, as shares of the
-    sample, are taken outwards.
     """
     assert values, "no values"
     ordered, n = sorted(values), len(values)
-    count = effective_count(values, q) if drift else float(n)
-    used = max(1, math.floor(count))
-    below = _tails(used, q)
+    below = _tails(n, q)
     allowed = (1.0 - coverage) / 2.0 + 1e-12
-    # i, j count from 1; i = 0 or j = used + 1 would mean "no bound", which the extremes stand for.
-    i = max((k + 1 for k in range(used) if below[k] <= allowed), default=0)
-    j = min((k + 1 for k in range(used + 1) if 1.0 - below[k] <= allowed), default=used + 1)
+    # i, j count from 1; i = 0 or j = n + 1 would mean "no bound", which the extremes stand for.
+    i = max((k + 1 for k in range(n) if below[k] <= allowed), default=0)
+    j = min((k + 1 for k in range(n + 1) if 1.0 - below[k] <= allowed), default=n + 1)
     missed_low = below[i - 1] if i >= 1 else below[0]
-    missed_high = 1.0 - below[j - 1] if j <= used else 1.0 - below[used - 1]
-    i, j = max(i, 1), min(j, used)
-    low = max(1, math.floor(i * n / used)) if used == n else max(1, math.floor((i - 0.5) / used * n))
-    high = min(n, math.ceil(j * n / used)) if used == n else min(n, math.ceil((j - 0.5) / used * n) + 1)
-    reached = max(0.0, 1.0 - missed_low - missed_high)
-    return Interval(quantile(values, q), ordered[low - 1], ordered[high - 1], reached, count)
+    missed_high = 1.0 - below[j - 1] if j <= n else 1.0 - below[n - 1]
+    i, j = max(i, 1), min(j, n)
+    return Interval(quantile(values, q), ordered[i - 1], ordered[j - 1], max(0.0, 1.0 - missed_low - missed_high))
 
 
-def median_interval(values: Sequence[float], coverage: float = COVERAGE, *, drift: bool = False) -> Interval:
+def median_interval(values: Sequence[float], coverage: float = COVERAGE) -> Interval:
     """Enclose the median of the values' distribution; see `quantile_interval`."""
-    return quantile_interval(values, 0.5, coverage, drift=drift)
+    return quantile_interval(values, 0.5, coverage)
+
+
+def visit_interval(values: Sequence[float], coverage: float = COVERAGE) -> Interval:
+    """Enclose the value that further visits would find, from one positive value of each visit, in time order.
+
+    Student's t interval of the mean logarithm, widened where neighbouring visits resemble each other: their lag-1
+    autocorrelation, raised by 2/n + 0.2 as few visits show too little of it, is taken as that of a first-order
+    autoregressive series. `python -m benchmarks.timing coverage` simulates its coverage. At least `MIN_VISITS` values.
+    """
+    n = len(values)
+    assert n >= MIN_VISITS, f"{n} visits"
+    logs = [math.log(value) for value in values]
+    middle = math.fsum(logs) / n
+    rest = [value - middle for value in logs]
+    power = math.fsum(r * r for r in rest)
+    half = 0.0
+    if power > 0.0:
+        lag = math.fsum(a * b for a, b in itertools.pairwise(rest)) / power
+        half = t_quantile(0.5 + coverage / 2.0, n - 1) * math.sqrt(
+            power / (n - 1) / n * _inflation(lag + 2 / n + 0.2, n)
+        )
+    return Interval(math.exp(middle), math.exp(middle - half), math.exp(middle + half), coverage)
+
+
+def _inflation(correlation: float, n: int) -> float:
+    """Return by how much the squared error of a mean, estimated from the spread, is too small (1 at least)."""
+    r = min(max(correlation, 0.0), 0.97)
+    of_mean = 1.0 + 2.0 * math.fsum((1.0 - k / n) * r**k for k in range(1, n))
+    return max(1.0, of_mean * (1.0 - 1.0 / n) / (1.0 - of_mean / n))
+
+
+@lru_cache(maxsize=256)
+def t_quantile(p: float, df: int) -> float:
+    """Return the p-quantile (p in (0.5, 1)) of Student's t distribution with an integer number of degrees of freedom.
+
+    By bisection of the distribution function's closed form (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    lo, hi = 0.0, 1e6
+    for _ in range(200):
+        middle = (lo + hi) / 2.0
+        lo, hi = (lo, middle) if 0.5 + _t_mass(middle, df) / 2.0 > p else (middle, hi)
+    return hi
+
+
+def _t_mass(t: float, df: int) -> float:
+    """Return the probability that |T| stays below t."""
+    angle = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term = 1.0 if df % 2 == 0 else cosine
+    total = term if df > 1 else 0.0
+    for k in range(2 if df % 2 else 1, df - 1, 2):
+        term *= cosine**2 * k / (k + 1)
+        total += term
+    return sine * total if df % 2 == 0 else 2.0 / math.pi * (angle + sine * total)
+
+
+def planned_looks(visits: int, max_visits: int) -> list[int]:
+    """List the counts of visits at which a measurement looks for a decision: doubling up to the maximum."""
+    looks = [visits]
+    while looks[-1] < max_visits:
+        looks.append(min(2 * looks[-1], max_visits))
+    return looks
 
 
 def verdict(lo: float, hi: float, at_least: float) -> Verdict:

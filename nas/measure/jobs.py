@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nas.core.dataclass_json import to_json
 from nas.core.progress import Tick
 from nas.core.requirement import Setting
-from nas.jobs.job import READS, WRITES, Values, out_of_memory
-from nas.measure.interleave import TimingPlan
+from nas.jobs.job import READS, WRITES, Values, out_of_memory, reason_of
+from nas.measure.interleave import TimingPlan, keep_freed_memory
 from space import Context, get_family
-from space.errors import refuse
+from space.errors import InputError, refuse
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nas.measure.throughput import Prepared
 
+GROUP = 8
+"""Most networks of one visit."""
+
 MOST_IMAGES = 4096
 """Largest batch that `--batch auto` tries."""
-
-_reference: dict[str, Prepared] = {}
-"""The reference of the last timing, ready in its runtime: exporting or compiling it anew for every candidate would take
-longer than the timing itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +67,15 @@ class NetworkJob(CountJob):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimingJob(NetworkJob):
-    """A network to time, interleaved with a reference; `reference_setting` None: as `setting`."""
+class VisitJob:
+    """Networks to time in one visit, interleaved with a reference; `reference_setting` None: as `setting`."""
 
+    networks: tuple[NetworkSpec, ...]
     reference: NetworkSpec | None
-    plan: TimingPlan
+    context: Context
+    setting: Setting
     random_seed: int
+    plan: TimingPlan = field(default_factory=TimingPlan)
     reference_setting: Setting | None = None
 
 
@@ -163,28 +164,38 @@ def _build_seeded(network: NetworkSpec, ctx: Context, random_seed: int) -> nn.Mo
         return build(network, ctx)
 
 
-def measure(job: TimingJob, tick: Tick) -> Values:
-    """Time a network against its reference; both start from `random_seed` unless they have weights.
+def visit(job: VisitJob, tick: Tick) -> Values:
+    """Time networks beside the reference; all start from `random_seed` unless they have weights.
 
-    Returns `nas.measure.measurement.Measurement` as JSON.
+    Returns `{"visits": [...]}`: of each network a `nas.measure.measurement.Measurement` as JSON, or `{"reason"}` where
+    it failed (out of memory, say). The process should be a fresh one: what it finds is one visit.
     """
-    from nas.measure.throughput import measure_prepared, prepare
+    from nas.measure.throughput import prepare, time_prepared
 
+    keep_freed_memory()
     ctx, seed = job.context, job.random_seed
-    network = prepare(_build_seeded(job.network, ctx, seed), ctx=ctx, setting=job.setting)
     reference = None
     if job.reference is not None:
-        setting = job.reference_setting or job.setting
-        key = json.dumps(to_json([job.reference, ctx, setting, seed]), sort_keys=True)
-        if key not in _reference:
-            for old in _reference.values():
-                old.ready.close()
-            _reference.clear()
-            _reference[key] = prepare(_build_seeded(job.reference, ctx, seed), ctx=ctx, setting=setting)
-        reference = _reference[key]
-    measured = measure_prepared(network, reference, job.plan)
-    network.ready.close()
-    return measured.to_dict()
+        beside = job.reference_setting or job.setting
+        reference = prepare(_build_seeded(job.reference, ctx, seed), ctx=ctx, setting=beside)
+    ready: dict[int, Prepared] = {}
+    found: list[dict[str, Any]] = [{} for _ in job.networks]
+    for at, network in enumerate(job.networks):
+        try:
+            made = prepare(_build_seeded(network, ctx, seed), ctx=ctx, setting=job.setting)
+            made.ready.timer(1)
+            ready[at] = made
+        except InputError:
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            found[at] = {"reason": reason_of(error)}
+    if ready:
+        for at, measured in zip(ready, time_prepared([*ready.values()], reference, job.plan), strict=True):
+            found[at] = measured.to_dict()
+    for each in [*ready.values(), *([] if reference is None else [reference])]:
+        each.ready.close()
+    return {"visits": found}
 
 
 def export_model(job: ExportJob, tick: Tick) -> Values:
@@ -221,7 +232,7 @@ def fastest_batch(job: NetworkJob, tick: Tick) -> Values:
     """
     from nas.measure.throughput import measure as timed
 
-    model, plan = build(job.network, job.context), TimingPlan(blocks=6, max_blocks=6, retries=0)
+    model, plan = build(job.network, job.context), TimingPlan(retries=0)
     tried: list[tuple[int, float]] = []
     batch, since_best, best = 1, 0, (1, 0.0)
     why = ""

@@ -5,33 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from nas.core.requirement import LATENCIES, Requirement, Setting
-from nas.measure.intervals import Verdict, verdict
+from nas.measure.intervals import COVERAGE, MIN_VISITS, QUANTILES, Verdict, verdict, visit_interval
 from space import Context
 from space.errors import refuse
+
+LEAST_PASSES = {"p50": 1, "p90": 60, "p99": 500}
+"""Passes, of all visits, without which a latency's quantile has no interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Throughput and latency of one network, with intervals and the conditions of the moment.
+    """Throughput and latency of one network, and the conditions of the moment.
 
-    `ratio` is images/s over the reference's, from blocks that alternate with the reference's; None without a reference.
-    `_lo` and `_hi` enclose the medians with probability `coverage`, drift accounted for. `blocks` are per network, of
-    `passes` forward passes each. `latency_ms_*` are milliseconds of one pass of `batch` images, waited for (on a GPU at
-    larger batches: the mean of a block's); percentiles have no interval where there were too few passes. `parity` is
-    the largest difference of the logits from eager float32, as a share of the largest logit; `agrees` whether that is
-    inside the runtime's tolerance; `done` describes what the runtime did to the network.
+    A visit is one fresh process. What one visit finds has no interval; `combined` visits enclose with probability
+    `coverage` what further visits would find by `_lo` and `_hi`. `ratio` is images/s over the reference's, from blocks
+    that alternate with the reference's; None without a reference. `blocks` and `passes` are per network, of all visits.
+    `latency_ms_*` are milliseconds of one pass of `batch` images, waited for (on a GPU at larger batches: the mean of a
+    block's); percentiles have no interval where there were too few passes. `parity` is the largest difference of the
+    logits from eager float32, as a share of the largest logit; `agrees` whether that is inside the runtime's tolerance;
+    `done` describes what the runtime did to the network.
 
     `waited` is the share of time in which the process's threads could not run, `disturbed` the disturbances in words,
-    `attempts` how often it was measured because of them. `load`, `when` (UTC) and `clock_mhz` are of the moment when
-    measuring began: conditions, not identity.
+    `attempts` how often a visit was repeated because of them. `load`, `when` (UTC) and `clock_mhz` are of the moment
+    when measuring began (of the last visit): conditions, not identity.
     """
 
     images_per_s: float
-    images_per_s_lo: float
-    images_per_s_hi: float
+    images_per_s_lo: float | None = None
+    images_per_s_hi: float | None = None
     ratio: float | None = None
     ratio_lo: float | None = None
     ratio_hi: float | None = None
@@ -49,7 +53,8 @@ class Throughput:
     parity: float | None = None
     agrees: int | None = None
     done: str = ""
-    coverage: float
+    coverage: float = 0.0
+    visits: int = 1
     blocks: int
     passes: int
     seconds: float
@@ -62,18 +67,18 @@ class Throughput:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no measurement gives (a table may come from anywhere)."""
-        self._check_interval("images_per_s")
-        if any(value is not None for value in self._ends("ratio")):
-            self._check_interval("ratio")
-        for name in LATENCIES.values():
-            if getattr(self, f"latency_ms_{name}_lo") is not None:
-                self._check_interval(f"latency_ms_{name}")
-        self._check_positive("blocks", "passes")
+        for name in ("images_per_s", "ratio", *(f"latency_ms_{name}" for name in LATENCIES.values())):
+            self._check_interval(name)
+        self._check_positive("visits", "blocks", "passes")
 
     def _check_interval(self, name: str) -> None:
         middle, lo, hi = self._ends(name)
+        if (middle, lo, hi) == (None, None, None) and name != "images_per_s":
+            return
+        if middle is not None and (lo, hi) == (None, None):
+            lo = hi = middle
         if middle is None or lo is None or hi is None or not 0 < lo <= middle <= hi < math.inf:
-            raise refuse(f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= median <= hi")
+            raise refuse(f"measurement.{name}", f"{middle} in [{lo}, {hi}]", "0 < lo <= middle <= hi")
 
     def _check_positive(self, *names: str) -> None:
         for name in names:
@@ -84,7 +89,10 @@ class Throughput:
         return tuple(getattr(self, name + end) for end in ("", "_lo", "_hi"))
 
     def interval(self, metric: str) -> tuple[float, float, float]:
-        """Return a measured metric of `nas.core.requirement.METRICS` as (median, lo, hi)."""
+        """Return a measured metric of `nas.core.requirement.METRICS` as (middle, lo, hi).
+
+        Without an interval (one visit, or too few passes for a percentile) it is (middle, 0, infinity).
+        """
         if metric == "peak_mem_mb":
             assert self.peak_mem_bytes is not None, "memory was not measured"
             value = self.peak_mem_bytes / 1e6
@@ -94,9 +102,15 @@ class Throughput:
             name = f"latency_ms_{LATENCIES[metric]}"
         middle, lo, hi = self._ends(name)
         assert middle is not None, f"{metric} was not measured"
-        if lo is None or hi is None:  # too few passes for a percentile so far out
+        if lo is None or hi is None:
             return middle, 0.0, math.inf
         return middle, lo, hi
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval of the ratio (without a reference: of images/s), as a share; infinite without one."""
+        middle, lo, hi = self.interval("images_per_s" if self.ratio is None else "speedup")
+        return (hi - lo) / (2.0 * middle)
 
     def with_latency(self, other: Throughput | None) -> Throughput:
         """Return these values with the latencies of another measurement, or with none."""
@@ -155,6 +169,60 @@ class Measurement(Throughput):
         if missing:
             raise refuse("measurement", ", ".join(missing) + " missing", "all its fields")
         return cls(**{name: values[name] for name in names})
+
+
+T = TypeVar("T", bound=Throughput)
+
+
+def combined(visits: Sequence[T], looks: int = 1) -> T:
+    """Combine visits of one network, in time order, to one result with intervals over them.
+
+    The intervals hold together over that many `looks` for a decision (union bound). Fewer than `MIN_VISITS` have none.
+    """
+    last, n = visits[-1], len(visits)
+    assert visits, "no visits"
+    passes = sum(visit.passes for visit in visits)
+    values: dict[str, Any] = {"visits": n, "passes": passes, "coverage": 0.0}
+    values |= {name: sum(getattr(visit, name) for visit in visits) for name in ("blocks", "seconds", "attempts")}
+    share = 1.0 - (1.0 - COVERAGE) / looks
+    for name in ("images_per_s", "ratio", *(f"latency_ms_{name}" for name in QUANTILES)):
+        found = [getattr(visit, name) for visit in visits]
+        if any(value is None for value in found):
+            values |= dict.fromkeys((name, f"{name}_lo", f"{name}_hi"))
+        elif n < MIN_VISITS:
+            values[name] = math.exp(math.fsum(map(math.log, found)) / n)
+        else:
+            of = visit_interval(found, share)
+            values |= {name: of.median, "coverage": COVERAGE}
+            if passes >= LEAST_PASSES.get(name.rpartition("_")[2], 1):
+                values |= {f"{name}_lo": of.lo, f"{name}_hi": of.hi}
+    beside = [visit.reference_images_per_s for visit in visits if visit.reference_images_per_s is not None]
+    if beside:
+        values["reference_images_per_s"] = math.exp(math.fsum(map(math.log, beside)) / len(beside))
+    waited = [visit.waited for visit in visits if visit.waited is not None]
+    values["waited"] = max(waited, default=None)
+    values["disturbed"] = "; ".join(dict.fromkeys(visit.disturbed for visit in visits if visit.disturbed))
+    worst = [visit for visit in visits if visit.parity is not None]
+    if worst:
+        of_worst = max(worst, key=lambda visit: visit.parity or 0.0)
+        values |= {"parity": of_worst.parity, "agrees": of_worst.agrees}
+    return replace(last, **values)
+
+
+def calmest(visits: Sequence[T], least: int) -> list[T]:
+    """Return the visits that nothing disturbed, or all where fewer than `least` are so."""
+    calm = [visit for visit in visits if not visit.disturbed]
+    return calm if len(calm) >= least else list(visits)
+
+
+def visits_needed(of: Throughput, required: Requirement) -> int | None:
+    """Return about how many visits would decide a requirement that is undecided, by their spread; None: no telling."""
+    middle, lo, hi = of.interval(required.metric)
+    if not (0.0 < lo < hi < math.inf):
+        return None
+    away = abs(math.log(middle / required.bound))
+    half = math.log(hi / lo) / 2.0
+    return None if away < 1e-3 else math.ceil(of.visits * (half / away) ** 2) + 1
 
 
 def measured_under(of: Throughput, setting: Setting, ctx: Context, threads: int, fingerprint: str) -> Measurement:

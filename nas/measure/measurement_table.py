@@ -1,4 +1,4 @@
-"""`measurements.csv`: every measurement of a run, and the cache of measurements between runs.
+"""`measurements.csv`: every visit of a run, and the cache of visits between runs.
 
 A row is on disk before it is used. Importable without torch.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, fields
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 from filelock import FileLock
@@ -15,6 +16,12 @@ from filelock import FileLock
 from nas.core.table import format_table, parse_table, table_columns
 from nas.measure.measurement import Measurement
 from space.errors import InputError, refuse
+
+MAX_AGE = timedelta(days=7)
+"""Age from which a visit of an earlier run no longer counts: drivers, clocks and neighbours change."""
+
+MOST_VISITS = 16
+"""Most visits of earlier runs that a run takes over for one arch."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class MeasurementKey:
 
 @dataclass(frozen=True)
 class MeasurementRow:
-    """One line of the table: what was measured, as what, and the measurement."""
+    """One line of the table: what was timed, as what, and what one visit found."""
 
     role: str
     arch_key: str
@@ -68,7 +75,7 @@ class MeasurementTable:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._rows: list[MeasurementRow] = []
-        self._newest: dict[MeasurementKey, MeasurementRow] = {}
+        self._of: dict[MeasurementKey, list[MeasurementRow]] = {}
         self._whole_bytes = 0
         data = _read_bytes(path) if path.exists() else b""
         if not HEADER.encode().startswith(data):
@@ -81,10 +88,9 @@ class MeasurementTable:
         """Every row, oldest first."""
         return tuple(self._rows)
 
-    def find(self, key: MeasurementKey) -> Measurement | None:
-        """Return the newest measurement of a key."""
-        row = self._newest.get(key)
-        return None if row is None else row.measurement
+    def find(self, key: MeasurementKey) -> list[MeasurementRow]:
+        """Return the visits of a key, oldest first."""
+        return list(self._of.get(key, ()))
 
     def append(self, row: MeasurementRow) -> None:
         """Add a row, cutting off a torn last line first; it is safely on disk on return."""
@@ -111,7 +117,7 @@ class MeasurementTable:
 
     def _remember(self, row: MeasurementRow) -> None:
         self._rows.append(row)
-        self._newest[row.key] = row
+        self._of.setdefault(row.key, []).append(row)
 
 
 def read_measurements(path: Path) -> tuple[MeasurementRow, ...]:
@@ -142,38 +148,45 @@ class MeasurementCache:
     """`<cache>/measurements/<fingerprint>.csv`, one table for each device and setting.
 
     Several runs may read and write at once. A damaged table is set aside, not trusted: it costs measuring again. What
-    was disturbed while it was measured is not kept.
+    was disturbed while it was measured is not kept, and what is older than `MAX_AGE` is not found.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tables: dict[str, dict[MeasurementKey, MeasurementRow]] = {}
+        self._tables: dict[str, MeasurementTable] = {}
 
-    def find(self, key: MeasurementKey) -> MeasurementRow | None:
-        """Return the newest row of a key."""
+    def find(self, key: MeasurementKey) -> list[MeasurementRow]:
+        """Return the visits of a key that are young enough, oldest first; the latest `MOST_VISITS` of them."""
         if key.fingerprint not in self._tables:
-            self._tables[key.fingerprint] = {r.key: r for r in self._read(key.fingerprint)}
-        return self._tables[key.fingerprint].get(key)
+            self._tables[key.fingerprint] = self._read(key.fingerprint)
+        found = self._tables[key.fingerprint].find(key)
+        return [row for row in found if _age(row.measurement.when) < MAX_AGE][-MOST_VISITS:]
 
-    def _read(self, fingerprint: str) -> tuple[MeasurementRow, ...]:
+    def _read(self, fingerprint: str) -> MeasurementTable:
         path = self.folder / f"{fingerprint}.csv"
         if not path.exists():
-            return ()
+            return MeasurementTable(path)
         with FileLock(f"{path}.lock"):
             try:
-                return MeasurementTable(path).rows
+                return MeasurementTable(path)
             except InputError:
                 path.replace(path.with_suffix(".damaged"))
-                return ()
+                return MeasurementTable(path)
 
     def add(self, row: MeasurementRow) -> None:
-        """Keep a measurement; nothing happens where the cache cannot be written."""
+        """Keep a visit; nothing happens where the cache cannot be written."""
         if row.measurement.disturbed:
             return
-        fingerprint = row.measurement.fingerprint
-        path = self.folder / f"{fingerprint}.csv"
+        path = self.folder / f"{row.measurement.fingerprint}.csv"
         with contextlib.suppress(OSError, InputError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 MeasurementTable(path).append(row)
-            self._tables.setdefault(fingerprint, {})[row.key] = row
+
+
+def _age(when: str) -> timedelta:
+    """Return the age of a row; one without a time is as old as can be."""
+    try:
+        return datetime.now(timezone.utc) - datetime.fromisoformat(when)
+    except (ValueError, TypeError):
+        return timedelta.max

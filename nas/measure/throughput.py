@@ -6,7 +6,7 @@ import copy
 import math
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nas.core.requirement import Setting
 from nas.measure.fingerprint import take_fingerprint
-from nas.measure.interleave import TimingPlan, measure_rounds
-from nas.measure.measurement import Measurement, Throughput, measured_under
+from nas.measure.interleave import TimingPlan, time_visit
+from nas.measure.measurement import Measurement, measured_under
 from nas.measure.runtimes import PreparedModel, Runtime, RuntimeRequest, check_setting
 from space import Context
 
@@ -101,22 +101,22 @@ def difference(found: Images, wanted: Images) -> float:
     return largest if math.isfinite(largest) else math.inf
 
 
-def measure_prepared(
-    network: Prepared, reference: Prepared | None = None, plan: TimingPlan | None = None
-) -> Measurement:
-    """Time a prepared network, in blocks that alternate with the reference's; see `measure_rounds`."""
-    setting, ctx = network.setting, network.ctx
-    sides = [network] if reference is None else [network, reference]
-    on = take_fingerprint(setting.device).under(setting, network.runtime.version(), ctx.img_size)
-    timed = measure_rounds(
-        [side.ready.timer for side in sides],
-        [side.setting.batch for side in sides],
-        plan or TimingPlan(),
-        setting.device,
-    )
-    agrees = None if network.agrees is None else int(network.agrees)
-    found = Throughput(**timed.values(), parity=network.parity, agrees=agrees, done=network.done)
-    return measured_under(found, setting, ctx, on.threads, on.id)
+def time_prepared(
+    networks: Sequence[Prepared], reference: Prepared | None = None, plan: TimingPlan | None = None
+) -> list[Measurement]:
+    """Time prepared networks in blocks that alternate with the reference's: one visit of each; see `time_visit`."""
+    sides = [*networks, *([] if reference is None else [reference])]
+    timers, batches = [side.ready.timer for side in sides], [side.setting.batch for side in sides]
+    device, beside = networks[0].setting.device, reference is not None
+    timed = time_visit(timers, batches, plan or TimingPlan(), device, reference=beside)
+    found = []
+    for network, values in zip(networks, timed, strict=True):
+        setting, ctx = network.setting, network.ctx
+        on = take_fingerprint(setting.device).under(setting, network.runtime.version(), ctx.img_size)
+        agrees = None if network.agrees is None else int(network.agrees)
+        values = replace(values, parity=network.parity, agrees=agrees, done=network.done)
+        found.append(measured_under(values, setting, ctx, on.threads, on.id))
+    return found
 
 
 def measure(
@@ -128,7 +128,7 @@ def measure(
     threads: int | None = None,
     plan: TimingPlan | None = None,
 ) -> Measurement:
-    """Prepare and time a network beside a reference under the same setting.
+    """Prepare and time a network beside a reference under the same setting: one visit, in this process.
 
     `threads` pins torch's threads for the duration. Both networks are copied first: the caller's networks and torch's
     random state stay as they were. Out of memory and whatever else a network raises comes through as it is.
@@ -138,7 +138,7 @@ def measure(
     try:
         nets = [model] if reference is None else [model, reference]
         ready = [prepare(net, ctx=ctx, setting=setting) for net in nets]
-        return measure_prepared(ready[0], None if reference is None else ready[1], plan)
+        return time_prepared(ready[:1], None if reference is None else ready[1], plan)[0]
     finally:
         torch.set_num_threads(before)
 

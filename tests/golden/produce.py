@@ -57,7 +57,8 @@ def write_measurements(path: Path) -> int:
     rows = json.loads(RECORDED.read_text())
     table = MeasurementTable(path)
     for row in rows:
-        values = {field.name: None for field in dataclasses.fields(Measurement)}
+        values: dict[str, Any] = {f.name: None for f in dataclasses.fields(Measurement)}
+        values["coverage"] = 0.0
         values.update(row["measurement"])
         runtime = find_runtime(values["runtime"], "--require")
         setting = Setting("cpu", values["runtime"], values["dtype"], values["batch"])

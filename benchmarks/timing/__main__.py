@@ -22,14 +22,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
-import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +34,7 @@ import numpy as np
 
 from benchmarks.estimates import RESAMPLES, Floats, Row, check_at_least, run_command, write_table
 from benchmarks.timing.jobs import WORKER, RecordJob, record
+from benchmarks.timing.load import busy_core
 from benchmarks.timing.simulate import simulate, spread_by_level
 from nas.core.cli import Parser
 from nas.core.config import parse_count
@@ -62,31 +60,6 @@ def write_timings(given: argparse.Namespace, rows: Sequence[Row], *names: str) -
         where = take_fingerprint("cpu", given.threads)
         conditions = {name: getattr(given, name) for name in names}
         write_table(given.out, rows, **conditions, fingerprint=where.id, device=where.describe())
-
-
-@contextmanager
-def busy_core(random_seed: int) -> Iterator[None]:
-    """Keep one core busy now and then: half to two seconds on, as long off."""
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_burn, args=(random_seed,), daemon=True)
-    process.start()
-    try:
-        time.sleep(0.5)
-        yield
-    finally:
-        process.kill()
-        process.join()
-
-
-def _burn(random_seed: int) -> None:
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    rng = random.Random(random_seed)
-    while True:
-        until = time.perf_counter() + rng.uniform(0.5, 2.0)
-        while time.perf_counter() < until:
-            pass
-        time.sleep(rng.uniform(0.5, 2.0))
 
 
 class Recorder:

@@ -60,7 +60,7 @@ def decided(steps: int) -> tuple[list[Trial], list[StepRow]]:
             rows.append(_trial(step, f"d{step}-{i}_n2-{i}", params, rng, parent, **more))
         best = rows[-1]
         path.append(best.key)
-        counts = {"shortlisted": 8, "too_slow": 3, "not_selected": 0, "failed": 1, "scored": 4, "kept": 1}
+        counts = {"candidates": 8, "too_slow": 3, "not_selected": 0, "failed": 1, "scored": 4, "kept": 1}
         chosen = {name: getattr(best, name) for name in ("params", "ratio", "soft_loss", "top1")}
         bounds: dict[str, Any] = {"band_lo": int(high * 0.8), "band_hi": high, "required": "1.2000x"}
         more = {"contractions": 1_234_567, "incumbent": best.key, "seconds": 61.5}

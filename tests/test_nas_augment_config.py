@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from label_cases import built
 from PIL import Image
 
@@ -18,8 +19,9 @@ from nas.core.augment_config import AugmentConfig, read_augment
 from nas.core.config import RunConfig
 from nas.core.settings import as_flags, parsed
 from nas.data import Dataset, DataSpec, prepare
-from nas.data.augment.mirror import mirror_notes
+from nas.data.augment.mirror import flip_notes, mirror_notes
 from nas.data.augment.spec import AugmentSpec, changed_spec, default_spec, preset_spec
+from nas.data.augment.timm_engine import eval_batch
 from nas.distill.teacher import teacher_spec
 from nas.labels import __main__ as labels
 from nas.labels.build import resolve_augment, stored_augment
@@ -178,6 +180,70 @@ def test_left_and_right_are_told_before_anything_is_trained(pointing: Dataset) -
     blind = replace(pointing.train, labels=np.arange(len(pointing.train)) % 2)
     held = replace(pointing.holdout, labels=np.arange(len(pointing.holdout)) % 2)
     assert mirror_notes(replace(pointing, train=blind, holdout=held), spec) == []
+
+
+def four(folder: Path, images: int = 200, size: int = 32) -> Path:
+    """Write noisy wedges that point left, right, up or down."""
+    rng = np.random.default_rng(1)
+    for number in range(images):
+        pixels = rng.integers(0, 100, (size, size, 3)).astype(np.uint8)
+        top, left = rng.integers(2, size - 14, 2)
+        for at in range(12):
+            pixels[top + 6 - (12 - at) // 2 : top + 6 + (12 - at) // 2, left + at] = rng.integers(180, 255)
+        name = ("right", "up", "left", "down")[number % 4]
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rot90(pixels, number % 4)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ways(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    place = tmp_path_factory.mktemp("four")
+    return prepare(DataSpec(str(four(place / "data")), img_size=32), place / "cache")
+
+
+def answers(dataset: Dataset, change: Any) -> Any:
+    """Make a network that answers by what `change` (number, class, mirrored) tells of a holdout image."""
+    spec, names = default_spec(dataset), list(dataset.classes)
+    images = eval_batch(dataset.holdout.pixels[:], spec).flatten(1)
+    sides = images, eval_batch(dataset.holdout.pixels[:], spec).flip(3).flatten(1)
+
+    def network(asked: torch.Tensor) -> torch.Tensor:
+        told = []
+        for image in asked.flatten(1):
+            found = [
+                (float((side - image).square().sum(1).min()), int((side - image).square().sum(1).argmin()))
+                for side in sides
+            ]
+            number = found[0][1] if found[0][0] <= found[1][0] else found[1][1]
+            told.append(
+                names.index(change(number, names[int(dataset.holdout.labels[number])], found[1][0] < found[0][0]))
+            )
+        return torch.nn.functional.one_hot(torch.tensor(told), len(names)).float()
+
+    return network
+
+
+def test_a_trained_network_tells_left_from_right_or_shows_that_it_cannot(four_ways: Dataset) -> None:
+    spec, other = default_spec(four_ways), {"left": "right", "right": "left"}
+
+    def sided(number: int, name: str, mirrored: bool) -> str:  # never saw a mirrored image
+        return other.get(name, name) if mirrored else name
+
+    def coin(number: int, name: str, mirrored: bool) -> str:  # saw as many mirrored as not
+        return other.get(name, name) if number % 2 else name
+
+    def sure(number: int, name: str, mirrored: bool) -> str:
+        return name
+
+    def poor(number: int, name: str, mirrored: bool) -> str:  # of nothing in particular
+        return sorted(four_ways.classes)[number % 4]
+
+    for change, words in ((sided, "the network loses"), (coin, "'left' and 'right'"), (sure, ""), (poor, "")):
+        notes = flip_notes(answers(four_ways, change), four_ways, spec)
+        assert len(notes) == bool(words), (change, notes)
+        assert all(words in note and "--hflip 0" in note and note.startswith("warning: ") for note in notes)
+        assert flip_notes(answers(four_ways, change), four_ways, replace(spec, hflip=0.0)) == []
 
 
 @pytest.mark.slow

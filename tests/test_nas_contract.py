@@ -128,7 +128,7 @@ def test_every_candidate_is_one_row_and_one_trial_smaller_than_its_parent_and_in
     for step in table(finished.folder / "steps.csv"):
         of = [r for r in rows if r["step"] == step["step"]]
         counted = sum(int(step[k]) for k in ("too_slow", "not_selected", "failed", "scored"))
-        assert int(step["shortlisted"]) == len(of) == counted
+        assert int(step["candidates"]) == len(of) == counted
         assert int(step["contractions"]) >= len(of)
         for r in of:
             assert int(r["params"]) < params[r["parent"]]

@@ -8,6 +8,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,15 +143,43 @@ def test_every_kind_is_read_as_its_plain_equivalent(name: str, tmp_path: Path) -
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 0xFFFF), min_size=4, max_size=16), st.sampled_from(["PNG", "TIFF"]))
-def test_more_bits_are_scaled_from_the_fewest_that_hold_them(values: list[int], kind: str) -> None:
+@given(
+    st.lists(st.integers(0, 0xFFFF), min_size=4, max_size=16),
+    st.sampled_from(["PNG", "TIFF"]),
+    st.sampled_from([8, 12, 16, 20]),
+)
+def test_more_bits_are_scaled_by_one_white_for_all(values: list[int], kind: str, bits: int) -> None:
     data = np.array(values, dtype=np.uint16).reshape(1, -1)
     image = Image.open(io.BytesIO(saved(Image.fromarray(data), kind)))
-    found = np.asarray(as_rgb(image))[0, :, 0]
-    white = 255 if data.max() < 2**8 else 4095 if data.max() < 2**12 else 65535
-    assert np.abs(found.astype(int) - data[0] / white * 255).max() <= 0.5
+    found = np.asarray(as_rgb(image, bits))[0, :, 0]
+    white = 2**bits - 1
+    assert np.abs(found.astype(int) - np.minimum(data[0], white) / white * 255).max() <= 0.5
     order = np.argsort(data[0], kind="stable")
     assert (np.diff(found[order].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize(("top", "bits"), [(200, 8), (4000, 12), (60_000, 16)])
+@pytest.mark.parametrize("pixel_cache", [True, False])
+def test_a_dark_picture_stays_dark_beside_the_brightest_of_its_set(
+    top: int, bits: int, pixel_cache: bool, tmp_path: Path
+) -> None:
+    def level(number: int) -> int:
+        return top if number == 11 else 10 + number * (top - 20) // 40  # one is far brighter than the others
+
+    for number in range(12):
+        path = tmp_path / "d" / "ab"[number % 2] / f"{number}.{('png', 'tif')[number % 3 == 0]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 20), level(number), dtype=np.uint16)).save(path)
+    spec = DataSpec(str(tmp_path / "d"), img_size=16, pixel_cache=pixel_cache, max_corrupt=0.0)
+    wider = {8: 9, 12: 14, 16: 18}[bits]
+    for asked, used in ((None, bits), (wider, wider)):
+        found = prepare(replace(spec, grey_bits=asked), tmp_path / "cache")
+        assert found.grey_bits == used
+        assert any(f"white is {2**used - 1:,}" in note for note in found.notes)
+        for split in (found.train, found.holdout, found.test):
+            for name, pixels in zip(split.names, split.pixels[:], strict=True):
+                want = min(255.0, level(int(Path(name).stem)) * 255 / (2**used - 1))
+                assert abs(float(pixels[8, 8, 0]) - want) <= 0.5
 
 
 def huge(wide: int, high: int) -> bytes:

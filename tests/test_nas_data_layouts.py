@@ -238,6 +238,31 @@ def test_a_csv_file_gives_a_flat_folder_its_classes(header: str, row: str, tmp_p
     assert any("test/: 12 images in no class folders" in n for n in found.notes)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f"{at}.png,{'ab'[at % 2]}\n" for at in range(12)),
+        "".join(f"{at},{'ab'[at % 2]}\n" for at in range(12)),
+        "".join(f"./images/{at}.png {'ab'[at % 2]}\n" for at in range(12)),
+        "".join(f"{at}.png;{'ab'[at % 2]};{'val' if at < 2 else 'train'}\n" for at in range(12)),
+        "image_id,a,b\n" + "".join(f"{at},{at % 2 == 0:d},{at % 2:d}\n" for at in range(12)),
+        "image,a,b\n" + "".join(f"{at}.png,{float(at % 2 == 0)},{float(at % 2)}\n" for at in range(12)),
+        "ImageId,PredictionString\n" + "".join(f"{at},{'ab'[at % 2]}\n" for at in range(12)),
+    ],
+)
+def test_annotations_without_a_header_and_one_column_a_class_are_read(text: str, tmp_path: Path) -> None:
+    root = lay(tmp_path / "d", "images*12")
+    (root / "labels.csv").write_text(text)
+    found = ready(root, annotations="labels.csv")
+    assert found.classes == ("a", "b")
+    read = [
+        (int(Path(name).stem), int(label))
+        for split in (found.train, found.holdout, found.test)
+        for name, label in zip(split.names, split.labels, strict=True)
+    ]
+    assert sorted(read) == [(at, at % 2) for at in range(12)]
+
+
 def test_annotations_hold_splits_and_subsets_and_serve_a_flat_val(tmp_path: Path) -> None:
     root = lay(tmp_path / "d", "images*12")
     rows = [f"{at}.png,{'ab'[at % 2]},{['train', 'valid', 'test'][at % 3]}" for at in range(10)]
@@ -261,7 +286,12 @@ def test_annotations_hold_splits_and_subsets_and_serve_a_flat_val(tmp_path: Path
         ("0,a 1,b 99,a", "id,class", r"1 of 3 lines that cannot be used, e.g. 99 \(not there\)"),
         ("0,a 1,b 0,b", "id,class", r"0 \(both a and b\)"),
         ("0,a 1,b 2,", "id,class", r"2 \(without a class\)"),
-        ("0,1,0 1,0,1", "id,healthy,rust", "columns id, healthy, rust"),
+        ("0,1,0 1,0,2", "id,healthy,rust", "columns id, healthy, rust"),
+        ("0,1,0 1,1,1 2,0,0", "id,healthy,rust", r"none or several of healthy, rust in 2 lines \(the first: 3\)"),
+        ("0,1~2~3~4 1,a", "id,PredictionString", "'1 2 3 4' in PredictionString .1 line., boxes or several classes"),
+        ("0,cat~0.9 1,a", "id,PredictionString", "boxes or several classes"),
+        ("0,3~4 1,5", "id,label", "boxes or several classes"),
+        ("b,1.png", "a,0.png", "columns a, 0.png"),
         ("0,a,here 1,b,there", "id,class,split", "split 'here'"),
         ("0,a,train 1,b, 2,a,test", "id,class,set", r"set '' in .* \(1 line\)"),
         ("0,a,x 1,a,y 2,b,y", "id,class,label", "class and label, which differ"),
@@ -270,8 +300,10 @@ def test_annotations_hold_splits_and_subsets_and_serve_a_flat_val(tmp_path: Path
 )
 def test_annotations_that_contradict_are_named(rows: str, header: str, words: str, tmp_path: Path) -> None:
     root = lay(tmp_path / "d", "images*12")
+    path = kaggle(root, rows, header)
+    path.write_text(path.read_text("utf-8-sig").replace("~", " "))
     with pytest.raises(InputError, match=words) as caught:
-        folder(DataSpec(str(root), annotations=str(kaggle(root, rows, header))))
+        folder(DataSpec(str(root), annotations=str(path)))
     assert str(caught.value).startswith("--annotations: got ")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,9 +15,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from nas.contract.final import nearest_published
+from nas.contract.plan import few_images
+from nas.contract.run_folder import RunFolder
 from nas.contract.seed import weak_teacher_notes
 from nas.core.per_image import paired_difference
 from nas.core.progress import Console
+from nas.report.read import read_run
+from nas.report.text import report
 from space import Context, get_family
 
 
@@ -89,9 +95,44 @@ def drive(stream: io.StringIO, quiet: bool = False) -> str:
     return stream.getvalue()
 
 
-def test_a_bar_on_a_terminal_lines_in_a_pipe_and_nothing_when_quiet() -> None:
+def test_notes_are_kept_once_in_run_json_and_told_by_the_report(finished: Any, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    folder = RunFolder(run)
+    before = json.loads(folder.run_json.read_text())
+    folder.add_notes(["seed: warning: left is right", "labels: 3 images skipped"])
+    folder.add_notes(["labels: 3 images skipped"])
+    after = json.loads(folder.run_json.read_text())
+    assert after == {**before, "notes": [*before["notes"], "seed: warning: left is right", "labels: 3 images skipped"]}
+    told = report(read_run(run))
+    assert all(told.count(note) == 1 for note in ("warning: left is right", "abels: 3 images skipped"))
+    RunFolder(tmp_path).add_notes(["of a plan"])
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_few_training_images_are_told_in_one_line() -> None:
+    def of(*sizes: int) -> str | None:
+        labels = np.repeat(np.arange(len(sizes)), sizes)
+        many = type("Images", (), {"labels": labels, "__len__": lambda self: len(labels)})()
+        classes = tuple("abcdef"[: len(sizes)])
+        return few_images(
+            cast(Any, SimpleNamespace(train=many, labelled=True, num_classes=len(sizes), classes=classes))
+        )
+
+    assert of(100, 100) is None
+    assert "199 training images are few" in str(of(100, 99))
+    assert "400 training images, 9 of class 'b' are few" in str(of(391, 9))
+    assert "2 training images, 1 of class 'a'" in str(of(1, 1))
+
+
+def test_a_bar_on_a_terminal_lines_in_a_pipe_and_nothing_when_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert drive(io.StringIO()) == "first\nlast\n"
     assert drive(Terminal(), quiet=True) == ""
+    assert capsys.readouterr() == ("", "")
+    for text, told in (("warning: \u2192", True), ("seed: warning: x", True), ("a warning: x", False)):
+        Console(stream=io.StringIO(), quiet=True).line(text)
+        assert bool(capsys.readouterr().err) == told
+        Console(stream=io.StringIO(), quiet=True, warns=False).line(text)
+        assert not capsys.readouterr().err
     shown = drive(Terminal())
     assert all(word in shown for word in ("first", "last", "left", "100%"))
 

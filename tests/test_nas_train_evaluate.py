@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,23 @@ def grey(path: Path, top: int, kind: str) -> None:
     Image.fromarray(values.astype(np.uint16 if kind == "PNG" else np.int32)).save(path, kind)
 
 
-def test_the_card_reads_deep_and_turned_pictures_as_training_does(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [None, 12])
+def test_the_card_reads_deep_and_turned_pictures_as_training_does(
+    bits: int | None, model: Path, tmp_path: Path
+) -> None:
     from nas.data.decode import as_rgb
+    from nas.export.load import find_network
+    from nas.export.onnx import metadata_of
 
+    if bits is not None:  # as of a model whose training images were deep
+        model = Path(shutil.copytree(model, tmp_path / "run"))
+        record = json.loads((model / "best.json").read_text())
+        (model / "best.json").write_text(json.dumps({**record, "grey_bits": bits}))
     assert export([str(model), "--to", "timm", "--out", str(tmp_path / "m")]) == 0
+    for source in (model, tmp_path / "m"):
+        saved = find_network(source, "MODEL").saved()
+        assert saved.grey_bits == (bits or 16)
+        assert metadata_of(saved)["white"] == str(2 ** (bits or 16) - 1)
     code = re.findall(r"```python\n(.*?)```", (tmp_path / "m" / "README.md").read_text("utf-8"), re.DOTALL)[0]
     reading = [
         line for line in code.splitlines() if "model" not in line and "transform" not in line and "json." not in line
@@ -92,5 +106,4 @@ def test_the_card_reads_deep_and_turned_pictures_as_training_does(model: Path, t
         image = scope["image"]
         assert isinstance(image, Image.Image)
         with Image.open(path) as same:
-            assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(as_rgb(same))), path.name
-    assert np.asarray(as_rgb(Image.open(tmp_path / "twelve.png"))).max() == 255
+            assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(as_rgb(same, bits or 16))), path.name

@@ -204,6 +204,7 @@ def train_pruned(job: PrunedTrainJob, tick: Tick) -> Values:
     from nas.inherit.batchnorm import first_inputs, recalibrate
     from nas.train.evaluate import evaluate
     from nas.train.losses import DistillLoss
+    from nas.train.norms import settle
     from nas.train.optim import INHERIT_LR
 
     started, part, device = time.monotonic(), empty_part(job.out), job.device
@@ -214,7 +215,9 @@ def train_pruned(job: PrunedTrainJob, tick: Tick) -> Values:
     history, _ = train_on_labels(
         model, reader, DistillLoss(), settings, random_seed=job.random_seed, device=device, tick=tick
     )
-    found = evaluate(model, dataset.test, store.spec.augment, num_classes=job.context.num_classes, device=device)
+    augment = store.spec.augment
+    settle(model, dataset.train, augment, updates=reader.steps_per_epoch, device=device)
+    found = evaluate(model, dataset.test, augment, num_classes=job.context.num_classes, device=device)
     tested = Evaluation(found.loss, found.predicted, found.truth)
     tested.save(part / "test.safetensors")
     values = {"train_loss": history.final_loss, "test_top1": float(tested.correct.mean())}

@@ -29,7 +29,7 @@ class CommandOptions:
     )
     plan: bool = setting(False, "print what the run would do and cost after about a minute of measuring, and exit")
     status: str | None = setting(None, "print where a run stands, and exit", metavar="DIR")
-    quiet: bool = setting(False, "print nothing but errors")
+    quiet: bool = setting(False, "print nothing but errors and warnings")
     json: bool = setting(False, "print the result as a last JSON line")
 
 

@@ -30,6 +30,7 @@ from nas.contract.step import (
     speedup_of,
     trial_of,
 )
+from nas.data import Dataset
 from nas.jobs.job import Job, Result
 from nas.measure.jobs import GROUP
 from nas.search.constraints import PACE, StepBounds
@@ -45,6 +46,8 @@ MEASURING_S = 60.0
 """Seconds of measuring."""
 SAMPLED = 512
 """Archs of a band whose throughput is estimated."""
+FEW_IMAGES, FEW_PER_CLASS = 200, 10
+"""Training images, in all and of a class, below which a plan warns."""
 SCARCE = 0.05
 """Throughput binds where a smaller share of a band is fast enough."""
 
@@ -160,6 +163,19 @@ def _pace(run: Run, floor: Arch, floor_ratio: float | None, seconds: float) -> P
         measured=len(points),
         gmacs_per_s=math.sqrt(trained[0] * trained[1]),
         timing_s=timing_s,
+    )
+
+
+def few_images(dataset: Dataset) -> str | None:
+    """Return a warning where so few training images tell little of any network, else None."""
+    per_class = np.bincount(dataset.train.labels, minlength=dataset.num_classes) if dataset.labelled else np.zeros(0)
+    n, least = len(dataset.train), int(per_class.min(initial=FEW_PER_CLASS))
+    if n >= FEW_IMAGES and least >= FEW_PER_CLASS:
+        return None
+    of = f", {least} of class {dataset.classes[int(per_class.argmin())]!r}" if least < FEW_PER_CLASS else ""
+    return (
+        f"{n:,} training images{of} are few (below {FEW_IMAGES} in all or {FEW_PER_CLASS} a class): scores will hardly "
+        "tell candidates apart"
     )
 
 
@@ -376,6 +392,5 @@ def plan_text(run: Run, plan: Plan) -> str:
             f"of this the proxy check, after a run that reaches its target: {of.timings} timings, {of.trainings} "
             f"trainings of {of.train_gmacs:,.0f} GMACs"
         )
-    if plan.stuck is not None:
-        lines.append(f"warning: {plan.stuck}")
+    lines += [f"warning: {warning}" for warning in (plan.stuck, few_images(run.dataset)) if warning is not None]
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run_json = path / "run.json"  # the configuration, versions and fingerprint, written once before any work
+        self.run_json = path / "run.json"  # configuration, versions, fingerprint, and notes
         self.result_json = path / "result.json"  # the result; missing while the run is unfinished
         self.work = path / "work"  # the folders of finished jobs by key, each whole or absent
         self._lock = FileLock(path / ".lock", timeout=0)
@@ -121,8 +121,18 @@ class RunFolder:
         with contextlib.suppress(OSError):
             (self.job_folder(key) / "weights.safetensors").unlink()
 
+    def add_notes(self, notes: Sequence[str]) -> None:
+        """Add notes to `run.json`, each once; a run that is only planned has none."""
+        if not self.run_json.exists():
+            return
+        data = read_run_json(self.path, "--resume")
+        known = list(data.get("notes", ()))
+        new = [note for note in dict.fromkeys(notes) if note not in known]
+        if new:
+            write_json(self.run_json, {**data, "notes": [*known, *new]})
+
     def write_run(self, data: Mapping[str, Any]) -> None:
-        """Write `run.json`."""
+        """Write `run.json`, before any work; only notes are added later."""
         write_json(self.run_json, {"schema": SCHEMA, **data})
 
 

@@ -91,21 +91,20 @@ def prepare_seed(run: Run) -> Incumbent:
     teacher = teacher if named else _labels(run)
     weights, cached = run.config.seed_weights, run.cache / "seeds"
     init = "scratch" if weights is None else f"file:{weights}"
-    task = run.training(run.seed_arch, "seed", out=cached, epochs=run.config.seed_epochs, init=init)
+    how: dict[str, Any] = {"epochs": run.config.seed_epochs, "init": init, "check_mirror": True}
+    task = run.training(run.seed_arch, "seed", out=cached, **how)
     out = cached / run.training_digest(task.job.argument)
-    trained = run.train(run.seed_arch, "seed", out=out, epochs=run.config.seed_epochs, init=init)
+    trained = run.train(run.seed_arch, "seed", out=out, **how)
     if not trained.ok:
         raise InputError(f"the seed's training failed: {trained.reason}")
     values = trained.values
-    for note in values.get("notes", ()):
-        run.console.line(f"seed: {note}")
+    run.note("seed", values.get("notes", ()))
     _write_row(run, measured, trained)
     run.console.line(
         f"seed: soft loss {values['soft_loss']:.4f} +- {values['soft_loss_se']:.4f}, top-1 {values['top1']:.1%} on "
         f"{len(run.dataset.holdout.labels)} holdout images after {run.config.seed_epochs} epochs"
     )
-    for line in () if teacher is None else weak_teacher_notes(teacher, values):
-        run.console.line(line)
+    run.note("teacher", () if teacher is None else weak_teacher_notes(teacher, values))
     return Incumbent(
         arch=run.seed_arch,
         key=run.key(run.seed_arch),
@@ -196,8 +195,8 @@ def weak_teacher_notes(teacher: Mapping[str, Any], seed: Mapping[str, Any]) -> l
     if best - student > error or min(best, student) >= 0.97:
         return []
     return [
-        f"note: the teacher ({best:.1%} +- {error:.1%}) does not stand above the seed "
-        f"({student:.1%}); its labels may teach little: try --teacher-epochs or --teacher"
+        f"it does not stand above the seed ({best:.1%} +- {error:.1%} and {student:.1%}): its labels may teach little; "
+        "try --teacher-epochs or --teacher"
     ]
 
 
@@ -219,6 +218,7 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         taught = teach(lambda job: run.do(job, cost=cost), data, run.cache, **asked)
         teacher = taught["info"]
         run.console.line(f"teacher: {taught['message']}")
+        run.note("teacher", teacher["notes"])
         folder = _own_store(run, taught["info"], stored, asked)
     run.store = labels.open_for(
         run.do,
@@ -230,8 +230,8 @@ def _labels(run: Run) -> Mapping[str, Any] | None:
         missing=config.missing_labels,
         label_overflow=config.label_overflow,
     )
-    for note in (run.store["message"], *run.store["notes"]):
-        run.console.line(f"labels: {note}")
+    run.console.line(f"labels: {run.store['message']}")
+    run.note("labels", run.store["notes"])
     return teacher
 
 

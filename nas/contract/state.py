@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,13 @@ class Run:
         """
         return (step - 1) * self.config.proxy_epochs if self.strategy.stepwise else 0
 
+    def note(self, part: str, notes: Iterable[str]) -> None:
+        """Print what was decided about a part of the run, and keep it in `run.json`, where the report finds it."""
+        lines = [f"{part}: {note}" for note in notes]
+        for line in lines:
+            self.console.line(line)
+        self.folder.add_notes(lines)
+
     def work(self) -> Work:
         """Return the work of this run so far, whether it was done now or taken from a cache."""
         trained = {name.split(RUNG)[0].removesuffix(MORE) for name in self.trained}
@@ -337,7 +344,7 @@ class Run:
 
     def training_digest(self, job: TrainJob) -> str:
         """Return a key of everything that decides a cached training, this machine included."""
-        places = ("dataset", "store", "out", "checkpoint", "shared")
+        places = ("dataset", "store", "out", "checkpoint", "shared", "check_mirror")
         kind, _, checkpoint = job.init.partition(":")
         whole = {
             **{k: v for k, v in to_json(job).items() if k not in places},

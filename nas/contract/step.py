@@ -290,7 +290,7 @@ def end_step(run: Run, step: Step, kept: Sequence[Incumbent], steps: list[StepRo
     run.study.write_csv(run.folder.path / "trials.csv")
     run.console.line(
         f"step {step.number}/{run.config.steps}  band {band_text(band.lo, band.hi)}  "
-        f"{step.contractions:,} contractions, {summary.shortlisted} timed, {summary.too_slow} too "
+        f"{step.contractions:,} contractions, {summary.candidates} timed, {summary.too_slow} too "
         f"slow, {summary.scored} scored  ->  {best.label}  {best.params / 1e6:.2f}M  {best.ratio:.2f}x  "
         f"soft loss {best.soft_loss:.4f} +- {best.soft_loss_se:.4f}  top-1 {best.top1:.1%}"
     )

@@ -7,6 +7,8 @@ from dataclasses import MISSING, dataclass
 from nas.core.settings import parse_share, setting
 
 IMAGES_PER_CLASS = 4
+GREY_BITS = 16
+"""Of deep grey (more than 8 bits) in data that have none, and of a reader's images, which are not seen together."""
 
 
 def grown_images(images: int, classes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,39 +14,46 @@ Tick = Callable[[float], None]
 """Called by long work with the units (images, mostly) finished since the last call."""
 
 
+WARNING = re.compile(r"(\w+: )?warning: ")
+"""Begins lines that `--quiet` does not silence."""
+
+
 def no_tick(units: float) -> None:
     """Ignore progress."""
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """Escape what a stream cannot show, such as a name in another alphabet."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Console:
     """Lines and one progress bar with the time left.
 
     On a terminal the bar stays at the bottom and lines scroll above it; piped, there are lines only; `quiet` silences
-    both. `total` and `advance` are in any unit that is proportional to time; the bar's estimate follows the measured
-    pace.
+    both, but warnings, which then go to standard error unless `warns` is off. `total` and `advance` are in any unit
+    that is proportional to time; the bar's estimate follows the measured pace.
     """
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, warns: bool = True) -> None:
         self._stream = stream if stream is not None else sys.stdout
-        self._quiet = quiet
+        self._quiet, self._warns = quiet, warns
         self._bar: tqdm[Any] | None = None
         self._done = 0.0
 
     def line(self, text: str = "") -> None:
-        """Print one line (above the bar, where there is one)."""
+        """Print one line (above the bar, where there is one); a warning begins as `WARNING` has it."""
         if self._quiet:
+            if self._warns and WARNING.match(text):
+                print(printable(text, sys.stderr), file=sys.stderr)
             return
-        text = self._printable(text)
+        text = printable(text, self._stream)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             self._stream.write(text + "\n")
             self._stream.flush()
-
-    def _printable(self, text: str) -> str:
-        """Escape what the stream cannot show, such as a name in another alphabet."""
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def start(self, total: float, unit: str | None = None) -> None:
         """Show the bar, on a terminal; with the pace where `total` is in a `unit` of its own."""
@@ -66,13 +74,13 @@ class Console:
         self._done = 0.0
         if not self._quiet and self._stream.isatty():
             if "desc" in options:
-                options["desc"] = self._printable(options["desc"])
+                options["desc"] = printable(options["desc"], self._stream)
             self._bar = tqdm(file=self._stream, leave=False, **options)
 
     def describe(self, text: str) -> None:
         """Say beside the bar what runs now."""
         if self._bar is not None:
-            self._bar.set_description_str(self._printable(text[:40]))
+            self._bar.set_description_str(printable(text[:40], self._stream))
 
     @contextmanager
     def bar(self, total: float, unit: str | None = None) -> Iterator[None]:

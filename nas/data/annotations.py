@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.data.decode import shown_name
+from nas.data.decode import shown_name, suffixes
 from nas.data.roles import word_role
 from nas.data.tree import Tree, counted, joined, plain_name
 from space.errors import refuse
@@ -21,10 +21,13 @@ FILE_NAMES = (
 )
 CLASS_NAMES = (
     *("class", "classname", "label", "labelname", "category", "categoryname", "target", "species", "y"),
-    *("classid", "labelid", "labels", "diagnosis", "breed", "tag"),
+    *("classid", "labelid", "labels", "diagnosis", "breed", "tag", "predictionstring"),
 )
 SPLIT_NAMES = ("split", "set", "subset", "fold", "partition", "phase", "dataset", "usage")
 _FLAG = "--annotations"
+_ONES, _ZEROS = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no", ""}
+_NUMBERS = re.compile(r"\s*[-+]?\d[-+.\de]*(\s+[-+]?\d[-+.\de]*)+\s*")
+"""Several numbers, such as the boxes of Kaggle's PredictionString."""
 _WANT = "a CSV file with a header line: file, class and perhaps split"
 
 
@@ -47,7 +50,8 @@ def open_annotations(given: str, root: Path) -> tuple[Path, Any]:
     if not path.is_file():
         path = root / path
     table = _read(path, given)
-    _columns(table, given)
+    if not _headless(table):
+        _columns(table.copy(), given)
     return path, table
 
 
@@ -59,11 +63,14 @@ def read_annotations(given: str, tree: Tree, most_missing: float) -> Annotations
     named. Raises InputError.
     """
     path, table = open_annotations(given, tree.root)
+    finder = _Finder(tree, path)
+    if _headless(table) and finder.knows(str(table.columns[0])):
+        table = _read(path, given, ("file", "class", "split")[: len(table.columns)])
     file, label, split = _columns(table, given)
     names = [plain_name(text.strip().replace("\\", "/")) for text in table[file]]
     labels = [plain_name(text.strip()) for text in table[label]]
     roles = [None if split is None else word_role(text) for text in table[split or file]]
-    found = _Finder(tree, path).find(names, given)
+    found = finder.find(names, given)
     rows: dict[str, tuple[str, str | None]] = {}
     odd: dict[str, str] = {}
     twice: set[str] = set()
@@ -95,14 +102,19 @@ def read_annotations(given: str, tree: Tree, most_missing: float) -> Annotations
     return Annotations(rows, tuple(notes))
 
 
-def _read(path: Path, given: str) -> Any:
+def _read(path: Path, given: str, columns: Sequence[str] | None = None) -> Any:
+    """Read a table of texts, with `columns` where it has no header. Raises InputError."""
     import pandas as pd
 
     try:
         with open(path, encoding="utf-8-sig") as file:
             header = file.readline()
         mark = max(",;\t|", key=header.count)
-        table = pd.read_csv(path, sep=mark, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False)
+        if not header.count(mark) and len(header.split()) in (2, 3):
+            mark = " "  # FILE CLASS, as in lists of ImageNet
+        options: dict[str, Any] = {} if columns is None else {"header": None, "names": list(columns)}
+        options |= {"sep": mark, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
+        table = pd.read_csv(path, **options)
     except OSError as error:
         raise refuse(_FLAG, f"{given} ({error.strerror})", _WANT) from None
     except ValueError as error:  # pandas' parser errors, and text that is not UTF-8
@@ -112,8 +124,34 @@ def _read(path: Path, given: str) -> Any:
     return table
 
 
+def _one_hot(table: Any, names: Sequence[str], given: str) -> str | None:
+    """Add a column of classes made of columns of 0 and 1, and name it; None where other things stand in them.
+
+    Raises InputError for a line of no class, or of several.
+    """
+    said = table[list(names)].apply(lambda column: column.str.strip().str.lower())
+    if len(names) < 2 or not said.isin(_ONES | _ZEROS).all(axis=None):
+        return None
+    hot, shown = said.isin(_ONES).to_numpy(), ", ".join(names)
+    odd = [at for at, many in enumerate(hot.sum(axis=1).tolist()) if many != 1]
+    if odd:
+        got = f"{given} with none or several of {shown} in {counted(len(odd), 'line')} (the first: {odd[0] + 2})"
+        raise refuse(_FLAG, got, "one class an image", "leave these lines out, or write one column of classes")
+    name = f"one of {shown}"
+    table[name] = [names[at] for at in hot.argmax(axis=1).tolist()]
+    return name
+
+
+def _headless(table: Any) -> bool:
+    """Tell whether the first line may be one like the others: it has a file's ending or a class that others have."""
+    first = [str(name) for name in table.columns]
+    if len(first) not in (2, 3):
+        return False
+    return os.path.splitext(first[0])[1].lower() in suffixes() or first[1] in set(table[first[1]])
+
+
 def _columns(table: Any, given: str) -> tuple[str, str, str | None]:
-    """Find the columns of file, class and split by their names."""
+    """Find the columns of file, class and split by their names; the class may be spread over columns of 0 and 1."""
     plain = {re.sub(r"[\W_]+", "", str(name).lower()): str(name) for name in table.columns}
 
     def first(names: Sequence[str], taken: Sequence[str | None] = ()) -> str | None:
@@ -130,11 +168,18 @@ def _columns(table: Any, given: str) -> tuple[str, str, str | None]:
         split = None  # a fold by number, a data set by name
     labels = [plain[name] for name in CLASS_NAMES if name in plain and plain[name] != file]
     rest = [str(name) for name in table.columns if name not in (file, split) and not str(name).startswith("Unnamed")]
+    if file is not None and not labels and (hot := _one_hot(table, rest, given)) is not None:
+        return file, hot, split
     if not labels and len(rest) == 1:
         labels = rest
+    shown = ", ".join(map(str, table.columns[:8]))
     if file is None or not labels:
-        shown = ", ".join(map(str, table.columns[:8]))
         raise refuse(_FLAG, f"{given} with the columns {shown}", _WANT, "rename its columns to file, class, split")
+    boxed = labels[0] == plain.get("predictionstring")
+    boxes = [text for text in table[labels[0]] if _NUMBERS.fullmatch(text) or (boxed and len(text.split()) > 1)]
+    if boxes:
+        got = f"{given} with {boxes[0][:40]!r} in {labels[0]} ({counted(len(boxes), 'line')}), boxes or several classes"
+        raise refuse(_FLAG, got, "one class an image", "write one line an image, with its class")
     # A class may stand there twice, as a number and as a name: the name is taken.
     for one in labels[1:]:
         if len(table[[labels[0], one]].drop_duplicates()) != len(set(table[labels[0]])):
@@ -158,6 +203,10 @@ class _Finder:
             name = plain.rpartition("/")[2]
             for key in {name, os.path.splitext(name)[0]}:
                 self._ends[key].append(path)
+
+    def knows(self, name: str) -> bool:
+        """Return whether a text names an image of the tree."""
+        return bool(self._candidates(plain_name(name.strip().replace("\\", "/"))))
 
     def find(self, names: Sequence[str], given: str) -> list[str | None]:
         """Return the path of each named image, None where there is none. Raises InputError for a doubt."""

@@ -287,6 +287,10 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
     if pool.broken:
         both = "broken or contradicting" if odd else "broken"
         notes.append(f"{len(pool.broken)} {both} {_LEFT_OUT}, e.g. {pool.examples(1)}")
+    decoding = source.decoding
+    if pool.grey_bits is not None:
+        decoding += f", white {2**pool.grey_bits - 1}"
+        notes.append(f"pictures of deep grey: white is {2**pool.grey_bits - 1:,} in all of them, kept with the model")
     meta: dict[str, Any] = {
         "format": FORMAT,
         "name": source.name,
@@ -297,7 +301,7 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
         "interpolation": "bicubic",
         "mean": list(MEAN),
         "std": list(STD),
-        "decoding": source.decoding,
+        "decoding": decoding,
         "labelled_by": None,
     }
     truth = labels if source.classes else np.full(len(labels), -1, dtype=np.int64)
@@ -320,6 +324,7 @@ def _build(source: DataSource, folder: Path, random_seed: int, max_corrupt: floa
         "root": None if source.root is None else os.fspath(source.root),
         "broken": [name.encode("utf-8", "backslashreplace").decode() for name in pool.broken],
         "notes": notes,
+        "grey_bits": pool.grey_bits,
     }
     write_meta(folder, meta, extra)
 
@@ -382,7 +387,7 @@ def relabelled(
                 _linked(path, draft / path.name)
         for side in SIDES:
             write_table(draft / file_of(side, "labels"), np.asarray(labels_by_side[side], dtype=np.int64))
-        extra = {key: meta.pop(key) for key in ("root", "broken", "notes")}
+        extra = {key: meta.pop(key) for key in ("root", "broken", "notes", "grey_bits") if key in meta}
         for key in ("fingerprint", "files"):
             del meta[key]
         write_meta(draft, {**meta, "classes": list(classes), "labelled_by": by}, extra)

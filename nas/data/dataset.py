@@ -29,12 +29,14 @@ class DataSpec(DataConfig):
     """A request for a data set; `random_seed` decides which images are taken and held out. Raises InputError.
 
     With `images_may_grow` the number `max_images` is a default, which grows with the classes. With `test_only` a folder
-    is read for its test set alone: the one that it gives, else all its images.
+    is read for its test set alone: the one that it gives, else all its images. `grey_bits` are a model's, for a
+    folder's pictures of deep grey (`Dataset.grey_bits`).
     """
 
     random_seed: int = setting(0, "of the images taken and held out", low=0)
     images_may_grow: bool = False
     test_only: bool = False
+    grey_bits: int | None = None
 
     def __post_init__(self) -> None:
         if not self.data.strip():
@@ -52,6 +54,7 @@ class DataSpec(DataConfig):
         path = Path(self.data).expanduser()
         place = self.data if self.data in EMBEDDED or not path.is_dir() else str(path.resolve())
         left_out = {"pixel_cache"} if self.images_may_grow else {"pixel_cache", "images_may_grow"}
+        left_out |= {"grey_bits"} if self.grey_bits is None else set()
         found = {k: v for k, v in {**asdict(self), "data": place}.items() if k not in left_out}
         if self.annotations is not None and Path(self.annotations).is_file():
             found["annotations"] = str(Path(self.annotations).resolve())
@@ -151,6 +154,8 @@ class Dataset:
     `img_size` is what a model sees, `store_size` (S) what is stored: evaluation takes the centre. `fingerprint` hashes
     all that decides the content, `preparation` only what decides the pixels of an image. `broken` names images that
     were left out; `notes` are lines for the user; `labelled_by` is a teacher whose classes stand for the truth.
+    `grey_bits` tells white of deep grey, where there are such pictures: 2^grey_bits - 1, from the brightest of them
+    all.
     """
 
     folder: Path
@@ -170,6 +175,7 @@ class Dataset:
     notes: tuple[str, ...]
     preparation: str
     labelled_by: str | None = None
+    grey_bits: int | None = None
 
     @property
     def labelled(self) -> bool:

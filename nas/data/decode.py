@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from nas.core.data_config import GREY_BITS
 from nas.data.split import content_key
 
 CROP = 0.875
@@ -94,8 +95,11 @@ def _start(side: int, img_size: int, store_size: int) -> int:
     return min(max(start, 0), side - store_size)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image, grey_bits: int = GREY_BITS) -> Image.Image:
     """Turn upright by EXIF and convert to RGB, of several frames the first; transparency is dropped, as in timm.
+
+    Grey of 16 or 32 bits is scaled to 0..255: white is 2^grey_bits - 1, the same for all pictures of a data set, which
+    so stay comparable; what is brighter is white. The exported snippet (`nas.export.hub`) does the same.
 
     Raises ValueError for numbers without a known white, and for a picture that is nothing but transparency.
     """
@@ -105,8 +109,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
             image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known white")
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        image = Image.fromarray(_eight_bits(np.asarray(image).astype(np.int64)))
+    if image.mode.startswith("I"):
+        grey, white = np.asarray(image).astype(np.int64), 2**grey_bits - 1
+        if grey.min() < 0:
+            raise ValueError("negative pixels have no known black")
+        image = Image.fromarray(((np.minimum(grey, white) * 255 + white // 2) // white).astype(np.uint8))
     rgb = image.convert("RGB")
     if image.has_transparency_data and _one_colour(rgb) and not _one_colour(image.convert("RGBA")):
         raise ValueError("its picture is in its transparency alone, which is dropped: flatten it")
@@ -118,31 +125,32 @@ def _one_colour(image: Image.Image) -> bool:
     return bool((pixels == pixels[0, 0]).all())
 
 
-def _eight_bits(values: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Scale grey levels of 16 or 32 bits to 0..255: white is 2^b - 1, b the least of 8, 12, 16, ... that holds them.
+def deep_grey(path: Path) -> int | None:
+    """Return how many bits, 8, 12, 16, ..., hold the brightest pixel of a picture of deep grey; None for any other."""
+    try:
+        with Image.open(path, formats=formats()) as image:
+            if not image.mode.startswith("I"):
+                return None
+            refuse_bomb(image)
+            brightest = int(np.asarray(image).max())
+            return next(bits for bits in range(8, 33, 4) if brightest < 2**bits)
+    except Exception:  # whatever is wrong is named when the image is decoded
+        return None
 
-    So 12 bits in a 16-bit file use the whole range. The exported snippet (`nas.export.hub`) does the same.
-    """
-    if values.min() < 0:
-        raise ValueError("negative pixels have no known black")
-    white = next(2**bits - 1 for bits in range(8, 33, 4) if values.max() < 2**bits)
-    grey: NDArray[np.uint8] = ((values * 255 + white // 2) // white).astype(np.uint8)
-    return grey
 
-
-def read_image(path: Path, img_size: int, store_size: int) -> tuple[str, NDArray[np.uint8]]:
+def read_image(path: Path, img_size: int, store_size: int, grey_bits: int = GREY_BITS) -> tuple[str, NDArray[np.uint8]]:
     """Read one file: its key (a hash of its bytes) and its pixels. Raises whatever is wrong."""
-    key, rgb = _opened(path)
+    key, rgb = _opened(path, grey_bits)
     return key, _window(rgb, img_size, store_size)
 
 
-def read_picture(path: Path, img_size: int, store_size: int) -> tuple[str, str, NDArray[np.uint8]]:
+def read_picture(path: Path, img_size: int, store_size: int, grey_bits: int) -> tuple[str, str, NDArray[np.uint8]]:
     """Read one file as `read_image` does: its key, a hash of all its decoded pixels, and those that are kept."""
-    key, rgb = _opened(path)
+    key, rgb = _opened(path, grey_bits)
     return key, as_rgb_key(rgb), _window(rgb, img_size, store_size)
 
 
-def _opened(path: Path) -> tuple[str, Image.Image]:
+def _opened(path: Path, grey_bits: int) -> tuple[str, Image.Image]:
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for, a device has no end
         raise ValueError("not a file")
@@ -151,7 +159,7 @@ def _opened(path: Path) -> tuple[str, Image.Image]:
     data = path.read_bytes()
     with Image.open(io.BytesIO(data), formats=formats()) as image:
         refuse_bomb(image)
-        return content_key(data), as_rgb(image)
+        return content_key(data), as_rgb(image, grey_bits)
 
 
 def refuse_bomb(image: Image.Image) -> None:

@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nas.core.data_config import GREY_BITS
 from nas.core.io import digest_of
 from nas.core.progress import Tick
 from nas.data.annotations import Annotations, open_annotations, read_annotations
 from nas.data.dataset import DataSpec
-from nas.data.decode import chosen_img_size, header_size, read_picture, store_size_of, why_broken
+from nas.data.decode import chosen_img_size, deep_grey, header_size, read_picture, store_size_of, why_broken
 from nas.data.roles import classes_in, find_parts, opened, parts_by_hand
 from nas.data.sources import DataSource, ImagePool
 from nas.data.split import TEST_IMAGES, choose, proxy_limit
 from nas.data.tree import Tree, counted, joined, walk
 from space.errors import refuse
 
-VERSION = 3
+VERSION = 4
 """Of the decoding and the choice of images: another one is another data set."""
 _LOOKED_AT = 101
 _CHUNK = 64
@@ -249,7 +250,9 @@ def _source(
     store_size = store_size_of(img_size)
 
     def fill(pool: ImagePool, tick: Tick) -> None:
-        for file, found in _decoded(root, used, img_size, store_size):
+        deep = _deepest(root, used)
+        pool.grey_bits = deep and (spec.grey_bits or deep)
+        for file, found in _decoded(root, used, img_size, store_size, pool.grey_bits or GREY_BITS):
             if isinstance(found, str):
                 pool.lose(file.name, found)
             else:
@@ -263,7 +266,10 @@ def _source(
         img_size=img_size,
         store_size=store_size,
         hflip=True,
-        identity={"folder": VERSION, "root": os.fspath(root), "classes": list(classes), "files": _listing(root, used)},
+        identity={
+            **{"folder": VERSION, "root": os.fspath(root), "classes": list(classes), "files": _listing(root, used)},
+            **({} if spec.grey_bits is None else {"grey_bits": spec.grey_bits}),
+        },
         decoding=f"file {VERSION}",
         count=len(used),
         fill=fill,
@@ -327,14 +333,21 @@ def _listing(root: Path, files: Sequence[_File]) -> str:
     return digest_of(rows)
 
 
+def _deepest(root: Path, files: Sequence[_File]) -> int | None:
+    """Return the bits that hold all deep grey of a data set; None where there is none, as the files' headers tell."""
+    with _quiet(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        found = threads.map(lambda file: deep_grey(root / file.name), files)
+        return max((bits for bits in found if bits is not None), default=None)
+
+
 def _decoded(
-    root: Path, files: Sequence[_File], img_size: int, store_size: int
+    root: Path, files: Sequence[_File], img_size: int, store_size: int, grey_bits: int
 ) -> Iterator[tuple[_File, tuple[str, str, NDArray[np.uint8]] | str]]:
     """Decode in threads (Pillow lets the interpreter go), in order; of a broken file the reason."""
 
     def one(file: _File) -> tuple[str, str, NDArray[np.uint8]] | str:
         try:
-            return read_picture(root / file.name, img_size, store_size)
+            return read_picture(root / file.name, img_size, store_size, grey_bits)
         except Exception as error:  # a damaged file raises almost anything in Pillow
             return why_broken(error)
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from nas.core.data_config import GREY_BITS
 from nas.core.io import digest_of, file_sha256, read_object, write_json
 from nas.data.dataset import Dataset, KeyTable, NameTable, Split
 from nas.data.decode import read_image
@@ -109,7 +110,8 @@ def _open_side(folder: Path, side: str, meta: Mapping[str, Any], verify: bool) -
         raise ValueError(f"{side} has {n} keys, {len(labels)} labels and {len(ends)} names")
     pixels: Any
     if meta["root"] is not None:
-        pixels = DecodedFiles(folder, side, Path(meta["root"]), meta["img_size"], stored)
+        bits = meta.get("grey_bits") or GREY_BITS
+        pixels = DecodedFiles(folder, side, Path(meta["root"]), meta["img_size"], stored, bits)
     else:
         pixels = _checked(folder, file_of(side, "pixels"), meta, verify=verify)
         if pixels.dtype != np.uint8 or pixels.shape != (n, stored, stored, 3):
@@ -141,8 +143,10 @@ class DecodedFiles:
     dtype = np.dtype(np.uint8)
     ndim = 4
 
-    def __init__(self, at: Path, side: str, root: Path, img_size: int, store_size: int) -> None:
-        self._given = (at, side, root, img_size, store_size)
+    def __init__(
+        self, at: Path, side: str, root: Path, img_size: int, store_size: int, grey_bits: int = GREY_BITS
+    ) -> None:
+        self._given = (at, side, root, img_size, store_size, grey_bits)
         keys, text, ends = (
             np.load(at / file_of(side, table), mmap_mode="r", allow_pickle=False) for table in ("keys", "names", "ends")
         )
@@ -172,14 +176,14 @@ class DecodedFiles:
         return self[:].astype(dtype or self.dtype, copy=False)
 
     def _read(self, row: int) -> NDArray[np.uint8]:
-        _, _, root, img_size, store_size = self._given
+        _, _, root, img_size, store_size, grey_bits = self._given
         name = self._names[row]
         # Links inside a user's folder may lead anywhere; a name in the cache's table may not.
         if os.path.isabs(name) or ".." in name.split("/"):
             raise refuse("--data", name, f"a name inside {root}", "prepare the data anew")
         want, remedy = "the image that was there", "restore it, or prepare the data anew"
         try:
-            key, pixels = read_image(root / name, img_size, store_size)
+            key, pixels = read_image(root / name, img_size, store_size, grey_bits)
         except Exception as error:  # a damaged file raises almost anything in Pillow
             got = f"{name} ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
             raise refuse("--data", got, want, remedy) from error

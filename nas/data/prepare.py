@@ -40,10 +40,13 @@ def prepare(spec: DataSpec, cache_dir: Path, tick: Tick = no_tick, check: Check 
 
     `tick` counts images; `check` is called before any is decoded. Raises InputError for data that cannot be used.
     """
-    source = find_source(spec, Path(cache_dir))
+    source = find_source(replace(spec, grey_bits=None), Path(cache_dir))
     if check is not None:
         check(source)
     dataset = cached(source, spec.random_seed, spec.max_corrupt, Path(cache_dir), tick)
+    if spec.grey_bits is not None and dataset.grey_bits not in (None, spec.grey_bits):
+        source = find_source(spec, Path(cache_dir))
+        dataset = cached(source, spec.random_seed, spec.max_corrupt, Path(cache_dir), tick)
     if not spec.pixel_cache and source.root is None:
         # Not among the stored notes: the folder does not depend on it.
         dataset = replace(dataset, notes=(*dataset.notes, _KEPT_ANYWAY))

@@ -27,7 +27,7 @@ from space.errors import refuse
 DIGITS_IMG_SIZE = 48
 DIGITS_VERSION = 1
 """Of the scaling below: another one is another data set."""
-READER_VERSION = 2
+READER_VERSION = 3
 PREFIXES = ("torch", "hfds", "wds")
 _NEEDS = {
     "torch": ("torchvision", "pip install torchvision"),
@@ -53,6 +53,7 @@ class ImagePool:
         self.roles: list[str] = []
         self.names: list[str] = []
         self.broken: dict[str, str] = {}  # names with reasons
+        self.grey_bits: int | None = None  # of deep grey, where there is any (`nas.data.decode.as_rgb`)
 
     def add(self, key: str, label: int, role: str, pixels: NDArray[np.uint8], name: str, picture: str = "") -> None:
         """Append one image, uint8 [S, S, 3], under its name for users; `picture` hashes what is decoded of it."""

@@ -88,7 +88,8 @@ class TrainJob(StudentJob):
     continues an earlier rung. `images` trains on a fixed subset of that size. `label_overflow` and `label_epochs` are
     those of `nas.labels.reader.LabelReader`. `hard_weight` is the share of the loss that goes by true labels;
     `distill` other than `sparse` is a `nas.train.losses.DistillLoss`. With `checkpoint` a killed training continues
-    at its last epoch. The folder `out` may be `shared` by several runs.
+    at its last epoch. `check_mirror` adds a note where mirrored images harm it. The folder `out` may be `shared` by
+    several runs.
     """
 
     store_id: str
@@ -106,6 +107,7 @@ class TrainJob(StudentJob):
     continue_from: EarlierRung | None = None
     checkpoint: bool = False
     test: bool = False
+    check_mirror: bool = False
     shared: bool = False
     out: Path = field(metadata=WRITES)
 
@@ -150,8 +152,7 @@ def train_teacher(job: TeacherJob, tick: Tick) -> Values:
         augment=job.augment,
         tick=tick,
     )
-    notes = "".join(f"; {note}" for note in info.notes)
-    message = f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%}{notes}"
+    message = f"{info.id} ({info.model}), holdout top-1 {info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%}"
     return {"info": to_json(info), "message": message}
 
 
@@ -176,6 +177,7 @@ def train(job: TrainJob, tick: Tick) -> Values:
 
 def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     from nas.data import open_dataset
+    from nas.data.augment.mirror import flip_notes
     from nas.data.augment.views import EVAL_BATCH
     from nas.distill.student import Evaluation, evaluate, proxy_settings, start_model, train_on_labels
     from nas.export.weights import save_weights
@@ -228,6 +230,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
     held = holdout_batches(dataset, store, EVAL_BATCH, job.missing)
     scored = evaluate(model, held, dataset.holdout.labels, job.device, tick)
     scored.save(part / "holdout.safetensors")
+    mirror = flip_notes(model, dataset, store.spec.augment, device=job.device) if job.check_mirror else []
     weights = part / "weights.safetensors"
     values: Values = {
         **scored.scores(),
@@ -239,7 +242,7 @@ def _train_into(job: TrainJob, part: Path, tick: Tick) -> Values:
         "seconds": time.monotonic() - started,
         "copied": copied,
         "weights_digest": save_weights(weights, model.state_dict()),
-        "notes": [*notes, *reader.notes, *lost],
+        "notes": [*notes, *reader.notes, *lost, *mirror],
     }
     if job.test:
         found = evaluate_split(

@@ -121,8 +121,9 @@ def build(
             console.line(line)
         with console.bar(float(len(dataset.train) * options.teacher_epochs)):
             taught = teach(do, dataset, cache, **taught_by)
-        console.line(f"teacher: {taught['message']}")
         info = taught["info"]
+        for line in (taught["message"], *info["notes"]):
+            console.line(f"teacher: {line}")
 
         def begin(part: tuple[int, int]) -> Mapping[str, Any]:
             made_by = {"data": options.data_spec.to_dict(), **taught_by}
@@ -216,7 +217,7 @@ def teach(
     threads: int,
     augment: Mapping[str, Any] = MappingProxyType({}),
 ) -> Mapping[str, Any]:
-    """Make the teacher of a data set in a worker: its `info` and a line, `message`.
+    """Make the teacher of a data set in a worker: its `info`, with notes, and a line, `message`.
 
     `augment` holds the settings that replace parts of its augmentation (`AugmentConfig.given`). Raises InputError.
     """

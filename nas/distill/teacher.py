@@ -19,7 +19,7 @@ from nas.core.class_match import ClassMatch, match_classes, match_head
 from nas.core.io import digest_of, get_or_make, write_json
 from nas.core.progress import Tick, no_tick
 from nas.data import Dataset, Split
-from nas.data.augment.mirror import mirror_notes
+from nas.data.augment.mirror import flip_notes, mirror_notes
 from nas.data.augment.spec import AugmentSpec, augmentation_code, changed_spec, default_spec
 from nas.data.augment.timm_engine import TimmAugmenter
 from nas.data.augment.views import outputs
@@ -145,8 +145,10 @@ def make_teacher(
                 )
                 settle(net, dataset.train, spec, updates=batches.steps_per_epoch, device=device)
         correct = np.zeros(0, dtype=bool)
+        mirror: list[str] = []
         if dataset.labelled:
             place(net, device).eval()
+            mirror = flip_notes(net, dataset, spec, device=device)
             batched = outputs(net, dataset.holdout, spec, device=device, batch_size=EVAL_BATCH)
             predicted = np.concatenate([logits.argmax(1).cpu().numpy() for _, logits in batched])
             correct = predicted == dataset.holdout.labels
@@ -167,7 +169,7 @@ def make_teacher(
             "holdout_top1": top1,
             "holdout_top1_se": math.sqrt(top1 * (1 - top1) / max(1, len(correct))),
             "holdout_images": len(correct),
-            "notes": list(_notes(named, source, settings, dataset, match)),
+            "notes": [*_notes(named, source, settings, dataset, match), *mirror],
         }
         write_json(folder / "info.json", {"schema": SCHEMA, "recipe": recipe, "info": info})
         progress.unlink(missing_ok=True)
@@ -217,7 +219,7 @@ def check_accuracy(
         raise refuse("--teacher", f"{named.name} with {found}", want, f"the likely reason: {why}")
     if low >= bound:
         return info
-    return replace(info, notes=(*info.notes, f"warning: teacher {named.name} is weak, {found}; if so: {why}"))
+    return replace(info, notes=(*info.notes, f"warning: {named.name} is weak, {found}; if so: {why}"))
 
 
 def _mirrored(dataset: Dataset, spec: AugmentSpec, settings: TrainSettings | None) -> list[str]:
@@ -230,20 +232,20 @@ def _notes(
 ) -> Iterator[str]:
     if isinstance(named, AutoTeacher):
         return
-    yield from (f"teacher {note}" for note in named.notes)
+    yield from named.notes
     if settings is None and not dataset.labelled:
-        yield f"teacher {named.name}: its {source.num_classes} classes, for images without labels"
+        yield f"{named.name}: its {source.num_classes} classes, for images without labels"
     elif settings is None:
         how = match.describe()
-        yield f"teacher {named.name}: its head of {source.num_classes} classes is kept" + (how and f"; {how}")
+        yield f"{named.name}: its head of {source.num_classes} classes is kept" + (how and f"; {how}")
     else:
         epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
         yield (
-            f"teacher {named.name}: its head of {source.num_classes} classes does not fit the data's "
+            f"{named.name}: its head of {source.num_classes} classes does not fit the data's "
             f"{dataset.num_classes}; {match.describe()}; fine-tuned for {epochs}"
         )
     if source.input_size is not None and source.input_size != dataset.img_size:
-        yield f"teacher {named.name}: images are resized to {source.input_size} px for it"
+        yield f"{named.name}: images are resized to {source.input_size} px for it"
 
 
 class _Batches:

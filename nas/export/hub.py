@@ -14,16 +14,16 @@ USAGE = """\
 import json, numpy as np, timm
 from PIL import Image, ImageOps
 image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as in training
-if image.mode[0] == "I":  # 16 or 32 bits: white is the top of the fewest bits, 8, 12, 16, ..., that hold the picture
-    grey = np.asarray(image).astype(int)
-    white = 2 ** max(8, -(-int(grey.max()).bit_length() // 4) * 4) - 1
-    image = Image.fromarray((grey * 255 / white).round().astype("uint8"))
+if image.mode[0] == "I":  # 16 or 32 bits: white is {white}, as in the training images
+    grey = np.asarray(image).astype(float).clip(0, {white})
+    image = Image.fromarray((grey * 255 / {white}).round().astype("uint8"))
 model = timm.create_model("local-dir:{folder}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 best = model(transform(image.convert("RGB"))[None]).argmax().item()
 print(json.load(open("{folder}/config.json"))["label_names"][best])
 ```"""
-"""A prediction on an image file, read as `nas.data.decode.as_rgb` does; `{folder}` is the export's folder."""
+"""A prediction on an image file, read as `nas.data.decode.as_rgb` does; `{folder}` is the export's folder,
+`{white}` that of deep grey."""
 
 BACKBONE = """\
 ```python
@@ -66,6 +66,8 @@ def export_timm(saved: SavedModel, out: Path) -> Path:
     config["pretrained_cfg"] = {**described, **saved.preprocessing, "pool_size": None}
     # timm and transformers take the number of classes from the root; transformers refuses a second one.
     del config["model_args"]["num_classes"]
+    if "grey_bits" in saved.record:
+        config["grey_bits"] = saved.grey_bits
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     if saved.classes:
         (out / CLASS_MAP).write_text("".join(f"{name}\n" for name in saved.classes), encoding="utf-8")
@@ -96,7 +98,7 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
         *_bullets("Lineage", _lineage(saved, config)),
         "## A prediction",
         "",
-        usage.format(folder=out.name),
+        usage.format(folder=out.name, white=2**saved.grey_bits - 1),
         "",
         "With transformers:",
         "",

@@ -29,11 +29,11 @@ OPSET = 20
 RECIPE = """\
 import json, numpy as np, onnxruntime; from PIL import Image, ImageOps
 net = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"]); about = \
-net.get_modelmeta().custom_metadata_map; size, side, mean, std, classes = (json.loads(about[name]) \
-for name in ("img_size", "resize", "mean", "std", "classes"))
-image = ImageOps.exif_transpose(Image.open("photo.jpg")); grey = np.asarray(image).astype(float); image = (image if \
-image.mode[0] != "I" else Image.fromarray((grey * 255 / (2 ** max(8, -(-int(grey.max()).bit_length() // 4) * 4) - 1))\
-.round().astype("uint8"))).convert("RGB"); image = image.resize([side * n // min(image.size) for n in \
+net.get_modelmeta().custom_metadata_map; size, side, mean, std, classes, white = (json.loads(about[name]) \
+for name in ("img_size", "resize", "mean", "std", "classes", "white"))
+image = ImageOps.exif_transpose(Image.open("photo.jpg")); image = (image if image.mode[0] != "I" else \
+Image.fromarray((np.clip(np.asarray(image).astype(float), 0, white) * 255 / white).round().astype("uint8")))\
+.convert("RGB"); image = image.resize([side * n // min(image.size) for n in \
 image.size], Image.Resampling[about["interpolation"].upper()]); image = image.crop([round((n - size) / 2) + more \
 for more in (0, size) for n in image.size])
 best = net.run(None, {{"images": np.float32((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)[None]}})[0]\
@@ -59,6 +59,7 @@ def metadata_of(saved: SavedModel) -> dict[str, str]:
         "img_size": context.img_size,
         "resize": math.floor(context.img_size / seen["crop_pct"]),
         **{name: seen[name] for name in ("mean", "std", "crop_pct")},
+        "white": 2**saved.grey_bits - 1,
         "params": saved.family.count_params(saved.arch, context),
         "arch": saved.family.to_dict(saved.arch),
     }

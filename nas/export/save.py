@@ -22,10 +22,12 @@ def model_json(
     score: Mapping[str, Any],
     throughput: Mapping[str, Any] | None,
     preprocessing: Mapping[str, Any],
+    grey_bits: int | None = None,
 ) -> dict[str, Any]:
     """Return a model's record as plain JSON: arch, counts, the timm call, what was measured.
 
-    `preprocessing` has crop_pct, interpolation, mean and std; `sha256` is of the weights' file.
+    `preprocessing` has crop_pct, interpolation, mean and std; `sha256` is of the weights' file; `grey_bits` those of
+    the training images (`nas.data.Dataset`).
     """
     model, kwargs = family.timm_call(arch, ctx)
     size = [ctx.in_chans, ctx.img_size, ctx.img_size]
@@ -43,6 +45,7 @@ def model_json(
         "score": dict(score),
         "classes": list(classes),
         "timm": {"model": model, "kwargs": {**kwargs, "pretrained_cfg_overlay": overlay}},
+        **({} if grey_bits is None else {"grey_bits": grey_bits}),
         "sha256": sha256,
     }
 
@@ -76,5 +79,6 @@ def write_model(
         score=score,
         throughput=throughput,
         preprocessing=preprocessing_of(dataset),
+        grey_bits=dataset.grey_bits,
     )
     write_json(stem.with_name(f"{stem.name}.json"), record)

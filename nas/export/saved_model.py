@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nas.core.data_config import GREY_BITS
 from nas.core.io import check_sha256, read_json, read_object
 from space import Context, get_family
 from space.errors import InputError, refuse
@@ -61,6 +62,11 @@ class SavedModel:
         size = self.context.img_size
         return {"input_size": [self.context.in_chans, size, size], **{name: overlay[name] for name in PREPROCESSING}}
 
+    @property
+    def grey_bits(self) -> int:
+        """The bits of white in pictures of deep grey: those of the training images, if they had such pictures."""
+        return int(self.record.get("grey_bits") or GREY_BITS)
+
     def build(self) -> nn.Module:
         """Build the network in plain timm, with its weights, in eval mode. Raises InputError."""
         import timm
@@ -94,6 +100,7 @@ def read_saved_model(path: Path) -> SavedModel:
         context = Context(record["img_size"], record["num_classes"], channels)
         family.check(arch, context)
         _check_classes_and_preprocessing(record["classes"], overlay, context)
+        _check_grey_bits(record.get("grey_bits"))
         weights = path.with_suffix(".safetensors")
         check_sha256(weights, record["sha256"])
         return SavedModel(path, weights, record, family, arch, context, _run_settings(path))
@@ -119,10 +126,19 @@ def foreign_model(
         given = {name: preprocessing.get(name) for name in PREPROCESSING}
         seen = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
         _check_classes_and_preprocessing(list(classes) or [""] * context.num_classes, seen, context)
+        _check_grey_bits(preprocessing.get("grey_bits"))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     record = model_json(
-        family, arch, context, classes=classes, sha256=file_sha256(path), score={}, throughput=None, preprocessing=seen
+        family,
+        arch,
+        context,
+        classes=classes,
+        sha256=file_sha256(path),
+        score={},
+        throughput=None,
+        preprocessing=seen,
+        grey_bits=preprocessing.get("grey_bits"),
     )
     return SavedModel(path, path, record, family, arch, context, {}, state)
 
@@ -138,6 +154,11 @@ def _check_classes_and_preprocessing(classes: Any, overlay: Any, context: Contex
             raise refuse(name, value, f"{count} numbers" if count else "a number")
     if overlay.get("interpolation") not in ("bicubic", "bilinear", "nearest"):
         raise refuse("interpolation", overlay.get("interpolation"), "bicubic, bilinear or nearest")
+
+
+def _check_grey_bits(value: Any) -> None:
+    if value is not None and (type(value) is not int or not 8 <= value <= 32):
+        raise refuse("grey_bits", value, "8 to 32")
 
 
 def _run_settings(path: Path) -> Mapping[str, Any]:

@@ -268,6 +268,8 @@ def _work(arguments: argparse.Namespace) -> int:
     print("\n".join(table(shown, params)))
     if not written and any(layer.block for layer in shown):
         print("blocks: spread evenly here; a run drops those whose loss does least harm")
+    for note in written.get("notes", ()):
+        print(note)
     if written:
         total = written["copied"] + written["kept"]
         print(f"{written['copied']:,} of {total:,} numbers from the parent, in {arguments.out}")

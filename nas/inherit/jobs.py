@@ -139,8 +139,8 @@ def rank_by_importance(job: ImportanceJob, tick: Tick) -> Values:
 def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     """Write a child's first weights to `out`, from a checkpoint or timm tag of its parent.
 
-    The parent's context is read off its weights. Returns both contexts and how many numbers were inherited. Batch-norm
-    statistics are the parent's: there are no images here.
+    The parent's context is read off its weights. Returns both contexts and how many numbers were inherited, with notes
+    on what was read. Batch-norm statistics are the parent's: there are no images here.
     """
     import numpy as np
     import torch
@@ -156,7 +156,8 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     own = {"img_size": job.img_size, "num_classes": job.num_classes}
     changes = {name: value for name, value in own.items() if value is not None}
     guess = replace(job.guess, **changes)
-    state = find_network(job.weights, "--weights").weights()
+    network = find_network(job.weights, "--weights")
+    state = network.weights()
     there = checkpoint_context(family, parent, guess, state, name="--weights")
     here = replace(there, **changes)
     with torch.random.fork_rng(devices=[]):
@@ -172,4 +173,5 @@ def inherit_weights(job: InheritJob, tick: Tick) -> Values:
     except OSError as error:
         raise refuse("--out", f"{job.out} ({error.strerror})", "a file to write") from None
     contexts = {"parent_context": asdict(there), "context": asdict(here)}
-    return {**contexts, "copied": found.copied, "kept": found.kept, "digest": digest}
+    counts = {"copied": found.copied, "kept": found.kept, "digest": digest}
+    return {**contexts, **counts, "notes": list(network.notes)}

@@ -117,7 +117,7 @@ def _name(values: Mapping[str, Any]) -> str:
     return str(values.get("name") or values.get("key") or NONE)
 
 
-_COUNTS = ("contractions", "shortlisted", "too slow", "not selected", "failed", "scored", "kept")
+_COUNTS = ("contractions", "candidates", "too slow", "not selected", "failed", "scored", "kept")
 STEPS_HEADER = ("step", "band", "required", *_COUNTS, "params", "x seed", "soft loss", "time")
 
 

@@ -87,7 +87,7 @@ class StepRow:
 
     `band_lo`, `band_hi` in parameters; `required` is what was to be met, in the words of `--require` (without a
     required pace, the least ratio to the seed); `contractions` counts the band exactly, summed over the incumbents it
-    starts from; `shortlisted` = `too_slow` + `not_selected` + `failed` + `scored`. The rest describes the incumbent
+    starts from; `candidates` = `too_slow` + `not_selected` + `failed` + `scored`. The rest describes the incumbent
     chosen.
     """
 
@@ -96,7 +96,7 @@ class StepRow:
     band_hi: int
     required: str
     contractions: int
-    shortlisted: int
+    candidates: int
     too_slow: int
     not_selected: int
     failed: int
@@ -121,7 +121,7 @@ class StepRow:
             band_hi=bounds.band.hi,
             required=required,
             contractions=counted,
-            shortlisted=len(rows),
+            candidates=len(rows),
             too_slow=sum(r.stage == "throughput" and r.state == "pruned" for r in rows),
             not_selected=sum(r.stage == "selection" for r in rows),
             failed=sum(r.state == "failed" for r in rows),

@@ -62,7 +62,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     from nas.train.folder import TrainFolder
 
     rank, world, _ = world_of()
-    console = Console(quiet=given.quiet or rank > 0)
+    console = Console(quiet=given.quiet or rank > 0, warns=rank == 0)
     before: dict[str, Any] = {}
     if given.resume is not None:
         check_only_machine(given)
@@ -124,7 +124,7 @@ def _train(
                     resize=config.resize,
                     head_map=head_map,
                 )
-                console.line(f"start: {note}")
+                session.note(f"start: {note}")
             if config.teacher is not None:
                 with console.bar(float(config.teacher_epochs * len(dataset.train)), "images"):
                     info = make_teacher(
@@ -148,13 +148,13 @@ def _train(
                     "git": git_commit(),
                     "fingerprint": dataclasses.asdict(device),
                 }
-                folder.write_settings({**conditions, **before, **session.settings()})
+                notes = list(dict.fromkeys([*before.get("notes", ()), *session.notes]))
+                folder.write_settings({**conditions, **before, **session.settings(), "notes": notes})
         ranks.check_same("teacher and labels", session.targets_id(), "one cache, or one store, for all")
         steps, images = session.source.steps_per_epoch, session.source.images_per_epoch
         used = {k: v for k, v in dataclasses.asdict(machine).items() if v is not None}
         console.line("machine: " + ", ".join(f"{k}={v}" for k, v in used.items()))
-        for line in (f"augmentation: {session.spec.text}", *session.notes):
-            console.line(line)
+        console.line(f"augmentation: {session.spec.text}")
         console.line(f"{steps:,} steps and {images:,} images an epoch; in {folder.path}")
         with console.bar(float(images * config.epochs), "images"):
             return session.train(console.advance, _throughput(config, session.ctx))

@@ -173,6 +173,7 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
         max_images=ALL_IMAGES if given.max_images is None else given.max_images,
         max_test_images=ALL_IMAGES if given.max_test_images is None else given.max_test_images,
         test_only=fresh and given.split == "test",
+        grey_bits=saved.grey_bits,
     )
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
     dataset = prepared(data, cache, console, lambda source: _match(named, saved, source.classes))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nas.core.io import write_json
 from nas.core.progress import Tick
 from nas.data import Dataset
-from nas.data.augment.mirror import mirror_notes
+from nas.data.augment.mirror import flip_notes, mirror_notes
 from nas.data.augment.spec import AugmentSpec, changed_spec, preset_spec
 from nas.export.save import write_model
 from nas.export.teacher_net import TeacherInfo, load_teacher
@@ -65,8 +65,9 @@ class TrainSession:
         self.teacher: Callable[[Tensor], Tensor] | None = None
         self._teacher_digest: str | None = None
         self._store_id: str | None = None
+        self.notes: list[str] = []
         self.source = self._open_source()
-        self.notes = mirror_notes(dataset, self.spec)
+        self.note(*mirror_notes(dataset, self.spec))
         self._throughput: Mapping[str, Any] | None = None
         self._board: TensorBoardLog | None = None
 
@@ -117,15 +118,19 @@ class TrainSession:
         reader = LabelReader(
             train, store, recipe.batch_size, random_seed, machine.workers, missing=self.config.missing, device=device
         )
-        for note in reader.notes:
-            self.log(f"labels: {note}")
+        self.note(*(f"labels: {note}" for note in reader.notes))
         self.log(f"labels: {store.spec.teacher_id}, {store.epochs} epochs, top {store.spec.topk}")
         return ReplayBatches(reader, shard)
 
+    def note(self, *notes: str) -> None:
+        """Print decisions and warnings; `train.json` keeps those before the training."""
+        for note in notes:
+            self.log(note)
+        self.notes += notes
+
     def use_teacher(self, info: TeacherInfo) -> None:
         """Load the teacher that is asked while training."""
-        for note in info.notes:
-            self.log(note)
+        self.note(*(f"teacher: {note}" for note in info.notes))
         self.log(f"teacher: {info.id}, {info.holdout_top1:.1%} +- {info.holdout_top1_se:.1%} on the holdout")
         self._teacher_digest = info.digest
         precision = {"bf16": "bfloat16", "fp16": "float16"}.get(self.machine.amp, "float32")
@@ -137,12 +142,7 @@ class TrainSession:
 
     def settings(self) -> dict[str, Any]:
         """Return the part of `train.json` that the configuration decides."""
-        return {
-            "config": self.config.to_dict(),
-            "machine": asdict(self.machine),
-            "augment": self.spec.to_dict(),
-            "notes": self.notes,
-        }
+        return {"config": self.config.to_dict(), "machine": asdict(self.machine), "augment": self.spec.to_dict()}
 
     def train(self, tick: Tick, throughput: Mapping[str, Any] | None) -> dict[str, Any]:
         """Train, keep the best weights by the holdout, test them once; return `result.json`.
@@ -212,6 +212,9 @@ class TrainSession:
             ranks=self.ranks,
         )
         score = self._score(best, best["best_of"]) | tested.summary("test_")
+        notes = flip_notes(self.model, self.dataset, self.spec, device=self.ranks.device)
+        for note in notes:
+            self.log(note)
         if self.ranks.main:
             self._save("best", state, score)
             by_class = tested.by_class(self.dataset.classes)
@@ -226,6 +229,7 @@ class TrainSession:
             "images_per_s": sum(r["images"] for r in rows) / sum(r["seconds"] for r in rows),
             "peak_mem_bytes": max(row["peak_mem_bytes"] for row in rows),
             **{k: v for k, v in score.items() if k != "kind"},
+            **({"notes": notes} if notes else {}),
         }
 
     def _score(self, row: Row, which: str) -> dict[str, Any]:

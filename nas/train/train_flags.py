@@ -61,7 +61,7 @@ class TrainProcess:
         "logits", "for --evaluate, of two heads: the mean of logits, or of probabilities", choices=("logits", "softmax")
     )
     cache_dir: str | None = setting(None, "data sets and teachers", metavar="DIR")
-    quiet: bool = setting(False, "print nothing but errors")
+    quiet: bool = setting(False, "print nothing but errors and warnings")
     json: bool = setting(False, "end with one line of JSON")
 
 

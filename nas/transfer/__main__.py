@@ -260,7 +260,7 @@ class _Process:
     """What one process does; changes no answer."""
 
     cache_dir: str | None = setting(None, "decoded data", metavar="DIR", default_text="as in nas.contract")
-    quiet: bool = setting(False, "print nothing but errors and --json")
+    quiet: bool = setting(False, "print nothing but errors, warnings and --json")
     json: bool = setting(False, "end with one line of JSON")
 
 

@@ -29,6 +29,7 @@ from nas.data.augment.spec import AugmentSpec
 from nas.data.augment.timm_engine import eval_batch
 from nas.export.weights import place
 from nas.train.loop import TrainSettings, train
+from nas.train.norms import estimate, lags, tracked_norms
 from nas.transfer.rows import Floats, Ints, confusion
 
 TRAIN_IMAGES, TEST_IMAGES = 1024, 256
@@ -259,7 +260,8 @@ def segment(
 ) -> Ints:
     """Train on one side, test once on the other: pixels counted int64 [n, C, C], see `confusion`.
 
-    The backbone stays as it is, in eval mode, unless `finetune`. `tick` counts images: once a training image and
+    The backbone stays as it is, in eval mode, unless `finetune`. Batch norms that were trained are estimated anew where
+    they lag (`nas.train.norms`). `tick` counts images: once a training image and
     epoch, once a test image. Raises `Diverged`.
     """
     fit, test = sides
@@ -290,6 +292,9 @@ def segment(
         steps = -(-len(fit.images) // BATCH)
         learner = net if finetune else head
         train(learner, batches, loss, settings, steps_per_epoch=steps, device=device, tick=tick)
+        if lags(learner, steps):
+            blocks = (range(at, min(at + BATCH, len(fit.images))) for at in range(0, len(fit.images), BATCH))
+            estimate(net, tracked_norms(learner), (_inputs(fit, spec, rows) for rows in blocks), device)
     place(net, device).eval()
     predicted = np.empty_like(test.masks)
     with torch.no_grad():

@@ -17,8 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
 
+from nas.core.data_config import GREY_BITS
 from nas.data import Dataset, DataSpec, prepare
-from nas.data.decode import MOST_PIXELS, as_rgb, fitted, header_size, read_image, shown_name, store_size_of, why_broken
+from nas.data.decode import (
+    MOST_PIXELS,
+    as_rgb,
+    deep_grey,
+    fitted,
+    header_size,
+    read_image,
+    shown_name,
+    store_size_of,
+    why_broken,
+)
 from space.errors import InputError
 from tests.test_nas_data_folders import tree
 
@@ -136,7 +147,7 @@ def test_every_kind_is_read_as_its_plain_equivalent(name: str, tmp_path: Path) -
     plain = equal()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the folder's reader leaves out Pillow's remarks
-        key, pixels = read_image(path, SIZE, STORE)
+        key, pixels = read_image(path, SIZE, STORE, deep_grey(path) or GREY_BITS)
     assert np.array_equal(pixels, fitted(plain, SIZE, STORE))
     assert abs(pixels.mean() - naive(plain).mean()) < 3.0  # no clipping, no other picture
     assert len(key) == 32

@@ -42,12 +42,12 @@ def test_values_are_those_of_scikit_learn(metric: str) -> None:
     for _ in range(60):
         classes = int(rng.integers(2, 12))
         predicted, truth = sample(rng, int(rng.integers(1, 80)), classes, float(rng.random()))
-        value, error = score(metric, predicted, truth, classes, resamples=20)
+        value, error = score(metric, predicted, truth, classes)
         assert value == pytest.approx(oracle(metric, predicted, truth))
         assert error >= 0
         # Images of unknown class change nothing.
         more = np.append(truth, [-1, -1]), np.append(predicted, [0, 1])
-        again = score(metric, more[1], more[0], classes, resamples=20)
+        again = score(metric, more[1], more[0], classes)
         assert again == (value, error)
 
 
@@ -60,7 +60,7 @@ def test_errors_are_those_of_repeated_sampling(metric: str) -> None:
         truth = rng.choice(classes, 400, p=share)
         right = rng.random(400) < np.array([0.9, 0.8, 0.6, 0.5])[truth]
         predicted = np.where(right, truth, (truth + 1) % classes)
-        value, error = score(metric, predicted, truth, classes, resamples=150)
+        value, error = score(metric, predicted, truth, classes)
         values.append(value)
         errors.append(error)
     assert np.mean(errors) == pytest.approx(np.std(values), rel=0.15)
@@ -89,17 +89,18 @@ def test_paired_differences_cover_and_turn_their_sign(metric: str) -> None:
     a, b, truth = draw(400_000)
     asked = oracle(metric, a, truth) - oracle(metric, b, truth)
     covered = 0
-    for at in range(200):
+    for _ in range(200):
         a, b, truth = draw(300)
-        found, lo, hi = paired(metric, a, b, truth, classes, resamples=300, random_seed=at)
+        found, lo, hi = paired(metric, a, b, truth, classes)
         assert found == pytest.approx(oracle(metric, a, truth) - oracle(metric, b, truth))
         covered += lo <= asked <= hi
     assert covered / 200 >= 0.95 - 0.045
-    there = paired(metric, a, b, truth, classes, random_seed=1)
-    assert there == paired(metric, a, b, truth, classes, random_seed=1)
-    if metric != "top1":
-        assert paired(metric, a, a, truth, classes) == (0.0, 0.0, 0.0)
-    assert paired(metric, b, a, truth, classes)[0] == pytest.approx(-there[0])
+    there = paired(metric, a, b, truth, classes)
+    assert paired(metric, b, a, truth, classes) == pytest.approx((-there[0], -there[2], -there[1]))
+    same, lo, hi = paired(metric, a, a, truth, classes)
+    assert same == 0
+    assert -lo == pytest.approx(hi)  # other images may still differ
+    assert 0 < hi < 0.1
 
 
 @pytest.mark.parametrize("n", [100, 1000, 5000])
@@ -116,6 +117,39 @@ def test_a_difference_of_top1_is_covered_where_few_images_differ(n: int, discord
         assert paired_shares(b, a, n) == pytest.approx((-value, -hi, -lo))
         covered += many * (lo <= only[0] - only[1] <= hi)
     assert covered / 2000 >= 0.93
+
+
+CELLS = [(n, k, share) for n in (50, 200, 1000) for k in (2, 10) for share in (0.01, 0.05, 0.2)]
+CELLS += [pytest.param(n, k, share, marks=pytest.mark.slow) for n, k, share in ((5000, 10, 0.01), (5000, 100, 0.05))]
+CELLS += [pytest.param(200, 100, share, marks=pytest.mark.slow) for share in (0.01, 0.05, 0.2)]
+
+
+@pytest.mark.parametrize("metric", ["balanced_accuracy", "macro_f1"])
+@pytest.mark.parametrize(("n", "classes", "discordant"), CELLS)
+def test_a_difference_that_counts_classes_alike_is_covered(
+    metric: str, n: int, classes: int, discordant: float
+) -> None:
+    """Given the images' true classes: what is right by a alone is three times as much as what is right by b alone."""
+    rng, repeats, covered = np.random.default_rng(7), 150, 0
+    weights = 1 / np.arange(1, classes + 1)  # the first class is the largest
+    for _ in range(repeats):
+        truth = rng.choice(classes, n, p=weights / weights.sum())
+        luck, wrong = rng.random(n), (truth + 1 + rng.integers(0, classes - 1, (3, n))) % classes
+        b = np.where(luck < 0.75 * discordant, wrong[0], truth)
+        a = np.where((luck >= 0.75 * discordant) & (luck < discordant), wrong[1], truth)
+        a, b = (np.where(luck > 0.9, wrong[2], said) for said in (a, b))
+        size = np.bincount(truth, minlength=classes)
+        rates = 0.9 - 0.25 * discordant, 0.9 - 0.75 * discordant
+        if metric == "balanced_accuracy":
+            asked = rates[0] - rates[1]
+        else:
+            called = [rate * size + (1 - rate) * (n - size) / (classes - 1) for rate in rates]
+            f1 = [(2 * r * size / (size + m))[size > 0].mean() for r, m in zip(rates, called, strict=True)]
+            asked = f1[0] - f1[1]
+        value, lo, hi = paired(metric, a, b, truth, classes)
+        assert -1 <= lo <= value <= hi <= 1
+        covered += lo <= asked <= hi
+    assert covered / repeats >= 0.93 - 2 * math.sqrt(0.93 * 0.07 / repeats)
 
 
 def test_a_difference_of_top1_is_the_score_interval() -> None:

@@ -128,6 +128,8 @@ def _one_colour(image: Image.Image) -> bool:
 def deep_grey(path: Path) -> int | None:
     """Return how many bits, 8, 12, 16, ..., hold the brightest pixel of a picture of deep grey; None for any other."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return None
         with Image.open(path, formats=formats()) as image:
             if not image.mode.startswith("I"):
                 return None

@@ -199,7 +199,7 @@ def four(folder: Path, images: int = 200, size: int = 32) -> Path:
 @pytest.fixture(scope="module")
 def four_ways(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     place = tmp_path_factory.mktemp("four")
-    return prepare(DataSpec(str(four(place / "data")), img_size=32), place / "cache")
+    return prepare(DataSpec(str(four(place / "data", 480)), img_size=32), place / "cache")
 
 
 def answers(dataset: Dataset, change: Any) -> Any:

@@ -164,7 +164,7 @@ def test_more_bits_are_scaled_by_one_white_for_all(values: list[int], kind: str,
     image = Image.open(io.BytesIO(saved(Image.fromarray(data), kind)))
     found = np.asarray(as_rgb(image, bits))[0, :, 0]
     white = 2**bits - 1
-    assert np.abs(found.astype(int) - np.minimum(data[0], white) / white * 255).max() <= 0.5
+    assert np.abs(found.astype(int) - np.minimum(data[0].astype(int), white) / white * 255).max() <= 0.5
     order = np.argsort(data[0], kind="stable")
     assert (np.diff(found[order].astype(int)) >= 0).all()
 

@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from nas.core.data_config import GREY_BITS
 from nas.data import Dataset, DataSpec, prepare
@@ -30,6 +31,8 @@ from nas.data.decode import (
     store_size_of,
     why_broken,
 )
+from nas.export.hub import USAGE
+from nas.export.onnx import RECIPE
 from space.errors import InputError
 from tests.test_nas_data_folders import tree
 
@@ -115,6 +118,14 @@ KINDS: dict[str, tuple[Callable[[], bytes], Callable[[], Image.Image]]] = {
     "liar.gif": (lambda: saved(COLOURS, "BMP"), lambda: COLOURS),
     "turned.png": (lambda: saved(COLOURS, "PNG", exif=TURNED), lambda: COLOURS.transpose(Image.Transpose.ROTATE_270)),
     "turned.tif": (lambda: saved(COLOURS, "TIFF", exif=TURNED), lambda: COLOURS.transpose(Image.Transpose.ROTATE_270)),
+    "turned-grey.tif": (
+        lambda: saved(Image.fromarray(GREY), "TIFF", exif=TURNED),
+        lambda: GREYS.transpose(Image.Transpose.ROTATE_270),
+    ),
+    "turned-deep.tif": (
+        lambda: saved(Image.fromarray(DEEP), "TIFF", exif=TURNED),
+        lambda: GREYS.transpose(Image.Transpose.ROTATE_270),
+    ),
     "turned.webp": (
         lambda: saved(COLOURS, "WEBP", lossless=True, exif=TURNED),
         lambda: COLOURS.transpose(Image.Transpose.ROTATE_270),
@@ -151,6 +162,21 @@ def test_every_kind_is_read_as_its_plain_equivalent(name: str, tmp_path: Path) -
     assert np.array_equal(pixels, fitted(plain, SIZE, STORE))
     assert abs(pixels.mean() - naive(plain).mean()) < 3.0  # no clipping, no other picture
     assert len(key) == 32
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(KINDS.keys() - {"damaged-exif.png"}))  # Pillow alone stops there
+def test_the_lines_that_we_print_read_every_kind_as_we_do(name: str, tmp_path: Path) -> None:
+    """Of the ONNX recipe and the model card, those from a file to RGB; Pillow reads some files otherwise by path."""
+    path = tmp_path / name
+    path.write_bytes(KINDS[name][0]())
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+        own = np.asarray(as_rgb(image, 16))
+    for code, end in ((RECIPE, "image = image.resize"), (USAGE, "model =")):
+        lines = "image = ImageOps" + code.replace("{white}", "65535").partition(end)[0].partition("image = ImageOps")[2]
+        names: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps, "path": str(path), "white": 65535}
+        exec(lines.replace('"photo.jpg"', "path"), names)
+        assert np.array_equal(np.asarray(names["image"].convert("RGB")), own)
 
 
 @settings(max_examples=30, deadline=None)
@@ -241,6 +267,17 @@ def test_what_is_no_image_is_counted_as_broken_with_its_reason(
     with pytest.raises(InputError, match=r"1 broken images of 19, e.g. a/.* \(.+\)"):
         ready(root, tmp_path, max_corrupt=0.0)
     assert capsys.readouterr().err == ""
+
+
+def test_endings_that_name_other_things_too_are_judged_by_content(tmp_path: Path) -> None:
+    """Point clouds, raw pixels and logs beside the images are no broken images."""
+    root = tree(tmp_path / "d", each=6)
+    for at, name in enumerate(("cloud.pcd", "raw.rgb", "notes.im", "grid.ras", "layers.psd", "mask.xpm")):
+        (root / "a" / name).write_bytes(b"# .PCD v0.7 - no image")
+        (root / "b" / name).write_bytes(saved(Image.fromarray(np.roll(RGB, at + 1, 0)), "PNG"))
+    found = ready(root, tmp_path, max_corrupt=0.0)
+    assert len(found.train) + len(found.holdout) + len(found.test) == 18 + 6
+    assert any(all(ending in note for ending in (".pcd", ".rgb", ".im", ".ras")) for note in found.notes)
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])

@@ -135,6 +135,15 @@ def test_what_could_be_read_in_two_ways_is_a_question(layout: str, words: str, t
     assert "\n" not in str(caught.value)
 
 
+def test_the_other_splits_of_a_folder_to_evaluate_on_are_no_loose_images(tmp_path: Path) -> None:
+    root = lay(tmp_path / "d", "train/{a,b}*3 val/{a,b}*2 test/{a,b}*2 test*1")
+    found = ready(root, test_only=True)
+    assert tops(found) == {"cut": {}, "holdout": {}, "test": {"test": 4}}
+    assert [note for note in found.notes if "loose" in note] == [
+        "1 loose image outside the class folders left out: 1 in test/"
+    ]
+
+
 def test_the_questions_are_answered_by_two_flags(tmp_path: Path) -> None:
     root = lay(tmp_path / "d", "{left,right}/{a,b}*3")
     assert ready(root, classes="top").classes == ("left", "right")

@@ -149,6 +149,21 @@ def test_timms_validation_sees_the_same_classes_inputs_and_accuracy(case: Case, 
     assert [NAMES[y] for y in truth.tolist()] == [name.split("-")[0] for name in files]
 
 
+@pytest.mark.parametrize("odd", ["two\nlines", " blank", "=x, 'y' \"z\" Ärger"])
+def test_a_class_map_has_names_that_timm_reads_back_or_is_not_there(odd: str, tmp_path: Path) -> None:
+    names = (odd, "None", "10")
+    run = write_run(tmp_path / "run", "tinyvit", TINY, names)
+    out = tmp_path / "model"
+    assert main([str(run), "--to", "timm", "--out", str(out)]) == 0
+    assert tuple(json.loads((out / "config.json").read_text())["label_names"]) == names
+    found = out / "class_map.txt"
+    assert found.is_file() == (odd.strip() == odd and odd.isprintable())
+    if found.is_file():
+        read = timm.data.readers.class_map.load_class_map(str(found))
+        assert read == {name: at for at, name in enumerate(names)}
+    assert ("rename these classes" in (out / "README.md").read_text("utf-8")) != found.is_file()
+
+
 def evaluated(
     case: Case, model: Path, capsys: pytest.CaptureFixture[str], *more: str
 ) -> tuple[int, dict[str, Any], str]:

@@ -6,14 +6,17 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from nas.data import Dataset, DataSpec, prepare
+from nas.data.prepare import prepared
 from nas.export.__main__ import main as export
+from nas.train import evaluate
 from nas.train.__main__ import main, read_flags
-from nas.train.evaluate import evaluate_model
 from tests.test_nas_data_layouts import lay
 from tests.test_nas_export import VIT, write_run
 
@@ -27,7 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(model: Path, root: Path, *more: str) -> dict[str, object]:
     flags = ["--evaluate", str(model), "--data", str(root), "--cache-dir", str(root.parent / "cache"), "--quiet"]
-    return evaluate_model(read_flags([*flags, *more]))
+    return evaluate.evaluate_model(read_flags([*flags, *more]))
 
 
 def test_all_images_of_a_fresh_folder_are_evaluated_and_a_cap_is_a_flag(model: Path, tmp_path: Path) -> None:
@@ -107,3 +110,36 @@ def test_the_card_reads_deep_and_turned_pictures_as_training_does(
         assert isinstance(image, Image.Image)
         with Image.open(path) as same:
             assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(as_rgb(same, bits or 16))), path.name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_images": 20, "random_seed": 3, "effort": "smoke"},
+        {"max_images": 800, "random_seed": 0, "effort": "smoke"},
+        {"max_images": None, "random_seed": 1, "effort": "normal", "max_corrupt": 0.5},
+        {"max_images": 24, "random_seed": 9, "data_seed": 3, "recipe": {}, "splits": "train=."},
+        {"max_images": None, "random_seed": 9, "data_seed": 3, "recipe": {}},
+    ],
+)
+def test_images_that_a_run_trained_on_are_never_its_test(
+    model: Path, tmp_path: Path, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings that decide the cut are the run's, unless a flag says otherwise."""
+    root = lay(tmp_path / "d", "{a,b,c}*20")
+    run = shutil.copytree(model, tmp_path / "run")
+    told = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**told, "config": {"data": str(root), **config}}))
+    seen: list[Dataset] = []
+    monkeypatch.setattr(evaluate, "prepared", lambda *args: seen.append(prepared(*args)) or seen[-1])
+    asked = {k: v for k, v in config.items() if k in ("max_images", "splits", "max_corrupt")}
+    if "recipe" in config:
+        asked["max_images"] = asked["max_images"] or 10**9
+    seed = config.get("data_seed", config["random_seed"])
+    own = prepare(DataSpec(str(root), img_size=48, random_seed=seed, **asked), tmp_path / "cache")
+    for split in ("test", "holdout"):
+        evaluated(run, root, "--split", split)
+    assert [s.fingerprint for s in seen] == [own.fingerprint] * 2
+    evaluated(run, root, "--max-images", "30", "--data-seed", "5")
+    other = prepare(DataSpec(str(root), img_size=48, random_seed=5, **{**asked, "max_images": 30}), tmp_path / "cache")
+    assert seen[-1].fingerprint == other.fingerprint != own.fingerprint

@@ -24,6 +24,11 @@ SIZES = (48, 96, 224)
 _NARROWEST = 100
 _NOT_READ = frozenset(("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FITS", "IMT", "IPTC", "SPIDER"))
 """What Pillow would have Ghostscript run or cannot decode by itself, or finds in any file."""
+_USUAL = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".tga", ".jp2", ".j2k"),
+    *(".avif", ".heic", ".heif", ".ppm", ".pgm", ".pbm", ".pnm"),
+}
+"""Pillow's other endings, such as .rgb, .pcd, .im or .ras, name other things too: there the content decides."""
 MOST_PIXELS = 89_478_485
 """Of an image, as in Pillow, which by itself only warns below twice as many."""
 MOST_BYTES = 1 << 30
@@ -46,9 +51,9 @@ def formats() -> tuple[str, ...]:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """Return the endings of names, such as ".jpg", that are taken for images."""
+    """Return the endings of names that say what a file is: one that cannot be read is a broken image."""
     known = formats()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known) & _USUAL
 
 
 def is_image(path: Path) -> bool:

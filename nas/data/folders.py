@@ -67,13 +67,13 @@ def folder(spec: DataSpec) -> DataSource:
         annotated = read_annotations(spec.annotations, tree, spec.max_corrupt)
         notes += annotated.notes
     sides = _sides(spec, tree, annotated)
+    unused = Counter(os.path.dirname(path) for path in tree.images(""))
+    unused -= Counter(os.path.dirname(path) for side in sides for path in side.paths())
     if spec.test_only:
         sides = _only_test(sides)
     elif not any(side.role == "train" for side in sides):
         shown = ", ".join(f"{side.shown} ({side.role})" for side in sides)
         raise refuse("--data", f"{spec.data}: {shown}", "a folder to train on", "--splits 'train=FOLDER,test=FOLDER'")
-    unused = Counter(os.path.dirname(path) for path in tree.images(""))
-    unused -= Counter(os.path.dirname(path) for side in sides for path in side.paths())
     if any(side.classes for side in sides if side.role == "train" or spec.test_only):
         sides = _with_truth(sides, notes)
         classes = _class_names(spec, tree, sides, notes)
@@ -164,16 +164,17 @@ def _check_unlabelled(spec: DataSpec, tree: Tree, sides: Sequence[_SideImages]) 
 def _class_names(spec: DataSpec, tree: Tree, sides: Sequence[_SideImages], notes: list[str]) -> tuple[str, ...]:
     """Return the classes to train on, in order; of a given test set or holdout they may be some. Raises InputError."""
     first = sides[0]
-    for label, paths in first.classes.items():
+    for label in first.classes:
         try:
             label.encode("utf-8")
         except UnicodeEncodeError:
             got = f"{tree.root} with a folder {os.fsencode(label)!r}"
             raise refuse("--data", got, "names in UTF-8", "rename it") from None
-        if not paths:
-            got, kinds = f"no image in {tree.root / first.shown / label}", "images of each class"
-            left_out = "; ".join(tree.left_out())
-            raise refuse("--data", got, kinds, f"remove the folder, or fill it{f'; {left_out}' if left_out else ''}")
+    if empty := [label for label, paths in first.classes.items() if not paths]:
+        many = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        got = f"no image in {tree.root / first.shown / ', '.join(empty[:3])}{many}"
+        left_out = "; ".join(["remove what is no class, or fill it", *tree.left_out()])
+        raise refuse("--data", got, "images of each class", left_out)
     classes = tuple(sorted(first.classes))
     if len(classes) == 1 and not spec.test_only:
         got = f"{spec.data}, which has one class only ({classes[0]})"

@@ -129,10 +129,12 @@ def cut(
             continue
         missing = np.flatnonzero(np.bincount(labels[members], minlength=len(classes)) == 0)
         if len(missing):
-            named = ", ".join(repr(classes[c]) for c in missing[:3])
+            counts = np.bincount(labels, minlength=len(classes))
+            named = ", ".join(f"{counts[c]} of {classes[c]!r}" for c in missing[:3])
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            got, want = f"too few images of {named}{more} for the {side} side", "images of every class on every side"
-            raise refuse("--data", got, want, "at least 3 images a class, or 2 in train/ and 1 in val/")
+            got = f"usable images too few for the {side} side: {named}{more}"
+            want = "at least 3 of each class, or 2 in train/ and 1 in val/ (broken ones and copies do not count)"
+            raise refuse("--data", got, want, "add images, or remove the class")
     order = {key: at for at, key in enumerate(sorted(keys))}
     return {
         side: np.array(sorted(members, key=lambda r: order[keys[r]]), dtype=np.int64) for side, members in sides.items()

@@ -146,7 +146,8 @@ def _scan(tree: Tree, folder: str, seen: set[tuple[int, int]], links: list[str])
         if name.startswith(".") or name.lower() in _SYSTEM or name.startswith("SYNOPHOTO_THUMB"):
             inside = sum(len(f) for *_, f in os.walk(entry.path)) if is_dir else 1
             kind = "._*" if name.startswith("._") else name if is_dir or name.startswith(".") else name.lower()
-            tree.system[shown_name(kind)] += inside
+            if inside:
+                tree.system[shown_name(kind)] += inside
         elif is_dir and entry.is_symlink():
             links.append(path)
         elif is_dir:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ USAGE = """\
 ```python
 import json, numpy as np, timm
 from PIL import Image, ImageOps
-image = ImageOps.exif_transpose(Image.open("photo.jpg"))  # upright, as in training
+image = ImageOps.exif_transpose(Image.open(open("photo.jpg", "rb")))  # upright, as in training
 if image.mode[0] == "I":  # 16 or 32 bits: white is {white}, as in the training images
     grey = np.asarray(image).astype(float).clip(0, {white})
     image = Image.fromarray((grey * 255 / {white}).round().astype("uint8"))
@@ -36,7 +37,12 @@ TIMM_VALIDATION = """\
 timm's own validation script sorts class folders by another rule (1, 2, 10), so it is given the order of the classes:
 `python validate.py --model local-dir:{folder} --pretrained --class-map {folder}/class_map.txt --data-dir IMAGES`
 (with `--input-key ".jpg;.png;.webp"` for files of other endings than .jpg, .jpeg and .png, which it leaves out).
-It does not turn pictures by EXIF and cuts off more than 8 bits; transformers does the latter too."""
+It takes the folder that an image lies in for its class and leaves out images of other folders. It does not turn
+pictures by EXIF and cuts off more than 8 bits; transformers does the latter too."""
+
+NO_CLASS_MAP = """\
+timm's own validation script sorts class folders by another rule (1, 2, 10), and no class map for it holds names with
+line breaks or with blanks at their ends: rename these classes to use it."""
 
 TRANSFORMERS = """\
 ```python
@@ -69,10 +75,15 @@ def export_timm(saved: SavedModel, out: Path) -> Path:
     if "grey_bits" in saved.record:
         config["grey_bits"] = saved.grey_bits
     (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if saved.classes:
+    if saved.classes and _in_lines(saved.classes):
         (out / CLASS_MAP).write_text("".join(f"{name}\n" for name in saved.classes), encoding="utf-8")
     (out / "README.md").write_text(card(saved, model, out), encoding="utf-8")
     return out
+
+
+def _in_lines(names: Sequence[str]) -> bool:
+    """Return whether timm, which strips lines, reads the names back from lines."""
+    return all(name == name.strip() and not {"\n", "\r"} & set(name) for name in names)
 
 
 def card(saved: SavedModel, model: Any, out: Path) -> str:
@@ -83,6 +94,7 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
     strides, channels = ([pair[at] for pair in maps] for at in (0, 1))
     # Another program's weights may name no classes.
     usage = USAGE if saved.classes else re.sub(r"print\(.*\)", "print(best)", USAGE)
+    validation = TIMM_VALIDATION.format(folder=out.name) if _in_lines(saved.classes) else NO_CLASS_MAP
     lines = [
         "---",
         "library_name: timm",
@@ -104,7 +116,7 @@ def card(saved: SavedModel, model: Any, out: Path) -> str:
         "",
         TRANSFORMERS.format(folder=out.name),
         "",
-        *((TIMM_VALIDATION.format(folder=out.name), "") if saved.classes else ()),
+        *((validation, "") if saved.classes else ()),
         "## As a backbone",
         "",
         BACKBONE.format(folder=out.name, strides=strides, channels=channels),

@@ -31,7 +31,7 @@ import json, numpy as np, onnxruntime; from PIL import Image, ImageOps
 net = onnxruntime.InferenceSession("{file}", providers=["CPUExecutionProvider"]); about = \
 net.get_modelmeta().custom_metadata_map; size, side, mean, std, classes, white = (json.loads(about[name]) \
 for name in ("img_size", "resize", "mean", "std", "classes", "white"))
-image = ImageOps.exif_transpose(Image.open("photo.jpg")); image = (image if image.mode[0] != "I" else \
+image = ImageOps.exif_transpose(Image.open(open("photo.jpg", "rb"))); image = (image if image.mode[0] != "I" else \
 Image.fromarray((np.clip(np.asarray(image).astype(float), 0, white) * 255 / white).round().astype("uint8")))\
 .convert("RGB"); image = image.resize([side * n // min(image.size) for n in \
 image.size], Image.Resampling[about["interpolation"].upper()]); image = image.crop([round((n - size) / 2) + more \
@@ -39,7 +39,9 @@ for more in (0, size) for n in image.size])
 best = net.run(None, {{"images": np.float32((np.asarray(image) / 255 - mean) / std).transpose(2, 0, 1)[None]}})[0]\
 .argmax(); print(classes[best] if classes else best)
 """
-"""Three lines that name the class of an image file as evaluation does; `{file}` is the ONNX file."""
+"""Three lines that name the class of an image file as evaluation does; `{file}` is the ONNX file.
+
+The file is opened here: given its path, Pillow scrambles uncompressed TIFFs that are turned by EXIF."""
 
 
 def opsets() -> range:

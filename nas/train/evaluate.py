@@ -6,7 +6,7 @@ import argparse
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from nas.core.class_match import ClassMatch, match_head
 from nas.core.cli import default_cache
+from nas.core.config import effort_defaults
+from nas.core.data_config import DataConfig
 from nas.core.progress import Console, Tick, no_tick
 from nas.core.table import Writer
 from nas.data import DataSpec, Split
@@ -132,6 +134,27 @@ def _is_fresh(saved: SavedModel, data: str) -> bool:
     return known is None or Path(str(known)).expanduser().resolve() != Path(data).expanduser().resolve()
 
 
+def _data_spec(given: argparse.Namespace, saved: SavedModel) -> DataSpec:
+    """Return the data to evaluate on; the folder of the model's own run is read and cut as it was there.
+
+    Flags that are given hold in both cases.
+    """
+    told = saved.run.get("config")
+    config = told if isinstance(told, dict) else {}
+    fresh = _is_fresh(saved, given.data)
+    values: dict[str, Any] = {} if fresh else {f.name: config[f.name] for f in fields(DataConfig) if f.name in config}
+    values |= {name: getattr(given, name) for name in given.given if name in {f.name for f in fields(DataConfig)}}
+    values |= {"data": given.data, "img_size": saved.context.img_size}
+    if fresh or "recipe" in config:  # for nas.train None stands for all, for nas.contract for a default
+        values |= {name: ALL_IMAGES for name in ("max_images", "max_test_images") if values.get(name) is None}
+    elif "max_images" not in given.given and "effort" in config:
+        usual = effort_defaults(config["effort"])["max_images"]
+        values["images_may_grow"] = values.get("max_images") == usual is not None
+    seed = config.get("data_seed", config.get("random_seed", 0))
+    seed = given.data_seed if fresh or "data_seed" in given.given else seed
+    return DataSpec(**values, random_seed=seed, test_only=fresh and given.split == "test", grey_bits=saved.grey_bits)
+
+
 def _match(named: NamedNetwork, saved: SavedModel, classes: Sequence[str]) -> ClassMatch:
     """Match the data's classes to those of the model, of which there may be some. Raises InputError."""
     many, shown = saved.context.num_classes, ", ".join(saved.classes[:3])
@@ -165,18 +188,8 @@ def evaluate_model(given: argparse.Namespace) -> dict[str, Any]:
     device = given.device or "cpu"
     take_fingerprint(device, 1)  # refuses a device that is not there
     console = Console(quiet=given.quiet)
-    fresh = _is_fresh(saved, given.data)
-    data = DataSpec.of(
-        given,
-        given.data_seed,
-        img_size=size,
-        max_images=ALL_IMAGES if given.max_images is None else given.max_images,
-        max_test_images=ALL_IMAGES if given.max_test_images is None else given.max_test_images,
-        test_only=fresh and given.split == "test",
-        grey_bits=saved.grey_bits,
-    )
     cache = Path(given.cache_dir) if given.cache_dir else default_cache()
-    dataset = prepared(data, cache, console, lambda source: _match(named, saved, source.classes))
+    dataset = prepared(_data_spec(given, saved), cache, console, lambda source: _match(named, saved, source.classes))
     match = _match(named, saved, dataset.classes)
     crop_pct = saved.preprocessing["crop_pct"]
     notes = [*named.notes]

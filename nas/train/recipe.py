@@ -187,7 +187,7 @@ def find_recipe(name: str, params: int, overrides: Sequence[str] = ()) -> Recipe
     if "epochs" in changes and "warmup_epochs" not in changes:
         epochs = _typed("epochs", changes["epochs"])
         if epochs != recipe.epochs:  # a shorter training warms up for a fifth of it at most
-            changes["warmup_epochs"] = min(recipe.warmup_epochs, WARMUP_SHARE * epochs)
+            changes["warmup_epochs"] = min(recipe.warmup_epochs, round(WARMUP_SHARE * epochs, 3))
     return changed(recipe, changes)
 
 

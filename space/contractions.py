@@ -22,6 +22,7 @@ from space.family import Arch, Array, Context, Family, Table
 BLOCK = 1 << 17  # archs counted together: a few arrays of 1 MB
 MAX_GRID = 20_000_000_000  # archs that one walk may meet: minutes
 
+PARTS = 512  # uniform scalings are tried in as many steps
 QUICK = 1 << 26  # archs that may be counted before a draw: a second
 KEPT = 1 << 18  # entries gathered before all but the best of each stratum are dropped
 
@@ -294,17 +295,18 @@ def baselines_in(family: Family, parents: Sequence[Arch], ctx: Context, band: Ba
         if small and light and family.fits(p.arch, ctx):
             baselines.append((f"published:{p.name}", p.arch))
     for parent in parents:
-        scaled = list(dict.fromkeys(family.scaled(parent, k / 512) for k in range(511, 0, -1)))
-        sizes = family.count_params_many(family.table(scaled), ctx)
         below = smaller_than(family, parent, ctx, band)
-        fits = (sizes >= below.lo) & (sizes <= below.hi)
-        if band.max_macs is not None:
-            fits &= family.count_macs_many(family.table(scaled), ctx) <= band.max_macs
-        inside = np.flatnonzero(fits)
-        if len(inside):
-            off = np.abs(2 * sizes[inside] - (band.lo + band.hi))
-            baselines.append(("uniform", scaled[int(inside[np.argmin(off)])]))
+        baselines += [("uniform", arch) for arch in scalings(family, parent, ctx, below, band.lo + band.hi)[:1]]
     return baselines
+
+
+def scalings(family: Family, arch: Arch, ctx: Context, band: Band, ends: int) -> list[Arch]:
+    """Scale all widths of `arch` by one factor: what lies in the band, the nearest to half of `ends` first."""
+    scaled = list(dict.fromkeys(family.scaled(arch, k / PARTS) for k in range(PARTS, 0, -1)))
+    table = family.table(scaled)
+    off = np.abs(2 * family.count_params_many(table, ctx) - ends)
+    fits = inside_band(family, table, ctx, band)
+    return [scaled[i] for i in np.argsort(off, kind="stable").tolist() if fits[i]]
 
 
 def _distance(family: Family, parent: Arch, arch: Arch, ctx: Context) -> dict[str, int]:

@@ -61,33 +61,21 @@ class Choices:
     step: int = 0
     up: int | None = 0
 
-    def _rank(self, value: float, inclusive: bool) -> int:
-        """Count the grid values below `value`, or up to it (`inclusive`)."""
-        if self.step:
-            rank = value // self.step if inclusive else -(-value // self.step) - 1
-            return max(0, int(rank))
-        return sum(v <= value if inclusive else v < value for v in self.values)
+    def _grid(self, top: float) -> Sequence[float]:
+        """Return the grid's values, up to `top` where it has no end."""
+        return range(self.step, int(top) + 1, self.step) if self.step else self.values
 
     def options(self, present: float) -> list[float]:
         """Return the values that may follow `present`, ascending, `present` included."""
-        below, at = self._rank(present, False), self._rank(present, True)
-        length = at + (self.up or 0) if self.step else len(self.values)
-        top = length if self.up is None else min(length, at + self.up)
-        lower, upper = (
-            [self.step * (i + 1) if self.step else self.values[i] for i in range(*ends)]
-            for ends in ((0, below), (at, top))
-        )
-        return [*lower, present, *upper]
+        grid = self._grid(present + self.step * (self.up or 0))
+        return [*(v for v in grid if v < present), present, *[v for v in grid if v > present][: self.up]]
 
     def steps(self, present: float, value: float) -> int:
         """Count the grid steps from `present` to `value`; from off the grid, the first counts."""
         if value == present:
             return 0
-        if not (self.step or self.values):
-            return 1
-        if value < present:
-            return max(1, self._rank(present, False) - self._rank(value, False))
-        return max(1, self._rank(value, True) - self._rank(present, True))
+        grid = self._grid(max(present, value))
+        return max(1, sum(value <= v < present or present < v <= value for v in grid))
 
 
 @dataclass(frozen=True)
@@ -271,14 +259,14 @@ class Family(ABC):
 
     def label(self, arch: Arch) -> str:
         """Return a readable name, e.g. "D64-128-160-320 N2-2-6-2 W7-14-7 R4 M4 E32"."""
-        values = ((f.symbol, _slots(getattr(arch, f.field))) for f in self.factors)
+        values = ((f.symbol, as_slots(getattr(arch, f.field))) for f in self.factors)
         return " ".join(s + "-".join(f"{v:g}" for v in vs) for s, vs in values)
 
     def describe_moves(self, parent: Arch, child: Arch) -> str:
         """Return what differs, e.g. "embed_dims[2] 384->256, depths[3] 2->1", or ""."""
         parts = []
         for f in self.factors:
-            both = (_slots(getattr(a, f.field)) for a in (parent, child))
+            both = (as_slots(getattr(a, f.field)) for a in (parent, child))
             for i, (old, new) in enumerate(zip(*both, strict=True)):
                 if old != new:
                     slot = "" if f.scalar else f"[{i}]"
@@ -297,7 +285,7 @@ class Family(ABC):
         """Lay archs out column by column: [n, slots], scalar fields [n]; int64 or float64."""
         table = {}
         for f in self.factors:
-            real = isinstance(_slots(getattr(self.published[0].arch, f.field))[0], float)
+            real = isinstance(as_slots(getattr(self.published[0].arch, f.field))[0], float)
             values = [getattr(a, f.field) for a in archs]
             column = np.array(values, dtype=np.float64 if real else np.int64)
             table[f.field] = column.reshape((len(archs),) if f.scalar else (-1, f.slots))
@@ -345,7 +333,7 @@ class Family(ABC):
                 continue
             total = np.zeros(len(values[f.field]), dtype=np.int64)
             columns = values[f.field].reshape(-1, f.slots).T
-            present = _slots(getattr(arch, f.field))
+            present = as_slots(getattr(arch, f.field))
             for choices, now, column in zip(f.choices, present, columns, strict=True):
                 distinct, inverse = np.unique(column, return_inverse=True)
                 counts = [choices.steps(now, v) for v in distinct.tolist()]
@@ -399,7 +387,7 @@ class Family(ABC):
             raise refuse("arch", f"no {missing}", f"all of {', '.join(fields)}")
 
 
-def _slots(value: Any) -> tuple[Any, ...]:
+def as_slots(value: Any) -> tuple[Any, ...]:
     """Return a field of an arch as a tuple, scalar or not."""
     return value if isinstance(value, tuple) else (value,)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from space.contractions import QUICK, Band, axes_of, walk
 from space.errors import refuse
-from space.family import Arch, Array, Choices, Context, Family
+from space.family import Arch, Array, Choices, Context, Family, as_slots
 
 Frozen = Mapping[str, tuple[int, ...]]
 """Frozen slots by field, ascending; a scalar field has slot 0."""
@@ -79,17 +79,9 @@ def _slots_of(family: Family, names: Sequence[str]) -> dict[str, tuple[int, ...]
     return {f: tuple(sorted(i for g, i in found if g == f)) for f in {g for g, _ in found}}
 
 
-def _columns(value: Any, slots: Sequence[int]) -> tuple[Any, ...]:
-    """Read some slots of an arch's field, scalar or not."""
-    values = value if isinstance(value, tuple) else (value,)
-    return tuple(values[i] for i in slots)
-
-
 def _agree(a: Arch, b: Arch, frozen: Frozen) -> bool:
     """Return whether two archs have the same values in the frozen slots."""
-    return all(
-        _columns(getattr(a, field), slots) == _columns(getattr(b, field), slots) for field, slots in frozen.items()
-    )
+    return all(as_slots(getattr(a, f))[i] == as_slots(getattr(b, f))[i] for f, slots in frozen.items() for i in slots)
 
 
 def _holding(moves: Mapping[str, Array], arch: Arch, frozen: Frozen) -> dict[str, Array]:
@@ -97,8 +89,8 @@ def _holding(moves: Mapping[str, Array], arch: Arch, frozen: Frozen) -> dict[str
     kept = dict(moves)
     for field, slots in frozen.items():
         values = moves[field].reshape(len(moves[field]), -1)
-        now = np.array(_columns(getattr(arch, field), slots), dtype=values.dtype)
-        kept[field] = moves[field][(values[:, list(slots)] == now).all(axis=1)]
+        now = np.array(as_slots(getattr(arch, field)), dtype=values.dtype)
+        kept[field] = moves[field][(values == now)[:, list(slots)].all(axis=1)]
     return kept
 
 
@@ -149,7 +141,7 @@ def _restored(family: Family, arch: Arch, scaled: Arch, frozen: Frozen) -> Arch:
     """
     moves = family.moves(arch)
     for field in frozen:
-        wanted = np.array(_columns(getattr(scaled, field), range(moves[field][0].size)))
+        wanted = np.array(as_slots(getattr(scaled, field)))
         values = moves[field]
         off = np.abs(values.reshape(len(values), -1) - wanted).sum(axis=1)
         valid = family.valid_many({**family.table([scaled]), field: values})

@@ -135,24 +135,17 @@ def of_heads(
     return channels, np.where(begins >= 0, begins // theirs, np.int64(-1))
 
 
-def spread(child: int, parent: int) -> list[int | None]:
-    """Pick a parent block for each of the child's: evenly, the first and last kept.
+def picked(child: int, parent: int, order: Array | None) -> list[int | None]:
+    """Pick a parent block for each of the child's: the most wanted, without an order evenly, the first and last kept.
 
-    A single block is the first; blocks beyond the parent's depth have no source.
+    A single block is then the first; blocks beyond the parent's depth have no source.
     """
     if child >= parent:
         return [j if j < parent else None for j in range(child)]
-    if child == 1:
-        return [0]
-    gaps = child - 1
+    if order is not None:
+        return [int(j) for j in chosen(child, order)]
+    gaps = max(1, child - 1)
     return [(2 * j * (parent - 1) + gaps) // (2 * gaps) for j in range(child)]
-
-
-def picked(child: int, parent: int, order: Array | None) -> list[int | None]:
-    """Pick a parent block for each of the child's: the wanted ones, or spread evenly."""
-    if order is None or child >= parent:
-        return spread(child, parent)
-    return [int(j) for j in chosen(child, order)]
 
 
 def _cubic(away: Blend, constant: float) -> Blend:

@@ -27,16 +27,15 @@ MAX_DIM, MAX_DEPTH, MAX_WINDOW = 16_384, 512, 512
 class TinyVitArch(Arch):
     """One TinyViT. Stage 1 is convolutional: windows are those of stages 2 to 4, at 224 px."""
 
-    embed_dims: tuple[int, int, int, int]
-    depths: tuple[int, int, int, int]
-    window_sizes: tuple[int, int, int]
+    embed_dims: tuple[int, ...]
+    depths: tuple[int, ...]
+    window_sizes: tuple[int, ...]
     mbconv_expand_ratio: float
     mlp_ratio: float
     head_dim: int
 
 
 def _published(name: str, *dims: int, larger: tuple[int, ...] = ()) -> Published:
-    assert len(dims) == 4
     arch = TinyVitArch(dims, (2, 2, 6, 2), (7, 14, 7), 4.0, 4.0, 32)
     stem = f"tiny_vit_{name.lower()}"
     # The 384 and 512 px releases are the same arch: their windows are 7, 14, 7 scaled.
@@ -55,13 +54,9 @@ class _Columns:
     heads: tuple[Array, ...]  # stages 2-4
 
 
-def map_sizes(img_size: int) -> tuple[int, int, int, int]:
+def map_sizes(img_size: int) -> tuple[int, ...]:
     """Side lengths of the feature maps of stages 1 to 4: every stride-2 convolution rounds up."""
-    half = -(-img_size // 2)
-    sizes = [-(-half // 2)]
-    for _ in range(3):
-        sizes.append(-(-sizes[-1] // 2))
-    return sizes[0], sizes[1], sizes[2], sizes[3]
+    return tuple(-(-img_size // stride) for stride in (4, 8, 16, 32))
 
 
 def _built_windows(written: Array, ctx: Context) -> Array:
@@ -193,14 +188,7 @@ class TinyVit(Family):
         windows = read_ints("window_sizes", windows, 3, 1, MAX_WINDOW)
         expand = read_hidden_ratio("mbconv_expand_ratio", mapping["mbconv_expand_ratio"], dims[:1])
         mlp = read_hidden_ratio("mlp_ratio", mapping["mlp_ratio"], dims[1:])
-        return TinyVitArch(
-            (dims[0], dims[1], dims[2], dims[3]),
-            (depths[0], depths[1], depths[2], depths[3]),
-            (windows[0], windows[1], windows[2]),
-            expand,
-            mlp,
-            head_dim,
-        )
+        return TinyVitArch(dims, depths, windows, expand, mlp, head_dim)
 
     def effective(self, table: Table, ctx: Context) -> dict[str, Array]:
         """As `Family.effective`: windows are scaled, the rest is as written."""
@@ -287,27 +275,19 @@ class TinyVit(Family):
         """Scale all dims by `factor`, rounded to 32s (or to what the head dim needs)."""
         a = _own(arch)
         unit = math.lcm(WIDTH_STEP, a.head_dim)
-        d = [max(unit, math.floor(v * factor / unit + 0.5) * unit) for v in a.embed_dims]
-        return replace(a, embed_dims=(d[0], d[1], d[2], d[3]))
+        return replace(a, embed_dims=tuple(max(unit, math.floor(v * factor / unit + 0.5) * unit) for v in a.embed_dims))
 
     def floor(self, arch: Arch, ctx: Context) -> TinyVitArch:
         a = _own(arch)
         # A dim below the grid may stay, but not under a wider stage before it.
-        d = np.maximum.accumulate(np.minimum(WIDTH_STEP, a.embed_dims)).tolist()
+        dims = tuple(np.maximum.accumulate(np.minimum(WIDTH_STEP, a.embed_dims)).tolist())
         options = self.moves(a)
-        windows = min(options["window_sizes"].tolist(), key=sum)
-        ratios = [min(2.0, r) for r in (a.mbconv_expand_ratio, a.mlp_ratio)]
-        head_dims = [e for e in options["head_dim"].tolist() if not any(v % e for v in d[1:])]
+        windows = tuple(min(options["window_sizes"].tolist(), key=sum))
+        expand, mlp = (min(2.0, r) for r in (a.mbconv_expand_ratio, a.mlp_ratio))
+        head_dims = [e for e in options["head_dim"].tolist() if not any(v % e for v in dims[1:])]
         if not head_dims:
             return a
-        lowest = TinyVitArch(
-            (d[0], d[1], d[2], d[3]),
-            (1, 1, 1, 1),
-            (windows[0], windows[1], windows[2]),
-            ratios[0],
-            ratios[1],
-            max(head_dims),  # fewer heads, fewer bias rows
-        )
+        lowest = TinyVitArch(dims, (1, 1, 1, 1), windows, expand, mlp, max(head_dims))  # fewer heads, fewer bias rows
         return min(a, lowest, key=lambda x: self.count_params(x, ctx))
 
     def parts(self) -> dict[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ def echo(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:
     print("noise on standard output")
     for _ in range(spec.get("ticks", 0)):
         tick(1.0)
-    return {"said": spec.get("say"), "pid": os.getpid(), "threads": torch.get_num_threads()}
+    return {"echo": spec.get("say"), "pid": os.getpid(), "threads": torch.get_num_threads()}
 
 
 def fail(spec: Mapping[str, Any], tick: Tick) -> dict[str, Any]:

@@ -41,10 +41,10 @@ def test_every_layer_of_random_pairs_is_told_as_it_is(seed: int) -> None:
     )
     layers = compare(FAMILY, *pair, *contexts)
     slicing = FAMILY.slicing(*pair, *contexts)
-    told = {x.name: x for x in layers if not x.block and x.now is not None}
+    shown = {x.name: x for x in layers if not x.block and x.now is not None}
     modules = {k.rpartition(".")[0] for k in now}
-    assert {n.removesuffix(".attention_biases") for n in told} == modules
-    for name, layer in told.items():
+    assert {n.removesuffix(".attention_biases") for n in shown} == modules
+    for name, layer in shown.items():
         key = name if name in now else f"{name}.weight"
         assert layer.now == now[key]
         source = slicing.get(key)
@@ -79,12 +79,12 @@ def test_a_best_json_says_what_it_was_made_for(tmp_path: Path, capsys: pytest.Ca
     child = written(tmp_path, "best", {"arch": CHILD, "img_size": 64, "num_classes": 5})
     assert main([parent, child, "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = json.loads(lines[-1])
-    assert told["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), CTX)
+    values = json.loads(lines[-1])
+    assert values["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), CTX)
     assert any(line.startswith("blocks: spread evenly here") for line in lines)
     assert main([parent, child, "--img-size", "32", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), Context(32, 5))
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["params_is"] == FAMILY.count_params(FAMILY.arch(CHILD), Context(32, 5))
 
 
 def test_the_table_says_what_changed_and_only_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +101,9 @@ def test_the_table_says_what_changed_and_only_that(tmp_path: Path, capsys: pytes
     params = [FAMILY.count_params(FAMILY.arch(v), CTX) for v in (ARCH, CHILD)]
     assert rows[-1][:3] == ["parameters", *(f"{n:,}" for n in params)]
     assert all("mlp" in r[0] or r[0].startswith("stages.2.blocks") for r in rows[1:-1])
-    said = json.loads(last)
-    assert [said["params_was"], said["params_is"]] == params
-    assert [x["layer"] for x in said["layers"]] == [r[0] for r in rows[1:-1]]
+    values = json.loads(last)
+    assert [values["params_was"], values["params_is"]] == params
+    assert [x["layer"] for x in values["layers"]] == [r[0] for r in rows[1:-1]]
     assert main([*names, *flags, "--all"]) == 0
     everything = capsys.readouterr().out.splitlines()
     assert len(everything) > len(lines)
@@ -136,9 +136,9 @@ def test_the_childs_weights_are_written(
     flags = ["--weights", str(weights), "--out", str(out), "--importance", criterion, "--json"]
     flags += ["--img-size", "64"]
     assert main([*names, *flags]) == 0
-    said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert said["context"] == said["parent_context"] == vars(CTX)
-    assert said["kept"] == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert values["context"] == values["parent_context"] == vars(CTX)
+    assert values["kept"] == 0
     state = load_weights(out)
     model = FAMILY.build(FAMILY.arch(CHILD), CTX)
     model.load_state_dict(state)

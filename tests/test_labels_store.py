@@ -66,7 +66,7 @@ def test_parts_in_any_order_make_the_same_bytes(dataset: Dataset, tmp_path: Path
     assert len(whole.all_shards()) >= 9
     store = begun(tmp_path / "parts", dataset, **changes)
     for at in reversed(range(1, parts + 1)):
-        build_shards(store, dataset, toy_for(dataset), part=(at, parts), batch_size=200)
+        build_shards(store, dataset, toy_for(dataset), part=(at, parts))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert list(find_problems(tmp_path / "parts")) == []
 

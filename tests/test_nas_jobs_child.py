@@ -87,10 +87,6 @@ def test_an_ended_child_sends_no_more_messages(echo: Talk) -> None:
     assert echo.child.end() == -signal.SIGKILL, "again, to no harm"
 
 
-def test_a_child_may_end_by_itself(echo: Talk) -> None:
-    assert echo.child.end(grace_s=30.0) == 0
-
-
 def test_output_is_drained_while_a_child_ends_by_itself() -> None:
     code = (
         "import json, sys\n"

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from nas.core.executor_config import ExecutorConfig
-from nas.jobs.executor import make_executor, workers_for
+from nas.jobs.executor import workers_for
 from nas.jobs.job import Job, JobFunction
 from nas.jobs.local import LocalExecutor
 from nas.jobs.queue import ATTEMPT_COLUMNS, OutOfTime
@@ -88,9 +88,9 @@ def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: Loc
     first = executor.run(job, tick=ticks.append)
     second = executor.run(Job(_worker.echo, {"say": [1, None]}, "b"))
     assert first.ok
-    assert first.values["said"] == "häß\n"
+    assert first.values["echo"] == "häß\n"
     assert first.values["threads"] == 1
-    assert second.values["said"] == [1, None]
+    assert second.values["echo"] == [1, None]
     assert first.values["pid"] == second.values["pid"] != os.getpid()
     assert sum(ticks) == 5.0
 
@@ -103,6 +103,7 @@ def test_jobs_share_a_process_with_the_asked_threads_and_may_print(executor: Loc
         (_worker.die, {"how": "exit"}, "ended with status 7"),
         (_worker.die, {"how": "kill"}, "killed by SIGKILL; out of memory?"),
         (_worker.refused, {}, "--teacher: got x, want y"),
+        (_worker.full, {}, "/somewhere/weights: got No space left on device"),
         (pickle.dumps, {}, "ended with status 1"),  # no job function: nothing else is ever called
     ],
 )
@@ -113,7 +114,7 @@ def test_a_failing_job_is_a_result_and_the_next_job_runs(
     assert not result.ok
     assert reason in str(result.reason)
     assert "\n" not in str(result.reason)
-    assert result.values == ({"input_error": True} if function is _worker.refused else {})
+    assert result.values == ({"input_error": True} if function in (_worker.refused, _worker.full) else {})
     assert executor.run(Job(_worker.echo, {"say": 1}, "after")).ok
 
 
@@ -291,12 +292,6 @@ def test_too_much_memory_fails_that_job_only(tmp_path: Path) -> None:
         assert executor.run(Job(_worker.echo, {}, "after")).ok
 
 
-def test_a_full_disk_is_an_input_error(two: LocalExecutor) -> None:
-    result = two.run(Job(_worker.full, {}, "full"))
-    assert result.values == {"input_error": True}
-    assert str(result.reason).startswith("/somewhere/weights: got No space left on device")
-
-
 @pytest.mark.parametrize(
     ("flag", "values"),
     [
@@ -324,8 +319,6 @@ def test_each_gpu_or_share_of_one_gets_a_worker(monkeypatch: pytest.MonkeyPatch)
     assert workers_for(ExecutorConfig(workers=2), "cuda") == (2, [2, 5, 7])
     assert workers_for(ExecutorConfig(), "cuda:1") == (1, [])
     assert workers_for(ExecutorConfig(), "cpu") == (1, [])
-    with make_executor(ExecutorConfig(workers=3), threads=1) as made:
-        assert isinstance(made, LocalExecutor)
 
 
 def test_cores_are_shared_among_workers_unless_threads_are_named() -> None:

@@ -110,15 +110,22 @@ def test_a_rival_looks_inside_the_targets_band_from_the_start(
         assert again.result["winner"] == outcome.result["winner"]
 
 
-def test_frozen_parts_are_never_moved(finished: Finished, tmp_path: Path) -> None:
-    given = settings(finished, freeze=("stage1", "window_sizes"), target_params="500K", steps=1)
-    contract(**given, out=tmp_path / "run", executor=InlineExecutor())
-    moved = {m.split(" ")[0] for r in trials(tmp_path / "run") for m in r["moves"].split(", ") if m}
+def test_frozen_parts_are_never_moved_and_classes_may_count_alike(finished: Finished, tmp_path: Path) -> None:
+    frozen, metric = ("stage1", "window_sizes"), "balanced_accuracy"
+    given = settings(finished, freeze=frozen, metric=metric, target_params="500K", steps=1)
+    outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
+    rows = trials(tmp_path / "run")
+    moved = {m.split(" ")[0] for r in rows for m in r["moves"].split(", ") if m}
     assert moved
     held = ("embed_dims[0]", "depths[0]", "mbconv_expand_ratio", "window_sizes")
     assert not [m for m in moved if m.startswith(held)]
-    with pytest.raises(InputError, match="--freeze"):
-        contract(**settings(finished, freeze=("stage9",)), out=tmp_path / "no")
+    assert outcome.result["final"]["winner"]["metric"] is not None
+    assert "balanced accuracy" in outcome.message
+    assert all(r["metric"] for r in rows if r["state"] == "complete")
+    assert "balanced accuracy" in (tmp_path / "run" / "report.md").read_text()
+    for bad, flag in (({"freeze": ("stage9",)}, "--freeze"), ({"metric": "auc"}, "--metric")):
+        with pytest.raises(InputError, match=flag):
+            contract(**settings(finished, **bad), out=tmp_path / "no")
 
 
 def test_every_step_leaves_a_model_that_loads_in_timm_and_finalists_have_a_second_seed(original: Path) -> None:
@@ -417,16 +424,3 @@ def test_a_trust_report_names_its_archs_first_and_survives_a_stop(
     assert result["proxy_check"]["message"] in (original / "report.md").read_text()
     assert (original / "best.safetensors").read_bytes() == before
     assert main([*flags, "--check-proxy", "4"]) == 0, "and is not made twice"
-
-
-def test_classes_may_count_alike(finished: Finished, tmp_path: Path) -> None:
-    given = settings(finished, metric="balanced_accuracy", steps=1, target_params="450K")
-    outcome = contract(**given, out=tmp_path / "run", executor=InlineExecutor())
-    assert outcome.status == "reached"
-    assert outcome.result["final"]["winner"]["metric"] is not None
-    assert "balanced accuracy" in outcome.message
-    scored = [r for r in trials(tmp_path / "run") if r["state"] == "complete"]
-    assert all(r["metric"] for r in scored)
-    assert "balanced accuracy" in (tmp_path / "run" / "report.md").read_text()
-    with pytest.raises(InputError, match="--metric"):
-        contract(**settings(finished, metric="auc"), out=tmp_path / "no")

@@ -18,6 +18,7 @@ from nas.contract import contract
 from nas.contract.race import race, rungs_of
 from nas.contract.state import MORE, Incumbent, Run, Task
 from nas.contract.step import Step, rank
+from nas.core.config import choices_of
 from nas.core.per_image import losses_of, per_image, with_metric
 from nas.distill.jobs import EarlierRung, TrainJob, train
 from nas.jobs.job import CHECKPOINT, Job, Result, failed_before, keep_failure, run_job
@@ -303,7 +304,7 @@ def test_a_trainings_key_is_that_of_what_it_reads(tmp_path: Path) -> None:
         config=SimpleNamespace(threads=1, metric="top1"),
     )
 
-    def digest(label_epochs: int, first_epoch: int = 0, init: str = "scratch") -> str:
+    def digest(label_epochs: int, **more: Any) -> str:
         job = TrainJob(
             **dict.fromkeys(("family", "missing", "label_overflow", "device", "store_id"), ""),
             arch={},
@@ -312,16 +313,16 @@ def test_a_trainings_key_is_that_of_what_it_reads(tmp_path: Path) -> None:
             batch_size=1,
             random_seed=0,
             lr=0.1,
-            init=init,
             epochs=4,
-            first_epoch=first_epoch,
             label_epochs=label_epochs,
+            **{"init": "scratch", **more},
         )
         return Run.training_digest(run, job)  # type: ignore[arg-type]
 
     assert digest(4) == digest(9) == digest(100)
     assert len({digest(3), digest(2), digest(4)}) == 3, "where labels start again, it counts"
     assert digest(4, first_epoch=2) != digest(6, first_epoch=2) == digest(60, first_epoch=2)
+    assert len({digest(4, distill=kind) for kind in choices_of("distill")}) == 4, "what it learns counts"
     path = tmp_path / "weights.safetensors"
     keys = []
     for content in (b"one", b"one", b"two"):

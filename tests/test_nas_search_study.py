@@ -84,7 +84,7 @@ def test_adding_again_changes_nothing(path: Path) -> None:
     inner = optuna.load_study(study_name="contraction", storage=f"sqlite:///{path}")
     inner.add_trial(inner.trials[1])
     assert rows_of(path) == TRIALS
-    study.add(NEW, ARCH, MET)
+    study.add(NEW, {**ARCH, "mlp_ratio": 2000.0}, MET)  # of a narrow net
     assert rows_of(path) == [*TRIALS, NEW]
 
 
@@ -143,27 +143,20 @@ def test_a_bad_database_is_refused_in_one_line(path: Path, how: str) -> None:
     assert "restore" in str(refusal.value)
 
 
-def refused_or_read(path: Path) -> bool:
-    """Open a study as a resumed run does: one line, or trials that are values of their types."""
-    try:
-        rows_of(path)
-    except InputError as error:
-        line = str(error)
-    else:
-        return False
-    assert "\n" not in line
-    assert "study.db" in line
-    return True
-
-
 @pytest.mark.parametrize("kind", ["flip", "noise", "zero", "cut"])
 @pytest.mark.parametrize("tries", [pytest.param(15, id="few"), pytest.param(400, marks=pytest.mark.slow, id="many")])
 def test_a_damaged_region_is_no_traceback(path: Path, whole: bytes, kind: str, tries: int) -> None:
+    """One line, or trials that are values of their types."""
     rng, refused = random.Random(f"{kind}-{tries}"), 0
     used = [at for at, byte in enumerate(whole) if byte]  # most of a small database is empty
     for _ in range(tries):
         path.write_bytes(damaged(whole, kind, rng.choice(used), rng.choice([1, 7, 64, 512, 4096]), rng))
-        refused += refused_or_read(path)
+        try:
+            rows_of(path)
+        except InputError as error:
+            refused += 1
+            assert "study.db" in str(error)  # noqa: PT017  # both are fine here
+            assert "\n" not in str(error)  # noqa: PT017
     assert kind == "flip" or refused
 
 

@@ -134,32 +134,6 @@ def random_case(rng: random.Random) -> tuple[Arch, Context, Band]:
             return arch, ctx, band
 
 
-def test_laws_of_the_shortlist() -> None:
-    rng = random.Random(0)
-    for _ in range(15):
-        parent, ctx, band = random_case(rng)
-        size = rng.randint(1, 30)
-        seed = rng.randint(-5, 2**70)
-        number = count_contractions(FAMILY, parent, ctx, band)
-        listed = draw([parent], ctx, band, size, random_seed=seed)
-        assert listed == draw([parent], ctx, band, size, random_seed=seed)
-        keys = [FAMILY.key(s.arch, ctx) for s in listed]
-        assert len(set(keys)) == len(keys)
-        assert min(size, number) <= len(listed) <= size
-        ruled = [s for s in listed if s.baseline is None]
-        assert listed[len(listed) - len(ruled) :] == ruled  # baselines first
-        assert [s.grid_steps for s in ruled] == sorted(s.grid_steps for s in ruled)
-        total = FAMILY.count_params(parent, ctx)
-        for s in listed:
-            assert band.lo <= s.params <= min(band.hi, total - 1)
-            assert s.params == FAMILY.count_params(s.arch, ctx)
-            assert s.macs == FAMILY.count_macs(s.arch, ctx)
-            assert s.parent == parent
-            assert s.baseline is not None or contains(FAMILY, parent, s.arch, ctx)
-            assert s.moved
-            assert s.grid_steps >= len(s.moved)
-
-
 def test_a_second_draw_continues_where_the_first_ended() -> None:
     rng = random.Random(1)
     for _ in range(8):

@@ -18,27 +18,18 @@ from space_cases import (
     drawn,
     meta_build,
     one_thread,  # noqa: F401 - a fixture, used by every test here
-    random_arch,
-    random_context,
 )
 
 from nas.export.arch_of_weights import checkpoint_context
 from nas.inherit.slice import inherit
 from space import Arch, Context
 from space.family import Family, Slice
-from space.slicing import bicubic, spread
+from space.slicing import bicubic, picked
 from space.vit_slicing import kernel
 
 VIT = vit_cases.FAMILY
 CASES = pytest.mark.parametrize("cases", [space_cases, vit_cases], ids=["tinyvit", "vit"])
-SMALL = {
-    "embed_dims": [32, 64, 96, 128],
-    "depths": [2, 1, 3, 2],
-    "window_sizes": [7, 14, 7],
-    "mbconv_expand_ratio": 3.0,
-    "mlp_ratio": 3.0,
-    "head_dim": 32,
-}
+SMALL = {**space_cases.SMALL, "embed_dims": [32, 64, 96, 128], "depths": [2, 1, 3, 2], "mbconv_expand_ratio": 3.0}
 CTX = Context(48, 5)
 State = Mapping[str, torch.Tensor]
 
@@ -155,11 +146,8 @@ def test_growth_keeps_its_own_init() -> None:
     assert (slices["stages.3.blocks.0.attn.qkv.bias"].index[0] == -1).sum() == 3 * 32
 
 
-def test_prefixes_equal_slices_by_hand() -> None:
-    narrow = small(embed_dims=[32, 32, 64, 96], mlp_ratio=2.0, mbconv_expand_ratio=2.0)
-    parent = scrambled(small(), CTX).state_dict()
-    state = inherited(FAMILY.slicing(small(), narrow, CTX, CTX), parent, FAMILY.build(narrow, CTX).state_dict())
-    by_hand = {
+BY_HAND: dict[str, dict[str, Any]] = {
+    "tinyvit": {
         "patch_embed.conv2.conv.weight": np.s_[:32, :16],
         "patch_embed.conv1.bn.running_var": np.s_[:16],
         "stages.0.blocks.1.conv1.conv.weight": np.s_[:64, :32],
@@ -173,10 +161,38 @@ def test_prefixes_equal_slices_by_hand() -> None:
         "head.norm.bias": np.s_[:96],
         "head.fc.weight": np.s_[:, :96],
         "head.fc.bias": np.s_[:],
-    }
-    for key, part in by_hand.items():
+    },
+    "vit": {
+        "cls_token": np.s_[:, :, :32],
+        "patch_embed.proj.weight": np.s_[:32],
+        "blocks.1.mlp.fc1.weight": np.s_[:64, :32],
+        "blocks.1.mlp.fc2.weight": np.s_[:32, :64],
+        "blocks.2.attn.proj.weight": np.s_[:32, :32],
+        "blocks.0.norm2.bias": np.s_[:32],
+        "norm.weight": np.s_[:32],
+        "head.weight": np.s_[:, :32],
+        "head.bias": np.s_[:],
+    },
+}
+
+
+@CASES
+def test_prefixes_equal_slices_by_hand(cases: ModuleType) -> None:
+    family = cases.FAMILY
+    a, b = small(), small(embed_dims=[32, 32, 64, 96], mlp_ratio=2.0, mbconv_expand_ratio=2.0)
+    if family is VIT:
+        a, b = vit_cases.small(dist_token=True), vit_cases.small(embed_dim=32, mlp_ratio=2.0)
+    parent = scrambled(a, CTX, family=family).state_dict()
+    state = inherited(family.slicing(a, b, CTX, CTX), parent, family.build(b, CTX).state_dict())
+    for key, part in BY_HAND[family.name].items():
         assert torch.equal(state[key], parent[key][part]), key
-    assert state["patch_embed.conv1.bn.num_batches_tracked"] == 0
+    if family is FAMILY:
+        assert state["patch_embed.conv1.bn.num_batches_tracked"] == 0
+        return
+    qkv = parent["blocks.1.attn.qkv.weight"].view(3, 4, 16, 64)[:, :2, :, :32].reshape(96, 32)
+    assert torch.equal(state["blocks.1.attn.qkv.weight"], qkv)
+    rows = [0, *range(2, 11)]  # the class token, then the grid: the distillation token is gone
+    assert torch.equal(state["pos_embed"], parent["pos_embed"][:, rows, :32])
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(32, 32), (16, 32), (32, 16), (16, 16)])
@@ -219,14 +235,14 @@ def test_heads_are_cut_from_the_heads_that_held_their_channels() -> None:
 def test_blocks_are_spread_with_both_ends_kept() -> None:
     for parent in range(1, 30):
         for child in range(1, parent + 1):
-            picked = spread(child, parent)
-            assert len(set(picked)) == child
-            assert picked == sorted(picked)
-            assert picked[0] == 0
-            assert child == 1 or picked[-1] == parent - 1
-            gaps = np.diff(picked)
+            blocks: Any = picked(child, parent, None)
+            assert len(set(blocks)) == child
+            assert blocks == sorted(blocks)
+            assert blocks[0] == 0
+            assert child == 1 or blocks[-1] == parent - 1
+            gaps = np.diff(blocks)
             assert child < 2 or gaps.max() - gaps.min() <= 1
-    assert spread(3, 2) == [0, 1, None]
+    assert picked(3, 2, None) == [0, 1, None]
     slices = FAMILY.slicing(small(), small(depths=[2, 1, 2, 2]), CTX, CTX)
     assert slices["stages.2.blocks.1.mlp.fc1.bias"].source == "stages.2.blocks.2.mlp.fc1.bias"
 
@@ -262,13 +278,14 @@ def reordered(
     return moved
 
 
-def test_groups_name_every_unit_of_tensors_that_exist() -> None:
-    rng = random.Random(2)
+@CASES
+def test_groups_name_every_unit_of_tensors_that_exist(cases: ModuleType) -> None:
+    rng, family = random.Random(2), cases.FAMILY
     for _ in range(20):
-        arch, ctx = random_arch(rng, most=128, deepest=2), random_context(rng)
-        state = meta_build(arch, ctx).state_dict()
+        arch, ctx = drawn(cases, rng, most=128)
+        state = cases.meta_build(arch, ctx).state_dict()
         named = set()
-        for members in FAMILY.groups(arch, ctx).values():
+        for members in family.groups(arch, ctx).values():
             units = set(members[0].unit.tolist())
             assert units == set(range(len(units)))
             for m in members:
@@ -276,15 +293,16 @@ def test_groups_name_every_unit_of_tensors_that_exist() -> None:
                 assert m.unit.dtype == np.int64
                 assert set(m.unit.tolist()) == units
                 named.add((m.key, m.dim))
-        # What is left belongs to no unit: classes, image channels, kernels, offsets, counters.
+        # What is left belongs to no unit: classes, image channels, kernels, positions, tokens, counters.
         left = {(k, d) for k, v in state.items() for d in range(v.ndim)} - named
+        tables = ("attention_biases", "cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight")
         for key, dim in left:
-            first, last = key == "patch_embed.conv1.conv.weight", key.startswith("head.fc.")
+            first, last = key == "patch_embed.conv1.conv.weight", key.startswith("head")
             kernel = dim > 1 or (dim == 1 and state[key].shape[1] == 1)
-            table = key.endswith("attention_biases") and dim == 1
-            assert kernel or table or (first and dim == 1) or (last and dim == 0), (key, dim)
-        assert sorted(m for names in FAMILY.blocks(arch).values() for m in names) == sorted(
-            {".".join(k.split(".")[:4]) for k in state if ".blocks." in k}
+            assert kernel or key.endswith(tables) or (first and dim == 1) or (last and dim == 0), (key, dim)
+        below = slice(0, 4 if family is FAMILY else 2)
+        assert sorted(m for names in family.blocks(arch).values() for m in names) == sorted(
+            {".".join(k.split(".")[below]) for k in state if "blocks." in k}
         )
 
 
@@ -302,15 +320,6 @@ def test_reordering_a_group_everywhere_changes_no_output(cases: ModuleType) -> N
     with torch.no_grad():
         same = loaded(arch, CTX, state, family).double()(image)
         assert torch.allclose(same, parent.double()(image), rtol=1e-9, atol=1e-9)
-
-
-def test_the_groups_of_a_vit_leave_out_tokens_positions_and_classes_alone() -> None:
-    arch = vit_cases.small(dist_token=True)
-    state = vit_cases.meta_build(arch, CTX).state_dict()
-    named = {(m.key, m.dim) for ms in VIT.groups(arch, CTX).values() for m in ms}
-    left = {(k, d) for k, v in state.items() for d in range(v.ndim)} - named
-    plain = {"cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight"}
-    assert all(k in plain or (k.startswith("head") and d == 0) for k, d in left)
 
 
 @pytest.mark.parametrize(
@@ -405,50 +414,16 @@ def test_nothing_is_blended_where_offsets_meet() -> None:
         assert s.index[1].tolist() == [x * parent_window + y for x in side for y in side]
 
 
-# ViT
-
-
-def child_of(parent: torch.nn.Module, a: Arch, b: Arch, there: Context, here: Context) -> Any:
-    """Build the ViT `b` from the weights of `a`."""
-    child = VIT.build(b, here).double().eval()
-    inherit(child, parent.state_dict(), VIT.slicing(a, b, there, here))
-    return child
-
-
-def test_prefixes_of_a_vit_equal_slices_by_hand() -> None:
-    a, b = vit_cases.small(dist_token=True), vit_cases.small(embed_dim=32, mlp_ratio=2.0)
-    parent = scrambled(a, CTX, family=VIT).double()
-    child = child_of(parent, a, b, CTX, CTX).state_dict()
-    state = parent.state_dict()
-    by_hand = {
-        "cls_token": np.s_[:, :, :32],
-        "patch_embed.proj.weight": np.s_[:32],
-        "blocks.1.mlp.fc1.weight": np.s_[:64, :32],
-        "blocks.1.mlp.fc2.weight": np.s_[:32, :64],
-        "blocks.2.attn.proj.weight": np.s_[:32, :32],
-        "blocks.0.norm2.bias": np.s_[:32],
-        "norm.weight": np.s_[:32],
-        "head.weight": np.s_[:, :32],
-        "head.bias": np.s_[:],
-    }
-    for key, part in by_hand.items():
-        assert torch.equal(child[key], state[key][part]), key
-    qkv = state["blocks.1.attn.qkv.weight"].view(3, 4, 16, 64)[:, :2, :, :32].reshape(96, 32)
-    assert torch.equal(child["blocks.1.attn.qkv.weight"], qkv)
-    rows = [0, *range(2, 11)]  # the class token, then the grid: the distillation token is gone
-    assert torch.equal(child["pos_embed"], state["pos_embed"][:, rows, :32])
-
-
 def test_a_token_that_the_parent_has_not_stays_the_childs_own() -> None:
     a, b = vit_cases.small(), vit_cases.small(dist_token=True)
-    parent, here = scrambled(a, CTX, family=VIT).double(), Context(64, 5)
-    for ctx in (CTX, here):
-        fresh = VIT.build(b, ctx).double().eval()
-        own = fresh.state_dict()["pos_embed"][:, 1].clone()
-        inherit(fresh, parent.state_dict(), VIT.slicing(a, b, CTX, ctx))
-        state = fresh.state_dict()["pos_embed"]
+    parent = scrambled(a, CTX, family=VIT).state_dict()
+    for ctx in (CTX, Context(64, 5)):
+        net = VIT.build(b, ctx)
+        own = net.state_dict()["pos_embed"][:, 1].clone()
+        inherit(net, parent, VIT.slicing(a, b, CTX, ctx))
+        state = net.state_dict()["pos_embed"]
         assert torch.equal(state[:, 1], own)
-        assert torch.equal(state[:, 0], parent.state_dict()["pos_embed"][:, 0])
+        assert torch.equal(state[:, 0], parent["pos_embed"][:, 0])
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [(8, 16), (16, 32), (16, 8), (14, 16), (16, 14)])

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from nas.core.dataclass_json import to_json
 from nas.core.io import file_sha256, read_json, remove_leftovers, write_json
 from nas.core.metrics import mean_se
 from nas.core.progress import Tick
+from nas.inherit.jobs import StudentJob
 from nas.jobs.job import CHECKPOINT, READS, READS_LAST, WRITES, Values
-from space import Context, get_family
+from space import get_family
 from space.errors import refuse
 
 if TYPE_CHECKING:
@@ -59,24 +60,6 @@ class EarlierRung:
 
     epochs: int
     checkpoint: Path = field(metadata=READS_LAST)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentJob:
-    """A student arch (as JSON) in its context, and the data and labels that score it.
-
-    Images without a label are an error, or left out with `missing` "skip".
-    """
-
-    family: str
-    arch: Mapping[str, Any]
-    context: Context
-    dataset: Path = field(metadata=READS)
-    store: Path = field(metadata=READS)
-    missing: str
-    batch_size: int
-    random_seed: int
-    device: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,5 +401,4 @@ def _first_images(reader: LabelReader, images: int) -> Batch:
         found.append(batch)
         if sum(len(b.rows) for b in found) >= images:
             break
-    names = ("inputs", "index", "prob", "tail", "truth", "rows")
-    return Batch(*(torch.cat([getattr(b, name) for b in found])[:images] for name in names))
+    return Batch(*(torch.cat([getattr(b, f.name) for b in found])[:images] for f in fields(Batch)))

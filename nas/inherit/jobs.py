@@ -15,24 +15,33 @@ from space.errors import refuse
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportanceJob:
-    """A trained parent whose units and blocks are ranked on about `images` training images.
+class StudentJob:
+    """A network's arch (as JSON) in its context, and the data and labels that train or score it.
 
-    `criterion` is one of `nas.inherit.importance.CRITERIA`; the order goes to the file `out`.
+    Images without a label are an error, or left out with `missing` "skip".
     """
 
     family: str
     arch: Mapping[str, Any]
     context: Context
-    weights: Path = field(metadata=READS)
     dataset: Path = field(metadata=READS)
     store: Path = field(metadata=READS)
-    criterion: str
-    images: int
+    missing: str
     batch_size: int
     random_seed: int
     device: str
-    missing: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceJob(StudentJob):
+    """A trained parent whose units and blocks are ranked on about `images` training images.
+
+    `criterion` is one of `nas.inherit.importance.CRITERIA`; the order goes to the file `out`.
+    """
+
+    weights: Path = field(metadata=READS)
+    criterion: str
+    images: int
     out: Path
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from nas.core.executor_config import ExecutorConfig
 from nas.jobs.job import LOGS, RECORD, WORKER_LOG
-from nas.jobs.local import LocalExecutor, WorkerOptions
+from nas.jobs.local import LocalBackend, WorkerOptions
 from nas.jobs.queue import Executor
 from space.errors import refuse
 
@@ -38,20 +37,20 @@ def workers_for(config: ExecutorConfig, device: str) -> tuple[int, list[int]]:
 def make_executor(config: ExecutorConfig, *, threads: int, device: str = "cpu", folder: Path | None = None) -> Executor:
     """Make the executor of `config`; its logs and attempts go to `folder`. Raises InputError."""
     workers, gpus = workers_for(config, device)
-    record = None if folder is None else folder / RECORD
-    options: dict[str, Any] = {
-        "threads": threads,
-        "limit_s": config.limit_s,
-        "memory_bytes": config.memory_bytes,
-        "log": None if folder is None else folder / WORKER_LOG,
-        "logs": None if folder is None else folder / LOGS,
-    }
+    options = WorkerOptions(
+        threads=threads,
+        limit_s=config.limit_s,
+        memory_bytes=config.memory_bytes,
+        log=None if folder is None else folder / WORKER_LOG,
+        logs=None if folder is None else folder / LOGS,
+    )
     if config.executor == "local":
-        return LocalExecutor(workers=workers, gpus=gpus, retries=config.retries, record=record, **options)
-    if device not in ("cpu", "cuda"):
-        want = "cuda, as a cluster assigns its GPUs itself"
-        raise refuse("--device", f"{device} with --executor ray", want)
-    from nas.jobs.ray import RayBackend
+        backend = LocalBackend(options, workers, gpus)
+    else:
+        if device not in ("cpu", "cuda"):
+            want = "cuda, as a cluster assigns its GPUs itself"
+            raise refuse("--device", f"{device} with --executor ray", want)
+        from nas.jobs.ray import RayBackend
 
-    backend = RayBackend(config, WorkerOptions(**options), device=device, workers=workers)
-    return Executor(backend, retries=config.retries, record=record)
+        backend = RayBackend(config, options, device=device, workers=workers)
+    return Executor(backend, retries=config.retries, record=None if folder is None else folder / RECORD)

@@ -109,22 +109,11 @@ def begin(
 
 
 def build_job(
-    begun: Mapping[str, Any],
-    dataset: Dataset,
-    info: Mapping[str, Any],
-    *,
-    part: tuple[int, int],
-    device: str,
-    batch_size: int = 64,
+    begun: Mapping[str, Any], dataset: Dataset, info: Mapping[str, Any], *, part: tuple[int, int], device: str
 ) -> Job:
     """Describe the making of a part of a store that was begun."""
     job = BuildLabelsJob(
-        folder=Path(begun["folder"]),
-        dataset=dataset.folder,
-        teacher=Path(info["folder"]),
-        part=part,
-        device=device,
-        batch_size=batch_size,
+        folder=Path(begun["folder"]), dataset=dataset.folder, teacher=Path(info["folder"]), part=part, device=device
     )
     records = begun["images"] * begun["epochs"] + len(dataset.holdout)
     return Job(jobs.build_labels, job, f"labels-{part[0]}-{part[1]}", records / part[1])

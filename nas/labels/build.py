@@ -114,7 +114,7 @@ def begin_store(
     processes.
 
     `place` is the store's folder if the user `named` it, else the folder of stores, where its id names it. `made_by`
-    tells how the data and teacher are found again, `dropped` is the table of `find_contradicted`. A store that is there
+    names what finds the data and teacher again, `dropped` is the table of `find_contradicted`. A store that is there
     grows to the epochs of the request. Raises InputError, also for a folder that holds another store.
     """
     train = np.sort(key_array(dataset.train.keys))
@@ -232,15 +232,13 @@ def build_shards(
     teacher_logits: TeacherLogits,
     *,
     part: tuple[int, int] = (1, 1),
-    batch_size: int = TEACHER_BATCH,
     device: str = "cpu",
     tick: Tick = no_tick,
 ) -> None:
     """Build the missing shards of one part of a store. Raises InputError.
 
     A shard follows from the specification alone and is put in place whole: a killed build goes on, and parts may be
-    built by machines that share nothing (`merge_stores`). `batch_size` bounds the images held at a time and changes no
-    label. `tick` counts images, those of finished shards too.
+    built by machines that share nothing (`merge_stores`). `tick` counts images, those of finished shards too.
     """
     shards = shards_of_part(store, part)
     drafts = store.folder / f".part-{part[0]}-{part[1]}"
@@ -253,7 +251,7 @@ def build_shards(
             check_room(store, build_status(store, part))
             drafts.mkdir(exist_ok=True)
             remove_leftovers(drafts)
-            builder = _ShardBuilder(store, dataset, teacher_logits, batch_size, device)
+            builder = _ShardBuilder(store, dataset, teacher_logits, device)
             for shard in shards:
                 if _is_built(store, shard):
                     tick(float(shard.count))
@@ -276,11 +274,8 @@ def _put(path: Path, data: bytes, drafts: Path) -> None:
 class _ShardBuilder:
     """Builds shards: views of the images, the teacher's logits, encoded records."""
 
-    def __init__(
-        self, store: LabelStore, dataset: Dataset, teacher_logits: TeacherLogits, batch_size: int, device: str
-    ) -> None:
+    def __init__(self, store: LabelStore, dataset: Dataset, teacher_logits: TeacherLogits, device: str) -> None:
         self._store, self._logits = store, teacher_logits
-        self._held = -(-batch_size // TEACHER_BATCH) * TEACHER_BATCH
         self._holdout = dataset.holdout
         self._holdout_rows = _rows_of(dataset.holdout, store.holdout_keys, store)
         self._rows = _rows_of(dataset.train, store.keys, store)
@@ -291,20 +286,17 @@ class _ShardBuilder:
         """Label a shard's images and return the bytes of its file."""
         spec = self._store.spec
         records = np.empty((shard.count, self._store.codec.record_bytes), dtype=np.uint8)
-        for start in range(0, shard.count, self._held):
-            part = slice(start, min(shard.count, start + self._held))
-            at = np.arange(shard.start + part.start, shard.start + part.stop)
+        for start in range(0, shard.count, TEACHER_BATCH):
+            at = np.arange(start, min(shard.count, start + TEACHER_BATCH)) + shard.start
             if shard.epoch == HOLDOUT_EPOCH:
                 inputs = eval_batch(self._holdout.pixels[self._holdout_rows[at]], spec.augment)
             else:
                 inputs = self._inputs[self._plan(shard.epoch).of(at)]
             with torch.no_grad():
-                groups = torch.split(inputs, TEACHER_BATCH)
-                logits = torch.cat([self._logits(group) for group in groups])
+                logits = self._logits(inputs)
             if logits.shape[1] != spec.num_classes:
                 raise refuse("teacher", f"{logits.shape[1]} classes", f"{spec.num_classes} classes")
-            labels = top_labels(logits, spec.topk)
-            records[part] = self._store.codec.encode(*labels)
+            records[at - shard.start] = self._store.codec.encode(*top_labels(logits, spec.topk))
             tick(float(len(at)))
         return with_checksum(shard, self._store.id, records)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -214,7 +214,6 @@ class PackedCodec(Codec):
         self._at = _layout(topk, num_classes)
         self.record_bytes = self._at.record_bytes
         self._block = max(1, _AT_ONCE // topk)
-        self._prepared: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None
 
     def _encode(self, labels: SoftLabels) -> NDArray[np.uint8]:
         records = np.empty((len(labels.tail), self.record_bytes), dtype=np.uint8)
@@ -253,7 +252,7 @@ class PackedCodec(Codec):
         self, records: NDArray[np.uint8], index: NDArray[Any], prob: NDArray[Any], tail: NDArray[Any]
     ) -> None:
         at, n, k = self._at, len(records), self.topk
-        shifts, base = self._constants()
+        shifts, base = self._constants
         upper = np.unpackbits(records[:, : -(-at.upper // 8)], axis=1, count=at.upper, bitorder="little")
         ones = np.flatnonzero(upper.view(np.bool_))
         if len(ones) != n * k:
@@ -287,16 +286,15 @@ class PackedCodec(Codec):
         np.take(_levels(at.value)[1], codes, out=prob, mode="clip")
         prob *= (_HEAD[tails] / prob.sum(axis=1))[:, None]
 
+    @cached_property
     def _constants(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the fields' shifts in their windows, [fetch, windows of a block], and by how much
-        the place of a one exceeds its id, [block, K]; made when first needed."""
-        if self._prepared is None:
-            at, i = self._at, np.arange(self.topk)
-            bit = (at.start + np.arange(at.windows) * at.fetch * at.width) % 8
-            shifts = np.arange(at.fetch)[:, None] * at.width + np.tile(bit, self._block)
-            rows = np.arange(self._block)[:, None] * at.upper
-            self._prepared = shifts, ((rows + i) << at.low) - i
-        return self._prepared
+        """Return the fields' shifts in their windows, [fetch, windows of a block], and by how much the
+        place of a one exceeds its id, [block, K]."""
+        at, i = self._at, np.arange(self.topk)
+        bit = (at.start + np.arange(at.windows) * at.fetch * at.width) % 8
+        shifts = np.arange(at.fetch)[:, None] * at.width + np.tile(bit, self._block)
+        rows = np.arange(self._block)[:, None] * at.upper
+        return shifts, ((rows + i) << at.low) - i
 
 
 def _strided(

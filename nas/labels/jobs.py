@@ -57,7 +57,6 @@ class BuildLabelsJob:
     teacher: Path = field(metadata=READS)
     part: tuple[int, int]
     device: str
-    batch_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ def build_labels(job: BuildLabelsJob, tick: Tick) -> Values:
 
     store, dataset = load_store(job.folder), open_dataset(job.dataset)
     logits = load_teacher(read_teacher(job.teacher), job.device, store.spec.precision)
-    options: dict[str, Any] = {"part": job.part, "batch_size": job.batch_size, "device": job.device}
+    options: dict[str, Any] = {"part": job.part, "device": job.device}
     build_shards(store, dataset, logits, **options, tick=tick)
     return {}
 

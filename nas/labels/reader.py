@@ -67,9 +67,9 @@ class LabelReader:
     `split` is a train split, in any order, of which `subset` (rows) is used, or all. Images that the store dropped are
     skipped; others without a label are an error, or skipped with `missing` "skip", as is a mixed record in an epoch in
     which its partner is not in the split; `notes` and `skipped` name them. Past the stored epochs (the first `epochs`
-    of them) labels and views start again in a new order (`label_overflow` "cycle") or it is an error. `topk` reads
-    fewer classes. The order depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any order,
-    `batch_size` (>= 2), subset and `workers` (loader processes; none for the batched engine, which works on `device`).
+    of them) labels and views start again in a new order (`label_overflow` "cycle") or it is an error. The order
+    depends on keys, `random_seed` and epoch alone; inputs are bit-identical for any order, `batch_size` (>= 2), subset
+    and `workers` (loader processes; none for the batched engine, which works on `device`).
     """
 
     def __init__(
@@ -83,7 +83,6 @@ class LabelReader:
         *,
         missing: str = "error",
         label_overflow: str = "cycle",
-        topk: int | None = None,
         epochs: int | None = None,
         device: str = "cpu",
     ) -> None:
@@ -95,12 +94,10 @@ class LabelReader:
             raise refuse("--missing-labels", missing, f"one of {', '.join(MISSING)}")
         if label_overflow not in OVERFLOW:
             raise refuse("--label-overflow", label_overflow, f"one of {', '.join(OVERFLOW)}")
-        if topk is not None and not 1 <= topk <= store.spec.topk:
-            raise refuse("--topk", topk, f"1 to {store.spec.topk}, what {store.folder} holds")
         self._split, self._store, self._spec = split, store, store.spec.augment
         self._epochs = store.epochs if epochs is None else epochs
         self._batch_size, self._seed = batch_size, random_seed
-        self._overflow, self._topk = label_overflow, topk
+        self._overflow = label_overflow
         batched = self._spec.engine == "batched"
         self._workers = 0 if batched else workers
         self._inputs = Inputs(split.pixels, self._spec, device if batched else "cpu")
@@ -147,10 +144,7 @@ class LabelReader:
         plan = self._planned(epoch)
         recipes = [plan.of(self._at[rows]) for rows in rows_of]
         for rows, inputs in zip(rows_of, stream(self._inputs, recipes, self._workers), strict=True):
-            found = labels[self._at[rows]]
-            if self._topk is not None:
-                found = found.best(self._topk)
-            yield _batch(inputs, found, self._split, rows)
+            yield _batch(inputs, labels[self._at[rows]], self._split, rows)
 
     def inputs(self, epoch: int, rows: Rows) -> Tensor:
         """Make the inputs of rows in an epoch: float32 [n, 3, S, S]."""

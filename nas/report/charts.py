@@ -19,7 +19,9 @@ def run_chart(runs: Sequence[RunFiles]) -> Chart:
     Throughput is drawn relative to the seed, which is timed in alternation; as images/s only where a scored candidate
     has no such ratio.
     """
-    relative = all(uses_ratio(run) for run in runs)
+    relative = all(
+        row.ratio is not None for run in runs for row in run.trials if row.step and row.soft_loss is not None
+    )
     series = tuple(run_series(run, relative) for run in runs)
     seeds = {run.seed_name for run in runs}
     seed = f"the seed {seeds.pop()}" if len(seeds) == 1 else "each run's own seed"
@@ -31,12 +33,6 @@ def run_chart(runs: Sequence[RunFiles]) -> Chart:
         lower_is_better=True,
         notes=_notes(runs, relative),
     )
-
-
-def uses_ratio(run: RunFiles) -> bool:
-    """Return whether every scored candidate after the seed has a ratio to it."""
-    scored = [row for row in run.trials if row.soft_loss is not None and row.step > 0]
-    return all(row.ratio is not None for row in scored)
 
 
 def run_series(run: RunFiles, relative: bool) -> Series:

@@ -18,7 +18,7 @@ def short_count(value: float | None) -> str:
     if value is None:
         return NONE
     for scale, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
+        if abs(value) >= 0.9995 * scale:  # rounds to a whole one
             return f"{value / scale:.3g}{suffix}"
     return f"{value:g}"
 

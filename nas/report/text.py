@@ -144,7 +144,7 @@ def stop_counts(run: RunFiles, most: int = 12) -> list[tuple[str, int]]:
     for row in run.trials:
         if row.step > 0:
             what = f"{row.stage} ({row.state})" + (f": {row.reason}" if row.reason else "")
-            found.setdefault(_NUMBER.sub("#", what), []).append(what)
+            found.setdefault(_NUMBER.sub("\0", what), []).append(what)
     ranked = sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
     rest = sum(len(alike) for _, alike in ranked[most:])
     shown = [(_spanned(alike), len(alike)) for _, alike in ranked[:most]]

@@ -299,10 +299,10 @@ def _to_optuna(trial: Trial, arch: Mapping[str, Any], constraints: Mapping[str, 
 
     flat: dict[str, float] = {}
     for name, value in arch.items():
-        slots = {f"{name}[{i}]": v for i, v in enumerate(value)} if isinstance(value, (list, tuple)) else {name: value}
-        flat |= slots
+        many = isinstance(value, (list, tuple))
+        flat |= {f"{name}[{i}]": v for i, v in enumerate(value)} if many else {name: value}
     distributions: dict[str, BaseDistribution] = {
-        name: FloatDistribution(0.0, 1024.0) if isinstance(value, float) else IntDistribution(0, 1_000_000)
+        name: FloatDistribution(0.0, 1e6) if isinstance(value, float) else IntDistribution(0, 1_000_000)
         for name, value in flat.items()
     }
     state = {"complete": "COMPLETE", "pruned": "PRUNED", "failed": "FAIL"}[trial.state]

@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from nas.search.strategies.strategy import FromSeed, SearchState
-from space.contractions import contains, smaller_than
+from space.contractions import PARTS, contains, scalings, smaller_than
 from space.family import Arch
 
-PARTS = 512  # factors k / PARTS are looked at
 DEPTH = "N"  # the symbol of the factor that counts blocks, in every family that has one
 
 
@@ -41,20 +40,9 @@ class Uniform(FromSeed):
 
 def _scalings(state: SearchState) -> Iterator[Arch]:
     """Yield the scalings that lie in the band, in the order in which they are listed."""
-    family, ctx = state.family, state.context
-    band = smaller_than(family, state.seed, ctx, state.band)
+    band = smaller_than(state.family, state.seed, state.context, state.band)
     for shallow in _shallower(state):
-        factors = (k / PARTS for k in range(PARTS, 0, -1))
-        scaled = list(dict.fromkeys(family.scaled(shallow, f) for f in factors))
-        table = family.table(scaled)
-        sizes = family.count_params_many(table, ctx)
-        fits = (sizes >= band.lo) & (sizes <= band.hi)
-        if band.max_macs is not None:
-            fits &= family.count_macs_many(table, ctx) <= band.max_macs
-        off = np.abs(2 * sizes - (state.band.lo + state.band.hi))
-        for i in np.argsort(off, kind="stable"):
-            if fits[i]:
-                yield scaled[int(i)]
+        yield from scalings(state.family, shallow, state.context, band, state.band.lo + state.band.hi)
 
 
 def _shallower(state: SearchState) -> Iterator[Arch]:

@@ -150,7 +150,7 @@ def _data_spec(given: argparse.Namespace, saved: SavedModel) -> DataSpec:
     elif "max_images" not in given.given and "effort" in config:
         usual = effort_defaults(config["effort"])["max_images"]
         values["images_may_grow"] = values.get("max_images") == usual is not None
-    seed: int = config.get("data_seed", config.get("random_seed", 0))
+    seed = int(config.get("data_seed", config.get("random_seed", 0)) or 0)
     seed = given.data_seed if fresh or "data_seed" in given.given else seed
     return DataSpec(**values, random_seed=seed, test_only=fresh and given.split == "test", grey_bits=saved.grey_bits)
 

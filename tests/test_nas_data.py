@@ -135,7 +135,7 @@ def test_cuts_are_a_partition_with_every_class_on_every_side(sizes: list[int], r
 def test_a_class_too_small_to_cut_is_named() -> None:
     labels = np.array([0] * 9 + [1] * 2)
     keys = [content_key(f"{at}".encode()) for at in range(11)]
-    with pytest.raises(InputError, match="'rare' for the train side"):
+    with pytest.raises(InputError, match="for the train side: 2 of 'rare'"):
         cut(keys, labels, ["any"] * 11, ["common", "rare"], 0)
 
 

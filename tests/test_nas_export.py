@@ -155,7 +155,7 @@ def test_the_five_lines_of_the_card_name_the_class_of_a_picture(run: Path, tmp_p
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
     card = (folder / "README.md").read_text("utf-8")
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
-    assert code == USAGE.format(folder="model").removeprefix("```python\n").removesuffix("```")
+    assert code == USAGE.format(folder="model", white=65535).removeprefix("```python\n").removesuffix("```")
     said = alone(code, cwd=tmp_path).strip()
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))

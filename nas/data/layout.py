@@ -93,6 +93,8 @@ def read_folder(folder: Path, verify: bool = False) -> Dataset:
         meta = read_object(folder / "meta.json", "a data set of this cache", _META)
         if meta["format"] != FORMAT:
             raise ValueError(f"format {meta['format']}, this version reads {FORMAT}")
+        if meta.get("grey_bits") not in (None, *range(8, 33)):
+            raise ValueError(f"grey_bits {meta['grey_bits']}, want 8 to 32")
         splits: dict[str, Any] = {s: _open_side(folder, s, meta, verify) for s in SIDES}
         preparation = _preparation(meta)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -129,16 +129,15 @@ def _load_pickle(path: Path, flag: str) -> object:
 
     import torch
 
-    options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
     try:
         with torch.serialization.safe_globals(list(_STAND_INS)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is refused is refused in one line
             try:
-                return torch.load(path, mmap=True, **options)
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
-                return torch.load(path, **options)  # saved before torch 1.6
+                return torch.load(path, map_location="cpu", weights_only=True)  # saved before torch 1.6
     except UnpicklingError as error:
         want = "tensors only (objects in pickles can run code)"
         remedy = "save model.state_dict() alone, best as .safetensors"

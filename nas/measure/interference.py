@@ -180,8 +180,7 @@ class _ClockSamples:
         if known is not None:
             command = [*_nvidia_smi(f"clocks.sm,{known}", device), "-lms", str(SAMPLE_MS)]
             with contextlib.suppress(OSError):
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-                self._process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+                self._process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
                 weakref.finalize(self, _end, self._process)
 
     def end(self) -> list[tuple[float, int]]:

@@ -8,7 +8,7 @@ CONTRACT_FLAGS ?= --min-speedup 1.5
 .PHONY: help contract test test-all check format golden results clean
 
 help:
-	@echo "make contract   install into $(VENV) and contract TinyViT-21M to 5M on real digits (about 10 minutes)"
+	@echo "make contract   install into $(VENV) and contract TinyViT-21M to 5M on real digits (10 to 15 minutes)"
 	@echo "make test       the fast tests (under 7 minutes on 2 quiet cores)"
 	@echo "make test-all   every test, the slow ones too"
 	@echo "make check      ruff, ruff format and mypy --strict"

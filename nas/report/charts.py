@@ -118,8 +118,8 @@ def _notes(runs: Sequence[RunFiles], relative: bool) -> tuple[str, ...]:
         f"Score: soft loss against the teacher on {holdout} after a short distillation (the seed: its full one); bars "
         "\u00b11 s.e."
     )
-    what = "median ratio of alternating blocks" if relative else "median of blocks"
-    speed = f"Throughput: {what} with its ~95 % interval. "
+    what = "ratio of alternating blocks over several processes" if relative else "mean over several processes"
+    speed = f"Throughput: {what} with its 95 % interval. "
     if len(runs) == 1:
         speed += conditions_line(runs[0]) + "."
         seed = runs[0].seed
